@@ -1,0 +1,1 @@
+"""Studies of the models in ``mambabyte``: compute (DataFrames), plot (from DataFrames), report."""

@@ -1,0 +1,192 @@
+"""Sequence mixers (selective SSM, attention), the MLP, and the residual block around them.
+
+Every mixer is called as ``mixer(x, state) -> (y, state)`` with x (B, L, d_model): training is a
+long call without a state, streaming a call of length 1 with one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambabyte.config import ModelConfig
+from mambabyte.ops import selective_scan
+from mambabyte.ops.causal_conv import causal_conv
+
+
+class MambaState(NamedTuple):
+    """What an SSM layer remembers: O(1) in the bytes seen."""
+
+    tail: Tensor  # (B, K-1, D) last inputs of the convolution
+    ssm: Tensor  # (B, D, N)
+
+
+class AttentionState(NamedTuple):
+    """What an attention layer remembers: at most ``attention_window`` keys and values."""
+
+    k: Tensor  # (B, n_kv_head, S, head_dim), rotated
+    v: Tensor  # (B, n_kv_head, S, head_dim)
+    position: int  # bytes seen before
+
+
+LayerState = MambaState | AttentionState
+
+
+class MambaMixer(nn.Module):
+    """Selective SSM mixer (Gu & Dao 2023, arXiv:2312.00752, section 3.4).
+
+    in_proj -> (x, z); x -> causal depthwise convolution -> SiLU -> selective scan, gated by
+    silu(z) -> out_proj. Weight names are those of the public Mamba checkpoints.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d_model, d_inner, d_state = config.d_model, config.d_inner, config.d_state
+        self.dt_rank = 0 if config.dt_rank == "full" else config.dt_rank_value
+        self.form, self.chunk = config.scan_form, config.scan_chunk
+
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
+        self.conv1d = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner)
+        self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(config.dt_rank_value, d_inner)
+        states = torch.arange(1, d_state + 1, dtype=torch.float32)
+        self.A_log = nn.Parameter(states.log().repeat(d_inner, 1))  # A = -(1..N), S4D-real
+        self.D = nn.Parameter(torch.ones(d_inner))
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+
+        if config.dt_init == "mamba":
+            bound = config.dt_rank_value**-0.5
+            nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+            low, high = math.log(config.dt_min), math.log(config.dt_max)
+            dt = torch.exp(torch.rand(d_inner) * (high - low) + low)
+            with torch.no_grad():  # the inverse of softplus
+                self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        if config.zero_init_out:
+            nn.init.zeros_(self.out_proj.weight)
+
+    def scan_inputs(
+        self, x: Tensor, tail: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Everything the scan reads: u, delta before bias and softplus, B, C, z; and the tail."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # each (B, L, D)
+        u, tail = causal_conv(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, tail)
+        u = F.silu(u)
+        d_state = self.A_log.shape[1]
+        low_rank, B, C = self.x_proj(u).split([self.dt_rank, d_state, d_state], dim=-1)
+        # The bias is added inside the scan, in float32: in bf16 it would round the step size.
+        delta = F.linear(low_rank if self.dt_rank else u, self.dt_proj.weight)
+        return u, delta, B, C, z, tail
+
+    def forward(self, x: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
+        u, delta, B, C, z, tail = self.scan_inputs(x, None if state is None else state.tail)
+        y, ssm = selective_scan(
+            u, delta, -torch.exp(self.A_log.float()), B, C, self.D.float(), z,
+            delta_bias=self.dt_proj.bias.float(), delta_softplus=True,
+            initial_state=None if state is None else state.ssm,
+            form=self.form, chunk_size=self.chunk,
+        )
+        return self.out_proj(y), MambaState(tail, ssm)
+
+
+def rotate(x: Tensor, position: int, base: float) -> Tensor:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): x (B, H, L, head_dim), head_dim even."""
+    half = x.shape[-1] // 2
+    # float64 for the angles alone: at position 1e6 float32 would be off by 0.06 radians.
+    rate = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    steps = torch.arange(position, position + x.shape[2], device=x.device, dtype=torch.float64)
+    angle = torch.outer(steps, rate)  # (L, head_dim / 2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class AttentionMixer(nn.Module):
+    """Causal attention over a sliding window, rotary positions, grouped KV heads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_dim, self.window = config.head_dim, config.attention_window
+        self.qk_norm, self.rope_base = config.qk_norm, config.rope_base
+        kv_width = self.n_kv_head * self.head_dim
+        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.k_proj = nn.Linear(config.d_model, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.d_model, kv_width, bias=False)
+        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        if config.zero_init_out:
+            nn.init.zeros_(self.out_proj.weight)
+
+    def forward(self, x: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState]:
+        length = x.shape[1]
+        seen = 0 if state is None else state.position
+        q = self.q_proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, L, d)
+        k = self.k_proj(x).unflatten(-1, (self.n_kv_head, -1)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (self.n_kv_head, -1)).transpose(1, 2)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
+        q = rotate(q, seen, self.rope_base).to(v.dtype)
+        k = rotate(k, seen, self.rope_base).to(v.dtype)
+        if state is not None:
+            k = torch.cat([state.k.to(k.dtype), k], dim=2)
+            v = torch.cat([state.v.to(v.dtype), v], dim=2)
+        kept = k.shape[2] - length  # keys from before x
+        if kept == 0 and length <= self.window:
+            mask, causal = None, True
+        else:
+            age = (
+                torch.arange(kept, kept + length, device=x.device)[:, None]
+                - torch.arange(kept + length, device=x.device)[None, :]
+            )  # of each key, as each query sees it
+            mask, causal = (age >= 0) & (age < self.window), False
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.n_head != self.n_kv_head
+        )
+        y = self.out_proj(y.transpose(1, 2).flatten(2))
+        # The next byte sees itself and window - 1 keys from before it.
+        keep = min(self.window - 1, k.shape[2])
+        start = k.shape[2] - keep
+        return y, AttentionState(k[:, :, start:], v[:, :, start:], seen + length)
+
+
+class MLP(nn.Module):
+    """Two linear maps around an activation; "relu2" is the square of a ReLU (arXiv:2109.08668)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.mlp_activation
+        self.up_proj = nn.Linear(config.d_model, config.mlp_hidden, bias=False)
+        self.out_proj = nn.Linear(config.mlp_hidden, config.d_model, bias=False)
+        if config.zero_init_out:
+            nn.init.zeros_(self.out_proj.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up_proj(x)
+        if self.activation == "relu2":
+            return self.out_proj(F.relu(x).square())
+        return self.out_proj(F.gelu(x) if self.activation == "gelu" else F.silu(x))
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    return nn.LayerNorm(config.d_model) if config.norm == "layer" else nn.RMSNorm(config.d_model)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: ``x + mixer(norm(x))``, then the same around an MLP if any."""
+
+    def __init__(self, config: ModelConfig, letter: str) -> None:
+        super().__init__()
+        self.norm = make_norm(config)
+        self.mixer = MambaMixer(config) if letter == "M" else AttentionMixer(config)
+        self.mlp_norm = make_norm(config) if config.mlp_hidden else None
+        self.mlp = MLP(config) if config.mlp_hidden else None
+
+    def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        y, state = self.mixer(self.norm(x), state)
+        x = x + y
+        if self.mlp is not None and self.mlp_norm is not None:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, state

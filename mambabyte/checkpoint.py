@@ -1,0 +1,130 @@
+"""Checkpoints: safetensors for numbers, JSON for the rest, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mambabyte.config import ModelConfig
+from mambabyte.errors import UserError
+from mambabyte.files import whole_dir, write_json
+from mambabyte.model import ByteLM
+
+
+def save_model(model: ByteLM, folder: Path) -> None:
+    """Write config.json and model.safetensors. The head is the embedding, stored once."""
+    write_json(folder / "config.json", asdict(model.config))
+    save_file(_contiguous(model.state_dict()), folder / "model.safetensors")
+
+
+def load_model(path: Path | str, device: str = "cpu") -> ByteLM:
+    """The model of a checkpoint folder, or of the newest checkpoint in a run folder.
+
+    Raises UserError when there is none, when it is truncated, or when its tensors do not have
+    the shapes its configuration says.
+    """
+    folder = find_checkpoint(Path(path))
+    model = ByteLM(load_config(folder)).to(device)
+    load_weights(model, folder)
+    return model
+
+
+def find_checkpoint(path: Path) -> Path:
+    """``path`` itself if it is a checkpoint, else the newest one in its checkpoints folder."""
+    if (path / "model.safetensors").exists():
+        return path
+    found = sorted((path / "checkpoints").glob("step_*"))
+    if not found:
+        raise UserError(f"{path} holds no checkpoint: expected model.safetensors, or a run folder "
+                        "with checkpoints/step_*")
+    return found[-1]
+
+
+def load_config(folder: Path) -> ModelConfig:
+    try:
+        values = json.loads((folder / "config.json").read_text())
+        known = {f.name for f in fields(ModelConfig)}
+        if set(values) - known:
+            raise UserError(f"{folder}/config.json has unknown fields "
+                            f"{', '.join(sorted(set(values) - known))}")
+        return ModelConfig(**values)
+    except (OSError, json.JSONDecodeError, TypeError) as error:
+        raise UserError(f"{folder}/config.json cannot be read: {error}") from None
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Copy the weights of ``folder`` into ``model``; UserError names what does not fit."""
+    tensors = _load_tensors(folder / "model.safetensors")
+    own = model.state_dict()
+    if tensors.keys() != own.keys():
+        odd = sorted(tensors.keys() ^ own.keys())
+        raise UserError(f"{folder} is a checkpoint of another model: it differs in {len(odd)} "
+                        f"tensors, the first {odd[0]}")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(f"{folder} is a checkpoint of another shape: {name} is "
+                            f"{tuple(tensor.shape)} there, expected {tuple(own[name].shape)}")
+    model.load_state_dict(tensors)
+
+
+def save_training(
+    folder: Path, model: ByteLM, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
+) -> Path:
+    """Write everything a resumed run needs to ``folder``/step_XXXXXXXX; returns that path."""
+    target = folder / f"step_{progress['step']:08d}"
+    with whole_dir(target) as temporary:
+        save_model(model, temporary)
+        state: dict[str, Tensor] = {}
+        for index, values in optimizer.state_dict()["state"].items():
+            for key, tensor in values.items():
+                state[f"{index}.{key}"] = torch.as_tensor(tensor)
+        save_file(_contiguous(state), temporary / "optimizer.safetensors")
+        write_json(temporary / "progress.json", progress)
+    return target
+
+
+def load_training(
+    folder: Path, model: ByteLM, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Restore model and optimizer from a checkpoint folder; returns its progress record."""
+    if load_config(folder) != model.config:
+        raise UserError(f"{folder} was trained with another model configuration: resume with the "
+                        "same preset and options, or choose another run folder")
+    load_weights(model, folder)
+    try:
+        progress = json.loads((folder / "progress.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder}/progress.json cannot be read: {error}") from None
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in _load_tensors(folder / "optimizer.safetensors").items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return progress
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints."""
+    for old in sorted(folder.glob("step_*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be read ({first}): the file is missing or truncated; use "
+                        "another checkpoint") from None
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}

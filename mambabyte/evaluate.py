@@ -1,0 +1,125 @@
+"""Scoring: bits per byte and greedy next-character accuracy, in parallel or byte by byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from mambabyte.errors import UserError
+from mambabyte.model import ByteLM
+from mambabyte.stream import START_BYTE, ByteStream, CharModel
+from mambabyte.text import first_characters
+
+TASK_CHARACTERS = 60_000  # the public task scores these many characters of a split
+
+
+@dataclass(frozen=True)
+class Score:
+    """Result of scoring a text. ``hits`` has one entry a character: predicted right or not."""
+
+    bits_per_byte: float
+    char_accuracy: float
+    characters: int
+    bytes: int
+    hits: np.ndarray
+
+    def as_dict(self) -> dict[str, object]:
+        record = asdict(self)
+        del record["hits"]
+        return record
+
+
+@torch.inference_mode()
+def byte_log_probs(
+    model: ByteLM, data: bytes, window: int = 8192,
+    report: Callable[[float], None] = lambda done: None,
+) -> torch.Tensor:
+    """Log-probabilities (L, V) of every byte given all before it, from START_BYTE on.
+
+    Runs in windows of ``window`` bytes with the state carried from one to the next, so the
+    result is what streaming gives, up to rounding.
+    """
+    was_training = model.training
+    model.eval()
+    device = model.embedding.weight.device
+    inputs = torch.tensor([START_BYTE, *data[:-1]], device=device)[None]
+    state, parts = None, []
+    for start in range(0, inputs.shape[1], window):
+        logits, state = model(inputs[:, start : start + window], state)
+        parts.append(torch.log_softmax(logits[0].float(), -1).cpu())
+        report(min(1.0, (start + window) / inputs.shape[1]))
+    model.train(was_training)
+    return torch.cat(parts)
+
+
+def bits_per_byte(model: ByteLM, data: bytes | np.ndarray, window: int = 8192) -> float:
+    """Mean -log2 p over the bytes of ``data``, each given all before it."""
+    data = bytes(data)
+    if not data:
+        raise UserError("there is nothing to score: the text is empty")
+    log_probs = byte_log_probs(model, data, window)
+    picked = log_probs[torch.arange(len(data)), torch.tensor(list(data))]
+    return float(-picked.double().mean() / math.log(2))
+
+
+def score(
+    model: ByteLM, data: bytes | np.ndarray, characters: int = TASK_CHARACTERS,
+    window: int = 8192, report: Callable[[float], None] = lambda done: None,
+) -> Score:
+    """Score the first ``characters`` characters in parallel windows.
+
+    The greedy character is decided from byte probabilities alone wherever they settle it: an
+    ASCII character that beats every lead byte, or one that loses to another ASCII character. The
+    few positions where a longer character is in question are decided by CharModel from the exact
+    state there. The result is the one that streaming gives, up to ties within rounding.
+    """
+    text = first_characters(bytes(data), characters)
+    raw = text.encode("utf-8")
+    if not raw:
+        raise UserError("there is nothing to score: the text is empty")
+    log_probs = byte_log_probs(model, raw, window, report)
+    picked = log_probs[torch.arange(len(raw)), torch.tensor(list(raw))]
+
+    starts = np.cumsum([0] + [len(c.encode("utf-8")) for c in text])[:-1]
+    at = log_probs[torch.from_numpy(starts)]  # (characters, V), before each character
+    ascii_best, ascii_argmax = at[:, :0x80].max(-1)
+    lead_best = at[:, 0xC2:0xF5].max(-1).values
+    code = torch.tensor([ord(c) for c in text])
+    hits = (code == ascii_argmax).numpy()
+    undecided = np.flatnonzero((lead_best >= ascii_best).numpy())
+
+    stream, chars, done = ByteStream(model.eval()), CharModel(model), 0
+    for index in undecided:
+        stream.feed(raw[done : starts[index]])
+        done = starts[index]
+        chars.seek(stream)
+        hits[index] = chars.greedy() == text[index]
+    return Score(float(-picked.double().mean() / math.log(2)), float(hits.mean()),
+                 len(text), len(raw), hits)
+
+
+def score_streaming(
+    model: CharModel, data: bytes | np.ndarray, characters: int = TASK_CHARACTERS,
+    report: Callable[[float], None] = lambda done: None,
+) -> Score:
+    """Score as the public task does: predict, take the argmax, observe, one character at a time.
+
+    Bits per byte here come from the stream's own byte probabilities.
+    """
+    text = first_characters(bytes(data), characters)
+    if not text:
+        raise UserError("there is nothing to score: the text is empty")
+    model.reset()
+    hits, nats = np.zeros(len(text), dtype=bool), 0.0
+    for i, char in enumerate(text):
+        hits[i] = model.greedy() == char
+        nats -= model.log_prob(char)
+        model.observe(char)
+        if i % 200 == 0:
+            report(i / len(text))
+    size = len(text.encode("utf-8"))
+    return Score(nats / size / math.log(2), float(hits.mean()), len(text), size, hits)

@@ -1,0 +1,86 @@
+"""ByteLM: embedding, a pattern of mixers in pre-norm blocks, final norm, tied head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambabyte.blocks import Block, LayerState, MambaMixer, make_norm
+from mambabyte.config import ModelConfig
+
+
+class ByteLM(nn.Module):
+    """A language model over bytes whose layers follow ``config.layer_pattern``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        # torch's default N(0, 1) through a tied head starts near a loss of 185, not ln(256).
+        nn.init.normal_(self.embedding.weight, std=config.embed_std)
+        self.layers = nn.ModuleList(Block(config, letter) for letter in config.layers)
+        self.norm_f = make_norm(config)
+
+    def forward(
+        self, tokens: Tensor, state: list[LayerState] | None = None
+    ) -> tuple[Tensor, list[LayerState]]:
+        """Logits of the byte after each of ``tokens``, and the state to go on from.
+
+        tokens (B, L) integers; returns (B, L, V) and one state a layer. Feeding a sequence in
+        pieces, each with the state of the one before, gives what one call gives.
+        """
+        x = self.embedding(tokens)
+        states = []
+        for i, layer in enumerate(self.layers):
+            x, layer_state = layer(x, None if state is None else state[i])
+            states.append(layer_state)
+        logits = F.linear(self.norm_f(x), self.embedding.weight)
+        cap = self.config.logit_softcap
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
+        return logits, states
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1]."""
+        logits, _ = self(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+@contextmanager
+def record_exponent_headroom(model: nn.Module, chunk: int = 32) -> Iterator[dict[int, float]]:
+    """Record ``max |log-decay cumulated over a chunk|`` of each SSM layer while it runs.
+
+    Yields a dict, layer index -> maximum so far over batch, chunks, channels and states. This is
+    the exponent that a log-cumsum scan would take: in float32 it overflows above 88.7. A layer
+    counts twice when the model calls it twice; nothing is changed in the computation.
+    """
+    seen: dict[int, float] = {}
+
+    def hook(mixer: MambaMixer, args: tuple, index: int) -> None:
+        with torch.no_grad():
+            x, state = args
+            _, delta, *_ = mixer.scan_inputs(x, None if state is None else state.tail)
+            dt = F.softplus(delta.float() + mixer.dt_proj.bias)
+            pad = -dt.shape[1] % min(chunk, dt.shape[1])
+            dt = F.pad(dt, (0, 0, 0, pad)).unflatten(1, (-1, min(chunk, dt.shape[1])))
+            fastest = mixer.A_log.float().exp().amax(-1)  # (D,)
+            value = float((dt.sum(2) * fastest).max())
+            seen[index] = max(value, seen.get(index, 0.0))
+
+    handles = []
+    for index, layer in enumerate(getattr(model, "layers", [])):
+        if isinstance(layer.mixer, MambaMixer):
+            handles.append(
+                layer.mixer.register_forward_pre_hook(
+                    lambda mixer, args, index=index: hook(mixer, args, index)
+                )
+            )
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,499 @@
+"""CUDA C++ compiled at run time: NVRTC makes a cubin, the driver loads and launches it.
+
+Nothing has to be built or installed beyond a CUDA build of torch: its wheels bring NVRTC along
+(``nvidia/cu13/lib`` or ``nvidia/cuda_nvrtc/lib``), and ``pip install nvidia-cuda-nvrtc`` brings the
+same library to a machine without a GPU, where :func:`compile_cubin` still works. Both libraries are
+called through ctypes, so there is no binding package to keep in step with them.
+
+How a kernel file uses it (``cuda_scan.py`` with ``cuda_scan.cu`` beside it)::
+
+    PROGRAM = Program.from_file("cuda_scan.cu", names=("scan_forward<16>",), options=("-DK=8",))
+
+    def forward(u, ...):
+        kernel = PROGRAM.kernel("scan_forward<16>", u.device.index, "PPPiif")
+        kernel.launch((grid_x, grid_y, 1), (128, 1, 1), shared_bytes, raw_stream(u.device.index),
+                      u.data_ptr(), 0, y.data_ptr(), batch, length, scale)
+
+- ``names`` are name expressions: ``extern "C"`` names, or templates such as ``scan<float, 16>``.
+- The third argument of :meth:`Program.kernel` is the parameter list in the letters of ``struct``:
+  ``P`` pointer (0 is null), ``i`` int, ``I`` unsigned, ``q`` long long, ``f`` float, ``d`` double.
+  A struct parameter is written member by member. Its size is checked when the kernel is loaded.
+- More than 48 KiB of dynamic shared memory is asked for once: ``kernel.allow_shared(bytes)``.
+- NVRTC ships no CUDA headers (no ``cuda_bf16.h``, no ``cstdint``): use built-ins and inline PTX.
+- ``kernel.registers``, ``kernel.local_bytes`` (spills), ``kernel.static_shared_bytes`` describe it.
+
+Compiling without a GPU: ``compile_cubin(source, arch="sm_90", names=("scan<16>",))``.
+
+Results are kept in ``$XDG_CACHE_HOME/mambabyte`` (or ``~/.cache/mambabyte``) under a hash of the
+source, options, names, architecture and NVRTC version. A damaged or unwritable cache only costs
+the compilation again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ctypes.util
+import functools
+import glob
+import hashlib
+import importlib.util
+import json
+import os
+import struct
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_CACHE_FORMAT = 1
+_DEFAULT_OPTIONS = ("--std=c++17", "--use_fast_math", "-default-device")
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+_CAPTURE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+
+
+class NvrtcError(RuntimeError):
+    """NVRTC or the driver is missing, or refused something. ``log`` holds the compiler's output."""
+
+    def __init__(self, message: str, log: str = "") -> None:
+        super().__init__(message)
+        self.log = log
+        if log:
+            self.add_note(log)
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """Machine code for one architecture, and the mangled name of each name asked for."""
+
+    arch: str
+    image: bytes
+    lowered: dict[str, str]
+
+
+# ---------------------------------------------------------------------------- finding libraries
+
+
+def _nvrtc_candidates() -> Iterator[str]:
+    """Paths where NVRTC may be, best first: the wheels beside torch, torch itself, the system."""
+    pattern = "nvrtc64_*.dll" if sys.platform == "win32" else "libnvrtc.so*"
+    folders: list[str] = []
+    spec = importlib.util.find_spec("nvidia")
+    wheels = sorted(
+        folder
+        for root in (spec.submodule_search_locations or () if spec else ())
+        for package in ("cu1[0-9]", "cuda_nvrtc")
+        for sub in ("lib", "bin", "bin/x86_64")
+        for folder in glob.glob(os.path.join(root, package, sub))
+    )
+    # The major version must be the one torch (and so, likely, the driver) speaks.
+    mine = f"cu{(torch.version.cuda or '').split('.')[0]}"
+    folders += sorted(wheels, key=lambda path: (mine not in Path(path).parts, "cu1" not in path))
+    folders.append(os.path.join(os.path.dirname(torch.__file__), "lib"))
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            folders += [os.path.join(os.environ[variable], sub) for sub in ("lib64", "lib", "bin")]
+    folders.append("/usr/local/cuda/lib64")
+    for folder in folders:
+        for path in sorted(glob.glob(os.path.join(folder, pattern)), reverse=True):
+            if ".alt." not in path:
+                yield path
+    found = ctypes.util.find_library("nvrtc")
+    if found:
+        yield found
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    tried = []
+    for path in _nvrtc_candidates():
+        try:
+            # NVRTC opens this one by its bare name, which only works if it is loaded already.
+            for builtins in glob.glob(os.path.join(os.path.dirname(path), "libnvrtc-builtins.so*")):
+                with contextlib.suppress(OSError):
+                    ctypes.CDLL(builtins)
+            library = ctypes.CDLL(path)
+        except OSError as error:
+            tried.append(f"{path}: {error}")
+            continue
+        library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        return library
+    raise NvrtcError(
+        "NVRTC (CUDA's run-time compiler) was not found: install a CUDA build of torch, or "
+        "'pip install nvidia-cuda-nvrtc'",
+        "\n".join(tried),
+    )
+
+
+@functools.cache
+def nvrtc_version() -> tuple[int, int]:
+    """(major, minor) of the NVRTC in use. Raises NvrtcError where there is none."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check_nvrtc(_nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "nvrtcVersion")
+    return major.value, minor.value
+
+
+@functools.cache
+def supported_archs() -> tuple[int, ...]:
+    """Compute capabilities that this NVRTC compiles for, as 10 * major + minor."""
+    library, count = _nvrtc(), ctypes.c_int()
+    _check_nvrtc(library.nvrtcGetNumSupportedArchs(ctypes.byref(count)), "supported archs")
+    archs = (ctypes.c_int * count.value)()
+    _check_nvrtc(library.nvrtcGetSupportedArchs(archs), "supported archs")
+    return tuple(sorted(archs))
+
+
+def nvrtc_available() -> tuple[bool, str]:
+    """(True, "NVRTC 13.0") or (False, a one-line reason)."""
+    try:
+        major, minor = nvrtc_version()
+    except NvrtcError as error:
+        return False, str(error)
+    return True, f"NVRTC {major}.{minor}"
+
+
+def device_arch(device: int) -> str:
+    """Architecture to compile for on that CUDA device: ``sm_90``, or PTX where it is too new."""
+    major, minor = torch.cuda.get_device_capability(device)
+    known = supported_archs()
+    if 10 * major + minor in known:
+        return f"sm_{10 * major + minor}"
+    older = [arch for arch in known if arch < 10 * major + minor]
+    if not older:
+        raise NvrtcError(
+            f"NVRTC {nvrtc_version()} cannot compile for compute capability {major}.{minor}; "
+            f"it knows {known}: use the torch build made for this GPU"
+        )
+    return f"compute_{older[-1]}"
+
+
+# ---------------------------------------------------------------------------------- compilation
+
+
+def _check_nvrtc(status: int, what: str) -> None:
+    if status:
+        text = _nvrtc().nvrtcGetErrorString(status).decode()
+        raise NvrtcError(f"NVRTC failed in {what}: {text}")
+
+
+def compile_cubin(
+    source: str,
+    options: Sequence[str] = (),
+    arch: str = "sm_90",
+    names: Sequence[str] = (),
+    *,
+    filename: str = "kernel.cu",
+    cache: bool = True,
+) -> Cubin:
+    """Compile CUDA C++ for ``arch``. Needs NVRTC but no GPU.
+
+    ``arch`` is ``sm_NN`` (machine code) or ``compute_NN`` (PTX, finished by the driver);
+    ``options`` come after ``--std=c++17 --use_fast_math``; ``names`` are the kernels wanted, with
+    templates spelled out. Raises NvrtcError: first compiler error in its text, all in ``log``.
+    """
+    options = (*_DEFAULT_OPTIONS, *options)
+    key = [_CACHE_FORMAT, nvrtc_version(), arch, options, sorted(names), filename, source]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    if cache:
+        cached = _read_cache(digest, arch)
+        if cached is not None:
+            return cached
+    cubin = _compile(source, options, arch, names, filename)
+    if cache:
+        _write_cache(digest, cubin)
+    return cubin
+
+
+def _compile(
+    source: str, options: Sequence[str], arch: str, names: Sequence[str], filename: str
+) -> Cubin:
+    library, program = _nvrtc(), ctypes.c_void_p()
+    _check_nvrtc(
+        library.nvrtcCreateProgram(
+            ctypes.byref(program), source.encode(), filename.encode(), 0, None, None
+        ),
+        "nvrtcCreateProgram",
+    )
+    try:
+        for name in names:
+            _check_nvrtc(library.nvrtcAddNameExpression(program, name.encode()), name)
+        flags = [option.encode() for option in (f"--gpu-architecture={arch}", *options)]
+        status = library.nvrtcCompileProgram(
+            program, len(flags), (ctypes.c_char_p * len(flags))(*flags)
+        )
+        if status:
+            output = _program_bytes("nvrtcGetProgramLog", program)
+            log = output.rstrip(b"\0").decode(errors="replace")
+            lines = [line for line in log.splitlines() if "error" in line] or log.splitlines()
+            first = lines[0] if lines else library.nvrtcGetErrorString(status).decode()
+            raise NvrtcError(f"{filename} does not compile for {arch}: {first}", log)
+        lowered = {}
+        for name in names:
+            mangled = ctypes.c_char_p()
+            _check_nvrtc(
+                library.nvrtcGetLoweredName(program, name.encode(), ctypes.byref(mangled)), name
+            )
+            lowered[name] = (mangled.value or b"").decode()
+        kind = "nvrtcGetCUBIN" if arch.startswith("sm_") else "nvrtcGetPTX"
+        return Cubin(arch, _program_bytes(kind, program), lowered)
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _program_bytes(function: str, program: ctypes.c_void_p) -> bytes:
+    """What nvrtcGet<X> returns, asked for in two calls: nvrtcGet<X>Size, then nvrtcGet<X>."""
+    library, size = _nvrtc(), ctypes.c_size_t()
+    _check_nvrtc(getattr(library, function + "Size")(program, ctypes.byref(size)), function)
+    buffer = ctypes.create_string_buffer(size.value)
+    _check_nvrtc(getattr(library, function)(program, buffer), function)
+    return buffer.raw
+
+
+# ----------------------------------------------------------------------------------- disk cache
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/mambabyte/cubin``, or the same under ``~/.cache``."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "mambabyte" / "cubin"
+
+
+def _read_cache(digest: str, arch: str) -> Cubin | None:
+    try:
+        data = (cache_folder() / digest).read_bytes()
+    except OSError:
+        return None
+    checksum, payload = data[:32], data[32:]
+    if hashlib.sha256(payload).digest() != checksum:
+        return None  # cut short or damaged: compile again and replace it
+    (length,) = struct.unpack_from("<I", payload)
+    return Cubin(arch, payload[4 + length :], json.loads(payload[4 : 4 + length]))
+
+
+def _write_cache(digest: str, cubin: Cubin) -> None:
+    header = json.dumps(cubin.lowered).encode()
+    payload = struct.pack("<I", len(header)) + header + cubin.image
+    temporary = None
+    try:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(payload).digest() + payload)
+        os.replace(temporary, folder / digest)  # whole or not at all, whoever else writes
+    except OSError:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+# ---------------------------------------------------------------------------- loading, launching
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        library = ctypes.CDLL(name)
+    except OSError as error:
+        raise NvrtcError(f"the NVIDIA driver's library {name} cannot be loaded: {error}") from None
+    integer, pointer = ctypes.c_uint, ctypes.c_void_p
+    library.cuLaunchKernel.argtypes = [pointer, *[integer] * 7, pointer, pointer, pointer]
+    return library
+
+
+def _check_driver(status: int, what: str) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        reason = (text.value or b"unknown error").decode()
+        raise NvrtcError(f"CUDA driver: {what} failed with error {status}, {reason}")
+
+
+def _make_context_current(device: int) -> None:
+    """Make torch's (the primary) context current in a thread that has not used CUDA yet."""
+    driver, context = _driver(), ctypes.c_void_p()
+    handle = ctypes.c_int()
+    _check_driver(driver.cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
+    _check_driver(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "primary context")
+    _check_driver(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+
+
+def raw_stream(device: int) -> int:
+    """Handle of torch's current stream on that device, for :meth:`Kernel.launch`."""
+    return _raw_stream(device)
+
+
+def _public_raw_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+# The public way builds a Python object for each call (several times the cost of the launch).
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
+
+
+class Kernel:
+    """One kernel loaded on one device, with its parameter list fixed as a ``struct`` format."""
+
+    def __init__(self, function: ctypes.c_void_p, name: str, device: int, parameters: str) -> None:
+        self.name = name
+        self.device = device
+        self._function = function
+        self._struct = struct.Struct("@" + parameters)
+        self._launch = _driver().cuLaunchKernel
+        self._local = threading.local()
+        self._shared = 48 * 1024
+        self._check_parameters(parameters)
+
+    def _check_parameters(self, parameters: str) -> None:
+        """A wrong parameter list would read past the buffer: compare its size with the cubin's."""
+        info = getattr(_driver(), "cuFuncGetParamInfo", None)  # drivers of CUDA 12.4 and later
+        if info is None:
+            return
+        offset, size, total, index = ctypes.c_size_t(), ctypes.c_size_t(), 0, 0
+        while not info(self._function, index, ctypes.byref(offset), ctypes.byref(size)):
+            total, index = offset.value + size.value, index + 1
+        if total not in (self._struct.size, struct.calcsize("@" + parameters + "0P")):
+            raise NvrtcError(
+                f"kernel {self.name} takes {total} bytes of parameters, but the format "
+                f"'{parameters}' packs {self._struct.size}"
+            )
+
+    def _attribute(self, which: int) -> int:
+        value = ctypes.c_int()
+        status = _driver().cuFuncGetAttribute(ctypes.byref(value), which, self._function)
+        _check_driver(status, f"cuFuncGetAttribute of {self.name}")
+        return value.value
+
+    @property
+    def registers(self) -> int:
+        """Registers a thread."""
+        return self._attribute(4)
+
+    @property
+    def local_bytes(self) -> int:
+        """Local memory a thread: spills and stack."""
+        return self._attribute(3)
+
+    @property
+    def static_shared_bytes(self) -> int:
+        return self._attribute(1)
+
+    def allow_shared(self, shared_bytes: int) -> None:
+        """Permit that much dynamic shared memory (needed once above 48 KiB)."""
+        if shared_bytes > self._shared:
+            status = _driver().cuFuncSetAttribute(self._function, 8, shared_bytes)
+            _check_driver(status, f"{shared_bytes} bytes of shared memory for {self.name}")
+            self._shared = shared_bytes
+
+    def blocks_per_multiprocessor(self, threads: int, shared_bytes: int = 0) -> int:
+        """How many blocks of that size are resident on one multiprocessor at a time."""
+        count = ctypes.c_int()
+        status = _driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(
+            ctypes.byref(count), self._function, threads, ctypes.c_size_t(shared_bytes)
+        )
+        _check_driver(status, f"occupancy of {self.name}")
+        return count.value
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared_bytes: int,
+        stream: int,
+        *args: Any,
+    ) -> None:
+        """Launch on ``stream`` (see :func:`raw_stream`); the caller keeps the tensors alive.
+
+        The device of the kernel must be torch's current device, as it is inside an operator
+        (``torch.cuda.device(tensor.device)`` makes it so elsewhere).
+        """
+        local = self._local
+        try:
+            buffer, extra = local.packed
+        except AttributeError:
+            # One buffer a thread: ctypes drops the interpreter's lock during the call.
+            buffer = ctypes.create_string_buffer(max(self._struct.size, 1))
+            size = ctypes.c_size_t(self._struct.size)
+            extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size), 0)
+            local.packed, local.size = (buffer, extra), size
+        self._struct.pack_into(buffer, 0, *args)
+        function, (gx, gy, gz), (bx, by, bz) = self._function, grid, block
+        status = self._launch(function, gx, gy, gz, bx, by, bz, shared_bytes, stream, None, extra)
+        if status == _INVALID_CONTEXT:  # the first CUDA call of a new thread
+            _make_context_current(self.device)
+            status = self._launch(
+                function, gx, gy, gz, bx, by, bz, shared_bytes, stream, None, extra
+            )
+        if status:
+            _check_driver(
+                status, f"launch of {self.name} grid {grid} block {block} shared {shared_bytes}"
+            )
+
+
+class Program:
+    """One source with its options and kernel names: compiled once an architecture, loaded once a
+    device, both on first use and from any thread."""
+
+    def __init__(
+        self,
+        source: str,
+        names: Sequence[str],
+        options: Sequence[str] = (),
+        *,
+        filename: str = "kernel.cu",
+    ) -> None:
+        self.source, self.names, self.options = source, tuple(names), tuple(options)
+        self.filename = filename
+        self._lock = threading.Lock()
+        self._kernels: dict[tuple[str, int, str], Kernel] = {}
+        self._modules: dict[int, tuple[ctypes.c_void_p, dict[str, str]]] = {}
+
+    @classmethod
+    def from_file(cls, filename: str, names: Sequence[str], options: Sequence[str] = ()) -> Program:
+        """The source beside this module."""
+        source = Path(__file__).with_name(filename).read_text(encoding="utf-8")
+        return cls(source, names, options, filename=filename)
+
+    def compile(self, arch: str) -> Cubin:
+        """Machine code for ``arch``, from the disk cache where it is there. Needs no GPU."""
+        return compile_cubin(self.source, self.options, arch, self.names, filename=self.filename)
+
+    def kernel(self, name: str, device: int, parameters: str) -> Kernel:
+        """The kernel on that device, compiled and loaded if need be. A dict look-up otherwise."""
+        kernel = self._kernels.get((name, device, parameters))
+        if kernel is not None:
+            return kernel
+        with self._lock, torch.cuda.device(device):
+            if device not in self._modules:
+                self._modules[device] = self._load(device)
+            module, lowered = self._modules[device]
+            function = ctypes.c_void_p()
+            status = _driver().cuModuleGetFunction(
+                ctypes.byref(function), module, lowered[name].encode()
+            )
+            _check_driver(status, f"finding {name} in {self.filename}")
+            kernel = Kernel(function, name, device, parameters)
+            return self._kernels.setdefault((name, device, parameters), kernel)
+
+    def _load(self, device: int) -> tuple[ctypes.c_void_p, dict[str, str]]:
+        torch.cuda.init()
+        _make_context_current(device)
+        cubin = self.compile(device_arch(device))
+        driver, module = _driver(), ctypes.c_void_p()
+        # Loading allocates, which would invalidate a graph capture that is under way.
+        mode = ctypes.c_int(_CAPTURE_RELAXED)
+        driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        try:
+            status = driver.cuModuleLoadData(ctypes.byref(module), cubin.image)
+        finally:
+            driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        _check_driver(
+            status, f"loading {self.filename} ({cubin.arch}, NVRTC {nvrtc_version()}) on the device"
+        )
+        return module, cubin.lowered

@@ -1,0 +1,170 @@
+"""Streaming: one byte in, one distribution out, and the same over characters."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mambabyte.blocks import LayerState
+from mambabyte.model import ByteLM
+from mambabyte.text import Utf8Stream, continuation_range, utf8_length
+
+# What is fed before the first byte, so that there is a distribution over it. Documents of the
+# corpora begin after a line end; byte 0 never occurs in them.
+START_BYTE = 0x0A
+
+
+class ByteStream:
+    """Log-probabilities of the next byte, one fed byte at a time; state is O(1) in their number.
+
+    ``log_probs`` is (V,) float32 on the CPU. A stream can be branched by ``fork``.
+    """
+
+    def __init__(self, model: ByteLM) -> None:
+        self.model = model
+        self._device = model.embedding.weight.device
+        self._state: list[LayerState] | None = None
+        self.log_probs = torch.empty(0)
+        self.feed(bytes([START_BYTE]))
+
+    @torch.inference_mode()
+    def feed(self, data: bytes) -> None:
+        """Advance by ``data`` in one call; nothing happens when it is empty."""
+        if not data:
+            return
+        tokens = torch.tensor([list(data)], device=self._device)
+        logits, self._state = self.model(tokens, self._state)
+        self.log_probs = torch.log_softmax(logits[0, -1].float(), -1).cpu()
+
+    def fork(self) -> ByteStream:
+        """An independent stream at the same place. States are values, so this copies nothing."""
+        other = object.__new__(ByteStream)
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def state_bytes(self) -> int:
+        """Bytes held by the state now."""
+        return sum(
+            t.numel() * t.element_size()
+            for layer in self._state or [] for t in layer if isinstance(t, Tensor)
+        )
+
+
+class CharModel:
+    """Next-character prediction: ``predict()`` strictly before each ``observe(char)``.
+
+    The distribution covers every single-byte character, and each longer one that matters: every
+    one that could be the most probable, and every one under a prefix of probability above
+    ``detail``. Its probability is the product over its whole UTF-8 sequence, for which the
+    model is run ahead from the present state.
+    """
+
+    def __init__(self, model: ByteLM, detail: float = 0.01) -> None:
+        self.model = model.eval()
+        self.detail = detail
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: the next character is the first of a text."""
+        self.seek(ByteStream(self.model))
+
+    def seek(self, stream: ByteStream) -> None:
+        """Go to the place of ``stream``, which must stand between two characters."""
+        self._stream = stream.fork()
+        self._ahead: dict[bytes, ByteStream] = {}  # streams already run ahead by these bytes
+
+    def predict(self) -> dict[str, float]:
+        """Probability of each character that may come next; the argmax is exact.
+
+        Insertion order is by code point among single bytes, then as found; it decides ties.
+        """
+        first = self._stream.log_probs.exp().tolist()
+        result = {chr(byte): first[byte] for byte in range(0x80)}
+        best = max(result.values())
+        # Longer characters by best-first search: a prefix's probability bounds what is under it,
+        # so once the bound falls below the best character found, no argmax is missed.
+        frontier = [(-first[byte], bytes([byte])) for byte in range(0xC2, 0xF5)]
+        heapq.heapify(frontier)
+        while frontier:
+            negative, prefix = heapq.heappop(frontier)
+            probability = -negative
+            if probability <= best and probability <= self.detail:
+                break
+            if len(prefix) == utf8_length(prefix[0]):
+                result[prefix.decode("utf-8")] = probability
+                best = max(best, probability)
+                continue
+            following = self._run_ahead(prefix).log_probs.exp().tolist()
+            for byte in continuation_range(prefix):
+                heapq.heappush(frontier, (-probability * following[byte], prefix + bytes([byte])))
+        return result
+
+    def observe(self, char: str) -> None:
+        """Advance by the character that came."""
+        data = char.encode("utf-8")
+        for known in range(len(data) - 1, 0, -1):  # reuse what was run ahead
+            if data[:known] in self._ahead:
+                self._stream = self._ahead[data[:known]]
+                data = data[known:]
+                break
+        self._ahead = {}
+        self._stream.feed(data)
+
+    def log_prob(self, char: str) -> float:
+        """Natural log of the probability of ``char`` coming next, over its UTF-8 sequence."""
+        data = char.encode("utf-8")
+        return sum(
+            float(self._run_ahead(data[:i]).log_probs[byte]) for i, byte in enumerate(data)
+        )
+
+    def greedy(self) -> str:
+        """The most probable next character, the first of equals."""
+        distribution = self.predict()
+        return max(distribution, key=distribution.__getitem__)
+
+    def _run_ahead(self, prefix: bytes) -> ByteStream:
+        if not prefix:
+            return self._stream
+        if prefix not in self._ahead:
+            stream = self._run_ahead(prefix[:-1]).fork()
+            stream.feed(prefix[-1:])
+            self._ahead[prefix] = stream
+        return self._ahead[prefix]
+
+
+def generate(
+    model: ByteLM, prompt: str = "", max_bytes: int = 256, temperature: float = 1.0,
+    top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+) -> Iterator[str]:
+    """Yield text as it comes, whole characters only. Temperature 0 is greedy."""
+    stream = ByteStream(model.eval())
+    stream.feed(prompt.encode("utf-8"))
+    generator = torch.Generator().manual_seed(seed)
+    decoder = Utf8Stream()
+    for _ in range(max_bytes):
+        byte = sample_byte(stream.log_probs, temperature, top_k, top_p, generator)
+        stream.feed(bytes([byte]))
+        text = decoder.feed(bytes([byte]))
+        if text:
+            yield text
+    rest = decoder.close()
+    if rest:
+        yield rest
+
+
+def sample_byte(
+    log_probs: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
+) -> int:
+    """Draw one index from log_probs (V,) after temperature, top-k and nucleus (top-p) filters."""
+    if temperature == 0:
+        return int(log_probs.argmax())
+    probs = torch.softmax(log_probs / temperature, -1)
+    ordered, order = probs.sort(descending=True, stable=True)
+    if top_k:
+        ordered[top_k:] = 0
+    # Keep the smallest set that reaches top_p, the most probable one in any case.
+    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+    return int(order[torch.multinomial(ordered, 1, generator=generator)])

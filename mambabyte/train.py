@@ -1,0 +1,312 @@
+"""The training loop: readable, resumable bit for bit, and loud about numbers that are not finite.
+
+A run folder holds config.json, provenance.json, metrics.jsonl (one record a logged step),
+checkpoints/step_*/ and, once the run has ended, result.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mambabyte import checkpoint
+from mambabyte.config import PRESETS, ModelConfig, TrainConfig
+from mambabyte.corpus import Corpus, sample_windows
+from mambabyte.energy import EnergyMeter
+from mambabyte.errors import UserError
+from mambabyte.evaluate import bits_per_byte
+from mambabyte.files import make_dir, write_json
+from mambabyte.model import ByteLM, record_exponent_headroom
+from mambabyte.ops import FORMS, default_form
+from mambabyte.optim import learning_rate, make_optimizer
+from mambabyte.provenance import provenance
+
+SMOKE_BYTES = 10_000  # fewer training bytes than this mean smoke mode
+LN2 = math.log(2)
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient became inf or nan; the message names the step and the layer."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is shown and logged while training. ``headroom`` is max |cumulated log-decay|."""
+
+    step: int
+    n_steps: int
+    loss: float  # nats per byte
+    bits_per_byte: float
+    grad_norm: float
+    lr: float
+    bytes_per_second: float
+    seconds: float
+    bytes_seen: int
+    headroom: float | None  # None without SSM layers
+    joules: float | None  # None when not measured
+
+
+def is_smoke(train_bytes: int) -> bool:
+    """Smoke mode: a tiny corpus, or SMOKE_TEST_ONLY=1 in the environment."""
+    return train_bytes < SMOKE_BYTES or os.environ.get("SMOKE_TEST_ONLY") == "1"
+
+
+def smoke_configs(config: ModelConfig, train_bytes: int) -> tuple[ModelConfig, TrainConfig]:
+    """The smoke configuration with the scan form of ``config``; context clamped to the corpus."""
+    preset = PRESETS["smoke"]
+    context = max(8, min(preset.train.context, train_bytes // 4))
+    model = ModelConfig(**{**asdict(preset.model), "scan_form": config.scan_form,
+                           "scan_chunk": config.scan_chunk})
+    return model, TrainConfig(**{**asdict(preset.train), "context": context})
+
+
+def train(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    corpus: Corpus,
+    run: Path,
+    *,
+    device: str = "cpu",
+    resume: bool = False,
+    report: Callable[[Progress], None] = lambda progress: None,
+    evaluate_bytes: int = 100_000,
+) -> dict[str, Any]:
+    """Train and return the result record, which is also in ``run``/result.json.
+
+    ``report`` is called every ``log_every`` steps. The loop ends at ``n_steps``, at
+    ``max_seconds`` or at Ctrl-C; each leaves a checkpoint that ``resume`` goes on from. A run is
+    deterministic for a seed on one machine: batches depend on (seed, step) alone.
+
+    Raises UserError for a configuration that cannot run and NonFiniteError when it diverges; the
+    last checkpoint written is then still good.
+    """
+    refuse_study_form(model_config, config)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("no CUDA device is available: use --device cpu")
+    sample_windows(corpus.train, config.context, 1, 0, 0)  # fails now if a window cannot fit
+    make_dir(run)
+    checkpoints = run / "checkpoints"
+    if (run / "config.json").exists() and not resume:
+        raise UserError(f"{run} holds a run already: give --resume to continue it, or another "
+                        "folder")
+
+    torch.manual_seed(config.seed)
+    model = ByteLM(model_config).to(device)
+    optimizer = make_optimizer(model, config)
+    step, seconds_before, joules_before = 0, 0.0, 0.0
+    if resume and any(checkpoints.glob("step_*")):
+        saved = checkpoint.load_training(checkpoint.find_checkpoint(run), model, optimizer)
+        _refuse_other_recipe(run, saved["train"], config)
+        step, seconds_before = saved["step"], saved["seconds"]
+        joules_before = saved["joules"] or 0.0
+    write_json(run / "config.json", {"model": asdict(model_config), "train": asdict(config)})
+    write_json(run / "provenance.json", {**provenance(), "corpus": corpus.name,
+                                         "corpus_sha256": corpus.digest(), "device": device})
+    (run / "result.json").unlink(missing_ok=True)
+    _drop_metrics_after(run / "metrics.jsonl", step)
+
+    meter = EnergyMeter(device, config.idle_watts)
+    began = logged = time.perf_counter()
+    logged_step = step
+    bytes_per_step = config.batch_size * config.context
+    stopped_by = "n_steps"
+    model.train()
+
+    def elapsed() -> float:
+        return seconds_before + time.perf_counter() - began
+
+    def joules() -> float | None:
+        energy = meter.read()
+        return None if energy.joules is None else joules_before + energy.joules
+
+    def save() -> None:
+        checkpoint.save_training(checkpoints, model, optimizer, {
+            "step": step, "seconds": elapsed(), "joules": joules(), "train": asdict(config)})
+        checkpoint.prune(checkpoints, config.keep_checkpoints)
+
+    with (run / "metrics.jsonl").open("a") as metrics, stop_on_interrupt() as interrupted:
+        while step < config.n_steps:
+            if interrupted():
+                stopped_by = "interrupt"
+                break
+            if config.max_seconds and elapsed() >= config.max_seconds:
+                stopped_by = "max_seconds"
+                break
+            tokens = sample_windows(
+                corpus.train, config.context, config.batch_size, config.seed, step
+            ).to(device, non_blocking=True)
+            log = (step + 1) % config.log_every == 0 or step + 1 == config.n_steps
+            loss, grad_norm, headroom = train_step(
+                model, optimizer, tokens, config, step, measure_headroom=log)
+            step += 1
+            if log:
+                now = time.perf_counter()
+                rate = (step - logged_step) * bytes_per_step / max(now - logged, 1e-9)
+                logged, logged_step = now, step
+                progress = Progress(
+                    step, config.n_steps, loss, loss / LN2, grad_norm,
+                    learning_rate(step - 1, config), rate, elapsed(),
+                    step * bytes_per_step, headroom, joules())
+                metrics.write(json.dumps(asdict(progress)) + "\n")
+                metrics.flush()
+                report(progress)
+            if step % config.checkpoint_every == 0 or step == config.n_steps:
+                save()
+    if stopped_by != "n_steps":
+        save()
+
+    energy = meter.read()
+    result: dict[str, Any] = {
+        "steps": step,
+        "stopped_by": stopped_by,
+        "seconds": elapsed(),
+        "bytes_seen": step * bytes_per_step,
+        "n_parameters": sum(p.numel() for p in model.parameters()),
+        "joules": joules(),
+        "energy_source": energy.source,
+        "idle_watts": config.idle_watts,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device)
+        if device.startswith("cuda") else None,
+        "checkpoint": str(checkpoint.find_checkpoint(run).relative_to(run)),
+    }
+    if stopped_by != "interrupt":
+        valid = corpus.valid[:evaluate_bytes]
+        result["valid_bits_per_byte"] = bits_per_byte(model, valid) if len(valid) > 1 else None
+        result["valid_bytes"] = len(valid)
+        write_json(run / "result.json", result)
+    return result
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether Ctrl-C came. A step is never torn; a second Ctrl-C is.
+
+    Outside the main thread, where Python takes no signals, it always says no.
+    """
+    came = False
+
+    def handler(number: int, frame: object) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# What may change between a run and its continuation without changing the weights.
+_FREE_ON_RESUME = {"max_seconds", "log_every", "checkpoint_every", "keep_checkpoints",
+                   "idle_watts", "allow_study_form"}
+
+
+def _refuse_other_recipe(run: Path, saved: dict[str, Any], config: TrainConfig) -> None:
+    now = json.loads(json.dumps(asdict(config)))
+    changed = [k for k in now if saved.get(k) != now[k] and k not in _FREE_ON_RESUME]
+    if changed:
+        raise UserError(f"{run} was trained with another {', '.join(changed)}: resume with the "
+                        "same options, or choose another run folder")
+
+
+def refuse_study_form(model_config: ModelConfig, config: TrainConfig) -> None:
+    """UserError for a scan form that is a subject of study, unless it was asked for."""
+    form = FORMS.get(model_config.scan_form)
+    if form is not None and form.study and not config.allow_study_form:
+        raise UserError(f"scan form {model_config.scan_form!r} is a subject of study "
+                        f"({form.about}): train with auto, or give --train.allow-study-form")
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """bf16 autocast where the precision asks for it ("auto": on CUDA), else nothing."""
+    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def train_step(
+    model: ByteLM, optimizer: torch.optim.Optimizer, tokens: Tensor, config: TrainConfig,
+    step: int, measure_headroom: bool = False,
+) -> tuple[float, float, float | None]:
+    """One step on tokens (batch, context + 1): loss in nats, gradient norm, exponent headroom."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, config)
+    optimizer.zero_grad(set_to_none=True)
+    with autocast(tokens.device, config.precision):
+        recording = record_exponent_headroom(model) if measure_headroom else nullcontext({})
+        with recording as headroom:
+            loss = model.loss(tokens)
+    loss.backward()
+    limit = config.grad_clip or math.inf
+    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+    loss_value, norm_value = torch.stack([loss.detach(), norm.to(loss.dtype)]).tolist()
+    if not math.isfinite(loss_value) or not math.isfinite(norm_value):
+        where = _first_bad_layer(model, tokens, config)
+        raise NonFiniteError(
+            f"step {step + 1}: loss {loss_value}, gradient norm {norm_value}; first not finite in "
+            f"{where}. The weights of the last checkpoint are good. Scan form: "
+            f"{scan_form_in_use(model, tokens.device)}; lower lr, or train with scan form auto")
+    optimizer.step()
+    return loss_value, norm_value, max(headroom.values(), default=None)
+
+
+def scan_form_in_use(model: ByteLM, device: torch.device) -> str:
+    form = model.config.scan_form
+    return default_form(device) if form == "auto" else form
+
+
+def _first_bad_layer(model: ByteLM, tokens: Tensor, config: TrainConfig) -> str:
+    """The first module whose output is not finite, else the parameter whose gradient is not."""
+    bad: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if not bad and not torch.isfinite(tensor).all():
+                bad.append(f"the forward output of {name}")
+        return hook
+
+    handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if n]
+    try:
+        with torch.no_grad(), autocast(tokens.device, config.precision):
+            model.loss(tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if bad:
+        return bad[0]
+    # Backward runs from the last layer to the first: the last bad gradient came first.
+    names = [n for n, p in model.named_parameters()
+             if p.grad is not None and not torch.isfinite(p.grad).all()]
+    return f"the gradient of {names[-1]}" if names else "the loss itself"
+
+
+def _drop_metrics_after(path: Path, step: int) -> None:
+    """Forget records of steps that a resumed run will do again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # a line cut off by a kill
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    path.write_text("".join(kept))
