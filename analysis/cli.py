@@ -1,0 +1,67 @@
+"""The command line: ``mambabyte COMMAND``. Errors the user can fix are one line and status 2."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from mambabyte import __version__
+from mambabyte.errors import UserError
+
+# command -> (module, what it does); a module is imported when its command runs, not before.
+COMMANDS = {
+    "train": ("analysis.commands.train", "train a model on a corpus, or resume a run"),
+    "eval": ("analysis.commands.evaluate", "bits per byte and character accuracy of a checkpoint"),
+    "generate": ("analysis.commands.generate", "stream text from a checkpoint"),
+    "memory": ("analysis.commands.memory", "will a training step fit, and what would?"),
+    "corpus": ("analysis.commands.corpus", "fetch, build or look at a corpus"),
+    "study": ("analysis.commands.study", "run one study with other parameters"),
+    "sweep": ("analysis.commands.sweep", "run the studies, or a grid, skipping what is done"),
+    "report": ("analysis.commands.report", "render the HTML report from the run folders"),
+    "bench": ("analysis.commands.bench", "time the scan against its peers and its floor"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status (0 only on success)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"mambabyte {__version__}")
+        return 0
+    if args[0] not in COMMANDS:
+        return _fail(f"there is no command {args[0]!r}: choose one of {', '.join(COMMANDS)}")
+    try:
+        run: Callable[[list[str]], int] = importlib.import_module(COMMANDS[args[0]][0]).run
+        return run(args[1:])
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader went away, as in `mambabyte generate | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join([
+        "usage: mambabyte COMMAND [options]", "",
+        "Byte-level selective state-space language models: train, score, stream, study.", "",
+        *lines, "", "mambabyte COMMAND --help shows the options of a command and an example.",
+    ])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

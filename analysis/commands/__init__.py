@@ -1,0 +1,52 @@
+"""One module a command: parse the options, call the library, print the result.
+
+``parse`` reads a dataclass from the command line with the module's docstring as its help.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+
+def parse(options: type[T], argv: list[str], command: str, about: str | None,
+          default: T | None = None) -> T:
+    """Options of ``mambabyte COMMAND``; prints help or a usage error and exits as tyro does."""
+    kwargs: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(
+        options, args=argv, prog=f"mambabyte {command}", description=about,
+        **kwargs,
+    )
+
+
+def print_result(record: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    """The result on stdout: the record as JSON, or lines for people."""
+    print(json.dumps(record, default=_plain) if as_json else "\n".join(lines), flush=True)
+
+
+def pick_device(device: str) -> str:
+    """ "auto" is the first CUDA device where there is one, else the CPU."""
+    import torch
+
+    from mambabyte.errors import UserError
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device!r}: no CUDA device is available; use --device cpu")
+    if device != "cpu" and not device.startswith("cuda"):
+        raise UserError(f"device {device!r} is unknown: use auto, cpu, cuda or cuda:1")
+    return device
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -1,0 +1,99 @@
+"""Train a model on a corpus, or resume a run.
+
+    mambabyte train --preset mamba_byte --corpus stdlib --out runs/first
+    mambabyte train --preset hybrid_3_1 --train.context 512 --out runs/hybrid
+    mambabyte train --preset mamba_byte --out runs/first --resume
+
+The presets fill the --model and --train options; each can be overridden. A corpus below 10,000
+training bytes, or SMOKE_TEST_ONLY=1, selects smoke mode: the parts are checked and the smoke
+configuration trains for two steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from analysis.commands import parse, pick_device, print_result
+from analysis.console import Bar, say, training_note
+from mambabyte.config import PRESETS, ModelConfig, TrainConfig, get_preset
+from mambabyte.corpus import load_corpus
+from mambabyte.errors import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    out: Path
+    """Run folder: configuration, metrics, checkpoints, result."""
+    preset: str = "mamba_byte"
+    """Named system that fills the other options."""
+    corpus: str = "stdlib"
+    """stdlib, wikitext103, a folder with wiki.*.raw, or a text file."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    resume: bool = False
+    """Continue the run in the folder from its newest checkpoint."""
+    json: bool = False
+    """Print the result as JSON."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def run(argv: list[str]) -> int:
+    preset = get_preset(_option(argv, "--preset") or "mamba_byte")
+    about = (__doc__ or "") + "\nPresets:\n\n" + "\n".join(
+        f"    {name}: {p.about}" for name, p in PRESETS.items())
+    out = Path(_option(argv, "--out") or "")
+    default = Options(out=out, model=preset.model, train=preset.train)
+    options = parse(Options, argv, "train", about, default)
+    if options.out == Path(""):
+        raise UserError("no run folder was given: add --out FOLDER")
+
+    from mambabyte import train as training
+    from mambabyte.provenance import provenance
+
+    corpus = load_corpus(options.corpus, say)
+    device = pick_device(options.device)
+    model, recipe = options.model, options.train
+    smoke = training.is_smoke(len(corpus.train))
+    record: dict[str, Any] = {}
+    if smoke:
+        import torch
+
+        from mambabyte.model import ByteLM
+        from mambabyte.smoke import smoke_check
+
+        model, recipe = training.smoke_configs(model, len(corpus.train))
+        say(f"SMOKE mode (train={len(corpus.train)} bytes) ctx={recipe.context}")
+        torch.manual_seed(recipe.seed)
+        record["smoke"] = smoke_check(ByteLM(model).to(device), corpus.train)
+    say(f"{model.n_parameters / 1e6:.2f}M parameters, layers {model.layers}, context "
+        f"{recipe.context}, batch {recipe.batch_size}, {recipe.n_steps} steps on {device}, "
+        f"commit {provenance()['commit']}")
+    with Bar("training") as bar:
+        record |= training.train(
+            model, recipe, corpus, options.out, device=device, resume=options.resume,
+            report=lambda p: bar(p.step / p.n_steps, training_note(p), line=True),
+        )
+    record["run"] = options.out
+    bits = record.get("valid_bits_per_byte")
+    energy = "not measured" if record["joules"] is None else f"{record['joules']:.1f} J"
+    print_result(record, options.json, [
+        f"{record['steps']} steps in {record['seconds']:.1f} s, stopped by {record['stopped_by']}",
+        f"held-out: {'not measured' if bits is None else f'{bits:.4f} bits/byte'}",
+        f"energy: {energy} ({record['energy_source']})",
+        f"run folder: {options.out}",
+        *(["SMOKE PASS"] if smoke else []),
+    ])
+    return 130 if record["stopped_by"] == "interrupt" else 0
+
+
+def _option(argv: list[str], name: str) -> str | None:
+    """The value of one option, read before the others because it decides their defaults."""
+    for i, arg in enumerate(argv):
+        if arg == name and i + 1 < len(argv):
+            return argv[i + 1]
+        if arg.startswith(name + "="):
+            return arg.partition("=")[2]
+    return None

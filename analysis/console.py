@@ -1,0 +1,62 @@
+"""Progress for people: a live line on a terminal, plain lines elsewhere. All of it on stderr."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mambabyte import train
+
+
+def say(line: str) -> None:
+    """One plain line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """A bar for work of known length: ``with Bar("scoring") as bar: bar(0.5, "note")``."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._tenth = 0
+        self._live: Progress | None = None
+        console = Console(stderr=True)
+        if console.is_terminal:
+            self._live = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"),
+                TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
+            )
+            self._task = self._live.add_task(title, total=1.0, note="")
+
+    def __enter__(self) -> Bar:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, done: float, note: str = "", *, line: bool = False) -> None:
+        """``done`` in [0, 1]; off a terminal a line is printed every tenth, or always if asked."""
+        if self._live:
+            self._live.update(self._task, completed=done, note=note)
+        elif line or int(done * 10) > self._tenth:
+            self._tenth = int(done * 10)
+            say(f"{self.title} {done:4.0%} {note}".rstrip())
+
+
+def training_note(p: train.Progress) -> str:
+    """One line about a training step, in the units of the field."""
+    parts = [f"step {p.step}/{p.n_steps}", f"loss {p.loss:.4f}", f"{p.bits_per_byte:.4f} bits/byte",
+             f"{p.bytes_per_second / 1e3:.1f} kB/s", f"{p.seconds:.0f} s"]
+    if p.headroom is not None:
+        parts.append(f"headroom {p.headroom:.1f}")
+    parts.append("energy not measured" if p.joules is None else f"{p.joules:.0f} J")
+    return ", ".join(parts)

@@ -1,0 +1,31 @@
+"""Fixtures that several test files use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 40
+# Two-, three- and four-byte characters among ASCII.
+MULTIBYTE = "naïve café – “déjà vu” costs 5 €, 日本語 🙂 and plain text again. " * 6
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    # The tensors of the tests are tiny: a second thread costs more than it does.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """A corpus large enough not to be smoke mode."""
+    path = tmp_path / "text.txt"
+    path.write_text((TEXT + MULTIBYTE) * 12, encoding="utf-8")
+    return path

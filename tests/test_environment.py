@@ -1,0 +1,35 @@
+"""pyproject.toml, environment.yml and constraints.txt say the same thing."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_environment_yml_equals_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = list(project["dependencies"])
+    for extra in project["optional-dependencies"].values():
+        wanted += extra
+    lines = (ROOT / "environment.yml").read_text().splitlines()
+    pip = [line.strip()[2:] for line in lines if line.startswith("      - ")]
+    assert pip[-1] == "-e ."
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()
+                if "==" in line)
+    expected = []
+    for requirement in wanted:
+        name = re.match(r"[A-Za-z0-9_.-]+", requirement).group()
+        expected.append(f"{requirement},=={pins[name]}" if name in pins else requirement)
+    assert sorted(pip[:-1]) == sorted(expected)
+    python = project["requires-python"]
+    assert f"  - python{python}" in lines
+
+
+def test_version_is_one():
+    from mambabyte import __version__
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == __version__
