@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
+from mambabyte.ops import operator
 from mambabyte.ops.chunked import chunked_scan
 from mambabyte.ops.cumsum import (
     corrected_chunked_cumsum_scan,
@@ -65,7 +66,7 @@ FORMS: dict[str, Form] = {
 
 def default_form(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """The form that "auto" means there: fused where its kernels run, else the stable chunks."""
-    return "chunked"
+    return operator.default_form(torch.device(device), dtype)
 
 
 def selective_scan(
@@ -98,7 +99,8 @@ def selective_scan(
     Raises UserError for shapes that do not agree, an unknown form, or a chunk size below 1.
     """
     if form == "auto":
-        form = default_form(u.device, u.dtype)
+        fits = A.shape[-1] <= operator.MAX_STATES
+        form = default_form(u.device, u.dtype) if fits else "chunked"
     if form not in FORMS:
         raise UserError(f"scan form {form!r} is unknown: choose auto, {', '.join(FORMS)}")
     _check_shapes(u, delta, A, B, C, D, z, delta_bias, initial_state)
@@ -107,9 +109,7 @@ def selective_scan(
 
     chosen = FORMS[form]
     if chosen.scan is None:
-        from mambabyte.ops.operator import fused_scan
-
-        return fused_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
+        return operator.fused_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
 
     # Autocast would take the sum over states to bf16; a scan accumulates in float32 or better.
     with torch.autocast(u.device.type, enabled=False):

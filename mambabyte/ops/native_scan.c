@@ -26,15 +26,17 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-#ifndef TILE
-#define TILE 16 /* time steps between checkpoints; native_scan.py knows this number */
+#ifndef TILE /* native_scan.py sets all three */
+#define TILE 16   /* time steps between saved states */
+#define PAD 32    /* rows of saved states are padded to this many channels */
+#define GROUP 128 /* channels of one partial sum of dB and dC: a multiple of PAD */
 #endif
-#define PAD 32    /* rows of saved states are padded to this many channels; so does it know this */
-#define GROUP 128 /* channels of one task; a multiple of PAD, never a function of the threads */
+#define HUGE_PAGE_BYTES (1 << 20) /* outputs from this size on ask for huge pages */
 #define MAX_THREADS 256
 
 #ifdef SCAN_DOUBLE
@@ -61,11 +63,16 @@ typedef int32_t bits_t;
 
 typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef bits_t ivec __attribute__((vector_size(VECTOR_BYTES)));
+/* the same anywhere in memory */
+typedef real loose_vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 typedef struct {
   vec v[2];
 } pair; /* one row of WIDTH channels */
 
 #define INLINE static inline __attribute__((always_inline))
+INLINE vec load(const real *p) { return *(const loose_vec *)p; }
+INLINE void store(real *p, vec x) { *(loose_vec *)p = x; }
+#define NOINLINE __attribute__((noinline)) /* so that a profile shows the parts */
 #define UNROLL2 _Pragma("GCC unroll 2")
 
 /* ---------------------------------------------------------------- arguments (native_scan.py) */
@@ -91,6 +98,7 @@ typedef struct {
 typedef struct { /* derived once per call, read by all threads */
   const scan_args *a;
   int64_t padded;  /* channels rounded up to PAD */
+  int64_t group;   /* channels of one task, at most GROUP */
   int64_t groups;  /* tasks per batch row */
   int64_t tiles;
   const real *A2;  /* (states, padded): A * log2(e), clamped */
@@ -106,7 +114,12 @@ INLINE vec choose(ivec mask, vec yes, vec no) {
 }
 INLINE vec vmax(vec x, vec lo) { return choose(x < lo, lo, x); } /* nan stays nan */
 INLINE vec vmin(vec x, vec hi) { return choose(x > hi, hi, x); }
-INLINE vec vabs(vec x) { return (vec)((ivec)x & ~(ivec)splat(-(real)0)); }
+INLINE vec vabs(vec x) { return choose(x < 0, -x, x); }
+/* One level of a reduction: lane i of the result is the sum of two lanes of x (lower half of the
+ * result) or of y (upper half); LANES vectors and log2(LANES) levels later every lane is a total. */
+#if defined(__AVX512F__) && !defined(SCAN_DOUBLE)
+INLINE real sum_lanes(vec x) { return _mm512_reduce_add_ps((__m512)x); }
+#else
 INLINE real sum_lanes(vec x) {
   real s[LANES];
   memcpy(s, &x, sizeof s);
@@ -114,6 +127,7 @@ INLINE real sum_lanes(vec x) {
     for (int i = 0; i < half; i++) s[i] += s[i + half];
   return s[0];
 }
+#endif
 
 /* 2^x as (1 + q) 2^k with integer k and |r| = |x - k| <= 1/2.  The recurrence uses the two parts:
  * g = 2^k h is exact, so h_t = g + (q g + b) is rounded as if a were known to full precision, and a
@@ -234,7 +248,6 @@ INLINE int64_t offset_of(const tensor *x, int64_t b, int64_t t, int64_t d) {
 
 /* `count` < WIDTH marks the ragged end of the channels: the rest of the lanes reads as zero */
 INLINE pair load_row(const tensor *x, int64_t b, int64_t t, int64_t d, int count) {
-  pair r;
   int64_t at = offset_of(x, b, t, d);
 #ifndef SCAN_DOUBLE
   if (x->type == TYPE_BF16) {
@@ -245,21 +258,20 @@ INLINE pair load_row(const tensor *x, int64_t b, int64_t t, int64_t d, int count
       memcpy(edge, p, count * sizeof *p);
       p = edge;
     }
-    hvec h[2];
-    memcpy(h, p, sizeof h);
-    r.v[0] = from_bf16(h[0]);
-    r.v[1] = from_bf16(h[1]);
-    return r;
+    hvec h0, h1;
+    memcpy(&h0, p, sizeof h0);
+    memcpy(&h1, p + LANES, sizeof h1);
+    return (pair){{from_bf16(h0), from_bf16(h1)}};
   }
 #endif
   const real *p = (const real *)x->ptr + at;
+  real edge[WIDTH];
   if (count < WIDTH) {
-    memset(&r, 0, sizeof r);
-    memcpy(&r, p, count * sizeof *p);
-  } else {
-    memcpy(&r, p, sizeof r);
+    memset(edge, 0, sizeof edge);
+    memcpy(edge, p, count * sizeof *p);
+    p = edge;
   }
-  return r;
+  return (pair){{load(p), load(p + LANES)}};
 }
 
 INLINE void store_row(const tensor *x, int64_t b, int64_t t, int64_t d, int count, pair r) {
@@ -267,16 +279,32 @@ INLINE void store_row(const tensor *x, int64_t b, int64_t t, int64_t d, int coun
 #ifndef SCAN_DOUBLE
   if (x->type == TYPE_BF16) {
     uint16_t *p = (uint16_t *)x->ptr + at;
-    hvec h[2] = {to_bf16(r.v[0]), to_bf16(r.v[1])};
-    memcpy(p, h, count < WIDTH ? count * sizeof *p : sizeof h);
+    hvec h0 = to_bf16(r.v[0]), h1 = to_bf16(r.v[1]);
+    uint16_t edge[WIDTH], *to = count < WIDTH ? edge : p;
+    memcpy(to, &h0, sizeof h0);
+    memcpy(to + LANES, &h1, sizeof h1);
+    if (count < WIDTH) memcpy(p, edge, count * sizeof *p);
     return;
   }
 #endif
   real *p = (real *)x->ptr + at;
-  if (count < WIDTH)
-    memcpy(p, &r, count * sizeof *p);
-  else
-    memcpy(p, &r, sizeof r);
+  real edge[WIDTH], *to = count < WIDTH ? edge : p;
+  store(to, r.v[0]);
+  store(to + LANES, r.v[1]);
+  if (count < WIDTH) memcpy(p, edge, count * sizeof *p);
+}
+
+/* Rows of a block are a whole time step apart, which no hardware prefetcher follows. */
+INLINE void prefetch_row(const tensor *x, int64_t b, int64_t t, int64_t d, int writing) {
+  if (!x->ptr) return;
+  const int64_t size = x->type == TYPE_BF16 ? 2 : (int64_t)sizeof(real);
+  const char *p = x->ptr + offset_of(x, b, t, d) * size;
+  for (int64_t i = 0; i < WIDTH * size; i += 64) {
+    if (writing)
+      __builtin_prefetch(p + i, 1, 2);
+    else
+      __builtin_prefetch(p + i, 0, 2);
+  }
 }
 
 /* one row of B or C, any number of states */
@@ -307,17 +335,55 @@ static void store_states(const tensor *x, int64_t b, int64_t t, int64_t n, const
   memcpy((real *)x->ptr + at, from, n * sizeof(real));
 }
 
-/* (channels, states) in a caller's tensor  <->  (states, padded) here */
-static void states_in(const real *from, int64_t states, int64_t d0, int64_t d1, real *to,
-                      int64_t padded) {
-  for (int64_t n = 0; n < states; n++)
-    for (int64_t d = d0; d < d1; d++) to[n * padded + d] = from[d * states + n];
+/* ---------------------------------------------------------------- transposition */
+
+/* x[i] lane j  <->  x[j] lane i, halving the distance at each level */
+INLINE void transpose(vec x[LANES]) {
+#if defined(__clang__)
+  real from[LANES][LANES], to[LANES][LANES];
+  memcpy(from, x, sizeof from);
+  for (int i = 0; i < LANES; i++)
+    for (int j = 0; j < LANES; j++) to[j][i] = from[i][j];
+  memcpy(x, to, sizeof to);
+#else
+  ivec lane;
+  for (int i = 0; i < LANES; i++) lane[i] = i;
+  for (int step = LANES / 2; step; step /= 2) {
+    const ivec upper = (lane & step) != 0;
+    const ivec low = lane + (upper & (LANES - step));            /* of y from lane `step` on */
+    const ivec high = lane + step + (upper & (LANES - step));    /* of x up to there */
+    for (int i = 0; i < LANES; i++) {
+      if (i & step) continue;
+      vec a = x[i], b = x[i + step];
+      x[i] = __builtin_shuffle(a, b, low);
+      x[i + step] = __builtin_shuffle(a, b, high);
+    }
+  }
+#endif
 }
 
-static void states_out(const real *from, int64_t padded, int64_t d0, int64_t d1, real *to,
-                       int64_t states) {
-  for (int64_t d = d0; d < d1; d++)
-    for (int64_t n = 0; n < states; n++) to[d * states + n] = from[n * padded + d];
+/* to[j * to_row + i] = from[i * from_row + j] */
+static void transpose_matrix(const real *from, int64_t from_row, int64_t rows, int64_t columns,
+                             real *to, int64_t to_row) {
+  const int64_t whole_rows = rows / LANES * LANES, whole_columns = columns / LANES * LANES;
+  for (int64_t i = 0; i < whole_rows; i += LANES)
+    for (int64_t j = 0; j < whole_columns; j += LANES) {
+      vec x[LANES];
+      for (int k = 0; k < LANES; k++) x[k] = load(from + (i + k) * from_row + j);
+      transpose(x);
+      for (int k = 0; k < LANES; k++) store(to + (j + k) * to_row + i, x[k]);
+    }
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; j++)
+      to[j * to_row + i] = from[i * from_row + j];
+}
+
+/* (channels, states) in a caller's tensor  <->  (states, padded) here */
+static void states_in(const real *from, int64_t states, int64_t channels, real *to, int64_t row) {
+  transpose_matrix(from, states, channels, states, to, row);
+}
+static void states_out(const real *from, int64_t row, int64_t channels, real *to, int64_t states) {
+  transpose_matrix(from, row, states, channels, to, states);
 }
 
 /* ---------------------------------------------------------------- threads */
@@ -401,172 +467,349 @@ static int run_tasks(const plan *p, task_fn run, int64_t tasks, int64_t scratch_
 
 /* ---------------------------------------------------------------- forward */
 
-/* TILE steps of 2 vectors x S states; h is in and out, y is added to if with_y */
-INLINE void tile_forward(int S, int with_y, int steps, int64_t states, const pair *dt,
-                         const pair *dtu, const real *B, const real *C, const vec A2[2][2],
-                         vec h[2][2], pair *y) {
+typedef struct { /* one time step of one block of channels */
+  vec dt[2], dtu[2], y[2];
+} forward_row;
+
+/* Two states (or one, S) of one tile.  The pointers go to the first state, the second is a row on. */
+INLINE void tile_forward(int S, int steps, int64_t states, forward_row *r, const real *B,
+                         const real *C, const real *A2_at, int64_t padded, const real *h_at,
+                         int64_t row, real *h_next, int64_t next_row) {
+  vec A2[2][2], h[2][2];
+  UNROLL2 for (int s = 0; s < S; s++) {
+    UNROLL2 for (int v = 0; v < 2; v++) {
+      A2[s][v] = load(A2_at + s * padded + v * LANES);
+      h[s][v] = load(h_at + s * row + v * LANES);
+    }
+  }
   for (int t = 0; t < steps; t++) {
     UNROLL2 for (int v = 0; v < 2; v++) {
-      vec x_dt = dt[t].v[v], x_dtu = dtu[t].v[v], sum = with_y ? y[t].v[v] : splat(0);
+      vec dt = r[t].dt[v], dtu = r[t].dtu[v], sum = r[t].y[v];
       UNROLL2 for (int s = 0; s < S; s++) {
         scale_t k;
-        vec q = exp2m1(split_exponent(x_dt * A2[s][v], &k));
-        vec g = scale(h[s][v], k);
-        h[s][v] = g + (q * g + x_dtu * B[t * states + s]);
-        if (with_y) sum += h[s][v] * C[t * states + s];
+        vec q = exp2m1(split_exponent(dt * A2[s][v], &k));
+        vec x = scale(h[s][v], k);
+        h[s][v] = x + (q * x + dtu * B[t * states + s]);
+        sum += h[s][v] * C[t * states + s];
       }
-      if (with_y) y[t].v[v] = sum;
+      r[t].y[v] = sum;
     }
+  }
+  UNROLL2 for (int s = 0; s < S; s++) {
+    UNROLL2 for (int v = 0; v < 2; v++) store(h_next + s * next_row + v * LANES, h[s][v]);
   }
 }
 
-typedef struct {
-  pair dt[TILE], dtu[TILE], y[TILE];
-} forward_rows;
-
 static int64_t forward_scratch(int64_t states) {
-  return (int64_t)sizeof(forward_rows) + (2 * TILE + GROUP) * states * (int64_t)sizeof(real);
+  return TILE * (int64_t)sizeof(forward_row) + (2 * TILE + GROUP) * states * (int64_t)sizeof(real);
 }
 
 /* exponents use a dt that is finite, so that dt = inf gives exp(dt A) = 0 and not nan */
 #define HUGE_DT ((real)1e30)
 #define HUGE_A ((real)1e8)
 
+/* steps of a tile, 0 if there is no such tile */
+INLINE int steps_of(const scan_args *a, int64_t tile) {
+  const int64_t left = a->length - tile * TILE;
+  return tile < 0 || left < 0 ? 0 : left < TILE ? (int)left : TILE;
+}
+
+typedef struct { /* where a task is */
+  int64_t b, t0, d;
+  int steps, count; /* of the tile, and channels of the block */
+} place;
+
+/* what is computed once per (t, d) before the loop over states ... */
+static NOINLINE void forward_open(const plan *p, place at, place next, forward_row *r) {
+  const scan_args *a = p->a;
+  const pair skip = {{load(p->skip + at.d), load(p->skip + at.d + LANES)}};
+  const pair bias = {{load(p->bias + at.d), load(p->bias + at.d + LANES)}};
+  for (int t = 0; t < at.steps; t++) {
+    pair x = load_row(&a->delta, at.b, at.t0 + t, at.d, at.count);
+    pair u = load_row(&a->u, at.b, at.t0 + t, at.d, at.count);
+    UNROLL2 for (int v = 0; v < 2; v++) {
+      vec slope, dt = x.v[v] + bias.v[v];
+      if (a->softplus) dt = softplus(dt, &slope);
+      r[t].dtu[v] = dt * u.v[v];
+      r[t].dt[v] = vmin(dt, splat(HUGE_DT));
+      r[t].y[v] = u.v[v] * skip.v[v];
+    }
+    if (t < next.steps) {
+      prefetch_row(&a->delta, next.b, next.t0 + t, next.d, 0);
+      prefetch_row(&a->u, next.b, next.t0 + t, next.d, 0);
+      prefetch_row(&a->z, next.b, next.t0 + t, next.d, 0);
+    }
+  }
+}
+
+/* ... and after it */
+static NOINLINE void forward_close(const plan *p, place at, const forward_row *r) {
+  const scan_args *a = p->a;
+  for (int t = 0; t < at.steps; t++) {
+    pair y = {{r[t].y[0], r[t].y[1]}};
+    if (a->z.ptr) {
+      pair z = load_row(&a->z, at.b, at.t0 + t, at.d, at.count);
+      UNROLL2 for (int v = 0; v < 2; v++) y.v[v] *= z.v[v] * sigmoid(z.v[v]);
+    }
+    store_row(&a->y, at.b, at.t0 + t, at.d, at.count, y);
+  }
+}
+
+static NOINLINE void forward_states(const plan *p, place at, forward_row *r, const real *B,
+                                    const real *C, const real *h, int64_t row, real *h_next,
+                                    int64_t next_row) {
+  const int64_t N = p->a->states, P = p->padded;
+  const real *A2 = p->A2 + at.d;
+  for (int64_t n = 0; n < N; n += 2) {
+    if (n + 1 == N)
+      tile_forward(1, at.steps, N, r, B + n, C + n, A2 + n * P, P, h + n * row, row,
+                   h_next + n * next_row, next_row);
+    else
+      tile_forward(2, at.steps, N, r, B + n, C + n, A2 + n * P, P, h + n * row, row,
+                   h_next + n * next_row, next_row);
+  }
+}
+
 static int forward_task(const plan *p, int64_t task, char *scratch) {
   const scan_args *a = p->a;
-  const int64_t N = a->states, b = task / p->groups, d_begin = task % p->groups * GROUP;
-  const int64_t d_end = d_begin + GROUP < a->channels ? d_begin + GROUP : a->channels;
-  forward_rows *rows = (forward_rows *)scratch;
-  real *state = (real *)(rows + 1);       /* (states, GROUP), when nothing is saved */
-  real *sB = state + GROUP * N, *sC = sB + TILE * N; /* (TILE, states) */
-  int64_t row = GROUP;
-  const int64_t checkpoint = N * p->padded;
-  if (a->saved) {
-    state = a->saved + b * p->tiles * checkpoint + d_begin;
-    row = p->padded;
-  }
-  for (int64_t n = 0; n < N; n++) memset(state + n * row, 0, (d_end - d_begin + PAD - 1) / PAD * PAD * sizeof(real));
+  const int64_t N = a->states, P = p->padded, b = task / p->groups;
+  const int64_t d_begin = task % p->groups * p->group;
+  const int64_t d_end = d_begin + p->group < a->channels ? d_begin + p->group : a->channels;
+  forward_row *r = (forward_row *)scratch;
+  real *own = (real *)(r + TILE);                    /* (states, GROUP) */
+  real *sB = own + GROUP * N, *sC = sB + TILE * N;   /* (TILE, states) */
+  /* The state lives in scratch, or where the checkpoint of the coming tile is wanted. */
+  real *saved = a->saved ? a->saved + b * p->tiles * N * P + d_begin : NULL;
+  real *h = saved ? saved : own;
+  int64_t row = saved ? P : GROUP;
+  const int64_t width = (d_end - d_begin + PAD - 1) / PAD * PAD;
+
+  for (int64_t n = 0; n < N; n++) memset(h + n * row, 0, width * sizeof(real));
   if (a->h0)
-    states_in(a->h0 + (b * a->channels + d_begin) * N, N, 0, d_end - d_begin, state, row);
+    states_in(a->h0 + (b * a->channels + d_begin) * N, N, d_end - d_begin, h, row);
 
   for (int64_t tile = 0; tile < p->tiles; tile++) {
-    const int64_t t0 = tile * TILE;
-    const int steps = a->length - t0 < TILE ? (int)(a->length - t0) : TILE;
-    /* the last tile has no checkpoint after it: its end goes to the caller from scratch */
-    real *next = state;
-    if (a->saved) {
-      next = tile + 1 < p->tiles ? state + checkpoint : (real *)(rows + 1);
+    place at = {.b = b, .t0 = tile * TILE, .steps = steps_of(a, tile)};
+    const int last = tile + 1 == p->tiles;
+    real *h_next = saved && !last ? h + N * P : own;
+    const int64_t next_row = saved && !last ? P : GROUP;
+    for (int t = 0; t < at.steps; t++) {
+      load_states(&a->B, b, at.t0 + t, N, sB + t * N);
+      load_states(&a->C, b, at.t0 + t, N, sC + t * N);
     }
-    const int64_t next_row = a->saved && tile + 1 < p->tiles ? p->padded : GROUP;
-    for (int t = 0; t < steps; t++) {
-      load_states(&a->B, b, t0 + t, N, sB + t * N);
-      load_states(&a->C, b, t0 + t, N, sC + t * N);
+    for (at.d = d_begin; at.d < d_end; at.d += WIDTH) {
+      const int64_t i = at.d - d_begin;
+      at.count = d_end - at.d < WIDTH ? (int)(d_end - at.d) : WIDTH;
+      place next = at;
+      next.d += WIDTH;
+      if (next.d >= d_end)
+        next = (place){.b = b, .t0 = at.t0 + TILE, .d = d_begin, .steps = steps_of(a, tile + 1)};
+      forward_open(p, at, next, r);
+      forward_states(p, at, r, sB, sC, h + i, row, h_next + i, next_row);
+      forward_close(p, at, r);
     }
-    for (int64_t d = d_begin; d < d_end; d += WIDTH) {
-      const int count = d_end - d < WIDTH ? (int)(d_end - d) : WIDTH;
-      pair u[TILE];
-      for (int t = 0; t < steps; t++) {
-        pair x = load_row(&a->delta, b, t0 + t, d, count);
-        u[t] = load_row(&a->u, b, t0 + t, d, count);
-        UNROLL2 for (int v = 0; v < 2; v++) {
-          vec slope, dt = x.v[v] + *(const vec *)(p->bias + d + v * LANES);
-          if (a->softplus) dt = softplus(dt, &slope);
-          rows->dtu[t].v[v] = dt * u[t].v[v];
-          rows->dt[t].v[v] = vmin(dt, splat(HUGE_DT));
-          rows->y[t].v[v] = u[t].v[v] * *(const vec *)(p->skip + d + v * LANES);
-        }
-      }
-      for (int64_t n = 0; n < N; n += 2) {
-        const int S = n + 1 < N ? 2 : 1;
-        vec A2[2][2], h[2][2];
-        for (int s = 0; s < S; s++)
-          for (int v = 0; v < 2; v++) {
-            A2[s][v] = *(const vec *)(p->A2 + (n + s) * p->padded + d + v * LANES);
-            h[s][v] = *(const vec *)(state + (n + s) * row + d - d_begin + v * LANES);
-          }
-        if (S == 2)
-          tile_forward(2, 1, steps, N, rows->dt, rows->dtu, sB + n, sC + n, A2, h, rows->y);
-        else
-          tile_forward(1, 1, steps, N, rows->dt, rows->dtu, sB + n, sC + n, A2, h, rows->y);
-        for (int s = 0; s < S; s++)
-          for (int v = 0; v < 2; v++)
-            *(vec *)(next + (n + s) * next_row + d - d_begin + v * LANES) = h[s][v];
-      }
-      for (int t = 0; t < steps; t++) {
-        pair y = rows->y[t];
-        if (a->z.ptr) {
-          pair z = load_row(&a->z, b, t0 + t, d, count);
-          UNROLL2 for (int v = 0; v < 2; v++) y.v[v] *= z.v[v] * sigmoid(z.v[v]);
-        }
-        store_row(&a->y, b, t0 + t, d, count, y);
-      }
-    }
-    state = next;
+    h = h_next;
     row = next_row;
   }
-  states_out(state, row, 0, d_end - d_begin, a->h_last + (b * a->channels + d_begin) * N, N);
+  states_out(h, row, d_end - d_begin, a->h_last + (b * a->channels + d_begin) * N, N);
   return 0;
 }
 
 /* ---------------------------------------------------------------- backward */
 
-typedef struct {
-  pair u[TILE], dt[TILE], dtu[TILE], slope[TILE], dy[TILE], dout[TILE], z[TILE];
-  pair y[TILE];  /* sum_n C h + D u, for dz */
-  pair v[TILE];  /* sum_n g B,       for du and ddelta */
-  pair w[TILE];  /* sum_n g a h A2,  for ddelta */
-  vec h[TILE + 1][2][2], a[TILE][2][2];
-} backward_rows;
+typedef struct { /* one time step of one block of channels: what the loop over states touches */
+  vec dt[2], dtu[2], dy[2];
+  vec y[2];               /* sum_n C h + D u, for dz */
+  vec v[2];               /* sum_n g B,       for du and ddelta */
+  vec w[2];               /* sum_n g a h A2,  for ddelta */
+  vec q[2][2], h[2][2];   /* of the two states at hand: exp(dt A) = (1 + q) 2^k, */
+  scale_t k[2][2];        /* h is the state before the step */
+} backward_row;
+
+typedef struct { /* ... and what it does not */
+  pair u, slope, gate; /* gate = dout silu'(z) */
+} outer_row;
+
+typedef struct { /* per time step and two states: sums over channels, still in lanes */
+  vec B[2], C[2];
+} lane_sums;
 
 static int64_t backward_scratch(int64_t states) {
-  return (int64_t)sizeof(backward_rows) + 2 * TILE * states * (int64_t)sizeof(vec) +
+  return (TILE + 1) * (int64_t)sizeof(backward_row) + TILE * (int64_t)sizeof(outer_row) +
+         TILE * (states + 1) / 2 * (int64_t)sizeof(lane_sums) +
          (2 * TILE + 2 * GROUP) * states * (int64_t)sizeof(real) +
          2 * GROUP * (int64_t)sizeof(real);
 }
 
-/* One tile forward (keeping a and h), then back.  g is the gradient of the state after the tile on
- * entry and of the state before it on return; accB, accC are (TILE, states) vectors. */
-INLINE void tile_backward(int S, int with_y, int steps, int64_t states, backward_rows *r,
-                          const real *B, const real *C, const vec A2[2][2], vec g[2][2],
-                          vec dA[2][2], vec *accB, vec *accC) {
+/* Two states (or one, S) of one tile: forward, keeping a and h, then back.  On entry g is the gradient
+ * of the state after the tile, on return of the state before it; dA is added to.  The pointers go to
+ * the first state, rows of the second are `row` (h, A2: `padded`) apart. */
+INLINE void tile_backward(int S, int with_y, int steps, int64_t states, backward_row *r,
+                          const real *B, const real *C, const real *A2_at, const real *h_at,
+                          int64_t padded, real *g_at, real *dA_at, int64_t row,
+                          lane_sums *sums) {
+  vec A2[2][2], h[2][2], g[2][2], dA[2][2];
+  UNROLL2 for (int s = 0; s < S; s++) {
+    UNROLL2 for (int v = 0; v < 2; v++) {
+      A2[s][v] = load(A2_at + s * padded + v * LANES);
+      h[s][v] = load(h_at + s * padded + v * LANES);
+    }
+  }
   for (int t = 0; t < steps; t++) {
     UNROLL2 for (int v = 0; v < 2; v++) {
-      vec dt = r->dt[t].v[v], dtu = r->dtu[t].v[v], sum = r->y[t].v[v];
+      vec dt = r[t].dt[v], dtu = r[t].dtu[v], sum = r[t].y[v];
       UNROLL2 for (int s = 0; s < S; s++) {
         scale_t k;
         vec q = exp2m1(split_exponent(dt * A2[s][v], &k));
-        vec x = scale(r->h[t][s][v], k);
-        vec h = x + (q * x + dtu * B[t * states + s]);
-        r->a[t][s][v] = scale(q + 1, k);
-        r->h[t + 1][s][v] = h;
-        if (with_y) sum += h * C[t * states + s];
+        vec x = scale(h[s][v], k);
+        r[t].h[s][v] = h[s][v];
+        r[t].q[s][v] = q;
+        r[t].k[s][v] = k;
+        h[s][v] = x + (q * x + dtu * B[t * states + s]);
+        if (with_y) sum += h[s][v] * C[t * states + s];
       }
-      if (with_y) r->y[t].v[v] = sum;
+      if (with_y) r[t].y[v] = sum;
+    }
+  }
+  UNROLL2 for (int s = 0; s < S; s++) {
+    UNROLL2 for (int v = 0; v < 2; v++) {
+      g[s][v] = load(g_at + s * row + v * LANES);
+      dA[s][v] = load(dA_at + s * row + v * LANES);
     }
   }
   for (int t = steps - 1; t >= 0; t--) {
-    vec sumB[2] = {accB[t * states], S > 1 ? accB[t * states + 1] : splat(0)};
-    vec sumC[2] = {accC[t * states], S > 1 ? accC[t * states + 1] : splat(0)};
+    vec sumB[2], sumC[2];
+    UNROLL2 for (int s = 0; s < S; s++) {
+      sumB[s] = sums[t].B[s];
+      sumC[s] = sums[t].C[s];
+    }
     UNROLL2 for (int v = 0; v < 2; v++) {
-      vec dt = r->dt[t].v[v], dtu = r->dtu[t].v[v], dy = r->dy[t].v[v];
-      vec sum_v = r->v[t].v[v], sum_w = r->w[t].v[v];
+      vec dt = r[t].dt[v], dtu = r[t].dtu[v], dy = r[t].dy[v];
+      vec sum_v = r[t].v[v], sum_w = r[t].w[v];
       UNROLL2 for (int s = 0; s < S; s++) {
         vec gh = g[s][v] + dy * C[t * states + s];
         sum_v += gh * B[t * states + s];
         sumB[s] += gh * dtu;
-        sumC[s] += dy * r->h[t + 1][s][v];
-        g[s][v] = gh * r->a[t][s][v];
-        vec w = g[s][v] * r->h[t][s][v];
+        sumC[s] += dy * h[s][v];
+        h[s][v] = r[t].h[s][v];
+        vec x = scale(gh, r[t].k[s][v]);
+        g[s][v] = x + x * r[t].q[s][v];
+        vec w = g[s][v] * h[s][v];
         dA[s][v] += w * dt;
         sum_w += w * A2[s][v];
       }
-      r->v[t].v[v] = sum_v;
-      r->w[t].v[v] = sum_w;
+      r[t].v[v] = sum_v;
+      r[t].w[v] = sum_w;
     }
-    for (int s = 0; s < S; s++) {
-      accB[t * states + s] = sumB[s];
-      accC[t * states + s] = sumC[s];
+    UNROLL2 for (int s = 0; s < S; s++) {
+      sums[t].B[s] = sumB[s];
+      sums[t].C[s] = sumC[s];
     }
+  }
+  UNROLL2 for (int s = 0; s < S; s++) {
+    UNROLL2 for (int v = 0; v < 2; v++) {
+      store(g_at + s * row + v * LANES, g[s][v]);
+      store(dA_at + s * row + v * LANES, dA[s][v]);
+    }
+  }
+}
+
+/* what is computed once per (t, d) before the loop over states ... */
+static NOINLINE void backward_open(const plan *p, place at, place next, backward_row *r,
+                                   outer_row *outer) {
+  const scan_args *a = p->a;
+  const pair skip = {{load(p->skip + at.d), load(p->skip + at.d + LANES)}};
+  const pair bias = {{load(p->bias + at.d), load(p->bias + at.d + LANES)}};
+  for (int t = 0; t < at.steps; t++) {
+    pair x = load_row(&a->delta, at.b, at.t0 + t, at.d, at.count);
+    pair u = load_row(&a->u, at.b, at.t0 + t, at.d, at.count);
+    pair dout = load_row(&a->dy, at.b, at.t0 + t, at.d, at.count);
+    pair slope = {{splat(1), splat(1)}}, z = u;
+    if (a->z.ptr) z = load_row(&a->z, at.b, at.t0 + t, at.d, at.count);
+    UNROLL2 for (int v = 0; v < 2; v++) {
+      vec dt = x.v[v] + bias.v[v], dy = dout.v[v];
+      if (a->softplus) dt = softplus(dt, &slope.v[v]);
+      r[t].dtu[v] = dt * u.v[v];
+      r[t].dt[v] = vmin(dt, splat(HUGE_DT));
+      r[t].y[v] = u.v[v] * skip.v[v];
+      r[t].v[v] = r[t].w[v] = splat(0);
+      if (a->z.ptr) {
+        vec sig = sigmoid(z.v[v]), gate = z.v[v] * sig;
+        outer[t].gate.v[v] = dy * (sig + gate * (1 - sig));
+        dy *= gate;
+      }
+      r[t].dy[v] = dy;
+    }
+    outer[t].u = u;
+    outer[t].slope = slope;
+    if (t < next.steps) {
+      prefetch_row(&a->delta, next.b, next.t0 + t, next.d, 0);
+      prefetch_row(&a->u, next.b, next.t0 + t, next.d, 0);
+      prefetch_row(&a->dy, next.b, next.t0 + t, next.d, 0);
+      prefetch_row(&a->z, next.b, next.t0 + t, next.d, 0);
+    }
+    prefetch_row(&a->du, at.b, at.t0 + t, at.d, 1);
+    prefetch_row(&a->ddelta, at.b, at.t0 + t, at.d, 1);
+    prefetch_row(&a->dz, at.b, at.t0 + t, at.d, 1);
+  }
+  const tensor saved = {(char *)a->saved, TYPE_REAL, p->tiles * a->states * p->padded, p->padded};
+  if (next.steps > 0)
+    for (int64_t n = 0; n < a->states; n++)
+      prefetch_row(&saved, next.b, next.t0 / TILE * a->states + n, next.d, 0);
+}
+
+/* ... and after it */
+static NOINLINE void backward_close(const plan *p, place at, const backward_row *r,
+                                    const outer_row *outer, real *dD, real *dbias) {
+  const scan_args *a = p->a;
+  const pair skip = {{load(p->skip + at.d), load(p->skip + at.d + LANES)}};
+  pair sumD = {{load(dD), load(dD + LANES)}}, sum_bias = {{load(dbias), load(dbias + LANES)}};
+  for (int t = at.steps - 1; t >= 0; t--) {
+    pair du, ddelta, dz;
+    UNROLL2 for (int v = 0; v < 2; v++) {
+      vec dt = r[t].dt[v], dy = r[t].dy[v], u = outer[t].u.v[v];
+      du.v[v] = dy * skip.v[v] + dt * r[t].v[v];
+      /* w was summed with A log2(e) */
+      vec x = u * r[t].v[v] + r[t].w[v] * (real)0.6931471805599453;
+      ddelta.v[v] = x * outer[t].slope.v[v];
+      sumD.v[v] += dy * u;
+      sum_bias.v[v] += ddelta.v[v];
+      dz.v[v] = outer[t].gate.v[v] * r[t].y[v];
+    }
+    store_row(&a->du, at.b, at.t0 + t, at.d, at.count, du);
+    store_row(&a->ddelta, at.b, at.t0 + t, at.d, at.count, ddelta);
+    if (a->z.ptr) store_row(&a->dz, at.b, at.t0 + t, at.d, at.count, dz);
+  }
+  for (int v = 0; v < 2; v++) {
+    store(dD + v * LANES, sumD.v[v]);
+    store(dbias + v * LANES, sum_bias.v[v]);
+  }
+}
+
+/* sums over the channels of a group leave the lanes */
+static NOINLINE void backward_sums(int steps, int64_t states, const lane_sums *sums, real *part) {
+  for (int t = 0; t < steps; t++)
+    for (int64_t n = 0; n < states; n++) {
+      part[2 * t * states + n] = sum_lanes(sums[n / 2 * TILE + t].B[n % 2]);
+      part[(2 * t + 1) * states + n] = sum_lanes(sums[n / 2 * TILE + t].C[n % 2]);
+    }
+}
+
+static NOINLINE void backward_states(const plan *p, place at, backward_row *r, const real *B, const real *C, real *g,
+                            real *dA, lane_sums *sums) {
+  const int64_t N = p->a->states, P = p->padded;
+  const real *A2 = p->A2 + at.d;
+  const real *h = p->a->saved + (at.b * p->tiles + at.t0 / TILE) * N * P + at.d;
+  for (int64_t n = 0; n < N; n += 2, sums += TILE) {
+    if (n + 1 == N)
+      tile_backward(1, 1, at.steps, N, r, B + n, C + n, A2 + n * P, h + n * P, P,
+                    g + n * GROUP, dA + n * GROUP, GROUP, sums);
+    else if (p->a->z.ptr)
+      tile_backward(2, 1, at.steps, N, r, B + n, C + n, A2 + n * P, h + n * P, P,
+                    g + n * GROUP, dA + n * GROUP, GROUP, sums);
+    else
+      tile_backward(2, 0, at.steps, N, r, B + n, C + n, A2 + n * P, h + n * P, P,
+                    g + n * GROUP, dA + n * GROUP, GROUP, sums);
   }
 }
 
@@ -575,108 +818,42 @@ static int backward_task(const plan *p, int64_t task, char *scratch) {
   const int64_t N = a->states, b = task / p->groups, group = task % p->groups;
   const int64_t d_begin = group * GROUP;
   const int64_t d_end = d_begin + GROUP < a->channels ? d_begin + GROUP : a->channels;
-  backward_rows *r = (backward_rows *)scratch;
-  vec *accB = (vec *)(r + 1), *accC = accB + TILE * N; /* (TILE, states) */
-  real *g = (real *)(accC + TILE * N);                 /* (states, GROUP): carried gradient */
-  real *dA = g + GROUP * N;                            /* (states, GROUP), then dD, dbias */
+  backward_row *r = (backward_row *)scratch;
+  outer_row *outer = (outer_row *)(r + TILE);
+  lane_sums *sums = (lane_sums *)(outer + TILE);   /* ((states + 1) / 2, TILE) */
+  real *g = (real *)(sums + TILE * ((N + 1) / 2)); /* (states, GROUP): carried gradient */
+  real *dA = g + GROUP * N;                        /* (states, GROUP), then dD, dbias */
   real *dD = dA + GROUP * N, *dbias = dD + GROUP;
   real *sB = dbias + GROUP, *sC = sB + TILE * N;
 
   memset(g, 0, GROUP * N * sizeof(real));
   memset(dA, 0, (GROUP * N + 2 * GROUP) * sizeof(real));
   if (a->dh_last)
-    states_in(a->dh_last + (b * a->channels + d_begin) * N, N, 0, d_end - d_begin, g, GROUP);
+    states_in(a->dh_last + (b * a->channels + d_begin) * N, N, d_end - d_begin, g, GROUP);
 
   for (int64_t tile = p->tiles - 1; tile >= 0; tile--) {
-    const int64_t t0 = tile * TILE;
-    const int steps = a->length - t0 < TILE ? (int)(a->length - t0) : TILE;
-    const real *saved = a->saved + (b * p->tiles + tile) * N * p->padded;
-    for (int t = 0; t < steps; t++) {
-      load_states(&a->B, b, t0 + t, N, sB + t * N);
-      load_states(&a->C, b, t0 + t, N, sC + t * N);
+    place at = {.b = b, .t0 = tile * TILE, .steps = steps_of(a, tile)};
+    for (int t = 0; t < at.steps; t++) {
+      load_states(&a->B, b, at.t0 + t, N, sB + t * N);
+      load_states(&a->C, b, at.t0 + t, N, sC + t * N);
     }
-    memset(accB, 0, 2 * TILE * N * sizeof(vec));
-    for (int64_t d = d_begin; d < d_end; d += WIDTH) {
-      const int count = d_end - d < WIDTH ? (int)(d_end - d) : WIDTH;
-      pair skip, bias;
-      memcpy(&skip, p->skip + d, sizeof skip);
-      memcpy(&bias, p->bias + d, sizeof bias);
-      for (int t = 0; t < steps; t++) {
-        pair x = load_row(&a->delta, b, t0 + t, d, count);
-        r->u[t] = load_row(&a->u, b, t0 + t, d, count);
-        r->dout[t] = load_row(&a->dy, b, t0 + t, d, count);
-        if (a->z.ptr) r->z[t] = load_row(&a->z, b, t0 + t, d, count);
-        UNROLL2 for (int v = 0; v < 2; v++) {
-          vec dt = x.v[v] + bias.v[v], u = r->u[t].v[v], dy = r->dout[t].v[v];
-          r->slope[t].v[v] = splat(1);
-          if (a->softplus) dt = softplus(dt, &r->slope[t].v[v]);
-          r->dtu[t].v[v] = dt * u;
-          r->dt[t].v[v] = vmin(dt, splat(HUGE_DT));
-          r->y[t].v[v] = u * skip.v[v];
-          r->v[t].v[v] = r->w[t].v[v] = splat(0);
-          if (a->z.ptr) {
-            vec z = r->z[t].v[v], sig = sigmoid(z), gate = z * sig;
-            r->z[t].v[v] = dy * (sig + gate * (1 - sig)); /* dout silu'(z) */
-            dy *= gate;
-          }
-          r->dy[t].v[v] = dy;
-        }
-      }
-      for (int64_t n = 0; n < N; n += 2) {
-        const int S = n + 1 < N ? 2 : 1;
-        vec A2[2][2], x[2][2], y[2][2];
-        for (int s = 0; s < S; s++)
-          for (int v = 0; v < 2; v++) {
-            const int64_t at = (n + s) * GROUP + d - d_begin + v * LANES;
-            A2[s][v] = *(const vec *)(p->A2 + (n + s) * p->padded + d + v * LANES);
-            r->h[0][s][v] = *(const vec *)(saved + (n + s) * p->padded + d + v * LANES);
-            x[s][v] = *(const vec *)(g + at);
-            y[s][v] = *(const vec *)(dA + at);
-          }
-        if (S == 1)
-          tile_backward(1, 1, steps, N, r, sB + n, sC + n, A2, x, y, accB + n, accC + n);
-        else if (a->z.ptr)
-          tile_backward(2, 1, steps, N, r, sB + n, sC + n, A2, x, y, accB + n, accC + n);
-        else
-          tile_backward(2, 0, steps, N, r, sB + n, sC + n, A2, x, y, accB + n, accC + n);
-        for (int s = 0; s < S; s++)
-          for (int v = 0; v < 2; v++) {
-            const int64_t at = (n + s) * GROUP + d - d_begin + v * LANES;
-            *(vec *)(g + at) = x[s][v];
-            *(vec *)(dA + at) = y[s][v];
-          }
-      }
-      pair sumD, sum_bias;
-      memcpy(&sumD, dD + d - d_begin, sizeof sumD);
-      memcpy(&sum_bias, dbias + d - d_begin, sizeof sum_bias);
-      for (int t = steps - 1; t >= 0; t--) {
-        pair du, ddelta, dz;
-        UNROLL2 for (int v = 0; v < 2; v++) {
-          vec dt = r->dt[t].v[v], dy = r->dy[t].v[v], u = r->u[t].v[v];
-          du.v[v] = dy * skip.v[v] + dt * r->v[t].v[v];
-          /* w was summed with A log2(e) */
-          ddelta.v[v] = u * r->v[t].v[v] + r->w[t].v[v] * (real)0.6931471805599453;
-          ddelta.v[v] *= r->slope[t].v[v];
-          sumD.v[v] += dy * u;
-          sum_bias.v[v] += ddelta.v[v];
-          dz.v[v] = r->z[t].v[v] * r->y[t].v[v];
-        }
-        store_row(&a->du, b, t0 + t, d, count, du);
-        store_row(&a->ddelta, b, t0 + t, d, count, ddelta);
-        if (a->z.ptr) store_row(&a->dz, b, t0 + t, d, count, dz);
-      }
-      memcpy(dD + d - d_begin, &sumD, sizeof sumD);
-      memcpy(dbias + d - d_begin, &sum_bias, sizeof sum_bias);
+    memset(sums, 0, TILE * ((N + 1) / 2) * sizeof *sums);
+    for (at.d = d_begin; at.d < d_end; at.d += WIDTH) {
+      const int64_t i = at.d - d_begin;
+      at.count = d_end - at.d < WIDTH ? (int)(d_end - at.d) : WIDTH;
+      place next = at;
+      next.d += WIDTH;
+      if (next.d >= d_end)
+        next = (place){.b = b, .t0 = at.t0 - TILE, .d = d_begin, .steps = steps_of(a, tile - 1)};
+      backward_open(p, at, next, r, outer);
+      backward_states(p, at, r, sB, sC, g + i, dA + i, sums);
+      backward_close(p, at, r, outer, dD + i, dbias + i);
     }
-    real *part = a->part_bc + ((group * a->batch + b) * a->length + t0) * 2 * N;
-    for (int t = 0; t < steps; t++)
-      for (int64_t n = 0; n < N; n++) {
-        part[(2 * t) * N + n] = sum_lanes(accB[t * N + n]);
-        part[(2 * t + 1) * N + n] = sum_lanes(accC[t * N + n]);
-      }
+    backward_sums(at.steps, N, sums,
+                  a->part_bc + ((group * a->batch + b) * a->length + at.t0) * 2 * N);
   }
   if (a->dh0)
-    states_out(g, GROUP, 0, d_end - d_begin, a->dh0 + (b * a->channels + d_begin) * N, N);
+    states_out(g, GROUP, d_end - d_begin, a->dh0 + (b * a->channels + d_begin) * N, N);
   real *part = a->part_a + b * (N + 2) * p->padded + d_begin;
   for (int64_t n = 0; n < N + 2; n++)
     memcpy(part + n * p->padded, dA + n * GROUP, (d_end - d_begin) * sizeof(real));
@@ -712,23 +889,24 @@ static void reduce_batch(const plan *p) {
     for (int64_t n = 0; n < N + 2; n++)
       for (int64_t d = 0; d < a->channels; d++)
         sum[n * p->padded + d] += sum[b * size + n * p->padded + d];
-  states_out(sum, p->padded, 0, a->channels, a->dA, N);
+  states_out(sum, p->padded, a->channels, a->dA, N);
   if (a->dD) memcpy(a->dD, sum + N * p->padded, a->channels * sizeof(real));
   if (a->dbias) memcpy(a->dbias, sum + (N + 1) * p->padded, a->channels * sizeof(real));
 }
 
 /* ---------------------------------------------------------------- entry points */
 
-static real *make_plan(const scan_args *a, plan *p) {
+static real *make_plan(const scan_args *a, int64_t group, plan *p) {
   const int64_t N = a->states;
   p->a = a;
   p->padded = (a->channels + PAD - 1) / PAD * PAD;
-  p->groups = (a->channels + GROUP - 1) / GROUP;
+  p->group = group;
+  p->groups = (a->channels + group - 1) / group;
   p->tiles = (a->length + TILE - 1) / TILE;
   real *memory = take((N + 2) * p->padded * (int64_t)sizeof(real));
   if (!memory) return NULL;
   memset(memory, 0, (N + 2) * p->padded * sizeof(real));
-  states_in(a->A, N, 0, a->channels, memory, p->padded);
+  states_in(a->A, N, a->channels, memory, p->padded);
   for (int64_t i = 0; i < N * p->padded; i++) {
     real x = memory[i];
     x = x < -HUGE_A ? -HUGE_A : x > HUGE_A ? HUGE_A : x;
@@ -743,28 +921,51 @@ static real *make_plan(const scan_args *a, plan *p) {
   return memory;
 }
 
+/* A fresh output costs a page fault every 4 KiB, at these speeds as much as computing it. */
+static void prefer_huge_pages(const tensor *x, int64_t elements) {
+#ifdef MADV_HUGEPAGE
+  const int64_t bytes = elements * (x->type == TYPE_BF16 ? 2 : (int64_t)sizeof(real));
+  const uintptr_t inside = (uintptr_t)x->ptr & 4095; /* advice starts at the page of the start */
+  if (x->ptr && bytes >= HUGE_PAGE_BYTES) madvise(x->ptr - inside, bytes + inside, MADV_HUGEPAGE);
+#else
+  (void)x, (void)elements;
+#endif
+}
+
 /* below this many state updates a second thread costs more than it gives */
+#ifndef SMALL_WORK
 #define SMALL_WORK (1 << 17)
+#endif
+
+static int64_t useful_threads(const scan_args *a) {
+  return a->batch * a->length * a->channels * a->states < SMALL_WORK ? 1 : a->threads;
+}
 
 /* 0, or 1 when memory ran out */
 int scan_forward(const scan_args *a) {
   plan p;
-  real *memory = make_plan(a, &p);
+  const int64_t threads = useful_threads(a);
+  int64_t group = GROUP; /* channels are independent here: cut them finer if threads would idle */
+  while (group > PAD && a->batch * ((a->channels + group - 1) / group) < 3 * threads) group -= PAD;
+  real *memory = make_plan(a, group, &p);
   if (!memory) return 1;
-  int64_t work_size = a->batch * a->length * a->channels * a->states;
-  int failed = run_tasks(&p, forward_task, a->batch * p.groups, forward_scratch(a->states),
-                         work_size < SMALL_WORK ? 1 : a->threads);
+  const tensor saved = {(char *)a->saved, TYPE_REAL, 0, 0};
+  prefer_huge_pages(&a->y, a->batch * a->length * a->channels);
+  prefer_huge_pages(&saved, a->batch * p.tiles * a->states * p.padded);
+  int failed =
+      run_tasks(&p, forward_task, a->batch * p.groups, forward_scratch(a->states), threads);
   free(memory);
   return failed;
 }
 
 int scan_backward(const scan_args *a) {
   plan p;
-  real *memory = make_plan(a, &p);
+  const int64_t rows = a->batch * a->length, threads = useful_threads(a);
+  real *memory = make_plan(a, GROUP, &p); /* not a function of the threads: it orders the sums */
   if (!memory) return 1;
-  int64_t work_size = a->batch * a->length * a->channels * a->states;
-  int64_t threads = work_size < SMALL_WORK ? 1 : a->threads;
-  int64_t rows = a->batch * a->length;
+  prefer_huge_pages(&a->du, rows * a->channels);
+  prefer_huge_pages(&a->ddelta, rows * a->channels);
+  prefer_huge_pages(&a->dz, rows * a->channels);
   int failed = run_tasks(&p, backward_task, a->batch * p.groups, backward_scratch(a->states),
                          threads);
   if (!failed) {
@@ -775,4 +976,61 @@ int scan_backward(const scan_args *a) {
   }
   free(memory);
   return failed;
+}
+
+/* ---------------------------------------------------------------- single steps */
+
+typedef struct { /* all contiguous: streams (batch, channels or states) */
+  int64_t batch, channels, states, softplus, threads;
+  int64_t type_u, type_delta, type_B, type_C, type_z;
+  char *u, *delta, *B, *C, *z, *y;
+  real *A, *D, *bias, *h0, *h_last;
+} step_args;
+
+int scan_step(const step_args *s) {
+  const int64_t d = s->channels, n = s->states;
+  const scan_args a = {
+      .batch = s->batch, .length = 1, .channels = d, .states = n,
+      .softplus = s->softplus, .threads = s->threads,
+      .u = {s->u, s->type_u, d, d}, .delta = {s->delta, s->type_delta, d, d},
+      .B = {s->B, s->type_B, n, n}, .C = {s->C, s->type_C, n, n},
+      .z = {s->z, s->type_z, d, d}, .y = {s->y, s->type_u, d, d},
+      .A = s->A, .D = s->D, .bias = s->bias, .h0 = s->h0, .h_last = s->h_last,
+  };
+  return scan_forward(&a);
+}
+
+typedef struct { /* x, y (batch, channels); tails (batch, taps - 1, channels); weight (channels, taps) */
+  int64_t batch, channels, taps, type;
+  char *x, *tail, *y, *tail_out;
+  real *weight, *bias;
+} conv_args;
+
+/* y = silu(causal convolution of the tail and x), and the tail of the next step */
+int conv_step(const conv_args *c) {
+  const int64_t D = c->channels, before = c->taps - 1;
+  const tensor x = {c->x, c->type, D, 0}, y = {c->y, c->type, D, 0};
+  const tensor tail = {c->tail, c->type, before * D, D};
+  const tensor tail_out = {c->tail_out, c->type, before * D, D};
+  for (int64_t d = 0; d < D; d += WIDTH) {
+    const int count = D - d < WIDTH ? (int)(D - d) : WIDTH;
+    for (int64_t b = 0; b < c->batch; b++) {
+      pair sum = {{splat(0), splat(0)}};
+      real column[WIDTH] = {0};
+      if (c->bias) {
+        memcpy(column, c->bias + d, count * sizeof(real));
+        sum = (pair){{load(column), load(column + LANES)}};
+      }
+      for (int64_t k = 0; k <= before; k++) {
+        pair in = k < before ? load_row(&tail, b, k, d, count) : load_row(&x, b, 0, d, count);
+        if (k > 0) store_row(&tail_out, b, k - 1, d, count, in);
+        for (int i = 0; i < count; i++) column[i] = c->weight[(d + i) * c->taps + k];
+        sum.v[0] += in.v[0] * load(column);
+        sum.v[1] += in.v[1] * load(column + LANES);
+      }
+      for (int v = 0; v < 2; v++) sum.v[v] *= sigmoid(sum.v[v]);
+      store_row(&y, b, 0, d, count, sum);
+    }
+  }
+  return 0;
 }

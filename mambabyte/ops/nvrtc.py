@@ -455,10 +455,15 @@ class Program:
         self._modules: dict[int, tuple[ctypes.c_void_p, dict[str, str]]] = {}
 
     @classmethod
-    def from_file(cls, filename: str, names: Sequence[str], options: Sequence[str] = ()) -> Program:
-        """The source beside this module."""
-        source = Path(__file__).with_name(filename).read_text(encoding="utf-8")
-        return cls(source, names, options, filename=filename)
+    def from_file(
+        cls, *filenames: str, names: Sequence[str], options: Sequence[str] = ()
+    ) -> Program:
+        """The source files beside this module, one after another."""
+        texts = [
+            f'#line 1 "{name}"\n' + Path(__file__).with_name(name).read_text(encoding="utf-8")
+            for name in filenames
+        ]
+        return cls("\n".join(texts), names, options, filename=filenames[-1])
 
     def compile(self, arch: str) -> Cubin:
         """Machine code for ``arch``, from the disk cache where it is there. Needs no GPU."""

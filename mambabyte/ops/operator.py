@@ -104,20 +104,24 @@ def fused_scan(
     delta_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     delta_softplus: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The fused scan: arguments and results as in :func:`mambabyte.ops.selective_scan`.
 
     Shapes: u, delta, z (B, L, D); A (D, N) with N <= 64; B, C (B, L, N); D, delta_bias (D,);
     initial_state (B, D, N). Returns y (B, L, D) and the final state (B, D, N).
 
-    Raises UserError (a ValueError) for a shape, dtype or device that does not fit, and where no
+    ``recompute`` is the low-memory setting: no states are kept between forward and backward, which
+    runs the forward again instead.
+
+    Raises UserError for a shape, dtype or device that does not fit, and where no
     fused kernel runs.
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     _check_shapes(*tensors)
     if not torch.is_autocast_enabled(u.device.type):
-        _check_dtypes(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        _check_dtypes(*tensors)
+    save = not recompute and torch.is_grad_enabled() and _any_requires_grad(tensors)
     y, final_state, _ = _scan(
         u,
         delta,
@@ -132,6 +136,10 @@ def fused_scan(
         save,
     )
     return y, final_state
+
+
+def _any_requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _state_dtype(tensor: Tensor, u: Tensor) -> Tensor:
@@ -204,7 +212,7 @@ _INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
     "Tensor? delta_bias, Tensor? initial_state"
 )
-# ``save`` asks for what the backward needs (``saved``); without it, saved is empty.
+# ``save`` asks for the states that spare the backward a second forward (``saved``, else empty).
 _LIBRARY.define(
     f"selective_scan({_INPUTS}, bool delta_softplus, bool save) "
     "-> (Tensor y, Tensor final_state, Tensor saved)",
@@ -228,8 +236,8 @@ def _forward_on(device_type: str) -> Any:
         z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
         delta_softplus: bool, save: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        _require(u)
-        _check_dtypes(u, delta, A, B, C, D, z, delta_bias, initial_state)
+        if u.device not in _READY:
+            _require(u.device)
         y, final_state, saved = _kernels(device_type).forward(
             u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, save
         )
@@ -245,9 +253,10 @@ def _backward_on(device_type: str) -> Any:
         initial_state: Tensor | None, saved: Tensor, delta_softplus: bool,
     ) -> Tensors:  # fmt: skip
         inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-        gradients = _kernels(device_type).backward(
-            dy, dfinal_state, *inputs, saved, delta_softplus
-        )
+        kernels = _kernels(device_type)
+        if device_type == "cpu" and saved.numel() == 0:  # cuda_scan does this by parts
+            _, _, saved = kernels.forward(*inputs, delta_softplus, True)
+        gradients = kernels.backward(dy, dfinal_state, *inputs, saved, delta_softplus)
         return tuple(
             A.new_empty(0) if given is None else gradient
             for given, gradient in zip(inputs, gradients, strict=True)
@@ -256,10 +265,14 @@ def _backward_on(device_type: str) -> Any:
     return backward
 
 
-def _require(u: Tensor) -> None:
-    available, reason = fused_available(u.device)
+_READY: set[torch.device] = set()
+
+
+def _require(device: torch.device) -> None:
+    available, reason = fused_available(device)
     if not available:
-        raise UserError(f"no fused scan on {u.device}: {reason}; use form='chunked'")
+        raise UserError(f"no fused scan on {device}: {reason}; use form='chunked'")
+    _READY.add(device)
 
 
 for _type, _key in (("cpu", "CPU"), ("cuda", "CUDA")):
@@ -276,8 +289,11 @@ def _forward_shapes(
     (batch, length, channels), states = u.shape, A.shape[1]
     saved_shape: tuple[int, ...] = (0,)
     if save:
-        kernels = _kernels("cuda" if u.device.type == "cuda" else "cpu")
-        saved_shape = kernels.saved_shape(batch, length, channels, states)
+        if u.device.type == "cuda":
+            size = _kernels("cuda").saved_shape(batch, length, channels, states, u.dtype)
+        else:
+            size = _kernels("cpu").saved_shape(batch, length, channels, states)
+        saved_shape = tuple(size)
     return (
         u.new_empty(batch, length, channels),
         A.new_empty(batch, channels, states),
@@ -296,40 +312,61 @@ def _backward_shapes(
 
 
 # ------------------------------------------------------------------------------------ gradients
+#
+# Registered by hand: torch.library.register_autograd does the same, at 40 us more a call.
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    *tensors, ctx.delta_softplus, ctx.saved = inputs
-    ctx.set_materialize_grads(False)  # no (B, D, N) of zeros where the final state is not used
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*tensors, output[2])
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensors:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = _scan(*args)
+        *tensors, ctx.delta_softplus, _ = args
+        ctx.set_materialize_grads(False)  # no (B, D, N) of zeros where the state is not used
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*tensors, output[2])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy, dfinal_state, _ = grads
+        *inputs, saved = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros_like(inputs[0])
+        gradients = _scan_backward(dy, dfinal_state, *inputs, saved, ctx.delta_softplus)
+        wanted = zip(ctx.needs_input_grad[:9], gradients, strict=True)
+        return (*[gradient if needed else None for needed, gradient in wanted], None, None)
 
 
-def _gradients(
-    ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if not ctx.saved:
-        raise RuntimeError("selective_scan was called with save=False: it has no gradient")
-    *inputs, saved = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros_like(inputs[0])
-    gradients = _scan_backward(dy, dfinal_state, *inputs, saved, ctx.delta_softplus)
-    wanted = zip(ctx.needs_input_grad[:9], gradients, strict=True)
-    return (*[gradient if needed else None for needed, gradient in wanted], None, None)
+class _ScanBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensors:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _scan_backward(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        raise NotImplementedError(
+            "the fused selective scan is differentiable once: use form='chunked' for second order"
+        )
 
 
-torch.library.register_autograd(
-    "mambabyte::selective_scan", _gradients, setup_context=_save_for_backward, lib=_LIBRARY
-)
+def differentiable(operator: Any, function: Any) -> Any:
+    """Kernel for the Autograd key: ``function`` where a gradient is wanted, else ``operator``."""
+
+    def call(*args: Any) -> Tensors:
+        if torch.is_grad_enabled():
+            for value in args:
+                if isinstance(value, Tensor) and value.requires_grad:
+                    return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    return call
 
 
-def _no_second_order(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
-    raise NotImplementedError(
-        "the fused selective scan is differentiable once: use form='chunked' for second order"
-    )
-
-
-torch.library.register_autograd("mambabyte::selective_scan_backward", _no_second_order, lib=_LIBRARY)
+_LIBRARY.impl("selective_scan", differentiable(_scan, _Scan), "Autograd")
+_LIBRARY.impl("selective_scan_backward", differentiable(_scan_backward, _ScanBackward), "Autograd")
 
 
 # ------------------------------------------------------------------------------------- autocast

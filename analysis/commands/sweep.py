@@ -1,0 +1,82 @@
+"""Run the studies, or a grid of parameters over them. What is finished is skipped.
+
+    mambabyte sweep
+    mambabyte sweep overflow --grid chunk_size=16,32,64 --executor local --workers 2
+    mambabyte sweep ablation throughput --profile full
+
+Each run is a notebook executed in a fresh process. An interrupted sweep goes on where it was; a
+failed run stays visible, is tried again by the next sweep, and makes the exit status 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from analysis.commands import parse, print_result
+from mambabyte.errors import UserError
+
+if TYPE_CHECKING:
+    from analysis.sweep import Row
+
+
+@dataclass(frozen=True)
+class Options:
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Studies to run; all when none is named."""
+    profile: str = "quick"
+    """quick (CPU, about a minute each) or full (a GPU, longer)."""
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """name=value of a parameter; repeat for more. A list is written 1,2,3."""
+    grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """name=v1,v2,v3: a run for each value, and for each combination when repeated."""
+    executor: Literal["serial", "local", "dask", "slurm"] = "serial"
+    """Where runs execute; serial keeps timings undisturbed."""
+    workers: int = 1
+    """How many runs at once, where the executor can."""
+    address: str = ""
+    """Scheduler of a dask cluster, or a Slurm partition."""
+    force: bool = False
+    """Run again what is done already."""
+    root: Path = Path("reports/runs")
+    """Where run folders are kept."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(argv: list[str]) -> int:
+    options = parse(Options, argv, "sweep", __doc__)
+
+    from analysis.sweep import run_sweep
+
+    rows = run_sweep(
+        options.names, profile=options.profile, overrides=split_pairs("--set", options.set),
+        grid={k: v.split(",") for k, v in split_pairs("--grid", options.grid).items()},
+        root=options.root, executor=options.executor, workers=options.workers,
+        address=options.address, force=options.force,
+    )
+    return print_rows(rows, options.json)
+
+
+def split_pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
+    """``name=value`` texts as a dict; UserError for anything else."""
+    result = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UserError(f"{option} got {pair!r}: expected name=value")
+        if name in result:
+            raise UserError(f"{option} gives {name} twice")
+        result[name] = value
+    return result
+
+
+def print_rows(rows: Sequence[Row], as_json: bool) -> int:
+    """One line a run; returns the exit status, 1 if any failed."""
+    lines = [f"{row.status:8} {row.run_id}  {row.error or row.folder}" for row in rows]
+    print_result({"runs": [asdict(row) for row in rows]}, as_json, lines)
+    return 1 if any(row.status == "failed" for row in rows) else 0

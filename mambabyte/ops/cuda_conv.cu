@@ -1,0 +1,197 @@
+// Depthwise causal convolution with SiLU in layout (B, L, D), forward and backward.
+//
+//   s_t = bias + sum_k w_k x_{t-K+1+k},   y_t = silu(s_t)   (or y_t = s_t)
+//
+// A thread owns V neighbouring channels and walks `steps` positions in time with the last K - 1
+// inputs in registers, so each input is read once and a warp reads whole lines. What lies before
+// the first position comes from `tail` (zero where it is null). Loads are issued U steps ahead.
+// The sums over time of the weight gradients leave as one partial a segment, added up afterwards
+// in a fixed order: no atomics, so results repeat bit for bit.
+
+constexpr int K = TAPS;
+constexpr int U = 8;
+
+template <class T, int V>
+inline void load_pack(float (&to)[V], const T *from, bool there) {
+    if (there) {
+        Pack<T, V> pack = *(const Pack<T, V> *)from;
+        for (int v = 0; v < V; v++) to[v] = load(pack.at[v]);
+    } else {
+        for (int v = 0; v < V; v++) to[v] = 0.f;
+    }
+}
+
+template <class T, int V> inline void store_pack(T *to, const float (&from)[V]) {
+    Pack<T, V> pack;
+    for (int v = 0; v < V; v++) store(pack.at[v], from[v]);
+    *(Pack<T, V> *)to = pack;
+}
+
+// x at a position that may lie before the sequence.
+template <class T, int V>
+inline void load_input(float (&to)[V], const T *x, int64 stride, const T *tail, int channels, int t,
+                       int length) {
+    if (t >= 0)
+        load_pack<T, V>(to, x + t * stride, t < length);
+    else
+        load_pack<T, V>(to, tail + (int64)(t + K - 1) * channels, tail != nullptr);
+}
+
+template <class T, int V>
+__global__ void __launch_bounds__(128) conv_forward(
+    const T *x, const float *weight, const float *bias, const T *tail, T *y, T *last,
+    int64 batch_stride, int64 stride, int64 threads, int length, int channels, int steps, int silu) {
+    int64 id = blockIdx.x * (int64)blockDim.x + threadIdx.x;
+    if (id >= threads) return;
+    int packs = channels / V, segments = (length + steps - 1) / steps;
+    int d = (int)(id % packs) * V;
+    int64 rest = id / packs;
+    int start = (int)(rest % segments) * steps;
+    int64 b = rest / segments;
+    int end = min(start + steps, length);
+
+    x += b * batch_stride + d;
+    y += b * length * (int64)channels + d;
+    last += b * (K - 1) * channels + d;
+    if (tail) tail += b * (K - 1) * channels + d;
+
+    float w[K][V], offset[V], window[K][V];
+    for (int v = 0; v < V; v++) {
+        for (int k = 0; k < K; k++) w[k][v] = weight[(int64)(d + v) * K + k];
+        offset[v] = bias ? bias[d + v] : 0.f;
+    }
+#pragma unroll
+    for (int k = 0; k < K - 1; k++)
+        load_input<T, V>(window[k + 1], x, stride, tail, channels, start - K + 1 + k, length);
+
+    for (int t0 = start; t0 < end; t0 += U) {
+        float ahead[U][V];
+#pragma unroll
+        for (int j = 0; j < U; j++)
+            load_pack<T, V>(ahead[j], x + (t0 + j) * stride, t0 + j < end);
+#pragma unroll
+        for (int j = 0; j < U; j++) {
+            if (t0 + j >= end) break;
+            float out[V];
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+#pragma unroll
+                for (int k = 0; k < K - 1; k++) window[k][v] = window[k + 1][v];
+                window[K - 1][v] = ahead[j][v];
+                float s = offset[v];
+#pragma unroll
+                for (int k = 0; k < K; k++) s = fmaf(w[k][v], window[k][v], s);
+                out[v] = silu ? s * sigmoid(s) : s;
+            }
+            store_pack<T, V>(y + (int64)(t0 + j) * channels, out);
+        }
+    }
+
+    // The K - 1 inputs to carry on with; in a sequence shorter than that, some come from `tail`.
+    for (int k = 0; k < K - 1; k++) {
+        int t = length - (K - 1) + k;
+        if (t >= end || (t < start && !(t < 0 && start == 0))) continue;
+        float value[V];
+        load_input<T, V>(value, x, stride, tail, channels, t, length);
+        store_pack<T, V>(last + (int64)k * channels, value);
+    }
+}
+
+// partial: (B * segments, K + 1, D), the gradients of the K weights and of the bias.
+template <class T, int V>
+__global__ void __launch_bounds__(128) conv_backward(
+    const T *dy, const T *dlast, const T *x, const float *weight, const float *bias, const T *tail,
+    T *dx, T *dtail, float *partial, int64 dy_batch_stride, int64 dy_stride, int64 batch_stride,
+    int64 stride, int64 threads, int length, int channels, int steps, int silu) {
+    int64 id = blockIdx.x * (int64)blockDim.x + threadIdx.x;
+    if (id >= threads) return;
+    int packs = channels / V, segments = (length + steps - 1) / steps;
+    int d = (int)(id % packs) * V;
+    int64 rest = id / packs;
+    int start = (int)(rest % segments) * steps;
+    int64 b = rest / segments;
+    int end = min(start + steps, length);
+
+    x += b * batch_stride + d;
+    dy += b * dy_batch_stride + d;
+    dx += b * length * (int64)channels + d;
+    int64 edge = b * (K - 1) * channels + d;
+    if (tail) tail += edge;
+    if (dlast) dlast += edge;
+    if (dtail) dtail += edge;
+
+    float w[K][V], offset[V], window[K][V], ds[K][V], dw[K][V], db[V];
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            w[k][v] = weight[(int64)(d + v) * K + k];
+            ds[k][v] = dw[k][v] = 0.f;
+        }
+        offset[v] = bias ? bias[d + v] : 0.f;
+        db[v] = 0.f;
+    }
+#pragma unroll
+    for (int k = 0; k < K - 1; k++)
+        load_input<T, V>(window[k + 1], x, stride, tail, channels, start - K + 1 + k, length);
+
+    // ds[k] is the gradient of s at t - k. dx at t - K + 1 is complete at t, so this walks K - 1
+    // steps into the next segment (they do not count for dw), or past the end (ds is zero there).
+    int stop = end + K - 1;
+    for (int t0 = start; t0 < stop; t0 += U) {
+        float ahead[U][V], gradient[U][V];
+#pragma unroll
+        for (int j = 0; j < U; j++) {
+            bool there = t0 + j < min(stop, length);
+            load_pack<T, V>(ahead[j], x + (t0 + j) * stride, there);
+            load_pack<T, V>(gradient[j], dy + (t0 + j) * dy_stride, there);
+        }
+#pragma unroll
+        for (int j = 0; j < U; j++) {
+            int t = t0 + j;
+            if (t >= stop) break;
+            float out[V];
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+#pragma unroll
+                for (int k = 0; k < K - 1; k++) window[k][v] = window[k + 1][v];
+                window[K - 1][v] = ahead[j][v];
+                float g = gradient[j][v];
+                if (silu) {
+                    float s = offset[v];
+#pragma unroll
+                    for (int k = 0; k < K; k++) s = fmaf(w[k][v], window[k][v], s);
+                    float gate = sigmoid(s);
+                    g *= gate * fmaf(s, 1.f - gate, 1.f);
+                }
+                if (t >= length) g = 0.f;  // else a NaN or inf in s would make 0 * s a NaN
+#pragma unroll
+                for (int k = K - 1; k > 0; k--) ds[k][v] = ds[k - 1][v];
+                ds[0][v] = g;
+                if (t < end) {
+#pragma unroll
+                    for (int k = 0; k < K; k++) dw[k][v] = fmaf(g, window[k][v], dw[k][v]);
+                    db[v] += g;
+                }
+                out[v] = 0.f;
+#pragma unroll
+                for (int k = 0; k < K; k++) out[v] = fmaf(w[k][v], ds[k][v], out[v]);
+            }
+            int p = t - K + 1, k = p - (length - K + 1);
+            if (dlast && k >= 0 && k < K - 1) {
+                float more[V];
+                load_pack<T, V>(more, dlast + (int64)k * channels, true);
+                for (int v = 0; v < V; v++) out[v] += more[v];
+            }
+            if (p >= start)
+                store_pack<T, V>(dx + (int64)p * channels, out);
+            else if (p < 0 && start == 0 && dtail)
+                store_pack<T, V>(dtail + (int64)(p + K - 1) * channels, out);
+        }
+    }
+
+    partial += (b * segments + start / steps) * (K + 1) * channels + d;
+#pragma unroll
+    for (int k = 0; k < K; k++) store_pack<float, V>(partial + k * channels, dw[k]);
+    store_pack<float, V>(partial + K * channels, db);
+}

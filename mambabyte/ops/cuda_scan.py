@@ -1,0 +1,272 @@
+"""Fused selective scan on NVIDIA GPUs: plans and launches the kernels of ``cuda_scan.cu``.
+
+Two families of kernels, chosen by :func:`_is_tile` alone: ``tile`` (bf16, 16 states, channels a
+multiple of 8; tensor cores) and ``any`` (every other case, all in fp32).
+
+``forward(save=True)`` keeps the state every 8 steps for the backward (4 bytes a step and channel in
+the tile family). With ``save=False`` nothing is kept, and a backward called with the empty tensor
+recomputes, a few batch elements at a time: a third more time for far less memory.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .nvrtc import Kernel, Program, raw_stream
+
+CHUNK = 8  # steps between checkpoints, as in cuda_scan.cu
+_PROBLEM = "9P16q"
+_UPSTREAM = "2P2q"
+_C_TYPE = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_TILE_WARP_BYTES = 3 * 1280 + 2304 + 2048  # shared memory per warp of tile_backward
+_ANY_WARPS = 4
+
+
+def _ceil(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+def _padded_states(d_state: int) -> int:
+    if not 1 <= d_state <= 64:
+        raise ValueError(f"the CUDA scan takes 1 to 64 states, not {d_state}")
+    return next(n for n in (4, 8, 16, 32, 64) if n >= d_state)
+
+
+def _is_tile(dtype: torch.dtype, channels: int, d_state: int) -> bool:
+    return dtype == torch.bfloat16 and d_state == 16 and channels % 8 == 0
+
+
+def saved_shape(
+    batch: int, length: int, channels: int, d_state: int, dtype: torch.dtype
+) -> tuple[int, ...]:
+    """Shape of the checkpoints that ``forward(save=True)`` returns, in fp32 elements."""
+    words = 8 if _is_tile(dtype, channels, d_state) else _padded_states(d_state)
+    return (batch, _ceil(length, CHUNK), channels, words)
+
+
+# ------------------------------------------------------------------------------------- planning
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _cut(length: int, segments: int) -> tuple[int, int]:
+    """(steps a segment, segments): whole chunks, at least 64 steps, none empty."""
+    steps = max(64, CHUNK * _ceil(_ceil(length, max(1, segments)), CHUNK))
+    return steps, _ceil(length, steps)
+
+
+def _plan_segments(warps: int, wanted_warps: int, length: int) -> tuple[int, int]:
+    """Cut the sequence where the warps of one segment leave the card more than half idle: a cut
+    costs another pass over most of the input."""
+    if 3 * warps >= wanted_warps:
+        return _cut(length, 1)
+    return _cut(length, wanted_warps // warps)
+
+
+# ------------------------------------------------------------------------------------ launching
+
+
+@functools.cache
+def _kernel(name: str, device: int, parameters: str) -> Kernel:
+    return Program.from_file("cuda_scan.cu", names=(name,)).kernel(name, device, parameters)
+
+
+def _launch(
+    device: int, name: str, parameters: str, blocks: int, threads: tuple[int, int], shared: int, *args
+) -> None:
+    kernel = _kernel(name, device, parameters)
+    kernel.allow_shared(shared)
+    kernel.launch((blocks, 1, 1), (*threads, 1), shared, raw_stream(device), *args)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _true(flag: bool) -> str:
+    return "true" if flag else "false"
+
+
+def _rows(x: Tensor | None, aligned: bool) -> Tensor | None:
+    """``x`` with unit stride on its last axis and, for the tile kernels, rows on 16 bytes."""
+    if x is None:
+        return None
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        x = x.contiguous()
+    if aligned and (x.data_ptr() % 16 or x.stride(0) % 8 or x.stride(1) % 8):
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def _weights(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+class _Scan:
+    """One call's inputs in the form that the kernels take."""
+
+    def __init__(self, u, delta, A, B, C, D, z, delta_bias, initial_state, softplus):
+        self.batch, self.length, self.channels = u.shape
+        self.d_state, self.dtype, self.device = A.shape[1], u.dtype, u.device.index
+        self.tile = _is_tile(u.dtype, self.channels, self.d_state)
+        self.softplus, self.gated = softplus, z is not None
+        self.u, self.delta, self.B, self.C, self.z = (
+            _rows(x, self.tile) for x in (u, delta, B, C, z)
+        )
+        self.A, self.D, self.bias = _weights(A), _weights(D), _weights(delta_bias)
+        self.h0 = _weights(initial_state)
+        self.padded = _padded_states(self.d_state)
+        # Channels in a warp; warps that one segment gives.
+        self.warp_channels = 8 if self.tile else 128 // self.padded
+        self.warps = self.batch * _ceil(self.channels, self.warp_channels)
+
+    def problem(self, steps: int, segments: int) -> tuple[int, ...]:
+        rows = (self.u, self.delta, self.B, self.C, self.z)
+        pointers = (*rows, self.A, self.D, self.bias, self.h0)
+        strides = [s for x in rows for s in ((0, 0) if x is None else x.stride()[:2])]
+        sizes = (self.batch, self.length, self.channels, self.d_state, steps, segments)
+        return (*map(_address, pointers), *strides, *sizes)
+
+    def blocks(self, warps: int, segments: int) -> int:
+        return self.groups(warps) * self.batch * segments
+
+    def groups(self, warps: int) -> int:
+        """Blocks over the channels: each gives its own partial sums of dB and dC."""
+        return _ceil(self.channels, self.warp_channels * warps)
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.u.new_empty(shape, dtype=dtype)
+
+    def segment_buffers(self, segments: int) -> tuple[Tensor | None, Tensor | None]:
+        if segments == 1:
+            return None, None
+        rows = self.batch * segments * self.channels
+        return self.new(rows, self.padded), self.new(rows)
+
+
+# ----------------------------------------------------------------------------------- operations
+
+
+def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, save):
+    """-> (y, final_state, saved). ``saved`` is for :func:`backward`; empty unless ``save``."""
+    s = _Scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
+    y = s.new(s.batch, s.length, s.channels, dtype=s.dtype)
+    final_state = s.new(s.batch, s.channels, s.d_state)
+    shape = saved_shape(s.batch, s.length, s.channels, s.d_state, s.dtype)
+    saved = s.new(*(shape if save else (0,)))
+
+    warps = 4 if s.tile else _ANY_WARPS
+    steps, segments = _plan_segments(s.warps, 16 * _multiprocessors(s.device), s.length)
+    states, dts = s.segment_buffers(segments)
+    problem = s.problem(steps, segments)
+    outputs = (_address(y), _address(final_state), _address(saved) if save else 0)
+    for part in ("STATE_ONLY", "FULL") if segments > 1 else ("FULL",):
+        if s.tile:
+            name = f"tile_forward<{_true(s.gated)}, {_true(s.softplus)}, {part}, {warps}>"
+        else:
+            name = f"any_forward<{_C_TYPE[s.dtype]}, {s.padded}, {_true(s.softplus)}, {part}>"
+        _launch(
+            s.device, name, _PROBLEM + "5P", s.blocks(warps, segments), (32 * warps, 1), 0,
+            *problem, *outputs, _address(states), _address(dts),
+        )  # fmt: skip
+    return y, final_state, saved
+
+
+def backward(
+    dy, dfinal_state, u, delta, A, B, C, D, z, delta_bias, initial_state, saved, delta_softplus
+):
+    """-> (du, ddelta, dA, dB, dC, dD, dz, dbias, dh0), None where the input was None."""
+    batch, length, channels = u.shape
+    d_state = A.shape[1]
+
+    def like(x, *shape, dtype=u.dtype):
+        return None if x is None else u.new_empty((batch, *shape), dtype=dtype)
+
+    rows = (dy, dfinal_state, u, delta, B, C, z, initial_state)  # what has a batch axis
+    outputs = (
+        *(like(x, length, channels) for x in (u, delta, z)),
+        *(like(x, length, d_state) for x in (B, C)),
+        like(initial_state, channels, d_state, dtype=torch.float32),
+    )
+    if saved.numel() > 0:
+        sums = _backward(rows, A, D, delta_bias, saved, delta_softplus, outputs)
+    else:
+        part, sums = _ceil(batch, 8), None
+        for first in range(0, batch, part):
+            more = _recompute_part(
+                slice(first, first + part), rows, A, D, delta_bias, delta_softplus, outputs
+            )
+            sums = more if sums is None else tuple(map(torch.add, sums, more))
+    (du, ddelta, dz, dB, dC, dh0), (dA, dD, dbias) = outputs, sums
+    return (
+        du, ddelta, dA, dB, dC, None if D is None else dD, dz,
+        None if delta_bias is None else dbias, dh0,
+    )  # fmt: skip
+
+
+def _recompute_part(part, rows, A, D, delta_bias, softplus, outputs):
+    rows, outputs = (tuple(None if x is None else x[part] for x in xs) for xs in (rows, outputs))
+    _, _, u, delta, B, C, z, h0 = rows
+    saved = forward(u, delta, A, B, C, D, z, delta_bias, h0, softplus, True)[2]
+    return _backward(rows, A, D, delta_bias, saved, softplus, outputs)
+
+
+def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
+    """Fill ``outputs`` (du, ddelta, dz, dB, dC, dh0) and return the sums (dA, dD, dbias)."""
+    dy, dh_end, u, delta, B, C, z, h0 = rows
+    du, ddelta, dz, dB, dC, dh0 = outputs
+    s = _Scan(u, delta, A, B, C, D, z, delta_bias, h0, softplus)
+    dy, dh_end = _rows(dy, s.tile), _weights(dh_end)
+    sums = s.new(s.channels, s.d_state), s.new(s.channels), s.new(s.channels)
+
+    warps = 6 if s.tile else _ANY_WARPS
+    steps, segments = _plan_segments(s.warps, 12 * _multiprocessors(s.device), s.length)
+    states, dts = s.segment_buffers(segments)
+    problem = s.problem(steps, segments)
+    upstream = (_address(dy), _address(dh_end), *dy.stride()[:2])
+    padded_length = CHUNK * _ceil(s.length, CHUNK)
+    partial_BC = s.new(s.groups(warps), s.batch, padded_length, 2 * s.padded)
+    count = s.batch * segments
+    partials = s.new(count, s.channels, s.d_state), s.new(count, s.channels), s.new(count, s.channels)
+
+    flags = f"{_true(s.gated)}, {_true(s.softplus)}"
+    typed = f"{_C_TYPE[s.dtype]}, {s.padded}"
+    if segments > 1:
+        name = (
+            f"tile_adjoint<{flags}, 4>" if s.tile else f"any_adjoint<{typed}, {_true(s.softplus)}>"
+        )
+        _launch(
+            s.device, name, _PROBLEM + _UPSTREAM + "2P", s.blocks(4, segments), (128, 1), 0,
+            *problem, *upstream, _address(states), _address(dts),
+        )  # fmt: skip
+    if s.tile:
+        name, shared = f"tile_backward<{flags}, {warps}, 2>", warps * _TILE_WARP_BYTES + 16
+    else:
+        name, shared = f"any_backward<{typed}, {_true(s.softplus)}>", 0
+    _launch(
+        s.device, name, _PROBLEM + _UPSTREAM + "11P", s.blocks(warps, segments), (32 * warps, 1),
+        shared, *problem, *upstream,
+        *map(_address, (saved, states, dts, du, ddelta, dz, dh0, partial_BC, *partials)),
+    )  # fmt: skip
+    if s.tile:
+        name, threads = "tile_sum_BC", s.batch * padded_length * 8
+        sizes = (s.groups(warps), s.batch, s.length)
+    else:
+        name, threads = f"any_sum_BC<{typed}>", s.batch * s.length * 2 * s.padded
+        sizes = (s.groups(warps), s.batch * s.length, s.d_state)
+    _launch(
+        s.device, name, "P3q2P", _ceil(threads, 256), (256, 1), 0,
+        _address(partial_BC), *sizes, _address(dB), _address(dC),
+    )  # fmt: skip
+    width = s.channels * s.d_state
+    _launch(
+        s.device, "sum_rows", "3P3q3P", _ceil(width + 2 * s.channels, 32), (32, 8), 0,
+        *map(_address, partials), count, width, s.channels, *map(_address, sums),
+    )  # fmt: skip
+    return sums
