@@ -59,7 +59,8 @@ def make_dir(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder") from None
+        raise UserError(
+            f"cannot write to {path}: {error.strerror}; choose another folder") from None
     if not os.access(path, os.W_OK):
         raise UserError(f"cannot write to {path}: permission denied; choose another folder")
 

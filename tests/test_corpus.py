@@ -154,7 +154,7 @@ def test_wikitext_without_a_network_says_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pooch, "retrieve", retrieve)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(UserError, match="Network is unreachable.*put wiki"):
+    with pytest.raises(UserError, match=r"Network is unreachable.*put wiki"):
         load_corpus("wikitext103")
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from dataclasses import asdict, replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -73,7 +74,8 @@ def test_stopped_and_resumed_gives_the_same_weights_bit_for_bit(corpus, tmp_path
     second = train(MODEL, RECIPE, corpus, parts, resume=True)
     assert second["steps"] == RECIPE.n_steps
     assert same(weights(whole), weights(parts))
-    steps = [json.loads(line)["step"] for line in (parts / "metrics.jsonl").read_text().splitlines()]
+    lines = (parts / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     assert steps == sorted(set(steps))
 
 
@@ -116,7 +118,7 @@ def test_training_in_another_thread_works(corpus, tmp_path):
 def test_divergence_names_step_and_layer_and_keeps_the_checkpoint(corpus, tmp_path, monkeypatch):
     real = training.train_step
 
-    def poisoned(model, optimizer, tokens, config, step, measure_headroom=False):
+    def poisoned(model, optimizer, tokens, config, step, measure_headroom=False, **more):
         if step == 5:
             with torch.no_grad():
                 model.layers[1].mixer.v_proj.weight[0, 0] = float("nan")
@@ -175,7 +177,7 @@ def test_schedule():
     assert rates[5] == pytest.approx(1.0)
     assert rates[52] == pytest.approx(0.5, abs=0.02)
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
-    assert all(b <= a for a, b in zip(rates[5:], rates[6:], strict=False))
+    assert all(b <= a for a, b in pairwise(rates[5:]))
 
 
 def test_every_parameter_is_in_one_group_on_purpose():

@@ -109,7 +109,8 @@ def selective_scan(
 
     chosen = FORMS[form]
     if chosen.scan is None:
-        return operator.fused_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
+        return operator.fused_scan(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
 
     # Autocast would take the sum over states to bf16; a scan accumulates in float32 or better.
     with torch.autocast(u.device.type, enabled=False):
@@ -137,8 +138,8 @@ def selective_scan(
 
 
 def _check_shapes(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, initial_state: Tensor | None,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
 ) -> None:
     if u.ndim != 3 or u.shape[1] < 1:
         raise UserError(f"u has shape {tuple(u.shape)}: expected (batch, length >= 1, channels)")

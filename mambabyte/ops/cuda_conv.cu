@@ -9,32 +9,28 @@
 // in a fixed order: no atomics, so results repeat bit for bit.
 
 constexpr int K = TAPS;
-constexpr int U = 8;
+constexpr int U = AHEAD;
 
-template <class T, int V>
-inline void load_pack(float (&to)[V], const T *from, bool there) {
-    if (there) {
-        Pack<T, V> pack = *(const Pack<T, V> *)from;
-        for (int v = 0; v < V; v++) to[v] = load(pack.at[v]);
-    } else {
-        for (int v = 0; v < V; v++) to[v] = 0.f;
-    }
-}
-
-template <class T, int V> inline void store_pack(T *to, const float (&from)[V]) {
-    Pack<T, V> pack;
-    for (int v = 0; v < V; v++) store(pack.at[v], from[v]);
-    *(Pack<T, V> *)to = pack;
+// Zero where there is nothing. Not yet converted: what waits in registers stays small.
+template <class T, int V> inline Pack<T, V> fetch(const T *from, bool there) {
+    Pack<T, V> pack = {};
+    if (there) pack = *(const Pack<T, V> *)from;
+    return pack;
 }
 
 // x at a position that may lie before the sequence.
 template <class T, int V>
-inline void load_input(float (&to)[V], const T *x, int64 stride, const T *tail, int channels, int t,
-                       int length) {
-    if (t >= 0)
-        load_pack<T, V>(to, x + t * stride, t < length);
-    else
-        load_pack<T, V>(to, tail + (int64)(t + K - 1) * channels, tail != nullptr);
+inline Pack<T, V> fetch_input(const T *x, int64 stride, const T *tail, int channels, int t,
+                              int length) {
+    if (t >= 0) return fetch<T, V>(x + t * stride, t < length);
+    return fetch<T, V>(tail + (int64)(t + K - 1) * channels, tail != nullptr);
+}
+
+template <class T, int V> inline void store_pack(T *to, const float (&from)[V]) {
+    Pack<T, V> pack;
+#pragma unroll
+    for (int v = 0; v < V; v++) store(pack.at[v], from[v]);
+    *(Pack<T, V> *)to = pack;
 }
 
 template <class T, int V>
@@ -56,19 +52,24 @@ __global__ void __launch_bounds__(128) conv_forward(
     if (tail) tail += b * (K - 1) * channels + d;
 
     float w[K][V], offset[V], window[K][V];
+#pragma unroll
     for (int v = 0; v < V; v++) {
+#pragma unroll
         for (int k = 0; k < K; k++) w[k][v] = weight[(int64)(d + v) * K + k];
         offset[v] = bias ? bias[d + v] : 0.f;
     }
 #pragma unroll
-    for (int k = 0; k < K - 1; k++)
-        load_input<T, V>(window[k + 1], x, stride, tail, channels, start - K + 1 + k, length);
+    for (int k = 0; k < K - 1; k++) {
+        Pack<T, V> pack =
+            fetch_input<T, V>(x, stride, tail, channels, start - K + 1 + k, length);
+#pragma unroll
+        for (int v = 0; v < V; v++) window[k + 1][v] = load(pack.at[v]);
+    }
 
     for (int t0 = start; t0 < end; t0 += U) {
-        float ahead[U][V];
+        Pack<T, V> ahead[U];
 #pragma unroll
-        for (int j = 0; j < U; j++)
-            load_pack<T, V>(ahead[j], x + (t0 + j) * stride, t0 + j < end);
+        for (int j = 0; j < U; j++) ahead[j] = fetch<T, V>(x + (t0 + j) * stride, t0 + j < end);
 #pragma unroll
         for (int j = 0; j < U; j++) {
             if (t0 + j >= end) break;
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(128) conv_forward(
             for (int v = 0; v < V; v++) {
 #pragma unroll
                 for (int k = 0; k < K - 1; k++) window[k][v] = window[k + 1][v];
-                window[K - 1][v] = ahead[j][v];
+                window[K - 1][v] = load(ahead[j].at[v]);
                 float s = offset[v];
 #pragma unroll
                 for (int k = 0; k < K; k++) s = fmaf(w[k][v], window[k][v], s);
@@ -91,15 +92,14 @@ __global__ void __launch_bounds__(128) conv_forward(
     for (int k = 0; k < K - 1; k++) {
         int t = length - (K - 1) + k;
         if (t >= end || (t < start && !(t < 0 && start == 0))) continue;
-        float value[V];
-        load_input<T, V>(value, x, stride, tail, channels, t, length);
-        store_pack<T, V>(last + (int64)k * channels, value);
+        *(Pack<T, V> *)(last + (int64)k * channels) =
+            fetch_input<T, V>(x, stride, tail, channels, t, length);
     }
 }
 
-// partial: (B * segments, K + 1, D), the gradients of the K weights and of the bias.
+// partial: (B * segments, D K + D), the gradients of the weights (D, K) and of the bias.
 template <class T, int V>
-__global__ void __launch_bounds__(128) conv_backward(
+__global__ void __launch_bounds__(128, BLOCKS) conv_backward(
     const T *dy, const T *dlast, const T *x, const float *weight, const float *bias, const T *tail,
     T *dx, T *dtail, float *partial, int64 dy_batch_stride, int64 dy_stride, int64 batch_stride,
     int64 stride, int64 threads, int length, int channels, int steps, int silu) {
@@ -132,19 +132,23 @@ __global__ void __launch_bounds__(128) conv_backward(
         db[v] = 0.f;
     }
 #pragma unroll
-    for (int k = 0; k < K - 1; k++)
-        load_input<T, V>(window[k + 1], x, stride, tail, channels, start - K + 1 + k, length);
+    for (int k = 0; k < K - 1; k++) {
+        Pack<T, V> pack =
+            fetch_input<T, V>(x, stride, tail, channels, start - K + 1 + k, length);
+#pragma unroll
+        for (int v = 0; v < V; v++) window[k + 1][v] = load(pack.at[v]);
+    }
 
     // ds[k] is the gradient of s at t - k. dx at t - K + 1 is complete at t, so this walks K - 1
     // steps into the next segment (they do not count for dw), or past the end (ds is zero there).
     int stop = end + K - 1;
     for (int t0 = start; t0 < stop; t0 += U) {
-        float ahead[U][V], gradient[U][V];
+        Pack<T, V> ahead[U], gradient[U];
 #pragma unroll
         for (int j = 0; j < U; j++) {
             bool there = t0 + j < min(stop, length);
-            load_pack<T, V>(ahead[j], x + (t0 + j) * stride, there);
-            load_pack<T, V>(gradient[j], dy + (t0 + j) * dy_stride, there);
+            ahead[j] = fetch<T, V>(x + (t0 + j) * stride, there);
+            gradient[j] = fetch<T, V>(dy + (t0 + j) * dy_stride, there);
         }
 #pragma unroll
         for (int j = 0; j < U; j++) {
@@ -155,8 +159,8 @@ __global__ void __launch_bounds__(128) conv_backward(
             for (int v = 0; v < V; v++) {
 #pragma unroll
                 for (int k = 0; k < K - 1; k++) window[k][v] = window[k + 1][v];
-                window[K - 1][v] = ahead[j][v];
-                float g = gradient[j][v];
+                window[K - 1][v] = load(ahead[j].at[v]);
+                float g = load(gradient[j].at[v]);
                 if (silu) {
                     float s = offset[v];
 #pragma unroll
@@ -179,9 +183,9 @@ __global__ void __launch_bounds__(128) conv_backward(
             }
             int p = t - K + 1, k = p - (length - K + 1);
             if (dlast && k >= 0 && k < K - 1) {
-                float more[V];
-                load_pack<T, V>(more, dlast + (int64)k * channels, true);
-                for (int v = 0; v < V; v++) out[v] += more[v];
+                Pack<T, V> more = fetch<T, V>(dlast + (int64)k * channels, true);
+#pragma unroll
+                for (int v = 0; v < V; v++) out[v] += load(more.at[v]);
             }
             if (p >= start)
                 store_pack<T, V>(dx + (int64)p * channels, out);
@@ -190,8 +194,11 @@ __global__ void __launch_bounds__(128) conv_backward(
         }
     }
 
-    partial += (b * segments + start / steps) * (K + 1) * channels + d;
+    partial += (b * segments + start / steps) * (K + 1) * channels;
 #pragma unroll
-    for (int k = 0; k < K; k++) store_pack<float, V>(partial + k * channels, dw[k]);
-    store_pack<float, V>(partial + K * channels, db);
+    for (int v = 0; v < V; v++) {
+#pragma unroll
+        for (int k = 0; k < K; k++) partial[(d + v) * K + k] = dw[k][v];
+    }
+    store_pack<float, V>(partial + K * channels + d, db);
 }

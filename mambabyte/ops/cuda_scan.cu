@@ -112,18 +112,19 @@ struct Decay {
     }
 };
 
-// softplus(x) = max(x, 0) + log1p(exp(-|x|)), and its slope sigmoid(x). With e = exp(-|x|) in (0, 1],
-// log1p(e) = 2 atanh(s), s = e / (2 + e) <= 1/3: an odd series that keeps relative accuracy for tiny
-// e, where log2(1 + e) would lose it. TERMS = 8 is exact in fp32, 5 leaves 2e-6.
-template <int TERMS>
-__device__ __forceinline__ void softplus(float x, float e, float &value, float &slope) {
-    const float s = e * reciprocal(2.f + e), q = s * s;
-    float p = 1.f / (2 * TERMS - 1);
-#pragma unroll
-    for (int k = TERMS - 1; k >= 1; --k) p = fmaf(p, q, 1.f / (2 * k - 1));
-    value = fmaf(2.f * s, p, fmaxf(x, 0.f));
+// softplus(x) = max(x, 0) + log1p(e) with e = exp(-|x|) in (0, 1], and its slope sigmoid(x). log1p(e) =
+// 2 atanh(s), s = e / (2 + e) <= 1/3, is an odd series that keeps relative accuracy for tiny e.
+__device__ __forceinline__ float softplus_slope(float x, float e) {
     const float r = reciprocal(1.f + e);
-    slope = x >= 0.f ? r : e * r;
+    return x >= 0.f ? r : e * r;
+}
+__device__ __forceinline__ void softplus(const float x, float &value, float &slope) {
+    const float e = exp_accurate(-fabsf(x)), s = e * reciprocal(2.f + e), q = s * s;
+    float p = 1.f / 15;
+#pragma unroll
+    for (int k = 7; k >= 1; --k) p = fmaf(p, q, 1.f / (2 * k - 1));
+    value = fmaf(2.f * s, p, fmaxf(x, 0.f));
+    slope = softplus_slope(x, e);
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.f + exp2_approx(-LOG2E * x)); }
@@ -188,8 +189,7 @@ __device__ __forceinline__ void read_dt(const Problem &p, i64 offset, float bias
     dt = read<T>(p.delta, offset, valid) + bias;
     slope = 1.f;
     if (SOFTPLUS) {
-        const float x = dt;
-        softplus<8>(x, exp_accurate(-fabsf(x)), dt, slope);
+        softplus(dt, dt, slope);
     }
     if (!valid) dt = slope = 0.f;
 }
@@ -546,10 +546,6 @@ __global__ void sum_rows(const float *in_A, const float *in_D, const float *in_b
 // of its chunk, and inf in dt u arrives as nan. Nothing not finite is ever lost.
 // =============================================================================================
 
-constexpr int STAGES = 3;          // chunks in flight from global memory, per warp
-constexpr int STAGE_BYTES = 1280;  // 4 x 128 (u, delta, z, dout), 4 x 128 (B, C), 256 (checkpoint)
-constexpr u32 STAGE_B = 512, STAGE_C = 768, STAGE_CHECKPOINT = 1024;
-
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     u32 r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -588,33 +584,75 @@ __device__ __forceinline__ u32 transpose_8x8(u32 x) {
     return r;
 }
 
-// Four 8x8 matrices of 16-bit elements from 512 consecutive bytes.
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address + 16 * (threadIdx.x & 31)) : "memory");
+                 : "r"(address)
+                 : "memory");
 }
 __device__ __forceinline__ void load_transposed(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address + 16 * (threadIdx.x & 31)) : "memory");
+                 : "r"(address)
+                 : "memory");
 }
 
-template <int BYTES>
+__device__ __forceinline__ float4 load_shared(u32 address) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_shared(u32 address, float x, float y, float z, float w) {
+    asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};"
+                 :: "r"(address), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
+
+// 16 bytes from global to shared memory; zeros unless valid.
 __device__ __forceinline__ void copy_async(u32 to, const char *from, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
-                 :: "r"(to), "l"(from), "n"(BYTES), "r"(valid ? BYTES : 0) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING>
-__device__ __forceinline__ void copy_wait() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
-}
+
+// A phased barrier in shared memory on which a warp may arrive now and wait later.
+struct PhasedBarrier {
+    u32 address;
+
+    __device__ __forceinline__ void init(int arrivals) const {
+        asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(address), "r"(arrivals) : "memory");
+    }
+    __device__ __forceinline__ void arrive() const {
+        asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }"
+                     :: "r"(address) : "memory");
+    }
+    // Arrive once the thread's copies so far are done.
+    __device__ __forceinline__ void arrive_after_copies() const {
+        asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(address) : "memory");
+    }
+    __device__ __forceinline__ void wait(u32 parity) const {
+        u32 done;
+        do {
+#if __CUDA_ARCH__ >= 900  // suspends the warp for a while instead of spinning
+            asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; "
+                         "selp.u32 %0, 1, 0, p; }"
+                         : "=r"(done) : "r"(address), "r"(parity) : "memory");
+#else
+            asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; "
+                         "selp.u32 %0, 1, 0, p; }"
+                         : "=r"(done) : "r"(address), "r"(parity) : "memory");
+#endif
+        } while (!done);
+    }
+};
 
 __device__ __forceinline__ u32 shared_address(const void *p) { return u32(__cvta_generic_to_shared(p)); }
 
 struct TileLane {
     int lane, g, t, warp;
+    bool active;  // a warp past the last channel repeats the last tile's work and writes nothing
     i64 batch, segment, group, channel, begin, end;
 
     template <int WARPS>
@@ -630,7 +668,9 @@ struct TileLane {
         index /= groups;
         l.segment = index % p.segments;
         l.batch = index / p.segments;
-        l.channel = (l.group * WARPS + l.warp) * 8 + l.g;
+        const i64 tile = l.group * WARPS + l.warp, tiles = p.channels / 8;
+        l.active = tile < tiles;
+        l.channel = min(tile, tiles - 1) * 8 + l.g;
         l.begin = l.segment * p.segment;
         l.end = min(l.begin + p.segment, p.length);
         return l;
@@ -651,142 +691,231 @@ struct TileLane {
     }
 };
 
-// A warp's ring of chunks. Lane l copies row l % 8 of tensor l / 8 of (u, delta, z, dout), and of
-// (B states 0-7, B 8-15, C 0-7, C 8-15); rows past the end arrive as zeros.
+// The block's ring of chunks in shared memory, filled by all threads in the order of the global rows
+// (a warp's own 16 bytes of a row would waste half of each sector) and read by each warp on its own.
+// A warp never waits for the others as long as they are less than two chunks behind.
+//
+// A stage: per warp a tile of 8 rows x 16 bytes of each of u, delta, z, dout, padded against bank
+// conflicts; the block's B states 0-7, 8-15, C 0-7, 8-15, 8 x 16 bytes each; per warp a checkpoint.
+enum Tensor { U, DELTA, Z, DOUT };
+
+template <int WARPS, bool BACKWARD, bool SOFTPLUS>
 struct TileRing {
-    const char *rows, *states, *checkpoint;
-    i64 rows_step, states_step, checkpoint_step;
-    u32 base;
-    int slot, row;
-    bool rows_used, states_used;
+    static constexpr int STAGES = 4, AHEAD = 2, TILE = 4 * 128 + 16;
+    static constexpr u32 STATES = WARPS * TILE, CHECKPOINTS = STATES + 512,
+                         FILLED = CHECKPOINTS + (BACKWARD ? WARPS * 256 : 0), EMPTIED = FILLED + 8,
+                         STAGE = FILLED + 16, BYTES = STAGES * STAGE;
 
-    // FORWARD walks chunks upwards from `first`, else downwards. `dout` and `checkpoints` are the
-    // backward's; which tensors a pass needs is said by the flags.
-    __device__ __forceinline__ void start(const Problem &p, const TileLane &l, i64 first, int direction,
-                                          u32 address, const void *dout, i64 dout_batch, i64 dout_time,
-                                          const uint2 *checkpoints, bool use_u, bool use_z, bool use_B,
-                                          bool use_C) {
-        const int tensor = l.lane >> 3;
-        row = l.lane & 7;
-        base = address;
-        slot = 0;
-        const void *from = tensor == 0 ? p.u : tensor == 1 ? p.delta : tensor == 2 ? p.z : dout;
-        const i64 batch = tensor == 0 ? p.u_batch : tensor == 1 ? p.delta_batch
-                          : tensor == 2 ? p.z_batch : dout_batch;
-        const i64 time = tensor == 0 ? p.u_time : tensor == 1 ? p.delta_time
-                         : tensor == 2 ? p.z_time : dout_time;
-        rows = static_cast<const char *>(from) +
-               2 * (l.batch * batch + (first + row) * time + l.channel - l.g);
-        rows_step = direction * 2 * CHUNK * time;
-        rows_used = tensor == 0 ? use_u : tensor == 1 ? true : tensor == 2 ? use_z : dout != nullptr;
-        const bool is_C = tensor >= 2;
-        const i64 s_batch = is_C ? p.C_batch : p.B_batch, s_time = is_C ? p.C_time : p.B_time;
-        states = static_cast<const char *>(is_C ? p.C : p.B) +
-                 2 * (l.batch * s_batch + (first + row) * s_time + 8 * (tensor & 1));
-        states_step = direction * 2 * CHUNK * s_time;
-        states_used = is_C ? use_C : use_B;
-        const i64 chunks = (p.length + CHUNK - 1) / CHUNK;
-        checkpoint = reinterpret_cast<const char *>(
-            checkpoints + ((l.batch * chunks + first / CHUNK) * p.channels + l.channel) * 4 + l.t);
-        checkpoint_step = direction * i64(sizeof(uint2)) * 4 * p.channels;
-    }
-    // Ask for the next chunk; `left` is its number of existing steps, <= 0 if the chunk itself does
-    // not exist.
-    template <bool CHECKPOINTS>
-    __device__ __forceinline__ void fetch(i64 left) {
-        if (left > 0) {
-            const u32 to = base + slot * STAGE_BYTES + 16 * (threadIdx.x & 31);
-            if (rows_used) copy_async<16>(to, rows, row < left);
-            if (states_used) copy_async<16>(to + STAGE_B, states, row < left);
-            if (CHECKPOINTS)
-                copy_async<8>(base + slot * STAGE_BYTES + STAGE_CHECKPOINT + 8 * (threadIdx.x & 31),
-                              checkpoint, true);
-            rows += rows_step;
-            states += states_step;
-            if (CHECKPOINTS) checkpoint += checkpoint_step;
+    const char *from, *from_second;
+    int step, step_second;  // bytes from chunk to chunk
+    u32 to, to_second;
+    u32 reading, writing, end;  // stages in turn
+    u32 reading_phase, writing_phase;
+    static constexpr int NONE = 1 << 30;
+    int row, row_second;  // of the chunk; NONE: nothing to copy
+    bool second, delta;
+
+    // Chunks upwards (direction 1) or downwards (-1) from step `first`. A null tensor is skipped.
+    // Ends with a barrier of the block.
+    __device__ __forceinline__ void start(const Problem &p, const TileLane &l, u32 address, i64 first,
+                                          int direction, const Upstream &up, const uint2 *checkpoints,
+                                          const void *u, const void *z, const void *B, const void *C) {
+        reading = writing = address;
+        end = address + BYTES;
+        reading_phase = 0;
+        writing_phase = 1;  // a wait for the phase before the first one passes
+        const int thread = threadIdx.x, tensor = thread / (8 * WARPS), tile = thread % WARPS;
+        const i64 channel = (l.group * WARPS + tile) * 8;
+        const void *source = tensor == U ? u : tensor == DELTA ? p.delta : tensor == Z ? z : up.dout;
+        const i64 batch = tensor == U ? p.u_batch : tensor == DELTA ? p.delta_batch
+                          : tensor == Z ? p.z_batch : up.dout_batch;
+        const i64 time = tensor == U ? p.u_time : tensor == DELTA ? p.delta_time
+                         : tensor == Z ? p.z_time : up.dout_time;
+        row = thread / WARPS % 8;
+        delta = tensor == DELTA;
+        from = static_cast<const char *>(source) + 2 * (l.batch * batch + (first + row) * time + channel);
+        step = int(direction * 2 * CHUNK * time);
+        to = tile * TILE + tensor * 128 + row * 16;
+        if (source == nullptr || channel >= p.channels) row = NONE;
+
+        // B and C: the last 32 pieces. The forward has threads to spare instead of dout.
+        const int piece = thread - (BACKWARD ? 16 : 24) * WARPS;
+        const bool is_C = piece >= 16;
+        const void *states = is_C ? C : B;
+        const i64 s_time = is_C ? p.C_time : p.B_time;
+        const int s_row = states == nullptr ? NONE : piece & 7;
+        const char *s_from = static_cast<const char *>(states) +
+                             2 * (l.batch * (is_C ? p.C_batch : p.B_batch) + (first + s_row) * s_time +
+                                  8 * (piece >> 3 & 1));
+        const int s_step = int(direction * 2 * CHUNK * s_time);
+        const u32 s_to = STATES + 16 * piece;
+        second = false;
+        if (BACKWARD) {
+            second = piece < 32;
+            from_second = s_from, step_second = s_step, to_second = s_to, row_second = s_row;
+            if (piece < 0) {
+                const i64 chunks = (p.length + CHUNK - 1) / CHUNK, at = l.group * WARPS * 8 + thread / 2;
+                from_second = reinterpret_cast<const char *>(
+                    checkpoints + ((l.batch * chunks + first / CHUNK) * p.channels + at) * 4 +
+                    thread % 2 * 2);
+                step_second = int(direction * i64(sizeof(uint2)) * 4 * p.channels);
+                to_second = CHECKPOINTS + 16 * thread;
+                row_second = checkpoints && at < p.channels ? 0 : NONE;
+            }
+        } else if (piece >= 0) {
+            from = s_from, step = s_step, to = s_to, row = piece < 32 ? s_row : NONE;
         }
-        copy_commit();
-        slot = slot + 1 == STAGES ? 0 : slot + 1;
+        if (thread < STAGES) {
+            PhasedBarrier{address + thread * STAGE + FILLED}.init(32 * WARPS);
+            PhasedBarrier{address + thread * STAGE + EMPTIED}.init(WARPS);
+        }
+        __syncthreads();
+    }
+    __device__ __forceinline__ void turn(u32 &stage, u32 &phase) const {
+        stage += STAGE;
+        if (stage == end) stage -= BYTES, phase ^= 1;
+    }
+    // Wait until every warp has released the stage that the next fetch fills.
+    __device__ __forceinline__ void wait_emptied() const {
+        PhasedBarrier{writing + EMPTIED}.wait(writing_phase);
+    }
+    // Ask for the next chunk, of `left` steps. Steps past the end get zeros, but delta = -inf.
+    __device__ __forceinline__ void fetch(int left) {
+        if (SOFTPLUS && left < CHUNK && delta && row >= left) {
+            const float inf = __uint_as_float(0xff80ff80u);  // two bf16 -inf
+            store_shared(writing + to, inf, inf, inf, inf);
+        } else {
+            copy_async(writing + to, from, row < left);
+        }
+        from += step;
+        if (BACKWARD) {
+            if (second) copy_async(writing + to_second, from_second, row_second < left);
+            from_second += step_second;
+        }
+        PhasedBarrier{writing + FILLED}.arrive_after_copies();
+        turn(writing, writing_phase);
+    }
+    // Address of the next chunk, once it is there.
+    __device__ __forceinline__ u32 arrived() {
+        const u32 stage = reading;
+        PhasedBarrier{stage + FILLED}.wait(reading_phase);
+        turn(reading, reading_phase);
+        return stage;
+    }
+    // The warp has read what it needs of it.
+    __device__ __forceinline__ void release(const TileLane &l, u32 stage) const {
+        __syncwarp();
+        if (l.lane == 0) PhasedBarrier{stage + EMPTIED}.arrive();
     }
 };
 
-// x of the owner's two steps as A operands of the rank-one MMA: (high, low) bf16 parts of each.
+// x of the owner's two steps (low half: first step) in two bf16 parts, x = high + low to 17 bits.
 struct SplitPair {
-    u32 high, first, second;  // high: both high parts, low half = first step
-    __device__ __forceinline__ void set(float x0, float x1) {
+    u32 high, low;
+    __device__ __forceinline__ SplitPair(float x0, float x1) {
         high = pack_bf16(x0, x1);
-        const float h0 = low_bf16(high), h1 = high_bf16(high);
-        first = pack_bf16(h0, x0 - h0);
-        second = pack_bf16(h1, x1 - h1);
+        low = pack_bf16(x0 - low_bf16(high), x1 - high_bf16(high));
     }
 };
 
-// B or C of a chunk as B operands of the rank-one MMA. `both` is the transposed tile: state g (g + 8)
-// at the owner's steps. k = 2t, 2t+1 meet the parts of step 2t, k = 2t+8, 2t+9 those of step 2t+1.
-struct RankOne {
-    u32 even[2], odd[2];
-    __device__ __forceinline__ void set(u32 low_states, u32 high_states) {
-        even[0] = __byte_perm(low_states, 0, 0x1010);
-        odd[0] = __byte_perm(low_states, 0, 0x3232);
-        even[1] = __byte_perm(high_states, 0, 0x1010);
-        odd[1] = __byte_perm(high_states, 0, 0x3232);
-    }
-    // first[k] = x_{2i} B_{2i}[s(t, k)], second[k] the same one step later: only the lanes t = i, which
-    // own these steps, put x into the product.
-    __device__ __forceinline__ void outer(const SplitPair &x, u32 own, float (&first)[4],
-                                          float (&second)[4]) const {
-        float d[2][4] = {};
-        mma(d[0], x.first & own, 0, 0, x.second & own, even[0], odd[0]);
-        mma(d[1], x.first & own, 0, 0, x.second & own, even[1], odd[1]);
-        first[0] = d[0][0], first[1] = d[0][1], first[2] = d[1][0], first[3] = d[1][1];
-        second[0] = d[0][2], second[1] = d[0][3], second[2] = d[1][2], second[3] = d[1][3];
-    }
-};
-
-// dt of the owner's two steps -> dt of all eight steps of channel g, through shared memory.
-__device__ __forceinline__ void share_dt(float *room, const TileLane &l, float dt0, float dt1,
-                                         float (&dt)[8]) {
-    __syncwarp();
-    reinterpret_cast<float2 *>(room)[l.lane] = make_float2(dt0, dt1);
-    __syncwarp();
-    const float4 *from = reinterpret_cast<const float4 *>(room) + 2 * l.g;
-    const float4 low = from[0], high = from[1];
-    dt[0] = low.x, dt[1] = low.y, dt[2] = low.z, dt[3] = low.w;
-    dt[4] = high.x, dt[5] = high.y, dt[6] = high.z, dt[7] = high.w;
+// x_j B_j of steps j = 2i (first) and 2i + 1 (second), for the states s(t, k).
+//
+// `both` holds the transposed tile of B twice over: state g (then g + 8) at the owner's steps 2t, 2t+1.
+// Rows g of A take the first step from k = 2t (high part) and 2t+8 (low part), rows g + 8 the second
+// one from k = 2t+1 and 2t+9. Only the lanes t = i, which own these steps, put x into the product.
+__device__ __forceinline__ void outer(u32 x_high, u32 x_low, u32 own, const u32 (&both)[4],
+                                      float (&first)[4], float (&second)[4]) {
+    const u32 a0 = x_high & own & 0xffffu, a1 = x_high & own & 0xffff0000u;
+    const u32 a2 = x_low & own & 0xffffu, a3 = x_low & own & 0xffff0000u;
+    float d[2][4] = {};
+    mma(d[0], a0, a1, a2, a3, both[0], both[1]);
+    mma(d[1], a0, a1, a2, a3, both[2], both[3]);
+    first[0] = d[0][0], first[1] = d[0][1], first[2] = d[1][0], first[3] = d[1][1];
+    second[0] = d[0][2], second[1] = d[0][3], second[2] = d[1][2], second[3] = d[1][3];
 }
 
-// Softplus and bias for one step; zero past the end, so that such a step changes nothing.
+// Offsets of a lane's row for ldmatrix: matrices in order, or the two of B (or C) each twice.
+__device__ __forceinline__ u32 matrix_row(const TileLane &l) { return 16 * l.lane; }
+__device__ __forceinline__ u32 doubled_row(const TileLane &l) { return 128 * (l.lane >> 4) + 16 * (l.lane & 7); }
+
+// Values of the owner's two steps (written at room + 8 lane) -> those of all eight steps of channel g
+// (read at room + 32 g).
+__device__ __forceinline__ void put_pair(u32 address, float x0, float x1) {
+    asm volatile("st.shared.v2.f32 [%0], {%1,%2};" :: "r"(address), "f"(x0), "f"(x1) : "memory");
+}
+__device__ __forceinline__ void get_steps(u32 address, float (&x)[8]) {
+    const float4 low = load_shared(address), high = load_shared(address + 16);
+    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+}
+
+// dt of one step and d dt / d delta. log1p(e) = e p(e), a polynomial good to 1.3e-6 (relative): one
+// division less than the series of softplus(). Without softplus `valid` masks steps past the end; with
+// it, the ring has set their delta to -inf, and dt = slope = 0 come by themselves.
 template <bool SOFTPLUS>
 __device__ __forceinline__ void tile_dt(float x, bool valid, float &dt, float &slope) {
-    dt = x;
-    slope = 1.f;
-    if (SOFTPLUS) softplus<5>(x, exp2_approx(-LOG2E * fabsf(x)), dt, slope);
-    if (!valid) dt = slope = 0.f;
+    if (SOFTPLUS) {
+        const float e = exp2_approx(-LOG2E * fabsf(x));
+        float p = 0.01414102f;
+        p = fmaf(p, e, -0.066401787f);
+        p = fmaf(p, e, 0.14922386f);
+        p = fmaf(p, e, -0.23503859f);
+        p = fmaf(p, e, 0.33109447f);
+        p = fmaf(p, e, -0.49986964f);
+        p = fmaf(p, e, 0.99999875f);
+        dt = fmaf(p, e, fmaxf(x, 0.f));
+        slope = softplus_slope(x, e);
+    } else {
+        dt = valid ? x : 0.f;
+        slope = valid ? 1.f : 0.f;
+    }
 }
 
-template <bool GATED, bool SOFTPLUS, Pass PASS, int WARPS>
-__global__ void __launch_bounds__(32 * WARPS)
-tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segment_h, float *segment_dt) {
-    __shared__ __align__(128) char stages[WARPS][STAGES * STAGE_BYTES];
-    __shared__ __align__(16) float dt_room[WARPS][64];
-    const TileLane l = TileLane::make<WARPS>(p);
-    if (l.channel >= p.channels) return;
+// A lane's constants (addresses, masks), four in 16 bytes of shared memory. They would take 20 registers,
+// or, as the compiler prefers, 60 instructions a chunk to derive them again and again.
+struct LaneTable {
+    u32 v[4];
+    __device__ __forceinline__ explicit LaneTable(u32 address) {
+        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                     : "r"(address)
+                     : "memory");
+    }
+    __device__ __forceinline__ static void put(u32 address, u32 a, u32 b, u32 c, u32 d) {
+        asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};"
+                     :: "r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+    }
+};
 
-    float A[4], h[4] = {};
+template <bool GATED, bool SOFTPLUS, Pass PASS, int WARPS, int BLOCKS>
+__global__ void __launch_bounds__(32 * WARPS, BLOCKS)
+tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segment_h, float *segment_dt) {
+    using Ring = TileRing<WARPS, false, SOFTPLUS>;
+    __shared__ __align__(128) char ring_room[Ring::BYTES];
+    __shared__ __align__(128) char rooms[WARPS][256 + 2 * 512];  // dt of a chunk, tables
+    const TileLane l = TileLane::make<WARPS>(p);
+    const u32 room = shared_address(rooms[l.warp]), table = room + 256 + 16 * l.lane;
+    LaneTable::put(table, l.warp * Ring::TILE + matrix_row(l), Ring::STATES + doubled_row(l),
+                   room + 8 * l.lane, room + 32 * l.g);
+    LaneTable::put(table + 512, l.t == 0 ? ~0u : 0u, l.t == 1 ? ~0u : 0u, l.t == 2 ? ~0u : 0u,
+                   l.t == 3 ? ~0u : 0u);  // lanes that own steps 2i and 2i+1
+    const int length = int(l.end - l.begin);
+    const i64 chunks = (p.length + CHUNK - 1) / CHUNK;
+    const bool full = PASS == FULL;
+
+    Ring ring;
+    ring.start(p, l, shared_address(ring_room), l.begin, 1, Upstream{}, nullptr, p.u,
+               GATED && full ? p.z : nullptr, p.B, full ? p.C : nullptr);
+    ring.fetch(length);
+    if (length > CHUNK) ring.fetch(length - CHUNK);
+
+    int rows_left = 0;
+    float A[4], h[4] = {}, total = 0.f;
     l.read_states(A, p.A, l.channel);
 #pragma unroll
     for (int k = 0; k < 4; ++k) A[k] *= LOG2E;
     const float bias = p.bias ? p.bias[l.channel] : 0.f, D = p.D ? p.D[l.channel] : 0.f;
-
-    TileRing ring;
-    ring.start(p, l, l.begin, 1, shared_address(stages[l.warp]), nullptr, 0, 0, nullptr, true,
-               GATED && PASS == FULL, true, PASS == FULL);
-    const i64 chunks = (p.length + CHUNK - 1) / CHUNK;
-    const int length = int(l.end - l.begin);
-#pragma unroll
-    for (int s = 0; s < STAGES; ++s) ring.fetch<false>(length - s * CHUNK);
-
-    if (PASS == FULL) {
+    if (full) {
         if (p.h0) l.read_states(h, p.h0, l.batch * p.channels + l.channel);
         for (i64 s = 0; s < l.segment; ++s) {
             const float dt = segment_dt[l.row(p, s)];
@@ -797,86 +926,72 @@ tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segme
         }
         if (checkpoints)
             checkpoints += ((l.batch * chunks + l.begin / CHUNK) * p.channels + l.channel) * 4 + l.t;
+        rows_left = l.active ? length - l.g : 0;
         out += ((l.batch * p.length + l.begin + l.g) * p.channels + l.channel - l.g) / 2 + l.t;
     }
-    u32 own[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) own[i] = l.t == i ? ~0u : 0u;
-
-    // What a chunk needs after its preparation, which runs one chunk ahead of the recurrence.
-    struct Ready {
-        float dt[8], c[4], skip[2], gate[2];
-        SplitPair x;
-        RankOne B;
-    } next, now;
-    int slot = 0;
-    float total = 0.f;
-    const auto prepare = [&](int left) {
-        copy_wait<STAGES - 1>();
-        __syncwarp();
-        const u32 from = ring.base + slot * STAGE_BYTES;
-        slot = slot + 1 == STAGES ? 0 : slot + 1;
-        u32 rows[4], across[4], along[4];
-        load_transposed(rows, from);
-        load_transposed(across, from + STAGE_B);
-        load_matrices(along, from + STAGE_B);
-        const float u0 = low_bf16(rows[0]), u1 = high_bf16(rows[0]);
-        float dt0, dt1, slope;
-        tile_dt<SOFTPLUS>(low_bf16(rows[1]) + bias, 2 * l.t < left, dt0, slope);
-        tile_dt<SOFTPLUS>(high_bf16(rows[1]) + bias, 2 * l.t + 1 < left, dt1, slope);
-        next.x.set(dt0 * u0, dt1 * u1);
-        next.B.set(across[0], across[1]);
-        share_dt(dt_room[l.warp], l, dt0, dt1, next.dt);
-        if (PASS == FULL) {
-            next.c[0] = low_bf16(along[2]), next.c[1] = high_bf16(along[2]);
-            next.c[2] = low_bf16(along[3]), next.c[3] = high_bf16(along[3]);
-            next.skip[0] = D * u0, next.skip[1] = D * u1;
-            if (GATED) {
-                const float z0 = low_bf16(rows[2]), z1 = high_bf16(rows[2]);
-                next.gate[0] = z0 * sigmoid(z0), next.gate[1] = z1 * sigmoid(z1);
-            }
-        } else {
-            total += dt0 + dt1;
+    for (int left = length; left > 0; left -= CHUNK) {
+        if (left > Ring::AHEAD * CHUNK) {
+            ring.wait_emptied();
+            ring.fetch(left - Ring::AHEAD * CHUNK);
         }
-    };
-    prepare(length);
-    for (int at = 0; at < length; at += CHUNK) {
-        now = next;
-        ring.fetch<false>(length - at - STAGES * CHUNK);
-        prepare(length - at - CHUNK);
-        if (PASS == FULL && checkpoints) {
-            *checkpoints = make_uint2(pack_bf16(h[0], h[1]), pack_bf16(h[2], h[3]));
+        const LaneTable at(table), own(table + 512);
+        const u32 from = ring.arrived();
+        u32 rows[4], B[4], C[4];
+        load_transposed(rows, from + at.v[0]);
+        load_transposed(B, from + at.v[1]);
+        if (full) load_matrices(C, from + at.v[1] + 256);
+        ring.release(l, from);
+
+        const float u0 = low_bf16(rows[U]), u1 = high_bf16(rows[U]);
+        float dt0, dt1, slope, dt[8];
+        tile_dt<SOFTPLUS>(low_bf16(rows[DELTA]) + bias, 2 * l.t < left, dt0, slope);
+        tile_dt<SOFTPLUS>(high_bf16(rows[DELTA]) + bias, 2 * l.t + 1 < left, dt1, slope);
+        const SplitPair x(dt0 * u0, dt1 * u1);
+        put_pair(at.v[2], dt0, dt1);
+        __syncwarp();
+        get_steps(at.v[3], dt);
+        if (full && checkpoints) {
+            if (l.active) *checkpoints = make_uint2(pack_bf16(h[0], h[1]), pack_bf16(h[2], h[3]));
             checkpoints += 4 * p.channels;
         }
+        if (!full) total += dt0 + dt1;
+
         float y0 = 0.f, y1 = 0.f;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float first[4], second[4], sum[4] = {};
-            now.B.outer(now.x, own[i], first, second);
+            outer(x.high, x.low, own.v[i], B, first, second);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-                first[k] = fmaf(exp2_approx(A[k] * now.dt[2 * i]), h[k], first[k]);
-                second[k] = fmaf(exp2_approx(A[k] * now.dt[2 * i + 1]), first[k], second[k]);
+                first[k] = fmaf(exp2_approx(A[k] * dt[2 * i]), h[k], first[k]);
+                second[k] = fmaf(exp2_approx(A[k] * dt[2 * i + 1]), first[k], second[k]);
                 h[k] = second[k];
             }
-            if (PASS == FULL) {
-                mma_k8(sum, first[0], second[0], first[1], second[1], now.c[0], now.c[1]);
-                mma_k8(sum, first[2], second[2], first[3], second[3], now.c[2], now.c[3]);
+            if (full) {
+                mma_k8(sum, first[0], second[0], first[1], second[1], low_bf16(C[0]), high_bf16(C[0]));
+                mma_k8(sum, first[2], second[2], first[3], second[3], low_bf16(C[2]), high_bf16(C[2]));
                 if (l.t == i) y0 = sum[0], y1 = sum[3];
             }
         }
-        if (PASS == FULL) {
-            y0 += now.skip[0], y1 += now.skip[1];
-            if (GATED) y0 *= now.gate[0], y1 *= now.gate[1];
+        if (full) {
+            y0 = fmaf(D, u0, y0), y1 = fmaf(D, u1, y1);
+            if (GATED) {
+                const float z0 = low_bf16(rows[Z]), z1 = high_bf16(rows[Z]);
+                y0 *= z0 * sigmoid(z0), y1 *= z1 * sigmoid(z1);
+            }
             const u32 row = transpose_8x8(pack_bf16(y0, y1));
-            if (at + l.g < length) *out = row;
-            out += CHUNK * p.channels / 2;
+            if (rows_left > 0) *out = row;
+            rows_left -= CHUNK;
+            out += CHUNK / 2 * p.channels;
         }
     }
-    if (PASS == STATE_ONLY) {
-        l.write_states(segment_h, l.row(p, l.segment), h);
+    if (!full) {
         total += __shfl_xor_sync(~0u, total, 1);
         total += __shfl_xor_sync(~0u, total, 2);
+    }
+    if (!l.active) return;
+    if (!full) {
+        l.write_states(segment_h, l.row(p, l.segment), h);
         if (l.t == 0) segment_dt[l.row(p, l.segment)] = total;
     } else if (l.end == p.length) {
         l.write_states(h_end, l.batch * p.channels + l.channel, h);
@@ -887,10 +1002,18 @@ tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segme
 template <bool GATED, bool SOFTPLUS, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS)
 tile_adjoint(Problem p, Upstream up, float *segment_g, float *segment_dt) {
-    __shared__ __align__(128) char stages[WARPS][STAGES * STAGE_BYTES];
-    __shared__ __align__(16) float dt_room[WARPS][64];
+    using Ring = TileRing<WARPS, true, SOFTPLUS>;
+    __shared__ __align__(128) char ring_room[Ring::BYTES];
+    __shared__ __align__(128) float rooms[WARPS][64];  // dt of a chunk
     const TileLane l = TileLane::make<WARPS>(p);
-    if (l.channel >= p.channels) return;
+    const u32 room = shared_address(rooms[l.warp]);
+    const int length = int(l.end - l.begin), last = (length - 1) / CHUNK * CHUNK;
+
+    Ring ring;
+    ring.start(p, l, shared_address(ring_room), l.begin + last, -1, up, nullptr, nullptr,
+               GATED ? p.z : nullptr, nullptr, p.C);
+    ring.fetch(length - last);
+    if (last > 0) ring.fetch(CHUNK);
 
     float A[4], g[4] = {}, total = 0.f;
     l.read_states(A, p.A, l.channel);
@@ -901,42 +1024,33 @@ tile_adjoint(Problem p, Upstream up, float *segment_g, float *segment_dt) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) own[i] = l.t == i ? ~0u : 0u;
 
-    const int length = int(l.end - l.begin), last = (length - 1) / CHUNK * CHUNK;
-    TileRing ring;
-    ring.start(p, l, l.begin + last, -1, shared_address(stages[l.warp]), up.dout, up.dout_batch,
-               up.dout_time, nullptr, false, GATED, false, true);
-#pragma unroll
-    for (int s = 0; s < STAGES; ++s)
-        ring.fetch<false>(last - s * CHUNK >= 0 ? length - last + s * CHUNK : 0);
-
-    int slot = 0;
     for (int at = last; at >= 0; at -= CHUNK) {
-        copy_wait<STAGES - 1>();
-        __syncwarp();
-        const u32 from = ring.base + slot * STAGE_BYTES;
-        slot = slot + 1 == STAGES ? 0 : slot + 1;
-        u32 rows[4], across[4];
-        load_transposed(rows, from);
-        load_transposed(across, from + STAGE_B);
+        if (at >= Ring::AHEAD * CHUNK) {
+            ring.wait_emptied();
+            ring.fetch(CHUNK);
+        }
+        const u32 from = ring.arrived();
+        u32 rows[4], C[4];
+        load_transposed(rows, from + l.warp * Ring::TILE + matrix_row(l));
+        load_transposed(C, from + Ring::STATES + 256 + doubled_row(l));
+        ring.release(l, from);
         float dt0, dt1, slope, dt[8];
-        tile_dt<SOFTPLUS>(low_bf16(rows[1]) + bias, at + 2 * l.t < length, dt0, slope);
-        tile_dt<SOFTPLUS>(high_bf16(rows[1]) + bias, at + 2 * l.t + 1 < length, dt1, slope);
-        share_dt(dt_room[l.warp], l, dt0, dt1, dt);
-        ring.fetch<false>(at >= STAGES * CHUNK ? CHUNK : 0);
+        tile_dt<SOFTPLUS>(low_bf16(rows[DELTA]) + bias, at + 2 * l.t < length, dt0, slope);
+        tile_dt<SOFTPLUS>(high_bf16(rows[DELTA]) + bias, at + 2 * l.t + 1 < length, dt1, slope);
+        put_pair(room + 8 * l.lane, dt0, dt1);
+        __syncwarp();
+        get_steps(room + 32 * l.g, dt);
         total += dt0 + dt1;
-        float dy0 = low_bf16(rows[3]), dy1 = high_bf16(rows[3]);
+        float dy0 = low_bf16(rows[DOUT]), dy1 = high_bf16(rows[DOUT]);
         if (GATED) {
-            const float z0 = low_bf16(rows[2]), z1 = high_bf16(rows[2]);
+            const float z0 = low_bf16(rows[Z]), z1 = high_bf16(rows[Z]);
             dy0 *= z0 * sigmoid(z0), dy1 *= z1 * sigmoid(z1);
         }
-        SplitPair dy;
-        dy.set(dy0, dy1);
-        RankOne C;
-        C.set(across[2], across[3]);
+        const SplitPair dy(dy0, dy1);
 #pragma unroll
         for (int i = 3; i >= 0; --i) {
             float first[4], second[4];
-            C.outer(dy, own[i], first, second);
+            outer(dy.high, dy.low, own[i], C, first, second);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 g[k] = (g[k] + second[k]) * exp2_approx(A[k] * dt[2 * i + 1]);
@@ -944,80 +1058,63 @@ tile_adjoint(Problem p, Upstream up, float *segment_g, float *segment_dt) {
             }
         }
     }
-    l.write_states(segment_g, l.row(p, l.segment), g);
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
+    if (!l.active) return;
+    l.write_states(segment_g, l.row(p, l.segment), g);
     if (l.t == 0) segment_dt[l.row(p, l.segment)] = total;
 }
 
-// A phased barrier in shared memory on which a warp may arrive now and wait later.
-struct PhasedBarrier {
-    u32 address;
-    __device__ __forceinline__ void init(int arrivals) const {
-        asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(address), "r"(arrivals) : "memory");
-    }
-    __device__ __forceinline__ void arrive() const {
-        asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" :: "r"(address) : "memory");
-    }
-    __device__ __forceinline__ void wait(u32 parity) const {
-        u32 done;
-        do {
-            asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; "
-                         "selp.u32 %0, 1, 0, p; }"
-                         : "=r"(done) : "r"(address), "r"(parity) : "memory");
-        } while (!done);
-    }
-};
-
-// Sums over a warp's channels of eight packed steps: acc[m][0..1] row g, acc[m][2..3] row g + 8.
+// Sums over a warp's channels, for dB and dC: weights[channel, step] state[channel, n, step].
 //
-// A lane writes its states of steps 2i, 2i+1 (eight bf16) as row g of matrix t. Read back transposed,
-// lane 4 r + c holds channels 2c, 2c+1 of matrix m's column r, that is of state s(m, r % 4) at step
-// 2i + r / 4: an A operand whose k are channels. Weights are the B operand with the eight steps as
-// columns, all but 2i and 2i + 1 masked out, so the four products can share an accumulator. Column
-// 2c + r / 4 then holds the sum; the other one mixes steps and is dropped by pick(). The weights come
-// in two bf16 parts, so that of the products only the state is rounded.
-struct ChannelProduct {
-    float low[4] = {}, high[4] = {};  // matrices 0, 1 and 2, 3
+// A lane packs its states of steps 2i, 2i+1 to eight bf16 and writes them as row g of matrix t. Read
+// back transposed, lane 4 r + c holds channels 2c, 2c+1 of column r of matrix m: state s(m, q(r)) at
+// step 2i + odd(r). That is an A operand whose k are channels. The weights are the B operand, with the
+// eight steps as columns, all but 2i and 2i + 1 masked out, so that the four products can share an
+// accumulator. Its column 2c + odd(r) then holds the sum; the other one mixes steps and is dropped.
+// The weights come in two bf16 parts: of the factors only the state is rounded.
+constexpr int PACKED_BYTES = 2048;
+__device__ __forceinline__ int column_odd(int r) { return r >> 1 & 1; }
+__device__ __forceinline__ int column_state(int r) { return (r & 1) + (r >> 2) * 2; }
 
-    __device__ __forceinline__ void add(u32 room, const SplitPair &x, const u32 (&step)[4]) {
-        const u32 weights[2] = {transpose_8x8(x.high), transpose_8x8(__byte_perm(x.first, x.second, 0x7632))};
-        u32 m[4][4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) load_transposed(m[i], room + 512 * i);
-#pragma unroll
-        for (int i = 0; i < 4; i += 2)
-#pragma unroll
-            for (int part = 0; part < 2; ++part) {
-                const u32 b0 = weights[part] & step[i], b1 = weights[part] & step[i + 1];
-                mma(low, m[i][0], m[i][1], m[i + 1][0], m[i + 1][1], b0, b1);
-                mma(high, m[i][2], m[i][3], m[i + 1][2], m[i + 1][3], b0, b1);
-            }
-    }
-    // Sums for the states s(0..3, r % 4) at step 2c + r / 4, lane = 4 r + c.
-    __device__ __forceinline__ float4 pick(bool odd) const {
-        return make_float4(odd ? low[1] : low[0], odd ? low[3] : low[2], odd ? high[1] : high[0],
-                           odd ? high[3] : high[2]);
-    }
-};
+// Offset of row g of matrix m, turned so that neither the writes of a row's four lanes nor the reads of
+// a matrix's eight rows share a bank.
+__device__ __forceinline__ u32 packed_row(int m, int g) { return 128 * m + 16 * ((g + 2 * m) & 7); }
 
-constexpr int TILE_ROOM = 2048 + 256;  // per warp: packed states of a chunk, dt of a chunk
-
-__device__ __forceinline__ void store_packed(u32 room, const TileLane &l, int i, const float (&first)[4],
-                                             const float (&second)[4], u32 (&packed)[4]) {
+// The order of `packed` is that of an A operand (rows: channels, k: states) of two steps.
+__device__ __forceinline__ void pack_steps(u32 room, int i, const float (&first)[4],
+                                           const float (&second)[4], u32 (&packed)[4]) {
     packed[0] = pack_bf16(first[0], first[1]);
-    packed[2] = pack_bf16(first[2], first[3]);
     packed[1] = pack_bf16(second[0], second[1]);
+    packed[2] = pack_bf16(first[2], first[3]);
     packed[3] = pack_bf16(second[2], second[3]);
     asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};"
-                 :: "r"(room + 512 * i + 128 * l.t + 16 * l.g), "r"(packed[0]), "r"(packed[2]),
-                    "r"(packed[1]), "r"(packed[3]) : "memory");
+                 :: "r"(room + 512 * i), "r"(packed[0]), "r"(packed[1]),
+                    "r"(packed[2]), "r"(packed[3]) : "memory");
 }
 
-template <int WARPS>
-constexpr int tile_backward_shared() {
-    return WARPS * (STAGES * STAGE_BYTES + TILE_ROOM + 2 * 64 * 16) + 16;
+// `from` are the lane's rows for ldmatrix, which gives the whole A operand: matrices m, m + 1 of steps
+// 2i.., the same of steps 2i + 2.. .
+__device__ __forceinline__ void sum_channels(u32 from_low, u32 from_high, const SplitPair &x,
+                                             const u32 (&step)[4], bool odd, u32 to) {
+    const u32 high = transpose_8x8(x.high), low = transpose_8x8(x.low);
+    float d[2][4] = {};  // rows of matrices 0 and 1, of 2 and 3
+#pragma unroll
+    for (int i = 0; i < 4; i += 2)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            u32 s[4];
+            load_transposed(s, (half ? from_high : from_low) + 512 * i);
+            mma(d[half], s[0], s[1], s[2], s[3], high & step[i], high & step[i + 1]);
+            mma(d[half], s[0], s[1], s[2], s[3], low & step[i], low & step[i + 1]);
+        }
+    store_shared(to, odd ? d[0][1] : d[0][0], odd ? d[0][3] : d[0][2], odd ? d[1][1] : d[1][0],
+                 odd ? d[1][3] : d[1][2]);
 }
+
+// Shared memory of a warp of tile_backward: sums of dB and dC of up to ROUNDS chunks; packed states, C
+// in fp32, dt and dy of a chunk.
+constexpr int ROUNDS = 4, SUMS_BYTES = ROUNDS * 64 * 16, TILE_ROOM = PACKED_BYTES + 512 + 2 * 256 + 5 * 512;
 
 template <bool GATED, bool SOFTPLUS, int WARPS, int BLOCKS>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
@@ -1025,26 +1122,38 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
               const float *segment_dt, u32 *du, u32 *ddelta, u32 *dz, float *dh0, float4 *partial_BC,
               float *partial_A, float *partial_D, float *partial_bias) {
     extern __shared__ __align__(128) char shared[];
+    using Ring = TileRing<WARPS, true, SOFTPLUS>;
     const TileLane l = TileLane::make<WARPS>(p);
-    float4 *sums = reinterpret_cast<float4 *>(shared);  // [2][WARPS][64]: a chunk's dB and dC per warp
-    char *own_room = shared + 2 * WARPS * 64 * 16 + l.warp * (STAGES * STAGE_BYTES + TILE_ROOM);
-    const u32 room = shared_address(own_room) + STAGES * STAGE_BYTES;
-    float *dt_room = reinterpret_cast<float *>(own_room + STAGES * STAGE_BYTES + 2048);
     const int warps = int(min(i64(WARPS), p.channels / 8 - l.group * WARPS));  // with channels to do
-    const PhasedBarrier barrier{
-        shared_address(shared + WARPS * (STAGES * STAGE_BYTES + TILE_ROOM + 2 * 64 * 16))};
-    if (threadIdx.x == 0) barrier.init(warps);
-    __syncthreads();
-    if (l.warp >= warps) return;
-
+    const u32 sums = shared_address(shared);  // [ROUNDS][WARPS][64] float4
+    const u32 packed_room = sums + WARPS * SUMS_BYTES + l.warp * TILE_ROOM;
+    const u32 c_room = packed_room + PACKED_BYTES, dt_room = c_room + 512;
+    const u32 ring_room = sums + WARPS * (SUMS_BYTES + TILE_ROOM);
+    const u32 barriers = ring_room + Ring::BYTES;  // of even and of odd rounds
+    // Addresses and masks of the lane. own[i]: lanes that own steps 2i and 2i+1; step[i]: lanes of their
+    // columns in a B operand.
+    u32 table = dt_room + 512 + 16 * l.lane;
+    const u32 low = packed_row(l.lane >> 3 & 1, l.lane & 7), high = packed_row((l.lane >> 3 & 1) + 2, l.lane & 7);
+    LaneTable::put(table, l.warp * Ring::TILE + matrix_row(l), Ring::STATES + doubled_row(l),
+                   Ring::STATES + matrix_row(l), Ring::CHECKPOINTS + 256 * l.warp + 8 * l.lane);
+    LaneTable::put(table + 512, dt_room + 8 * l.lane, dt_room + 32 * l.g, c_room + 16 * l.lane,
+                   packed_room + packed_row(l.t, l.g));
+    LaneTable::put(table + 1024, packed_room + 512 * (l.lane >> 4) + low,
+                   packed_room + 512 * (l.lane >> 4) + high, c_room + 16 * l.t,
+                   sums + 1024 * l.warp + 16 * l.lane);
+    LaneTable::put(table + 1536, l.t == 0 ? ~0u : 0u, l.t == 1 ? ~0u : 0u, l.t == 2 ? ~0u : 0u,
+                   l.t == 3 ? ~0u : 0u);
+    const int pair = l.g >> 1;
+    LaneTable::put(table + 2048, pair == 0 ? ~0u : 0u, pair == 1 ? ~0u : 0u, pair == 2 ? ~0u : 0u,
+                   pair == 3 ? ~0u : 0u);
     const int length = int(l.end - l.begin), last = (length - 1) / CHUNK * CHUNK;
     const i64 chunks = (p.length + CHUNK - 1) / CHUNK;
-    TileRing ring;
-    ring.start(p, l, l.begin + last, -1, shared_address(own_room), up.dout, up.dout_batch, up.dout_time,
-               checkpoints, true, GATED, true, true);
-#pragma unroll
-    for (int s = 0; s < STAGES; ++s)
-        ring.fetch<true>(last - s * CHUNK >= 0 ? length - last + s * CHUNK : 0);
+
+    if (threadIdx.x < 2) PhasedBarrier{barriers + 8 * threadIdx.x}.init(WARPS);
+    Ring ring;
+    ring.start(p, l, ring_room, l.begin + last, -1, up, checkpoints, p.u, GATED ? p.z : nullptr, p.B, p.C);
+    ring.fetch(length - last);
+    if (last > 0) ring.fetch(CHUNK);
 
     float A[4], g[4] = {}, dA[4] = {}, dD = 0.f, dbias = 0.f;
     l.read_states(A, p.A, l.channel);
@@ -1059,77 +1168,80 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
 #pragma unroll
         for (int k = 0; k < 4; ++k) g[k] = fmaf(exp2_approx(A[k] * dt), g[k], end[k]);
     }
-    // Masks: own[i] for the lanes that own steps 2i and 2i+1, step[i] for the lanes of their columns.
-    u32 own[4], step[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        own[i] = l.t == i ? ~0u : 0u;
-        step[i] = l.g >> 1 == i ? ~0u : 0u;
-    }
     i64 row = ((l.batch * p.length + l.begin + last + l.g) * p.channels + l.channel - l.g) / 2 + l.t;
-    float4 *to_BC = partial_BC + ((l.group * p.batch + l.batch) * chunks + (l.begin + last) / CHUNK) * 64;
+    float4 *to_BC =
+        partial_BC + ((l.group * p.batch + l.batch) * chunks + (l.begin + last) / CHUNK) * 64 + l.lane;
 
-    // Once every warp has arrived, the sums of round `round` are added up, in the order of the warps,
-    // by two of them in turn.
-    const auto add_warps = [&](int round) {
-        barrier.wait(round & 1);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if ((2 * round + half) % warps != l.warp) continue;
-            const float4 *from = sums + (round & 1) * WARPS * 64 + half * 32 + l.lane;
-            float4 sum = from[0];
+    // Adds up, in the order of the warps, the sums of a round that every warp has finished. The warps
+    // take turns. Two barriers, used in alternate rounds, let warps drift apart by two chunks.
+    int turn = l.active ? l.warp : 1 << 30;  // a warp without channels never has one
+    u32 done = barriers, done_phase = 0, summed = 0;
+    const auto add_warps = [&]() {
+        PhasedBarrier{done}.wait(done_phase);
+        done_phase ^= done != barriers;
+        done ^= 8;
+        if (turn == 0) {
+            turn = warps;
+            const u32 from = sums + summed + 16 * l.lane;
+            float4 B = load_shared(from), C = load_shared(from + 512);
+#pragma unroll 1
             for (int w = 1; w < warps; ++w) {
-                const float4 more = from[64 * w];
-                sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+                const float4 b = load_shared(from + 1024 * w), c = load_shared(from + 1024 * w + 512);
+                B.x += b.x, B.y += b.y, B.z += b.z, B.w += b.w;
+                C.x += c.x, C.y += c.y, C.z += c.z, C.w += c.w;
             }
-            to_BC[half * 32 + l.lane] = sum;
+            to_BC[0] = B;
+            to_BC[32] = C;
         }
+        --turn;
         to_BC -= 64;
+        summed = summed == (ROUNDS - 1) * WARPS * 1024 ? 0 : summed + WARPS * 1024;
     };
 
-    int slot = 0, round = 0;
+    const bool odd = column_odd(l.g);
+    const int rows_left = l.active ? length - l.g : 0;
+    u32 own_sums = 0, own_done = barriers;
+    int round = 0;
     for (int at = last; at >= 0; at -= CHUNK, ++round) {
-        copy_wait<STAGES - 1>();
-        __syncwarp();
-        const u32 from = ring.base + slot * STAGE_BYTES;
-        u32 rows[4], across[4], along[4];
-        load_transposed(rows, from);
-        load_transposed(across, from + STAGE_B);
-        load_matrices(along, from + STAGE_B);
-        const uint2 saved =
-            *reinterpret_cast<const uint2 *>(own_room + slot * STAGE_BYTES + STAGE_CHECKPOINT + 8 * l.lane);
-        slot = slot + 1 == STAGES ? 0 : slot + 1;
+        const LaneTable ring_rows(table), rooms(table + 512);
+        const u32 from = ring.arrived();
+        u32 rows[4], B_both[4], along[4];
+        load_transposed(rows, from + ring_rows.v[0]);
+        load_transposed(B_both, from + ring_rows.v[1]);
+        load_matrices(along, from + ring_rows.v[2]);
+        u32 saved[2];
+        asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];"
+                     : "=r"(saved[0]), "=r"(saved[1]) : "r"(from + ring_rows.v[3]) : "memory");
 
         // ---- once per (step, channel): the owner's two steps
-        const float u0 = low_bf16(rows[0]), u1 = high_bf16(rows[0]);
+        const float u0 = low_bf16(rows[U]), u1 = high_bf16(rows[U]);
         float dt0, dt1, slope0, slope1, dt[8];
-        tile_dt<SOFTPLUS>(low_bf16(rows[1]) + bias, at + 2 * l.t < length, dt0, slope0);
-        tile_dt<SOFTPLUS>(high_bf16(rows[1]) + bias, at + 2 * l.t + 1 < length, dt1, slope1);
-        share_dt(dt_room, l, dt0, dt1, dt);
-        ring.fetch<true>(at >= STAGES * CHUNK ? CHUNK : 0);
-        float dy0 = low_bf16(rows[3]), dy1 = high_bf16(rows[3]), gate0 = 0.f, gate1 = 0.f;
+        tile_dt<SOFTPLUS>(low_bf16(rows[DELTA]) + bias, at + 2 * l.t < length, dt0, slope0);
+        tile_dt<SOFTPLUS>(high_bf16(rows[DELTA]) + bias, at + 2 * l.t + 1 < length, dt1, slope1);
+        float dy0 = low_bf16(rows[DOUT]), dy1 = high_bf16(rows[DOUT]), gate0 = 0.f, gate1 = 0.f;
         if (GATED) {
-            const float z0 = low_bf16(rows[2]), z1 = high_bf16(rows[2]);
+            const float z0 = low_bf16(rows[Z]), z1 = high_bf16(rows[Z]);
             const float s0 = sigmoid(z0), s1 = sigmoid(z1);
             gate0 = dy0 * s0 * fmaf(z0, 1.f - s0, 1.f), gate1 = dy1 * s1 * fmaf(z1, 1.f - s1, 1.f);
             dy0 *= z0 * s0, dy1 *= z1 * s1;
         }
-        SplitPair x, dy;
-        x.set(dt0 * u0, dt1 * u1);
-        dy.set(dy0, dy1);
-        RankOne B, C;
-        B.set(across[0], across[1]);
-        C.set(across[2], across[3]);
+        put_pair(rooms.v[0], dt0, dt1);
+        put_pair(rooms.v[0] + 256, dy0, dy1);
+        store_shared(rooms.v[2], low_bf16(along[2]), high_bf16(along[2]), low_bf16(along[3]),
+                     high_bf16(along[3]));  // C of step g, states s(t, k)
+        __syncwarp();
+        get_steps(rooms.v[1], dt);
+        const SplitPair x(dt0 * u0, dt1 * u1), dy(dy0, dy1);
 
         // ---- forwards: h of the eight steps, y
+        const LaneTable own(table + 1536);
         float h[9][4], a[8][4], y0 = 0.f, y1 = 0.f;
-        h[0][0] = low_bf16(saved.x), h[0][1] = high_bf16(saved.x);
-        h[0][2] = low_bf16(saved.y), h[0][3] = high_bf16(saved.y);
-        ChannelProduct product_B, product_C;
+        h[0][0] = low_bf16(saved[0]), h[0][1] = high_bf16(saved[0]);
+        h[0][2] = low_bf16(saved[1]), h[0][3] = high_bf16(saved[1]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float first[4], second[4];
-            B.outer(x, own[i], first, second);
+            outer(x.high, x.low, own.v[i], B_both, first, second);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 a[2 * i][k] = exp2_approx(A[k] * dt[2 * i]);
@@ -1138,57 +1250,58 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
                 h[2 * i + 2][k] = fmaf(a[2 * i + 1][k], h[2 * i + 1][k], second[k]);
             }
             u32 packed[4];
-            store_packed(room, l, i, h[2 * i + 1], h[2 * i + 2], packed);
+            pack_steps(rooms.v[3], i, h[2 * i + 1], h[2 * i + 2], packed);
             if (GATED) {
                 float sum[4] = {};
                 mma(sum, packed[0], packed[1], packed[2], packed[3], along[2], along[3]);
                 if (l.t == i) y0 = sum[0], y1 = sum[3];
             }
         }
+        if (round >= 2) add_warps();  // and so every warp is done with that chunk's stage
+        if (at >= Ring::AHEAD * CHUNK) ring.fetch(CHUNK);
+        const LaneTable more(table + 1024), step(table + 2048);
+        const u32 to = more.v[3] + own_sums;
         __syncwarp();
-        product_C.add(room, dy, step);
+        sum_channels(more.v[0], more.v[1], dy, step.v, odd, to + 512);
         __syncwarp();
 
         // ---- backwards
-        float v0 = 0.f, v1 = 0.f, through_decay[4] = {};
+        float v0 = 0.f, v1 = 0.f, through_decay[4] = {}, dys[8];
+        get_steps(rooms.v[1] + 256, dys);
+        get_steps(rooms.v[1], dt);  // again, rather than keeping it in registers
 #pragma unroll
         for (int i = 3; i >= 0; --i) {
-            float first[4], second[4], d_first = 0.f, d_second = 0.f;
-            C.outer(dy, own[i], first, second);
+            float gh[2][4], d[2] = {};
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                second[k] += g[k];
-                g[k] = second[k] * a[2 * i + 1][k];
-                const float w = g[k] * h[2 * i + 1][k];  // d / d (dt A)
-                dA[k] = fmaf(w, dt[2 * i + 1], dA[k]);
-                d_second = fmaf(w, A[k], d_second);
-            }
+            for (int odd = 1; odd >= 0; --odd) {
+                const int j = 2 * i + odd;
+                const float4 C = load_shared(more.v[2] + 64 * j);
+                gh[odd][0] = fmaf(dys[j], C.x, g[0]);
+                gh[odd][1] = fmaf(dys[j], C.y, g[1]);
+                gh[odd][2] = fmaf(dys[j], C.z, g[2]);
+                gh[odd][3] = fmaf(dys[j], C.w, g[3]);
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                first[k] += g[k];
-                g[k] = first[k] * a[2 * i][k];
-                const float w = g[k] * h[2 * i][k];
-                dA[k] = fmaf(w, dt[2 * i], dA[k]);
-                d_first = fmaf(w, A[k], d_first);
+                for (int k = 0; k < 4; ++k) {
+                    g[k] = gh[odd][k] * a[j][k];
+                    const float w = g[k] * h[j][k];  // d / d (dt A)
+                    dA[k] = fmaf(w, dt[j], dA[k]);
+                    d[odd] = fmaf(w, A[k], d[odd]);
+                }
             }
             u32 packed[4];
-            store_packed(room, l, i, first, second, packed);
+            pack_steps(rooms.v[3], i, gh[0], gh[1], packed);
             float sum[4] = {};
             mma(sum, packed[0], packed[1], packed[2], packed[3], along[0], along[1]);
             if (l.t == i) v0 = sum[0], v1 = sum[3];
             // The lanes' sums over four states, added across t: ones in columns 2i and 2i + 1.
-            mma_k4(through_decay, d_first, d_second, step[i] & 0x3f800000u);
+            mma_k4(through_decay, d[0], d[1], step.v[i] & 0x3f800000u);
         }
         __syncwarp();
-        product_B.add(room, x, step);
-
-        // ---- the block's sums over channels
-        if (round > 0) add_warps(round - 1);
-        float4 *to = sums + ((round & 1) * WARPS + l.warp) * 64 + l.lane;
-        to[0] = product_B.pick(l.g >= 4);
-        to[32] = product_C.pick(l.g >= 4);
+        sum_channels(more.v[0], more.v[1], x, step.v, odd, to);
         __syncwarp();
-        if (l.lane == 0) barrier.arrive();
+        if (l.lane == 0) PhasedBarrier{own_done}.arrive();
+        own_done ^= 8;
+        own_sums = own_sums == (ROUNDS - 1) * WARPS * 1024 ? 0 : own_sums + WARPS * 1024;
 
         // ---- outputs of the owner's two steps
         const float x0 = fmaf(u0, v0, LN2 * through_decay[0]) * slope0;
@@ -1199,19 +1312,21 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         const u32 row_x = transpose_8x8(pack_bf16(x0, x1));
         const u32 row_z =
             GATED ? transpose_8x8(pack_bf16(gate0 * fmaf(D, u0, y0), gate1 * fmaf(D, u1, y1))) : 0;
-        if (at + l.g < length) {
+        if (at < rows_left) {
             du[row] = row_u;
             ddelta[row] = row_x;
             if (GATED) dz[row] = row_z;
         }
         row -= CHUNK / 2 * p.channels;
     }
-    add_warps(round - 1);
+    if (round >= 2) add_warps();
+    add_warps();
 
     dD += __shfl_xor_sync(~0u, dD, 1);
     dD += __shfl_xor_sync(~0u, dD, 2);
     dbias += __shfl_xor_sync(~0u, dbias, 1);
     dbias += __shfl_xor_sync(~0u, dbias, 2);
+    if (!l.active) return;
     l.write_states(partial_A, l.row(p, l.segment), dA);
     if (l.t == 0) {
         partial_D[l.row(p, l.segment)] = dD;
@@ -1221,7 +1336,7 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
 }
 
 // Partial sums of tile_backward, (groups, batch, chunks, 2, 32 lanes, 4), to dB and dC. Lane 4 r + c
-// holds the states s(0..3, r % 4) at step 2c + r / 4 of its chunk.
+// holds the states s(0..3, q(r)) at step 2c + odd(r) of its chunk.
 __global__ void tile_sum_BC(const float4 *partial, i64 groups, i64 batch, i64 length, bf16 *dB, bf16 *dC) {
     const i64 chunks = (length + CHUNK - 1) / CHUNK, size = batch * chunks * 64;
     const i64 index = i64(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -1231,8 +1346,8 @@ __global__ void tile_sum_BC(const float4 *partial, i64 groups, i64 batch, i64 le
         const float4 more = partial[group * size + index];
         sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
     }
-    const int lane = index & 31, c = lane & 3, r = lane >> 2, q = r & 3;
-    const i64 chunk = index / 64, b = chunk / chunks, t = chunk % chunks * CHUNK + 2 * c + (r >> 2);
+    const int lane = index & 31, c = lane & 3, r = lane >> 2, q = column_state(r);
+    const i64 chunk = index / 64, b = chunk / chunks, t = chunk % chunks * CHUNK + 2 * c + column_odd(r);
     if (t >= length) return;
     bf16 *to = (index & 32 ? dC : dB) + (b * length + t) * 16 + (q & 1) + (q & 2) * 4;
     put(to, sum.x);

@@ -21,8 +21,16 @@ CHUNK = 8  # steps between checkpoints, as in cuda_scan.cu
 _PROBLEM = "9P16q"
 _UPSTREAM = "2P2q"
 _C_TYPE = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_TILE_WARP_BYTES = 3 * 1280 + 2304 + 2048  # shared memory per warp of tile_backward
+
+
+def _tile_backward_shared(warps: int) -> int:
+    """Bytes: sums and rooms of each warp, four stages of the ring, barriers (see cuda_scan.cu)."""
+    return warps * (4096 + 5632) + 4 * (warps * (528 + 256) + 512 + 16) + 16
+
+
 _ANY_WARPS = 4
+_FORWARD_WARPS, _FORWARD_BLOCKS = 4, 6  # warps a block of tile_forward, and its blocks per multiprocessor
+_BACKWARD_WARPS, _BACKWARD_BLOCKS = 6, 2  # of tile_backward, and its blocks per multiprocessor
 
 
 def _ceil(a: int, b: int) -> int:
@@ -62,10 +70,8 @@ def _cut(length: int, segments: int) -> tuple[int, int]:
 
 
 def _plan_segments(warps: int, wanted_warps: int, length: int) -> tuple[int, int]:
-    """Cut the sequence where the warps of one segment leave the card more than half idle: a cut
-    costs another pass over most of the input."""
-    if 3 * warps >= wanted_warps:
-        return _cut(length, 1)
+    """Cut the sequence where one segment's warps leave half of the card idle or more. A cut costs
+    another pass over most of the input, so less is not worth it."""
     return _cut(length, wanted_warps // warps)
 
 
@@ -161,14 +167,14 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, 
     shape = saved_shape(s.batch, s.length, s.channels, s.d_state, s.dtype)
     saved = s.new(*(shape if save else (0,)))
 
-    warps = 4 if s.tile else _ANY_WARPS
+    warps = _FORWARD_WARPS if s.tile else _ANY_WARPS
     steps, segments = _plan_segments(s.warps, 16 * _multiprocessors(s.device), s.length)
     states, dts = s.segment_buffers(segments)
     problem = s.problem(steps, segments)
     outputs = (_address(y), _address(final_state), _address(saved) if save else 0)
     for part in ("STATE_ONLY", "FULL") if segments > 1 else ("FULL",):
         if s.tile:
-            name = f"tile_forward<{_true(s.gated)}, {_true(s.softplus)}, {part}, {warps}>"
+            name = f"tile_forward<{_true(s.gated)}, {_true(s.softplus)}, {part}, {warps}, {_FORWARD_BLOCKS}>"
         else:
             name = f"any_forward<{_C_TYPE[s.dtype]}, {s.padded}, {_true(s.softplus)}, {part}>"
         _launch(
@@ -225,7 +231,7 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
     dy, dh_end = _rows(dy, s.tile), _weights(dh_end)
     sums = s.new(s.channels, s.d_state), s.new(s.channels), s.new(s.channels)
 
-    warps = 6 if s.tile else _ANY_WARPS
+    warps = _BACKWARD_WARPS if s.tile else _ANY_WARPS
     steps, segments = _plan_segments(s.warps, 12 * _multiprocessors(s.device), s.length)
     states, dts = s.segment_buffers(segments)
     problem = s.problem(steps, segments)
@@ -246,7 +252,7 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
             *problem, *upstream, _address(states), _address(dts),
         )  # fmt: skip
     if s.tile:
-        name, shared = f"tile_backward<{flags}, {warps}, 2>", warps * _TILE_WARP_BYTES + 16
+        name, shared = f"tile_backward<{flags}, {warps}, {_BACKWARD_BLOCKS}>", _tile_backward_shared(warps)
     else:
         name, shared = f"any_backward<{typed}, {_true(s.softplus)}>", 0
     _launch(

@@ -7,9 +7,9 @@
  * How it is laid out.  Channels sit in the SIMD lanes, so nothing in the recurrence crosses lanes.
  * One register block is 2 vectors of channels x 2 states: the rows that depend on the channel only
  * (dt, dt*u, ...) serve two states, the numbers that depend on the state only (B, C) serve two
- * vectors.  Time runs in tiles of TILE steps that fit the L1 cache; everything that is done once per
- * (t, d), such as softplus, silu and the conversion from bfloat16, is done once per tile, outside
- * the loop over states.
+ * vectors.  Time runs in tiles of TILE steps that fit the L1 cache; what depends on (t, d) alone,
+ * such as softplus, silu and the conversion from bfloat16, is done before and after the loop over
+ * states.
  *
  * Backward.  The forward leaves the state at the start of every tile; the backward walks the tiles
  * from the last to the first, runs a tile forward again and then back.  Sums over channels (dB, dC)
@@ -74,6 +74,7 @@ INLINE vec load(const real *p) { return *(const loose_vec *)p; }
 INLINE void store(real *p, vec x) { *(loose_vec *)p = x; }
 #define NOINLINE __attribute__((noinline)) /* so that a profile shows the parts */
 #define UNROLL2 _Pragma("GCC unroll 2")
+#define UNROLL_ALL _Pragma("GCC unroll 16") /* so that arrays of vectors become registers */
 
 /* ---------------------------------------------------------------- arguments (native_scan.py) */
 
@@ -97,11 +98,11 @@ typedef struct {
 
 typedef struct { /* derived once per call, read by all threads */
   const scan_args *a;
-  int64_t padded;  /* channels rounded up to PAD */
-  int64_t group;   /* channels of one task, at most GROUP */
-  int64_t groups;  /* tasks per batch row */
-  int64_t tiles;
-  const real *A2;  /* (states, padded): A * log2(e), clamped */
+  int64_t padded;   /* channels rounded up to PAD */
+  int64_t group;    /* channels of one task, at most GROUP */
+  int64_t groups;   /* tasks per batch row */
+  int64_t tiles;    /* of TILE steps */
+  const real *A2;   /* (states, padded): A * log2(e), clamped */
   const real *skip; /* (padded): D or zeros */
   const real *bias; /* (padded): delta_bias or zeros */
 } plan;
@@ -115,8 +116,6 @@ INLINE vec choose(ivec mask, vec yes, vec no) {
 INLINE vec vmax(vec x, vec lo) { return choose(x < lo, lo, x); } /* nan stays nan */
 INLINE vec vmin(vec x, vec hi) { return choose(x > hi, hi, x); }
 INLINE vec vabs(vec x) { return choose(x < 0, -x, x); }
-/* One level of a reduction: lane i of the result is the sum of two lanes of x (lower half of the
- * result) or of y (upper half); LANES vectors and log2(LANES) levels later every lane is a total. */
 #if defined(__AVX512F__) && !defined(SCAN_DOUBLE)
 INLINE real sum_lanes(vec x) { return _mm512_reduce_add_ps((__m512)x); }
 #else
@@ -132,7 +131,7 @@ INLINE real sum_lanes(vec x) {
 /* 2^x as (1 + q) 2^k with integer k and |r| = |x - k| <= 1/2.  The recurrence uses the two parts:
  * g = 2^k h is exact, so h_t = g + (q g + b) is rounded as if a were known to full precision, and a
  * decay of 1 - 1e-7 does not become 1 - 1.19e-7 and pull the state the same way at every step. */
-#if defined(__AVX512F__) && !defined(NO_SCALEF)
+#if defined(__AVX512F__)
 typedef vec scale_t;
 #ifdef SCAN_DOUBLE
 INLINE vec round_vec(vec x) { return (vec)_mm512_roundscale_pd((__m512d)x, 0); }
@@ -348,11 +347,11 @@ INLINE void transpose(vec x[LANES]) {
 #else
   ivec lane;
   for (int i = 0; i < LANES; i++) lane[i] = i;
-  for (int step = LANES / 2; step; step /= 2) {
+  UNROLL_ALL for (int step = LANES / 2; step; step /= 2) {
     const ivec upper = (lane & step) != 0;
     const ivec low = lane + (upper & (LANES - step));            /* of y from lane `step` on */
     const ivec high = lane + step + (upper & (LANES - step));    /* of x up to there */
-    for (int i = 0; i < LANES; i++) {
+    UNROLL_ALL for (int i = 0; i < LANES; i++) {
       if (i & step) continue;
       vec a = x[i], b = x[i + step];
       x[i] = __builtin_shuffle(a, b, low);
@@ -369,9 +368,9 @@ static void transpose_matrix(const real *from, int64_t from_row, int64_t rows, i
   for (int64_t i = 0; i < whole_rows; i += LANES)
     for (int64_t j = 0; j < whole_columns; j += LANES) {
       vec x[LANES];
-      for (int k = 0; k < LANES; k++) x[k] = load(from + (i + k) * from_row + j);
+      UNROLL_ALL for (int k = 0; k < LANES; k++) x[k] = load(from + (i + k) * from_row + j);
       transpose(x);
-      for (int k = 0; k < LANES; k++) store(to + (j + k) * to_row + i, x[k]);
+      UNROLL_ALL for (int k = 0; k < LANES; k++) store(to + (j + k) * to_row + i, x[k]);
     }
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; j++)
@@ -449,7 +448,7 @@ static void *work(void *arg) {
   return NULL;
 }
 
-/* Threads live for one call.  Starting one costs some tens of microseconds, and in exchange there is
+/* Threads live for one call.  Starting one costs some tens of microseconds; in exchange there is
  * no pool that a fork could break or that could fight with the pool of the caller.  Which thread
  * takes which task is left to chance; what a task computes is not. */
 static int run_tasks(const plan *p, task_fn run, int64_t tasks, int64_t scratch_bytes,
@@ -471,7 +470,7 @@ typedef struct { /* one time step of one block of channels */
   vec dt[2], dtu[2], y[2];
 } forward_row;
 
-/* Two states (or one, S) of one tile.  The pointers go to the first state, the second is a row on. */
+/* Two states (or one, S) of one tile.  Pointers go to the first state, the second is a row on. */
 INLINE void tile_forward(int S, int steps, int64_t states, forward_row *r, const real *B,
                          const real *C, const real *A2_at, int64_t padded, const real *h_at,
                          int64_t row, real *h_next, int64_t next_row) {
@@ -504,7 +503,7 @@ static int64_t forward_scratch(int64_t states) {
   return TILE * (int64_t)sizeof(forward_row) + (2 * TILE + GROUP) * states * (int64_t)sizeof(real);
 }
 
-/* exponents use a dt that is finite, so that dt = inf gives exp(dt A) = 0 and not nan */
+/* Exponents use a dt that is finite, so that dt = inf gives exp(dt A) = 0 and not nan */
 #define HUGE_DT ((real)1e30)
 #define HUGE_A ((real)1e8)
 
@@ -641,9 +640,9 @@ static int64_t backward_scratch(int64_t states) {
          2 * GROUP * (int64_t)sizeof(real);
 }
 
-/* Two states (or one, S) of one tile: forward, keeping a and h, then back.  On entry g is the gradient
- * of the state after the tile, on return of the state before it; dA is added to.  The pointers go to
- * the first state, rows of the second are `row` (h, A2: `padded`) apart. */
+/* Two states (or one, S) of one tile: forward, keeping exp(dt A) and h, then back.  On entry g is
+ * the gradient of the state after the tile, on return of the state before it; dA is added to.
+ * Pointers go to the first state, the second is `row` further on (for h and A2 `padded`). */
 INLINE void tile_backward(int S, int with_y, int steps, int64_t states, backward_row *r,
                           const real *B, const real *C, const real *A2_at, const real *h_at,
                           int64_t padded, real *g_at, real *dA_at, int64_t row,
@@ -795,8 +794,8 @@ static NOINLINE void backward_sums(int steps, int64_t states, const lane_sums *s
     }
 }
 
-static NOINLINE void backward_states(const plan *p, place at, backward_row *r, const real *B, const real *C, real *g,
-                            real *dA, lane_sums *sums) {
+static NOINLINE void backward_states(const plan *p, place at, backward_row *r, const real *B,
+                                     const real *C, real *g, real *dA, lane_sums *sums) {
   const int64_t N = p->a->states, P = p->padded;
   const real *A2 = p->A2 + at.d;
   const real *h = p->a->saved + (at.b * p->tiles + at.t0 / TILE) * N * P + at.d;
@@ -1000,7 +999,8 @@ int scan_step(const step_args *s) {
   return scan_forward(&a);
 }
 
-typedef struct { /* x, y (batch, channels); tails (batch, taps - 1, channels); weight (channels, taps) */
+/* x, y (batch, channels); tails (batch, taps - 1, channels); weight (channels, taps) */
+typedef struct {
   int64_t batch, channels, taps, type;
   char *x, *tail, *y, *tail_out;
   real *weight, *bias;

@@ -23,8 +23,9 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,11 +37,10 @@ TILE = 16  # time steps between two saved states
 PAD = 32  # saved states are padded to this many channels
 GROUP = 128  # channels of one partial sum of dB and dC
 # no -ffast-math: it would break nan and inf
-FLAGS = (
-    "-O3 -std=gnu11 -ffp-contract=fast -fno-math-errno -fno-trapping-math -shared -fPIC -pthread"
-).split()
+FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-shared", "-fPIC", "-pthread"]
 # the first that the compiler accepts
-TUNING = (["-march=native"], ["-mcpu=native"], [])
+TUNING: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
 
 _FORWARD_WORDS = 6 + 6 * 4 + 6
 _BACKWARD_WORDS = _FORWARD_WORDS + 6 * 4 + 7
@@ -50,11 +50,14 @@ _pack_conv = struct.Struct("10q").pack
 _ABSENT = (0, 0, 0, 0)
 
 
+_MaybeTensor = TypeVar("_MaybeTensor", Tensor, "Tensor | None")
+
+
 class _Library(NamedTuple):
-    forward: ctypes._CFuncPtr
-    backward: ctypes._CFuncPtr
-    scan_step: ctypes._CFuncPtr
-    conv_step: ctypes._CFuncPtr
+    forward: Callable[[bytes], int]
+    backward: Callable[[bytes], int]
+    scan_step: Callable[[bytes], int]
+    conv_step: Callable[[bytes], int]
 
 
 # ------------------------------------------------------------------------------- compilation
@@ -125,7 +128,9 @@ def _load(double: bool) -> _Library | str:
     directory = next((path for path in _cache_directories() if _usable(path)), None)
     if directory is None:
         return "no writable directory for the compiled library"
-    defines = [f"-DTILE={TILE}", f"-DPAD={PAD}", f"-DGROUP={GROUP}", *(["-DSCAN_DOUBLE"] if double else [])]
+    defines = [f"-DTILE={TILE}", f"-DPAD={PAD}", f"-DGROUP={GROUP}"]
+    if double:
+        defines.append("-DSCAN_DOUBLE")
     try:
         stamp = (os.path.realpath(compiler), os.stat(compiler).st_size, FLAGS, TUNING, defines)
         key = hashlib.sha256(SOURCE.read_bytes() + repr(stamp).encode() + _processor().encode())
@@ -221,10 +226,10 @@ def forward(
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
     batch, length, channels = u.shape
     d_state = A.shape[1]
-    y = torch.empty((batch, length, channels), dtype=_stream_dtype(u, real))
-    last = torch.empty((batch, channels, d_state), dtype=real)
+    y = torch.empty((batch, length, channels), dtype=_stream_dtype(u, real), device=u.device)
+    last = torch.empty((batch, channels, d_state), dtype=real, device=u.device)
     shape = saved_shape(batch, length, channels, d_state) if save else (0,)
-    saved = torch.empty(shape, dtype=real)
+    saved = torch.empty(shape, dtype=real, device=u.device)
     inputs = [_stream(x, real) for x in (u, delta, B, C, z)]
     params = [_plain(x, real) for x in (A, D, delta_bias, initial_state)]
     if length == 0 or y.numel() == 0:
@@ -271,17 +276,17 @@ def backward(
     dlast = _plain(dfinal_state, real)
     dout = _stream(dy, real)
     rows = (batch, length, channels)
-    du = torch.empty(rows, dtype=_stream_dtype(u, real))
+    du = torch.empty(rows, dtype=_stream_dtype(u, real), device=u.device)
     ddelta = torch.empty_like(du)
     dz = None if z is None else torch.empty_like(du)
-    dB = torch.empty((batch, length, d_state), dtype=_stream_dtype(B, real))
+    dB = torch.empty((batch, length, d_state), dtype=_stream_dtype(B, real), device=u.device)
     dC = torch.empty_like(dB)
-    dA = torch.empty((channels, d_state), dtype=real)
-    dD = None if D is None else torch.empty(channels, dtype=real)
-    dbias = None if delta_bias is None else torch.empty(channels, dtype=real)
+    dA = torch.empty((channels, d_state), dtype=real, device=u.device)
+    dD = None if D is None else torch.empty(channels, dtype=real, device=u.device)
+    dbias = None if delta_bias is None else torch.empty(channels, dtype=real, device=u.device)
     dh0 = None
     if initial_state is not None:
-        dh0 = torch.empty((batch, channels, d_state), dtype=real)
+        dh0 = torch.empty((batch, channels, d_state), dtype=real, device=u.device)
     if du.numel() == 0:
         for x in (dA, dB, dC, dD, dbias):
             if x is not None:
@@ -290,8 +295,9 @@ def backward(
             dh0.copy_(dlast if dlast is not None else torch.zeros_like(dh0))
     else:
         groups = -(-channels // GROUP)
-        part_bc = torch.empty((groups, batch, length, 2, d_state), dtype=real)
-        part_a = torch.empty((batch, d_state + 2, -(-channels // PAD) * PAD), dtype=real)
+        part_bc = torch.empty((groups, batch, length, 2, d_state), dtype=real, device=u.device)
+        padded = -(-channels // PAD) * PAD
+        part_a = torch.empty((batch, d_state + 2, padded), dtype=real, device=u.device)
         words = _pack(
             *(batch, length, channels, d_state, delta_softplus, torch.get_num_threads()),
             *(word for x in (*inputs, None) for word in _words(x)),
@@ -318,6 +324,13 @@ def _row(x: Tensor, real: torch.dtype) -> Tensor:
     return x if x.is_contiguous() else x.contiguous()
 
 
+def _param(x: _MaybeTensor, real: torch.dtype) -> _MaybeTensor:
+    """As :func:`_plain`; in the usual case, already so, it costs two comparisons."""
+    if x is None or (x.dtype is real and x.is_contiguous()):
+        return x
+    return x.to(real).contiguous()
+
+
 def scan_step(
     u: Tensor,
     delta: Tensor,
@@ -341,15 +354,11 @@ def scan_step(
     u, delta, B, C = _row(u, real), _row(delta, real), _row(B, real), _row(C, real)
     if z is not None:
         z = _row(z, real)
-    # the usual case, plain float32 parameters, costs one comparison each
-    A, D, bias, h0 = [
-        x if x is None or (x.dtype is real and x.is_contiguous()) else x.to(real).contiguous()
-        for x in (A, D, delta_bias, state)
-    ]  # fmt: skip
+    A, D, bias, h0 = _param(A, real), _param(D, real), _param(delta_bias, real), _param(state, real)
     batch, (channels, d_state) = u.shape[0], A.shape
     half = torch.bfloat16
     y = torch.empty_like(u)
-    last = torch.empty((batch, channels, d_state), dtype=real)
+    last = torch.empty((batch, channels, d_state), dtype=real, device=u.device)
     words = _pack_step(
         batch,
         channels,
@@ -392,10 +401,7 @@ def conv_step(
     real = torch.float64 if dtype is torch.float64 else torch.float32
     x = _row(x, real)
     tail = _row(tail if tail.dtype is x.dtype else tail.to(x.dtype), real)
-    weight, bias = [
-        p if p is None or (p.dtype is real and p.is_contiguous()) else p.to(real).contiguous()
-        for p in (weight, bias)
-    ]
+    weight, bias = _param(weight, real), _param(bias, real)
     y, tail_out = torch.empty_like(x), torch.empty_like(tail)
     words = _pack_conv(
         x.shape[0],

@@ -1,0 +1,90 @@
+"""Time the selective scan against its peers and against the floor of this machine.
+
+    mambabyte bench scan
+    mambabyte bench scan --shapes 16,1024,384 --peers fused mamba_ssm --json
+    mambabyte bench scan --device cpu --record data/measurements/scan-cpu.json
+
+Peers that are not installed are named, not hidden. The floor is what the bytes and operations of
+the scan cost at the ceilings that the run itself measures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from analysis.commands import parse, pick_device, print_result
+from analysis.console import say
+
+
+@dataclass(frozen=True)
+class Options:
+    what: Annotated[Literal["scan"], tyro.conf.Positional]
+    shapes: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """batch,length,channels; repeat for more. A grid that suits the device when none is given."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """bfloat16 on a GPU and float32 on a CPU when not given."""
+    peers: tuple[str, ...] = ()
+    """fused, mamba_ssm, mambapy, chunked, sdpa, ...; the usual ones when none is named."""
+    device: str = "auto"
+    repeats: int = 30
+    record: Path | None = None
+    """Also write the table, with machine, date, versions, commit and command, to this file."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(argv: list[str]) -> int:
+    options = parse(Options, argv, "bench", __doc__)
+
+    from analysis.bench_scan import DEFAULT_PEERS, run_bench
+    from mambabyte.files import write_json
+    from mambabyte.provenance import provenance
+
+    frame = run_bench(
+        [parse_shape(text) for text in options.shapes] or None, options.dtype,
+        options.peers or DEFAULT_PEERS, pick_device(options.device), options.repeats, say,
+    )
+    machine = frame.attrs["machine"]
+    rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    record = {"study": "scan", "bench": rows, "ceilings": machine, "provenance": provenance()}
+    if options.record:
+        write_json(options.record, record)
+    lines = [f"{name}: {value}" for name, value in machine.items()]
+    for (batch, length, channels), group in frame.groupby(["batch", "length", "channels"],
+                                                          sort=False):
+        lines += ["", f"({batch}, {length}, {channels})"]
+        lines += [describe(row) for row in group.to_dict("records")]
+    print_result(record, options.json, lines)
+    return 0
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """``batch,length,channels`` as numbers."""
+    from mambabyte.errors import UserError
+
+    parts = text.split(",")
+    if len(parts) != 3 or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+        raise UserError(f"--shapes got {text!r}: expected batch,length,channels, e.g. 16,1024,384")
+    batch, length, channels = map(int, parts)
+    return batch, length, channels
+
+
+def describe(row: dict) -> str:
+    """One line of the table for people: time and spread, ratio, floor, memory, error."""
+    head = f"  {row['peer']:18} {row['direction']:17}"
+    if row["median_seconds"] != row["median_seconds"]:  # nan: not measured
+        return f"{head} not measured: {row['note']}"
+    text = (f"{head} {row['median_seconds'] * 1e6:11.1f} us "
+            f"[{row['low_seconds'] * 1e6:.1f}, {row['high_seconds'] * 1e6:.1f}] "
+            f"x{row['ratio_to_fused']:.2f}")
+    if row["fraction_of_floor"] == row["fraction_of_floor"]:
+        text += f", {row['fraction_of_floor']:.0%} of the floor's speed"
+    if row["peak_bytes"] == row["peak_bytes"]:
+        text += f", {row['peak_bytes'] / 2**20:.0f} MiB"
+    if row["error_output"] == row["error_output"]:
+        text += f", error {row['error_output']:.1e} / {row['error_gradient']:.1e}"
+    return text

@@ -1,0 +1,168 @@
+"""Run-time compilation without a GPU: every CUDA source compiles, and the cache survives harm."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from mambabyte import ops
+from mambabyte.ops import cuda_conv, cuda_scan, cuda_step, nvrtc
+
+AVAILABLE, REASON = nvrtc.nvrtc_available()
+needs_nvrtc = pytest.mark.skipif(not AVAILABLE, reason=REASON)
+
+ARCHS = ("sm_80", "sm_90", "sm_100")
+SCALE = "template <int N> __global__ void scale(float *x) { x[threadIdx.x] *= N; }"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", list(cuda_conv.ELEMENTS))
+def test_convolution_and_step_compile(arch: str, dtype: torch.dtype) -> None:
+    for program in (cuda_conv.program(dtype, 4), cuda_step.program(dtype)):
+        cubin = program.compile(arch)
+        assert cubin.image[:4] == b"\x7fELF"
+        assert set(cubin.lowered) == set(program.names)
+        assert all(mangled.encode() in cubin.image for mangled in cubin.lowered.values())
+
+
+def scan_kernels(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of the kernels that the scan launches, read off calls whose launches do nothing."""
+    names: set[str] = set()
+    monkeypatch.setattr(cuda_scan, "_launch", lambda device, name, *_: names.add(name))
+    monkeypatch.setattr(cuda_scan, "_multiprocessors", lambda device: 132)
+    for dtype, length in ((torch.bfloat16, 8), (torch.bfloat16, 4096), (torch.float32, 4096)):
+        u, B = torch.zeros(1, length, 32, dtype=dtype), torch.zeros(1, length, 16, dtype=dtype)
+        A, D = torch.zeros(32, 16), torch.zeros(32)
+        inputs = (u, u, A, B, B, D, u, D, torch.zeros(1, 32, 16))
+        _, state, saved = cuda_scan.forward(*inputs, True, True)
+        cuda_scan.backward(u, state, *inputs, saved, True)
+    return names
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_scan_compiles(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = scan_kernels(monkeypatch)
+    assert len(names) >= 8
+    cubin = nvrtc.Program.from_file("cuda_scan.cu", names=sorted(names)).compile(arch)
+    assert cubin.image[:4] == b"\x7fELF"
+
+
+@needs_nvrtc
+def test_a_kernel_has_its_mangled_name_and_ptx_can_be_had() -> None:
+    cubin = nvrtc.compile_cubin(SCALE, arch="sm_90", names=("scale<3>", "scale<4>"))
+    assert len(set(cubin.lowered.values())) == 2
+    ptx = nvrtc.compile_cubin(SCALE, arch="compute_80", names=("scale<3>",))
+    assert b".target sm_80" in ptx.image
+
+
+@needs_nvrtc
+def test_a_compile_error_is_one_line_with_the_log_attached() -> None:
+    first = r"^bad.cu does not compile for sm_90: bad.cu\(1\)"
+    with pytest.raises(nvrtc.NvrtcError, match=first) as e:
+        nvrtc.compile_cubin("__global__ void f() { nothing; }", arch="sm_90", filename="bad.cu")
+    assert "\n" not in str(e.value)
+    assert "nothing" in e.value.log
+    with pytest.raises(nvrtc.NvrtcError):
+        nvrtc.compile_cubin(SCALE, arch="sm_1")
+
+
+@needs_nvrtc
+def test_the_cache_is_used_and_keyed_by_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = nvrtc.compile_cubin(SCALE, (), "sm_90", ("scale<3>",))
+    compiled = []
+
+    def count(*args: object) -> nvrtc.Cubin:
+        compiled.append(args)
+        return first
+
+    monkeypatch.setattr(nvrtc, "_compile", count)
+    assert nvrtc.compile_cubin(SCALE, (), "sm_90", ("scale<3>",)) == first
+    assert not compiled
+    nvrtc.compile_cubin(SCALE + " ", (), "sm_90", ("scale<3>",))
+    nvrtc.compile_cubin(SCALE, ("-DX=1",), "sm_90", ("scale<3>",))
+    nvrtc.compile_cubin(SCALE, (), "sm_80", ("scale<3>",))
+    nvrtc.compile_cubin(SCALE, (), "sm_90", ("scale<4>",))
+    monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: (99, 0))
+    nvrtc.compile_cubin(SCALE, (), "sm_90", ("scale<3>",))
+    assert len(compiled) == 5
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("damage", [b"", b"short", b"x" * 1000])
+def test_a_damaged_cache_is_compiled_again(damage: bytes) -> None:
+    first = nvrtc.compile_cubin(SCALE, arch="sm_90", names=("scale<3>",))
+    (entry,) = nvrtc.cache_folder().iterdir()
+    whole = entry.read_bytes()
+    entry.write_bytes(damage)
+    assert nvrtc.compile_cubin(SCALE, arch="sm_90", names=("scale<3>",)) == first
+    assert entry.read_bytes() == whole
+
+
+@needs_nvrtc
+def test_a_cache_that_cannot_be_written_only_costs_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert nvrtc.compile_cubin(SCALE, arch="sm_90", names=("scale<3>",)).image
+
+    def refuse(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "replace", refuse)
+    assert nvrtc.compile_cubin(SCALE, arch="sm_90", names=("scale<3>",)).image
+    assert list(nvrtc.cache_folder().iterdir()) == []  # no temporary file is left
+
+
+@needs_nvrtc
+def test_many_threads_compile_the_same_source() -> None:
+    found: list[nvrtc.Cubin] = []
+
+    def work() -> None:
+        found.append(nvrtc.compile_cubin(SCALE, arch="sm_90", names=("scale<7>",)))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert len(list(nvrtc.cache_folder().iterdir())) == 1
+
+
+def test_a_missing_nvrtc_is_one_line_that_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for cached in (nvrtc._nvrtc, nvrtc.nvrtc_version, nvrtc.supported_archs):
+        cached.cache_clear()
+    monkeypatch.setattr(nvrtc, "_nvrtc_candidates", lambda: iter(["/nowhere/libnvrtc.so"]))
+    available, reason = nvrtc.nvrtc_available()
+    with pytest.raises(nvrtc.NvrtcError) as error:
+        nvrtc.compile_cubin(SCALE, arch="sm_90")
+    nvrtc._nvrtc.cache_clear()
+    assert not available
+    assert "pip install nvidia-cuda-nvrtc" in reason
+    assert "\n" not in reason
+    assert "/nowhere/libnvrtc.so" in error.value.log
+
+
+def test_sources_use_no_headers_and_are_packaged() -> None:
+    folder = Path(ops.__file__).parent
+    sources = sorted(folder.glob("*.cu"))
+    assert {"cuda_conv.cu", "cuda_scan.cu", "cuda_step.cu"} <= {path.name for path in sources}
+    for path in sources:
+        assert not re.search(r"^\s*#\s*include", path.read_text(), re.MULTILINE), path.name
