@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from mambabyte.config import ModelConfig
 from mambabyte.ops import selective_scan
 from mambabyte.ops.causal_conv import causal_conv
+from mambabyte.ops.operator import MAX_STATES, fused_available
+from mambabyte.ops.step import MAX_TAPS, mamba_step
 
 
 class MambaState(NamedTuple):
@@ -73,8 +75,8 @@ class MambaMixer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Everything the scan reads: u, delta before bias and softplus, B, C, z; and the tail."""
         u, z = self.in_proj(x).chunk(2, dim=-1)  # each (B, L, D)
-        u, tail = causal_conv(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, tail)
-        u = F.silu(u)
+        u, tail = causal_conv(
+            u, self.conv1d.weight.squeeze(1), self.conv1d.bias, tail, silu=True)
         d_state = self.A_log.shape[1]
         low_rank, B, C = self.x_proj(u).split([self.dt_rank, d_state, d_state], dim=-1)
         # The bias is added inside the scan, in float32: in bf16 it would round the step size.
@@ -82,6 +84,8 @@ class MambaMixer(nn.Module):
         return u, delta, B, C, z, tail
 
     def forward(self, x: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
+        if x.shape[1] == 1 and state is not None and self._can_step(x):
+            return self.step(x, state)
         u, delta, B, C, z, tail = self.scan_inputs(x, None if state is None else state.tail)
         y, ssm = selective_scan(
             u, delta, -torch.exp(self.A_log.float()), B, C, self.D.float(), z,
@@ -91,16 +95,42 @@ class MambaMixer(nn.Module):
         )
         return self.out_proj(y), MambaState(tail, ssm)
 
+    def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        """``forward`` for one byte, x (B, 1, d_model), as one operator. Inference only."""
+        u, z = self.in_proj(x[:, 0]).chunk(2, dim=-1)  # each (B, D)
+        y, tail, ssm = mamba_step(
+            u, z, state.tail, state.ssm, self.conv1d.weight.squeeze(1), self.conv1d.bias,
+            self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias.float(),
+            -torch.exp(self.A_log.float()), self.D.float(),
+        )
+        return self.out_proj(y)[:, None], MambaState(tail, ssm)
 
-def rotate(x: Tensor, position: int, base: float) -> Tensor:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864): x (B, H, L, head_dim), head_dim even."""
-    half = x.shape[-1] // 2
+    def _can_step(self, x: Tensor) -> bool:
+        """Whether the fused step does what this layer is set to: the fused scan, no gradient."""
+        if torch.is_grad_enabled() or not self.dt_rank or self.form not in ("auto", "fused"):
+            return False
+        if x.dtype == torch.float64 or not 2 <= self.conv1d.kernel_size[0] <= MAX_TAPS:
+            return False
+        return self.A_log.shape[1] <= MAX_STATES and fused_available(x.device)[0]
+
+
+def rotary_table(
+    position: int, length: int, half: int, base: float, fraction: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (length, half) of the rotary angles from ``position`` on, in float64."""
     # float64 for the angles alone: at position 1e6 float32 would be off by 0.06 radians.
-    rate = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    steps = torch.arange(position, position + x.shape[2], device=x.device, dtype=torch.float64)
-    angle = torch.outer(steps, rate)  # (L, head_dim / 2)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
+    turning = max(1, round(half * fraction))
+    rate = base ** (-torch.arange(half, device=device, dtype=torch.float64) / turning)
+    rate[turning:] = 0
+    steps = torch.arange(position, position + length, device=device, dtype=torch.float64)
+    angle = torch.outer(steps, rate)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): x (B, H, L, head_dim), head_dim even."""
+    cos, sin = (t.to(x.dtype) for t in table)
+    a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
@@ -111,7 +141,10 @@ class AttentionMixer(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.head_dim, self.window = config.head_dim, config.attention_window
-        self.qk_norm, self.rope_base = config.qk_norm, config.rope_base
+        self.qk_norm = config.qk_norm
+        self.rope_base, self.rope_fraction = config.rope_base, config.rope_fraction
+        # Of the first positions, where the same length comes again and again; see keep_rotary.
+        self.rotary: tuple[Tensor, Tensor] | None = None
         kv_width = self.n_kv_head * self.head_dim
         self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         self.k_proj = nn.Linear(config.d_model, kv_width, bias=False)
@@ -119,6 +152,18 @@ class AttentionMixer(nn.Module):
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         if config.zero_init_out:
             nn.init.zeros_(self.out_proj.weight)
+
+    def keep_rotary(self, length: int) -> None:
+        """Compute the rotary table of sequences of this length once, for training."""
+        self.rotary = None
+        cos, sin = self._table(0, length, self.q_proj.weight.device)
+        self.rotary = cos.float(), sin.float()
+
+    def _table(self, position: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self.rotary is not None and position == 0 and len(self.rotary[0]) == length:
+            return self.rotary
+        half = self.head_dim // 2
+        return rotary_table(position, length, half, self.rope_base, self.rope_fraction, device)
 
     def forward(self, x: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState]:
         length = x.shape[1]
@@ -128,8 +173,8 @@ class AttentionMixer(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.n_kv_head, -1)).transpose(1, 2)
         if self.qk_norm:
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
-        q = rotate(q, seen, self.rope_base).to(v.dtype)
-        k = rotate(k, seen, self.rope_base).to(v.dtype)
+        table = self._table(seen, length, x.device)
+        q, k = rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype)
         if state is not None:
             k = torch.cat([state.k.to(k.dtype), k], dim=2)
             v = torch.cat([state.v.to(v.dtype), v], dim=2)
@@ -171,7 +216,9 @@ class MLP(nn.Module):
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    return nn.LayerNorm(config.d_model) if config.norm == "layer" else nn.RMSNorm(config.d_model)
+    if config.norm == "layer":
+        return nn.LayerNorm(config.d_model)
+    return nn.RMSNorm(config.d_model, elementwise_affine=config.norm == "rms")
 
 
 class Block(nn.Module):

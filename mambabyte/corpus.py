@@ -71,14 +71,18 @@ def sample_windows(data: np.ndarray, context: int, batch: int, seed: int, step: 
     A pure function of (seed, step): a resumed run sees what the unbroken run would have seen.
     Reads only the bytes it returns. Raises UserError when a window does not fit.
     """
-    if len(data) < context + 1:
+    starts = sample_starts(len(data), context, batch, seed, step)
+    return torch.from_numpy(np.stack([data[s : s + context + 1] for s in starts])).long()
+
+
+def sample_starts(length: int, context: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """First byte of each window of ``sample_windows`` in a text of ``length`` bytes, (batch,)."""
+    if length < context + 1:
         raise UserError(
-            f"context {context} needs at least {context + 1} bytes and the split has {len(data)}:"
+            f"context {context} needs at least {context + 1} bytes and the split has {length}:"
             " choose a shorter context or a larger corpus"
         )
-    rng = np.random.default_rng([seed, step])
-    starts = rng.integers(0, len(data) - context, size=batch)
-    return torch.from_numpy(np.stack([data[s : s + context + 1] for s in starts])).long()
+    return np.random.default_rng([seed, step]).integers(0, length - context, size=batch)
 
 
 def _map(path: Path) -> np.ndarray:

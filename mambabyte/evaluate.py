@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from mambabyte.errors import UserError
-from mambabyte.model import ByteLM
-from mambabyte.stream import START_BYTE, ByteStream, CharModel
-from mambabyte.text import first_characters
+from mambabyte.stream import ByteModel, ByteStream, CharModel
+from mambabyte.text import START_BYTE, first_characters
 
 TASK_CHARACTERS = 60_000  # the public task scores these many characters of a split
 
@@ -35,7 +34,7 @@ class Score:
 
 @torch.inference_mode()
 def byte_log_probs(
-    model: ByteLM, data: bytes, window: int = 8192,
+    model: ByteModel, data: bytes, window: int = 8192,
     report: Callable[[float], None] = lambda done: None,
 ) -> torch.Tensor:
     """Log-probabilities (L, V) of every byte given all before it, from START_BYTE on.
@@ -45,7 +44,7 @@ def byte_log_probs(
     """
     was_training = model.training
     model.eval()
-    device = model.embedding.weight.device
+    device = model.device
     inputs = torch.tensor([START_BYTE, *data[:-1]], device=device)[None]
     state, parts = None, []
     for start in range(0, inputs.shape[1], window):
@@ -56,7 +55,7 @@ def byte_log_probs(
     return torch.cat(parts)
 
 
-def bits_per_byte(model: ByteLM, data: bytes | np.ndarray, window: int = 8192) -> float:
+def bits_per_byte(model: ByteModel, data: bytes | np.ndarray, window: int = 8192) -> float:
     """Mean -log2 p over the bytes of ``data``, each given all before it."""
     data = bytes(data)
     if not data:
@@ -67,7 +66,7 @@ def bits_per_byte(model: ByteLM, data: bytes | np.ndarray, window: int = 8192) -
 
 
 def score(
-    model: ByteLM, data: bytes | np.ndarray, characters: int = TASK_CHARACTERS,
+    model: ByteModel, data: bytes | np.ndarray, characters: int = TASK_CHARACTERS,
     window: int = 8192, report: Callable[[float], None] = lambda done: None,
 ) -> Score:
     """Score the first ``characters`` characters in parallel windows.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from mambabyte.blocks import Block, LayerState, MambaMixer, make_norm
 from mambabyte.config import ModelConfig
+
+
+def without_state(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer from the first byte on; the state it ends in is not kept."""
+    return layer(x, None)[0]
 
 
 class ByteLM(nn.Module):
@@ -24,6 +29,17 @@ class ByteLM(nn.Module):
         nn.init.normal_(self.embedding.weight, std=config.embed_std)
         self.layers = nn.ModuleList(Block(config, letter) for letter in config.layers)
         self.norm_f = make_norm(config)
+        self.head = None if config.tied_head else nn.Linear(
+            config.d_model, config.vocab_size, bias=False)
+        if self.head is not None and config.zero_init_out:
+            nn.init.zeros_(self.head.weight)
+        # How training runs a layer, and in which type it adds up; a fast step replaces them.
+        self.run_layer: Callable[[nn.Module, Tensor], Tensor] = without_state
+        self.residual_dtype: torch.dtype | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
 
     def forward(
         self, tokens: Tensor, state: list[LayerState] | None = None
@@ -33,20 +49,41 @@ class ByteLM(nn.Module):
         tokens (B, L) integers; returns (B, L, V) and one state a layer. Feeding a sequence in
         pieces, each with the state of the one before, gives what one call gives.
         """
-        x = self.embedding(tokens)
+        hidden, states = self.hidden(self.embedding(tokens), state)
+        return self.logits(hidden), states
+
+    def hidden(
+        self, x: Tensor, state: list[LayerState] | None = None
+    ) -> tuple[Tensor, list[LayerState]]:
+        """From embedded bytes (B, L, d_model) to what the head reads, of the same shape."""
+        x = self._stem(x)
         states = []
         for i, layer in enumerate(self.layers):
             x, layer_state = layer(x, None if state is None else state[i])
             states.append(layer_state)
-        logits = F.linear(self.norm_f(x), self.embedding.weight)
+        return self.norm_f(x), states
+
+    def hidden_for_training(self, x: Tensor) -> Tensor:
+        """``hidden`` from the first byte on without the states; layers as ``run_layer`` does."""
+        x = self._stem(x if self.residual_dtype is None else x.to(self.residual_dtype))
+        for layer in self.layers:
+            x = self.run_layer(layer, x)
+        return self.norm_f(x)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],)) if self.config.embed_norm else x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, L, d_model) -> (B, L, V), capped where the configuration says so."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        logits = F.linear(hidden, weight)
         cap = self.config.logit_softcap
-        if cap:
-            logits = cap * torch.tanh(logits / cap)
-        return logits, states
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1]."""
-        logits, _ = self(tokens[:, :-1])
+        hidden = self.hidden_for_training(self.embedding(tokens[:, :-1]))
+        logits = self.logits(hidden)
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 

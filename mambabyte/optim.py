@@ -1,16 +1,20 @@
-"""AdamW groups and the learning-rate schedule."""
+"""AdamW and Muon, which parameter goes where, and the schedules of the learning rate."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mambabyte.config import TrainConfig
 
+Role = Literal["muon", "decay", "free"]
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
+
+def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: to matrices, but not to A_log, which is a decay rate.
 
     One-dimensional parameters (norms, biases, D) are left alone. The embedding, which is the
@@ -19,25 +23,164 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.endswith("A_log")
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with decay on the parameters that ``decays`` names. Raises if one is in no group."""
+def role(name: str, parameter: Tensor) -> Role:
+    """Where a parameter goes when the optimizer is Muon.
+
+    "muon": the matrices inside the layers, which map activations to activations. Not dt_proj: it
+    spreads a few numbers over all channels, and an orthogonal update of it moves every step size
+    of the SSM at once. AdamW with decay ("decay"): embedding and head, whose rows are looked up
+    or compared one by one; dt_proj; the convolution, where each channel has its own taps and
+    there is nothing to orthogonalise. AdamW without decay ("free"): A_log, D, biases, norms.
+    """
+    inside = ".layers." in f".{name}" and ".dt_proj." not in name
+    if inside and parameter.ndim == 2 and decays(name, parameter):
+        return "muon"
+    return "decay" if decays(name, parameter) else "free"
+
+
+def make_optimizer(
+    model: nn.Module, config: TrainConfig, on_device: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer of a recipe; every parameter is in exactly one group.
+
+    Each group has ``peak_lr``: its rate where the schedule is 1. With ``on_device`` the rates are
+    tensors beside the parameters, so that a captured step can be given others.
+    """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
-    ]
     on_cuda = bool(named) and named[0][1].is_cuda
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8, fused=on_cuda)
+
+    def group(parameters: list[Tensor], decay: float, lr: float, **more: Any) -> dict[str, Any]:
+        rate = torch.tensor(lr, device=named[0][1].device) if on_device else lr
+        return {"params": parameters, "weight_decay": decay, "lr": rate, "peak_lr": lr, **more}
+
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW([
+            group([p for n, p in named if decays(n, p)], config.weight_decay, config.lr),
+            group([p for n, p in named if not decays(n, p)], 0.0, config.lr),
+        ], lr=config.lr, betas=config.betas, eps=1e-8, fused=on_cuda,
+            capturable=on_device and on_cuda)
+    by_role: dict[Role, list[Tensor]] = {"muon": [], "decay": [], "free": []}
+    for name, parameter in named:
+        by_role[role(name, parameter)].append(parameter)
+    return MuonAdamW([
+        group(by_role["muon"], config.weight_decay, config.muon_lr,
+              muon=True, momentum=config.muon_momentum),
+        group(by_role["decay"], config.weight_decay, config.lr, muon=False),
+        group(by_role["free"], 0.0, config.lr, muon=False),
+    ], betas=config.betas, fused=on_cuda, capturable=on_device and on_cuda)
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up over ``warmup_fraction`` of the steps, then a cosine to zero.
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan 2024, kellerjordan.github.io/posts/muon) for the groups marked ``muon``, AdamW
+    for the others, as one optimizer: one state to save, one list of groups to schedule.
 
-    ``step`` counts from 0. The first step of the published schedule has rate 0 and does nothing;
-    here it has 1/warmup of the peak.
+    Muon: the gradient goes into a momentum buffer, the Nesterov combination of the two is replaced
+    by the nearest matrix with singular values near 1, and that, times lr and
+    max(1, rows / columns)^0.5, is subtracted. Decay is decoupled.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], fused: bool,
+                 capturable: bool, eps: float = 1e-8) -> None:
+        groups = [g for g in groups if g["params"]]
+        super().__init__(groups, {"lr": 1e-3})
+        rest = [g for g in self.param_groups if not g["muon"]]
+        # It adds its own defaults to the groups it is given: they are the same dictionaries.
+        self._adamw = torch.optim.AdamW(
+            rest, betas=betas, eps=eps, fused=fused, capturable=capturable) if rest else None
+        if self._adamw is not None:
+            for mine, its in zip(rest, self._adamw.param_groups, strict=True):
+                mine.update({k: v for k, v in its.items() if k not in mine})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if self._adamw is not None:  # loading a state replaces groups and state: hand over both
+            self._adamw.param_groups = [g for g in self.param_groups if not g["muon"]]
+            self._adamw.state = self.state
+            self._adamw.step()
+        for group in self.param_groups:
+            if group["muon"]:
+                self._muon(group)
+
+    def _muon(self, group: dict[str, Any]) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        buffers = []
+        for p in parameters:
+            state = self.state[p]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(p)
+            buffers.append(state["momentum"])
+        grads = [p.grad for p in parameters]
+        # lr may be a tensor on the device, so that a captured step can be given another.
+        lr, beta = group["lr"], group["momentum"]
+        torch._foreach_lerp_(buffers, grads, 1 - beta)
+        updates = torch._foreach_lerp(grads, buffers, beta)
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, p in enumerate(parameters):
+            by_shape[(min(p.shape), max(p.shape))].append(i)
+        for indices in by_shape.values():
+            tall = [parameters[i].shape[0] > parameters[i].shape[1] for i in indices]
+            stacked = torch.stack([
+                updates[i].mT if t else updates[i] for i, t in zip(indices, tall, strict=True)])
+            for i, t, o in zip(indices, tall, orthogonalise(stacked), strict=True):
+                rows, columns = parameters[i].shape
+                scale = max(1.0, rows / columns) ** 0.5
+                parameters[i].sub_((o.mT if t else o) * (lr * scale))
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Near-orthogonal matrices (n, rows, columns) with the singular vectors of the given ones.
+
+    A quintic Newton-Schulz iteration in bf16 whose coefficients are chosen for its slope at 0: it
+    brings singular values into about [0.7, 1.2], and not to 1 (Jordan 2024).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16()
+    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).bfloat16()
+    wide = x.shape[-2] <= x.shape[-1]
+    if not wide:
+        x = x.mT
+    for _ in range(steps):
+        gram = x @ x.mT
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, poly, x, beta=a)
+    return (x if wide else x.mT).to(matrices.dtype)
+
+
+def schedule(step: int, config: TrainConfig, elapsed_seconds: float = 0.0) -> float:
+    """Share of the peak rate at ``step``, which counts from 0.
+
+    Linear warm-up over ``warmup_fraction`` of the steps, then a cosine to zero, or flat and then
+    linear to zero over the last ``decay_fraction``. A time-aware schedule advances with the steps
+    or with the clock, whichever is further on: it is at zero when ``max_seconds`` are over.
+
+    The first step of the published schedule has rate 0 and does nothing; here it has 1/warmup.
     """
     warmup = max(1, int(config.warmup_fraction * config.n_steps))
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.n_steps - warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if config.warmup_fraction and step < warmup:
+        return (step + 1) / warmup
+    done = step / config.n_steps
+    if config.time_aware:
+        done = max(done, elapsed_seconds / config.max_seconds)
+    done = min(1.0, done)
+    if config.schedule == "stable":
+        return min(1.0, (1 - done) / config.decay_fraction)
+    start = min(warmup, config.n_steps - 1) / config.n_steps if config.warmup_fraction else 0.0
+    return 0.5 * (1 + math.cos(math.pi * max(0.0, (done - start) / (1 - start))))
+
+
+def learning_rate(step: int, config: TrainConfig, elapsed_seconds: float = 0.0) -> float:
+    """AdamW's rate at ``step``; Muon's is in the same proportion to its peak."""
+    return config.lr * schedule(step, config, elapsed_seconds)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Give every group this share of its peak rate."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(share * group["peak_lr"])
+        else:
+            group["lr"] = share * group["peak_lr"]

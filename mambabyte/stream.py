@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from mambabyte.blocks import LayerState
-from mambabyte.model import ByteLM
-from mambabyte.text import Utf8Stream, continuation_range, utf8_length
+from mambabyte.text import START_BYTE, Utf8Stream, continuation_range, utf8_length
 
-# What is fed before the first byte, so that there is a distribution over it. Documents of the
-# corpora begin after a line end; byte 0 never occurs in them.
-START_BYTE = 0x0A
+
+class ByteModel(Protocol):
+    """What is streamed and scored: ByteLM, an n-gram model, or a mixture of the two.
+
+    ``model(tokens (B, L), state) -> (logits (B, L, V), state)``; the state is a value, None before
+    the first byte. Logits may be log-probabilities.
+    """
+
+    training: bool
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]: ...
+
+    def eval(self) -> Self: ...
+
+    def train(self, mode: bool = True) -> Self: ...
 
 
 class ByteStream:
@@ -23,10 +37,10 @@ class ByteStream:
     ``log_probs`` is (V,) float32 on the CPU. A stream can be branched by ``fork``.
     """
 
-    def __init__(self, model: ByteLM) -> None:
+    def __init__(self, model: ByteModel) -> None:
         self.model = model
-        self._device = model.embedding.weight.device
-        self._state: list[LayerState] | None = None
+        self._device = model.device
+        self._state: Any = None
         self.log_probs = torch.empty(0)
         self.feed(bytes([START_BYTE]))
 
@@ -47,10 +61,16 @@ class ByteStream:
 
     def state_bytes(self) -> int:
         """Bytes held by the state now."""
-        return sum(
-            t.numel() * t.element_size()
-            for layer in self._state or [] for t in layer if isinstance(t, Tensor)
-        )
+        return sum(t.numel() * t.element_size() for t in _tensors(self._state))
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples and lists."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, list | tuple):
+        for part in state:
+            yield from _tensors(part)
 
 
 class CharModel:
@@ -62,7 +82,7 @@ class CharModel:
     model is run ahead from the present state.
     """
 
-    def __init__(self, model: ByteLM, detail: float = 0.01) -> None:
+    def __init__(self, model: ByteModel, detail: float = 0.01) -> None:
         self.model = model.eval()
         self.detail = detail
         self.reset()
@@ -136,7 +156,7 @@ class CharModel:
 
 
 def generate(
-    model: ByteLM, prompt: str = "", max_bytes: int = 256, temperature: float = 1.0,
+    model: ByteModel, prompt: str = "", max_bytes: int = 256, temperature: float = 1.0,
     top_k: int = 0, top_p: float = 1.0, seed: int = 0,
 ) -> Iterator[str]:
     """Yield text as it comes, whole characters only. Temperature 0 is greedy."""

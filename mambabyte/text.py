@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import codecs
 
+# What is fed before the first byte, so that there is a distribution over it. Documents of the
+# corpora begin after a line end; byte 0 never occurs in them.
+START_BYTE = 0x0A
+
 
 def utf8_length(lead: int) -> int:
     """How many bytes a character with this first byte has; 0 if none starts so (RFC 3629)."""
@@ -30,7 +34,7 @@ def continuation_range(prefix: bytes) -> range:
 
 
 class Utf8Stream:
-    """Turns bytes into text as they come; an incomplete character waits, a bad byte shows U+FFFD."""
+    """Turns bytes into text as they come: an incomplete character waits, a bad byte is U+FFFD."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -18,19 +18,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mambabyte import checkpoint
+from mambabyte import checkpoint, distributed
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.corpus import Corpus, sample_windows
 from mambabyte.energy import EnergyMeter
 from mambabyte.errors import UserError
 from mambabyte.evaluate import bits_per_byte
+from mambabyte.fast_step import FastStep, Windows, prepare, window_starts
 from mambabyte.files import make_dir, write_json
 from mambabyte.model import ByteLM, record_exponent_headroom
 from mambabyte.ops import FORMS, default_form
-from mambabyte.optim import learning_rate, make_optimizer
+from mambabyte.optim import learning_rate, make_optimizer, schedule, set_rates
+from mambabyte.precision import autocast
 from mambabyte.provenance import provenance
 
 SMOKE_BYTES = 10_000  # fewer training bytes than this mean smoke mode
@@ -92,7 +95,10 @@ def train(
     Raises UserError for a configuration that cannot run and NonFiniteError when it diverges; the
     last checkpoint written is then still good.
     """
+    world = distributed.current()
+    device = world.device(device)
     refuse_study_form(model_config, config)
+    world.share(torch.empty(config.batch_size))  # fails now if it does not divide
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("no CUDA device is available: use --device cpu")
     sample_windows(corpus.train, config.context, 1, 0, 0)  # fails now if a window cannot fit
@@ -104,19 +110,24 @@ def train(
 
     torch.manual_seed(config.seed)
     model = ByteLM(model_config).to(device)
-    optimizer = make_optimizer(model, config)
+    fast = config.step != "eager" and (config.step != "auto" or device.startswith("cuda"))
+    optimizer = make_optimizer(model, config, on_device=fast)
     step, seconds_before, joules_before = 0, 0.0, 0.0
     if resume and any(checkpoints.glob("step_*")):
         saved = checkpoint.load_training(checkpoint.find_checkpoint(run), model, optimizer)
         _refuse_other_recipe(run, saved["train"], config)
         step, seconds_before = saved["step"], saved["seconds"]
         joules_before = saved["joules"] or 0.0
-    write_json(run / "config.json", {"model": asdict(model_config), "train": asdict(config)})
-    write_json(run / "provenance.json", {**provenance(), "corpus": corpus.name,
-                                         "corpus_sha256": corpus.digest(), "device": device})
-    (run / "result.json").unlink(missing_ok=True)
-    _drop_metrics_after(run / "metrics.jsonl", step)
+    world.wait()  # all have seen whether there is a run already
+    if world.first:
+        write_json(run / "config.json", {"model": asdict(model_config), "train": asdict(config)})
+        write_json(run / "provenance.json", {
+            **provenance(), "corpus": corpus.name, "corpus_sha256": corpus.digest(),
+            "device": device, "processes": world.size})
+        (run / "result.json").unlink(missing_ok=True)
+        _drop_metrics_after(run / "metrics.jsonl", step)
 
+    stepper = _fast_step(model, optimizer, corpus, config, step) if fast else None
     meter = EnergyMeter(device, config.idle_watts)
     began = logged = time.perf_counter()
     logged_step = step
@@ -132,24 +143,34 @@ def train(
         return None if energy.joules is None else joules_before + energy.joules
 
     def save() -> None:
-        checkpoint.save_training(checkpoints, model, optimizer, {
-            "step": step, "seconds": elapsed(), "joules": joules(), "train": asdict(config)})
-        checkpoint.prune(checkpoints, config.keep_checkpoints)
+        if world.first:
+            checkpoint.save_training(checkpoints, model, optimizer, {
+                "step": step, "seconds": elapsed(), "joules": joules(), "train": asdict(config)})
+            checkpoint.prune(checkpoints, config.keep_checkpoints)
+        world.wait()
 
-    with (run / "metrics.jsonl").open("a") as metrics, stop_on_interrupt() as interrupted:
+    log_file = run / "metrics.jsonl" if world.first else Path(os.devnull)
+    with log_file.open("a") as metrics, stop_on_interrupt() as interrupted:
         while step < config.n_steps:
-            if interrupted():
+            if world.agree(interrupted()):
                 stopped_by = "interrupt"
                 break
-            if config.max_seconds and elapsed() >= config.max_seconds:
+            if config.max_seconds and world.agree(elapsed() >= config.max_seconds):
                 stopped_by = "max_seconds"
                 break
-            tokens = sample_windows(
-                corpus.train, config.context, config.batch_size, config.seed, step
-            ).to(device, non_blocking=True)
             log = (step + 1) % config.log_every == 0 or step + 1 == config.n_steps
-            loss, grad_norm, headroom = train_step(
-                model, optimizer, tokens, config, step, measure_headroom=log)
+            due = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.n_steps
+            if stepper is None:
+                tokens = sample_windows(
+                    corpus.train, config.context, config.batch_size, config.seed, step
+                ).to(device, non_blocking=True)
+                loss, grad_norm, headroom = train_step(
+                    model, optimizer, world.share(tokens), config, step, measure_headroom=log,
+                    elapsed_seconds=elapsed())
+            else:
+                stepper(schedule(step, config, elapsed()))
+                if log or due:
+                    loss, grad_norm, headroom = _read(model, stepper, config, log)
             step += 1
             if log:
                 now = time.perf_counter()
@@ -162,9 +183,11 @@ def train(
                 metrics.write(json.dumps(asdict(progress)) + "\n")
                 metrics.flush()
                 report(progress)
-            if step % config.checkpoint_every == 0 or step == config.n_steps:
+            if due:
                 save()
     if stopped_by != "n_steps":
+        if stepper is not None and step:
+            _read(model, stepper, config, False)
         save()
 
     energy = meter.read()
@@ -185,8 +208,42 @@ def train(
         valid = corpus.valid[:evaluate_bytes]
         result["valid_bits_per_byte"] = bits_per_byte(model, valid) if len(valid) > 1 else None
         result["valid_bytes"] = len(valid)
-        write_json(run / "result.json", result)
+        if world.first:
+            write_json(run / "result.json", result)
     return result
+
+
+def _fast_step(
+    model: ByteLM, optimizer: torch.optim.Optimizer, corpus: Corpus, config: TrainConfig, step: int
+) -> FastStep | None:
+    if step >= config.n_steps:
+        return None
+    prepare(model, config, compiled=config.step == "compile")
+    text = torch.from_numpy(np.array(corpus.train)).to(model.device)
+    starts = window_starts(len(text), config, step)
+    starts = distributed.current().share(starts.T).T.contiguous()
+    return FastStep(model, model.loss, optimizer, Windows(text, config.context), starts, config,
+                    first_step=step)
+
+
+def _read(
+    model: ByteLM, stepper: FastStep, config: TrainConfig, measure_headroom: bool
+) -> tuple[float, float, float | None]:
+    """Loss, gradient norm and headroom of the last step; NonFiniteError if one since the
+    beginning was not finite."""
+    loss, norm, bad = stepper.read()
+    if bad is not None:
+        raise NonFiniteError(
+            f"step {bad + 1}: the loss or the gradient norm is not finite (seen at a later step: "
+            "the step does not wait for the device). The weights of the last checkpoint are good. "
+            f"Scan form: {scan_form_in_use(model, model.device)}; lower lr, or find the layer "
+            "with --train.step eager")
+    headroom: dict[int, float] = {}
+    if measure_headroom and "M" in model.config.layers:
+        mixed = autocast(model.device, config.precision)
+        with mixed, torch.no_grad(), record_exponent_headroom(model) as headroom:
+            model(stepper.tokens()[:, :-1])
+    return loss, norm, max(headroom.values(), default=None)
 
 
 @contextmanager
@@ -233,26 +290,20 @@ def refuse_study_form(model_config: ModelConfig, config: TrainConfig) -> None:
                         f"({form.about}): train with auto, or give --train.allow-study-form")
 
 
-def autocast(device: torch.device, precision: str) -> Any:
-    """bf16 autocast where the precision asks for it ("auto": on CUDA), else nothing."""
-    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
-
-
 def train_step(
     model: ByteLM, optimizer: torch.optim.Optimizer, tokens: Tensor, config: TrainConfig,
-    step: int, measure_headroom: bool = False,
+    step: int, measure_headroom: bool = False, elapsed_seconds: float = 0.0,
 ) -> tuple[float, float, float | None]:
     """One step on tokens (batch, context + 1): loss in nats, gradient norm, exponent headroom."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config)
+    set_rates(optimizer, schedule(step, config, elapsed_seconds))
     optimizer.zero_grad(set_to_none=True)
     with autocast(tokens.device, config.precision):
         recording = record_exponent_headroom(model) if measure_headroom else nullcontext({})
         with recording as headroom:
             loss = model.loss(tokens)
     loss.backward()
+    world = distributed.current()
+    world.average([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     limit = config.grad_clip or math.inf
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
     loss_value, norm_value = torch.stack([loss.detach(), norm.to(loss.dtype)]).tolist()

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mambabyte.blocks import AttentionMixer, MambaMixer, rotate
+from mambabyte.blocks import AttentionMixer, MambaMixer, rotary_table, rotate
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig, get_preset
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM, record_exponent_headroom
@@ -32,8 +32,8 @@ def test_parameter_counts_are_exact_by_group(name):
     groups = dict.fromkeys(config.parameter_groups(), 0)
     for key, p in model.named_parameters():
         parts = key.split(".")
-        if parts[0] == "embedding":
-            group = "embedding"
+        if parts[0] in ("embedding", "head"):
+            group = parts[0]
         elif "norm" in parts[0] or (len(parts) > 2 and "norm" in parts[2]):
             group = "norm"
         elif parts[2] == "mlp":
@@ -121,10 +121,22 @@ def test_rotation_depends_on_distance_only():
     q, k = torch.randn(1, 1, 1, 8).double(), torch.randn(1, 1, 1, 8).double()
 
     def product(i, j):
-        return (rotate(q, i, 1e4) * rotate(k, j, 1e4)).sum().item()
+        tables = [rotary_table(p, 1, 4, 1e4, 1.0, q.device) for p in (i, j)]
+        return (rotate(q, tables[0]) * rotate(k, tables[1])).sum().item()
 
     assert product(7, 3) == pytest.approx(product(1_000_004, 1_000_000), rel=1e-9)
     assert product(7, 3) != pytest.approx(product(7, 4), rel=1e-3)
+
+
+def test_truncated_rotation_leaves_the_slow_half_alone():
+    x = torch.randn(1, 1, 5, 8)
+    turned = rotate(x, rotary_table(3, 5, 4, 1024.0, 0.5, x.device))
+    assert torch.equal(turned[..., 2:4], x[..., 2:4])
+    assert torch.equal(turned[..., 6:8], x[..., 6:8])
+    assert not torch.allclose(turned[..., :2], x[..., :2])
+    angle = 3 / 32  # second of two frequencies: 1024^(-1/2)
+    expected = x[0, 0, 0, 1] * math.cos(angle) - x[0, 0, 0, 5] * math.sin(angle)
+    assert turned[0, 0, 0, 1].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_state_stays_constant_in_size():

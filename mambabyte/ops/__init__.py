@@ -18,6 +18,7 @@ from torch import Tensor
 from mambabyte.errors import UserError
 from mambabyte.ops import operator
 from mambabyte.ops.chunked import chunked_scan
+from mambabyte.ops.compat import selective_scan_fn
 from mambabyte.ops.cumsum import (
     corrected_chunked_cumsum_scan,
     document_chunked_scan,
@@ -25,7 +26,8 @@ from mambabyte.ops.cumsum import (
 )
 from mambabyte.ops.sequential import selective_scan_step, sequential_scan
 
-__all__ = ["FORMS", "Form", "default_form", "selective_scan", "selective_scan_step"]
+__all__ = ["FORMS", "Form", "default_form", "selective_scan", "selective_scan_fn",
+           "selective_scan_step"]
 
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 

@@ -6,19 +6,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambabyte.ops.cuda_conv import fused_causal_conv
+from mambabyte.ops.operator import fused_available
+
+FUSED_TAPS = range(2, 9)
+
 
 def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None = None, silu: bool = False
 ) -> tuple[Tensor, Tensor]:
     """``y_t = bias + sum_k weight_k x_{t-K+1+k}``, where positions before x come from ``tail``.
 
     Shapes: x (B, L, D); weight (D, K); bias (D,); tail (B, K-1, D), zero when None, the last
-    inputs of what came before. Returns y (B, L, D) and the tail to carry on with.
+    inputs of what came before; ``silu`` applies SiLU to y. Returns y (B, L, D) and the tail to
+    carry on with. On a GPU one kernel does it all in this layout; torch's convolution, which
+    wants (B, D, L), does it elsewhere.
     """
     batch, length, channels = x.shape
     taps = weight.shape[1]
+    if x.is_cuda and taps in FUSED_TAPS and fused_available(x.device)[0]:
+        return fused_causal_conv(x, weight, bias, tail, silu)
     if tail is None:
         tail = x.new_zeros(batch, taps - 1, channels)
     padded = torch.cat([tail.to(x.dtype), x], dim=1)  # (B, K-1+L, D)
     y = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), bias, groups=channels)
-    return y.transpose(1, 2), padded[:, length:]
+    y = y.transpose(1, 2)
+    return F.silu(y) if silu else y, padded[:, length:]

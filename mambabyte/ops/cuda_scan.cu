@@ -42,7 +42,8 @@ struct Upstream {
     i64 dout_batch, dout_time;
 };
 
-// Which part of a scan a kernel runs.
+// Which part of a scan a kernel runs. The passes over states leave out the segment that no other one
+// waits for: the last one forwards, the first one backwards.
 enum Pass { FULL, STATE_ONLY };
 
 // ------------------------------------------------------------------------------------ scalars
@@ -145,14 +146,14 @@ struct AnyLane {
     int state, in_warp;
     bool active;
 
-    __device__ __forceinline__ explicit AnyLane(const Problem &p) {
+    __device__ __forceinline__ AnyLane(const Problem &p, i64 first_segment, i64 segments) {
         const i64 per_block = ANY_WARPS * CHANNELS, groups = (p.channels + per_block - 1) / per_block;
         const int lane = threadIdx.x & 31;
         i64 index = blockIdx.x;
         group = index % groups;
         index /= groups;
-        segment = index % p.segments;
-        batch = index / p.segments;
+        segment = first_segment + index % segments;
+        batch = index / segments;
         in_warp = lane / LANES;
         state = 4 * (lane % LANES);
         channel = group * per_block + (threadIdx.x >> 5) * CHANNELS + in_warp;
@@ -198,7 +199,7 @@ template <typename T, int NP, bool SOFTPLUS, Pass PASS>
 __global__ void __launch_bounds__(32 * ANY_WARPS)
 any_forward(Problem p, T *out, float *h_end, float *checkpoints, float *segment_h, float *segment_dt) {
     using Lane = AnyLane<T, NP>;
-    const Lane lane(p);
+    const Lane lane(p, 0, p.segments - (PASS == STATE_ONLY));
     const bool leader = lane.active && lane.state == 0;
 
     float A[4], h[4] = {};
@@ -281,7 +282,7 @@ any_forward(Problem p, T *out, float *h_end, float *checkpoints, float *segment_
 template <typename T, int NP, bool SOFTPLUS>
 __global__ void __launch_bounds__(32 * ANY_WARPS)
 any_adjoint(Problem p, Upstream up, float *segment_g, float *segment_dt) {
-    const AnyLane<T, NP> lane(p);
+    const AnyLane<T, NP> lane(p, 1, p.segments - 1);
     float A[4], g[4] = {}, total = 0.f;
 #pragma unroll
     for (int k = 0; k < 4; ++k)
@@ -352,7 +353,7 @@ any_backward(Problem p, Upstream up, const float *checkpoints, const float *segm
              const float *segment_dt, T *du, T *ddelta, T *dz, float *dh0, float *partial_BC,
              float *partial_A, float *partial_D, float *partial_bias) {
     using Lane = AnyLane<T, NP>;
-    const Lane lane(p);
+    const Lane lane(p, 0, p.segments);
     const int warp = threadIdx.x >> 5;
     const bool leader = lane.active && lane.state == 0;
     __shared__ float sums[ANY_WARPS][CHUNK][2 * NP];  // a chunk's dB | dC, one slice per warp
@@ -529,14 +530,15 @@ __global__ void sum_rows(const float *in_A, const float *in_D, const float *in_b
 //     s(t, 0..3) = 2t, 2t + 1, 2t + 8, 2t + 9
 //
 // which is how m16n8k16 lays out both its accumulator (row g, columns 2t, 2t+1 of two 8-wide tiles)
-// and its A operand (row g, k = 2t, 2t+1, 2t+8, 2t+9). Hence, with X^ the bf16 form of X:
+// and its A operand (row g, k = 2t, 2t+1, 2t+8, 2t+9). Hence
 //
-//   B dt u and C dy   are rank-one per step: one MMA gives two steps (rows g and g + 8) of 8 states.
-//                     B and C are bf16 already; the fp32 factor goes in as high + low bf16 parts.
-//   sum over states   of two steps at a time, A = state tile, B operand = C (or B) of all 8 steps as
-//                     its columns. The product of step j with column j is kept.
-//   sum over channels needs channels along k, which lie along g: two packed steps are written to
-//                     shared memory and read back with ldmatrix.trans.
+//   B dt u            is rank-one per step: one MMA gives two steps (rows g and g + 8) of 8 states.
+//                     B is bf16 already; the fp32 factor dt u goes in as high + low bf16 parts.
+//   sum over states   (y = C h, and B gh) of two steps at a time, in tf32: A = state tile, B operand =
+//                     C (or B) of all 8 steps as its columns. The product of step j with column j is
+//                     kept.
+//   sum over channels (dB, dC) needs channels along k, which lie along g: packed to bf16, two steps are
+//                     written to shared memory and read back with ldmatrix.trans.
 //
 // Work per (step, channel) - softplus, gate, outputs - belongs to the lane that owns channel g at
 // steps 2t and 2t+1: ldmatrix.trans hands it both values in one register, movmatrix brings results
@@ -556,26 +558,26 @@ __device__ __forceinline__ float high_bf16(u32 x) { return __uint_as_float(x & 0
 
 // d += a b, bf16 operands.
 __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-                 "{%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // d += a b, tf32 operands (fp32 numbers of which the tensor core reads 11 bits of significand).
 __device__ __forceinline__ void mma_k8(float (&d)[4], float a0, float a1, float a2, float a3, float b0,
                                        float b1) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-                 "{%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)),
-                   "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)),
+          "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 __device__ __forceinline__ void mma_k4(float (&d)[4], float a0, float a1, u32 b0) {
-    asm volatile("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
-                 "{%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(b0));
+    asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(b0));
 }
 
 __device__ __forceinline__ u32 transpose_8x8(u32 x) {
@@ -606,9 +608,12 @@ __device__ __forceinline__ float4 load_shared(u32 address) {
                  : "memory");
     return v;
 }
+__device__ __forceinline__ void store_shared(u32 address, u32 x, u32 y, u32 z, u32 w) {
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};"
+                 :: "r"(address), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
 __device__ __forceinline__ void store_shared(u32 address, float x, float y, float z, float w) {
-    asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};"
-                 :: "r"(address), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+    store_shared(address, __float_as_uint(x), __float_as_uint(y), __float_as_uint(z), __float_as_uint(w));
 }
 
 // 16 bytes from global to shared memory; zeros unless valid.
@@ -648,15 +653,20 @@ struct PhasedBarrier {
     }
 };
 
+__device__ __forceinline__ void store_if(bool valid, u32 *to, u32 x) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.b32 [%1], %2; }"
+                 :: "r"(u32(valid)), "l"(to), "r"(x) : "memory");
+}
+
 __device__ __forceinline__ u32 shared_address(const void *p) { return u32(__cvta_generic_to_shared(p)); }
 
 struct TileLane {
     int lane, g, t, warp;
-    bool active;  // a warp past the last channel repeats the last tile's work and writes nothing
+    bool active;  // a warp past the last channel works on zeros and writes nothing
     i64 batch, segment, group, channel, begin, end;
 
     template <int WARPS>
-    __device__ __forceinline__ static TileLane make(const Problem &p) {
+    __device__ __forceinline__ static TileLane make(const Problem &p, i64 first_segment, i64 segments) {
         TileLane l;
         const i64 groups = (p.channels / 8 + WARPS - 1) / WARPS;
         l.lane = threadIdx.x & 31;
@@ -666,8 +676,8 @@ struct TileLane {
         i64 index = blockIdx.x;
         l.group = index % groups;
         index /= groups;
-        l.segment = index % p.segments;
-        l.batch = index / p.segments;
+        l.segment = first_segment + index % segments;
+        l.batch = index / segments;
         const i64 tile = l.group * WARPS + l.warp, tiles = p.channels / 8;
         l.active = tile < tiles;
         l.channel = min(tile, tiles - 1) * 8 + l.g;
@@ -701,6 +711,8 @@ enum Tensor { U, DELTA, Z, DOUT };
 
 template <int WARPS, bool BACKWARD, bool SOFTPLUS>
 struct TileRing {
+    static constexpr int NONE = 1 << 30;
+    static_assert(WARPS >= 4, "the forward has B and C copied by the threads of the fourth tensor");
     static constexpr int STAGES = 4, AHEAD = 2, TILE = 4 * 128 + 16;
     static constexpr u32 STATES = WARPS * TILE, CHECKPOINTS = STATES + 512,
                          FILLED = CHECKPOINTS + (BACKWARD ? WARPS * 256 : 0), EMPTIED = FILLED + 8,
@@ -711,7 +723,6 @@ struct TileRing {
     u32 to, to_second;
     u32 reading, writing, end;  // stages in turn
     u32 reading_phase, writing_phase;
-    static constexpr int NONE = 1 << 30;
     int row, row_second;  // of the chunk; NONE: nothing to copy
     bool second, delta;
 
@@ -762,8 +773,8 @@ struct TileRing {
                 to_second = CHECKPOINTS + 16 * thread;
                 row_second = checkpoints && at < p.channels ? 0 : NONE;
             }
-        } else if (piece >= 0) {
-            from = s_from, step = s_step, to = s_to, row = piece < 32 ? s_row : NONE;
+        } else if (piece >= 0 && piece < 32) {
+            from = s_from, step = s_step, to = s_to, row = s_row;
         }
         if (thread < STAGES) {
             PhasedBarrier{address + thread * STAGE + FILLED}.init(32 * WARPS);
@@ -782,8 +793,9 @@ struct TileRing {
     // Ask for the next chunk, of `left` steps. Steps past the end get zeros, but delta = -inf.
     __device__ __forceinline__ void fetch(int left) {
         if (SOFTPLUS && left < CHUNK && delta && row >= left) {
-            const float inf = __uint_as_float(0xff80ff80u);  // two bf16 -inf
+            const u32 inf = 0xff80ff80u;  // two bf16 -inf
             store_shared(writing + to, inf, inf, inf, inf);
+            __threadfence_block();  // before the arrival below
         } else {
             copy_async(writing + to, from, row < left);
         }
@@ -795,10 +807,13 @@ struct TileRing {
         PhasedBarrier{writing + FILLED}.arrive_after_copies();
         turn(writing, writing_phase);
     }
+    __device__ __forceinline__ void wait_filled() const {
+        PhasedBarrier{reading + FILLED}.wait(reading_phase);
+    }
     // Address of the next chunk, once it is there.
     __device__ __forceinline__ u32 arrived() {
         const u32 stage = reading;
-        PhasedBarrier{stage + FILLED}.wait(reading_phase);
+        wait_filled();
         turn(reading, reading_phase);
         return stage;
     }
@@ -832,6 +847,14 @@ __device__ __forceinline__ void outer(u32 x_high, u32 x_low, u32 own, const u32 
     mma(d[1], a0, a1, a2, a3, both[2], both[3]);
     first[0] = d[0][0], first[1] = d[0][1], first[2] = d[1][0], first[3] = d[1][1];
     second[0] = d[0][2], second[1] = d[0][3], second[2] = d[1][2], second[3] = d[1][3];
+}
+
+// Sums over states of two steps: d[0] = sum_n first[n] w[n], at the lanes that own the first step, d[3]
+// the same of `second` at the lanes that own the second one; w is given at step g, states s(t, k).
+__device__ __forceinline__ void sum_states(float (&d)[4], const float (&first)[4], const float (&second)[4],
+                                           const float (&w)[4]) {
+    mma_k8(d, first[0], second[0], first[1], second[1], w[0], w[1]);
+    mma_k8(d, first[2], second[2], first[3], second[3], w[2], w[3]);
 }
 
 // Offsets of a lane's row for ldmatrix: matrices in order, or the two of B (or C) each twice.
@@ -871,6 +894,12 @@ __device__ __forceinline__ void tile_dt(float x, bool valid, float &dt, float &s
     }
 }
 
+// The four masks with all bits set in number `which` only.
+__device__ __forceinline__ void store_masks(u32 address, int which) {
+    store_shared(address, which == 0 ? ~0u : 0u, which == 1 ? ~0u : 0u, which == 2 ? ~0u : 0u,
+                 which == 3 ? ~0u : 0u);
+}
+
 // A lane's constants (addresses, masks), four in 16 bytes of shared memory. They would take 20 registers,
 // or, as the compiler prefers, 60 instructions a chunk to derive them again and again.
 struct LaneTable {
@@ -881,8 +910,7 @@ struct LaneTable {
                      : "r"(address)
                      : "memory");
     }
-    __device__ __forceinline__ static void put(u32 address, u32 a, u32 b, u32 c, u32 d) {
-        asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};"
+};"
                      :: "r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
     }
 };
@@ -893,12 +921,11 @@ tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segme
     using Ring = TileRing<WARPS, false, SOFTPLUS>;
     __shared__ __align__(128) char ring_room[Ring::BYTES];
     __shared__ __align__(128) char rooms[WARPS][256 + 2 * 512];  // dt of a chunk, tables
-    const TileLane l = TileLane::make<WARPS>(p);
+    const TileLane l = TileLane::make<WARPS>(p, 0, p.segments - (PASS == STATE_ONLY));
     const u32 room = shared_address(rooms[l.warp]), table = room + 256 + 16 * l.lane;
-    LaneTable::put(table, l.warp * Ring::TILE + matrix_row(l), Ring::STATES + doubled_row(l),
+    store_shared(table, l.warp * Ring::TILE + matrix_row(l), Ring::STATES + doubled_row(l),
                    room + 8 * l.lane, room + 32 * l.g);
-    LaneTable::put(table + 512, l.t == 0 ? ~0u : 0u, l.t == 1 ? ~0u : 0u, l.t == 2 ? ~0u : 0u,
-                   l.t == 3 ? ~0u : 0u);  // lanes that own steps 2i and 2i+1
+    store_masks(table + 512, l.t);  // own[i]: lanes that own steps 2i and 2i + 1
     const int length = int(l.end - l.begin);
     const i64 chunks = (p.length + CHUNK - 1) / CHUNK;
     const bool full = PASS == FULL;
@@ -968,8 +995,8 @@ tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segme
                 h[k] = second[k];
             }
             if (full) {
-                mma_k8(sum, first[0], second[0], first[1], second[1], low_bf16(C[0]), high_bf16(C[0]));
-                mma_k8(sum, first[2], second[2], first[3], second[3], low_bf16(C[2]), high_bf16(C[2]));
+                const float c[4] = {low_bf16(C[0]), high_bf16(C[0]), low_bf16(C[2]), high_bf16(C[2])};
+                sum_states(sum, first, second, c);
                 if (l.t == i) y0 = sum[0], y1 = sum[3];
             }
         }
@@ -1005,7 +1032,7 @@ tile_adjoint(Problem p, Upstream up, float *segment_g, float *segment_dt) {
     using Ring = TileRing<WARPS, true, SOFTPLUS>;
     __shared__ __align__(128) char ring_room[Ring::BYTES];
     __shared__ __align__(128) float rooms[WARPS][64];  // dt of a chunk
-    const TileLane l = TileLane::make<WARPS>(p);
+    const TileLane l = TileLane::make<WARPS>(p, 1, p.segments - 1);
     const u32 room = shared_address(rooms[l.warp]);
     const int length = int(l.end - l.begin), last = (length - 1) / CHUNK * CHUNK;
 
@@ -1081,40 +1108,36 @@ __device__ __forceinline__ int column_state(int r) { return (r & 1) + (r >> 2) *
 // a matrix's eight rows share a bank.
 __device__ __forceinline__ u32 packed_row(int m, int g) { return 128 * m + 16 * ((g + 2 * m) & 7); }
 
-// The order of `packed` is that of an A operand (rows: channels, k: states) of two steps.
 __device__ __forceinline__ void pack_steps(u32 room, int i, const float (&first)[4],
-                                           const float (&second)[4], u32 (&packed)[4]) {
-    packed[0] = pack_bf16(first[0], first[1]);
-    packed[1] = pack_bf16(second[0], second[1]);
-    packed[2] = pack_bf16(first[2], first[3]);
-    packed[3] = pack_bf16(second[2], second[3]);
-    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};"
-                 :: "r"(room + 512 * i), "r"(packed[0]), "r"(packed[1]),
-                    "r"(packed[2]), "r"(packed[3]) : "memory");
+                                           const float (&second)[4]) {
+    store_shared(room + 512 * i, pack_bf16(first[0], first[1]), pack_bf16(second[0], second[1]),
+                 pack_bf16(first[2], first[3]), pack_bf16(second[2], second[3]));
 }
 
-// `from` are the lane's rows for ldmatrix, which gives the whole A operand: matrices m, m + 1 of steps
-// 2i.., the same of steps 2i + 2.. .
-__device__ __forceinline__ void sum_channels(u32 from_low, u32 from_high, const SplitPair &x,
-                                             const u32 (&step)[4], bool odd, u32 to) {
-    const u32 high = transpose_8x8(x.high), low = transpose_8x8(x.low);
+// ldmatrix gives the whole A operand: matrices m, m + 1 of steps 2i.., the same of steps 2i + 2.. . The
+// work comes in four parts, for the caller to spread over other work.
+struct TileChannelSum {
+    u32 high, low;       // weights
     float d[2][4] = {};  // rows of matrices 0 and 1, of 2 and 3
-#pragma unroll
-    for (int i = 0; i < 4; i += 2)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            u32 s[4];
-            load_transposed(s, (half ? from_high : from_low) + 512 * i);
-            mma(d[half], s[0], s[1], s[2], s[3], high & step[i], high & step[i + 1]);
-            mma(d[half], s[0], s[1], s[2], s[3], low & step[i], low & step[i + 1]);
-        }
-    store_shared(to, odd ? d[0][1] : d[0][0], odd ? d[0][3] : d[0][2], odd ? d[1][1] : d[1][0],
-                 odd ? d[1][3] : d[1][2]);
-}
+    __device__ __forceinline__ explicit TileChannelSum(const SplitPair &x)
+        : high(transpose_8x8(x.high)), low(transpose_8x8(x.low)) {}
+    // `from`: the lane's ldmatrix row of matrices 0, 1 (half 0) or 2, 3 (half 1).
+    __device__ __forceinline__ void add(u32 from, const u32 (&step)[4], int i, int half) {
+        u32 s[4];
+        load_transposed(s, from + 512 * i);
+        mma(d[half], s[0], s[1], s[2], s[3], high & step[i], high & step[i + 1]);
+        mma(d[half], s[0], s[1], s[2], s[3], low & step[i], low & step[i + 1]);
+    }
+    __device__ __forceinline__ void store(u32 to, bool odd) const {
+        store_shared(to, odd ? d[0][1] : d[0][0], odd ? d[0][3] : d[0][2], odd ? d[1][1] : d[1][0],
+                     odd ? d[1][3] : d[1][2]);
+    }
+};
 
-// Shared memory of a warp of tile_backward: sums of dB and dC of up to ROUNDS chunks; packed states, C
-// in fp32, dt and dy of a chunk.
-constexpr int ROUNDS = 4, SUMS_BYTES = ROUNDS * 64 * 16, TILE_ROOM = PACKED_BYTES + 512 + 2 * 256 + 5 * 512;
+// Shared memory of a warp of tile_backward: sums for dB and dC of up to ROUNDS chunks; a room with the
+// packed states and adjoints of a chunk, its C in fp32, dt and dy, and the lane's tables.
+constexpr int ROUNDS = 4, SUMS_BYTES = ROUNDS * 64 * 16;
+constexpr int TILE_ROOM = 2 * PACKED_BYTES + 512 + 2 * 256 + 5 * 512;
 
 template <bool GATED, bool SOFTPLUS, int WARPS, int BLOCKS>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
@@ -1123,29 +1146,25 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
               float *partial_A, float *partial_D, float *partial_bias) {
     extern __shared__ __align__(128) char shared[];
     using Ring = TileRing<WARPS, true, SOFTPLUS>;
-    const TileLane l = TileLane::make<WARPS>(p);
+    const TileLane l = TileLane::make<WARPS>(p, 0, p.segments);
     const int warps = int(min(i64(WARPS), p.channels / 8 - l.group * WARPS));  // with channels to do
     const u32 sums = shared_address(shared);  // [ROUNDS][WARPS][64] float4
     const u32 packed_room = sums + WARPS * SUMS_BYTES + l.warp * TILE_ROOM;
-    const u32 c_room = packed_room + PACKED_BYTES, dt_room = c_room + 512;
+    const u32 c_room = packed_room + 2 * PACKED_BYTES, dt_room = c_room + 512;
     const u32 ring_room = sums + WARPS * (SUMS_BYTES + TILE_ROOM);
     const u32 barriers = ring_room + Ring::BYTES;  // of even and of odd rounds
-    // Addresses and masks of the lane. own[i]: lanes that own steps 2i and 2i+1; step[i]: lanes of their
-    // columns in a B operand.
-    u32 table = dt_room + 512 + 16 * l.lane;
-    const u32 low = packed_row(l.lane >> 3 & 1, l.lane & 7), high = packed_row((l.lane >> 3 & 1) + 2, l.lane & 7);
-    LaneTable::put(table, l.warp * Ring::TILE + matrix_row(l), Ring::STATES + doubled_row(l),
-                   Ring::STATES + matrix_row(l), Ring::CHECKPOINTS + 256 * l.warp + 8 * l.lane);
-    LaneTable::put(table + 512, dt_room + 8 * l.lane, dt_room + 32 * l.g, c_room + 16 * l.lane,
-                   packed_room + packed_row(l.t, l.g));
-    LaneTable::put(table + 1024, packed_room + 512 * (l.lane >> 4) + low,
-                   packed_room + 512 * (l.lane >> 4) + high, c_room + 16 * l.t,
-                   sums + 1024 * l.warp + 16 * l.lane);
-    LaneTable::put(table + 1536, l.t == 0 ? ~0u : 0u, l.t == 1 ? ~0u : 0u, l.t == 2 ? ~0u : 0u,
-                   l.t == 3 ? ~0u : 0u);
-    const int pair = l.g >> 1;
-    LaneTable::put(table + 2048, pair == 0 ? ~0u : 0u, pair == 1 ? ~0u : 0u, pair == 2 ? ~0u : 0u,
-                   pair == 3 ? ~0u : 0u);
+    // own[i]: lanes that own steps 2i and 2i + 1; step[i]: lanes of their columns in a B operand.
+    const u32 table = __shfl_sync(~0u, dt_room + 512 + 16 * l.lane, l.lane);  // not to be derived again
+    const u32 packed_rows = packed_room + 512 * (l.lane >> 4);
+    store_shared(table, l.warp * Ring::TILE + matrix_row(l), Ring::STATES + doubled_row(l),
+                 Ring::STATES + matrix_row(l), Ring::CHECKPOINTS + 256 * l.warp + 8 * l.lane);
+    store_shared(table + 512, dt_room + 8 * l.lane, dt_room + 32 * l.g, c_room + 16 * l.lane,
+                 packed_room + packed_row(l.t, l.g));
+    store_shared(table + 1024, packed_rows + packed_row(l.lane >> 3 & 1, l.lane & 7),
+                 packed_rows + packed_row((l.lane >> 3 & 1) + 2, l.lane & 7), c_room + 16 * l.t,
+                 sums + 1024 * l.warp + 16 * l.lane);
+    store_masks(table + 1536, l.t);
+    store_masks(table + 2048, l.g >> 1);
     const int length = int(l.end - l.begin), last = (length - 1) / CHUNK * CHUNK;
     const i64 chunks = (p.length + CHUNK - 1) / CHUNK;
 
@@ -1198,50 +1217,69 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         summed = summed == (ROUNDS - 1) * WARPS * 1024 ? 0 : summed + WARPS * 1024;
     };
 
+    // A chunk made ready: what its owner lanes know of it, operands, checkpoint. dt, dy and C go to the
+    // rooms. It happens while the chunk before it is being finished.
+    struct Ready {
+        float u0, u1, dt0, dt1, slope0, slope1, dy0, dy1, gate0, gate1;
+        SplitPair x, dy;
+        u32 B_both[4], saved[2];
+        float B[4], C[4];  // of step g, states s(t, k)
+        __device__ __forceinline__ Ready() : x(0.f, 0.f), dy(0.f, 0.f) {}
+    } now;
+    u32 rows[4], along[4];
+    const auto load = [&]() {
+        const LaneTable at(table);
+        const u32 from = ring.reading;
+        load_transposed(rows, from + at.v[0]);
+        load_transposed(now.B_both, from + at.v[1]);
+        load_matrices(along, from + at.v[2]);
+        asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];"
+                     : "=r"(now.saved[0]), "=r"(now.saved[1]) : "r"(from + at.v[3]) : "memory");
+        ring.turn(ring.reading, ring.reading_phase);
+    };
+    const auto prepare = [&](int at) {
+        const LaneTable rooms(table + 512);
+        now.u0 = low_bf16(rows[U]), now.u1 = high_bf16(rows[U]);
+        tile_dt<SOFTPLUS>(low_bf16(rows[DELTA]) + bias, at + 2 * l.t < length, now.dt0, now.slope0);
+        tile_dt<SOFTPLUS>(high_bf16(rows[DELTA]) + bias, at + 2 * l.t + 1 < length, now.dt1, now.slope1);
+        now.dy0 = low_bf16(rows[DOUT]), now.dy1 = high_bf16(rows[DOUT]);
+        if (GATED) {
+            const float z0 = low_bf16(rows[Z]), z1 = high_bf16(rows[Z]);
+            const float s0 = sigmoid(z0), s1 = sigmoid(z1);
+            now.gate0 = now.dy0 * s0 * fmaf(z0, 1.f - s0, 1.f);
+            now.gate1 = now.dy1 * s1 * fmaf(z1, 1.f - s1, 1.f);
+            now.dy0 *= z0 * s0, now.dy1 *= z1 * s1;
+        }
+        put_pair(rooms.v[0], now.dt0, now.dt1);
+        put_pair(rooms.v[0] + 256, now.dy0, now.dy1);
+        now.B[0] = low_bf16(along[0]), now.B[1] = high_bf16(along[0]);
+        now.B[2] = low_bf16(along[1]), now.B[3] = high_bf16(along[1]);
+        now.C[0] = low_bf16(along[2]), now.C[1] = high_bf16(along[2]);
+        now.C[2] = low_bf16(along[3]), now.C[3] = high_bf16(along[3]);
+        store_shared(rooms.v[2], now.C[0], now.C[1], now.C[2], now.C[3]);
+        now.x = SplitPair(now.dt0 * now.u0, now.dt1 * now.u1);
+        now.dy = SplitPair(now.dy0, now.dy1);
+    };
+
     const bool odd = column_odd(l.g);
     const int rows_left = l.active ? length - l.g : 0;
     u32 own_sums = 0, own_done = barriers;
     int round = 0;
+    ring.wait_filled();
+    load();
+    prepare(last);
+    __syncwarp();
     for (int at = last; at >= 0; at -= CHUNK, ++round) {
-        const LaneTable ring_rows(table), rooms(table + 512);
-        const u32 from = ring.arrived();
-        u32 rows[4], B_both[4], along[4];
-        load_transposed(rows, from + ring_rows.v[0]);
-        load_transposed(B_both, from + ring_rows.v[1]);
-        load_matrices(along, from + ring_rows.v[2]);
-        u32 saved[2];
-        asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];"
-                     : "=r"(saved[0]), "=r"(saved[1]) : "r"(from + ring_rows.v[3]) : "memory");
-
-        // ---- once per (step, channel): the owner's two steps
-        const float u0 = low_bf16(rows[U]), u1 = high_bf16(rows[U]);
-        float dt0, dt1, slope0, slope1, dt[8];
-        tile_dt<SOFTPLUS>(low_bf16(rows[DELTA]) + bias, at + 2 * l.t < length, dt0, slope0);
-        tile_dt<SOFTPLUS>(high_bf16(rows[DELTA]) + bias, at + 2 * l.t + 1 < length, dt1, slope1);
-        float dy0 = low_bf16(rows[DOUT]), dy1 = high_bf16(rows[DOUT]), gate0 = 0.f, gate1 = 0.f;
-        if (GATED) {
-            const float z0 = low_bf16(rows[Z]), z1 = high_bf16(rows[Z]);
-            const float s0 = sigmoid(z0), s1 = sigmoid(z1);
-            gate0 = dy0 * s0 * fmaf(z0, 1.f - s0, 1.f), gate1 = dy1 * s1 * fmaf(z1, 1.f - s1, 1.f);
-            dy0 *= z0 * s0, dy1 *= z1 * s1;
-        }
-        put_pair(rooms.v[0], dt0, dt1);
-        put_pair(rooms.v[0] + 256, dy0, dy1);
-        store_shared(rooms.v[2], low_bf16(along[2]), high_bf16(along[2]), low_bf16(along[3]),
-                     high_bf16(along[3]));  // C of step g, states s(t, k)
-        __syncwarp();
-        get_steps(rooms.v[1], dt);
-        const SplitPair x(dt0 * u0, dt1 * u1), dy(dy0, dy1);
-
         // ---- forwards: h of the eight steps, y
-        const LaneTable own(table + 1536);
-        float h[9][4], a[8][4], y0 = 0.f, y1 = 0.f;
-        h[0][0] = low_bf16(saved[0]), h[0][1] = high_bf16(saved[0]);
-        h[0][2] = low_bf16(saved[1]), h[0][3] = high_bf16(saved[1]);
+        const LaneTable rooms(table + 512), own(table + 1536);
+        float h[9][4], a[8][4], dt[8], y0 = 0.f, y1 = 0.f;
+        get_steps(rooms.v[1], dt);
+        h[0][0] = low_bf16(now.saved[0]), h[0][1] = high_bf16(now.saved[0]);
+        h[0][2] = low_bf16(now.saved[1]), h[0][3] = high_bf16(now.saved[1]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float first[4], second[4];
-            outer(x.high, x.low, own.v[i], B_both, first, second);
+            outer(now.x.high, now.x.low, own.v[i], now.B_both, first, second);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 a[2 * i][k] = exp2_approx(A[k] * dt[2 * i]);
@@ -1249,23 +1287,20 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
                 h[2 * i + 1][k] = fmaf(a[2 * i][k], h[2 * i][k], first[k]);
                 h[2 * i + 2][k] = fmaf(a[2 * i + 1][k], h[2 * i + 1][k], second[k]);
             }
-            u32 packed[4];
-            pack_steps(rooms.v[3], i, h[2 * i + 1], h[2 * i + 2], packed);
+            pack_steps(rooms.v[3], i, h[2 * i + 1], h[2 * i + 2]);
             if (GATED) {
                 float sum[4] = {};
-                mma(sum, packed[0], packed[1], packed[2], packed[3], along[2], along[3]);
+                sum_states(sum, h[2 * i + 1], h[2 * i + 2], now.C);
                 if (l.t == i) y0 = sum[0], y1 = sum[3];
             }
         }
         if (round >= 2) add_warps();  // and so every warp is done with that chunk's stage
         if (at >= Ring::AHEAD * CHUNK) ring.fetch(CHUNK);
-        const LaneTable more(table + 1024), step(table + 2048);
-        const u32 to = more.v[3] + own_sums;
-        __syncwarp();
-        sum_channels(more.v[0], more.v[1], dy, step.v, odd, to + 512);
-        __syncwarp();
 
-        // ---- backwards
+        // ---- backwards, and the sums for dC
+        __syncwarp();
+        const LaneTable more(table + 1024), step(table + 2048);
+        TileChannelSum for_C(now.dy);
         float v0 = 0.f, v1 = 0.f, through_decay[4] = {}, dys[8];
         get_steps(rooms.v[1] + 256, dys);
         get_steps(rooms.v[1], dt);  // again, rather than keeping it in registers
@@ -1288,36 +1323,45 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
                     d[odd] = fmaf(w, A[k], d[odd]);
                 }
             }
-            u32 packed[4];
-            pack_steps(rooms.v[3], i, gh[0], gh[1], packed);
+            pack_steps(rooms.v[3] + PACKED_BYTES, i, gh[0], gh[1]);
             float sum[4] = {};
-            mma(sum, packed[0], packed[1], packed[2], packed[3], along[0], along[1]);
+            sum_states(sum, gh[0], gh[1], now.B);
             if (l.t == i) v0 = sum[0], v1 = sum[3];
             // The lanes' sums over four states, added across t: ones in columns 2i and 2i + 1.
             mma_k4(through_decay, d[0], d[1], step.v[i] & 0x3f800000u);
+            for_C.add(i & 1 ? more.v[1] : more.v[0], step.v, i & 2, i & 1);
         }
+
+        // ---- the sums for dB, outputs of the owner's two steps; the next chunk made ready
+        TileChannelSum for_B(now.x);
+        if (at > 0) ring.wait_filled();
         __syncwarp();
-        sum_channels(more.v[0], more.v[1], x, step.v, odd, to);
+        const float x0 = fmaf(now.u0, v0, LN2 * through_decay[0]) * now.slope0;
+        const float x1 = fmaf(now.u1, v1, LN2 * through_decay[3]) * now.slope1;
+        dbias += x0 + x1;
+        dD = fmaf(now.dy0, now.u0, fmaf(now.dy1, now.u1, dD));
+        const u32 row_u = transpose_8x8(
+            pack_bf16(fmaf(v0, now.dt0, D * now.dy0), fmaf(v1, now.dt1, D * now.dy1)));
+        const u32 row_x = transpose_8x8(pack_bf16(x0, x1));
+        const u32 row_z = GATED ? transpose_8x8(pack_bf16(now.gate0 * fmaf(D, now.u0, y0),
+                                                          now.gate1 * fmaf(D, now.u1, y1)))
+                                : 0;
+        load();
+        for_C.store(more.v[3] + own_sums + 512, odd);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            for_B.add((i & 1 ? more.v[1] : more.v[0]) + PACKED_BYTES, step.v, i & 2, i & 1);
+        prepare(at - CHUNK);
+        for_B.store(more.v[3] + own_sums, odd);
+        const bool stored = at < rows_left;
+        store_if(stored, du + row, row_u);
+        store_if(stored, ddelta + row, row_x);
+        if (GATED) store_if(stored, dz + row, row_z);
+        row -= CHUNK / 2 * p.channels;
         __syncwarp();
         if (l.lane == 0) PhasedBarrier{own_done}.arrive();
         own_done ^= 8;
         own_sums = own_sums == (ROUNDS - 1) * WARPS * 1024 ? 0 : own_sums + WARPS * 1024;
-
-        // ---- outputs of the owner's two steps
-        const float x0 = fmaf(u0, v0, LN2 * through_decay[0]) * slope0;
-        const float x1 = fmaf(u1, v1, LN2 * through_decay[3]) * slope1;
-        dbias += x0 + x1;
-        dD = fmaf(dy0, u0, fmaf(dy1, u1, dD));
-        const u32 row_u = transpose_8x8(pack_bf16(fmaf(v0, dt0, D * dy0), fmaf(v1, dt1, D * dy1)));
-        const u32 row_x = transpose_8x8(pack_bf16(x0, x1));
-        const u32 row_z =
-            GATED ? transpose_8x8(pack_bf16(gate0 * fmaf(D, u0, y0), gate1 * fmaf(D, u1, y1))) : 0;
-        if (at < rows_left) {
-            du[row] = row_u;
-            ddelta[row] = row_x;
-            if (GATED) dz[row] = row_z;
-        }
-        row -= CHUNK / 2 * p.channels;
     }
     if (round >= 2) add_warps();
     add_warps();

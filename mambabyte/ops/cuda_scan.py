@@ -23,16 +23,6 @@ _UPSTREAM = "2P2q"
 _C_TYPE = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def _tile_backward_shared(warps: int) -> int:
-    """Bytes: sums and rooms of each warp, four stages of the ring, barriers (see cuda_scan.cu)."""
-    return warps * (4096 + 5632) + 4 * (warps * (528 + 256) + 512 + 16) + 16
-
-
-_ANY_WARPS = 4
-_FORWARD_WARPS, _FORWARD_BLOCKS = 4, 6  # warps a block of tile_forward, and its blocks per multiprocessor
-_BACKWARD_WARPS, _BACKWARD_BLOCKS = 6, 2  # of tile_backward, and its blocks per multiprocessor
-
-
 def _ceil(a: int, b: int) -> int:
     return (a + b - 1) // b
 
@@ -63,16 +53,29 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _cut(length: int, segments: int) -> tuple[int, int]:
-    """(steps a segment, segments): whole chunks, at least 64 steps, none empty."""
-    steps = max(64, CHUNK * _ceil(_ceil(length, max(1, segments)), CHUNK))
+def _tile_backward_shared(warps: int) -> int:
+    """Bytes: sums and rooms of each warp, four stages of the ring, barriers (see cuda_scan.cu)."""
+    return warps * (4096 + 7680) + 4 * (warps * (528 + 256) + 512 + 16) + 16
+
+
+@functools.cache
+def _tile_backward_shape(device: int, tiles: int) -> tuple[int, int]:
+    """(warps a block, blocks a multiprocessor): of what fits, the one with the fewest idle warps,
+    then the widest, which gives the fewest partial sums of dB and dC."""
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    shapes = [shape for shape in _BACKWARD_SHAPES if _tile_backward_shared(shape[0]) <= limit]
+    return min(shapes, key=lambda shape: (-tiles % shape[0], -shape[0]))
+
+
+def _plan_segments(warps: int, wanted_warps: int, least: int, length: int) -> tuple[int, int]:
+    """(steps a segment, segments). A cut costs another pass over the input, so it takes place only
+    where one segment's warps are fewer than 1 / ``least`` of those the card wants. Segments are
+    whole chunks, at least 64 steps, none empty."""
+    segments = wanted_warps // warps
+    if segments < least:
+        segments = 1
+    steps = max(64, CHUNK * _ceil(_ceil(length, segments), CHUNK))
     return steps, _ceil(length, steps)
-
-
-def _plan_segments(warps: int, wanted_warps: int, length: int) -> tuple[int, int]:
-    """Cut the sequence where one segment's warps leave half of the card idle or more. A cut costs
-    another pass over most of the input, so less is not worth it."""
-    return _cut(length, wanted_warps // warps)
 
 
 # ------------------------------------------------------------------------------------ launching
@@ -103,9 +106,9 @@ def _rows(x: Tensor | None, aligned: bool) -> Tensor | None:
     """``x`` with unit stride on its last axis and, for the tile kernels, rows on 16 bytes."""
     if x is None:
         return None
-    if x.stride(-1) != 1 and x.shape[-1] != 1:
+    if x.stride(-1) != 1:
         x = x.contiguous()
-    if aligned and (x.data_ptr() % 16 or x.stride(0) % 8 or x.stride(1) % 8):
+    if aligned and (x.data_ptr() % 16 or x.stride(0) % 8 or x.stride(1) % 8 or x.stride(1) >> 26):
         x = x.clone(memory_format=torch.contiguous_format)
     return x
 
@@ -168,7 +171,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, 
     saved = s.new(*(shape if save else (0,)))
 
     warps = _FORWARD_WARPS if s.tile else _ANY_WARPS
-    steps, segments = _plan_segments(s.warps, 16 * _multiprocessors(s.device), s.length)
+    steps, segments = _plan_segments(s.warps, 16 * _multiprocessors(s.device), 3, s.length)
     states, dts = s.segment_buffers(segments)
     problem = s.problem(steps, segments)
     outputs = (_address(y), _address(final_state), _address(saved) if save else 0)
@@ -178,7 +181,8 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, 
         else:
             name = f"any_forward<{_C_TYPE[s.dtype]}, {s.padded}, {_true(s.softplus)}, {part}>"
         _launch(
-            s.device, name, _PROBLEM + "5P", s.blocks(warps, segments), (32 * warps, 1), 0,
+            s.device, name, _PROBLEM + "5P", s.blocks(warps, segments - (part == "STATE_ONLY")),
+            (32 * warps, 1), 0,
             *problem, *outputs, _address(states), _address(dts),
         )  # fmt: skip
     return y, final_state, saved
@@ -231,8 +235,10 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
     dy, dh_end = _rows(dy, s.tile), _weights(dh_end)
     sums = s.new(s.channels, s.d_state), s.new(s.channels), s.new(s.channels)
 
-    warps = _BACKWARD_WARPS if s.tile else _ANY_WARPS
-    steps, segments = _plan_segments(s.warps, 12 * _multiprocessors(s.device), s.length)
+    warps, resident = (
+        _tile_backward_shape(s.device, s.channels // 8) if s.tile else (_ANY_WARPS, None)
+    )
+    steps, segments = _plan_segments(s.warps, 12 * _multiprocessors(s.device), 2, s.length)
     states, dts = s.segment_buffers(segments)
     problem = s.problem(steps, segments)
     upstream = (_address(dy), _address(dh_end), *dy.stride()[:2])
@@ -248,11 +254,11 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
             f"tile_adjoint<{flags}, 4>" if s.tile else f"any_adjoint<{typed}, {_true(s.softplus)}>"
         )
         _launch(
-            s.device, name, _PROBLEM + _UPSTREAM + "2P", s.blocks(4, segments), (128, 1), 0,
+            s.device, name, _PROBLEM + _UPSTREAM + "2P", s.blocks(4, segments - 1), (128, 1), 0,
             *problem, *upstream, _address(states), _address(dts),
         )  # fmt: skip
     if s.tile:
-        name, shared = f"tile_backward<{flags}, {warps}, {_BACKWARD_BLOCKS}>", _tile_backward_shared(warps)
+        name, shared = f"tile_backward<{flags}, {warps}, {resident}>", _tile_backward_shared(warps)
     else:
         name, shared = f"any_backward<{typed}, {_true(s.softplus)}>", 0
     _launch(
