@@ -10,6 +10,7 @@ from mambabyte.ops.cuda_conv import fused_causal_conv
 from mambabyte.ops.operator import fused_available
 
 FUSED_TAPS = range(2, 9)
+FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def causal_conv(
@@ -24,7 +25,8 @@ def causal_conv(
     """
     batch, length, channels = x.shape
     taps = weight.shape[1]
-    if x.is_cuda and taps in FUSED_TAPS and fused_available(x.device)[0]:
+    fits = x.is_cuda and x.dtype in FUSED_DTYPES and taps in FUSED_TAPS
+    if fits and fused_available(x.device)[0]:
         return fused_causal_conv(x, weight, bias, tail, silu)
     if tail is None:
         tail = x.new_zeros(batch, taps - 1, channels)

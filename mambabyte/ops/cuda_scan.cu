@@ -795,7 +795,6 @@ struct TileRing {
         if (SOFTPLUS && left < CHUNK && delta && row >= left) {
             const u32 inf = 0xff80ff80u;  // two bf16 -inf
             store_shared(writing + to, inf, inf, inf, inf);
-            __threadfence_block();  // before the arrival below
         } else {
             copy_async(writing + to, from, row < left);
         }
@@ -804,7 +803,13 @@ struct TileRing {
             if (second) copy_async(writing + to_second, from_second, row_second < left);
             from_second += step_second;
         }
-        PhasedBarrier{writing + FILLED}.arrive_after_copies();
+        const PhasedBarrier filled{writing + FILLED};
+        if (left < CHUNK) {  // the plain store above takes a plain arrival to be seen
+            asm volatile("cp.async.wait_all;" ::: "memory");
+            filled.arrive();
+        } else {
+            filled.arrive_after_copies();
+        }
         turn(writing, writing_phase);
     }
     __device__ __forceinline__ void wait_filled() const {
@@ -851,15 +856,17 @@ __device__ __forceinline__ void outer(u32 x_high, u32 x_low, u32 own, const u32 
 
 // Sums over states of two steps: d[0] = sum_n first[n] w[n], at the lanes that own the first step, d[3]
 // the same of `second` at the lanes that own the second one; w is given at step g, states s(t, k).
-__device__ __forceinline__ void sum_states(float (&d)[4], const float (&first)[4], const float (&second)[4],
-                                           const float (&w)[4]) {
+__device__ __forceinline__ void sum_over_states(float (&d)[4], const float (&first)[4],
+                                                const float (&second)[4], const float (&w)[4]) {
     mma_k8(d, first[0], second[0], first[1], second[1], w[0], w[1]);
     mma_k8(d, first[2], second[2], first[3], second[3], w[2], w[3]);
 }
 
 // Offsets of a lane's row for ldmatrix: matrices in order, or the two of B (or C) each twice.
 __device__ __forceinline__ u32 matrix_row(const TileLane &l) { return 16 * l.lane; }
-__device__ __forceinline__ u32 doubled_row(const TileLane &l) { return 128 * (l.lane >> 4) + 16 * (l.lane & 7); }
+__device__ __forceinline__ u32 doubled_row(const TileLane &l) {
+    return 128 * (l.lane >> 4) + 16 * (l.lane & 7);
+}
 
 // Values of the owner's two steps (written at room + 8 lane) -> those of all eight steps of channel g
 // (read at room + 32 g).
@@ -909,9 +916,6 @@ struct LaneTable {
                      : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                      : "r"(address)
                      : "memory");
-    }
-};"
-                     :: "r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
     }
 };
 
@@ -996,7 +1000,7 @@ tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segme
             }
             if (full) {
                 const float c[4] = {low_bf16(C[0]), high_bf16(C[0]), low_bf16(C[2]), high_bf16(C[2])};
-                sum_states(sum, first, second, c);
+                sum_over_states(sum, first, second, c);
                 if (l.t == i) y0 = sum[0], y1 = sum[3];
             }
         }
@@ -1263,6 +1267,7 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
 
     const bool odd = column_odd(l.g);
     const int rows_left = l.active ? length - l.g : 0;
+    const int exact_start = p.h0 && l.segment == 0 ? 0 : -1;  // a chunk whose start is known in fp32
     u32 own_sums = 0, own_done = barriers;
     int round = 0;
     ring.wait_filled();
@@ -1276,6 +1281,7 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         get_steps(rooms.v[1], dt);
         h[0][0] = low_bf16(now.saved[0]), h[0][1] = high_bf16(now.saved[0]);
         h[0][2] = low_bf16(now.saved[1]), h[0][3] = high_bf16(now.saved[1]);
+        if (at == exact_start) l.read_states(h[0], p.h0, l.batch * p.channels + l.channel);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float first[4], second[4];
@@ -1290,7 +1296,7 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
             pack_steps(rooms.v[3], i, h[2 * i + 1], h[2 * i + 2]);
             if (GATED) {
                 float sum[4] = {};
-                sum_states(sum, h[2 * i + 1], h[2 * i + 2], now.C);
+                sum_over_states(sum, h[2 * i + 1], h[2 * i + 2], now.C);
                 if (l.t == i) y0 = sum[0], y1 = sum[3];
             }
         }
@@ -1325,7 +1331,7 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
             }
             pack_steps(rooms.v[3] + PACKED_BYTES, i, gh[0], gh[1]);
             float sum[4] = {};
-            sum_states(sum, gh[0], gh[1], now.B);
+            sum_over_states(sum, gh[0], gh[1], now.B);
             if (l.t == i) v0 = sum[0], v1 = sum[3];
             // The lanes' sums over four states, added across t: ones in columns 2i and 2i + 1.
             mma_k4(through_decay, d[0], d[1], step.v[i] & 0x3f800000u);

@@ -21,6 +21,10 @@ CHUNK = 8  # steps between checkpoints, as in cuda_scan.cu
 _PROBLEM = "9P16q"
 _UPSTREAM = "2P2q"
 _C_TYPE = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_ANY_WARPS = 4  # warps a block
+# Warps a block and blocks a multiprocessor: what the register files hold at 96 and 168 a thread.
+_FORWARD_WARPS, _FORWARD_BLOCKS = 4, 5
+_BACKWARD_SHAPES = ((12, 1), (6, 2), (4, 3))
 
 
 def _ceil(a: int, b: int) -> int:
@@ -87,7 +91,13 @@ def _kernel(name: str, device: int, parameters: str) -> Kernel:
 
 
 def _launch(
-    device: int, name: str, parameters: str, blocks: int, threads: tuple[int, int], shared: int, *args
+    device: int,
+    name: str,
+    parameters: str,
+    blocks: int,
+    threads: tuple[int, int],
+    shared: int,
+    *args: int,
 ) -> None:
     kernel = _kernel(name, device, parameters)
     kernel.allow_shared(shared)
@@ -114,7 +124,11 @@ def _rows(x: Tensor | None, aligned: bool) -> Tensor | None:
 
 
 def _weights(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.float32).contiguous()
+    """``x`` in fp32, contiguous and on 16 bytes."""
+    if x is None:
+        return None
+    x = x.to(torch.float32).contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 class _Scan:
@@ -177,7 +191,8 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, 
     outputs = (_address(y), _address(final_state), _address(saved) if save else 0)
     for part in ("STATE_ONLY", "FULL") if segments > 1 else ("FULL",):
         if s.tile:
-            name = f"tile_forward<{_true(s.gated)}, {_true(s.softplus)}, {part}, {warps}, {_FORWARD_BLOCKS}>"
+            flags = f"{_true(s.gated)}, {_true(s.softplus)}, {part}"
+            name = f"tile_forward<{flags}, {warps}, {_FORWARD_BLOCKS}>"
         else:
             name = f"any_forward<{_C_TYPE[s.dtype]}, {s.padded}, {_true(s.softplus)}, {part}>"
         _launch(
@@ -245,7 +260,11 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
     padded_length = CHUNK * _ceil(s.length, CHUNK)
     partial_BC = s.new(s.groups(warps), s.batch, padded_length, 2 * s.padded)
     count = s.batch * segments
-    partials = s.new(count, s.channels, s.d_state), s.new(count, s.channels), s.new(count, s.channels)
+    partials = (
+        s.new(count, s.channels, s.d_state),
+        s.new(count, s.channels),
+        s.new(count, s.channels),
+    )
 
     flags = f"{_true(s.gated)}, {_true(s.softplus)}"
     typed = f"{_C_TYPE[s.dtype]}, {s.padded}"
