@@ -43,7 +43,7 @@ class Corpus:
 
     def digest(self) -> dict[str, str]:
         """SHA-256 of each split, recorded with every run."""
-        return {name: hashlib.sha256(self.split(name)).hexdigest() for name in SPLITS}
+        return {name: hashlib.sha256(self.split(name).data).hexdigest() for name in SPLITS}
 
 
 def load_corpus(name: str = "stdlib", report: Callable[[str], None] = lambda line: None) -> Corpus:

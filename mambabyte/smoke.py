@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mambabyte.blocks import MambaMixer
+from mambabyte.blocks import Block, MambaMixer
 from mambabyte.corpus import sample_windows
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
@@ -34,8 +34,9 @@ def scan_errors(model: ByteLM, tokens: torch.Tensor) -> dict[str, float]:
     worst = {"output": 0.0, "state": 0.0, "gradient": 0.0}
     x = model.embedding(tokens)
     for layer in model.layers:
-        if isinstance(layer.mixer, MambaMixer):
-            mixer = layer.mixer
+        assert isinstance(layer, Block)
+        mixer = layer.mixer
+        if isinstance(mixer, MambaMixer):
             u, delta, B, C, _, _ = (t.detach() for t in mixer.scan_inputs(layer.norm(x), None))
             inputs = [u, F.softplus(delta + mixer.dt_proj.bias).detach(),
                       -mixer.A_log.exp().detach(), B, C]
@@ -43,7 +44,8 @@ def scan_errors(model: ByteLM, tokens: torch.Tensor) -> dict[str, float]:
             exact = [t.double().requires_grad_() for t in inputs]
             y, h = selective_scan(*mine, form=mixer.form, chunk_size=mixer.chunk)
             y_ref, h_ref = selective_scan(*exact, form="sequential")
-            weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+            weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)
+                                 ).to(y.device)
             grads = torch.autograd.grad((y * weight).sum() + h.sum(), mine)
             grads_ref = torch.autograd.grad((y_ref * weight.double()).sum() + h_ref.sum(), exact)
             errors = {

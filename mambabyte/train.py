@@ -298,7 +298,7 @@ def train_step(
     set_rates(optimizer, schedule(step, config, elapsed_seconds))
     optimizer.zero_grad(set_to_none=True)
     with autocast(tokens.device, config.precision):
-        recording = record_exponent_headroom(model) if measure_headroom else nullcontext({})
+        recording: Any = record_exponent_headroom(model) if measure_headroom else nullcontext({})
         with recording as headroom:
             loss = model.loss(tokens)
     loss.backward()

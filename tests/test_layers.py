@@ -47,8 +47,9 @@ def test_operators_do_not_import_models():
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_studies_only_compute(name):
-    path = ROOT / "analysis" / f"{name}.py"
-    if path.exists():
+    paths = [*ROOT.glob(f"analysis/{name}.py"), *ROOT.glob(f"analysis/{name}/*.py")]
+    assert paths
+    for path in paths:
         assert not offending(path, NOT_IN_STUDIES)
 
 
@@ -58,7 +59,7 @@ def test_plots_only_plot():
 
 
 def test_report_only_reads():
-    for path in ROOT.glob("analysis/report*.py"):
+    for path in ROOT.glob("analysis/report/**/*.py"):
         assert not offending(path, NOT_IN_REPORT | {f"analysis.{s}" for s in STUDIES})
 
 

@@ -5,10 +5,10 @@
     mambabyte task run nano_plus_ngram --corpus path/to/folder --json
     mambabyte task check mambabyte/systems/ours.py
 
-``run`` trains from scratch, once a seed: training bytes in, 300 seconds at most, energy read from the
-GPU's counter minus a stated idle baseline, then 60,000 characters of the validation and test splits.
-``check`` imports a submission file as the public harness does, trains it on 485 bytes and says which
-version of the contract it met.
+``run`` trains from scratch, once a seed: training bytes in, 300 seconds at most, energy read from
+the GPU's counter minus a stated idle baseline, then 60,000 characters of the validation and test
+splits. ``check`` imports a submission file as the public harness does, trains it on 485 bytes and
+says which version of the contract it met.
 """
 
 from __future__ import annotations

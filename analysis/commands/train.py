@@ -3,6 +3,7 @@
     mambabyte train --preset mamba_byte --corpus stdlib --out runs/first
     mambabyte train --preset hybrid_3_1 --train.context 512 --out runs/hybrid
     mambabyte train --preset mamba_byte --out runs/first --resume
+    torchrun --nproc-per-node 2 -m analysis.cli train --preset mamba_byte --out runs/two
 
 The presets fill the --model and --train options; each can be overridden. A corpus below 10,000
 training bytes, or SMOKE_TEST_ONLY=1, selects smoke mode: the parts are checked and the smoke
@@ -50,11 +51,19 @@ def run(argv: list[str]) -> int:
     if options.out == Path(""):
         raise UserError("no run folder was given: add --out FOLDER")
 
+    from mambabyte import distributed
+
+    device = pick_device(options.device)
+    with distributed.joined(device) as world:
+        return _train(options, device, world.first)
+
+
+def _train(options: Options, device: str, first: bool) -> int:
+    """Train on ``device``; of several processes only the first one talks."""
     from mambabyte import train as training
     from mambabyte.provenance import provenance
 
     corpus = load_corpus(options.corpus, say)
-    device = pick_device(options.device)
     model, recipe = options.model, options.train
     smoke = training.is_smoke(len(corpus.train))
     record: dict[str, Any] = {}
@@ -68,6 +77,10 @@ def run(argv: list[str]) -> int:
         say(f"SMOKE mode (train={len(corpus.train)} bytes) ctx={recipe.context}")
         torch.manual_seed(recipe.seed)
         record["smoke"] = smoke_check(ByteLM(model).to(device), corpus.train)
+    if not first:
+        record |= training.train(
+            model, recipe, corpus, options.out, device=device, resume=options.resume)
+        return 130 if record["stopped_by"] == "interrupt" else 0
     say(f"{model.n_parameters / 1e6:.2f}M parameters, layers {model.layers}, context "
         f"{recipe.context}, batch {recipe.batch_size}, {recipe.n_steps} steps on {device}, "
         f"commit {provenance()['commit']}")

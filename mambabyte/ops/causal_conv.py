@@ -14,7 +14,8 @@ FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None = None, silu: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None = None,
+    silu: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``y_t = bias + sum_k weight_k x_{t-K+1+k}``, where positions before x come from ``tail``.
 

@@ -22,6 +22,11 @@
 typedef long long i64;
 typedef unsigned int u32;
 
+#ifdef EVERY
+#define EVERYF 32
+#else
+#define EVERYF 1
+#endif
 constexpr int CHUNK = 8;  // steps between checkpoints
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
@@ -534,11 +539,11 @@ __global__ void sum_rows(const float *in_A, const float *in_D, const float *in_b
 //
 //   B dt u            is rank-one per step: one MMA gives two steps (rows g and g + 8) of 8 states.
 //                     B is bf16 already; the fp32 factor dt u goes in as high + low bf16 parts.
-//   sum over states   (y = C h, and B gh) of two steps at a time, in tf32: A = state tile, B operand =
-//                     C (or B) of all 8 steps as its columns. The product of step j with column j is
-//                     kept.
-//   sum over channels (dB, dC) needs channels along k, which lie along g: packed to bf16, two steps are
-//                     written to shared memory and read back with ldmatrix.trans.
+//   sum over states   (y = C h, and B gh) of two steps at a time: A = state tile (tf32 forwards, bf16
+//                     backwards), B operand = C (or B) of all 8 steps as its columns. The product of
+//                     step j with column j is kept.
+//   sum over channels (dB, dC) needs channels along k, which lie along g: movmatrix turns the packed
+//                     states of a step.
 //
 // Work per (step, channel) - softplus, gate, outputs - belongs to the lane that owns channel g at
 // steps 2t and 2t+1: ldmatrix.trans hands it both values in one register, movmatrix brings results
@@ -778,7 +783,11 @@ struct TileRing {
         }
         if (thread < STAGES) {
             PhasedBarrier{address + thread * STAGE + FILLED}.init(32 * WARPS);
+#ifdef EVERY
+            PhasedBarrier{address + thread * STAGE + EMPTIED}.init(32*WARPS);
+#else
             PhasedBarrier{address + thread * STAGE + EMPTIED}.init(WARPS);
+#endif
         }
         __syncthreads();
     }
@@ -824,8 +833,12 @@ struct TileRing {
     }
     // The warp has read what it needs of it.
     __device__ __forceinline__ void release(const TileLane &l, u32 stage) const {
+#ifdef EVERY
+        PhasedBarrier{stage + EMPTIED}.arrive();
+#else
         __syncwarp();
         if (l.lane == 0) PhasedBarrier{stage + EMPTIED}.arrive();
+#endif
     }
 };
 
@@ -901,21 +914,21 @@ __device__ __forceinline__ void tile_dt(float x, bool valid, float &dt, float &s
     }
 }
 
-// The four masks with all bits set in number `which` only.
-__device__ __forceinline__ void store_masks(u32 address, int which) {
-    store_shared(address, which == 0 ? ~0u : 0u, which == 1 ? ~0u : 0u, which == 2 ? ~0u : 0u,
-                 which == 3 ? ~0u : 0u);
+// Keeps a value in a register: the compiler, which no longer knows where it came from, would else derive
+// it again and again.
+__device__ __forceinline__ u32 opaque(u32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
 }
 
-// A lane's constants (addresses, masks), four in 16 bytes of shared memory. They would take 20 registers,
-// or, as the compiler prefers, 60 instructions a chunk to derive them again and again.
-struct LaneTable {
-    u32 v[4];
-    __device__ __forceinline__ explicit LaneTable(u32 address) {
-        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                     : "r"(address)
-                     : "memory");
+// Four masks in one register: all bits of mask `which` are set, none of the others.
+struct Masks {
+    u32 bytes;
+    __device__ __forceinline__ explicit Masks(int which) : bytes(opaque(0xffu << (8 * which))) {}
+    __device__ __forceinline__ void unpack(u32 (&mask)[4]) const {
+        const u32 x = opaque(bytes);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) mask[i] = __byte_perm(x, 0, 0x1111 * i);
     }
 };
 
@@ -924,12 +937,13 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segment_h, float *segment_dt) {
     using Ring = TileRing<WARPS, false, SOFTPLUS>;
     __shared__ __align__(128) char ring_room[Ring::BYTES];
-    __shared__ __align__(128) char rooms[WARPS][256 + 2 * 512];  // dt of a chunk, tables
+    __shared__ __align__(128) char rooms[WARPS][256];  // dt of a chunk
     const TileLane l = TileLane::make<WARPS>(p, 0, p.segments - (PASS == STATE_ONLY));
-    const u32 room = shared_address(rooms[l.warp]), table = room + 256 + 16 * l.lane;
-    store_shared(table, l.warp * Ring::TILE + matrix_row(l), Ring::STATES + doubled_row(l),
-                   room + 8 * l.lane, room + 32 * l.g);
-    store_masks(table + 512, l.t);  // own[i]: lanes that own steps 2i and 2i + 1
+    const u32 dt_to = opaque(shared_address(rooms[l.warp]) + 8 * l.lane);
+    const u32 dt_from = opaque(shared_address(rooms[l.warp]) + 32 * l.g);
+    const u32 rows_at = opaque(l.warp * Ring::TILE + matrix_row(l));
+    const u32 states_at = opaque(Ring::STATES + doubled_row(l));
+    const Masks owners(l.t);  // mask i: the lanes that own steps 2i and 2i + 1
     const int length = int(l.end - l.begin);
     const i64 chunks = (p.length + CHUNK - 1) / CHUNK;
     const bool full = PASS == FULL;
@@ -937,8 +951,9 @@ tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segme
     Ring ring;
     ring.start(p, l, shared_address(ring_room), l.begin, 1, Upstream{}, nullptr, p.u,
                GATED && full ? p.z : nullptr, p.B, full ? p.C : nullptr);
-    ring.fetch(length);
-    if (length > CHUNK) ring.fetch(length - CHUNK);
+#pragma unroll
+    for (int c = 0; c < Ring::AHEAD; ++c)
+        if (length > c * CHUNK) ring.fetch(length - c * CHUNK);
 
     int rows_left = 0;
     float A[4], h[4] = {}, total = 0.f;
@@ -960,38 +975,55 @@ tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segme
         rows_left = l.active ? length - l.g : 0;
         out += ((l.batch * p.length + l.begin + l.g) * p.channels + l.channel - l.g) / 2 + l.t;
     }
+
+    // The owners' part of a chunk, made ready while the chunk before it is walked. dt goes to the room.
+    struct Ready {
+        u32 u, z;
+        float dt_sum;
+        SplitPair x;
+        __device__ __forceinline__ Ready() : x(0.f, 0.f) {}
+    } next;
+    u32 rows[4];
+    const auto prepare = [&](int left) {
+        float dt0, dt1, slope;
+        tile_dt<SOFTPLUS>(low_bf16(rows[DELTA]) + bias, 2 * l.t < left, dt0, slope);
+        tile_dt<SOFTPLUS>(high_bf16(rows[DELTA]) + bias, 2 * l.t + 1 < left, dt1, slope);
+        put_pair(dt_to, dt0, dt1);
+        next.u = rows[U], next.z = rows[Z], next.dt_sum = dt0 + dt1;
+        next.x = SplitPair(dt0 * low_bf16(rows[U]), dt1 * high_bf16(rows[U]));
+    };
+    ring.wait_filled();
+    load_transposed(rows, ring.reading + rows_at);
+    prepare(length);
     for (int left = length; left > 0; left -= CHUNK) {
+        const Ready now = next;
+        const u32 from = ring.reading;
+        u32 own[4], B[4], C[4];
+        float dt[8];
+        owners.unpack(own);
+        __syncwarp();
+        load_transposed(B, from + states_at);
+        get_steps(dt_from, dt);
+        if (full) load_matrices(C, from + states_at + 256);
+        ring.turn(ring.reading, ring.reading_phase);
         if (left > Ring::AHEAD * CHUNK) {
             ring.wait_emptied();
             ring.fetch(left - Ring::AHEAD * CHUNK);
         }
-        const LaneTable at(table), own(table + 512);
-        const u32 from = ring.arrived();
-        u32 rows[4], B[4], C[4];
-        load_transposed(rows, from + at.v[0]);
-        load_transposed(B, from + at.v[1]);
-        if (full) load_matrices(C, from + at.v[1] + 256);
-        ring.release(l, from);
-
-        const float u0 = low_bf16(rows[U]), u1 = high_bf16(rows[U]);
-        float dt0, dt1, slope, dt[8];
-        tile_dt<SOFTPLUS>(low_bf16(rows[DELTA]) + bias, 2 * l.t < left, dt0, slope);
-        tile_dt<SOFTPLUS>(high_bf16(rows[DELTA]) + bias, 2 * l.t + 1 < left, dt1, slope);
-        const SplitPair x(dt0 * u0, dt1 * u1);
-        put_pair(at.v[2], dt0, dt1);
-        __syncwarp();
-        get_steps(at.v[3], dt);
         if (full && checkpoints) {
             if (l.active) *checkpoints = make_uint2(pack_bf16(h[0], h[1]), pack_bf16(h[2], h[3]));
             checkpoints += 4 * p.channels;
         }
-        if (!full) total += dt0 + dt1;
+        if (!full) total += now.dt_sum;
+        if (left > CHUNK) ring.wait_filled();
+        load_transposed(rows, ring.reading + rows_at);
+        ring.release(l, from);
 
         float y0 = 0.f, y1 = 0.f;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float first[4], second[4], sum[4] = {};
-            outer(x.high, x.low, own.v[i], B, first, second);
+            outer(now.x.high, now.x.low, own[i], B, first, second);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 first[k] = fmaf(exp2_approx(A[k] * dt[2 * i]), h[k], first[k]);
@@ -1004,10 +1036,11 @@ tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segme
                 if (l.t == i) y0 = sum[0], y1 = sum[3];
             }
         }
+        prepare(left - CHUNK);
         if (full) {
-            y0 = fmaf(D, u0, y0), y1 = fmaf(D, u1, y1);
+            y0 = fmaf(D, low_bf16(now.u), y0), y1 = fmaf(D, high_bf16(now.u), y1);
             if (GATED) {
-                const float z0 = low_bf16(rows[Z]), z1 = high_bf16(rows[Z]);
+                const float z0 = low_bf16(now.z), z1 = high_bf16(now.z);
                 y0 *= z0 * sigmoid(z0), y1 *= z1 * sigmoid(z1);
             }
             const u32 row = transpose_8x8(pack_bf16(y0, y1));
@@ -1098,50 +1131,48 @@ tile_adjoint(Problem p, Upstream up, float *segment_g, float *segment_dt) {
 
 // Sums over a warp's channels, for dB and dC: weights[channel, step] state[channel, n, step].
 //
-// A lane packs its states of steps 2i, 2i+1 to eight bf16 and writes them as row g of matrix t. Read
-// back transposed, lane 4 r + c holds channels 2c, 2c+1 of column r of matrix m: state s(m, q(r)) at
-// step 2i + odd(r). That is an A operand whose k are channels. The weights are the B operand, with the
-// eight steps as columns, all but 2i and 2i + 1 masked out, so that the four products can share an
-// accumulator. Its column 2c + odd(r) then holds the sum; the other one mixes steps and is dropped.
-// The weights come in two bf16 parts: of the factors only the state is rounded.
-constexpr int PACKED_BYTES = 2048;
-__device__ __forceinline__ int column_odd(int r) { return r >> 1 & 1; }
-__device__ __forceinline__ int column_state(int r) { return (r & 1) + (r >> 2) * 2; }
-
-// Offset of row g of matrix m, turned so that neither the writes of a row's four lanes nor the reads of
-// a matrix's eight rows share a bank.
-__device__ __forceinline__ u32 packed_row(int m, int g) { return 128 * m + 16 * ((g + 2 * m) & 7); }
-
-__device__ __forceinline__ void pack_steps(u32 room, int i, const float (&first)[4],
-                                           const float (&second)[4]) {
-    store_shared(room + 512 * i, pack_bf16(first[0], first[1]), pack_bf16(second[0], second[1]),
-                 pack_bf16(first[2], first[3]), pack_bf16(second[2], second[3]));
-}
-
-// ldmatrix gives the whole A operand: matrices m, m + 1 of steps 2i.., the same of steps 2i + 2.. . The
-// work comes in four parts, for the caller to spread over other work.
+// A lane's packed states, transposed with movmatrix, are an A operand: rows are states, k = 2t, 2t + 1
+// channels of one step, k = 2t + 8, 2t + 9 those of the step after next. The weights are the B operand,
+// with the eight steps as columns, all but 2i and 2i + 1 masked out, so that all even steps can share an
+// accumulator, and all odd ones another; columns of the other kind are dropped. The weights come in two
+// bf16 parts: of the factors only the state is rounded.
 struct TileChannelSum {
-    u32 high, low;       // weights
-    float d[2][4] = {};  // rows of matrices 0 and 1, of 2 and 3
+    u32 high, low, s[2][4];             // weights; operands of even and of odd steps
+    float even[4] = {}, odd[4] = {};
     __device__ __forceinline__ explicit TileChannelSum(const SplitPair &x)
         : high(transpose_8x8(x.high)), low(transpose_8x8(x.low)) {}
-    // `from`: the lane's ldmatrix row of matrices 0, 1 (half 0) or 2, 3 (half 1).
-    __device__ __forceinline__ void add(u32 from, const u32 (&step)[4], int i, int half) {
-        u32 s[4];
-        load_transposed(s, from + 512 * i);
-        mma(d[half], s[0], s[1], s[2], s[3], high & step[i], high & step[i + 1]);
-        mma(d[half], s[0], s[1], s[2], s[3], low & step[i], low & step[i + 1]);
+    // The packed states of steps 2i, 2i + 1.
+    __device__ __forceinline__ void take(int i, const u32 (&packed)[4]) {
+        const int half = 2 * (i & 1);
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+            s[odd][half] = transpose_8x8(packed[odd]);
+            s[odd][half + 1] = transpose_8x8(packed[odd + 2]);
+        }
     }
-    __device__ __forceinline__ void store(u32 to, bool odd) const {
-        store_shared(to, odd ? d[0][1] : d[0][0], odd ? d[0][3] : d[0][2], odd ? d[1][1] : d[1][0],
-                     odd ? d[1][3] : d[1][2]);
+    // Adds up what was taken of steps 2i .. 2i + 3.
+    __device__ __forceinline__ void add(int i, const u32 (&step)[4]) {
+        mma(even, s[0][0], s[0][1], s[0][2], s[0][3], high & step[i], high & step[i + 1]);
+        mma(odd, s[1][0], s[1][1], s[1][2], s[1][3], high & step[i], high & step[i + 1]);
+        mma(even, s[0][0], s[0][1], s[0][2], s[0][3], low & step[i], low & step[i + 1]);
+        mma(odd, s[1][0], s[1][1], s[1][2], s[1][3], low & step[i], low & step[i + 1]);
+    }
+    // Lane 4 r + c: states r and r + 8 of step 2c, the same of step 2c + 1.
+    __device__ __forceinline__ void store(u32 to) const {
+        store_shared(to, even[0], even[2], odd[1], odd[3]);
     }
 };
 
-// Shared memory of a warp of tile_backward: sums for dB and dC of up to ROUNDS chunks; a room with the
-// packed states and adjoints of a chunk, its C in fp32, dt and dy, and the lane's tables.
-constexpr int ROUNDS = 4, SUMS_BYTES = ROUNDS * 64 * 16;
-constexpr int TILE_ROOM = 2 * PACKED_BYTES + 512 + 2 * 256 + 5 * 512;
+// States of two steps as an A operand: rows g of the first, rows g + 8 of the second.
+__device__ __forceinline__ void pack_steps(u32 (&packed)[4], const float (&first)[4],
+                                           const float (&second)[4]) {
+    packed[0] = pack_bf16(first[0], first[1]), packed[1] = pack_bf16(second[0], second[1]);
+    packed[2] = pack_bf16(first[2], first[3]), packed[3] = pack_bf16(second[2], second[3]);
+}
+
+// Shared memory of a warp of tile_backward: sums for dB and dC of up to ROUNDS chunks; a room with C of
+// a chunk in fp32, dt and dy.
+constexpr int ROUNDS = 4, SUMS_BYTES = ROUNDS * 64 * 16, TILE_ROOM = 512 + 2 * 256;
 
 template <bool GATED, bool SOFTPLUS, int WARPS, int BLOCKS>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
@@ -1153,26 +1184,22 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
     const TileLane l = TileLane::make<WARPS>(p, 0, p.segments);
     const int warps = int(min(i64(WARPS), p.channels / 8 - l.group * WARPS));  // with channels to do
     const u32 sums = shared_address(shared);  // [ROUNDS][WARPS][64] float4
-    const u32 packed_room = sums + WARPS * SUMS_BYTES + l.warp * TILE_ROOM;
-    const u32 c_room = packed_room + 2 * PACKED_BYTES, dt_room = c_room + 512;
+    const u32 room = sums + WARPS * SUMS_BYTES + l.warp * TILE_ROOM;
+    const u32 c_to = opaque(room + 16 * l.lane), c_from = opaque(room + 16 * l.t);
+    const u32 dt_to = opaque(room + 512 + 8 * l.lane), dt_from = opaque(room + 512 + 32 * l.g);
+    const u32 sums_to = opaque(sums + 1024 * l.warp + 16 * l.lane);
+    const u32 rows_at = opaque(l.warp * Ring::TILE + matrix_row(l));
+    const u32 both_at = opaque(Ring::STATES + doubled_row(l));
+    const u32 along_at = opaque(Ring::STATES + matrix_row(l));
+    const u32 saved_at = opaque(Ring::CHECKPOINTS + 256 * l.warp + 8 * l.lane);
+    // Mask i: lanes that own steps 2i and 2i + 1; lanes of their columns in a B operand.
+    const Masks owners(l.t), columns(l.g >> 1);
     const u32 ring_room = sums + WARPS * (SUMS_BYTES + TILE_ROOM);
     const u32 barriers = ring_room + Ring::BYTES;  // of even and of odd rounds
-    // own[i]: lanes that own steps 2i and 2i + 1; step[i]: lanes of their columns in a B operand.
-    const u32 table = __shfl_sync(~0u, dt_room + 512 + 16 * l.lane, l.lane);  // not to be derived again
-    const u32 packed_rows = packed_room + 512 * (l.lane >> 4);
-    store_shared(table, l.warp * Ring::TILE + matrix_row(l), Ring::STATES + doubled_row(l),
-                 Ring::STATES + matrix_row(l), Ring::CHECKPOINTS + 256 * l.warp + 8 * l.lane);
-    store_shared(table + 512, dt_room + 8 * l.lane, dt_room + 32 * l.g, c_room + 16 * l.lane,
-                 packed_room + packed_row(l.t, l.g));
-    store_shared(table + 1024, packed_rows + packed_row(l.lane >> 3 & 1, l.lane & 7),
-                 packed_rows + packed_row((l.lane >> 3 & 1) + 2, l.lane & 7), c_room + 16 * l.t,
-                 sums + 1024 * l.warp + 16 * l.lane);
-    store_masks(table + 1536, l.t);
-    store_masks(table + 2048, l.g >> 1);
     const int length = int(l.end - l.begin), last = (length - 1) / CHUNK * CHUNK;
     const i64 chunks = (p.length + CHUNK - 1) / CHUNK;
 
-    if (threadIdx.x < 2) PhasedBarrier{barriers + 8 * threadIdx.x}.init(WARPS);
+    if (threadIdx.x < 2) PhasedBarrier{barriers + 8 * threadIdx.x}.init(EVERYF*WARPS);
     Ring ring;
     ring.start(p, l, ring_room, l.begin + last, -1, up, checkpoints, p.u, GATED ? p.z : nullptr, p.B, p.C);
     ring.fetch(length - last);
@@ -1226,23 +1253,20 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
     struct Ready {
         float u0, u1, dt0, dt1, slope0, slope1, dy0, dy1, gate0, gate1;
         SplitPair x, dy;
-        u32 B_both[4], saved[2];
-        float B[4], C[4];  // of step g, states s(t, k)
+        u32 B_both[4], along[4], saved[2];  // along: B, C of step g, states s(t, k)
         __device__ __forceinline__ Ready() : x(0.f, 0.f), dy(0.f, 0.f) {}
     } now;
-    u32 rows[4], along[4];
+    u32 rows[4];
     const auto load = [&]() {
-        const LaneTable at(table);
         const u32 from = ring.reading;
-        load_transposed(rows, from + at.v[0]);
-        load_transposed(now.B_both, from + at.v[1]);
-        load_matrices(along, from + at.v[2]);
+        load_transposed(rows, from + rows_at);
+        load_transposed(now.B_both, from + both_at);
+        load_matrices(now.along, from + along_at);
         asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];"
-                     : "=r"(now.saved[0]), "=r"(now.saved[1]) : "r"(from + at.v[3]) : "memory");
+                     : "=r"(now.saved[0]), "=r"(now.saved[1]) : "r"(from + saved_at) : "memory");
         ring.turn(ring.reading, ring.reading_phase);
     };
     const auto prepare = [&](int at) {
-        const LaneTable rooms(table + 512);
         now.u0 = low_bf16(rows[U]), now.u1 = high_bf16(rows[U]);
         tile_dt<SOFTPLUS>(low_bf16(rows[DELTA]) + bias, at + 2 * l.t < length, now.dt0, now.slope0);
         tile_dt<SOFTPLUS>(high_bf16(rows[DELTA]) + bias, at + 2 * l.t + 1 < length, now.dt1, now.slope1);
@@ -1254,18 +1278,14 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
             now.gate1 = now.dy1 * s1 * fmaf(z1, 1.f - s1, 1.f);
             now.dy0 *= z0 * s0, now.dy1 *= z1 * s1;
         }
-        put_pair(rooms.v[0], now.dt0, now.dt1);
-        put_pair(rooms.v[0] + 256, now.dy0, now.dy1);
-        now.B[0] = low_bf16(along[0]), now.B[1] = high_bf16(along[0]);
-        now.B[2] = low_bf16(along[1]), now.B[3] = high_bf16(along[1]);
-        now.C[0] = low_bf16(along[2]), now.C[1] = high_bf16(along[2]);
-        now.C[2] = low_bf16(along[3]), now.C[3] = high_bf16(along[3]);
-        store_shared(rooms.v[2], now.C[0], now.C[1], now.C[2], now.C[3]);
+        put_pair(dt_to, now.dt0, now.dt1);
+        put_pair(dt_to + 256, now.dy0, now.dy1);
+        store_shared(c_to, low_bf16(now.along[2]), high_bf16(now.along[2]), low_bf16(now.along[3]),
+                     high_bf16(now.along[3]));
         now.x = SplitPair(now.dt0 * now.u0, now.dt1 * now.u1);
         now.dy = SplitPair(now.dy0, now.dy1);
     };
 
-    const bool odd = column_odd(l.g);
     const int rows_left = l.active ? length - l.g : 0;
     const int exact_start = p.h0 && l.segment == 0 ? 0 : -1;  // a chunk whose start is known in fp32
     u32 own_sums = 0, own_done = barriers;
@@ -1275,17 +1295,20 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
     prepare(last);
     __syncwarp();
     for (int at = last; at >= 0; at -= CHUNK, ++round) {
-        // ---- forwards: h of the eight steps, y
-        const LaneTable rooms(table + 512), own(table + 1536);
+        // ---- forwards: h of the eight steps, y, the sums for dC
+        u32 own[4], step[4];
+        owners.unpack(own);
+        columns.unpack(step);
+        TileChannelSum for_C(now.dy);
         float h[9][4], a[8][4], dt[8], y0 = 0.f, y1 = 0.f;
-        get_steps(rooms.v[1], dt);
+        get_steps(dt_from, dt);
         h[0][0] = low_bf16(now.saved[0]), h[0][1] = high_bf16(now.saved[0]);
         h[0][2] = low_bf16(now.saved[1]), h[0][3] = high_bf16(now.saved[1]);
         if (at == exact_start) l.read_states(h[0], p.h0, l.batch * p.channels + l.channel);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float first[4], second[4];
-            outer(now.x.high, now.x.low, own.v[i], now.B_both, first, second);
+            outer(now.x.high, now.x.low, own[i], now.B_both, first, second);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 a[2 * i][k] = exp2_approx(A[k] * dt[2 * i]);
@@ -1293,30 +1316,34 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
                 h[2 * i + 1][k] = fmaf(a[2 * i][k], h[2 * i][k], first[k]);
                 h[2 * i + 2][k] = fmaf(a[2 * i + 1][k], h[2 * i + 1][k], second[k]);
             }
-            pack_steps(rooms.v[3], i, h[2 * i + 1], h[2 * i + 2]);
+            u32 packed[4];
+            pack_steps(packed, h[2 * i + 1], h[2 * i + 2]);
+            for_C.take(i, packed);
+            if (i & 1) for_C.add(i - 1, step);
             if (GATED) {
                 float sum[4] = {};
-                sum_over_states(sum, h[2 * i + 1], h[2 * i + 2], now.C);
+                mma(sum, packed[0], packed[1], packed[2], packed[3], now.along[2], now.along[3]);
                 if (l.t == i) y0 = sum[0], y1 = sum[3];
             }
         }
         if (round >= 2) add_warps();  // and so every warp is done with that chunk's stage
         if (at >= Ring::AHEAD * CHUNK) ring.fetch(CHUNK);
 
-        // ---- backwards, and the sums for dC
-        __syncwarp();
-        const LaneTable more(table + 1024), step(table + 2048);
-        TileChannelSum for_C(now.dy);
+        for_C.store(sums_to + own_sums + 512);
+
+        // ---- backwards, and the sums for dB
+        columns.unpack(step);
+        TileChannelSum for_B(now.x);
         float v0 = 0.f, v1 = 0.f, through_decay[4] = {}, dys[8];
-        get_steps(rooms.v[1] + 256, dys);
-        get_steps(rooms.v[1], dt);  // again, rather than keeping it in registers
+        get_steps(dt_from + 256, dys);
+        get_steps(dt_from, dt);  // again, rather than keeping it in registers
 #pragma unroll
         for (int i = 3; i >= 0; --i) {
             float gh[2][4], d[2] = {};
 #pragma unroll
             for (int odd = 1; odd >= 0; --odd) {
                 const int j = 2 * i + odd;
-                const float4 C = load_shared(more.v[2] + 64 * j);
+                const float4 C = load_shared(c_from + 64 * j);
                 gh[odd][0] = fmaf(dys[j], C.x, g[0]);
                 gh[odd][1] = fmaf(dys[j], C.y, g[1]);
                 gh[odd][2] = fmaf(dys[j], C.z, g[2]);
@@ -1329,17 +1356,18 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
                     d[odd] = fmaf(w, A[k], d[odd]);
                 }
             }
-            pack_steps(rooms.v[3] + PACKED_BYTES, i, gh[0], gh[1]);
+            u32 packed[4];
+            pack_steps(packed, gh[0], gh[1]);
+            for_B.take(i, packed);
+            if (!(i & 1)) for_B.add(i, step);
             float sum[4] = {};
-            sum_over_states(sum, gh[0], gh[1], now.B);
+            mma(sum, packed[0], packed[1], packed[2], packed[3], now.along[0], now.along[1]);
             if (l.t == i) v0 = sum[0], v1 = sum[3];
             // The lanes' sums over four states, added across t: ones in columns 2i and 2i + 1.
-            mma_k4(through_decay, d[0], d[1], step.v[i] & 0x3f800000u);
-            for_C.add(i & 1 ? more.v[1] : more.v[0], step.v, i & 2, i & 1);
+            mma_k4(through_decay, d[0], d[1], step[i] & 0x3f800000u);
         }
 
-        // ---- the sums for dB, outputs of the owner's two steps; the next chunk made ready
-        TileChannelSum for_B(now.x);
+        // ---- outputs of the owner's two steps; the next chunk made ready
         if (at > 0) ring.wait_filled();
         __syncwarp();
         const float x0 = fmaf(now.u0, v0, LN2 * through_decay[0]) * now.slope0;
@@ -1353,19 +1381,18 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
                                                           now.gate1 * fmaf(D, now.u1, y1)))
                                 : 0;
         load();
-        for_C.store(more.v[3] + own_sums + 512, odd);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            for_B.add((i & 1 ? more.v[1] : more.v[0]) + PACKED_BYTES, step.v, i & 2, i & 1);
         prepare(at - CHUNK);
-        for_B.store(more.v[3] + own_sums, odd);
+        for_B.store(sums_to + own_sums);
         const bool stored = at < rows_left;
         store_if(stored, du + row, row_u);
         store_if(stored, ddelta + row, row_x);
         if (GATED) store_if(stored, dz + row, row_z);
         row -= CHUNK / 2 * p.channels;
+#ifndef EVERY
         __syncwarp();
-        if (l.lane == 0) PhasedBarrier{own_done}.arrive();
+        if (l.lane == 0)
+#endif
+        PhasedBarrier{own_done}.arrive();
         own_done ^= 8;
         own_sums = own_sums == (ROUNDS - 1) * WARPS * 1024 ? 0 : own_sums + WARPS * 1024;
     }
@@ -1386,7 +1413,7 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
 }
 
 // Partial sums of tile_backward, (groups, batch, chunks, 2, 32 lanes, 4), to dB and dC. Lane 4 r + c
-// holds the states s(0..3, q(r)) at step 2c + odd(r) of its chunk.
+// holds states r and r + 8 of step 2c of its chunk, then those of step 2c + 1.
 __global__ void tile_sum_BC(const float4 *partial, i64 groups, i64 batch, i64 length, bf16 *dB, bf16 *dC) {
     const i64 chunks = (length + CHUNK - 1) / CHUNK, size = batch * chunks * 64;
     const i64 index = i64(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -1396,12 +1423,13 @@ __global__ void tile_sum_BC(const float4 *partial, i64 groups, i64 batch, i64 le
         const float4 more = partial[group * size + index];
         sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
     }
-    const int lane = index & 31, c = lane & 3, r = lane >> 2, q = column_state(r);
-    const i64 chunk = index / 64, b = chunk / chunks, t = chunk % chunks * CHUNK + 2 * c + column_odd(r);
+    const int lane = index & 31, c = lane & 3, r = lane >> 2;
+    const i64 chunk = index / 64, b = chunk / chunks, t = chunk % chunks * CHUNK + 2 * c;
     if (t >= length) return;
-    bf16 *to = (index & 32 ? dC : dB) + (b * length + t) * 16 + (q & 1) + (q & 2) * 4;
+    bf16 *to = (index & 32 ? dC : dB) + (b * length + t) * 16 + r;
     put(to, sum.x);
-    put(to + 2, sum.y);
-    put(to + 4, sum.z);
-    put(to + 6, sum.w);
+    put(to + 8, sum.y);
+    if (t + 1 >= length) return;
+    put(to + 16, sum.z);
+    put(to + 24, sum.w);
 }

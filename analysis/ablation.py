@@ -1,0 +1,454 @@
+"""Study: SSM, attention and hybrids at equal parameters and at equal cost.
+
+Every layer pattern is brought to one parameter count (see analysis.matching) and trained on the
+same batches from the same seeds. One run gives a curve of held-out bits per byte, and each
+comparison reads all curves at one budget: the same steps (the same bytes), the same wall-clock
+time, the same floating-point operations, the same joules. The budget is what the cheapest
+system's whole run costs, so no curve is read past its end. Only then are systems compared, seed
+by seed (analysis.pairs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from analysis import tokens as sp
+from analysis import variants as second
+from analysis.ablation_values import headline
+from analysis.budgets import COMPARISONS, Runs, budget_steps, compare, step_costs
+from analysis.documents import document_checks
+from analysis.few_steps import few_steps
+from analysis.flops import count_flops, flops_table
+from analysis.learning import (
+    Learned,
+    heldout_bits,
+    heldout_windows,
+    learn_text,
+    position_bits,
+    rate_multiplier,
+)
+from analysis.matching import Matched, match_patterns, systems_table
+from analysis.pairs import paired_table
+from analysis.synthetic import learn_task, parse_task
+from analysis.timing import none_for_nan, threads
+from mambabyte.config import ModelConfig, TrainConfig, get_preset
+from mambabyte.corpus import Corpus, load_corpus, sample_windows
+from mambabyte.errors import UserError
+from mambabyte.evaluate import Score, score
+from mambabyte.stream import ByteStream
+
+__all__ = ["PROFILES", "Parameters", "Results", "headline", "run"]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What is compared and how long. Defaults are the quick profile: a CPU and about a minute."""
+
+    corpus: str = "stdlib"
+    device: str = "cpu"
+    threads: int = 1  # of torch on the CPU; 0 leaves torch's own choice
+    preset: str = "mamba_byte"  # norm, initialisation and the rest come from here
+    patterns: tuple[str, ...] = ("M", "MMMA", "MA", "A")
+    reference: str = "A"  # what the others are compared with, seed by seed
+    match: Literal["mlp", "d_model"] = "mlp"
+    d_model: int = 48
+    n_layer: int = 4
+    n_head: int = 2
+    n_kv_head: int = 2
+    context: int = 128
+    batch_size: int = 4
+    steps: int = 100
+    lr: float = 3e-3
+    # True: a cosine to zero and one run a budget. False: a constant rate, one run for all.
+    decay: bool = False
+    seeds: tuple[int, ...] = (0, 1, 2)
+    max_seconds: float = 20.0  # of one run; 0 is no limit
+    heldout_windows: int = 24
+    characters: int = 300
+    streams: int = 8
+    stream_bytes: int = 1024
+    tasks: tuple[str, ...] = ("recall 4", "copy 8")
+    task_symbols: int = 8
+    task_layers: int = 2
+    task_steps: int = 200
+    task_batch: int = 64
+    task_seeds: tuple[int, ...] = (0,)
+    variants: tuple[str, ...] = tuple(second.VARIANTS)
+    variant_pattern: str = "MA"
+    variant_steps: int = 30
+    variant_seeds: tuple[int, ...] = (0,)
+    # sp1024 needs the package sentencepiece; 0 pieces leave it out.
+    pieces: int = 0
+    piece_train_bytes: int = 2_000_000
+    piece_steps: int = 120
+    # The second document's few large steps, on pieces, at its own widths; 0 leaves them out.
+    few_steps: int = 0
+    few_tokens: int = 524_288
+    few_presets: tuple[str, ...] = ("ssm_1", "hybrid_3_1", "attention")
+
+    def __post_init__(self) -> None:
+        if self.reference not in self.patterns:
+            raise UserError(f"reference {self.reference!r} is not among the patterns "
+                            f"{', '.join(self.patterns)}")
+        if not self.seeds:
+            raise UserError("no seeds are given: name at least one")
+        for name in ("steps", "context", "batch_size", "heldout_windows", "streams"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.stream_bytes < 2 * self.context:
+            raise UserError(f"stream_bytes is {self.stream_bytes}: drift shows only past the "
+                            f"context, give at least {2 * self.context}")
+        for name in self.variants:
+            second.get_variant(name)
+        for name in self.tasks:
+            parse_task(name, self.task_symbols)
+
+
+_FULL = Parameters(
+    corpus="wikitext103", device="cuda", threads=0, d_model=192, n_layer=4, n_head=6, n_kv_head=6,
+    context=1024, batch_size=16, steps=1000, lr=1e-3, decay=True, seeds=(0, 1, 2, 3, 4),
+    max_seconds=0.0, heldout_windows=128, characters=10_000, streams=8, stream_bytes=60_000,
+    tasks=("recall 8", "recall 16", "copy 32"), task_symbols=32, task_layers=4, task_steps=1500,
+    task_seeds=(0, 1, 2),
+    # The rounded state is a Python loop over the length: the quick profile shows it.
+    variants=tuple(v for v in second.VARIANTS if v != "bf16 state"), variant_pattern="MMMA",
+    variant_steps=400, variant_seeds=(0, 1, 2), pieces=1024, piece_train_bytes=20_000_000,
+    piece_steps=1000, few_steps=5,
+)
+PROFILES = {
+    "quick": Parameters(),
+    "full": _FULL,
+    # The second document's four systems at its own widths, matched in parameters.
+    "full_hybrid": replace(
+        _FULL, preset="hybrid_3_1", patterns=("A", "MA", "MMA", "MMMA"), d_model=512, n_layer=9,
+        n_head=8, n_kv_head=4, steps=400, decay=False, seeds=(0, 1, 2), characters=2000, streams=2,
+        stream_bytes=16_384, tasks=(), variants=(), pieces=0,
+        few_steps=0),
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Tables of the study; ``None`` in a cell means that it was not measured."""
+
+    systems: pd.DataFrame  # size, cost and state of every pattern
+    runs: pd.DataFrame  # one row a trained model
+    curves: pd.DataFrame  # held-out bits per byte along every run
+    comparisons: pd.DataFrame  # bits per byte of every run at every budget
+    paired: pd.DataFrame  # differences to the reference over seeds
+    positions: pd.DataFrame  # by position in a long stream
+    accuracy: pd.DataFrame  # greedy character accuracy by position in the scored stream
+    unigram_bits: float  # held-out bits per byte of the training split's byte frequencies
+    tasks: pd.DataFrame
+    variants: pd.DataFrame
+    tokens: pd.DataFrame  # empty without pieces
+    few_steps: pd.DataFrame  # empty without pieces
+    flops: pd.DataFrame  # operations by module, every pattern
+    flop_check: pd.DataFrame  # the closed form beside torch's counter
+    state_dtypes: pd.DataFrame  # of the second document's loop, step by step
+    documents: pd.DataFrame  # statements that arithmetic judges
+
+
+def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Results:
+    """The whole study. Nothing is drawn and nothing is written."""
+    with threads(p.threads):
+        return _run(p, report)
+
+
+def _run(p: Parameters, report: Callable[[str], None]) -> Results:
+    corpus = load_corpus(p.corpus, report)
+    systems = match_patterns(base_config(p), p.patterns, by=p.match)
+    table = systems_table(systems, p.context)
+    flops = dict(zip(table["pattern"], table["train_flops_per_byte"], strict=True))
+    windows = heldout_windows(corpus.valid, p.context, p.heldout_windows)
+
+    learned: Runs = {}
+    for seed in p.seeds:  # patterns take turns, so a slow minute hits all of them
+        for pattern, matched in systems.items():
+            done = _learn(p, matched.config, corpus, seed, p.steps, windows)
+            learned[pattern, seed, p.steps] = done
+            report(f"{pattern} seed {seed}: {done.curve[-1][1]:.3f} bits/byte after {done.steps} "
+                   f"steps of {1e3 * done.step_seconds:.0f} ms")
+    budgets = budget_steps(learned, flops, p.context * p.batch_size)
+    for row in budgets.itertuples():
+        if p.decay and row.steps is not None:  # a decaying rate must end where its budget ends
+            for seed in p.seeds:
+                key = (row.pattern, seed, int(row.steps))
+                if key not in learned:
+                    report(f"{row.pattern} seed {seed}: {row.steps} steps for equal "
+                           f"{row.comparison}")
+                    learned[key] = _learn(p, systems[row.pattern].config, corpus, seed,
+                                          int(row.steps), windows)
+    comparisons = compare(learned, budgets, p.steps)
+    measured = comparisons.dropna(subset=["bits_per_byte"])
+    tokens, few = run_tokens(p, systems, learned, corpus, report)
+    report("characters, positions")
+    scores = {key: score(done.model, corpus.valid, p.characters)
+              for key, done in learned.items() if key[2] == p.steps and p.characters}
+    return Results(
+        systems=_with_quality(table, comparisons, learned, p),
+        runs=_runs(p, learned, flops, scores),
+        curves=_curves(p, learned, flops),
+        comparisons=comparisons,
+        paired=_paired(measured, p),
+        positions=_positions(p, learned, corpus),
+        accuracy=accuracy_by_position(scores, p.context),
+        unigram_bits=unigram_bits(corpus.train, windows),
+        tasks=run_tasks(p, report),
+        variants=run_variants(p, corpus, windows, report),
+        tokens=tokens,
+        few_steps=few,
+        flops=pd.concat([flops_table(m.config, p.context).assign(pattern=name)
+                         for name, m in systems.items()], ignore_index=True),
+        flop_check=check_flops(p, systems),
+        state_dtypes=second.published_state_dtypes(),
+        documents=document_checks(),
+    )
+
+
+def check_flops(p: Parameters, systems: dict[str, Matched]) -> pd.DataFrame:
+    """Closed form over counter for every pattern, on one short window: the ratio does not depend
+    on its length.
+    """
+    return pd.concat([
+        count_flops(replace(m.config, scan_form="auto"), min(p.context, 64)).assign(pattern=name)
+        for name, m in systems.items()], ignore_index=True)
+
+
+def base_config(p: Parameters) -> ModelConfig:
+    """The preset at the study's width and depth; attention looks back one training context."""
+    return replace(
+        get_preset(p.preset).model, d_model=p.d_model, n_layer=p.n_layer, n_head=p.n_head,
+        n_kv_head=p.n_kv_head, attention_window=p.context)
+
+
+def recipe(p: Parameters, seed: int, steps: int) -> TrainConfig:
+    return replace(get_preset("mamba_byte").train, context=p.context, batch_size=p.batch_size,
+                   n_steps=steps, lr=p.lr, seed=seed, warmup_fraction=0.1)
+
+
+def _learn(
+    p: Parameters, config: ModelConfig, corpus: Corpus, seed: int, steps: int,
+    windows: torch.Tensor,
+) -> Learned:
+    return learn_text(config, recipe(p, seed, steps), corpus, device=p.device, decay=p.decay,
+                      windows=windows, max_seconds=p.max_seconds)
+
+
+def _paired(measured: pd.DataFrame, p: Parameters) -> pd.DataFrame:
+    """Paired differences of each comparison; a comparison without numbers keeps a row saying so."""
+    table = paired_table(measured, "bits_per_byte", "pattern", p.reference, by=("comparison",))
+    missing = [
+        {"comparison": c, "pattern": pattern, "reference": p.reference, "mean": None, "low": None,
+         "high": None, "pairs": 0, "method": "not measured: no energy counter", "points": ""}
+        for c in COMPARISONS if c not in set(measured["comparison"])
+        for pattern in p.patterns if pattern != p.reference
+    ]
+    if missing:
+        table = pd.concat([table.astype(object), pd.DataFrame(missing, columns=table.columns)],
+                          ignore_index=True)
+    return none_for_nan(table)
+
+
+def _with_quality(
+    table: pd.DataFrame, comparisons: pd.DataFrame,
+    learned: Runs, p: Parameters,
+) -> pd.DataFrame:
+    """The systems with their mean bits per byte at equal steps and the state that was counted."""
+    equal = comparisons[comparisons["comparison"] == "steps"]
+    bits = equal.groupby("pattern")["bits_per_byte"].mean()
+    counted = {}
+    for pattern in table["pattern"]:
+        stream = ByteStream(learned[pattern, p.seeds[0], p.steps].model.eval())
+        stream.feed(bytes(p.context - 1))  # with the start byte: one context
+        counted[pattern] = stream.state_bytes()
+    return table.assign(
+        state_bytes_counted=table["pattern"].map(counted),
+        bits_per_byte=table["pattern"].map(bits),
+    )
+
+
+def _runs(
+    p: Parameters, learned: Runs, flops: dict[str, float],
+    scores: Mapping[tuple[str, int, int], Score],
+) -> pd.DataFrame:
+    rows = []
+    for (pattern, seed, asked), done in learned.items():
+        scored = scores.get((pattern, seed, asked))
+        data = done.steps * p.context * p.batch_size
+        rows.append({
+            "pattern": pattern, "seed": seed, "steps": done.steps, "trained_bytes": data,
+            "ms_per_step": 1e3 * done.step_seconds, "bytes_per_second": data / done.steps
+            / done.step_seconds, "train_flops": flops[pattern] * data,
+            "joules": done.joules, "heldout_bits_per_byte": done.curve[-1][1],
+            "stream_bits_per_byte": scored.bits_per_byte if scored else None,
+            "char_accuracy": scored.char_accuracy if scored else None,
+            "characters": scored.characters if scored else None,
+            "ended": "time limit" if done.stopped_early else "all steps",
+        })
+    return none_for_nan(pd.DataFrame(rows))
+
+
+def _curves(
+    p: Parameters, learned: Runs, flops: dict[str, float]
+) -> pd.DataFrame:
+    per_step = p.context * p.batch_size
+    costs = step_costs(learned, flops, per_step)
+    return pd.DataFrame(
+        {"pattern": pattern, "seed": seed, "step": step,
+         "seconds": step * costs.loc[pattern, "wall-clock"],
+         "train_flops": step * flops[pattern] * per_step, "bits_per_byte": bits}
+        for (pattern, seed, asked), done in learned.items() if asked == p.steps
+        for step, bits in done.curve
+    )
+
+
+def _positions(
+    p: Parameters, learned: Runs, corpus: Corpus
+) -> pd.DataFrame:
+    streams = heldout_windows(corpus.valid, min(p.stream_bytes, len(corpus.valid) - 1), p.streams)
+    frames = []
+    for pattern in p.patterns:
+        for seed in p.seeds:
+            model = learned[pattern, seed, p.steps].model.eval()
+            caches = [("window" if "A" in pattern else "state", False)]
+            # A cache that keeps every key costs length^2: a few contexts show what it does.
+            if "A" in pattern and seed == p.seeds[0]:
+                caches.append(("all keys", True))
+            for cache, unbounded in caches:
+                part = streams[:, : 16 * p.context + 1] if unbounded else streams
+                frame = position_bits(model, part, p.context, unbounded=unbounded)
+                frames.append(frame.assign(pattern=pattern, seed=seed, cache=cache))
+    joined = pd.concat(frames, ignore_index=True)
+    return joined[["pattern", "cache", "seed", "first_position", "last_position",
+                   "bits_per_byte", "drift_bits"]].pipe(none_for_nan)
+
+
+def accuracy_by_position(
+    scores: Mapping[tuple[str, int, int], Score], context: int
+) -> pd.DataFrame:
+    """Share of characters predicted right by position in one stream; bins double from context."""
+    rows = []
+    for (pattern, seed, _), scored in scores.items():
+        low, high = 0, context
+        while low < len(scored.hits):
+            part = scored.hits[low:high]
+            rows.append({"pattern": pattern, "seed": seed, "first_character": low,
+                         "last_character": low + len(part) - 1, "accuracy": float(part.mean())})
+            low, high = high, 2 * high
+    return pd.DataFrame(rows)
+
+
+def unigram_bits(train: np.ndarray, windows: torch.Tensor) -> float:
+    """Bits per byte of the held-out targets under the byte frequencies of the training split.
+
+    What a model reaches that knows which bytes are common and nothing of their order; every byte
+    value is counted once more than it occurs.
+    """
+    counts = np.bincount(np.asarray(train), minlength=256) + 1.0
+    return float(-np.log2(counts / counts.sum())[windows[:, 1:].numpy()].mean())
+
+
+def run_tasks(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
+    """Accuracy on the synthetic tasks. A pattern that equals another at this depth is left out."""
+    # Embeddings of unit length: at the text models' 0.02 the blocks' outputs drown the symbols.
+    base = replace(base_config(p), n_layer=p.task_layers, embed_std=p.d_model**-0.5)
+    patterns: dict[str, str] = {}  # layers -> pattern, the first that gives them
+    for pattern in p.patterns:
+        patterns.setdefault(replace(base, layer_pattern=pattern).layers, pattern)
+    systems = match_patterns(base, tuple(patterns.values()), by=p.match)
+    rows = []
+    for name in p.tasks:
+        task = parse_task(name, p.task_symbols)
+        for pattern, matched in systems.items():
+            for seed in p.task_seeds:
+                curve = learn_task(
+                    matched.config, task, steps=p.task_steps, batch=p.task_batch, lr=p.lr,
+                    seed=seed, device=p.device, check_every=max(1, p.task_steps // 10))
+                for step, accuracy in curve:
+                    rows.append({
+                        "task": task.name, "size": task.size, "pattern": pattern,
+                        "layers": matched.config.layers, "seed": seed, "step": step,
+                        "accuracy": accuracy, "chance": task.chance,
+                        "final": step == curve[-1][0],
+                    })
+                report(f"{name} {pattern} seed {seed}: accuracy {curve[-1][1]:.2f} after "
+                       f"{curve[-1][0]} steps")
+    return pd.DataFrame(rows)
+
+
+def run_variants(
+    p: Parameters, corpus: Corpus, windows: torch.Tensor, report: Callable[[str], None]
+) -> pd.DataFrame:
+    """The second document's choices one at a time, in a small hybrid with MLPs."""
+    base = replace(base_config(p), layer_pattern=p.variant_pattern, norm="rms", qk_norm=True,
+                   mlp_ratio=2.0, logit_softcap=30.0)
+    rows = []
+    for seed in p.variant_seeds:
+        for name in p.variants:
+            variant = second.get_variant(name)
+            settings = recipe(p, seed, p.variant_steps)
+            model = second.build(base, variant, seed, p.device)
+            life = second.memory_half_life(model, windows[:4, :-1].to(p.device))
+            batches = (
+                sample_windows(corpus.train, p.context, p.batch_size, seed, step).to(p.device)
+                for step in range(p.variant_steps)
+            )
+            losses = second.train_variant(
+                model, second.make_optimizers(model, variant, settings), variant, settings,
+                batches, partial(rate_multiplier, recipe=settings))
+            bits = heldout_bits(model, windows)
+            rows.append({
+                "variant": name, "about": variant.about, "seed": seed,
+                "n_parameters": model.config.n_parameters, "steps": len(losses),
+                "half_life_bytes_at_start": life, "bits_per_byte": bits,
+                "half_life_bytes_at_end": second.memory_half_life(
+                    model, windows[:4, :-1].to(p.device)),
+            })
+        report(f"variants, seed {seed}: " + ", ".join(
+            f"{r['variant']} {r['bits_per_byte']:.3f}" for r in rows if r["seed"] == seed))
+    frame = pd.DataFrame(rows)
+    if frame.empty or "field" not in set(frame["variant"]):
+        return frame
+    baseline = frame[frame["variant"] == "field"].set_index("seed")["bits_per_byte"]
+    return frame.assign(
+        difference_to_field=frame["bits_per_byte"] - frame["seed"].map(baseline))
+
+
+def run_tokens(
+    p: Parameters, systems: dict[str, Matched], learned: Runs, corpus: Corpus,
+    report: Callable[[str], None],
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The same systems on subword pieces, and the second document's few large steps.
+
+    Bits are per raw byte, beside those of the same system on bytes. Both empty without pieces.
+    """
+    if not p.pieces:
+        return pd.DataFrame(), pd.DataFrame()
+    report(f"training {p.pieces} pieces on {p.piece_train_bytes:,} bytes of the training split")
+    vocabulary = sp.train_pieces(bytes(corpus.train[: p.piece_train_bytes]), p.pieces)
+    rows = []
+    for pattern, matched in systems.items():
+        for seed in p.seeds:
+            row = sp.learn_pieces(
+                vocabulary, matched.config, recipe(p, seed, p.piece_steps), corpus,
+                train_bytes=p.piece_train_bytes, device=p.device)
+            byte_bits = learned[pattern, seed, p.steps].curve[-1][1]
+            rows.append({"pattern": pattern, "seed": seed, **row,
+                         "bits_per_byte_on_bytes": byte_bits})
+            report(f"sp{p.pieces} {pattern} seed {seed}: {row['bits_per_raw_byte']:.3f} bits per "
+                   "raw byte")
+    few = pd.DataFrame()
+    if p.few_steps:
+        few = few_steps(
+            {name: get_preset(name).model for name in p.few_presets}, vocabulary, corpus,
+            steps=p.few_steps, tokens_per_step=p.few_tokens, context=p.context,
+            train_bytes=p.piece_train_bytes, device=p.device, report=report)
+    return pd.DataFrame(rows), few

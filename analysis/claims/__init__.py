@@ -1,0 +1,163 @@
+"""Study: which statements of the two documents hold, by the numbers of this project.
+
+The rows are data (data/claims.toml). Each names a check; a check calculates, runs a small
+experiment (analysis.claims.experiments, analysis.claims.trainings) or reads what the other studies
+have recorded, and returns a verdict with its number and its source. Nothing here is remembered:
+other measurements give other verdicts. A statement whose run is missing is "not decidable here"
+and says which study to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+# Importing these registers their checks and experiments.
+from analysis.claims import (
+    arithmetic,
+    behaviour,
+    cost,
+    experiments,
+    gradient,
+    hybrid,
+    memory,
+    numerical,
+    quality,
+    trainings,
+)
+from analysis.claims.evidence import Evidence, gather
+from analysis.claims.lab import Lab, Settings
+from analysis.claims.ledger import (
+    CHECKS,
+    DOCUMENTS,
+    KINDS,
+    OPEN,
+    VERDICTS,
+    Claim,
+    Finding,
+    load_ledger,
+)
+from mambabyte.errors import UserError
+
+__all__ = ["PROFILES", "Claims", "Parameters", "headline", "judge", "run"]
+
+CHECK_MODULES = (arithmetic, behaviour, cost, gradient, hybrid, memory, numerical, quality)
+EXPERIMENT_MODULES = (experiments, trainings)
+NAMES = dict(zip(VERDICTS, ("holds", "caveat", "fails", "inconsistent", "open"), strict=True))
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Where the other studies' runs are, and how the ledger's own experiments are done."""
+
+    # "" is the folder that this run goes to, or the project's own where it has none.
+    runs_root: str = ""
+    seed: int = 0
+    initial_seeds: int = 4
+    fox_batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.initial_seeds < 1 or self.fox_batch < 1:
+            raise UserError(f"initial_seeds {self.initial_seeds} and fox_batch {self.fox_batch}: "
+                            "both must be at least 1")
+
+
+PROFILES = {"quick": Parameters(), "full": Parameters(initial_seeds=16, fox_batch=8)}
+
+
+@dataclass(frozen=True)
+class Claims:
+    """The ledger with its verdicts, and how many of each there are."""
+
+    ledger: pd.DataFrame  # one row a claim
+    counts: pd.DataFrame  # verdict by document and kind
+    evidence: pd.DataFrame  # the runs and records that were read
+
+
+def run(
+    p: Parameters, report: Callable[[str], None] = lambda line: None, run_dir: str = ""
+) -> Claims:
+    """Judges every claim. ``run_dir`` is where this run will be written, beside the others."""
+    root = p.runs_root or (str(Path(run_dir).parent) if run_dir else "")
+    evidence = gather(root)
+    ledger = load_ledger()
+    settings = Settings(p.seed, p.initial_seeds, p.fox_batch)
+    lab = Lab(settings, evidence, ledger.facts, report=report)
+    with _one_thread():
+        rows = [_row(claim, judge(claim, lab)) for claim in ledger.claims]
+    frame = pd.DataFrame(rows, dtype=object)  # None stays None: it reads "not measured"
+    return Claims(frame, count(frame), _evidence_frame(evidence))
+
+
+def judge(claim: Claim, lab: Lab) -> Finding:
+    """The finding of one claim; UserError where its check is unknown."""
+    if claim.check not in CHECKS:
+        raise UserError(f"claim {claim.id!r} names the check {claim.check!r}, which does not exist")
+    return CHECKS[claim.check](lab, claim)
+
+
+def count(ledger: pd.DataFrame) -> pd.DataFrame:
+    """Claims by document, kind and verdict; a row for every combination of the first two."""
+    rows = []
+    for document in DOCUMENTS:
+        for kind in KINDS:
+            mine = ledger[(ledger["document"] == document) & (ledger["kind"] == kind)]["verdict"]
+            if len(mine):
+                rows.append({"document": document, "kind": kind,
+                             **{v: int((mine == v).sum()) for v in VERDICTS}, "all": len(mine)})
+    return pd.DataFrame(rows)
+
+
+def headline(found: Claims) -> dict[str, tuple[float | int | None, str, str]]:
+    """The study's answer in named values: name -> (value, unit, about)."""
+    verdicts = found.ledger["verdict"]
+    values: dict[str, tuple[float | int | None, str, str]] = {
+        "n_claims": (len(verdicts), "claims", "checkable statements of both documents"),
+        "n_decided": (int((verdicts != OPEN).sum()), "claims", "with a verdict"),
+        "n_waiting": (int(found.ledger["source"].str.startswith("study ").sum()), "claims",
+                      "undecided for want of a run of another study"),
+    }
+    for verdict, name in NAMES.items():
+        values[f"n_{name}"] = (int((verdicts == verdict).sum()), "claims", verdict)
+        for document in DOCUMENTS:
+            mine = verdicts[found.ledger["document"] == document]
+            values[f"n_{name}_{document}"] = (int((mine == verdict).sum()), "claims",
+                                              f"{verdict}, {document} document")
+    for document in DOCUMENTS:
+        values[f"n_claims_{document}"] = (int((found.ledger["document"] == document).sum()),
+                                          "claims", f"statements of the {document} document")
+    return values
+
+
+def _row(claim: Claim, finding: Finding) -> dict[str, str | None]:
+    return {
+        "id": claim.id, "document": claim.document, "where": claim.where, "claim": claim.claim,
+        "kind": claim.kind, "verdict": finding.verdict, "theirs": claim.theirs,
+        "ours": finding.ours, "reason": finding.reason, "source": finding.source,
+        "check": claim.check, "note": claim.note,
+    }
+
+
+def _evidence_frame(evidence: Evidence) -> pd.DataFrame:
+    rows = [{"study": r.study, "run or record": r.run_id or r.folder.name,
+             "profile": r.profile or "own parameters", "date": str(r.provenance.get("date", ""))}
+            for r in (*evidence.runs, *evidence.records)]
+    rows += [{"study": name, "run or record": "out of date", "profile": "", "date": ""}
+             for name in evidence.stale]
+    return pd.DataFrame(rows, columns=["study", "run or record", "profile", "date"])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small operations run faster on one core than on two that wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

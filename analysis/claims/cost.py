@@ -1,0 +1,369 @@
+"""Checks of time and energy: operations, recorded speeds, and what follows from them."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from analysis.claims.arithmetic import FINAL, trained_bytes
+from analysis.claims.evidence import Source
+from analysis.claims.lab import Lab
+from analysis.claims.ledger import (
+    CAVEAT,
+    FAILS,
+    HOLDS,
+    INCONSISTENT,
+    OPEN,
+    Claim,
+    Finding,
+    check,
+    compare,
+    near,
+    sig,
+)
+from analysis.flops import flops_table
+from mambabyte.evaluate import TASK_CHARACTERS
+
+PUBLISHED = "document_chunked"
+AS_WRITTEN = "mamba_byte_as_written"
+
+
+def _training(lab: Lab, pattern: str, form: str) -> tuple[pd.Series, Source] | None:
+    """The timed training step of the document's size on an accelerator: its row and source."""
+    found = lab.table("throughput", "training", accelerator=True)
+    if found is None:
+        return None
+    rows = found.what
+    size = rows["batch"] * rows["context"] == FINAL.train.batch_size * FINAL.train.context
+    rows = rows[size & (rows["pattern"] == pattern) & (rows["form"] == form) & rows["ms"].notna()]
+    return (rows.iloc[0], found) if len(rows) else None
+
+
+def _scan_ratio(lab: Lab) -> tuple[float, str, Source] | None:
+    """Published scan over fused, forward and backward, at the largest size both were timed at."""
+    found = lab.table("throughput", "scans", accelerator=True)
+    if found is None:
+        return None
+    rows = found.what[(found.what["pass"] == "forward+backward") & found.what["ms"].notna()]
+    wide = rows.pivot_table(index=["batch", "length"], columns="form", values="ms", aggfunc="first")
+    if not {PUBLISHED, "fused"} <= set(wide.columns):
+        return None
+    both = wide[[PUBLISHED, "fused"]].dropna().astype(float)
+    if both.empty:
+        return None
+    near_size = [i for i in both.index if i == (16, 1024)] or [max(both.index, key=lambda i:
+                                                                   i[0] * i[1])]
+    batch, length = near_size[0]
+    row = both.loc[(batch, length)]
+    return float(row[PUBLISHED] / row["fused"]), f"{batch} x {length}", found
+
+
+def whole_run(lab: Lab) -> tuple[pd.DataFrame, Source] | None:
+    """Finished runs of the first document's system as written, under the task's rules."""
+    found = lab.task(AS_WRITTEN)
+    if found is None:
+        return None
+    rows = found.what
+    if "failure" in rows:
+        rows = rows[rows["failure"].isna()]
+    return (rows, found) if len(rows) and "steps" in rows else None
+
+
+@check
+def constant_step(lab: Lab, claim: Claim) -> Finding:
+    few, many = lab["streaming.bytes_moved_16"], lab["streaming.bytes_moved_512"]
+    growth = lab.value("throughput", "stream_growth_ssm")
+    timed = float(growth.what) if growth else None
+    steady = few == many and (timed is None or timed < 1.5)
+    words = f"; the latency measured after thousands of bytes is {timed:.2f} times that at the " \
+            "start" if timed else ""
+    return Finding(HOLDS if steady else FAILS, f"{many / 1e6:.1f} MB moved a byte", "A step reads "
+                   f"and writes {few / 1e6:.2f} MB after 16 bytes and {many / 1e6:.2f} MB after "
+                   f"512{words}.", growth.text if growth else "computed here")
+
+
+@check
+def cost_of_a_byte(lab: Lab, claim: Claim) -> Finding:
+    table = flops_table(FINAL.model, FINAL.train.context).set_index("module")
+    forward = table["forward_flops_per_byte"]
+    share = float(forward["SSM scan"] / forward.sum())
+    projections = float(sum(v for k, v in forward.items() if str(k).endswith("_proj")))
+    verdict = HOLDS if share > 0.5 else FAILS
+    return Finding(verdict, f"{share:.0%} of the operations", f"The scan, n_layer d_inner d_state, "
+                   f"is {share:.0%} of a byte's operations; the projections, n_layer d_model "
+                   f"d_inner, are {projections / forward.sum():.0%}. Both are independent of the "
+                   "bytes seen.", "closed form (analysis.flops)")
+
+
+@check
+def linear_time(lab: Lab, claim: Claim) -> Finding:
+    ours, split = lab["operations.backward_exponent"], lab["operations.split_exponent"]
+    recorded = lab.value("throughput", "document_fill_exponent")
+    verdict = HOLDS if ours < 1.15 else FAILS
+    return Finding(verdict, f"exponent {ours:.2f} backward", "Linear forward, but the gradient of "
+                   "each slice taken in the loop is a tensor of the full length: what the backward "
+                   f"pass writes grows with exponent {ours:.2f} from 1024 to 4096 bytes (split "
+                   f"once: {split:.2f}).", recorded.text if recorded else "computed here")
+
+
+@check
+def linear_complexity(lab: Lab, claim: Claim) -> Finding:
+    ours, split = lab["operations.backward_exponent"], lab["operations.split_exponent"]
+    verdict = FAILS if split > 1.15 else HOLDS if ours < 1.15 else CAVEAT
+    return Finding(verdict, f"exponent {split:.2f}, as published {ours:.2f}", "The recurrence is "
+                   f"linear, and so is a scan that is cut once (exponent {split:.2f} backward); "
+                   f"the published loop of slices is not ({ours:.2f}).")
+
+
+@check
+def slower_than_fused(lab: Lab, claim: Claim) -> Finding:
+    low, high = claim.range
+    found = _scan_ratio(lab)
+    if found is None:
+        return lab.undecided("throughput", "The factor must be measured on a GPU (profile full)",
+                             f"{lab['mixers.published'] / lab['mixers.auto']:.0f} x on this CPU")
+    ratio, size, source = found
+    verdict = HOLDS if low <= ratio <= high else CAVEAT if ratio <= 1.5 * high else FAILS
+    return Finding(verdict, f"{ratio:.0f} x at {size}", f"At {size} the published scan takes "
+                   f"{ratio:.0f} times the fused one, forward and backward; not an A100, but no "
+                   "device turns one into the other.", source.text)
+
+
+@check
+def bandwidth_bound(lab: Lab, claim: Claim) -> Finding:
+    moved = lab["operations.bytes_per_element"]
+    intensity = 6 / moved
+    balance = lab.fact("a100", "fp32_tflops") * 1e12 / (lab.fact("a100", "bandwidth_gb_s") * 1e9)
+    verdict = HOLDS if intensity < 0.2 * balance else CAVEAT if intensity < balance else FAILS
+    return Finding(verdict, f"{sig(intensity, 2)} operations a byte", f"Some 6 operations and one "
+                   f"exponential for {moved:.0f} bytes moved are {sig(intensity, 2)} operations a "
+                   f"byte, where an A100 needs {balance:.0f} to be bound by arithmetic. Short "
+                   "chunks add the time of their "
+                   "launches.", "computed here; data sheet of the A100")
+
+
+@check
+def five_times_attention(lab: Lab, claim: Claim) -> Finding:
+    quoted = lab.fact("mamba_paper", "speedup_of")
+    found = _training(lab, "M", "auto"), _training(lab, "A", "auto")
+    if None in found or found[0] is None or found[1] is None:
+        return Finding(CAVEAT, None, f"The paper's factor 5 is for {quoted} of large models at "
+                       "batch; for training at 1024 bytes study throughput (profile full, on a "
+                       "GPU) would tell.", f"paper: {lab.fact('mamba_paper', 'source')}")
+    ratio = float(found[1][0]["ms"] / found[0][0]["ms"])
+    verdict = HOLDS if near(ratio, claim.number, 0.3) else CAVEAT if ratio > 1 else FAILS
+    return Finding(verdict, f"{ratio:.2f} x in training", f"The paper's factor 5 is for {quoted}. "
+                   f"In training at 16 x 1024 with equal parameters even the fused SSM runs at "
+                   f"{ratio:.2f} times attention's speed.", found[0][1].text)
+
+
+@check
+def eval_is_cheap(lab: Lab, claim: Claim) -> Finding:
+    table = lab.table("throughput", "streaming")
+    if table is None:
+        return lab.undecided("throughput", "It takes the latency of one streamed byte")
+    rows = table.what.assign(ms=table.what["ms"].astype(float)).sort_values("bytes_seen")
+    last = rows.groupby("system")["ms"].last()
+    ssm = float(last["SSM"])
+    windowed = float(last[next(s for s in last.index if "last" in s)])
+    every = float(last[next(s for s in last.index if "all keys" in s)])
+    seconds = ssm * TASK_CHARACTERS / 1e3
+    faster = (ssm < windowed) + (ssm < every)
+    verdict = (FAILS, CAVEAT, HOLDS)[faster]
+    return Finding(verdict, f"{ssm:.2f} ms against {windowed:.2f} and {every:.2f}",
+                   f"A streamed byte takes {ssm:.2f} ms, {seconds:.0f} s for 60,000; attention of "
+                   f"the same width takes {windowed:.2f} ms with a window and {every:.2f} ms with "
+                   "all keys, after as many bytes as were measured.", table.text)
+
+
+@check
+def structural_win(lab: Lab, claim: Claim) -> Finding:
+    growth = {n: lab.value("throughput", f"stream_growth_{n}") for n in ("ssm", "window", "cache")}
+    if any(v is None for v in growth.values()):
+        return lab.undecided("throughput", "It takes latency against bytes seen",
+                             "constant state and operations")
+    ssm, window, cache = (float(v.what) for v in growth.values() if v is not None)
+    verdict = FAILS if ssm >= cache else HOLDS if window > 1.5 * ssm else CAVEAT
+    over = "over attention in either form" if verdict == HOLDS else "over an unbounded cache only"
+    return Finding(verdict, f"{ssm:.2f}, {window:.2f} and {cache:.2f}", "From the first byte to "
+                   f"the last measured one latency grows {ssm:.2f} times for the SSM, {window:.2f} "
+                   f"for attention with a window and {cache:.2f} with all keys: "
+                   f"{'no win' if verdict == FAILS else 'a win ' + over}.",
+                   growth["ssm"].text if growth["ssm"] else "")
+
+
+@check
+def wall_clock(lab: Lab, claim: Claim) -> Finding:
+    low, high = claim.range
+    steps, whole, found = FINAL.train.n_steps, whole_run(lab), _training(lab, "M", PUBLISHED)
+    if whole is not None:
+        rows, source = whole
+        ms = 1e3 * float((rows["seconds"].astype(float) / rows["steps"].astype(float)).mean())
+        how = f"A whole run takes {ms:.0f} ms a step"
+    elif found is not None:
+        source, ms = found[1], float(found[0]["ms"])
+        how = f"A step takes {ms:.0f} ms"
+    else:
+        return lab.undecided("throughput", f"{steps} steps in {low:.0f} to {high:.0f} s are "
+                             f"{1e3 * low / steps:.0f} to {1e3 * high / steps:.0f} ms a step of "
+                             "the published scan at 16 x 1024, on a GPU (profile full)")
+    seconds = ms * steps / 1e3
+    verdict = HOLDS if low <= seconds <= high else CAVEAT if seconds <= 300 else FAILS
+    return Finding(verdict, f"{seconds:.0f} s", f"{how}, {seconds:.0f} s for {steps} steps, "
+                   f"against a cap of 300 s, on {source.machine}; an A100 is the "
+                   "slower card.", source.text)
+
+
+@check
+def energy_range(lab: Lab, claim: Claim) -> Finding:
+    low, high = (1e3 * n for n in claim.range)
+    whole, found = whole_run(lab), _training(lab, "M", PUBLISHED)
+    ours, source, how = None, None, ""
+    if whole is not None and whole[0]["joules"].notna().all():
+        rows, source = whole
+        each = rows["joules"].astype(float) / rows["steps"].astype(float)
+        ours, how = float(each.mean()) * FINAL.train.n_steps, "idle power subtracted"
+    elif found is not None and pd.notna(found[0].get("joules_per_megabyte")):
+        ours = float(found[0]["joules_per_megabyte"]) * trained_bytes(FINAL.train) / 1e6
+        source, how = found[1], "gross"
+    if ours is None or source is None:
+        return lab.undecided("throughput", "It takes joules of the published scan at 16 x 1024 "
+                             "from a GPU's counter (profile full)")
+    verdict = HOLDS if low <= ours <= high else CAVEAT if ours <= 1.5 * high else FAILS
+    return Finding(verdict, f"{ours / 1e3:.0f} kJ", f"At the joules a step that were read, 4000 "
+                   f"steps take {ours / 1e3:.0f} kJ on {source.machine}, {how}.", source.text)
+
+
+@check
+def energy_ranges_agree(lab: Lab, claim: Claim) -> Finding:
+    low, high, other_low, other_high = claim.numbers
+    verdict = HOLDS if (low, high) == (other_low, other_high) else INCONSISTENT
+    return Finding(verdict, f"{low:.0f}-{high:.0f} and {other_low:.0f}-{other_high:.0f} kJ",
+                   "The same paragraph opens with one range and closes with another; a third of "
+                   f"the baseline's 47.3 kJ would be {47.285 / 3:.1f} kJ.",
+                   "arithmetic on the stated numbers")
+
+
+@check
+def third_of_baseline(lab: Lab, claim: Claim) -> Finding:
+    baseline, low, high = claim.numbers
+    third = baseline / 3
+    shares = low / baseline, high / baseline
+    verdict = HOLDS if near(low, third, 0.2) and near(high, third, 0.2) else (
+        INCONSISTENT if shares[1] > 0.5 else FAILS)
+    return Finding(verdict, f"{shares[0]:.0%} to {shares[1]:.0%}", f"A third of {baseline:.0f} s "
+                   f"is {third:.0f} s, but the wall-clock quoted, {low:.0f} to {high:.0f} s, is "
+                   f"{shares[0]:.0%} to {shares[1]:.0%} of it.", "arithmetic on the stated numbers")
+
+
+@check
+def third_from_overhead(lab: Lab, claim: Claim) -> Finding:
+    share, low, high = claim.numbers
+    inside = share * low <= 1 / 3 <= share * high
+    measured = _scan_ratio(lab)
+    if measured is None:
+        verdict, more, source = HOLDS if inside else FAILS, "", "arithmetic on the stated numbers"
+    else:
+        ratio, size, where = measured
+        verdict = (HOLDS if low <= ratio <= high else CAVEAT) if inside else FAILS
+        more, source = f"; the factor measured at {size} is {ratio:.0f}", where.text
+    return Finding(verdict, f"{share * low:.0%} to {share * high:.0%}", f"{share:.0%} times "
+                   f"{low:g} to {high:g} is {share * low:.0%} to {share * high:.0%}, if both use "
+                   f"the card equally well{more}.", source)
+
+
+@check
+def third_of_energy(lab: Lab, claim: Claim) -> Finding:
+    baseline, low, high = claim.numbers
+    ours = baseline / 3
+    verdict = HOLDS if low <= ours <= high else FAILS
+    return Finding(verdict, f"{ours:.1f} kJ", f"A third of {baseline:.1f} kJ is {ours:.1f} kJ, in "
+                   "the range, if the power drawn were "
+                   "the same.", "arithmetic on the stated numbers")
+
+
+def _elsewhere(lab: Lab, system: str) -> tuple[str | None, str, str]:
+    """Our number of a system of the leaderboard on another machine: cell, sentence, source."""
+    found = lab.task(system)
+    if found is None or found.what["joules"].isna().any():
+        return None, "", "not measured"
+    joules, seconds = (float(found.what[c].astype(float).mean()) for c in ("joules", "seconds"))
+    cell = f"{joules:,.0f} J, {seconds:.0f} s on {found.machine}"
+    if "valid_accuracy" in found.what:
+        cell += f", accuracy {float(found.what['valid_accuracy'].astype(float).mean()):.4f}"
+    return cell, " Its published code was run here, on another card and text.", found.text
+
+
+@check
+def baseline_power(lab: Lab, claim: Claim) -> Finding:
+    joules, seconds = claim.range
+    watts = joules / seconds
+    plausible = 50 < watts < lab.fact("a100", "watts")
+    cell, words, source = _elsewhere(lab, "modded_nanogpt")
+    return Finding(OPEN if plausible else INCONSISTENT, cell or f"{watts:.0f} W", f"{joules:,.0f} "
+                   f"J in {seconds:.1f} s are {watts:.0f} W, possible on an A100; the run itself "
+                   f"would have to be repeated there.{words}", source)
+
+
+@check
+def leader_energy(lab: Lab, claim: Claim) -> Finding:
+    joules, accuracy = claim.range
+    cell, words, source = _elsewhere(lab, "nano_plus_ngram")
+    return Finding(OPEN, cell, f"{joules:,.0f} J at {accuracy:.4f} is a leaderboard's entry: it "
+                   f"would take that system on that machine.{words}", source)
+
+
+@check
+def installing(lab: Lab, claim: Claim) -> Finding:
+    low, high = claim.range
+    return Finding(OPEN, None, f"It would take the image and a stopwatch: {low:.0f} to {high:.0f} "
+                   f"s are {low / 300:.0%} to {high / 300:.0%} of the 300 s.", "not measured")
+
+
+# ------------------------------------------------------------------------- the second document
+
+
+@check
+def loop_is_slow(lab: Lab, claim: Claim) -> Finding:
+    ours = lab["mixers.loop"] / lab["mixers.attention"]
+    verdict = HOLDS if ours > 3 else CAVEAT if ours > 1 else FAILS
+    return Finding(verdict, f"{ours:.0f} x", f"One layer forward and backward, 256 tokens wide 128 "
+                   f"on a CPU core: the loop over steps takes {ours:.0f} times as long as "
+                   f"attention, the same layer with a fused scan "
+                   f"{lab['mixers.auto'] / lab['mixers.attention']:.1f} times.")
+
+
+@check
+def fifty_times(lab: Lab, claim: Claim) -> Finding:
+    found = lab.value("throughput", "loop_over_attention", accelerator=True)
+    cpu = lab["mixers.loop"] / lab["mixers.attention"]
+    if found is None:
+        return lab.undecided("throughput", "The factor must be measured on a GPU (profile full)",
+                             f"{cpu:.0f} x on this CPU")
+    ratio = float(found.what)
+    verdict = compare(ratio, claim.number, holds=0.3, caveat=1.0)
+    return Finding(verdict, f"{ratio:.0f} x a layer", f"There the indexed loop alone takes "
+                   f"{ratio:.0f} times a whole attention layer of the same width and length; in a "
+                   "whole model the other parts dilute it, and longer sequences raise it.",
+                   found.text)
+
+
+@check
+def scan_is_the_slow_path(lab: Lab, claim: Claim) -> Finding:
+    share = 1 - lab["mixers.auto"] / lab["mixers.loop"]
+    verdict = HOLDS if share > 0.5 else CAVEAT if share > 0.2 else FAILS
+    return Finding(verdict, f"{share:.0%} of the layer", f"Replacing the loop by a fused scan "
+                   f"takes away {share:.0%} of the layer's time, forward and backward, on a "
+                   "CPU core.")
+
+
+@check
+def kernel_gain(lab: Lab, claim: Claim) -> Finding:
+    found = lab.value("throughput", "loop_over_fused", accelerator=True)
+    cpu = lab["mixers.loop"] / lab["mixers.auto"]
+    if found is None:
+        return lab.undecided("throughput", "The gain of a kernel must be measured on a GPU "
+                             "(profile full)", f"{cpu:.0f} x a layer on this CPU")
+    ours = float(found.what)
+    verdict = compare(ours, claim.number, holds=0.5, caveat=1.0)
+    return Finding(verdict, f"{ours:.0f} x the scan", f"The fused scan is {ours:.0f} times faster "
+                   "than the indexed loop there.", found.text)

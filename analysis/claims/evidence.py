@@ -1,0 +1,149 @@
+"""What other studies have recorded: run folders of this machine and records of others.
+
+Only the files are read. A run whose sources have changed since is not evidence; which run speaks
+for a study follows the report's rule: full before quick, then the newest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.results import ROOT, RUNS, Run, Table, Value, list_runs
+from analysis.studies import STUDIES
+from mambabyte.errors import UserError
+
+MEASUREMENTS = ROOT / "data" / "measurements"
+PROFILES = ("full", "quick")
+_WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A number or a table and where it comes from."""
+
+    what: Any
+    name: str  # the run's identity or the record's name
+    machine: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.name} ({self.machine})" if self.machine else self.name
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Runs that are done and up to date, and records of other machines."""
+
+    runs: tuple[Run, ...] = ()
+    records: tuple[Run, ...] = ()
+    stale: tuple[str, ...] = field(default=())  # studies whose only runs are out of date
+
+    def value(self, study: str, *names: str, accelerator: bool = False) -> Source | None:
+        """The first of ``names`` that a run of ``study`` has measured."""
+        for run in self._of(study, accelerator):
+            for name in names:
+                found = run.values.get(name)
+                if found is not None and found.value is not None:
+                    return Source(found.value, _name(run), _machine(run))
+        return None
+
+    def table(self, study: str, name: str, accelerator: bool = False) -> Source | None:
+        """A table of a run of ``study``."""
+        for run in self._of(study, accelerator):
+            if name in run.tables:
+                return Source(run.tables[name].frame, _name(run), _machine(run))
+        return None
+
+    def task(self, system: str) -> Source | None:
+        """Rows of whole runs of ``system`` under the public task's rules, one a seed."""
+        for run in self.records:
+            for table in run.tables.values():
+                if {"system", "seconds", "joules"} <= set(table.frame.columns):
+                    rows = table.frame[table.frame["system"] == system]
+                    if len(rows):
+                        return Source(rows, _name(run), _machine(run))
+        return None
+
+    def _of(self, study: str, accelerator: bool) -> list[Run]:
+        mine = [r for r in (*self.runs, *self.records) if r.study == study]
+        return [r for r in mine if _on_accelerator(r)] if accelerator else mine
+
+
+def gather(runs_root: Path | str = "", measurements: Path | str = MEASUREMENTS) -> Evidence:
+    """Reads the runs under ``runs_root`` ("" is the project's folder) and all records."""
+    done = [r for r in list_runs(runs_root or RUNS)
+            if r.status == "done" and r.study != "claims"]
+    current = {name: study.sources_digest() for name, study in STUDIES.items()
+               if name in {r.study for r in done}}
+    fresh = [r for r in done if not r.sources or current.get(r.study, r.sources) == r.sources]
+    fresh.sort(key=lambda r: str(r.provenance.get("date", "")), reverse=True)
+    fresh.sort(key=lambda r: PROFILES.index(r.profile) if r.profile in PROFILES else len(PROFILES))
+    stale = {r.study for r in done} - {r.study for r in fresh}
+    return Evidence(tuple(fresh), tuple(load_records(measurements)), tuple(sorted(stale)))
+
+
+def load_records(folder: Path | str) -> list[Run]:
+    """Records of ``folder`` as runs; a file of another shape is passed over."""
+    records = []
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path.name} cannot be read: {error}") from None
+        if isinstance(data, dict) and isinstance(data.get("study"), str):
+            records.append(_record(path, data))
+        for part in data if isinstance(data, list) else [data]:  # what ``mambabyte task`` prints
+            if isinstance(part, dict) and isinstance(part.get("runs"), list) and "system" in part:
+                records.append(_record(path, {**part, "study": "task", "tables": {
+                    "runs": part["runs"]}}))
+    return records
+
+
+def _record(path: Path, data: Mapping[str, Any]) -> Run:
+    tables = data.get("tables", [])
+    if isinstance(tables, dict):  # name -> list of rows
+        frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
+    else:
+        frames = {t["name"]: pd.DataFrame([[_decode(v) for v in row] for row in t["rows"]],
+                                          columns=t["columns"]) for t in tables}
+    return Run(
+        folder=path, study=data["study"], parameters=dict(data.get("parameters", {})),
+        values={n: Value(_decode(v["value"]), v.get("unit", ""), v.get("about", ""))
+                for n, v in data.get("values", {}).items()},
+        tables={n: Table(n, "", frame) for n, frame in frames.items()},
+        provenance=dict(data.get("provenance", data)), run_id=path.stem)
+
+
+def _decode(value: Any) -> Any:
+    return _WORDS.get(value, value) if isinstance(value, str) else value
+
+
+def _name(run: Run) -> str:
+    return run.run_id or run.folder.name
+
+
+def _on_accelerator(run: Run) -> bool:
+    if str(run.parameters.get("device", "")).startswith("cuda"):
+        return True
+    # A machine may have a GPU that the run did not use; a record was made for its machine's.
+    return run.folder.suffix == ".json" and bool(_gpus(run))
+
+
+def _gpus(run: Run) -> list[str]:
+    machine = run.provenance.get("machine")
+    gpus = machine.get("gpus", []) if isinstance(machine, dict) else []
+    return [str(g.get("name", g)) if isinstance(g, Mapping) else str(g) for g in gpus]
+
+
+def _machine(run: Run) -> str:
+    if _on_accelerator(run) and _gpus(run):
+        return _gpus(run)[0]
+    machine = run.provenance.get("machine", "")
+    return str(machine.get("cpu", "") if isinstance(machine, dict) else machine)

@@ -1,0 +1,484 @@
+"""The bytes of one training step and of a streaming state, in closed form; what fits where.
+
+Symbols: B batch, L context, d = d_model, D = d_inner, N = d_state, R = dt_rank, K = d_conv,
+V = vocab_size, H heads; T steps a chunk. A *full tensor* is one of B L D N float32 elements: the
+scan's intermediates before they are summed over the states.
+
+What autograd keeps of a scan, per layer (read off the formulas; analysis.memory counts it):
+
+sequential        2 full tensors: exp(delta_t A) and h_t of every step.
+document_chunked  5: b, exp(log_decay - cs), exp(cs), the bracket it multiplies, h. log_decay is
+                  a sixth while the forward pass of the layer lasts (sub and cumsum keep nothing).
+document_cumsum   5, the same tensors in one chunk. corrected_cumsum 5, with exp(-cs).
+chunked           5 - 2/T: the decays, the inputs (kept whole by the view of their first step),
+                  the local states, exp(cs), h; and 2/T of carries.
+fused             no full tensor: its inputs, and one state every few steps (``saved_shape``).
+
+The cast to bf16 of autocast changes none of these: the scan runs in float32.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.errors import UserError
+from mambabyte.ops import FORMS, default_form, native_scan
+
+Autocast = Literal["fp32", "bf16"]
+FLOAT32 = 4
+INT64 = 8
+SCAN_FORMS = (
+    "sequential", "chunked", "corrected_cumsum", "document_chunked", "document_cumsum", "fused",
+)
+
+
+# What a scan keeps without the axis of the states: small beside a full tensor.
+PER_CHANNEL = ("delta u", "delta, folded", "delta u, folded", "B and C, folded")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One tensor that autograd keeps: where it is, what it is, how large."""
+
+    layer: int  # -1: embedding, final norm, head and loss
+    part: str
+    tensor: str
+    elements: int
+    itemsize: int
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * self.itemsize
+
+
+# ----------------------------------------------------------------------------- the closed form
+
+
+def scan_terms(
+    form: str, batch: int, length: int, channels: int, states: int, chunk: int,
+    device: str = "cpu", itemsize: int = FLOAT32,
+) -> list[tuple[str, int, int]]:
+    """(tensor, elements, itemsize) that one scan keeps for its backward pass.
+
+    Counts what the form itself makes; its inputs belong to the layer (see ``saved_terms``).
+    ``itemsize`` is that of the streams, 2 under bf16 autocast; it matters to the fused form alone.
+    """
+    wide = channels * states
+    full = batch * length * wide
+    token = batch * length * channels
+    if form == "fused":
+        shape = _fused_saved_shape(batch, length, channels, states, device, itemsize)
+        return [("state checkpoints", math.prod(shape), FLOAT32)]
+    if form == "sequential":
+        return [
+            ("decays exp(delta A)", full, FLOAT32),
+            ("states h", full, FLOAT32),
+            ("initial state", batch * wide, FLOAT32),
+            ("delta u", token, FLOAT32),
+        ]
+    if form in ("document_chunked", "document_cumsum", "corrected_cumsum"):
+        exponential = "exp(-cs)" if form == "corrected_cumsum" else "exp(log_decay - cs)"
+        names = ("inputs b", exponential, "exp(cs)", "bracket (cumsum + carry)", "states h")
+        return [(name, full, FLOAT32) for name in names] + [("delta u", token, FLOAT32)]
+    if form == "chunked":
+        steps = min(chunk, length)
+        pieces = -(-length // steps)
+        padded = batch * pieces * steps
+        terms = [
+            ("delta, folded", padded * channels, FLOAT32),
+            ("delta u, folded", padded * channels, FLOAT32),
+            ("B and C, folded", 2 * padded * states, FLOAT32),
+            ("exp(cs)", padded * wide, FLOAT32),
+            ("states h", padded * wide, FLOAT32),
+            ("carries, stacked", batch * pieces * wide, FLOAT32),
+            # The product of the last chunk makes the final state, which training does not use.
+            ("carries", batch * (pieces - 1) * wide, FLOAT32),
+        ]
+        if steps > 1:
+            terms += [
+                ("decays exp(delta A)", padded * wide, FLOAT32),
+                ("inputs", padded * wide, FLOAT32),
+                ("local states", batch * pieces * (steps - 2) * wide, FLOAT32),
+            ]
+        return terms
+    raise UserError(f"no closed form for scan form {form!r}: choose {', '.join(SCAN_FORMS)}")
+
+
+def _fused_saved_shape(
+    batch: int, length: int, channels: int, states: int, device: str, itemsize: int
+) -> tuple[int, ...]:
+    if device != "cuda":
+        return native_scan.saved_shape(batch, length, channels, states)
+    from mambabyte.ops import cuda_scan
+
+    dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+    return cuda_scan.saved_shape(batch, length, channels, states, dtype)
+
+
+def _norm_terms(
+    config: ModelConfig, tokens: int, device: str, itemsize: int, readers: int
+) -> list[tuple[str, int, int]]:
+    """A norm and its output; ``readers`` linear maps each keep a cast of it under autocast."""
+    d = config.d_model
+    terms = [("input (residual stream)", tokens * d, FLOAT32)]
+    if config.norm == "layer":
+        terms.append(("mean and 1/std", 2 * tokens, FLOAT32))
+    else:
+        terms.append(("1/rms", tokens, FLOAT32))
+        if device == "cpu":  # composed of pow, rsqrt and mul there; one kernel on CUDA
+            terms.append(("normalised input", tokens * d, FLOAT32))
+    copies = 1 if itemsize == FLOAT32 else readers
+    return [*terms, ("output", copies * tokens * d, itemsize)]
+
+
+def _mamba_terms(
+    config: ModelConfig, batch: int, length: int, itemsize: int, form: str, device: str
+) -> list[tuple[str, str, int, int]]:
+    d, D, N = config.d_model, config.d_inner, config.d_state
+    tokens = batch * length
+    full_rank = config.dt_rank == "full"
+    rank = 0 if full_rank else config.dt_rank_value
+    fused, half = form == "fused", itemsize != FLOAT32
+    terms = [
+        ("conv", "input, padded", batch * (length + config.d_conv - 1) * D, itemsize),
+        ("conv", "output", tokens * D, itemsize),
+        ("scan input", "u", tokens * D, itemsize if fused else FLOAT32),
+        ("scan input", "exp(A_log) and A", 2 * D * N, FLOAT32),
+        ("projection", "input of out_proj", tokens * D, itemsize),
+    ]
+    # The convolution's output is (B, D, L) in memory and each linear map makes its own copy of u;
+    # for a batch of one the CPU leaves it in (L, D) order and the copies are u itself.
+    copies = 2 if full_rank else 1
+    if batch == 1 and device == "cpu":
+        copies = 0 if fused or not half else 1
+    terms.append(("projection", "u, copied for x_proj and dt_proj", copies * tokens * D, itemsize))
+    # z, B, C and the low-rank step are views: each keeps the whole output that it was cut from.
+    if rank or fused or (form != "chunked" and not half):
+        terms.append(("projection", "output of x_proj", tokens * (rank + 2 * N), itemsize))
+    if fused or not half:
+        terms.append(("gate", "output of in_proj (u and z)", tokens * 2 * D, itemsize))
+    if fused:
+        terms.append(("scan input", "delta", tokens * D, itemsize))
+    else:
+        terms += [
+            ("scan input", "softplus input and output", 2 * tokens * D, FLOAT32),
+            ("gate", "y and silu(z)", 2 * tokens * D, FLOAT32),
+        ]
+        if half:
+            terms.append(("gate", "z in float32", tokens * D, FLOAT32))
+        if half and form != "chunked":
+            terms.append(("scan input", "B and C in float32", 2 * tokens * N, FLOAT32))
+    if half:
+        x_width = rank + 2 * N
+        cast = 2 * D * d + D * config.d_conv + D * x_width + D * config.dt_rank_value + D * d
+        terms.append(("casts", "weights in bf16", cast, itemsize))
+    chunk = config.scan_chunk or FORMS[form].chunk
+    for name, elements, size in scan_terms(
+            form, batch, length, D, N, chunk, device, itemsize):
+        terms.append(("scan input" if name in PER_CHANNEL else "scan", name, elements, size))
+    return terms
+
+
+def _attention_terms(
+    config: ModelConfig, batch: int, length: int, itemsize: int
+) -> list[tuple[str, str, int, int]]:
+    d, kv = config.d_model, config.n_kv_head * config.head_dim
+    tokens = batch * length
+    terms = [
+        ("attention", "q and k, rotated", tokens * (d + kv), itemsize),
+        ("attention", "v", tokens * kv, itemsize),
+        ("attention", "output", tokens * d, itemsize),
+        ("attention", "log-sum-exp", tokens * config.n_head, FLOAT32),
+        ("attention", "cos and sin", 4 * length * (config.head_dim // 2), itemsize),
+        ("projection", "input of out_proj", tokens * d, itemsize),
+    ]
+    if config.qk_norm:
+        terms.append(("attention", "q and k before their norm", tokens * (d + kv), FLOAT32))
+        heads = config.n_head + config.n_kv_head
+        terms.append(("attention", "1/rms of q and k", tokens * heads, FLOAT32))
+    if length > config.attention_window:
+        terms.append(("attention", "window mask", length * length, itemsize))
+    if itemsize != FLOAT32:
+        terms.append(("casts", "weights in bf16", 2 * d * d + 2 * d * kv, itemsize))
+    return terms
+
+
+def saved_terms(
+    config: ModelConfig, batch: int, length: int, autocast: Autocast = "fp32",
+    device: str = "cpu", checkpointing: bool = False,
+) -> list[Term]:
+    """Every tensor that autograd keeps between forward and backward of ``ByteLM.loss``.
+
+    Parameters are not counted. ``checkpointing`` is torch.utils.checkpoint around every block:
+    then a block keeps its input alone. Raises UserError for a form without a closed form.
+    """
+    form = resolve_form(config, device)
+    itemsize = 2 if autocast == "bf16" else FLOAT32
+    tokens = batch * length
+    d, V = config.d_model, config.vocab_size
+    found: list[Term] = []
+    for i, letter in enumerate(config.layers):
+        if checkpointing:
+            found.append(Term(i, "norm", "block input", tokens * d, FLOAT32))
+            continue
+        readers = 1 if letter == "M" else 3
+        rows = [("norm", *t) for t in _norm_terms(config, tokens, device, itemsize, readers)]
+        if letter == "M":
+            rows += _mamba_terms(config, batch, length, itemsize, form, device)
+        else:
+            rows += _attention_terms(config, batch, length, itemsize)
+        if config.mlp_hidden:
+            rows += [("mlp", *t) for t in _norm_terms(config, tokens, device, itemsize, 1)]
+            hidden = tokens * config.mlp_hidden
+            rows.append(("mlp", "hidden, before and after activation", 2 * hidden, itemsize))
+            if itemsize != FLOAT32:
+                rows.append(("casts", "weights in bf16", 2 * d * config.mlp_hidden, itemsize))
+        found += [Term(i, *row) for row in rows]
+    head = [("head", *t) for t in _norm_terms(config, tokens, device, itemsize, 1)]
+    if config.logit_softcap:
+        head.append(("head", "tanh of the logits", tokens * V, itemsize))
+    if itemsize != FLOAT32:
+        head.append(("casts", "weights in bf16", V * d, itemsize))
+    head += [
+        ("head", "log-softmax", tokens * V, FLOAT32),
+        # Flattened targets are a copy, but for a batch of one a view of the bytes.
+        ("head", "bytes and targets", batch * (length + 1) + (tokens if batch > 1 else 0), INT64),
+        ("head", "weight of the mean", 1, FLOAT32),
+    ]
+    return found + [Term(-1, *row) for row in head]
+
+
+def resolve_form(config: ModelConfig, device: str) -> str:
+    """The scan form that runs there; "auto" on CUDA means the fused kernels."""
+    if config.scan_form != "auto":
+        return config.scan_form
+    return "fused" if device == "cuda" else default_form(device)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of one training step by category; ``peak`` is what an allocator sees at most."""
+
+    form: str
+    autocast: Autocast
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # kept between forward and backward
+    workspace: int  # above all of these at the worst moment
+    worst_moment: str
+
+    @property
+    def peak(self) -> int:
+        return (self.weights + self.gradients + self.optimizer + self.activations
+                + self.workspace)
+
+
+def scan_workspace(form: str, batch: int, length: int, channels: int, states: int, chunk: int,
+                   ) -> tuple[int, int]:
+    """Bytes that a scan needs above what it keeps: (forward, backward), at the worst moment.
+
+    In full tensors, with k chunks (c = 1/k of one): the forward of the document's form holds
+    log_decay and, of the chunk at hand, cs, inner and the product with C: 1 + 3 c. Its backward
+    is worse: the gradient of each slice ``x[:, start:end]`` is a tensor of the *full* length,
+    zero outside the chunk. Two of them accumulate (for b and log_decay) and a third is under
+    way, while of the last chunk only the 4 c that it kept are free again: 3 - 4 c. ``split``
+    instead of slices has gradients of the size of the chunk, joined once: no such excess.
+    """
+    full = batch * length * channels * states * FLOAT32
+    if form in ("document_chunked", "document_cumsum", "corrected_cumsum"):
+        c = full if form == "document_cumsum" else full * min(chunk, length) // length
+        if form == "corrected_cumsum":
+            return full + 2 * c, 2 * c
+        return full + 3 * c, max(3 * full - 4 * c, 2 * c)
+    if form == "chunked":
+        # Forward: log_decay, the stacked local states and the product with the carries.
+        return 3 * full, 3 * full
+    if form == "sequential":
+        return 0, 6 * batch * channels * states * FLOAT32
+    return 0, 0
+
+
+def budget(
+    config: ModelConfig, batch: int, length: int, autocast: Autocast = "fp32",
+    device: str = "cpu", checkpointing: bool = False,
+) -> Budget:
+    """The closed form of one training step: every category, and the moment of the peak.
+
+    The peak is looked for at the moments that can be it: the loss, the scan of each layer going
+    forward and going backward, the MLP and the attention going backward, and the optimizer's
+    step. Layers after the one at hand are not yet there (forward) or no longer (backward).
+    """
+    form = resolve_form(config, device)
+    itemsize = 2 if autocast == "bf16" else FLOAT32
+    tokens, D, d = batch * length, config.d_inner, config.d_model
+    n_bytes = config.n_parameters * FLOAT32
+    terms = saved_terms(config, batch, length, autocast, device, checkpointing)
+    kept = sum(t.bytes for t in terms)
+    whole = terms if not checkpointing else saved_terms(config, batch, length, autocast, device)
+    per_layer = [sum(t.bytes for t in whole if t.layer == i) for i in range(config.n_layer)]
+    mlp = [sum(t.bytes for t in whole if t.layer == i and t.part == "mlp")
+           for i in range(config.n_layer)]
+    stays = [sum(t.bytes for t in terms if t.layer == i) for i in range(config.n_layer)]
+
+    # Gradients appear from the head down; all of them exist at the end.
+    moments: dict[str, int] = {
+        "loss, backward": kept + 2 * tokens * config.vocab_size * FLOAT32,
+        "optimizer step": n_bytes,
+    }
+    chunk = config.scan_chunk or FORMS[form].chunk
+    forward, backward = scan_workspace(form, batch, length, D, config.d_state, chunk)
+    stream = tokens * D * itemsize
+    for i, letter in enumerate(config.layers):
+        # What lies below, and this layer whole: under checkpointing it is there for a while.
+        held = sum(stays[:i]) + per_layer[i] + (stays[i] if checkpointing else 0)
+        residual = tokens * d * FLOAT32
+        if config.mlp_hidden:
+            hidden = tokens * config.mlp_hidden * itemsize
+            moments[f"layer {i}, MLP backward"] = held + residual + 3 * hidden
+        if letter == "A":
+            moments[f"layer {i}, attention backward"] = held + residual + 5 * tokens * d * itemsize
+        elif form == "fused":
+            # dy, du, ddelta, dz, dB, dC and the partial sums of the last two.
+            sums = 2 * tokens * config.d_state * (
+                FLOAT32 * -(-D // native_scan.GROUP) + itemsize)
+            moments[f"layer {i}, scan backward"] = held - mlp[i] + residual + 3 * stream + sums
+        else:
+            # Not yet there, or gone: y, silu(z), the input of out_proj, and the MLP's.
+            after = 2 * tokens * D * FLOAT32 + stream + mlp[i]
+            moments[f"layer {i}, scan forward"] = held - after + 2 * stream + forward
+            grads = residual + 3 * tokens * D * FLOAT32  # dy, dz, the skip's du
+            moments[f"layer {i}, scan backward"] = held - after + grads + backward
+    moment = max(moments, key=lambda name: moments[name])
+    late = moment == "optimizer step"
+    done = int(moment.split()[1].rstrip(",")) if moment.startswith("layer") else None
+    gradients = n_bytes if late else _gradients_above(config, done, moment)
+    return Budget(
+        form, autocast, n_bytes, gradients, 2 * n_bytes + FLOAT32 * _n_tensors(config),
+        0 if late else kept, moments[moment] - (0 if late else kept), moment)
+
+
+def _gradients_above(config: ModelConfig, layer: int | None, moment: str) -> int:
+    """Bytes of the gradients that exist while the backward pass is at ``layer``, its own too."""
+    if layer is None or "forward" in moment:
+        return 0
+    groups = config.parameter_groups()
+    per_layer = (config.n_parameters - groups["embedding"]) * FLOAT32 / config.n_layer
+    return int(groups["embedding"] * FLOAT32 + per_layer * (config.n_layer - layer))
+
+
+def _n_tensors(config: ModelConfig) -> int:
+    """Parameter tensors: AdamW keeps a step count of 4 bytes for each."""
+    norm = 2 if config.norm == "layer" else 1
+    mlp = 2 + norm if config.mlp_hidden else 0
+    each = {"M": 9 + norm + mlp, "A": 4 + norm + mlp}
+    return sum(each[letter] for letter in config.layers) + 1 + norm
+
+
+def state_bytes(
+    config: ModelConfig, seen: int, batch: int = 1, itemsize: int = FLOAT32
+) -> dict[str, int]:
+    """Bytes of the streaming state after ``seen`` bytes: {"ssm": ..., "kv_cache": ...}.
+
+    An SSM layer keeps K-1 inputs of its convolution and D x N float32 states whatever it has
+    seen. Attention keeps a key and a value for each byte, up to its window less one.
+    """
+    ssm = batch * config.d_inner * ((config.d_conv - 1) * itemsize + config.d_state * FLOAT32)
+    kept = min(seen, config.attention_window - 1)
+    kv = batch * 2 * config.n_kv_head * config.head_dim * kept * itemsize
+    layers = config.layers
+    return {"ssm": layers.count("M") * ssm, "kv_cache": layers.count("A") * kv}
+
+
+# ------------------------------------------------------------------------------ what fits where
+
+# Outside torch's allocator: the CUDA context, its libraries' handles, and fragments. An
+# allowance, not a measurement.
+ALLOWANCE_BYTES = 768 * 2**20
+LARGEST = 2**24
+DEVICES_GB = (16, 24, 40, 80, 141)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a training step fits a device, by how much, and what would fit."""
+
+    budget: Budget
+    breakdown: dict[str, int]  # bytes by category; their sum is required_bytes
+    required_bytes: int
+    device_memory_bytes: int | None
+    fits: bool | None  # None without a device to fit
+    spare_bytes: int | None  # negative: so much is missing
+    largest_batch: int | None  # at the given context; 0 if not even one sequence fits
+    largest_context: int | None  # at the given batch size
+
+
+def fit(
+    model_config: ModelConfig, train_config: TrainConfig, device_memory_bytes: int | None,
+    device: str = "cuda", checkpointing: bool = False,
+) -> Fit:
+    """Does one training step of this recipe fit, and what is the largest that does?
+
+    Closed form: nothing is allocated. ``device`` says what "auto" means (on CUDA the fused scan
+    and bf16 autocast). Raises UserError for a scan form without a closed form.
+    """
+    autocast = autocast_of(train_config, device)
+
+    def required(batch: int, context: int) -> int:
+        step = budget(model_config, batch, context, autocast, device, checkpointing)
+        return step.peak + ALLOWANCE_BYTES
+
+    batch, context = train_config.batch_size, train_config.context
+    step = budget(model_config, batch, context, autocast, device, checkpointing)
+    breakdown = {
+        "weights": step.weights, "gradients": step.gradients, "optimizer": step.optimizer,
+        "activations": step.activations, "workspace": step.workspace,
+        "allowance": ALLOWANCE_BYTES,
+    }
+    total = required(batch, context)
+    if device_memory_bytes is None:
+        return Fit(step, breakdown, total, None, None, None, None, None)
+    room = device_memory_bytes
+    return Fit(
+        step, breakdown, total, room, total <= room, room - total,
+        _largest(lambda n: required(n, context) <= room),
+        _largest(lambda n: required(batch, n) <= room),
+    )
+
+
+def _largest(fits: Callable[[int], bool]) -> int:
+    """The largest n in 1..LARGEST that fits, by bisection; 0 if none does."""
+    low, high = 0, LARGEST
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def autocast_of(config: TrainConfig, device: str) -> Autocast:
+    """What the recipe's ``precision`` means on that device."""
+    if config.precision == "auto":
+        return "bf16" if device == "cuda" else "fp32"
+    return "fp32" if config.precision == "fp32" else "bf16"
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_memory(text: str | int) -> int:
+    """'40GB' (10^9), '40GiB' (2^30) or a number of bytes, as bytes. Raises UserError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if match is None or match[2].upper() not in _UNITS:
+        raise UserError(f"memory {text!r}: write e.g. 40GB, 40GiB or a number of bytes")
+    value = int(float(match[1]) * _UNITS[match[2].upper()])
+    if value < 1:
+        raise UserError(f"memory {text!r} is nothing: write e.g. 40GB")
+    return value

@@ -1,0 +1,188 @@
+"""Training a model on text for a comparison: a curve of held-out bits, and what each step cost."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambabyte.blocks import AttentionMixer
+from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.corpus import Corpus, sample_windows
+from mambabyte.energy import EnergyMeter
+from mambabyte.model import ByteLM
+from mambabyte.optim import learning_rate, make_optimizer
+from mambabyte.train import autocast, train_step
+
+LN2 = math.log(2)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A trained model, its held-out curve and its cost.
+
+    ``curve`` is (step, bits per byte) from step 0 on; ``step_seconds`` is the median over steps,
+    so a pause of the machine does not count; ``joules`` is None where no counter was read.
+    """
+
+    model: ByteLM
+    curve: list[tuple[int, float]]
+    steps: int
+    step_seconds: float
+    joules: float | None
+    energy_source: str
+    stopped_early: bool
+
+
+def constant_rate(config: TrainConfig) -> TrainConfig:
+    """The same recipe with a rate that stays at its peak after the same warm-up steps.
+
+    Every point of such a run's curve is a fair end of a run, so one run answers all budgets. It
+    ends higher than a run whose rate decays to zero.
+    """
+    warmup = max(1, int(config.warmup_fraction * config.n_steps))
+    horizon = 10_000 * config.n_steps  # the cosine has hardly begun when the run ends
+    return replace(config, n_steps=horizon, warmup_fraction=warmup / horizon)
+
+
+def learn_text(
+    config: ModelConfig, recipe: TrainConfig, corpus: Corpus, *, device: str = "cpu",
+    decay: bool = False, evaluations: int = 6, windows: Tensor | None = None,
+    max_seconds: float = 0.0,
+) -> Learned:
+    """Train ``config`` on the corpus for ``recipe.n_steps`` steps.
+
+    ``decay`` follows the recipe's cosine to zero, otherwise the rate is constant after warm-up.
+    ``windows`` (n, context + 1) are held-out bytes, scored ``evaluations`` times along the way
+    and before the first step. ``max_seconds`` ends the run early.
+    """
+    torch.manual_seed(recipe.seed)
+    model = ByteLM(config).to(device)
+    optimizer = make_optimizer(model, recipe)
+    schedule = recipe if decay else constant_rate(recipe)
+    at = {round(recipe.n_steps * (i + 1) / evaluations) for i in range(evaluations)}
+    curve = [] if windows is None else [(0, heldout_bits(model, windows))]
+    seconds: list[float] = []
+    meter = EnergyMeter(device)
+    outside = 0.0  # joules spent on scoring
+    began, step = time.perf_counter(), 0
+    for step in range(1, recipe.n_steps + 1):
+        tokens = sample_windows(corpus.train, recipe.context, recipe.batch_size, recipe.seed,
+                                step - 1).to(device)
+        start = time.perf_counter()
+        train_step(model, optimizer, tokens, schedule, step - 1)
+        seconds.append(time.perf_counter() - start)
+        late = bool(max_seconds) and time.perf_counter() - began > max_seconds
+        if windows is not None and (step in at or late):
+            before = meter.read().joules
+            curve.append((step, heldout_bits(model, windows)))
+            after = meter.read().joules
+            outside += (after - before) if after is not None and before is not None else 0.0
+        if late:
+            break
+    energy = meter.read()
+    return Learned(
+        model, curve, step, float(np.median(seconds)),
+        None if energy.joules is None else energy.joules - outside, energy.source,
+        step < recipe.n_steps)
+
+
+@torch.no_grad()
+def heldout_bits(model: ByteLM, windows: Tensor, batch: int = 32) -> float:
+    """Mean bits per byte of windows (n, context + 1), each scored from an empty state."""
+    device = model.embedding.weight.device
+    nats = 0.0
+    with autocast(device, "auto"):
+        for part in windows.split(batch):
+            nats += model.loss(part.to(device)).item() * len(part)
+    return nats / len(windows) / LN2
+
+
+def heldout_windows(data: np.ndarray, context: int, count: int) -> Tensor:
+    """``count`` windows of context + 1 bytes at even distances over the split."""
+    starts = np.linspace(0, len(data) - context - 1, count).astype(int)
+    return torch.from_numpy(np.stack([data[s : s + context + 1] for s in starts])).long()
+
+
+def bits_at(curve: list[tuple[int, float]], step: float) -> float:
+    """Bits per byte at ``step`` of a curve, linear between two scorings; its end past the end."""
+    steps, bits = zip(*curve, strict=True)
+    return float(np.interp(step, steps, bits))
+
+
+@torch.inference_mode()
+def position_bits(
+    model: ByteLM, streams: Tensor, context: int, *, piece: int = 4096,
+    unbounded: bool = False, report: Callable[[str], None] = lambda line: None,
+) -> pd.DataFrame:
+    """Bits per byte by position in a long stream, beside fresh windows over the same bytes.
+
+    ``streams`` (n, length + 1) are scored once as a stream, the state carried from end to end,
+    and once in windows of ``context`` at half-context strides, of which the second half counts
+    (each byte then has between context / 2 and context bytes of past). Both score the same
+    bytes, so ``drift_bits`` = stream - windows is free of how hard those bytes are; it is None
+    before context / 2, where there is no fresh window. ``unbounded`` lets attention keep every
+    key, which is how a model without a sliding window streams.
+
+    One row a bin: from context / 4 on the bins double.
+    """
+    device = model.embedding.weight.device
+    attention = [b.mixer for b in model.layers if isinstance(b.mixer, AttentionMixer)]
+    kept = [mixer.window for mixer in attention]
+    length = streams.shape[1] - 1
+    half = context // 2
+
+    restart = torch.full((len(streams), length), float("nan"))
+    for start in range(0, length - context + 1, half):
+        part = streams[:, start : start + context + 1]
+        logits, _ = model(part[:, :-1].to(device))
+        restart[:, start + half : start + context] = _nats(logits, part[:, 1:])[:, half:]
+
+    if unbounded:
+        for mixer in attention:
+            mixer.window = length + 1
+    stream, state = [], None
+    for start in range(0, length, piece):
+        part = streams[:, start : start + piece + 1]
+        logits, state = model(part[:, :-1].to(device), state)
+        stream.append(_nats(logits, part[:, 1:]))
+        report(f"position {min(start + piece, length):,} of {length:,}")
+    for mixer, window in zip(attention, kept, strict=True):
+        mixer.window = window
+
+    nats = torch.cat(stream, 1)
+    edges = [0, context // 4]
+    while edges[-1] < length:
+        edges.append(min(2 * edges[-1], length))
+    rows = []
+    for low, high in pairwise(edges):
+        bits = float(nats[:, low:high].mean()) / LN2
+        fresh = restart[:, low:high]
+        covered = ~fresh.isnan()
+        drift = (
+            float((nats[:, low:high] - fresh)[covered].mean()) / LN2
+            if low >= half and covered.any() else None
+        )
+        rows.append({"first_position": low, "last_position": high - 1, "bits_per_byte": bits,
+                     "drift_bits": drift})
+    return pd.DataFrame(rows)
+
+
+def _nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of every target (n, length), on the CPU."""
+    flat = F.cross_entropy(logits.flatten(0, 1).float(), targets.to(logits.device).flatten(),
+                           reduction="none")
+    return flat.view(targets.shape).cpu()
+
+
+def rate_multiplier(step: int, recipe: TrainConfig) -> float:
+    """The recipe's learning rate at ``step`` as a share of its peak."""
+    return learning_rate(step, recipe) / recipe.lr

@@ -1,0 +1,81 @@
+"""A measurement record by one command, on a machine without Jupyter.
+
+``python -m analysis.measure throughput data/measurements/NAME.json --profile full`` runs the code
+cells of a study's notebook in this process, with the profile's parameters, and writes what they
+recorded as a record (machine, date, versions, commit, command, values, tables, figures). The
+report shows it beside the study, marked with its machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from analysis.report.records import write_record_file
+from analysis.results import load_run
+from analysis.studies import STUDIES, Study, get_study, profile_parameters, validate
+from mambabyte.errors import UserError
+from mambabyte.files import make_dir
+
+
+def run_notebook(study: Study, parameters: Mapping[str, Any], folder: Path) -> Path:
+    """Run a notebook's code cells in order, ``parameters`` set after its parameters cell.
+
+    Returns the run folder that the notebook recorded. What a cell raises is raised.
+    """
+    import pyarrow  # noqa: F401  (needed when the run is written: better missed now)
+
+    cells = json.loads(study.notebook.read_text(encoding="utf-8"))["cells"]
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    for number, cell in enumerate(c for c in cells if c["cell_type"] == "code"):
+        source = "".join(cell["source"])
+        exec(compile(source, f"{study.notebook.name} cell {number}", "exec"), scope)
+        if "parameters" in cell["metadata"].get("tags", []):
+            scope.update({**parameters, "run_dir": str(folder)})
+    load_run(folder)  # a notebook that recorded nothing is an error
+    return folder
+
+
+def measure(study: Study, parameters: Mapping[str, Any], out: Path, *, title: str = "",
+            about: str = "") -> Path:
+    """Run a study and keep it as the record ``out`` (a path that ends in .json)."""
+    if out.suffix != ".json":
+        raise UserError(f"{out}: a record is a .json file")
+    make_dir(out.parent)  # fails now rather than after the run
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = run_notebook(study, parameters, Path(temporary) / "run")
+        return write_record_file(folder, out.stem, title=title or study.title,
+                                 about=about or study.question, folder=out.parent)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.measure", description=(__doc__ or "").partition("\n")[0],
+        epilog="example: python -m analysis.measure throughput "
+               "data/measurements/h200-throughput.json --set rounds=9")
+    parser.add_argument("study", choices=tuple(STUDIES))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--profile", default="full")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--title", default="")
+    parser.add_argument("--about", default="")
+    given = parser.parse_args(arguments)
+    try:
+        study = get_study(given.study)
+        overrides = dict(item.partition("=")[::2] for item in given.set)
+        parameters = (validate(study, overrides, given.profile) if overrides
+                      else profile_parameters(study, given.profile))
+        print(measure(study, parameters, given.out, title=given.title, about=given.about))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,168 @@
+"""Figures of the ablation study: DataFrames in, matplotlib Figures out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis.plots import INK, label_axes, label_lines, looks, mark_line, new_figure, tick_bytes
+
+ORDER = ("M", "MMMA", "MMA", "MA", "A")
+COSTS = (("step", "training step", 1.0), ("seconds", "training time, seconds", 1.0),
+         ("train_flops", "training operations, 10⁹ FLOPs", 1e9))
+
+
+def _styles(patterns: pd.Series) -> dict[str, dict[str, Any]]:
+    """The same look for a pattern in every figure, whatever else is drawn."""
+    found = set(patterns)
+    styles = looks([*ORDER, *sorted(found - set(ORDER))])
+    return {name: look for name, look in styles.items() if name in found}
+
+
+def curves(frame: pd.DataFrame, unigram_bits: float) -> Figure:
+    """Held-out bits per byte against three kinds of cost; thin lines are single seeds.
+
+    ``unigram_bits`` is what byte frequencies alone reach, a line across.
+    """
+    style = _styles(frame["pattern"])
+    figure, axes = new_figure(1, 3, size=(11.0, 4.0), sharey=True)
+    ends: dict[str, tuple[float, float, str]] = {}
+    shown = frame[frame["step"] > 0]
+    for ax, (column, label, unit) in zip(axes, COSTS, strict=True):
+        for pattern, look in style.items():
+            one = shown[shown["pattern"] == pattern]
+            for _, seed in one.groupby("seed"):
+                ax.plot(seed[column] / unit, seed["bits_per_byte"], color=look["color"],
+                        linewidth=0.8, alpha=0.5, linestyle="-", marker="")
+            mean = one.groupby("step")[[column, "bits_per_byte"]].mean()
+            ax.plot(mean[column] / unit, mean["bits_per_byte"], **look)
+            ends[pattern] = (mean[column].iloc[-1] / unit, mean["bits_per_byte"].iloc[-1],
+                             look["color"])
+        label_axes(ax, label, "held-out bits per byte" if ax is axes[0] else "bits per byte")
+        mark_line(ax, y=unigram_bits, text="byte frequencies")
+    axes[-1].autoscale_view()
+    label_lines(axes[-1], ends)
+    return figure
+
+
+def differences(comparisons: pd.DataFrame, paired: pd.DataFrame) -> Figure:
+    """Bits per byte minus the reference's on the same seed, one panel a comparison.
+
+    Small marks are seeds, the bar across is their mean, the vertical line the interval, where
+    there are seeds enough for one.
+    """
+    reference = str(paired["reference"].iloc[0])
+    kinds = [c for c in dict.fromkeys(paired["comparison"])
+             if paired[paired["comparison"] == c]["mean"].notna().any()]
+    style = _styles(comparisons["pattern"])
+    patterns = [p for p in style if p != reference]
+    figure, axes = new_figure(1, len(kinds), size=(3.4 * len(kinds), 3.8), sharey=True,
+                              squeeze=False)
+    for ax, kind in zip(axes[0], kinds, strict=True):
+        some = comparisons[comparisons["comparison"] == kind]
+        wide = some.pivot(index="seed", columns="pattern", values="bits_per_byte").astype(float)
+        for x, pattern in enumerate(patterns):
+            look = style[pattern]
+            points = wide[pattern] - wide[reference]
+            ax.plot(x + np.linspace(-0.15, 0.15, len(points)), points, linestyle="none",
+                    color=look["color"], marker=look["marker"])
+            row = paired[(paired["comparison"] == kind) & (paired["pattern"] == pattern)].iloc[0]
+            ax.plot([x - 0.3, x + 0.3], [row["mean"]] * 2, color=look["color"], marker="")
+            if pd.notna(row["low"]):
+                ax.plot([x, x], [row["low"], row["high"]], color=look["color"], marker="",
+                        linestyle="-")
+        ax.set_xticks(range(len(patterns)), patterns)
+        ax.set_xlim(-0.6, len(patterns) - 0.4)
+        mark_line(ax, y=0.0, text=f"as good as {reference}")
+        label_axes(ax, "layer pattern",
+                   f"bits per byte minus those of {reference}" if ax is axes[0][0]
+                   else "difference, bits", f"equal {kind}")
+    return figure
+
+
+def quality_and_state(systems: pd.DataFrame) -> Figure:
+    """Bits per byte at equal steps against the bytes of streaming state."""
+    figure, ax = new_figure(size=(7.2, 4.0))
+    style = _styles(systems["pattern"])
+    for row in systems.itertuples():
+        look = style[row.pattern]
+        ax.plot(row.state_bytes, row.bits_per_byte, color=look["color"], marker=look["marker"],
+                markersize=10)
+        ax.annotate(row.pattern, (row.state_bytes, row.bits_per_byte), xytext=(10, 0),
+                    textcoords="offset points", va="center", color=look["color"],
+                    fontweight="bold")
+    ax.set_xscale("log", base=2)
+    ax.margins(x=0.2, y=0.15)
+    tick_bytes(ax.xaxis)
+    label_axes(ax, "state of one stream after one training context, bytes",
+               "held-out bits per byte")
+    return figure
+
+
+def drift(positions: pd.DataFrame) -> Figure:
+    """Stream minus fresh windows on the same bytes, by position; the mean over seeds."""
+    some = positions[positions["drift_bits"].notna()]
+    style = _styles(some["pattern"])
+    caches = [c for c in ("state", "window", "all keys") if c in set(some["cache"])]
+    bounded = [c for c in caches if c != "all keys"]
+    panels = [("bounded state", bounded)]
+    if "all keys" in caches:
+        panels.append(("attention keeps all keys", ["all keys"]))
+    figure, axes = new_figure(1, len(panels), size=(5.0 * len(panels), 4.0), sharey=True,
+                              squeeze=False)
+    for ax, (title, kinds) in zip(axes[0], panels, strict=True):
+        part = some[some["cache"].isin(kinds)]
+        for pattern, look in style.items():
+            one = part[part["pattern"] == pattern].astype({"drift_bits": float})
+            if one.empty:
+                continue
+            mean = one.groupby("last_position")["drift_bits"].mean()
+            ax.plot(mean.index + 1, mean, label=pattern, **look)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(sorted(part["last_position"].unique() + 1),
+                      [f"{x:,}" for x in sorted(part["last_position"].unique() + 1)])
+        ax.axhline(0.0, color=INK, linewidth=0.9)
+        label_axes(ax, "position in the stream (end of bin), bytes",
+                   "stream minus fresh windows, bits per byte" if ax is axes[0][0]
+                   else "difference, bits", title)
+        ax.legend()
+    return figure
+
+
+def tasks(frame: pd.DataFrame) -> Figure:
+    """Accuracy on synthetic tasks while learning, one panel a task; the mean over seeds."""
+    kinds = list(dict.fromkeys(zip(frame["task"], frame["size"], strict=True)))
+    style = _styles(frame["pattern"])
+    figure, axes = new_figure(1, len(kinds), size=(max(7.2, 3.6 * len(kinds)), 3.8), sharey=True,
+                              squeeze=False)
+    for ax, (task, size) in zip(axes[0], kinds, strict=True):
+        some = frame[(frame["task"] == task) & (frame["size"] == size)]
+        for pattern, look in style.items():
+            mean = some[some["pattern"] == pattern].groupby("step")["accuracy"].mean()
+            if len(mean):
+                ax.plot(mean.index, mean, label=pattern, **look)
+        mark_line(ax, y=float(some["chance"].iloc[0]), text="chance")
+        ax.set_ylim(0, 1.05)
+        label_axes(ax, "training step", "accuracy", f"{task}, {size}")
+    axes[0][0].legend(loc="center right")
+    return figure
+
+
+def variants(frame: pd.DataFrame) -> Figure:
+    """Change of held-out bits by each choice of the second document, one at a time."""
+    some = frame[(frame["variant"] != "field") & frame["difference_to_field"].notna()]
+    names = list(dict.fromkeys(some["variant"]))
+    figure, ax = new_figure(size=(7.2, 0.42 * len(names) + 1.4))
+    for y, name in enumerate(names):
+        points = some[some["variant"] == name]["difference_to_field"]
+        ax.plot(points, [y] * len(points), linestyle="none", marker="o", color="#0072B2")
+        ax.annotate(f"{points.mean():+.3f}", (1.0, y), xycoords=("axes fraction", "data"),
+                    xytext=(6, 0), textcoords="offset points", va="center", annotation_clip=False)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.axvline(0.0, color=INK, linewidth=0.9)
+    ax.set_xlabel("held-out bits per byte minus the baseline's")
+    return figure

@@ -1,0 +1,122 @@
+"""Figures of the throughput study: DataFrames in, matplotlib Figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.plots import (
+    label_axes,
+    label_lines,
+    log2_axis,
+    look,
+    looks,
+    mark_line,
+    new_figure,
+    tick_bytes,
+)
+
+# One order for all figures, so that a form looks the same in each. Seven looks: the last two
+# subjects of study, which coincide with others, come last.
+FORMS = ("fused", "chunked", "sequential", "indexed loop", "document_chunked", "document_cumsum",
+         "corrected_cumsum")
+PASSES = ("forward", "forward+backward")
+
+
+def _present(order: Sequence[str], names: pd.Series) -> list[str]:
+    found = list(dict.fromkeys(names))
+    return [n for n in order if n in found] + [n for n in found if n not in order]
+
+
+def _lines(axes: Axes, frame: pd.DataFrame, name: str, value: str, order: Sequence[str]) -> None:
+    """A line a name over length on log axes, each named at its right end."""
+    ends = {}
+    style = looks(order)
+    for key in order:
+        one = frame[(frame[name] == key) & frame[value].notna()].sort_values("length")
+        if one.empty:
+            continue
+        y = one[value].astype(float)
+        axes.plot(one["length"], y, **style[key])
+        ends[key] = (float(one["length"].iloc[-1]), float(y.iloc[-1]), style[key]["color"])
+    log2_axis(axes, "x", sorted(frame["length"].unique()))
+    axes.set_yscale("log")
+    axes.tick_params(axis="x", rotation=45)
+    label_lines(axes, ends)
+
+
+def scan_time(scans: pd.DataFrame) -> Figure:
+    """Time a call of every form against length, forward and with backward."""
+    batch = scans["batch"].mode().iloc[0]
+    some = scans[scans["batch"] == batch]
+    figure, axes = new_figure(1, 2, size=(10.0, 4.4), sharey=True)
+    for ax, direction in zip(axes, PASSES, strict=True):
+        _lines(ax, some[some["pass"] == direction], "form", "ms", _present(FORMS, some["form"]))
+        label_axes(ax, "length, bytes", "time of a call, ms", direction)
+    return figure
+
+
+def allocations(frame: pd.DataFrame) -> Figure:
+    """Bytes that one backward pass allocates, by form and length."""
+    figure, ax = new_figure()
+    _lines(ax, frame, "form", "allocated_bytes", _present(FORMS, frame["form"]))
+    ax.set_yscale("log", base=2)
+    label_axes(ax, "length, bytes", "allocated by one backward pass, bytes")
+    tick_bytes(ax.yaxis)
+    return figure
+
+
+def mixer_time(mixers: pd.DataFrame, crossovers: pd.DataFrame) -> Figure:
+    """SSM and attention mixers against length; the line marks where operations are equal."""
+    order = _present(("SSM (auto)", "attention"), mixers["mixer"])
+    figure, axes = new_figure(1, 2, size=(10.0, 4.4), sharey=True)
+    for ax, direction in zip(axes, PASSES, strict=True):
+        _lines(ax, mixers[mixers["pass"] == direction], "mixer", "ms", order)
+        mark_line(ax, x=float(crossovers["crossover_in_operations"].iloc[0]),
+                  text="equal operations")
+        label_axes(ax, "length, bytes", "time of a call, ms", direction)
+    return figure
+
+
+def streaming(frame: pd.DataFrame) -> Figure:
+    """Latency of one byte, and the state it carries, against bytes seen."""
+    figure, axes = new_figure(1, 2, size=(10.0, 4.2))
+    names = list(dict.fromkeys(frame["system"]))
+    style = looks(names)
+    seen = sorted(frame["bytes_seen"].unique())
+    place = {s: i for i, s in enumerate(seen)}  # zero has no place on a logarithmic axis
+    for name in names:
+        one = frame[frame["system"] == name]
+        x = one["bytes_seen"].map(place)
+        axes[0].plot(x, one["ms"].astype(float), label=name, **style[name])
+        axes[1].plot(x, one["state_bytes"], label=name, **style[name])
+    for ax in axes:
+        ax.set_xticks(range(len(seen)), [f"{s:,}" for s in seen])
+    axes[0].set_ylim(bottom=0, top=1.3 * float(frame["ms"].astype(float).max()))
+    axes[1].set_yscale("log", base=2)
+    tick_bytes(axes[1].yaxis)
+    label_axes(axes[0], "bytes seen before", "latency of one byte, ms")
+    label_axes(axes[1], "bytes seen before", "state, bytes")
+    axes[1].legend(loc="upper left", bbox_to_anchor=(0.0, 0.9))
+    return figure
+
+
+def training(frame: pd.DataFrame) -> Figure:
+    """Training throughput of parameter-matched systems, by pattern and scan form."""
+    some = frame[frame["bytes_per_second"].notna()]
+    figure, ax = new_figure(size=(7.2, 0.55 * len(some) + 1.2))
+    names = [f"{p} ({f})" if "M" in p else p
+             for p, f in zip(some["pattern"], some["form"], strict=True)]
+    values = some["bytes_per_second"].astype(float) / 1e3
+    for i, value in enumerate(values):
+        ax.barh(i, value, color=look(0)["color"], height=0.6)
+        ax.annotate(f"{value:,.1f}", (value, i), xytext=(4, 0), textcoords="offset points",
+                    va="center")
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set_xlim(right=1.15 * float(values.max()))
+    label_axes(ax, "trained text, kB/s (kilobytes a second)", "layer pattern (scan form)")
+    return figure

@@ -1,0 +1,51 @@
+"""The page's own links, looked at before it is written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from html.parser import HTMLParser
+
+from mambabyte.errors import UserError
+
+
+def check_page(page: str, files: Collection[str]) -> None:
+    """UserError where an id is not unique, a link leads nowhere or something would be loaded.
+
+    ``files`` are the relative paths that links may name.
+    """
+    found = _Links()
+    found.feed(page)
+    found.close()
+    twice = sorted(i for i, n in Counter(found.ids).items() if n > 1)
+    if twice:
+        raise UserError(f"the report has two parts with the id {twice[0]!r}: rename one of them")
+    ids = set(found.ids)
+    for link in found.links:
+        if link.startswith("#"):
+            if link[1:] not in ids:
+                raise UserError(f"a link in the report leads to {link}, which does not exist")
+        elif not link.startswith(("https://", "http://")) and link not in files:
+            raise UserError(f"a link in the report leads to {link!r}, which is no part of it")
+    if found.loaded:
+        raise UserError(f"the report would load {found.loaded[0]!r}: it must stand alone")
+
+
+_LOADING = ("href", "src", "srcset", "poster", "data", "action")
+
+
+class _Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.loaded: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for key, value in attrs:
+            if key == "id":
+                self.ids.append(value or "")
+            elif key == "href" and tag == "a":
+                self.links.append(value or "")
+            elif key in _LOADING and not (value or "").startswith(("#", "data:")):
+                self.loaded.append(value or "")

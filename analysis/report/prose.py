@@ -1,0 +1,203 @@
+r"""Prose whose numbers come from run files: Jinja in a sandbox, then markdown.
+
+In ``reports/sections/*.md``::
+
+    Peak memory is {{ value('memory.peak') | bytes }}, {{ value('memory.share') | percent }} of it
+    saved activations; on the accelerator {{ record('h200-memory.peak') | bytes }}.
+    {{ figure('memory.peak') }}            places a figure here rather than after the prose
+    {{ table('memory.layers') }}           the same for a table
+    {{ value('throughput.joules', missing='not measured') }}     where None is expected
+    {% if measured('throughput.joules') %} ... {% endif %}       true where it was measured
+    {{ parameter('memory.context') }}      a parameter of the run that the numbers come from
+
+Filters: sig(3) fixed(2) percent(1) times(1) bytes yesno(yes, no) integer. Numbers without a
+filter are shown with four significant digits. What is missing, unmeasured or stale is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from markupsafe import Markup
+
+from analysis.report.example import worked_example
+from analysis.report.markdown import to_html
+from analysis.report.select import advice
+from analysis.report.text import binary_bytes, fixed, number, plain
+from analysis.results import Run, Value
+from mambabyte.errors import UserError
+
+_SLOT = re.compile(r"<p>\[\[([\w.-]+)\]\]</p>\n?")  # where a figure or table goes
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>()#!|~&$^{}\n])")
+
+
+class Text(str):
+    """Text made by us: goes into the markdown as it is, where a run's words are escaped."""
+
+
+@dataclass
+class Sources:
+    """What prose may ask for: the run that speaks for each study, and the records.
+
+    ``problems`` says why a study has none; ``draft`` shows gaps instead of raising.
+    """
+
+    runs: Mapping[str, Run]
+    records: Mapping[str, Run]
+    problems: Mapping[str, str]
+    draft: bool = False
+
+
+class Prose:
+    """Renders sections; ``blocks`` holds the HTML of figures and tables by "figure.study.name".
+
+    ``used`` collects the blocks that prose has placed.
+    """
+
+    def __init__(self, sources: Sources, blocks: Mapping[str, Markup]) -> None:
+        self._sources = sources
+        self._blocks = blocks
+        self.used: set[str] = set()
+        self._environment = ImmutableSandboxedEnvironment(
+            undefined=StrictUndefined, autoescape=False, finalize=_finalize)
+        self._environment.globals.update(
+            value=self._value, record=self._record, measured=self._measured, unit=self._unit,
+            parameter=self._parameter,
+            figure=self._placer("figure"), table=self._placer("table"),
+            example=_example, number=lambda v, digits=4: Text(number(v, digits)))
+        self._environment.filters.update(FILTERS)
+
+    def render(self, text: str, name: str, *, prefix: str, top: int = 3) -> Markup:
+        """Markdown with Jinja as HTML; UserError names the section where something is wrong."""
+        try:
+            filled = self._environment.from_string(text).render()
+            page = to_html(filled, prefix=prefix, top=top)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        except TemplateError as error:
+            line = f" line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+            raise UserError(f"{name}{line}: {error.message}") from None
+        except (TypeError, ValueError, ZeroDivisionError, AttributeError, KeyError) as error:
+            raise UserError(f"{name}: {type(error).__name__}: {error}") from None
+        return Markup(_SLOT.sub(lambda m: self._blocks.get(m[1], m[0]), page))
+
+    def _value(self, path: str, missing: str | None = None) -> Any:
+        return self._checked(path, self._find(path, self._sources.runs), missing)
+
+    def _record(self, path: str, missing: str | None = None) -> Any:
+        return self._checked(path, self._find(path, self._sources.records), missing)
+
+    def _measured(self, path: str) -> bool:
+        name = path.partition(".")[0]
+        among = self._sources.records if name in self._sources.records else self._sources.runs
+        if name not in among:
+            return False
+        found = self._find(path, among)
+        return found is not None and found.value is not None
+
+    def _unit(self, path: str) -> str:
+        found = self._find(path, self._sources.runs)
+        return found.unit if found else ""
+
+    def _parameter(self, path: str) -> Any:
+        study, _, name = path.partition(".")
+        run = self._run(study, self._sources.runs)
+        if run is None:
+            return _gap(path)
+        if name not in run.parameters:
+            raise UserError(f"{study} has no parameter {name!r}")
+        return Text(plain(run.parameters[name])) if isinstance(run.parameters[name], list) \
+            else run.parameters[name]
+
+    def _placer(self, kind: str) -> Callable[[str], Text]:
+        def place(path: str) -> Text:
+            study = path.partition(".")[0]
+            key = f"{kind}.{path}"
+            if key not in self._blocks:
+                if study in self._sources.problems and self._sources.draft:
+                    return _gap(path)
+                raise UserError(f"there is no {kind} {path!r}"
+                                f"{_nearest(key, self._blocks).replace(f'{kind}.', '')}")
+            self.used.add(key)
+            return Text(f"\n\n[[{key}]]\n\n")
+        return place
+
+    def _checked(self, path: str, found: Value | None, missing: str | None) -> Any:
+        if found is None:
+            return _gap(path)
+        if found.value is None:
+            if missing is None:
+                raise UserError(f"{path} was not measured: write value('{path}', "
+                                "missing='not measured') or ask measured(...) first")
+            return missing
+        return found.value
+
+    def _find(self, path: str, among: Mapping[str, Run]) -> Value | None:
+        name, dot, key = path.partition(".")
+        if not dot:
+            raise UserError(f"value {path!r}: write 'study.name'")
+        run = self._run(name, among)
+        if run is None:
+            return None
+        if key not in run.values:
+            if self._sources.draft:
+                return None
+            raise UserError(f"{path} is not among the results of {run.folder.name}"
+                            f"{_nearest(key, run.values)}")
+        return run.values[key]
+
+    def _run(self, name: str, among: Mapping[str, Run]) -> Run | None:
+        if name in among:
+            return among[name]
+        if self._sources.draft:
+            return None
+        if name in self._sources.problems:
+            raise UserError(advice(name, self._sources.problems[name]))
+        raise UserError(f"{name}: nothing is known by that name{_nearest(name, among)}")
+
+
+def _gap(path: str) -> Text:
+    return Text(f"**[missing: {path}]**")
+
+
+def _example(field: str, t: int) -> float:
+    """A number of the worked example: example('h', 3)."""
+    return float(getattr(worked_example()[t - 1], field))
+
+
+def _finalize(value: Any) -> Any:
+    if isinstance(value, Text) or value is None:
+        return value
+    if isinstance(value, str):
+        return _MARKDOWN.sub(lambda m: " " if m[1] == "\n" else "\\" + m[1], value)
+    return plain(value)
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _of_numbers(text: Callable[..., str]) -> Callable[..., Any]:
+    """A filter for numbers; words, such as a given ``missing`` text or a gap, pass unchanged."""
+    def apply(value: Any, *args: Any) -> Any:
+        return value if isinstance(value, str) else Text(text(value, *args))
+    return apply
+
+
+FILTERS: dict[str, Callable[..., Any]] = {
+    "sig": _of_numbers(lambda v, digits=3: number(float(f"{v:.{digits}g}"), digits)),
+    "fixed": _of_numbers(lambda v, digits=2: fixed(v, digits)),
+    "integer": _of_numbers(lambda v: fixed(v, 0)),
+    "percent": _of_numbers(lambda v, digits=1: fixed(100 * v, digits) + "\u202f%"),
+    "times": _of_numbers(lambda v, digits=1: fixed(v, digits) + "\u202f×"),
+    "bytes": _of_numbers(binary_bytes),
+    "yesno": lambda v, yes="yes", no="no": Text(yes if v else no),
+}
+

@@ -1,0 +1,127 @@
+"""Records of runs on machines that the reader does not have: data/measurements/*.json.
+
+A record is a finished run folder in one JSON file, made on the machine where the run took place
+(``mambabyte record``, or ``write_record_file`` from Python) and kept with the sources. Its schema
+is in data/README.md. The report shows it beside the study, marked with its machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.results import ROOT, Figure, Run, Table, Value, check_name, load_run
+from mambabyte.errors import UserError
+from mambabyte.files import write_json
+
+MEASUREMENTS = ROOT / "data" / "measurements"
+FORMAT = 1
+REQUIRED = ("date", "commit", "command", "versions", "machine")
+# JSON has no words for these; None (null) is "not measured".
+_WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A measurement kept with the sources; ``run`` holds its values, tables and figures."""
+
+    name: str
+    title: str
+    about: str
+    run: Run
+
+    @property
+    def study(self) -> str:
+        return self.run.study
+
+
+def write_record_file(
+    run_folder: Path | str, name: str, *, title: str, about: str, folder: Path = MEASUREMENTS
+) -> Path:
+    """Turns a finished run into a record; returns its path. Figures' SVG travels inside."""
+    run = load_run(run_folder)
+    if run.status != "done":
+        raise UserError(f"{run_folder} is a {run.status} run: only a finished one makes a record")
+    path = folder / f"{name}.json"
+    write_json(path, {
+        "format": FORMAT, "study": run.study, "title": title, "about": about,
+        "parameters": run.parameters, "sources": run.sources, "seconds": run.seconds,
+        "provenance": run.provenance,
+        "values": {n: {**vars(v), "value": _encode(v.value)} for n, v in run.values.items()},
+        "tables": [{"name": t.name, "caption": t.caption, **_frame(t.frame)}
+                   for t in run.tables.values()],
+        "figures": [{"name": f.name, "title": f.title, "caption": f.caption, "alt": f.alt,
+                     "svg": f.svg, **_frame(f.data)} for f in run.figures.values()],
+    })
+    load_record(path)  # a record that cannot be read back is not one
+    return path
+
+
+def load_records(folder: Path | str = MEASUREMENTS) -> dict[str, Record]:
+    """All records of a folder by name, in order of name; no folder, no records."""
+    return {path.stem: load_record(path) for path in sorted(Path(folder).glob("*.json"))}
+
+
+def load_record(path: Path) -> Record:
+    """One record; UserError that names the file and what is wrong with it."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] != FORMAT:
+            raise UserError(f"{path.name} has format {data['format']}, expected {FORMAT}")
+        absent = [key for key in REQUIRED if not data["provenance"].get(key)]
+        if absent:
+            raise UserError(f"{path.name} does not say its {', '.join(absent)}: a record names "
+                            "machine, date, versions, commit and command")
+        run = Run(
+            folder=path, study=check_name("study", data["study"]),
+            parameters=data.get("parameters", {}),
+            values={n: Value(_decode(v["value"]), v.get("unit", ""), v.get("about", ""))
+                    for n, v in data.get("values", {}).items()},
+            tables={check_name("table", t["name"]): Table(t["name"], t["caption"], _unframe(t))
+                    for t in data.get("tables", [])},
+            figures={check_name("figure", f["name"]): Figure(f["name"], f["title"], f["caption"],
+                                                            f["alt"], f["svg"], _unframe(f))
+                     for f in data.get("figures", [])},
+            provenance=data["provenance"], run_id=path.stem, seconds=data.get("seconds"),
+            sources=data.get("sources", ""),
+        )
+        return Record(check_name("record", path.stem), data["title"], data["about"], run)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path.name} is not a measurement record ({type(error).__name__}: "
+                        f"{error}); data/README.md has the format") from None
+
+
+def _frame(frame: pd.DataFrame) -> dict[str, Any]:
+    rows = [[_encode(v) for v in row] for row in frame.itertuples(index=False, name=None)]
+    return {"columns": [str(c) for c in frame.columns], "rows": rows}
+
+
+def _unframe(entry: dict[str, Any]) -> pd.DataFrame:
+    width = len(entry["columns"])
+    if any(len(row) != width for row in entry["rows"]):
+        raise UserError(f"table {entry['name']!r} has a row that is not {width} cells long")
+    columns = {c: [_decode(row[i]) for row in entry["rows"]]
+               for i, c in enumerate(entry["columns"])}
+    # object wherever a cell is null, so that "not measured" does not turn into nan
+    return pd.DataFrame({c: pd.Series(v, dtype=object if None in v else None)
+                         for c, v in columns.items()})
+
+
+def _encode(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    if value is pd.NA:
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _decode(value: Any) -> Any:
+    return _WORDS.get(value, value) if isinstance(value, str) else value

@@ -1,0 +1,82 @@
+"""Every scan form on prepared inputs, the studied repairs included, and how forms are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from mambabyte.errors import UserError
+from mambabyte.ops import selective_scan
+from mambabyte.ops.chunked import chunked_scan
+from mambabyte.ops.cumsum import (
+    corrected_chunked_cumsum_scan,
+    document_chunked_scan,
+    document_cumsum_scan,
+)
+from mambabyte.ops.operator import fused_available
+from mambabyte.ops.repairs import REPAIRS
+from mambabyte.ops.sequential import sequential_scan
+
+# (u, delta, A, B, C, state, chunk) -> (y, final state), delta positive, in one floating dtype
+Scan = Callable[..., tuple[Tensor, Tensor]]
+
+FORMS: dict[str, Scan] = {
+    "sequential": sequential_scan,
+    "chunked": chunked_scan,
+    "document_chunked": document_chunked_scan,
+    "document_cumsum": document_cumsum_scan,
+    "corrected_cumsum": corrected_chunked_cumsum_scan,
+    **REPAIRS,
+}
+# Forms that compute h_t = a_t (h_{t-1} + b_t), see mambabyte.ops.cumsum.
+PUBLISHED = ("document_chunked", "document_cumsum")
+# The order of the inputs whose gradients are compared.
+INPUTS = ("u", "delta", "A", "B", "C", "initial state")
+
+
+def scan_of(form: str) -> Scan:
+    """The scan of that name; "fused" through selective_scan."""
+    if form == "fused":
+        return _fused
+    return FORMS[form]
+
+
+def _fused(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    return selective_scan(u, delta, A, B, C, initial_state=state, form="fused")
+
+
+def check_forms(names: tuple[str, ...]) -> None:
+    """UserError for a name that is no form."""
+    for name in names:
+        if name not in FORMS and name != "fused":
+            raise UserError(f"form {name!r} is unknown: choose fused, {', '.join(FORMS)}")
+
+
+def runnable(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names without "fused" where its kernels do not run."""
+    if fused_available("cpu")[0]:
+        return names
+    return tuple(name for name in names if name != "fused")
+
+
+def relative_rms(value: Tensor, reference: Tensor) -> float:
+    """Root mean square of the error over that of the reference, in float64."""
+    value, reference = value.detach().double(), reference.detach().double()
+    scale = reference.square().mean().sqrt()
+    return float((value - reference).square().mean().sqrt() / scale.clamp_min(1e-300))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread: for tensors this small, a second one costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,254 @@
+"""Timing on a machine that others use too: interleaved rounds, medians, and a guard a point.
+
+Every case is timed once a round, in an order that changes from round to round, so a slow minute
+spreads over all of them instead of bending one curve. What is reported is the median and the
+quartiles over rounds.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mambabyte.errors import UserError
+
+MEASURED = "measured"
+
+
+@dataclass
+class Case:
+    """One thing to time. ``make`` builds the inputs (not timed) and returns the timed call.
+
+    Cases of one ``series`` differ in ``length`` alone and are given in rising order; after the
+    guard has stopped a series, its longer cases are skipped.
+    """
+
+    series: tuple[Any, ...]
+    length: int
+    make: Callable[[], Callable[[], object]]
+    labels: dict[str, Any]
+    seconds: list[float] = field(default_factory=list)
+    status: str = MEASURED
+
+
+def measure(
+    cases: Sequence[Case], *, rounds: int, guard_seconds: float, device: str = "cpu",
+    least_seconds: float = 2e-3, report: Callable[[str], None] = lambda line: None,
+) -> pd.DataFrame:
+    """Time every case; one row each with labels, length, ms (median), quartiles and status.
+
+    Two calls come first. They warm up and feed the guard: when the next case of the series is
+    predicted to take more than ``guard_seconds`` a call (in proportion to the length), the series
+    ends there. A call shorter than ``least_seconds`` is repeated inside one timing. Out of memory
+    ends a series too. ``ms`` is None for what was not measured.
+    """
+    if rounds < 1:
+        raise UserError(f"rounds is {rounds}: it must be at least 1")
+    history: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
+    stopped: dict[tuple[Any, ...], str] = {}
+    inner: dict[int, int] = {}
+    for i, case in enumerate(cases):
+        if case.series in stopped:
+            case.status = stopped[case.series]
+            continue
+        past = history.setdefault(case.series, [])
+        if (predicted := _predict(past, case.length)) > guard_seconds:
+            case.status = stopped[case.series] = (
+                f"skipped: about {predicted:.1f} s a call, the guard is {guard_seconds:g} s")
+            continue
+        try:
+            call = case.make()
+            took = _time(call, 1, device)  # compiles, fills caches
+            if took < guard_seconds or not past:
+                took = min(took, _time(call, 1, device))
+        except (torch.OutOfMemoryError, MemoryError):
+            case.status = stopped[case.series] = "out of memory"
+            continue
+        finally:
+            call = None  # type: ignore[assignment]
+            _release(device)
+        past.append((case.length, took))
+        inner[i] = max(1, min(50, int(least_seconds / max(took, 1e-7))))
+    rng = np.random.default_rng(0)
+    alive = [i for i, case in enumerate(cases) if case.status == MEASURED]
+    for number in range(rounds):
+        for i in rng.permutation(alive):
+            call = cases[i].make()
+            if inner[i] > 1 or device != "cpu":  # on a device: memory is taken outside the clock
+                call()
+            cases[i].seconds.append(_time(call, inner[i], device))
+            call = None  # type: ignore[assignment]
+            if device != "cpu":
+                _release(device)
+        report(f"round {number + 1} of {rounds}: {len(alive)} points")
+    return pd.DataFrame([_row(case) for case in cases])
+
+
+def _row(case: Case) -> dict[str, Any]:
+    low, median, high = (
+        np.quantile(case.seconds, [0.25, 0.5, 0.75]) * 1e3 if case.seconds else [None] * 3
+    )
+    return {**case.labels, "length": case.length, "ms": median, "ms_lower_quartile": low,
+            "ms_upper_quartile": high, "rounds": len(case.seconds), "status": case.status}
+
+
+def _predict(past: list[tuple[int, float]], length: int) -> float:
+    """Seconds of a call at the next length if it grows in proportion; 0 before the first."""
+    if not past:
+        return 0.0
+    last_length, last = past[-1]
+    return last * length / max(last_length, 1)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run torch on ``count`` threads; 0 leaves it as it is. One thread is the steadier measure
+    on a machine with other work: two threads wait for whichever was interrupted."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def none_for_nan(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with None, "not measured", in place of every NaN."""
+    holes = [c for c in frame if frame[c].isna().any()]
+    return frame.assign(**{c: frame[c].astype(object).where(frame[c].notna(), None)
+                           for c in holes})
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def _release(device: str) -> None:
+    if device.startswith("cuda"):
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _time(call: Callable[[], object], inner: int, device: str) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    for _ in range(inner):
+        call()
+    _wait(device)
+    return (time.perf_counter() - began) / inner
+
+
+# --------------------------------------------------------------------------------- exponents
+
+
+@dataclass(frozen=True)
+class Exponent:
+    """Slope of log(cost) over log(length) with a 95 % interval (Student's t), None without one."""
+
+    exponent: float | None
+    low: float | None
+    high: float | None
+    points: int
+    first_length: int | None
+    last_length: int | None
+
+
+def fit_exponent(lengths: Sequence[float], costs: Sequence[float], level: float = 0.95) -> Exponent:
+    """Least squares of log cost on log length; the interval needs three points or more.
+
+    The residuals are taken as independent with one spread, which timings are only roughly; the
+    interval also holds the curvature of an overhead that has not died out.
+    """
+    x, y = np.asarray(lengths, float), np.asarray(costs, float)
+    if len(x) != len(y):
+        raise UserError(f"{len(x)} lengths and {len(y)} costs do not pair up")
+    if len(x) < 2:
+        return Exponent(None, None, None, len(x), None, None)
+    if (x <= 0).any() or (y <= 0).any():
+        raise UserError("an exponent is fitted to positive lengths and costs")
+    x_log, y_log = np.log(x), np.log(y)
+    fit = stats.linregress(x_log, y_log)
+    low = high = None
+    if len(x) > 2:
+        half = float(stats.t.ppf((1 + level) / 2, len(x) - 2) * fit.stderr)
+        low, high = float(fit.slope) - half, float(fit.slope) + half
+    return Exponent(float(fit.slope), low, high, len(x), int(x.min()), int(x.max()))
+
+
+def exponent_table(
+    frame: pd.DataFrame, by: Sequence[str], cost: str = "ms", longest: int = 4
+) -> pd.DataFrame:
+    """An exponent a group, fitted to its ``longest`` lengths: shorter ones are mostly overhead."""
+    rows = []
+    for key, group in frame[frame[cost].notna()].groupby(list(by), sort=False):
+        tail = group.sort_values("length").tail(longest)
+        fit = fit_exponent(tail["length"].tolist(), tail[cost].astype(float).tolist())
+        rows.append({**dict(zip(by, key, strict=True)), **vars(fit)})
+    return none_for_nan(pd.DataFrame(rows))
+
+
+def crossover(
+    lengths: Sequence[float], first: Sequence[float], second: Sequence[float]
+) -> float | None:
+    """The length from which ``first`` stays the cheaper, linear in logs between measured points.
+
+    None when ``first`` is not the cheaper at the longest length; the shortest length when it is
+    the cheaper throughout.
+    """
+    ratio = np.log(np.asarray(first, float) / np.asarray(second, float))
+    x = np.log(np.asarray(lengths, float))
+    if not len(x) or ratio[-1] > 0:
+        return None
+    dearer = np.flatnonzero(ratio > 0)
+    if not len(dearer):
+        return float(np.exp(x[0]))
+    i = dearer[-1]
+    share = ratio[i] / (ratio[i] - ratio[i + 1])
+    return float(np.exp(x[i] + share * (x[i + 1] - x[i])))
+
+
+# ------------------------------------------------------------------------------- allocations
+
+
+class AllocationCounter(TorchDispatchMode):
+    """Counts, by operator, the calls and the bytes of every tensor that an operator makes anew.
+
+    A view makes nothing. The count is exact and the same on every machine; workspace inside an
+    operator is not seen. Backward passes run under the mode that is active when they start.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        name = str(func.overloadpacket)
+        self.calls[name] += 1
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and _storage(tensor) not in given:
+                self.bytes[name] += tensor.untyped_storage().nbytes()
+        return result
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,97 @@
+"""Data parallelism over the processes that torchrun starts; one process is the case of size 1.
+
+Every process holds the whole model, takes its share of each batch and averages the gradients with
+the others, so that all make the same step: what one device makes of the whole batch, up to the
+order of a sum. The gradients travel as one flat tensor: models of this size gain more from one
+message than from sending the last layers' while the first are computed. Files are written by the
+first process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mambabyte.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together, and which of them this is."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # among those of this machine: which GPU
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def device(self, device: str) -> str:
+        """This process's device, where all were given the same ``device``."""
+        if self.size > 1 and device == "cuda":
+            return f"cuda:{self.local_rank}"
+        return device
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This process's rows of a batch, whose number must divide evenly; (B, ...)."""
+        if self.size == 1:
+            return batch
+        if len(batch) % self.size:
+            raise UserError(f"batch_size {len(batch)} does not divide among {self.size} "
+                            f"processes: choose a multiple of {self.size}")
+        return batch.chunk(self.size)[self.rank]
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over the processes."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        flat /= self.size
+        parts = flat.split([t.numel() for t in tensors])
+        torch._foreach_copy_(list(tensors), [p.view_as(t) for p, t in zip(parts, tensors,
+                                                                         strict=True)])
+
+    def agree(self, yes: bool) -> bool:
+        """Whether the first process says yes: all must stop at the same step."""
+        if self.size == 1:
+            return yes
+        flag = [yes]
+        dist.broadcast_object_list(flag, src=0)
+        return flag[0]
+
+    def wait(self) -> None:
+        """Until all are here, as before reading what the first has written."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def current() -> World:
+    """The world that this process has joined; alone if none."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return World()
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """Join the processes that torchrun started, if it did, and leave them at the end."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if int(size) == 1:
+        yield World()
+        return
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group(backend)
+    try:
+        yield current()
+    finally:
+        dist.destroy_process_group()

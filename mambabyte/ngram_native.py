@@ -1,0 +1,87 @@
+"""The two loops of n-gram counting in C, for the CPU; ``ngram.c`` beside this file.
+
+Compiled on first use like the native scan, with its cache and flags. Where that is impossible
+``library`` is None, and counting sorts with torch instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mambabyte.files import cache_dir
+
+SOURCE = Path(__file__).with_name("ngram.c")
+MAX_ORDER = 16
+_FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread"]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, None without a C compiler or a place to keep what it makes."""
+    candidates = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
+    compiler = next((path for name in candidates if name and (path := shutil.which(name))), None)
+    if compiler is None or os.name != "posix":
+        return None
+    stamp = repr((os.path.realpath(compiler), _FLAGS)).encode()
+    key = hashlib.sha256(SOURCE.read_bytes() + stamp).hexdigest()[:24]
+    target = cache_dir() / f"ngram-{key}.so"
+    try:
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                made = Path(folder) / "ngram.so"
+                subprocess.run([compiler, *_FLAGS, str(SOURCE), "-o", str(made)],
+                               capture_output=True, check=True, timeout=120)
+                os.replace(made, target)  # another process sees all of it or nothing
+        loaded = ctypes.CDLL(str(target))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    loaded.shorten.restype = ctypes.c_int64
+    return loaded
+
+
+def sort_contexts(text: Tensor, order: int) -> tuple[Tensor, Tensor]:
+    """Positions of ``text`` (uint8, on the CPU) sorted by their contexts, int32, and the leading
+    key bytes that each shares with the one before it, uint8."""
+    loaded = library()
+    assert loaded is not None
+    length = len(text) - order + 1
+    place = torch.empty(length, dtype=torch.int32)
+    common = torch.empty(length, dtype=torch.uint8)
+    text = text.contiguous()
+    failed = loaded.sort_contexts(_at(text), ctypes.c_int64(length), order,
+                                  torch.get_num_threads(), _at(place), _at(common))
+    if failed:
+        raise MemoryError(f"sorting {length} contexts needs {48 * length} bytes")
+    return place, common
+
+
+def shorten(
+    key: Tensor, contexts: int, start: Tensor, symbol: Tensor, count: Tensor, continuation: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """start, total, symbol and count of the ``contexts`` contexts one byte shorter than those
+    given, whose ``key`` says which each belongs to."""
+    loaded = library()
+    assert loaded is not None
+    child = torch.searchsorted(key, torch.arange(contexts + 1) * 256)
+    starts = torch.empty(contexts + 1, dtype=torch.int32)
+    totals = torch.empty(contexts, dtype=torch.int32)
+    symbols, counts = torch.empty_like(symbol), torch.empty_like(count)
+    made = loaded.shorten(
+        ctypes.c_int64(contexts), _at(child), _at(start), _at(symbol), _at(count),
+        int(continuation), _at(starts), _at(totals), _at(symbols), _at(counts))
+    return starts, totals, symbols[:made].clone(), counts[:made].clone()
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

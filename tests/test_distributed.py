@@ -1,0 +1,109 @@
+"""Two processes make the step of one, and their checkpoints are those of one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mambabyte.checkpoint import load_model
+from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.corpus import load_corpus
+from mambabyte.distributed import World, current
+from mambabyte.errors import UserError
+from mambabyte.train import train
+
+MODEL = ModelConfig(d_model=16, n_layer=2, layer_pattern="MA", d_state=4, n_head=2, n_kv_head=1)
+RECIPE = TrainConfig(context=32, batch_size=4, n_steps=4, checkpoint_every=2, log_every=2, lr=1e-2)
+
+SCRIPT = """
+import sys
+import torch
+from pathlib import Path
+from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.corpus import load_corpus
+from mambabyte.distributed import joined
+from mambabyte.train import train
+torch.set_num_threads(1)
+with joined("cpu") as world:
+    assert world.size == 2
+    corpus = load_corpus(sys.argv[1])
+    for step in ("eager", "graph"):
+        recipe = TrainConfig(**{recipe}, step=step)
+        train(ModelConfig(**{model}), recipe, corpus, Path(sys.argv[2]) / step)
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus_path(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("two hands make light work of many bytes. " * 400)
+    return path
+
+
+@pytest.fixture(scope="module")
+def two(corpus_path, tmp_path_factory) -> Path:
+    """A folder with the runs that two processes made."""
+    out = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    recipe = {k: v for k, v in asdict(RECIPE).items() if k != "step"}
+    script = SCRIPT.replace("{recipe}", repr(recipe)).replace("{model}", repr(asdict(MODEL)))
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", script, str(corpus_path), str(out)],
+        env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-2000:]
+    return out
+
+
+@pytest.mark.parametrize("step", ["eager", "graph"])
+def test_two_processes_equal_one(two, corpus_path, tmp_path, step):
+    corpus = load_corpus(str(corpus_path))
+    train(MODEL, replace(RECIPE, step=step), corpus, tmp_path / "one")
+    one, other = load_model(tmp_path / "one").state_dict(), load_model(two / step).state_dict()
+    for name, value in one.items():
+        assert torch.allclose(value, other[name], atol=1e-5), name
+    losses = [(p / "metrics.jsonl").read_text().count("\n") for p in (tmp_path / "one", two / step)]
+    assert losses == [2, 2]  # written once, by the first process
+
+
+def test_a_run_of_two_is_resumed_by_one(two, corpus_path):
+    corpus = load_corpus(str(corpus_path))
+    run = two / "eager"
+    (run / "checkpoints/step_00000004").rename(run / "whole")
+    result = train(MODEL, replace(RECIPE, step="eager"), corpus, run, resume=True)
+    assert result["steps"] == 4
+    whole, resumed = load_model(run / "whole").state_dict(), load_model(run).state_dict()
+    assert all(torch.allclose(whole[k], resumed[k], atol=1e-5) for k in whole)
+
+
+def test_shares_are_the_batch():
+    batch = torch.arange(6)[:, None]
+    parts = [World(rank, 3).share(batch) for rank in range(3)]
+    assert torch.equal(torch.cat(parts), batch)
+    assert torch.equal(World().share(batch), batch)
+    with pytest.raises(UserError, match="does not divide among 4"):
+        World(0, 4).share(batch)
+
+
+def test_alone_is_a_world_of_one():
+    world = current()
+    assert (world.rank, world.size) == (0, 1)
+    assert world.device("cuda") == "cuda"
+    assert World(1, 2, 1).device("cuda") == "cuda:1"
+    tensor = torch.ones(3)
+    world.average([tensor])
+    assert torch.equal(tensor, torch.ones(3))
+    assert world.agree(True)
+    assert not world.agree(False)
