@@ -20,6 +20,7 @@ COMMANDS = {
     "study": ("analysis.commands.study", "run one study with other parameters"),
     "sweep": ("analysis.commands.sweep", "run the studies, or a grid, skipping what is done"),
     "report": ("analysis.commands.report", "render the HTML report from the run folders"),
+    "ngram": ("analysis.commands.ngram", "count, score and save a byte n-gram model"),
     "task": ("analysis.commands.task", "a named system under the rules of the public task"),
     "bench": ("analysis.commands.bench", "time the scan against its peers and its floor"),
 }

@@ -30,6 +30,7 @@ import torch
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.ops import FORMS, default_form, native_scan
+from mambabyte.ops.causal_conv import FUSED_TAPS
 
 Autocast = Literal["fp32", "bf16"]
 FLOAT32 = 4
@@ -132,7 +133,8 @@ def _norm_terms(
         terms.append(("mean and 1/std", 2 * tokens, FLOAT32))
     else:
         terms.append(("1/rms", tokens, FLOAT32))
-        if device == "cpu":  # composed of pow, rsqrt and mul there; one kernel on CUDA
+        # Composed of pow, rsqrt and mul there, one kernel on CUDA; the weights multiply this.
+        if device == "cpu" and config.norm == "rms":
             terms.append(("normalised input", tokens * d, FLOAT32))
     copies = 1 if itemsize == FLOAT32 else readers
     return [*terms, ("output", copies * tokens * d, itemsize)]
@@ -147,22 +149,28 @@ def _mamba_terms(
     rank = 0 if full_rank else config.dt_rank_value
     fused, half = form == "fused", itemsize != FLOAT32
     terms = [
-        ("conv", "input, padded", batch * (length + config.d_conv - 1) * D, itemsize),
-        ("conv", "output", tokens * D, itemsize),
         ("scan input", "u", tokens * D, itemsize if fused else FLOAT32),
         ("scan input", "exp(A_log) and A", 2 * D * N, FLOAT32),
         ("projection", "input of out_proj", tokens * D, itemsize),
     ]
-    # The convolution's output is (B, D, L) in memory and each linear map makes its own copy of u;
-    # for a batch of one the CPU leaves it in (L, D) order and the copies are u itself.
-    copies = 2 if full_rank else 1
-    if batch == 1 and device == "cpu":
+    one_kernel = device == "cuda" and config.d_conv in FUSED_TAPS
+    if one_kernel:  # reads u where in_proj left it, writes (B, L, D)
         copies = 0 if fused or not half else 1
+    else:
+        terms += [
+            ("conv", "input, padded", batch * (length + config.d_conv - 1) * D, itemsize),
+            ("conv", "output", tokens * D, itemsize),
+        ]
+        # torch's convolution leaves (B, D, L) in memory and each linear map copies u; for a
+        # batch of one the CPU leaves it in (L, D) order and the copies are u itself.
+        copies = 2 if full_rank else 1
+        if batch == 1 and device == "cpu":
+            copies = 0 if fused or not half else 1
     terms.append(("projection", "u, copied for x_proj and dt_proj", copies * tokens * D, itemsize))
     # z, B, C and the low-rank step are views: each keeps the whole output that it was cut from.
     if rank or fused or (form != "chunked" and not half):
         terms.append(("projection", "output of x_proj", tokens * (rank + 2 * N), itemsize))
-    if fused or not half:
+    if fused or not half or one_kernel:
         terms.append(("gate", "output of in_proj (u and z)", tokens * 2 * D, itemsize))
     if fused:
         terms.append(("scan input", "delta", tokens * D, itemsize))
@@ -242,6 +250,9 @@ def saved_terms(
                 rows.append(("casts", "weights in bf16", 2 * d * config.mlp_hidden, itemsize))
         found += [Term(i, *row) for row in rows]
     head = [("head", *t) for t in _norm_terms(config, tokens, device, itemsize, 1)]
+    if config.embed_norm:
+        head += [("head", "embedding before its norm", tokens * d, FLOAT32),
+                 ("head", "1/rms of the embedding", tokens, FLOAT32)]
     if config.logit_softcap:
         head.append(("head", "tanh of the logits", tokens * V, itemsize))
     if itemsize != FLOAT32:
@@ -308,9 +319,11 @@ def scan_workspace(form: str, batch: int, length: int, channels: int, states: in
 
 def budget(
     config: ModelConfig, batch: int, length: int, autocast: Autocast = "fp32",
-    device: str = "cpu", checkpointing: bool = False,
+    device: str = "cpu", checkpointing: bool = False, optimizer: str = "adamw",
 ) -> Budget:
     """The closed form of one training step: every category, and the moment of the peak.
+
+    ``optimizer`` is that of TrainConfig. Steps are taken as written, not compiled.
 
     The peak is looked for at the moments that can be it: the loss, the scan of each layer going
     forward and going backward, the MLP and the attention going backward, and the optimizer's
@@ -361,7 +374,7 @@ def budget(
     done = int(moment.split()[1].rstrip(",")) if moment.startswith("layer") else None
     gradients = n_bytes if late else _gradients_above(config, done, moment)
     return Budget(
-        form, autocast, n_bytes, gradients, 2 * n_bytes + FLOAT32 * _n_tensors(config),
+        form, autocast, n_bytes, gradients, _optimizer_bytes(config, optimizer),
         0 if late else kept, moments[moment] - (0 if late else kept), moment)
 
 
@@ -370,16 +383,33 @@ def _gradients_above(config: ModelConfig, layer: int | None, moment: str) -> int
     if layer is None or "forward" in moment:
         return 0
     groups = config.parameter_groups()
-    per_layer = (config.n_parameters - groups["embedding"]) * FLOAT32 / config.n_layer
-    return int(groups["embedding"] * FLOAT32 + per_layer * (config.n_layer - layer))
+    ends = groups["embedding"] + groups.get("head", 0)
+    per_layer = (config.n_parameters - ends) * FLOAT32 / config.n_layer
+    return int(ends * FLOAT32 + per_layer * (config.n_layer - layer))
+
+
+def _optimizer_bytes(config: ModelConfig, optimizer: str) -> int:
+    """Two moments a weight and a step count of 4 bytes a tensor with AdamW.
+
+    Muon keeps one moment of the matrices inside the layers (dt_proj, A_log and the taps of the
+    convolution are left to AdamW) and no step count of them.
+    """
+    groups = config.parameter_groups()
+    m, a = config.layers.count("M"), config.layers.count("A")
+    matrices = sum(groups[name] for name in (
+        "ssm_in_proj", "ssm_x_proj", "ssm_out_proj", "attention", "mlp"))
+    tensors = 3 * m + 4 * a + (2 * config.n_layer if config.mlp_hidden else 0)
+    saved = (matrices + tensors) * FLOAT32 if optimizer == "muon" else 0
+    return (2 * config.n_parameters + _n_tensors(config)) * FLOAT32 - saved
 
 
 def _n_tensors(config: ModelConfig) -> int:
     """Parameter tensors: AdamW keeps a step count of 4 bytes for each."""
-    norm = 2 if config.norm == "layer" else 1
+    norm = {"layer": 2, "rms": 1, "rms_plain": 0}[config.norm]
     mlp = 2 + norm if config.mlp_hidden else 0
     each = {"M": 9 + norm + mlp, "A": 4 + norm + mlp}
-    return sum(each[letter] for letter in config.layers) + 1 + norm
+    ends = (1 if config.tied_head else 2) + norm
+    return sum(each[letter] for letter in config.layers) + ends
 
 
 def state_bytes(
@@ -431,12 +461,15 @@ def fit(
     """
     autocast = autocast_of(train_config, device)
 
+    def step_of(batch: int, context: int) -> Budget:
+        return budget(model_config, batch, context, autocast, device, checkpointing,
+                      train_config.optimizer)
+
     def required(batch: int, context: int) -> int:
-        step = budget(model_config, batch, context, autocast, device, checkpointing)
-        return step.peak + ALLOWANCE_BYTES
+        return step_of(batch, context).peak + ALLOWANCE_BYTES
 
     batch, context = train_config.batch_size, train_config.context
-    step = budget(model_config, batch, context, autocast, device, checkpointing)
+    step = step_of(batch, context)
     breakdown = {
         "weights": step.weights, "gradients": step.gradients, "optimizer": step.optimizer,
         "activations": step.activations, "workspace": step.workspace,

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m analysis.measure", description=(__doc__ or "").partition("\n")[0],
         epilog="example: python -m analysis.measure throughput "
-               "data/measurements/h200-throughput.json --set rounds=9")
+               "data/measurements/gpu-throughput.json --set rounds=9")
     parser.add_argument("study", choices=tuple(STUDIES))
     parser.add_argument("out", type=Path)
     parser.add_argument("--profile", default="full")

@@ -35,6 +35,7 @@ from analysis.footprint import (
     scan_workspace,
     state_bytes,
 )
+from analysis.scans import one_thread
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
@@ -276,19 +277,18 @@ class Memory:
 
 def run(p: Parameters, report: Callable[[str], None]) -> Memory:
     """Closed form, counts, and what follows from them. The same numbers on every run."""
-    report("counting saved tensors")
-    saved = _saved_frame(p)
-    report("measuring peaks with the profiler")
-    peaks = _peaks_frame(p)
-    report("counting what slices in a loop allocate")
-    slices = _slices_frame(p)
-    report("the document's configurations")
-    terms = _terms_frame()
-    full_tensors = _full_tensors_frame(p)
-    return Memory(
-        saved, peaks, full_tensors, terms, _budgets_frame(p), _state_frame(), slices,
-        _devices_frame(p), _document_frame(p), measure_on_cuda(report) if p.cuda else
-        pd.DataFrame())
+    with one_thread():
+        report("counting saved tensors")
+        saved = _saved_frame(p)
+        report("measuring peaks with the profiler")
+        peaks = _peaks_frame(p)
+        report("counting what slices in a loop allocate")
+        slices = _slices_frame(p)
+        report("the document's configurations")
+        return Memory(
+            saved, peaks, _full_tensors_frame(p), _terms_frame(), _budgets_frame(p),
+            _state_frame(), slices, _devices_frame(p), _document_frame(p),
+            measure_on_cuda(report) if p.cuda else pd.DataFrame())
 
 
 def _worst_error(frame: pd.DataFrame) -> float:

@@ -102,7 +102,8 @@ SYSTEMS: dict[str, System] = {
     "modded_nanogpt_500": _preset("modded_nanogpt", about="modded_nanogpt, 500 steps", n_steps=500),
     "nano_plus_ngram": _preset("nano_plus_ngram", Ngram(weight=0.5)),
     "nano_plus_ngram_chosen": _preset(
-        "nano_plus_ngram", Ngram(), "nano_plus_ngram, the weight chosen on held-out training text"),
+        "nano_plus_ngram", Ngram(order=14, discount=0.85),
+        "nano_plus_ngram, order, discount and weight chosen on held-out training text"),
     "hybrid_3_1": _preset("hybrid_3_1", n_steps=2000, lr=1e-3),
     "ssm_1_1": _preset("ssm_1", n_steps=2000, lr=1e-3),
     "nano_ssm": _preset("nano_ssm"),

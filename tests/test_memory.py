@@ -23,6 +23,7 @@ from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.ops import native_scan
+from mambabyte.optim import role
 from mambabyte.stream import ByteStream
 
 
@@ -32,13 +33,15 @@ def random_case(seed: int) -> tuple[ModelConfig, int, int, str, bool]:
     config = ModelConfig(
         vocab_size=rng.choice([64, 256]), d_model=heads * 2 * rng.choice([4, 6]),
         n_layer=rng.choice([1, 2, 3]), layer_pattern=rng.choice(["M", "M", "A", "MA", "MMA"]),
-        norm=rng.choice(["layer", "rms"]), d_state=rng.choice([2, 4, 16]),
+        norm=rng.choice(["layer", "rms", "rms_plain"]), d_state=rng.choice([2, 4, 16]),
         d_conv=rng.choice([1, 2, 4]), expand=rng.choice([1, 2]),
         dt_rank=rng.choice(["auto", "full", 3]), n_head=heads,
         n_kv_head=rng.choice([1, heads]), qk_norm=rng.random() < 0.5,
         attention_window=rng.choice([8, 1024]), mlp_ratio=rng.choice([0.0, 2.0]),
         mlp_activation=rng.choice(["relu2", "gelu", "silu"]),
-        logit_softcap=rng.choice([0.0, 30.0]), scan_form=SCAN_FORMS[seed % len(SCAN_FORMS)],
+        logit_softcap=rng.choice([0.0, 30.0]), embed_norm=rng.random() < 0.3,
+        tied_head=rng.random() < 0.7, rope_fraction=rng.choice([0.5, 1.0]),
+        scan_form=SCAN_FORMS[seed % len(SCAN_FORMS)],
         scan_chunk=rng.choice([None, 1, 2, 5, 8]))
     return (config, rng.choice([1, 2, 5]), rng.choice([2, 7, 16, 33]),
             rng.choice(["fp32", "bf16"]), rng.random() < 0.2)
@@ -109,7 +112,7 @@ def test_slices_allocate_in_proportion_to_the_square_of_the_length() -> None:
 
 
 def test_weights_and_optimizer_against_the_model() -> None:
-    for preset in ("mamba_byte", "hybrid_3_1"):
+    for preset in ("mamba_byte", "hybrid_3_1", "modded_nanogpt", "nano_ssm_3_1"):
         config = replace(PRESETS[preset].model, d_model=64, n_head=2, n_kv_head=2)
         model = ByteLM(config)
         step = budget(config, 1, 8)
@@ -154,6 +157,14 @@ def test_fit_finds_the_largest_by_bisection() -> None:
     assert needed(4, found.largest_context) <= room < needed(4, found.largest_context + 1)
     assert fit(config, train, 1).largest_batch == 0
     assert fit(config, train, None).fits is None
+
+
+def test_muon_keeps_one_moment_of_the_matrices() -> None:
+    config = PRESETS["nano_ssm_1_1"].model
+    adamw, muon = budget(config, 1, 8), budget(config, 1, 8, optimizer="muon")
+    matrices = sum(
+        p.numel() for name, p in ByteLM(config).named_parameters() if role(name, p) == "muon")
+    assert adamw.optimizer - muon.optimizer == pytest.approx(4 * matrices, rel=1e-3)
 
 
 def test_parse_memory() -> None:

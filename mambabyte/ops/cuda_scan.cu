@@ -22,10 +22,9 @@
 typedef long long i64;
 typedef unsigned int u32;
 
-#ifdef EVERY
-#define EVERYF 32
-#else
-#define EVERYF 1
+#ifndef FST
+#define FST 4
+#define FAH 2
 #endif
 constexpr int CHUNK = 8;  // steps between checkpoints
 constexpr float LOG2E = 1.4426950408889634f;
@@ -718,7 +717,7 @@ template <int WARPS, bool BACKWARD, bool SOFTPLUS>
 struct TileRing {
     static constexpr int NONE = 1 << 30;
     static_assert(WARPS >= 4, "the forward has B and C copied by the threads of the fourth tensor");
-    static constexpr int STAGES = 4, AHEAD = 2, TILE = 4 * 128 + 16;
+    static constexpr int STAGES = BACKWARD ? 4 : FST, AHEAD = BACKWARD ? 2 : FAH, TILE = 4 * 128 + 16;
     static constexpr u32 STATES = WARPS * TILE, CHECKPOINTS = STATES + 512,
                          FILLED = CHECKPOINTS + (BACKWARD ? WARPS * 256 : 0), EMPTIED = FILLED + 8,
                          STAGE = FILLED + 16, BYTES = STAGES * STAGE;
@@ -783,11 +782,7 @@ struct TileRing {
         }
         if (thread < STAGES) {
             PhasedBarrier{address + thread * STAGE + FILLED}.init(32 * WARPS);
-#ifdef EVERY
-            PhasedBarrier{address + thread * STAGE + EMPTIED}.init(32*WARPS);
-#else
-            PhasedBarrier{address + thread * STAGE + EMPTIED}.init(WARPS);
-#endif
+            PhasedBarrier{address + thread * STAGE + EMPTIED}.init(32 * WARPS);
         }
         __syncthreads();
     }
@@ -831,14 +826,10 @@ struct TileRing {
         turn(reading, reading_phase);
         return stage;
     }
-    // The warp has read what it needs of it.
-    __device__ __forceinline__ void release(const TileLane &l, u32 stage) const {
-#ifdef EVERY
+    // The thread has read what it needs of it. (One arrival for a warp, after __syncwarp(), would do, but
+    // is no faster and racecheck does not follow it.)
+    __device__ __forceinline__ void release(u32 stage) const {
         PhasedBarrier{stage + EMPTIED}.arrive();
-#else
-        __syncwarp();
-        if (l.lane == 0) PhasedBarrier{stage + EMPTIED}.arrive();
-#endif
     }
 };
 
@@ -1017,7 +1008,7 @@ tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segme
         if (!full) total += now.dt_sum;
         if (left > CHUNK) ring.wait_filled();
         load_transposed(rows, ring.reading + rows_at);
-        ring.release(l, from);
+        ring.release(from);
 
         float y0 = 0.f, y1 = 0.f;
 #pragma unroll
@@ -1097,7 +1088,7 @@ tile_adjoint(Problem p, Upstream up, float *segment_g, float *segment_dt) {
         u32 rows[4], C[4];
         load_transposed(rows, from + l.warp * Ring::TILE + matrix_row(l));
         load_transposed(C, from + Ring::STATES + 256 + doubled_row(l));
-        ring.release(l, from);
+        ring.release(from);
         float dt0, dt1, slope, dt[8];
         tile_dt<SOFTPLUS>(low_bf16(rows[DELTA]) + bias, at + 2 * l.t < length, dt0, slope);
         tile_dt<SOFTPLUS>(high_bf16(rows[DELTA]) + bias, at + 2 * l.t + 1 < length, dt1, slope);
@@ -1199,7 +1190,7 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
     const int length = int(l.end - l.begin), last = (length - 1) / CHUNK * CHUNK;
     const i64 chunks = (p.length + CHUNK - 1) / CHUNK;
 
-    if (threadIdx.x < 2) PhasedBarrier{barriers + 8 * threadIdx.x}.init(EVERYF*WARPS);
+    if (threadIdx.x < 2) PhasedBarrier{barriers + 8 * threadIdx.x}.init(32 * WARPS);
     Ring ring;
     ring.start(p, l, ring_room, l.begin + last, -1, up, checkpoints, p.u, GATED ? p.z : nullptr, p.B, p.C);
     ring.fetch(length - last);
@@ -1388,10 +1379,6 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         store_if(stored, ddelta + row, row_x);
         if (GATED) store_if(stored, dz + row, row_z);
         row -= CHUNK / 2 * p.channels;
-#ifndef EVERY
-        __syncwarp();
-        if (l.lane == 0)
-#endif
         PhasedBarrier{own_done}.arrive();
         own_done ^= 8;
         own_sums = own_sums == (ROUNDS - 1) * WARPS * 1024 ? 0 : own_sums + WARPS * 1024;
