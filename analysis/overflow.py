@@ -717,8 +717,11 @@ def headline(found: Overflow) -> dict[str, tuple[float | str | None, str, str]]:
         "trained_exponent": (float(last["largest exponent in 32 steps"].max()), "nats",
                              "largest exponent after the training, stable form"),
         "trained_steps": (int(stable["step"].max()), "steps", "steps trained, stable form"),
-        "extrapolated_exponent": (float(end["at the end, by a line"].max()), "nats",
-                                  "at the end of the document's schedule, by a line"),
+        # Carried on over more than was trained, a line is worth nothing.
+        "extrapolated_exponent": (
+            float(end["at the end, by a line"].max())
+            if end["share of the schedule's learning"].max() >= 0.5 else None,
+            "nats", "at the end of the document's schedule, by a line"),
         **_ending(ended, "auto", "stable"),
         **_ending(ended, "corrected_cumsum", "corrected"),
         **_ending(ended, "document_chunked", "document"),

@@ -34,7 +34,7 @@ PAPER, PANEL = "#ffffff", "#f2f4f7"  # the page, and a cell that is to stand bac
 # Text over a coloured cell: not a theme colour, so that it stays readable on that cell.
 ON_LIGHT, ON_DARK = "#121212", "#fafafa"
 
-_ABOVE = "named-above"  # marks a text above the axes, which the title must clear
+_ABOVE = "_named-above"  # marks a text above the axes, which the title must clear
 
 # "time, s", "peak (MiB)", "loss [nats]": a unit after a comma or in brackets. A pure number says
 # so: "ratio, 1" would be pedantic, so these words count as their own unit.
@@ -135,7 +135,7 @@ def mark_line(axes: Axes, *, x: float | None = None, y: float | None = None, tex
     if x is not None:
         axes.axvline(x, **style)
         axes.annotate(text, (x, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3),
-                      va="bottom", ha="center", gid=_ABOVE, **words)
+                      va="bottom", ha="center", label=_ABOVE, **words)
         title = axes.get_title(loc="left")
         if title:
             axes.set_title(title, loc="left", pad=_title_pad(axes))
@@ -147,7 +147,7 @@ def mark_line(axes: Axes, *, x: float | None = None, y: float | None = None, tex
 
 def _title_pad(axes: Axes) -> float:
     """Points between axes and title: more where a reference line is named in between."""
-    return 22.0 if any(text.get_gid() == _ABOVE for text in axes.texts) else 10.0
+    return 22.0 if any(text.get_label() == _ABOVE for text in axes.texts) else 10.0
 
 
 def text_on(rgba: Sequence[float]) -> str:

@@ -8,8 +8,6 @@ from matplotlib.figure import Figure
 
 from analysis import plots
 
-RIGHT = ("sequential", "chunked", "fused", "corrected_cumsum", "segment_sum", "associative")
-
 
 def boundary_lines(boundaries: pd.DataFrame, gradient: str = "d u") -> Figure:
     """Error of one gradient at every boundary, float32: a line each form, and truncation."""
@@ -67,29 +65,37 @@ def step_bars(steps: pd.DataFrame, document_percent: float) -> Figure:
                       color=look["color"], label=precision if i == 0 else None)
     axes.set_yscale("log")
     axes.set_xticks(range(len(forms)), forms)
-    plots.mark_line(axes, y=document_percent, text="the document's 0.13 %")
+    axes.set_xlim(-0.8, len(forms) - 0.5)
+    plots.mark_line(axes, y=document_percent, text=f"document: {document_percent:g} %")
     plots.label_axes(axes, "scan form", "difference of the logits from step by step, %")
     axes.legend(loc="center right")
     return figure
 
 
 def recall_lines(recall: pd.DataFrame) -> Figure:
-    """Accuracy over distance, a panel each task, a line each reach of the gradient."""
-    tasks = list(dict.fromkeys(recall["task"]))
-    figure, panels = plots.new_figure(1, len(tasks), size=(10.0, 3.9), sharey=True)
+    """Left: steps to learn where near symbols help. Right: accuracy where all symbols are far."""
+    figure, (left, right) = plots.new_figure(1, 2, size=(10.0, 3.9))
     reaches = sorted(recall["gradient reaches, steps"].unique())
     looks = {reach: plots.look(i) for i, reach in enumerate(reaches)}
-    for axes, task in zip(np.atleast_1d(panels), tasks, strict=True):
-        rows = recall[recall["task"] == task]
-        for reach in reaches:
-            line = rows[rows["gradient reaches, steps"] == reach].groupby(
-                "distance up to, steps")["accuracy"].mean()
-            if len(line):
-                axes.plot(line.index, line, label=f"{reach} steps", **looks[reach])
-        plots.mark_line(axes, y=0.25, text="chance")
-        axes.set_ylim(0, 1.05)
-        axes.set_title(f"Trained on {task.replace('far only', 'far symbols only')}")
-        plots.label_axes(axes, "distance to the symbol, up to, steps", "accuracy of recall")
-    figure.legend(*np.atleast_1d(panels)[0].get_legend_handles_labels(),
-                  loc="outside lower center", ncols=len(reaches), title="gradient reaches")
+    runs = recall.drop_duplicates(["task", "gradient reaches, steps", "seed"])
+    anywhere = runs[(runs["task"] == "any distance") & runs["steps to learn"].notna()]
+    for i, reach in enumerate(reaches):
+        y = anywhere[anywhere["gradient reaches, steps"] == reach]["steps to learn"].astype(float)
+        left.plot(np.full(len(y), i), y, linestyle="", marker=looks[reach]["marker"],
+                  color=looks[reach]["color"])
+    left.set_xticks(range(len(reaches)), [str(reach) for reach in reaches])
+    left.set_xlim(-0.5, len(reaches) - 0.5)
+    left.set_ylim(0, None)
+    left.set_title("Symbols at any distance")
+    plots.label_axes(left, "gradient reaches, steps", "training steps to learn")
+    far = recall[recall["task"] == "far only"]
+    for reach in sorted(far["gradient reaches, steps"].unique()):
+        line = far[far["gradient reaches, steps"] == reach].groupby(
+            "distance up to, steps")["accuracy"].mean()
+        right.plot(line.index, line, label=f"gradient reaches {reach} steps", **looks[reach])
+    plots.mark_line(right, y=0.25, text="chance")
+    right.set_ylim(0, 1.05)
+    right.set_title("Trained on far symbols only")
+    plots.label_axes(right, "distance to the symbol, up to, steps", "accuracy of recall")
+    right.legend(loc="center right")
     return figure

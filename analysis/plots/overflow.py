@@ -7,9 +7,8 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 
 from analysis import plots
 
@@ -32,7 +31,7 @@ def error_maps(
     columns = 3
     rows = -(-len(forms) // columns)
     figure, grid = plots.new_figure(
-        rows, columns, size=(10.0, 2.9 * rows + 0.9), sharex=True, sharey=True)
+        rows, columns, size=(10.0, 2.9 * rows + 0.9), sharey=True)
     chosen = errors[(errors["kind"] == kind) & (errors["precision"] == precision)]
     cells = np.atleast_2d(grid).ravel()
     for axes, form in zip(cells, forms, strict=False):
@@ -40,8 +39,13 @@ def error_maps(
         axes.set_title(form)
     for axes in cells[len(forms):]:
         axes.set_visible(False)
-    figure.supxlabel("log-decay per step, nats")
-    figure.supylabel("chunk size, steps")
+    for i, axes in enumerate(cells[:len(forms)]):
+        plots.label_axes(axes, "log-decay per step, nats", "chunk size, steps")
+        axes.tick_params(labelbottom=True)
+        if i % columns:
+            axes.set_ylabel("")
+        if i < len(forms) - columns:
+            axes.set_xlabel("")
     handles = [Patch(facecolor=c, hatch=h, edgecolor="white" if h else plots.MUTED, label=name)
                for name, (c, h) in OUTCOMES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
@@ -63,12 +67,12 @@ def _map(axes: plots.Axes, rows: pd.DataFrame, bound: Callable[[float], float]) 
     decay, chunk = levels.columns.to_numpy(float), levels.index.to_numpy(float)
     x, y = _edges(decay), _edges(chunk)
     looks = list(OUTCOMES.values())
-    axes.pcolormesh(x, y, levels.to_numpy(), cmap=ListedColormap([c for c, _ in looks]),
-                    vmin=-0.5, vmax=len(looks) - 0.5, edgecolors="white", linewidth=0.4)
-    for level, (_, hatch) in enumerate(looks):
-        if hatch and (levels.to_numpy() == level).any():
-            hidden = np.ma.masked_where(levels.to_numpy() != level, levels.to_numpy())
-            axes.pcolor(x, y, hidden, hatch=hatch, alpha=0.0)
+    for (row, column), level in np.ndenumerate(levels.to_numpy()):
+        colour, hatch = looks[int(level)]
+        left, bottom = float(x[column]), float(y[row])
+        width, height = float(x[column + 1]) - left, float(y[row + 1]) - bottom
+        axes.add_patch(Rectangle((left, bottom), width, height, facecolor=colour, hatch=hatch,
+                                 edgecolor="white", linewidth=0.4))
     line = np.geomspace(x[0], x[-1], 80)
     limits = np.array([bound(v) for v in line])
     if np.isfinite(limits).any():

@@ -22,10 +22,6 @@
 typedef long long i64;
 typedef unsigned int u32;
 
-#ifndef FST
-#define FST 4
-#define FAH 2
-#endif
 constexpr int CHUNK = 8;  // steps between checkpoints
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
@@ -620,10 +616,10 @@ __device__ __forceinline__ void store_shared(u32 address, float x, float y, floa
     store_shared(address, __float_as_uint(x), __float_as_uint(y), __float_as_uint(z), __float_as_uint(w));
 }
 
-// 16 bytes from global to shared memory; zeros unless valid.
-__device__ __forceinline__ void copy_async(u32 to, const char *from, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+// 16 bytes from global to shared memory, zeros unless valid; nothing unless wanted.
+__device__ __forceinline__ void copy_async(u32 to, const char *from, bool valid, bool wanted = true) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p cp.async.ca.shared.global [%0], [%1], 16, %2; }"
+                 :: "r"(to), "l"(from), "r"(valid ? 16 : 0), "r"(u32(wanted)) : "memory");
 }
 
 // A phased barrier in shared memory on which a warp may arrive now and wait later.
@@ -657,7 +653,7 @@ struct PhasedBarrier {
     }
 };
 
-__device__ __forceinline__ void store_if(bool valid, u32 *to, u32 x) {
+__device__ __forceinline__ void store_if(bool valid, char *to, u32 x) {
     asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.b32 [%1], %2; }"
                  :: "r"(u32(valid)), "l"(to), "r"(x) : "memory");
 }
@@ -717,28 +713,23 @@ template <int WARPS, bool BACKWARD, bool SOFTPLUS>
 struct TileRing {
     static constexpr int NONE = 1 << 30;
     static_assert(WARPS >= 4, "the forward has B and C copied by the threads of the fourth tensor");
-    static constexpr int STAGES = BACKWARD ? 4 : FST, AHEAD = BACKWARD ? 2 : FAH, TILE = 4 * 128 + 16;
+    static constexpr int STAGES = BACKWARD ? 4 : 8, AHEAD = BACKWARD ? 2 : 5, TILE = 4 * 128 + 16;
     static constexpr u32 STATES = WARPS * TILE, CHECKPOINTS = STATES + 512,
                          FILLED = CHECKPOINTS + (BACKWARD ? WARPS * 256 : 0), EMPTIED = FILLED + 8,
                          STAGE = FILLED + 16, BYTES = STAGES * STAGE;
 
     const char *from, *from_second;
-    int step, step_second;  // bytes from chunk to chunk
-    u32 to, to_second;
-    u32 reading, writing, end;  // stages in turn
-    u32 reading_phase, writing_phase;
+    int step, step_second;  // from chunk to chunk, in 16 bytes
+    u32 address, to, to_second;
     int row, row_second;  // of the chunk; NONE: nothing to copy
     bool second, delta;
 
     // Chunks upwards (direction 1) or downwards (-1) from step `first`. A null tensor is skipped.
     // Ends with a barrier of the block.
-    __device__ __forceinline__ void start(const Problem &p, const TileLane &l, u32 address, i64 first,
+    __device__ __forceinline__ void start(const Problem &p, const TileLane &l, u32 room, i64 first,
                                           int direction, const Upstream &up, const uint2 *checkpoints,
                                           const void *u, const void *z, const void *B, const void *C) {
-        reading = writing = address;
-        end = address + BYTES;
-        reading_phase = 0;
-        writing_phase = 1;  // a wait for the phase before the first one passes
+        address = room;
         const int thread = threadIdx.x, tensor = thread / (8 * WARPS), tile = thread % WARPS;
         const i64 channel = (l.group * WARPS + tile) * 8;
         const void *source = tensor == U ? u : tensor == DELTA ? p.delta : tensor == Z ? z : up.dout;
@@ -749,7 +740,7 @@ struct TileRing {
         row = thread / WARPS % 8;
         delta = tensor == DELTA;
         from = static_cast<const char *>(source) + 2 * (l.batch * batch + (first + row) * time + channel);
-        step = int(direction * 2 * CHUNK * time);
+        step = int(direction * time);  // CHUNK elements are 16 bytes
         to = tile * TILE + tensor * 128 + row * 16;
         if (source == nullptr || channel >= p.channels) row = NONE;
 
@@ -762,7 +753,7 @@ struct TileRing {
         const char *s_from = static_cast<const char *>(states) +
                              2 * (l.batch * (is_C ? p.C_batch : p.B_batch) + (first + s_row) * s_time +
                                   8 * (piece >> 3 & 1));
-        const int s_step = int(direction * 2 * CHUNK * s_time);
+        const int s_step = int(direction * s_time);
         const u32 s_to = STATES + 16 * piece;
         second = false;
         if (BACKWARD) {
@@ -773,7 +764,7 @@ struct TileRing {
                 from_second = reinterpret_cast<const char *>(
                     checkpoints + ((l.batch * chunks + first / CHUNK) * p.channels + at) * 4 +
                     thread % 2 * 2);
-                step_second = int(direction * i64(sizeof(uint2)) * 4 * p.channels);
+                step_second = int(direction * 2 * p.channels);
                 to_second = CHECKPOINTS + 16 * thread;
                 row_second = checkpoints && at < p.channels ? 0 : NONE;
             }
@@ -786,45 +777,36 @@ struct TileRing {
         }
         __syncthreads();
     }
-    __device__ __forceinline__ void turn(u32 &stage, u32 &phase) const {
-        stage += STAGE;
-        if (stage == end) stage -= BYTES, phase ^= 1;
+    // Chunks are numbered in the order of their fetches.
+    __device__ __forceinline__ u32 stage(u32 number) const { return address + number % STAGES * STAGE; }
+    // Wait until every thread has released what was in chunk `number`'s stage.
+    __device__ __forceinline__ void wait_emptied(u32 number) const {
+        PhasedBarrier{stage(number) + EMPTIED}.wait(number / STAGES + 1 & 1);
     }
-    // Wait until every warp has released the stage that the next fetch fills.
-    __device__ __forceinline__ void wait_emptied() const {
-        PhasedBarrier{writing + EMPTIED}.wait(writing_phase);
+    __device__ __forceinline__ void wait_filled(u32 number) const {
+        PhasedBarrier{stage(number) + FILLED}.wait(number / STAGES & 1);
     }
     // Ask for the next chunk, of `left` steps. Steps past the end get zeros, but delta = -inf.
-    __device__ __forceinline__ void fetch(int left) {
+    __device__ __forceinline__ void fetch(u32 number, int left) {
+        const u32 stage = this->stage(number);
         if (SOFTPLUS && left < CHUNK && delta && row >= left) {
             const u32 inf = 0xff80ff80u;  // two bf16 -inf
-            store_shared(writing + to, inf, inf, inf, inf);
+            store_shared(stage + to, inf, inf, inf, inf);
         } else {
-            copy_async(writing + to, from, row < left);
+            copy_async(stage + to, from, row < left);
         }
-        from += step;
+        from += i64(step) * 16;
         if (BACKWARD) {
-            if (second) copy_async(writing + to_second, from_second, row_second < left);
-            from_second += step_second;
+            copy_async(stage + to_second, from_second, row_second < left, second);
+            from_second += i64(step_second) * 16;
         }
-        const PhasedBarrier filled{writing + FILLED};
+        const PhasedBarrier filled{stage + FILLED};
         if (left < CHUNK) {  // the plain store above takes a plain arrival to be seen
             asm volatile("cp.async.wait_all;" ::: "memory");
             filled.arrive();
         } else {
             filled.arrive_after_copies();
         }
-        turn(writing, writing_phase);
-    }
-    __device__ __forceinline__ void wait_filled() const {
-        PhasedBarrier{reading + FILLED}.wait(reading_phase);
-    }
-    // Address of the next chunk, once it is there.
-    __device__ __forceinline__ u32 arrived() {
-        const u32 stage = reading;
-        wait_filled();
-        turn(reading, reading_phase);
-        return stage;
     }
     // The thread has read what it needs of it. (One arrival for a warp, after __syncwarp(), would do, but
     // is no faster and racecheck does not follow it.)
@@ -905,19 +887,17 @@ __device__ __forceinline__ void tile_dt(float x, bool valid, float &dt, float &s
     }
 }
 
-// Keeps a value in a register: the compiler, which no longer knows where it came from, would else derive
-// it again and again.
-__device__ __forceinline__ u32 opaque(u32 x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
+// Keeps a lane's value in a register: the compiler, which no longer knows where it came from, would else
+// derive it again in every chunk.
+__device__ __forceinline__ u32 opaque(u32 x) { return __shfl_sync(~0u, x, threadIdx.x & 31); }
 
 // Four masks in one register: all bits of mask `which` are set, none of the others.
 struct Masks {
     u32 bytes;
     __device__ __forceinline__ explicit Masks(int which) : bytes(opaque(0xffu << (8 * which))) {}
     __device__ __forceinline__ void unpack(u32 (&mask)[4]) const {
-        const u32 x = opaque(bytes);
+        u32 x = bytes;
+        asm volatile("" : "+r"(x));  // not to be hoisted out of the loop over chunks
 #pragma unroll
         for (int i = 0; i < 4; ++i) mask[i] = __byte_perm(x, 0, 0x1111 * i);
     }
@@ -925,7 +905,7 @@ struct Masks {
 
 template <bool GATED, bool SOFTPLUS, Pass PASS, int WARPS, int BLOCKS>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
-tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segment_h, float *segment_dt) {
+tile_forward(Problem p, char *out, float *h_end, char *checkpoints, float *segment_h, float *segment_dt) {
     using Ring = TileRing<WARPS, false, SOFTPLUS>;
     __shared__ __align__(128) char ring_room[Ring::BYTES];
     __shared__ __align__(128) char rooms[WARPS][256];  // dt of a chunk
@@ -944,8 +924,9 @@ tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segme
                GATED && full ? p.z : nullptr, p.B, full ? p.C : nullptr);
 #pragma unroll
     for (int c = 0; c < Ring::AHEAD; ++c)
-        if (length > c * CHUNK) ring.fetch(length - c * CHUNK);
+        if (length > c * CHUNK) ring.fetch(c, length - c * CHUNK);
 
+    const bool saves = opaque(full && checkpoints && l.active);
     int rows_left = 0;
     float A[4], h[4] = {}, total = 0.f;
     l.read_states(A, p.A, l.channel);
@@ -961,10 +942,9 @@ tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segme
 #pragma unroll
             for (int k = 0; k < 4; ++k) h[k] = fmaf(exp2_approx(A[k] * dt), h[k], end[k]);
         }
-        if (checkpoints)
-            checkpoints += ((l.batch * chunks + l.begin / CHUNK) * p.channels + l.channel) * 4 + l.t;
-        rows_left = l.active ? length - l.g : 0;
-        out += ((l.batch * p.length + l.begin + l.g) * p.channels + l.channel - l.g) / 2 + l.t;
+        checkpoints += 8 * (((l.batch * chunks + l.begin / CHUNK) * p.channels + l.channel) * 4 + l.t);
+        rows_left = int(opaque(l.active ? length - l.g : 0));
+        out += 2 * ((l.batch * p.length + l.begin + l.g) * p.channels + l.channel - l.g) + 4 * l.t;
     }
 
     // The owners' part of a chunk, made ready while the chunk before it is walked. dt goes to the room.
@@ -974,7 +954,7 @@ tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segme
         SplitPair x;
         __device__ __forceinline__ Ready() : x(0.f, 0.f) {}
     } next;
-    u32 rows[4];
+    u32 rows[4] = {};
     const auto prepare = [&](int left) {
         float dt0, dt1, slope;
         tile_dt<SOFTPLUS>(low_bf16(rows[DELTA]) + bias, 2 * l.t < left, dt0, slope);
@@ -983,12 +963,13 @@ tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segme
         next.u = rows[U], next.z = rows[Z], next.dt_sum = dt0 + dt1;
         next.x = SplitPair(dt0 * low_bf16(rows[U]), dt1 * high_bf16(rows[U]));
     };
-    ring.wait_filled();
-    load_transposed(rows, ring.reading + rows_at);
+    ring.wait_filled(0);
+    load_transposed(rows, ring.stage(0) + rows_at);
     prepare(length);
-    for (int left = length; left > 0; left -= CHUNK) {
+    u32 number = 0;
+    for (int left = length; left > 0; left -= CHUNK, ++number) {
         const Ready now = next;
-        const u32 from = ring.reading;
+        const u32 from = ring.stage(number);
         u32 own[4], B[4], C[4];
         float dt[8];
         owners.unpack(own);
@@ -996,18 +977,19 @@ tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segme
         load_transposed(B, from + states_at);
         get_steps(dt_from, dt);
         if (full) load_matrices(C, from + states_at + 256);
-        ring.turn(ring.reading, ring.reading_phase);
         if (left > Ring::AHEAD * CHUNK) {
-            ring.wait_emptied();
-            ring.fetch(left - Ring::AHEAD * CHUNK);
+            ring.wait_emptied(number + Ring::AHEAD);
+            ring.fetch(number + Ring::AHEAD, left - Ring::AHEAD * CHUNK);
         }
-        if (full && checkpoints) {
-            if (l.active) *checkpoints = make_uint2(pack_bf16(h[0], h[1]), pack_bf16(h[2], h[3]));
-            checkpoints += 4 * p.channels;
+        if (full) {
+            if (saves)
+                *reinterpret_cast<uint2 *>(checkpoints) =
+                    make_uint2(pack_bf16(h[0], h[1]), pack_bf16(h[2], h[3]));
+            checkpoints += i64(int(p.channels)) * 32;
         }
         if (!full) total += now.dt_sum;
-        if (left > CHUNK) ring.wait_filled();
-        load_transposed(rows, ring.reading + rows_at);
+        if (left > CHUNK) ring.wait_filled(number + 1);
+        load_transposed(rows, ring.stage(number + 1) + rows_at);
         ring.release(from);
 
         float y0 = 0.f, y1 = 0.f;
@@ -1035,9 +1017,9 @@ tile_forward(Problem p, u32 *out, float *h_end, uint2 *checkpoints, float *segme
                 y0 *= z0 * sigmoid(z0), y1 *= z1 * sigmoid(z1);
             }
             const u32 row = transpose_8x8(pack_bf16(y0, y1));
-            if (rows_left > 0) *out = row;
+            store_if(rows_left > 0, out, row);
             rows_left -= CHUNK;
-            out += CHUNK / 2 * p.channels;
+            out += i64(int(p.channels)) * (2 * CHUNK);
         }
     }
     if (!full) {
@@ -1067,8 +1049,8 @@ tile_adjoint(Problem p, Upstream up, float *segment_g, float *segment_dt) {
     Ring ring;
     ring.start(p, l, shared_address(ring_room), l.begin + last, -1, up, nullptr, nullptr,
                GATED ? p.z : nullptr, nullptr, p.C);
-    ring.fetch(length - last);
-    if (last > 0) ring.fetch(CHUNK);
+    ring.fetch(0, length - last);
+    if (last > 0) ring.fetch(1, CHUNK);
 
     float A[4], g[4] = {}, total = 0.f;
     l.read_states(A, p.A, l.channel);
@@ -1079,12 +1061,14 @@ tile_adjoint(Problem p, Upstream up, float *segment_g, float *segment_dt) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) own[i] = l.t == i ? ~0u : 0u;
 
-    for (int at = last; at >= 0; at -= CHUNK) {
+    u32 number = 0;
+    for (int at = last; at >= 0; at -= CHUNK, ++number) {
         if (at >= Ring::AHEAD * CHUNK) {
-            ring.wait_emptied();
-            ring.fetch(CHUNK);
+            ring.wait_emptied(number + Ring::AHEAD);
+            ring.fetch(number + Ring::AHEAD, CHUNK);
         }
-        const u32 from = ring.arrived();
+        ring.wait_filled(number);
+        const u32 from = ring.stage(number);
         u32 rows[4], C[4];
         load_transposed(rows, from + l.warp * Ring::TILE + matrix_row(l));
         load_transposed(C, from + Ring::STATES + 256 + doubled_row(l));
@@ -1162,13 +1146,13 @@ __device__ __forceinline__ void pack_steps(u32 (&packed)[4], const float (&first
 }
 
 // Shared memory of a warp of tile_backward: sums for dB and dC of up to ROUNDS chunks; a room with C of
-// a chunk in fp32, dt and dy.
-constexpr int ROUNDS = 4, SUMS_BYTES = ROUNDS * 64 * 16, TILE_ROOM = 512 + 2 * 256;
+// a chunk in fp32, dt and dy, and with the state that enters the sequence.
+constexpr int ROUNDS = 4, SUMS_BYTES = ROUNDS * 64 * 16, TILE_ROOM = 512 + 2 * 256 + 512;
 
 template <bool GATED, bool SOFTPLUS, int WARPS, int BLOCKS>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *segment_g,
-              const float *segment_dt, u32 *du, u32 *ddelta, u32 *dz, float *dh0, float4 *partial_BC,
+              const float *segment_dt, char *du, char *ddelta, char *dz, float *dh0, float4 *partial_BC,
               float *partial_A, float *partial_D, float *partial_bias) {
     extern __shared__ __align__(128) char shared[];
     using Ring = TileRing<WARPS, true, SOFTPLUS>;
@@ -1193,8 +1177,8 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
     if (threadIdx.x < 2) PhasedBarrier{barriers + 8 * threadIdx.x}.init(32 * WARPS);
     Ring ring;
     ring.start(p, l, ring_room, l.begin + last, -1, up, checkpoints, p.u, GATED ? p.z : nullptr, p.B, p.C);
-    ring.fetch(length - last);
-    if (last > 0) ring.fetch(CHUNK);
+    ring.fetch(0, length - last);
+    if (last > 0) ring.fetch(1, CHUNK);
 
     float A[4], g[4] = {}, dA[4] = {}, dD = 0.f, dbias = 0.f;
     l.read_states(A, p.A, l.channel);
@@ -1209,21 +1193,19 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
 #pragma unroll
         for (int k = 0; k < 4; ++k) g[k] = fmaf(exp2_approx(A[k] * dt), g[k], end[k]);
     }
-    i64 row = ((l.batch * p.length + l.begin + last + l.g) * p.channels + l.channel - l.g) / 2 + l.t;
+    // Where the lane's two channels of a row are in the outputs, in bytes.
+    i64 row = 2 * ((l.batch * p.length + l.begin + last + l.g) * p.channels + l.channel - l.g) + 4 * l.t;
     float4 *to_BC =
         partial_BC + ((l.group * p.batch + l.batch) * chunks + (l.begin + last) / CHUNK) * 64 + l.lane;
 
     // Adds up, in the order of the warps, the sums of a round that every warp has finished. The warps
     // take turns. Two barriers, used in alternate rounds, let warps drift apart by two chunks.
     int turn = l.active ? l.warp : 1 << 30;  // a warp without channels never has one
-    u32 done = barriers, done_phase = 0, summed = 0;
-    const auto add_warps = [&]() {
-        PhasedBarrier{done}.wait(done_phase);
-        done_phase ^= done != barriers;
-        done ^= 8;
+    const auto add_warps = [&](u32 round) {
+        PhasedBarrier{barriers + 8 * (round & 1)}.wait(round / 2 & 1);
         if (turn == 0) {
             turn = warps;
-            const u32 from = sums + summed + 16 * l.lane;
+            const u32 from = sums + round % ROUNDS * (WARPS * 1024) + 16 * l.lane;
             float4 B = load_shared(from), C = load_shared(from + 512);
 #pragma unroll 1
             for (int w = 1; w < warps; ++w) {
@@ -1236,7 +1218,6 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         }
         --turn;
         to_BC -= 64;
-        summed = summed == (ROUNDS - 1) * WARPS * 1024 ? 0 : summed + WARPS * 1024;
     };
 
     // A chunk made ready: what its owner lanes know of it, operands, checkpoint. dt, dy and C go to the
@@ -1248,14 +1229,13 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         __device__ __forceinline__ Ready() : x(0.f, 0.f), dy(0.f, 0.f) {}
     } now;
     u32 rows[4];
-    const auto load = [&]() {
-        const u32 from = ring.reading;
+    const auto load = [&](u32 number) {
+        const u32 from = ring.stage(number);
         load_transposed(rows, from + rows_at);
         load_transposed(now.B_both, from + both_at);
         load_matrices(now.along, from + along_at);
         asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];"
                      : "=r"(now.saved[0]), "=r"(now.saved[1]) : "r"(from + saved_at) : "memory");
-        ring.turn(ring.reading, ring.reading_phase);
     };
     const auto prepare = [&](int at) {
         now.u0 = low_bf16(rows[U]), now.u1 = high_bf16(rows[U]);
@@ -1277,12 +1257,17 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         now.dy = SplitPair(now.dy0, now.dy1);
     };
 
-    const int rows_left = l.active ? length - l.g : 0;
-    const int exact_start = p.h0 && l.segment == 0 ? 0 : -1;  // a chunk whose start is known in fp32
-    u32 own_sums = 0, own_done = barriers;
-    int round = 0;
-    ring.wait_filled();
-    load();
+    const int rows_left = int(opaque(l.active ? length - l.g : 0));
+    // The first chunk's start is known in fp32.
+    const int exact_start = int(opaque(p.h0 && l.segment == 0 ? 0u : ~0u));
+    if (exact_start == 0) {
+        float h0[4];
+        l.read_states(h0, p.h0, l.batch * p.channels + l.channel);
+        store_shared(c_to + 1024, h0[0], h0[1], h0[2], h0[3]);
+    }
+    u32 round = 0;
+    ring.wait_filled(0);
+    load(0);
     prepare(last);
     __syncwarp();
     for (int at = last; at >= 0; at -= CHUNK, ++round) {
@@ -1291,11 +1276,14 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         owners.unpack(own);
         columns.unpack(step);
         TileChannelSum for_C(now.dy);
-        float h[9][4], a[8][4], dt[8], y0 = 0.f, y1 = 0.f;
+        float h[9][4], a[8][4], dt[8], y[4] = {};
         get_steps(dt_from, dt);
         h[0][0] = low_bf16(now.saved[0]), h[0][1] = high_bf16(now.saved[0]);
         h[0][2] = low_bf16(now.saved[1]), h[0][3] = high_bf16(now.saved[1]);
-        if (at == exact_start) l.read_states(h[0], p.h0, l.batch * p.channels + l.channel);
+        if (at == exact_start) {
+            const float4 h0 = load_shared(c_to + 1024);
+            h[0][0] = h0.x, h[0][1] = h0.y, h[0][2] = h0.z, h[0][3] = h0.w;
+        }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float first[4], second[4];
@@ -1312,20 +1300,20 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
             for_C.take(i, packed);
             if (i & 1) for_C.add(i - 1, step);
             if (GATED) {
-                float sum[4] = {};
-                mma(sum, packed[0], packed[1], packed[2], packed[3], now.along[2], now.along[3]);
-                if (l.t == i) y0 = sum[0], y1 = sum[3];
+                mma(y, packed[0], packed[1], packed[2], packed[3], now.along[2] & step[i],
+                    now.along[3] & step[i]);
             }
         }
-        if (round >= 2) add_warps();  // and so every warp is done with that chunk's stage
-        if (at >= Ring::AHEAD * CHUNK) ring.fetch(CHUNK);
+        const u32 own_sums = sums_to + round % ROUNDS * (WARPS * 1024);
+        if (round >= 2) add_warps(round - 2);  // and so every warp is done with that chunk's stage
+        if (at >= Ring::AHEAD * CHUNK) ring.fetch(round + Ring::AHEAD, CHUNK);
 
-        for_C.store(sums_to + own_sums + 512);
+        for_C.store(own_sums + 512);
 
         // ---- backwards, and the sums for dB
         columns.unpack(step);
         TileChannelSum for_B(now.x);
-        float v0 = 0.f, v1 = 0.f, through_decay[4] = {}, dys[8];
+        float v[4] = {}, through_decay[4] = {}, dys[8];
         get_steps(dt_from + 256, dys);
         get_steps(dt_from, dt);  // again, rather than keeping it in registers
 #pragma unroll
@@ -1351,40 +1339,37 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
             pack_steps(packed, gh[0], gh[1]);
             for_B.take(i, packed);
             if (!(i & 1)) for_B.add(i, step);
-            float sum[4] = {};
-            mma(sum, packed[0], packed[1], packed[2], packed[3], now.along[0], now.along[1]);
-            if (l.t == i) v0 = sum[0], v1 = sum[3];
+            mma(v, packed[0], packed[1], packed[2], packed[3], now.along[0] & step[i],
+                now.along[1] & step[i]);
             // The lanes' sums over four states, added across t: ones in columns 2i and 2i + 1.
             mma_k4(through_decay, d[0], d[1], step[i] & 0x3f800000u);
         }
 
         // ---- outputs of the owner's two steps; the next chunk made ready
-        if (at > 0) ring.wait_filled();
+        if (at > 0) ring.wait_filled(round + 1);
         __syncwarp();
-        const float x0 = fmaf(now.u0, v0, LN2 * through_decay[0]) * now.slope0;
-        const float x1 = fmaf(now.u1, v1, LN2 * through_decay[3]) * now.slope1;
+        const float x0 = fmaf(now.u0, v[0], LN2 * through_decay[0]) * now.slope0;
+        const float x1 = fmaf(now.u1, v[3], LN2 * through_decay[3]) * now.slope1;
         dbias += x0 + x1;
         dD = fmaf(now.dy0, now.u0, fmaf(now.dy1, now.u1, dD));
         const u32 row_u = transpose_8x8(
-            pack_bf16(fmaf(v0, now.dt0, D * now.dy0), fmaf(v1, now.dt1, D * now.dy1)));
+            pack_bf16(fmaf(v[0], now.dt0, D * now.dy0), fmaf(v[3], now.dt1, D * now.dy1)));
         const u32 row_x = transpose_8x8(pack_bf16(x0, x1));
-        const u32 row_z = GATED ? transpose_8x8(pack_bf16(now.gate0 * fmaf(D, now.u0, y0),
-                                                          now.gate1 * fmaf(D, now.u1, y1)))
+        const u32 row_z = GATED ? transpose_8x8(pack_bf16(now.gate0 * fmaf(D, now.u0, y[0]),
+                                                          now.gate1 * fmaf(D, now.u1, y[3])))
                                 : 0;
-        load();
+        load(round + 1);
         prepare(at - CHUNK);
-        for_B.store(sums_to + own_sums);
+        for_B.store(own_sums);
         const bool stored = at < rows_left;
         store_if(stored, du + row, row_u);
         store_if(stored, ddelta + row, row_x);
         if (GATED) store_if(stored, dz + row, row_z);
-        row -= CHUNK / 2 * p.channels;
-        PhasedBarrier{own_done}.arrive();
-        own_done ^= 8;
-        own_sums = own_sums == (ROUNDS - 1) * WARPS * 1024 ? 0 : own_sums + WARPS * 1024;
+        row -= i64(int(p.channels)) * (2 * CHUNK);
+        PhasedBarrier{barriers + 8 * (round & 1)}.arrive();
     }
-    if (round >= 2) add_warps();
-    add_warps();
+    if (round >= 2) add_warps(round - 2);
+    add_warps(round - 1);
 
     dD += __shfl_xor_sync(~0u, dD, 1);
     dD += __shfl_xor_sync(~0u, dD, 2);

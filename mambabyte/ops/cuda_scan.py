@@ -59,7 +59,7 @@ def _multiprocessors(device: int) -> int:
 
 def _tile_backward_shared(warps: int) -> int:
     """Bytes: sums and rooms of each warp, four stages of the ring, barriers (see cuda_scan.cu)."""
-    return warps * (4096 + 1024) + 4 * (warps * (528 + 256) + 512 + 16) + 16
+    return warps * (4096 + 1536) + 4 * (warps * (528 + 256) + 512 + 16) + 16
 
 
 @functools.cache
