@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import tyro
 
-from mambabyte.files import write_json
+from analysis.report.records import write_tables
 
 # column -> (key of the row, factor)
 COLUMNS: dict[str, tuple[str, float]] = {
@@ -93,29 +93,22 @@ class Options:
 
 def write(options: Options) -> Path:
     """Write the record, and read it back."""
-    from analysis.report.records import FORMAT, _frame, load_record
-
     rows = [json.loads(line) for line in options.rows.read_text().splitlines()]
-    tables = [
-        {"name": "systems", "caption": "Systems under the task's rules, means over seeds",
-         **_frame(summary_frame(rows))},
-        {"name": "runs", "caption": "Every run", **_frame(rows_frame(rows))},
-    ]
-    path = options.folder / f"{options.name}.json"
-    write_json(path, {
-        "format": FORMAT, "study": "task", "title": "The task, on one GPU", "about": options.about,
-        "parameters": {"idle_watts": 50.0, "characters": 60_000}, "sources": "",
-        "seconds": sum(r.get("seconds") or 0.0 for r in rows),
-        "provenance": {
-            "date": options.date, "commit": options.commit, "command": options.command,
-            "versions": options.versions,
-            "machine": {"cpu": options.cpu, "cpu_count": options.cpu_count,
-                        "memory_bytes": options.memory_bytes, "system": "Linux",
-                        "gpus": [{"name": options.gpu,
-                                  "memory_bytes": options.gpu_memory_bytes}]}},
-        "values": {}, "tables": tables, "figures": []})
-    load_record(path)
-    return path
+    machine = {
+        "cpu": options.cpu, "cpu_count": options.cpu_count, "memory_bytes": options.memory_bytes,
+        "system": "Linux",
+        "gpus": [{"name": options.gpu, "memory_bytes": options.gpu_memory_bytes}],
+    }
+    return write_tables(
+        options.folder / f"{options.name}.json",
+        {"systems": ("Systems under the task's rules, means over seeds", summary_frame(rows)),
+         "runs": ("Every run", rows_frame(rows))},
+        study="task", title="The task, on one GPU", about=options.about,
+        parameters={"idle_watts": 50.0, "characters": 60_000},
+        seconds=sum(r.get("seconds") or 0.0 for r in rows),
+        provenance={"date": options.date, "commit": options.commit, "command": options.command,
+                    "versions": options.versions, "machine": machine},
+    )
 
 
 if __name__ == "__main__":

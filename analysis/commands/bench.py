@@ -14,10 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import pandas as pd
 import tyro
 
 from analysis.commands import parse, pick_device, print_result
 from analysis.console import say
+
+TABLE = "Selective scan and its peers: interleaved in one run, medians and quartiles"
+ABOUT = ("Forward, and forward with backward through autograd, of one scan with softplus, "
+         "bias, skip and gate. The floor is what its bytes and operations cost at the ceilings "
+         "measured in the same run. Errors are against the float64 definition at a reduced size.")
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ def run(argv: list[str]) -> int:
     options = parse(Options, argv, "bench", __doc__)
 
     from analysis.bench_scan import DEFAULT_PEERS, run_bench
-    from mambabyte.files import write_json
+    from analysis.report.records import write_tables
     from mambabyte.provenance import provenance
 
     frame = run_bench(
@@ -50,9 +56,12 @@ def run(argv: list[str]) -> int:
     )
     machine = frame.attrs["machine"]
     rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
-    record = {"study": "scan", "bench": rows, "ceilings": machine, "provenance": provenance()}
+    record = {"bench": rows, "ceilings": machine, "provenance": provenance()}
     if options.record:
-        write_json(options.record, record)
+        write_tables(
+            options.record, {"bench": (TABLE, short_table(frame))}, study="throughput",
+            title="The scan against its peers", about=ABOUT, parameters=machine,
+            provenance=provenance())
     lines = [f"{name}: {value}" for name, value in machine.items()]
     for (batch, length, channels), group in frame.groupby(["batch", "length", "channels"],
                                                           sort=False):
@@ -60,6 +69,24 @@ def run(argv: list[str]) -> int:
         lines += [describe(row) for row in group.to_dict("records")]
     print_result(record, options.json, lines)
     return 0
+
+
+def short_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The columns that a reader of the report wants, in its units."""
+    shape = frame[["batch", "length", "channels"]].astype(str).agg(" x ".join, axis=1)
+    micro = frame[["median_seconds", "low_seconds", "high_seconds", "floor_seconds"]] * 1e6
+    return pd.DataFrame({
+        "batch x length x channels": shape, "of": frame["peer"], "pass": frame["direction"],
+        "median (us)": micro["median_seconds"].round(1),
+        "quartiles (us)": [f"{a:.1f} to {b:.1f}" if a == a else None for a, b in
+                           zip(micro["low_seconds"], micro["high_seconds"], strict=True)],
+        "times the fused scan": frame["ratio_to_fused"].round(3),
+        "floor (us)": micro["floor_seconds"].round(1),
+        "peak (MiB)": (frame["peak_bytes"] / 2**20).round(1),
+        "relative error of output": frame["error_output"],
+        "worst relative error of a gradient": frame["error_gradient"],
+        "note": frame["note"],
+    }).astype(object).where(lambda t: t.notna(), None)
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:

@@ -151,8 +151,9 @@ class _Page:
             code_styles=Markup(code_styles()))
 
     def _study_names(self) -> list[str]:
-        known = [*self._registry, *self._selection.headline]
-        return list(dict.fromkeys(known))
+        # A record may belong to no study: what was measured is shown all the same.
+        recorded = [record.study for record in self._records.values()]
+        return list(dict.fromkeys([*self._registry, *self._selection.headline, *recorded]))
 
     def _title(self, name: str) -> str:
         if name in self._config.titles:
@@ -177,8 +178,10 @@ class _Page:
     def _study(self, name: str) -> dict[str, Any]:
         run = self._selection.headline.get(name)
         text = self._read(name)
-        prose = self._render(text, name) if text is not None and (run or self._draft) else ""
-        records = [self._record(r) for r in self._records.values() if r.study == name]
+        mine = [r for r in self._records.values() if r.study == name]
+        shown = run or self._draft or (mine and name not in self._registry)
+        prose = self._render(text, name) if text is not None and shown else ""
+        records = [self._record(r) for r in mine]
         study = self._registry.get(name)
         view: dict[str, Any] = {
             "name": name, "title": self._title(name), "question": study.question if study else "",

@@ -1,7 +1,7 @@
 """Records of runs on machines that the reader does not have: data/measurements/*.json.
 
 A record is a finished run folder in one JSON file, made on the machine where the run took place
-(``mambabyte record``, or ``write_record_file`` from Python) and kept with the sources. Its schema
+(``python -m analysis.measure``, or ``write_record_file``) and kept with the sources. Its schema
 is in data/README.md. The report shows it beside the study, marked with its machine.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,23 @@ def write_record_file(
                      "svg": f.svg, **_frame(f.data)} for f in run.figures.values()],
     })
     load_record(path)  # a record that cannot be read back is not one
+    return path
+
+
+def write_tables(
+    path: Path, tables: Mapping[str, tuple[str, pd.DataFrame]], *, study: str, title: str,
+    about: str, parameters: Mapping[str, Any], provenance: Mapping[str, Any],
+    seconds: float | None = None,
+) -> Path:
+    """A record of tables alone, name -> (caption, frame), for what no notebook measures."""
+    write_json(path, {
+        "format": FORMAT, "study": study, "title": title, "about": about,
+        "parameters": dict(parameters), "sources": "", "seconds": seconds,
+        "provenance": dict(provenance), "values": {}, "figures": [],
+        "tables": [{"name": name, "caption": caption, **_frame(frame)}
+                   for name, (caption, frame) in tables.items()],
+    })
+    load_record(path)
     return path
 
 
