@@ -44,6 +44,9 @@ from mambabyte.ops import selective_scan
 from mambabyte.ops.repairs import REPAIRS
 from mambabyte.ops.sequential import sequential_scan
 
+# Forms that compute the recurrence and are within their bounds at these decays.
+RIGHT = ("sequential", "chunked", "fused", "corrected_cumsum", "pairwise", "segment_sum",
+         "associative")
 DOCUMENT_DIFFERENCE = 0.13  # %, scan against step, as the document measured it
 SYMBOLS = 4  # of the recall task: 0..3 distractors, 4..7 marked symbols, 8 the query
 QUERY = 2 * SYMBOLS
@@ -448,7 +451,7 @@ def headline(found: Gradients) -> dict[str, tuple[float | bool | int | None, str
     """The study's answer in named values: name -> (value, unit, about)."""
     errors = found.boundaries
     single = errors[errors["precision"] == "float32"]
-    right = single[~single["form"].isin(["document_chunked", "document_cumsum", "truncated"])]
+    right = single[single["form"].isin(RIGHT)]
     document = errors[(errors["form"] == "document_chunked")
                       & (errors["precision"] == "float64")]
     carried = document[document["gradient"] == "d initial state"]["relative error"]
@@ -471,6 +474,10 @@ def headline(found: Gradients) -> dict[str, tuple[float | bool | int | None, str
     return {
         "worst_right_form": (float(right["relative error"].max()), "",
                              "largest error of a right form in float32, any boundary"),
+        "worst_epsilon": (
+            float(single[single["form"] == "epsilon"]["relative error"].max())
+            if "epsilon" in set(single["form"]) else None, "",
+            "the same of the form with a small constant in the denominator"),
         "document_input_gradient": (100 * float(inputs.max()), "%",
                                     "error of the document's gradient of u, float64"),
         "document_state_gradient": (float(carried.max()), "",

@@ -382,7 +382,8 @@ def follow_training(
     """Exponents of every SSM layer while a model trains; and how it ended.
 
     ``steps`` of the recipe's schedule are done, fewer if a loss or gradient is not finite. The
-    largest exponent is recorded every ``every`` steps, from the batch that is trained on next.
+    largest exponent is recorded every ``every`` steps, from the batch that is trained on next,
+    and at the batch that is lost, where the stable form stands in for the one that failed.
     "learning, sum of rates" is the sum of the learning rates so far: Adam moves a weight by about
     one rate a step at most.
     """
@@ -390,29 +391,43 @@ def follow_training(
     torch.manual_seed(train.seed)
     model = ByteLM(model_config).to(device)
     optimizer = make_optimizer(model, train)
-    rows, learned, ending = [], 0.0, f"trained {steps} steps"
+    rows: list[dict[str, object]] = []
+    learned, ending = 0.0, f"trained {steps} steps"
+
+    def record(step: int, tokens: Tensor) -> None:
+        with torch.no_grad(), autocast(tokens.device, train.precision), \
+                record_exponent_headroom(model, 32) as seen:
+            loss = model.loss(tokens).item()
+        rows.extend({"form": model_config.scan_form, "step": step, "layer": layer,
+                     "largest exponent in 32 steps": value, "learning, sum of rates": learned,
+                     "loss, nats": loss} for layer, value in seen.items())
+        report(f"{model_config.scan_form}, step {step}: loss {loss:.3f}, "
+               f"largest exponent {max(seen.values()):.1f}")
+
     for step in range(steps + 1):
         tokens = sample_windows(
             corpus.train, train.context, train.batch_size, train.seed, step).to(device)
         if step % every == 0 or step == steps:
-            with torch.no_grad(), autocast(tokens.device, train.precision), \
-                    record_exponent_headroom(model, 32) as seen:
-                loss = model.loss(tokens).item()
-            rows += [{"form": model_config.scan_form, "step": step, "layer": layer,
-                      "largest exponent in 32 steps": value, "learning, sum of rates": learned,
-                      "loss, nats": loss}
-                     for layer, value in seen.items()]
-            report(f"{model_config.scan_form}, step {step}: loss {loss:.3f}, "
-                   f"largest exponent {max(seen.values()):.1f}")
+            record(step, tokens)
         if step < steps:
             try:
                 train_step(model, optimizer, tokens, train, step)
             except NonFiniteError as error:
                 ending = str(error).split(". ")[0]
                 report(ending)
+                _use_form(model, "chunked")  # the exponents of the batch that was lost
+                if step % every:
+                    record(step, tokens)
                 break
             learned += learning_rate(step, train)
     return pd.DataFrame(rows), ending
+
+
+def _use_form(model: ByteLM, form: str) -> None:
+    for layer in model.layers:
+        assert isinstance(layer, Block)
+        if isinstance(layer.mixer, MambaMixer):
+            layer.mixer.form = form
 
 
 def follow_forms(

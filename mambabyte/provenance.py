@@ -37,7 +37,10 @@ def memory_bytes() -> int | None:
 
 @cache
 def commit() -> str:
-    """The commit of the checkout this package runs from, marked when the tree differs from it."""
+    """The commit of the checkout this package runs from, marked when the tree differs from it.
+
+    Where there is no checkout, as in a container, it is what $MAMBABYTE_COMMIT says.
+    """
     root = Path(__file__).resolve().parent.parent
     try:
         run = subprocess.run(
@@ -45,7 +48,7 @@ def commit() -> str:
             capture_output=True, text=True, timeout=10, check=True,
         )
     except (OSError, subprocess.SubprocessError):
-        return "unknown (not a git checkout)"
+        return os.environ.get("MAMBABYTE_COMMIT", "unknown (not a git checkout)")
     return run.stdout.strip()
 
 

@@ -41,6 +41,7 @@ def scan_kernels(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     names: set[str] = set()
     monkeypatch.setattr(cuda_scan, "_launch", lambda device, name, *_: names.add(name))
     monkeypatch.setattr(cuda_scan, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cuda_scan, "_tile_backward_shape", lambda device, tiles: (12, 1))
     for dtype, length in ((torch.bfloat16, 8), (torch.bfloat16, 4096), (torch.float32, 4096)):
         u, B = torch.zeros(1, length, 32, dtype=dtype), torch.zeros(1, length, 16, dtype=dtype)
         A, D = torch.zeros(32, 16), torch.zeros(32)

@@ -166,6 +166,14 @@ def test_training_is_followed_and_stops_where_it_fails(text_file: object) -> Non
     assert ending.startswith("step 1: loss nan")
     assert frame["step"].tolist() == [0]
     assert frame["largest exponent in 32 steps"].iloc[0] > overflow.log_max()
+    # Lost between two records: the lost batch is recorded by the stable form.
+    slow = replace(config, dt_min=0.15, dt_max=0.165, d_state=16)
+    frame, ending = overflow.follow_training(
+        slow, replace(train, lr=0.05, warmup_fraction=0.0), str(text_file), 60, 50)
+    assert ending.startswith("step ")
+    assert frame["step"].iloc[-1] == int(ending.split()[1].rstrip(":")) - 1
+    assert frame["largest exponent in 32 steps"].iloc[-1] > overflow.log_max()
+    assert math.isfinite(frame["loss, nats"].iloc[-1])
     frame, ending = overflow.follow_training(
         replace(config, scan_form="auto"), train, str(text_file), 4, 2)
     assert ending == "trained 4 steps"

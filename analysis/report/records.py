@@ -67,12 +67,16 @@ def write_tables(
     path: Path, tables: Mapping[str, tuple[str, pd.DataFrame]], *, study: str, title: str,
     about: str, parameters: Mapping[str, Any], provenance: Mapping[str, Any],
     seconds: float | None = None,
+    values: Mapping[str, tuple[float | str | None, str, str]] | None = None,
 ) -> Path:
-    """A record of tables alone, name -> (caption, frame), for what no notebook measures."""
+    """A record without a notebook: tables, name -> (caption, frame), and values, name -> (value,
+    unit, about)."""
     write_json(path, {
         "format": FORMAT, "study": study, "title": title, "about": about,
         "parameters": dict(parameters), "sources": "", "seconds": seconds,
-        "provenance": dict(provenance), "values": {}, "figures": [],
+        "provenance": dict(provenance), "figures": [],
+        "values": {name: {"value": _encode(value), "unit": unit, "about": what}
+                   for name, (value, unit, what) in (values or {}).items()},
         "tables": [{"name": name, "caption": caption, **_frame(frame)}
                    for name, (caption, frame) in tables.items()],
     })

@@ -478,9 +478,49 @@ any_backward(Problem p, Upstream up, const float *checkpoints, const float *segm
     }
 }
 
-// dB, dC: (groups, rows, 2, NP) partial sums -> two (rows, states) outputs.
+// Column sums of three row-major arrays with the same number of rows: dA, dD and dbias over batch and
+// segments. The kernels that add up dB and dC do it in blocks of their own.
+struct RowSums {
+    const float *A, *D, *bias;
+    i64 rows, width, channels;  // width: columns of A
+    float *dA, *dD, *dbias;
+};
+
+// 256 threads: 32 columns x 8 row strands; the strands are added in order.
+__device__ __forceinline__ void sum_rows(const RowSums &s, i64 block) {
+    __shared__ float strands[8][32];
+    const int lane = threadIdx.x & 31, strand = threadIdx.x >> 5;
+    const i64 columns = s.width + 2 * s.channels, column = block * 32 + lane;
+    const float *in = s.A;
+    float *to = s.dA;
+    i64 stride = s.width, at = column;
+    if (column >= s.width) {
+        stride = s.channels;
+        at = column - s.width;
+        in = s.D;
+        to = s.dD;
+        if (at >= s.channels) {
+            at -= s.channels;
+            in = s.bias;
+            to = s.dbias;
+        }
+    }
+    float sum = 0.f;
+    if (column < columns)
+        for (i64 row = strand; row < s.rows; row += 8) sum += in[row * stride + at];
+    strands[strand][lane] = sum;
+    __syncthreads();
+    if (strand == 0 && column < columns) {
+        for (int k = 1; k < 8; ++k) sum += strands[k][lane];
+        to[at] = sum;
+    }
+}
+
+// dB, dC: (groups, rows, 2, NP) partial sums -> two (rows, states) outputs, by the first `blocks` blocks.
 template <typename T, int NP>
-__global__ void any_sum_BC(const float *partial, i64 groups, i64 rows, i64 states, T *dB, T *dC) {
+__global__ void any_sums(const float *partial, i64 groups, i64 rows, i64 states, T *dB, T *dC, i64 blocks,
+                         RowSums others) {
+    if (blockIdx.x >= blocks) return sum_rows(others, blockIdx.x - blocks);
     const i64 index = i64(blockIdx.x) * blockDim.x + threadIdx.x, size = rows * 2 * NP;
     if (index >= size) return;
     const i64 row = index / (2 * NP), which = index / NP % 2, n = index % NP;
@@ -488,37 +528,6 @@ __global__ void any_sum_BC(const float *partial, i64 groups, i64 rows, i64 state
     float sum = 0.f;
     for (i64 group = 0; group < groups; ++group) sum += partial[group * size + index];
     put((which ? dC : dB) + row * states + n, sum);
-}
-
-// Column sums of three row-major arrays with the same number of rows: dA, dD and dbias over batch and
-// segments. 32 columns x 8 row strands per block; the strands are added in order.
-__global__ void sum_rows(const float *in_A, const float *in_D, const float *in_bias, i64 rows, i64 width,
-                         i64 channels, float *dA, float *dD, float *dbias) {
-    __shared__ float strands[8][32];
-    const i64 columns = width + 2 * channels, column = i64(blockIdx.x) * 32 + threadIdx.x;
-    const float *in = in_A;
-    float *to = dA;
-    i64 stride = width, at = column;
-    if (column >= width) {
-        stride = channels;
-        at = column - width;
-        in = in_D;
-        to = dD;
-        if (at >= channels) {
-            at -= channels;
-            in = in_bias;
-            to = dbias;
-        }
-    }
-    float sum = 0.f;
-    if (column < columns)
-        for (i64 row = threadIdx.y; row < rows; row += 8) sum += in[row * stride + at];
-    strands[threadIdx.y][threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.y == 0 && column < columns && to) {
-        for (int k = 1; k < 8; ++k) sum += strands[k][threadIdx.x];
-        to[at] = sum;
-    }
 }
 
 // =============================================================================================
@@ -618,7 +627,8 @@ __device__ __forceinline__ void store_shared(u32 address, float x, float y, floa
 
 // 16 bytes from global to shared memory, zeros unless valid; nothing unless wanted.
 __device__ __forceinline__ void copy_async(u32 to, const char *from, bool valid, bool wanted = true) {
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p cp.async.ca.shared.global [%0], [%1], 16, %2; }"
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; "
+                 "@p cp.async.ca.shared.global [%0], [%1], 16, %2; }"
                  :: "r"(to), "l"(from), "r"(valid ? 16 : 0), "r"(u32(wanted)) : "memory");
 }
 
@@ -709,27 +719,32 @@ struct TileLane {
 // conflicts; the block's B states 0-7, 8-15, C 0-7, 8-15, 8 x 16 bytes each; per warp a checkpoint.
 enum Tensor { U, DELTA, Z, DOUT };
 
-template <int WARPS, bool BACKWARD, bool SOFTPLUS>
+template <int WARPS, bool BACKWARD, bool SOFTPLUS, int STAGES, int AHEAD>
 struct TileRing {
     static constexpr int NONE = 1 << 30;
     static_assert(WARPS >= 4, "the forward has B and C copied by the threads of the fourth tensor");
-    static constexpr int STAGES = BACKWARD ? 4 : 8, AHEAD = BACKWARD ? 2 : 5, TILE = 4 * 128 + 16;
+    static constexpr int TILE = 4 * 128 + 16;
     static constexpr u32 STATES = WARPS * TILE, CHECKPOINTS = STATES + 512,
                          FILLED = CHECKPOINTS + (BACKWARD ? WARPS * 256 : 0), EMPTIED = FILLED + 8,
                          STAGE = FILLED + 16, BYTES = STAGES * STAGE;
 
     const char *from, *from_second;
     int step, step_second;  // from chunk to chunk, in 16 bytes
-    u32 address, to, to_second;
+    u32 to, to_second;
+    u32 reading, writing, end;  // stages in turn
+    u32 reading_phase, writing_phase;
     int row, row_second;  // of the chunk; NONE: nothing to copy
     bool second, delta;
 
     // Chunks upwards (direction 1) or downwards (-1) from step `first`. A null tensor is skipped.
     // Ends with a barrier of the block.
-    __device__ __forceinline__ void start(const Problem &p, const TileLane &l, u32 room, i64 first,
+    __device__ __forceinline__ void start(const Problem &p, const TileLane &l, u32 address, i64 first,
                                           int direction, const Upstream &up, const uint2 *checkpoints,
                                           const void *u, const void *z, const void *B, const void *C) {
-        address = room;
+        reading = writing = address;
+        end = address + BYTES;
+        reading_phase = 0;
+        writing_phase = 1;  // a wait for the phase before the first one passes
         const int thread = threadIdx.x, tensor = thread / (8 * WARPS), tile = thread % WARPS;
         const i64 channel = (l.group * WARPS + tile) * 8;
         const void *source = tensor == U ? u : tensor == DELTA ? p.delta : tensor == Z ? z : up.dout;
@@ -777,36 +792,38 @@ struct TileRing {
         }
         __syncthreads();
     }
-    // Chunks are numbered in the order of their fetches.
-    __device__ __forceinline__ u32 stage(u32 number) const { return address + number % STAGES * STAGE; }
-    // Wait until every thread has released what was in chunk `number`'s stage.
-    __device__ __forceinline__ void wait_emptied(u32 number) const {
-        PhasedBarrier{stage(number) + EMPTIED}.wait(number / STAGES + 1 & 1);
+    __device__ __forceinline__ void turn(u32 &stage, u32 &phase) const {
+        stage += STAGE;
+        if (stage == end) stage -= BYTES, phase ^= 1;
     }
-    __device__ __forceinline__ void wait_filled(u32 number) const {
-        PhasedBarrier{stage(number) + FILLED}.wait(number / STAGES & 1);
+    // Wait until every thread has released the stage that the next fetch fills.
+    __device__ __forceinline__ void wait_emptied() const {
+        PhasedBarrier{writing + EMPTIED}.wait(writing_phase);
     }
     // Ask for the next chunk, of `left` steps. Steps past the end get zeros, but delta = -inf.
-    __device__ __forceinline__ void fetch(u32 number, int left) {
-        const u32 stage = this->stage(number);
+    __device__ __forceinline__ void fetch(int left) {
         if (SOFTPLUS && left < CHUNK && delta && row >= left) {
             const u32 inf = 0xff80ff80u;  // two bf16 -inf
-            store_shared(stage + to, inf, inf, inf, inf);
+            store_shared(writing + to, inf, inf, inf, inf);
         } else {
-            copy_async(stage + to, from, row < left);
+            copy_async(writing + to, from, row < left);
         }
         from += i64(step) * 16;
         if (BACKWARD) {
-            copy_async(stage + to_second, from_second, row_second < left, second);
+            copy_async(writing + to_second, from_second, row_second < left, second);
             from_second += i64(step_second) * 16;
         }
-        const PhasedBarrier filled{stage + FILLED};
+        const PhasedBarrier filled{writing + FILLED};
         if (left < CHUNK) {  // the plain store above takes a plain arrival to be seen
             asm volatile("cp.async.wait_all;" ::: "memory");
             filled.arrive();
         } else {
             filled.arrive_after_copies();
         }
+        turn(writing, writing_phase);
+    }
+    __device__ __forceinline__ void wait_filled() const {
+        PhasedBarrier{reading + FILLED}.wait(reading_phase);
     }
     // The thread has read what it needs of it. (One arrival for a warp, after __syncwarp(), would do, but
     // is no faster and racecheck does not follow it.)
@@ -906,7 +923,8 @@ struct Masks {
 template <bool GATED, bool SOFTPLUS, Pass PASS, int WARPS, int BLOCKS>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 tile_forward(Problem p, char *out, float *h_end, char *checkpoints, float *segment_h, float *segment_dt) {
-    using Ring = TileRing<WARPS, false, SOFTPLUS>;
+    constexpr int AHEAD = 5;
+    using Ring = TileRing<WARPS, false, SOFTPLUS, 8, AHEAD>;
     __shared__ __align__(128) char ring_room[Ring::BYTES];
     __shared__ __align__(128) char rooms[WARPS][256];  // dt of a chunk
     const TileLane l = TileLane::make<WARPS>(p, 0, p.segments - (PASS == STATE_ONLY));
@@ -923,8 +941,8 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, float *segme
     ring.start(p, l, shared_address(ring_room), l.begin, 1, Upstream{}, nullptr, p.u,
                GATED && full ? p.z : nullptr, p.B, full ? p.C : nullptr);
 #pragma unroll
-    for (int c = 0; c < Ring::AHEAD; ++c)
-        if (length > c * CHUNK) ring.fetch(c, length - c * CHUNK);
+    for (int c = 0; c < AHEAD; ++c)
+        if (length > c * CHUNK) ring.fetch(length - c * CHUNK);
 
     const bool saves = opaque(full && checkpoints && l.active);
     int rows_left = 0;
@@ -963,13 +981,12 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, float *segme
         next.u = rows[U], next.z = rows[Z], next.dt_sum = dt0 + dt1;
         next.x = SplitPair(dt0 * low_bf16(rows[U]), dt1 * high_bf16(rows[U]));
     };
-    ring.wait_filled(0);
-    load_transposed(rows, ring.stage(0) + rows_at);
+    ring.wait_filled();
+    load_transposed(rows, ring.reading + rows_at);
     prepare(length);
-    u32 number = 0;
-    for (int left = length; left > 0; left -= CHUNK, ++number) {
+    for (int left = length; left > 0; left -= CHUNK) {
         const Ready now = next;
-        const u32 from = ring.stage(number);
+        const u32 from = ring.reading;
         u32 own[4], B[4], C[4];
         float dt[8];
         owners.unpack(own);
@@ -977,9 +994,10 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, float *segme
         load_transposed(B, from + states_at);
         get_steps(dt_from, dt);
         if (full) load_matrices(C, from + states_at + 256);
-        if (left > Ring::AHEAD * CHUNK) {
-            ring.wait_emptied(number + Ring::AHEAD);
-            ring.fetch(number + Ring::AHEAD, left - Ring::AHEAD * CHUNK);
+        ring.turn(ring.reading, ring.reading_phase);
+        if (left > AHEAD * CHUNK) {
+            ring.wait_emptied();
+            ring.fetch(left - AHEAD * CHUNK);
         }
         if (full) {
             if (saves)
@@ -988,9 +1006,10 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, float *segme
             checkpoints += i64(int(p.channels)) * 32;
         }
         if (!full) total += now.dt_sum;
-        if (left > CHUNK) ring.wait_filled(number + 1);
-        load_transposed(rows, ring.stage(number + 1) + rows_at);
+        if (left > CHUNK) ring.wait_filled();
+        load_transposed(rows, ring.reading + rows_at);
         ring.release(from);
+        __syncwarp();  // every lane has read dt
 
         float y0 = 0.f, y1 = 0.f;
 #pragma unroll
@@ -1039,64 +1058,92 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, float *segme
 template <bool GATED, bool SOFTPLUS, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS)
 tile_adjoint(Problem p, Upstream up, float *segment_g, float *segment_dt) {
-    using Ring = TileRing<WARPS, true, SOFTPLUS>;
+    constexpr int AHEAD = 5;
+    using Ring = TileRing<WARPS, true, SOFTPLUS, 8, AHEAD>;
     __shared__ __align__(128) char ring_room[Ring::BYTES];
-    __shared__ __align__(128) float rooms[WARPS][64];  // dt of a chunk
+    __shared__ __align__(128) char rooms[WARPS][256];  // dt of a chunk
     const TileLane l = TileLane::make<WARPS>(p, 1, p.segments - 1);
-    const u32 room = shared_address(rooms[l.warp]);
+    const u32 dt_to = opaque(shared_address(rooms[l.warp]) + 8 * l.lane);
+    const u32 dt_from = opaque(shared_address(rooms[l.warp]) + 32 * l.g);
+    const u32 rows_at = opaque(l.warp * Ring::TILE + matrix_row(l));
+    const u32 C_at = opaque(Ring::STATES + 256 + doubled_row(l));
+    const Masks owners(l.t);  // mask i: the lanes that own steps 2i and 2i + 1
     const int length = int(l.end - l.begin), last = (length - 1) / CHUNK * CHUNK;
 
     Ring ring;
     ring.start(p, l, shared_address(ring_room), l.begin + last, -1, up, nullptr, nullptr,
                GATED ? p.z : nullptr, nullptr, p.C);
-    ring.fetch(0, length - last);
-    if (last > 0) ring.fetch(1, CHUNK);
+    ring.fetch(length - last);
+#pragma unroll
+    for (int c = 1; c < AHEAD; ++c)
+        if (last >= c * CHUNK) ring.fetch(CHUNK);
 
-    float A[4], g[4] = {}, total = 0.f;
+    // g here is the adjoint of h_t itself, before the decay by exp(dt_t A), which takes place together
+    // with the step before: g_t = exp(dt_{t+1} A) g_{t+1} + C_t dy_t.
+    float A[4], g[4] = {}, total = 0.f, dt_after = 0.f;
     l.read_states(A, p.A, l.channel);
 #pragma unroll
     for (int k = 0; k < 4; ++k) A[k] *= LOG2E;
     const float bias = p.bias ? p.bias[l.channel] : 0.f;
-    u32 own[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) own[i] = l.t == i ? ~0u : 0u;
 
-    u32 number = 0;
-    for (int at = last; at >= 0; at -= CHUNK, ++number) {
-        if (at >= Ring::AHEAD * CHUNK) {
-            ring.wait_emptied(number + Ring::AHEAD);
-            ring.fetch(number + Ring::AHEAD, CHUNK);
-        }
-        ring.wait_filled(number);
-        const u32 from = ring.stage(number);
-        u32 rows[4], C[4];
-        load_transposed(rows, from + l.warp * Ring::TILE + matrix_row(l));
-        load_transposed(C, from + Ring::STATES + 256 + doubled_row(l));
-        ring.release(from);
-        float dt0, dt1, slope, dt[8];
+    // The owners' part of a chunk, made ready while the chunk after it is walked. dt goes to the room.
+    struct Ready {
+        float dt_sum;
+        SplitPair dy;
+        __device__ __forceinline__ Ready() : dy(0.f, 0.f) {}
+    } next;
+    u32 rows[4] = {};
+    const auto prepare = [&](int at) {
+        float dt0, dt1, slope;
         tile_dt<SOFTPLUS>(low_bf16(rows[DELTA]) + bias, at + 2 * l.t < length, dt0, slope);
         tile_dt<SOFTPLUS>(high_bf16(rows[DELTA]) + bias, at + 2 * l.t + 1 < length, dt1, slope);
-        put_pair(room + 8 * l.lane, dt0, dt1);
-        __syncwarp();
-        get_steps(room + 32 * l.g, dt);
-        total += dt0 + dt1;
+        put_pair(dt_to, dt0, dt1);
+        next.dt_sum = dt0 + dt1;
         float dy0 = low_bf16(rows[DOUT]), dy1 = high_bf16(rows[DOUT]);
         if (GATED) {
             const float z0 = low_bf16(rows[Z]), z1 = high_bf16(rows[Z]);
             dy0 *= z0 * sigmoid(z0), dy1 *= z1 * sigmoid(z1);
         }
-        const SplitPair dy(dy0, dy1);
+        next.dy = SplitPair(dy0, dy1);
+    };
+    ring.wait_filled();
+    load_transposed(rows, ring.reading + rows_at);
+    prepare(last);
+    for (int at = last; at >= 0; at -= CHUNK) {
+        const Ready now = next;
+        const u32 from = ring.reading;
+        u32 own[4], C[4];
+        float dt[8];
+        owners.unpack(own);
+        __syncwarp();
+        load_transposed(C, from + C_at);
+        get_steps(dt_from, dt);
+        ring.turn(ring.reading, ring.reading_phase);
+        if (at >= AHEAD * CHUNK) {
+            ring.wait_emptied();
+            ring.fetch(CHUNK);
+        }
+        total += now.dt_sum;
+        if (at > 0) ring.wait_filled();
+        load_transposed(rows, ring.reading + rows_at);
+        ring.release(from);
+        __syncwarp();  // every lane has read dt
+
 #pragma unroll
         for (int i = 3; i >= 0; --i) {
             float first[4], second[4];
-            outer(dy.high, dy.low, own[i], C, first, second);
+            outer(now.dy.high, now.dy.low, own[i], C, first, second);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-                g[k] = (g[k] + second[k]) * exp2_approx(A[k] * dt[2 * i + 1]);
-                g[k] = (g[k] + first[k]) * exp2_approx(A[k] * dt[2 * i]);
+                g[k] = fmaf(exp2_approx(A[k] * dt_after), g[k], second[k]);
+                g[k] = fmaf(exp2_approx(A[k] * dt[2 * i + 1]), g[k], first[k]);
             }
+            dt_after = dt[2 * i];
         }
+        prepare(at - CHUNK);
     }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) g[k] *= exp2_approx(A[k] * dt_after);
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
     if (!l.active) return;
@@ -1112,7 +1159,8 @@ tile_adjoint(Problem p, Upstream up, float *segment_g, float *segment_dt) {
 // accumulator, and all odd ones another; columns of the other kind are dropped. The weights come in two
 // bf16 parts: of the factors only the state is rounded.
 struct TileChannelSum {
-    u32 high, low, s[2][4];             // weights; operands of even and of odd steps
+    u32 high, low;  // weights
+    u32 s[2][4];    // operands of even and of odd steps
     float even[4] = {}, odd[4] = {};
     __device__ __forceinline__ explicit TileChannelSum(const SplitPair &x)
         : high(transpose_8x8(x.high)), low(transpose_8x8(x.low)) {}
@@ -1155,7 +1203,8 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
               const float *segment_dt, char *du, char *ddelta, char *dz, float *dh0, float4 *partial_BC,
               float *partial_A, float *partial_D, float *partial_bias) {
     extern __shared__ __align__(128) char shared[];
-    using Ring = TileRing<WARPS, true, SOFTPLUS>;
+    constexpr int AHEAD = 2;
+    using Ring = TileRing<WARPS, true, SOFTPLUS, 4, AHEAD>;
     const TileLane l = TileLane::make<WARPS>(p, 0, p.segments);
     const int warps = int(min(i64(WARPS), p.channels / 8 - l.group * WARPS));  // with channels to do
     const u32 sums = shared_address(shared);  // [ROUNDS][WARPS][64] float4
@@ -1177,8 +1226,8 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
     if (threadIdx.x < 2) PhasedBarrier{barriers + 8 * threadIdx.x}.init(32 * WARPS);
     Ring ring;
     ring.start(p, l, ring_room, l.begin + last, -1, up, checkpoints, p.u, GATED ? p.z : nullptr, p.B, p.C);
-    ring.fetch(0, length - last);
-    if (last > 0) ring.fetch(1, CHUNK);
+    ring.fetch(length - last);
+    if (last > 0) ring.fetch(CHUNK);
 
     float A[4], g[4] = {}, dA[4] = {}, dD = 0.f, dbias = 0.f;
     l.read_states(A, p.A, l.channel);
@@ -1201,11 +1250,14 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
     // Adds up, in the order of the warps, the sums of a round that every warp has finished. The warps
     // take turns. Two barriers, used in alternate rounds, let warps drift apart by two chunks.
     int turn = l.active ? l.warp : 1 << 30;  // a warp without channels never has one
-    const auto add_warps = [&](u32 round) {
-        PhasedBarrier{barriers + 8 * (round & 1)}.wait(round / 2 & 1);
+    u32 done = barriers, done_phase = 0, summed = 0;
+    const auto add_warps = [&]() {
+        PhasedBarrier{done}.wait(done_phase);
+        done_phase ^= done != barriers;
+        done ^= 8;
         if (turn == 0) {
             turn = warps;
-            const u32 from = sums + round % ROUNDS * (WARPS * 1024) + 16 * l.lane;
+            const u32 from = sums + summed + 16 * l.lane;
             float4 B = load_shared(from), C = load_shared(from + 512);
 #pragma unroll 1
             for (int w = 1; w < warps; ++w) {
@@ -1218,6 +1270,7 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         }
         --turn;
         to_BC -= 64;
+        summed = summed == (ROUNDS - 1) * WARPS * 1024 ? 0 : summed + WARPS * 1024;
     };
 
     // A chunk made ready: what its owner lanes know of it, operands, checkpoint. dt, dy and C go to the
@@ -1229,13 +1282,14 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         __device__ __forceinline__ Ready() : x(0.f, 0.f), dy(0.f, 0.f) {}
     } now;
     u32 rows[4];
-    const auto load = [&](u32 number) {
-        const u32 from = ring.stage(number);
+    const auto load = [&]() {
+        const u32 from = ring.reading;
         load_transposed(rows, from + rows_at);
         load_transposed(now.B_both, from + both_at);
         load_matrices(now.along, from + along_at);
         asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];"
                      : "=r"(now.saved[0]), "=r"(now.saved[1]) : "r"(from + saved_at) : "memory");
+        ring.turn(ring.reading, ring.reading_phase);
     };
     const auto prepare = [&](int at) {
         now.u0 = low_bf16(rows[U]), now.u1 = high_bf16(rows[U]);
@@ -1265,9 +1319,10 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         l.read_states(h0, p.h0, l.batch * p.channels + l.channel);
         store_shared(c_to + 1024, h0[0], h0[1], h0[2], h0[3]);
     }
-    u32 round = 0;
-    ring.wait_filled(0);
-    load(0);
+    u32 own_sums = 0, own_done = barriers;
+    int round = 0;
+    ring.wait_filled();
+    load();
     prepare(last);
     __syncwarp();
     for (int at = last; at >= 0; at -= CHUNK, ++round) {
@@ -1304,11 +1359,10 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
                     now.along[3] & step[i]);
             }
         }
-        const u32 own_sums = sums_to + round % ROUNDS * (WARPS * 1024);
-        if (round >= 2) add_warps(round - 2);  // and so every warp is done with that chunk's stage
-        if (at >= Ring::AHEAD * CHUNK) ring.fetch(round + Ring::AHEAD, CHUNK);
+        if (round >= 2) add_warps();  // and so every warp is done with that chunk's stage
+        if (at >= AHEAD * CHUNK) ring.fetch(CHUNK);
 
-        for_C.store(own_sums + 512);
+        for_C.store(sums_to + own_sums + 512);
 
         // ---- backwards, and the sums for dB
         columns.unpack(step);
@@ -1346,7 +1400,7 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         }
 
         // ---- outputs of the owner's two steps; the next chunk made ready
-        if (at > 0) ring.wait_filled(round + 1);
+        if (at > 0) ring.wait_filled();
         __syncwarp();
         const float x0 = fmaf(now.u0, v[0], LN2 * through_decay[0]) * now.slope0;
         const float x1 = fmaf(now.u1, v[3], LN2 * through_decay[3]) * now.slope1;
@@ -1358,18 +1412,21 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         const u32 row_z = GATED ? transpose_8x8(pack_bf16(now.gate0 * fmaf(D, now.u0, y[0]),
                                                           now.gate1 * fmaf(D, now.u1, y[3])))
                                 : 0;
-        load(round + 1);
+        load();
         prepare(at - CHUNK);
-        for_B.store(own_sums);
+        for_B.store(sums_to + own_sums);
         const bool stored = at < rows_left;
         store_if(stored, du + row, row_u);
         store_if(stored, ddelta + row, row_x);
         if (GATED) store_if(stored, dz + row, row_z);
         row -= i64(int(p.channels)) * (2 * CHUNK);
-        PhasedBarrier{barriers + 8 * (round & 1)}.arrive();
+        PhasedBarrier{own_done}.arrive();
+        __syncwarp();  // the rooms are written
+        own_done ^= 8;
+        own_sums = own_sums == (ROUNDS - 1) * WARPS * 1024 ? 0 : own_sums + WARPS * 1024;
     }
-    if (round >= 2) add_warps(round - 2);
-    add_warps(round - 1);
+    if (round >= 2) add_warps();
+    add_warps();
 
     dD += __shfl_xor_sync(~0u, dD, 1);
     dD += __shfl_xor_sync(~0u, dD, 2);
@@ -1386,7 +1443,9 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
 
 // Partial sums of tile_backward, (groups, batch, chunks, 2, 32 lanes, 4), to dB and dC. Lane 4 r + c
 // holds states r and r + 8 of step 2c of its chunk, then those of step 2c + 1.
-__global__ void tile_sum_BC(const float4 *partial, i64 groups, i64 batch, i64 length, bf16 *dB, bf16 *dC) {
+__global__ void tile_sums(const float4 *partial, i64 groups, i64 batch, i64 length, bf16 *dB, bf16 *dC,
+                          i64 blocks, RowSums others) {
+    if (blockIdx.x >= blocks) return sum_rows(others, blockIdx.x - blocks);
     const i64 chunks = (length + CHUNK - 1) / CHUNK, size = batch * chunks * 64;
     const i64 index = i64(blockIdx.x) * blockDim.x + threadIdx.x;
     if (index >= size) return;

@@ -1,7 +1,7 @@
 """Fused selective scan on NVIDIA GPUs: plans and launches the kernels of ``cuda_scan.cu``.
 
 Two families of kernels, chosen by :func:`_is_tile` alone: ``tile`` (bf16, 16 states, channels a
-multiple of 8; tensor cores) and ``any`` (every other case, all in fp32).
+multiple of 8, 16 steps or more; tensor cores) and ``any`` (every other case, all in fp32).
 
 ``forward(save=True)`` keeps the state every 8 steps for the backward (4 bytes a step and channel in
 the tile family). With ``save=False`` nothing is kept, and a backward called with the empty tensor
@@ -11,6 +11,7 @@ recomputes, a few batch elements at a time: a third more time for far less memor
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,15 +38,16 @@ def _padded_states(d_state: int) -> int:
     return next(n for n in (4, 8, 16, 32, 64) if n >= d_state)
 
 
-def _is_tile(dtype: torch.dtype, channels: int, d_state: int) -> bool:
-    return dtype == torch.bfloat16 and d_state == 16 and channels % 8 == 0
+def _is_tile(length: int, dtype: torch.dtype, channels: int, d_state: int) -> bool:
+    """The tile kernels round h to bf16 for dC; over a few steps only, that would show."""
+    return dtype == torch.bfloat16 and d_state == 16 and channels % 8 == 0 and length >= 16
 
 
 def saved_shape(
     batch: int, length: int, channels: int, d_state: int, dtype: torch.dtype
 ) -> tuple[int, ...]:
     """Shape of the checkpoints that ``forward(save=True)`` returns, in fp32 elements."""
-    words = 8 if _is_tile(dtype, channels, d_state) else _padded_states(d_state)
+    words = 8 if _is_tile(length, dtype, channels, d_state) else _padded_states(d_state)
     return (batch, _ceil(length, CHUNK), channels, words)
 
 
@@ -66,18 +68,22 @@ def _tile_backward_shared(warps: int) -> int:
 def _tile_backward_shape(device: int, tiles: int) -> tuple[int, int]:
     """(warps a block, blocks a multiprocessor): of what fits, the one with the fewest idle warps,
     then the widest, which gives the fewest partial sums of dB and dC."""
-    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the limit
+    limit = properties.shared_memory_per_block_optin
     shapes = [shape for shape in _BACKWARD_SHAPES if _tile_backward_shared(shape[0]) <= limit]
     return min(shapes, key=lambda shape: (-tiles % shape[0], -shape[0]))
 
 
 def _plan_segments(warps: int, wanted_warps: int, least: int, length: int) -> tuple[int, int]:
     """(steps a segment, segments). A cut costs another pass over the input, so it takes place only
-    where one segment's warps are fewer than 1 / ``least`` of those the card wants. Segments are
-    whole chunks, at least 64 steps, none empty."""
+    where one segment's warps are fewer than 1 / ``least`` of those the card wants. A long sequence
+    is cut to several times what the card holds at once, so that the last round of blocks is a small
+    part. Segments are whole chunks, at least 64 steps, none empty."""
     segments = wanted_warps // warps
     if segments < least:
         segments = 1
+    else:
+        segments = wanted_warps * max(1, length // (segments * 1536)) // warps
     steps = max(64, CHUNK * _ceil(_ceil(length, segments), CHUNK))
     return steps, _ceil(length, steps)
 
@@ -137,7 +143,7 @@ class _Scan:
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, initial_state, softplus):
         self.batch, self.length, self.channels = u.shape
         self.d_state, self.dtype, self.device = A.shape[1], u.dtype, u.device.index
-        self.tile = _is_tile(u.dtype, self.channels, self.d_state)
+        self.tile = _is_tile(self.length, u.dtype, self.channels, self.d_state)
         self.softplus, self.gated = softplus, z is not None
         self.u, self.delta, self.B, self.C, self.z = (
             _rows(x, self.tile) for x in (u, delta, B, C, z)
@@ -286,18 +292,17 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
         *map(_address, (saved, states, dts, du, ddelta, dz, dh0, partial_BC, *partials)),
     )  # fmt: skip
     if s.tile:
-        name, threads = "tile_sum_BC", s.batch * padded_length * 8
+        name, values = "tile_sums", s.batch * padded_length * 8
         sizes = (s.groups(warps), s.batch, s.length)
     else:
-        name, threads = f"any_sum_BC<{typed}>", s.batch * s.length * 2 * s.padded
+        name, values = f"any_sums<{typed}>", s.batch * s.length * 2 * s.padded
         sizes = (s.groups(warps), s.batch * s.length, s.d_state)
-    _launch(
-        s.device, name, "P3q2P", _ceil(threads, 256), (256, 1), 0,
-        _address(partial_BC), *sizes, _address(dB), _address(dC),
-    )  # fmt: skip
     width = s.channels * s.d_state
+    blocks = _ceil(values, 256)  # for dB and dC; the rest of the blocks add up dA, dD and dbias
+    more_blocks = _ceil(width + 2 * s.channels, 32)
     _launch(
-        s.device, "sum_rows", "3P3q3P", _ceil(width + 2 * s.channels, 32), (32, 8), 0,
+        s.device, name, "P3q2Pq" + "3P3q3P", blocks + more_blocks, (256, 1), 0,
+        _address(partial_BC), *sizes, _address(dB), _address(dC), blocks,
         *map(_address, partials), count, width, s.channels, *map(_address, sums),
     )  # fmt: skip
     return sums
