@@ -34,4 +34,5 @@ def causal_conv(
     padded = torch.cat([tail.to(x.dtype), x], dim=1)  # (B, K-1+L, D)
     y = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), bias, groups=channels)
     y = y.transpose(1, 2)
-    return F.silu(y) if silu else y, padded[:, length:]
+    # A copy: a view would keep the whole padded sequence alive as long as the tail.
+    return F.silu(y) if silu else y, padded[:, length:].clone()
