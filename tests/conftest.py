@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run of continuous integration: a failure there is a change's.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
 # Two-, three- and four-byte characters among ASCII.
