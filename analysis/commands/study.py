@@ -1,7 +1,7 @@
 """Run one study with other parameters; the result is a run folder that the report picks up.
 
     mambabyte study memory
-    mambabyte study overflow --set chunk_sizes=16,32,64 --set seed=1
+    mambabyte study overflow --set chunks=16,32,64 --set seed=1
     mambabyte study throughput --profile full
     mambabyte study ablation --parameters
 """

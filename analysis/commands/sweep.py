@@ -1,7 +1,8 @@
 """Run the studies, or a grid of parameters over them. What is finished is skipped.
 
     mambabyte sweep
-    mambabyte sweep overflow --grid chunk_size=16,32,64 --executor local --workers 2
+    mambabyte sweep overflow --grid seed=0,1,2 --executor local --workers 2
+    mambabyte sweep overflow --grid "chunks=16,32;64,128"
     mambabyte sweep ablation throughput --profile full
 
 Each run is a notebook executed in a fresh process. An interrupted sweep goes on where it was; a
@@ -33,7 +34,8 @@ class Options:
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """name=value of a parameter; repeat for more. A list is written 1,2,3."""
     grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """name=v1,v2,v3: a run for each value, and for each combination when repeated."""
+    """name=v1,v2,v3: a run for each value, and for each combination when repeated. Values that are
+    lists themselves are separated by semicolons: chunks=16,32;64,128."""
     executor: Literal["serial", "local", "dask", "slurm"] = "serial"
     """Where runs execute; serial keeps timings undisturbed."""
     workers: int = 1
@@ -55,7 +57,8 @@ def run(argv: list[str]) -> int:
 
     rows = run_sweep(
         options.names, profile=options.profile, overrides=split_pairs("--set", options.set),
-        grid={k: v.split(",") for k, v in split_pairs("--grid", options.grid).items()},
+        grid={k: v.split(";" if ";" in v else ",")
+              for k, v in split_pairs("--grid", options.grid).items()},
         root=options.root, executor=options.executor, workers=options.workers,
         address=options.address, force=options.force,
     )
