@@ -91,11 +91,13 @@ def _train(options: Options, device: str, first: bool) -> int:
         )
     record["run"] = options.out
     bits = record.get("valid_bits_per_byte")
-    energy = "not measured" if record["joules"] is None else f"{record['joules']:.1f} J"
+    energy = record["energy_source"]  # says "not measured" and why, where it was not
+    if record["joules"] is not None:
+        energy = f"{record['joules']:.1f} J ({energy})"
     print_result(record, options.json, [
         f"{record['steps']} steps in {record['seconds']:.1f} s, stopped by {record['stopped_by']}",
         f"held-out: {'not measured' if bits is None else f'{bits:.4f} bits/byte'}",
-        f"energy: {energy} ({record['energy_source']})",
+        f"energy: {energy}",
         f"run folder: {options.out}",
         *(["SMOKE PASS"] if smoke else []),
     ])
