@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from mambabyte import __version__
@@ -38,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] not in COMMANDS:
         return _fail(f"there is no command {args[0]!r}: choose one of {', '.join(COMMANDS)}")
     try:
-        run: Callable[[list[str]], int] = importlib.import_module(COMMANDS[args[0]][0]).run
-        return run(args[1:])
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            run: Callable[[list[str]], int] = importlib.import_module(COMMANDS[args[0]][0]).run
+            return run(args[1:])
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -53,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def _note(message: Warning | str, *where: object) -> None:
+    """A warning as one line, without the source line that Python adds for programmers."""
+    print(f"note: {message}", file=sys.stderr)
 
 
 def _usage() -> str:

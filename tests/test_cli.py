@@ -82,6 +82,17 @@ def test_smoke_mode_from_the_shell(tiny, tmp_path):
     assert time.perf_counter() - start < 60
 
 
+def test_without_a_compiler_a_line_says_so_and_smoke_passes(tiny, tmp_path):
+    nowhere = {k: v for k, v in os.environ.items() if k != "CC"}
+    nowhere |= {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = mambabyte("train", "--corpus", tiny, "--out", tmp_path / "run", env=nowhere)
+    assert done.returncode == 0, done.stderr
+    assert "SMOKE PASS" in done.stdout
+    notes = [line for line in done.stderr.splitlines() if "not used" in line]
+    assert len(notes) == 1
+    assert notes[0].startswith("note: fused selective scan not used on cpu: no C compiler")
+
+
 def test_smoke_mode_fails_when_the_scan_is_wrong(tiny, tmp_path, capsys):
     line = error_line(capsys, "train", "--corpus", tiny, "--out", tmp_path / "run",
                       "--model.scan-form", "document_chunked")
