@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"there is no command {args[0]!r}: choose one of {', '.join(COMMANDS)}")
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _note
+            warnings.showwarning = _note  # type: ignore[assignment]
             run: Callable[[list[str]], int] = importlib.import_module(COMMANDS[args[0]][0]).run
             return run(args[1:])
     except UserError as error:
