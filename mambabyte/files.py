@@ -16,7 +16,9 @@ from mambabyte.errors import UserError
 
 def cache_dir() -> Path:
     """Where corpora and compiled kernels are kept: $XDG_CACHE_HOME/mambabyte or ~/.cache/..."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mambabyte"
+    # expanduser, not Path.home(): without a home directory that raises
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "mambabyte"
 
 
 @contextmanager

@@ -30,6 +30,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from mambabyte.files import cache_dir
+
 __all__ = ["available", "backward", "conv_step", "forward", "saved_shape", "scan_step"]
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -77,9 +79,8 @@ def _processor() -> str:
 
 def _cache_directories() -> list[Path]:
     """Where compiled libraries may live, in order of preference."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     user = os.getuid() if hasattr(os, "getuid") else "user"
-    return [Path(base) / "mambabyte", Path(tempfile.gettempdir()) / f"mambabyte-{user}"]
+    return [cache_dir(), Path(tempfile.gettempdir()) / f"mambabyte-{user}"]
 
 
 def _usable(directory: Path) -> bool:

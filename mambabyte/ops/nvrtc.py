@@ -51,6 +51,8 @@ from typing import Any
 
 import torch
 
+from mambabyte.files import cache_dir
+
 _CACHE_FORMAT = 1
 _DEFAULT_OPTIONS = ("--std=c++17", "--use_fast_math", "-default-device")
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
@@ -258,9 +260,8 @@ def _program_bytes(function: str, program: ctypes.c_void_p) -> bytes:
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/mambabyte/cubin``, or the same under ``~/.cache``."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(root) / "mambabyte" / "cubin"
+    """Where compiled kernels are kept between runs."""
+    return cache_dir() / "cubin"
 
 
 def _read_cache(digest: str, arch: str) -> Cubin | None:
