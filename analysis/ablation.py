@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -36,6 +36,7 @@ from analysis.learning import (
 )
 from analysis.matching import Matched, match_patterns, systems_table
 from analysis.pairs import paired_table
+from analysis.pool import run_jobs
 from analysis.synthetic import learn_task, parse_task
 from analysis.timing import none_for_nan, threads
 from mambabyte.config import ModelConfig, TrainConfig, get_preset
@@ -92,6 +93,8 @@ class Parameters:
     few_steps: int = 0
     few_tokens: int = 524_288
     few_presets: tuple[str, ...] = ("ssm_1", "hybrid_3_1", "attention")
+    # Trainings whose time does not count (tasks, variants, pieces) that run beside each other.
+    workers: int = 1
 
     def __post_init__(self) -> None:
         if self.reference not in self.patterns:
@@ -120,7 +123,7 @@ _FULL = Parameters(
     # The rounded state is a Python loop over the length: the quick profile shows it.
     variants=tuple(v for v in second.VARIANTS if v != "bf16 state"), variant_pattern="MMMA",
     variant_steps=400, variant_seeds=(0, 1, 2), pieces=1024, piece_train_bytes=20_000_000,
-    piece_steps=1000, few_steps=5,
+    piece_steps=1000, few_steps=5, workers=8,
 )
 PROFILES = {
     "quick": Parameters(),
@@ -364,24 +367,29 @@ def run_tasks(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
     for pattern in p.patterns:
         patterns.setdefault(replace(base, layer_pattern=pattern).layers, pattern)
     systems = match_patterns(base, tuple(patterns.values()), by=p.match)
+    jobs = [(p, name, pattern, matched.config, seed)
+            for name in p.tasks for pattern, matched in systems.items() for seed in p.task_seeds]
     rows = []
-    for name in p.tasks:
-        task = parse_task(name, p.task_symbols)
-        for pattern, matched in systems.items():
-            for seed in p.task_seeds:
-                curve = learn_task(
-                    matched.config, task, steps=p.task_steps, batch=p.task_batch, lr=p.lr,
-                    seed=seed, device=p.device, check_every=max(1, p.task_steps // 10))
-                for step, accuracy in curve:
-                    rows.append({
-                        "task": task.name, "size": task.size, "pattern": pattern,
-                        "layers": matched.config.layers, "seed": seed, "step": step,
-                        "accuracy": accuracy, "chance": task.chance,
-                        "final": step == curve[-1][0],
-                    })
-                report(f"{name} {pattern} seed {seed}: accuracy {curve[-1][1]:.2f} after "
-                       f"{curve[-1][0]} steps")
+    for done in run_jobs(_task_rows, jobs, p.workers):
+        last = done[-1]
+        report(f"{last['task']} {last['size']} {last['pattern']} seed {last['seed']}: accuracy "
+               f"{last['accuracy']:.2f} after {last['step']} steps")
+        rows += done
     return pd.DataFrame(rows)
+
+
+def _task_rows(
+    p: Parameters, name: str, pattern: str, config: ModelConfig, seed: int
+) -> list[dict[str, object]]:
+    """The curve of one model on one task."""
+    task = parse_task(name, p.task_symbols)
+    with threads(p.threads):
+        curve = learn_task(
+            config, task, steps=p.task_steps, batch=p.task_batch, lr=p.lr, seed=seed,
+            device=p.device, check_every=max(1, p.task_steps // 10))
+    return [{"task": task.name, "size": task.size, "pattern": pattern, "layers": config.layers,
+             "seed": seed, "step": step, "accuracy": accuracy, "chance": task.chance,
+             "final": step == curve[-1][0]} for step, accuracy in curve]
 
 
 def run_variants(
@@ -390,36 +398,41 @@ def run_variants(
     """The second document's choices one at a time, in a small hybrid with MLPs."""
     base = replace(base_config(p), layer_pattern=p.variant_pattern, norm="rms", qk_norm=True,
                    mlp_ratio=2.0, logit_softcap=30.0)
+    jobs = [(p, base, name, seed, corpus, windows)
+            for seed in p.variant_seeds for name in p.variants]
     rows = []
-    for seed in p.variant_seeds:
-        for name in p.variants:
-            variant = second.get_variant(name)
-            settings = recipe(p, seed, p.variant_steps)
-            model = second.build(base, variant, seed, p.device)
-            life = second.memory_half_life(model, windows[:4, :-1].to(p.device))
-            batches = (
-                sample_windows(corpus.train, p.context, p.batch_size, seed, step).to(p.device)
-                for step in range(p.variant_steps)
-            )
-            losses = second.train_variant(
-                model, second.make_optimizers(model, variant, settings), variant, settings,
-                batches, partial(rate_multiplier, recipe=settings))
-            bits = heldout_bits(model, windows)
-            rows.append({
-                "variant": name, "about": variant.about, "seed": seed,
-                "n_parameters": model.config.n_parameters, "steps": len(losses),
-                "half_life_bytes_at_start": life, "bits_per_byte": bits,
-                "half_life_bytes_at_end": second.memory_half_life(
-                    model, windows[:4, :-1].to(p.device)),
-            })
-        report(f"variants, seed {seed}: " + ", ".join(
-            f"{r['variant']} {r['bits_per_byte']:.3f}" for r in rows if r["seed"] == seed))
+    for row in run_jobs(_variant_row, jobs, p.workers):
+        report(f"variant {row['variant']}, seed {row['seed']}: {row['bits_per_byte']:.3f}")
+        rows.append(row)
     frame = pd.DataFrame(rows)
     if frame.empty or "field" not in set(frame["variant"]):
         return frame
     baseline = frame[frame["variant"] == "field"].set_index("seed")["bits_per_byte"]
     return frame.assign(
         difference_to_field=frame["bits_per_byte"] - frame["seed"].map(baseline))
+
+
+def _variant_row(
+    p: Parameters, base: ModelConfig, name: str, seed: int, corpus: Corpus, windows: torch.Tensor
+) -> dict[str, object]:
+    """One training of one variant."""
+    variant, settings = second.get_variant(name), recipe(p, seed, p.variant_steps)
+    with threads(p.threads):
+        model = second.build(base, variant, seed, p.device)
+        probe = windows[:4, :-1].to(p.device)
+        life = second.memory_half_life(model, probe)
+        batches = (
+            sample_windows(corpus.train, p.context, p.batch_size, seed, step).to(p.device)
+            for step in range(p.variant_steps))
+        losses = second.train_variant(
+            model, second.make_optimizers(model, variant, settings), variant, settings, batches,
+            partial(rate_multiplier, recipe=settings))
+        return {
+            "variant": name, "about": variant.about, "seed": seed,
+            "n_parameters": model.config.n_parameters, "steps": len(losses),
+            "half_life_bytes_at_start": life, "bits_per_byte": heldout_bits(model, windows),
+            "half_life_bytes_at_end": second.memory_half_life(model, probe),
+        }
 
 
 def run_tokens(
@@ -435,16 +448,13 @@ def run_tokens(
     report(f"training {p.pieces} pieces on {p.piece_train_bytes:,} bytes of the training split")
     vocabulary = sp.train_pieces(bytes(corpus.train[: p.piece_train_bytes]), p.pieces)
     rows = []
-    for pattern, matched in systems.items():
-        for seed in p.seeds:
-            row = sp.learn_pieces(
-                vocabulary, matched.config, recipe(p, seed, p.piece_steps), corpus,
-                train_bytes=p.piece_train_bytes, device=p.device)
-            byte_bits = learned[pattern, seed, p.steps].curve[-1][1]
-            rows.append({"pattern": pattern, "seed": seed, **row,
-                         "bits_per_byte_on_bytes": byte_bits})
-            report(f"sp{p.pieces} {pattern} seed {seed}: {row['bits_per_raw_byte']:.3f} bits per "
-                   "raw byte")
+    jobs = [(p, vocabulary, pattern, matched.config, seed, corpus)
+            for pattern, matched in systems.items() for seed in p.seeds]
+    for row in run_jobs(_pieces_row, jobs, p.workers):
+        curve = learned[row["pattern"], row["seed"], p.steps].curve
+        rows.append({**row, "bits_per_byte_on_bytes": curve[-1][1]})
+        report(f"sp{p.pieces} {row['pattern']} seed {row['seed']}: "
+               f"{row['bits_per_raw_byte']:.3f} bits per raw byte")
     few = pd.DataFrame()
     if p.few_steps:
         few = few_steps(
@@ -452,3 +462,15 @@ def run_tokens(
             steps=p.few_steps, tokens_per_step=p.few_tokens, context=p.context,
             train_bytes=p.piece_train_bytes, device=p.device, report=report)
     return pd.DataFrame(rows), few
+
+
+def _pieces_row(
+    p: Parameters, vocabulary: sp.Pieces, pattern: str, config: ModelConfig, seed: int,
+    corpus: Corpus,
+) -> dict[str, Any]:
+    """One training on pieces."""
+    with threads(p.threads):
+        row = sp.learn_pieces(
+            vocabulary, config, recipe(p, seed, p.piece_steps), corpus,
+            train_bytes=p.piece_train_bytes, device=p.device)
+    return {"pattern": pattern, "seed": seed, **row}

@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from analysis.pool import run_jobs
 from analysis.scans import (
     INPUTS,
     PUBLISHED,
@@ -440,10 +441,13 @@ def follow_forms(
     train = replace(PRESETS["mamba_byte"].train, batch_size=p.batch, context=p.context,
                     n_steps=p.schedule_steps, seed=p.seed, allow_study_form=True)
     frames, endings = [], []
-    for form, steps in zip(p.trained_forms, p.trained_steps, strict=True):
-        report(f"training with the scan form {form}, at most {steps} steps")
-        frame, ending = follow_training(
-            replace(model, scan_form=form), train, p.corpus, steps, p.every, p.device)
+    report("training with " + ", ".join(
+        f"{form} (at most {steps} steps)"
+        for form, steps in zip(p.trained_forms, p.trained_steps, strict=True)))
+    jobs = [(replace(model, scan_form=form), train, p.corpus, steps, p.every, p.device)
+            for form, steps in zip(p.trained_forms, p.trained_steps, strict=True)]
+    done = run_jobs(follow_training, jobs, p.workers)
+    for form, (frame, ending) in zip(p.trained_forms, done, strict=True):
         frames.append(frame)
         exponent = frame.groupby("step")["largest exponent in 32 steps"].max()
         above = exponent[exponent > log_max()]
@@ -587,6 +591,7 @@ class Parameters:
     every: int = 20
     # Where the training runs: cpu or cuda. The map is made on the CPU in either case.
     device: str = "cpu"
+    workers: int = 1  # trainings beside each other: a GPU has room for all three
 
     def __post_init__(self) -> None:
         check_forms((*self.forms, *self.low_precision_forms))
@@ -619,7 +624,7 @@ PROFILES = {
     "full": _FULL,
     # The document's own configuration. The cumulated sums are slow: fewer steps of those.
     "gpu": replace(_FULL, d_model=192, n_layer=4, batch=16, context=1024, device="cuda",
-                   trained_steps=(4000, 2500, 1500)),
+                   trained_steps=(4000, 1200, 600), workers=3),
 }
 
 

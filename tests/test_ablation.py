@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis import ablation, documents, variants
+from analysis import ablation, documents, learning, variants
 from analysis.budgets import COMPARISONS, budget_steps, compare
 from analysis.few_steps import few_steps
 from analysis.learning import (
@@ -31,7 +31,7 @@ from analysis.tokens import (
     score_pieces,
 )
 from mambabyte.config import ModelConfig, TrainConfig
-from mambabyte.corpus import Corpus
+from mambabyte.corpus import Corpus, load_corpus
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.optim import learning_rate
@@ -448,3 +448,21 @@ def test_the_study_is_seeded(corpus_file):
 def test_bad_parameters_are_one_clear_line(change, match):
     with pytest.raises(UserError, match=match):
         replace(TINY, **change)
+
+
+def test_captured_steps_are_the_steps_one_by_one() -> None:
+    """The step that a GPU captures, run here without capture, against the readable one."""
+    config = ModelConfig(d_model=16, n_layer=2, d_state=4)
+    recipe = TrainConfig(context=24, batch_size=2, n_steps=25, precision="fp32")
+    corpus = load_corpus("stdlib")
+    schedule = constant_rate(recipe)
+    weights = []
+    for advance in (learning._steps, learning._captured_steps):
+        torch.manual_seed(0)
+        model = ByteLM(config)
+        take = advance(model, corpus, recipe, schedule)
+        seconds = take(0, 21, math.inf) + take(21, 25, math.inf)
+        assert len(seconds) == 25 and min(seconds) > 0
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    difference = (weights[0] - weights[1]).norm() / weights[0].norm()
+    assert difference < 1e-5, difference

@@ -1,0 +1,31 @@
+"""Independent jobs, in turn or in processes of their own.
+
+A small model leaves a GPU idle between its launches, so a dozen trainings beside each other take
+little longer than one. Nothing that is timed may run this way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def run_jobs(
+    function: Callable[..., T], jobs: Iterable[tuple[Any, ...]], workers: int = 1
+) -> Iterator[T]:
+    """``function(*job)`` of every job, in the order of the jobs; each as soon as it is there.
+
+    With more than one of ``workers`` every job runs in a new process, so function, arguments and
+    result must pickle. What a job raises is raised here.
+    """
+    if workers <= 1:
+        yield from (function(*job) for job in jobs)
+        return
+    # A forked child of a process that has used CUDA cannot use it.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for future in [pool.submit(function, *job) for job in jobs]:
+            yield future.result()
