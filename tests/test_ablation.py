@@ -462,7 +462,8 @@ def test_captured_steps_are_the_steps_one_by_one() -> None:
         model = ByteLM(config)
         take = advance(model, corpus, recipe, schedule)
         seconds = take(0, 21, math.inf) + take(21, 25, math.inf)
-        assert len(seconds) == 25 and min(seconds) > 0
+        assert len(seconds) == 25
+        assert min(seconds) > 0
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     difference = (weights[0] - weights[1]).norm() / weights[0].norm()
     assert difference < 1e-5, difference
