@@ -167,6 +167,11 @@ class TrainConfig:
     decay_fraction: float = 0.4
     # The schedule ends at n_steps or at max_seconds, whichever comes first, at a rate of 0.
     time_aware: bool = False
+    # Warm-up of context and batch size, by doublings from these over that share of the steps; 0
+    # starts at the full size. See mambabyte.growth.
+    first_context: int = 0
+    first_batch_size: int = 0
+    growth_fraction: float = 0.3
     grad_clip: float = 1.0
     seed: int = 0
     # Wall-clock cap of the training loop in seconds; 0 means none.
@@ -196,6 +201,12 @@ class TrainConfig:
                 raise UserError(f"{name} is {value}: it must be a finite number, 0 or more")
         if not 0 <= self.warmup_fraction <= 1:
             raise UserError(f"warmup_fraction is {self.warmup_fraction}: it must be in [0, 1]")
+        for first, full in (("first_context", "context"), ("first_batch_size", "batch_size")):
+            if not 0 <= getattr(self, first) <= getattr(self, full):
+                raise UserError(f"{first} is {getattr(self, first)}: it must be 0 or up to "
+                                f"{full}, {getattr(self, full)}")
+        if not 0 <= self.growth_fraction < 1:
+            raise UserError(f"growth_fraction is {self.growth_fraction}: it must be in [0, 1)")
         if not 0 < self.decay_fraction <= 1:
             raise UserError(f"decay_fraction is {self.decay_fraction}: it must be in (0, 1]")
         if not 0 <= self.muon_momentum < 1:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from mambabyte.errors import UserError
 from mambabyte.evaluate import bits_per_byte
 from mambabyte.fast_step import FastStep, Windows, prepare, window_starts
 from mambabyte.files import make_dir, write_json
+from mambabyte.growth import bytes_before, stage_at, stages
 from mambabyte.model import ByteLM, record_exponent_headroom
 from mambabyte.ops import FORMS, default_form
 from mambabyte.optim import learning_rate, make_optimizer, schedule, set_rates
@@ -98,7 +99,8 @@ def train(
     world = distributed.current()
     device = world.device(device)
     refuse_study_form(model_config, config)
-    world.share(torch.empty(config.batch_size))  # fails now if it does not divide
+    for stage in stages(config):
+        world.share(torch.empty(stage.batch_size))  # fails now if it does not divide
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("no CUDA device is available: use --device cpu")
     sample_windows(corpus.train, config.context, 1, 0, 0)  # fails now if a window cannot fit
@@ -127,11 +129,10 @@ def train(
         (run / "result.json").unlink(missing_ok=True)
         _drop_metrics_after(run / "metrics.jsonl", step)
 
-    stepper = _fast_step(model, optimizer, corpus, config, step) if fast else None
+    stage, stepper = stage_at(step, config), None
     meter = EnergyMeter(device, config.idle_watts)
     began = logged = time.perf_counter()
     logged_step = step
-    bytes_per_step = config.batch_size * config.context
     stopped_by = "n_steps"
     model.train()
 
@@ -158,11 +159,16 @@ def train(
             if config.max_seconds and world.agree(elapsed() >= config.max_seconds):
                 stopped_by = "max_seconds"
                 break
+            if step == stage.end or (fast and stepper is None):  # the windows' shape changes
+                if stepper is not None:
+                    _read(model, stepper, config, False)
+                stage, stepper = stage_at(step, config), None  # frees the old graph's memory
+                stepper = _fast_step(model, optimizer, corpus, config, step) if fast else None
             log = (step + 1) % config.log_every == 0 or step + 1 == config.n_steps
             due = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.n_steps
             if stepper is None:
                 tokens = sample_windows(
-                    corpus.train, config.context, config.batch_size, config.seed, step
+                    corpus.train, stage.context, stage.batch_size, config.seed, step
                 ).to(device, non_blocking=True)
                 loss, grad_norm, headroom = train_step(
                     model, optimizer, world.share(tokens), config, step, measure_headroom=log,
@@ -174,12 +180,13 @@ def train(
             step += 1
             if log:
                 now = time.perf_counter()
-                rate = (step - logged_step) * bytes_per_step / max(now - logged, 1e-9)
+                seen = bytes_before(step, config)
+                rate = (seen - bytes_before(logged_step, config)) / max(now - logged, 1e-9)
                 logged, logged_step = now, step
                 progress = Progress(
                     step, config.n_steps, loss, loss / LN2, grad_norm,
                     learning_rate(step - 1, config), rate, elapsed(),
-                    step * bytes_per_step, headroom, joules())
+                    seen, headroom, joules())
                 metrics.write(json.dumps(asdict(progress)) + "\n")
                 metrics.flush()
                 report(progress)
@@ -195,7 +202,7 @@ def train(
         "steps": step,
         "stopped_by": stopped_by,
         "seconds": elapsed(),
-        "bytes_seen": step * bytes_per_step,
+        "bytes_seen": bytes_before(step, config),
         "n_parameters": sum(p.numel() for p in model.parameters()),
         "joules": joules(),
         "energy_source": energy.source,
@@ -215,14 +222,16 @@ def train(
 
 def _fast_step(
     model: ByteLM, optimizer: torch.optim.Optimizer, corpus: Corpus, config: TrainConfig, step: int
-) -> FastStep | None:
-    if step >= config.n_steps:
-        return None
+) -> FastStep:
+    """The captured steps from ``step`` to the end of its stage."""
     prepare(model, config, compiled=config.step == "compile")
+    stage = stage_at(step, config)
+    shape = replace(config, context=stage.context, batch_size=stage.batch_size, n_steps=stage.end,
+                    first_context=0, first_batch_size=0)
     text = torch.from_numpy(np.array(corpus.train)).to(model.device)
-    starts = window_starts(len(text), config, step)
+    starts = window_starts(len(text), shape, step)
     starts = distributed.current().share(starts.T).T.contiguous()
-    return FastStep(model, model.loss, optimizer, Windows(text, config.context), starts, config,
+    return FastStep(model, model.loss, optimizer, Windows(text, stage.context), starts, shape,
                     first_step=step)
 
 
@@ -276,6 +285,7 @@ _FREE_ON_RESUME = {"max_seconds", "log_every", "checkpoint_every", "keep_checkpo
 
 def _refuse_other_recipe(run: Path, saved: dict[str, Any], config: TrainConfig) -> None:
     now = json.loads(json.dumps(asdict(config)))
+    saved = {**asdict(TrainConfig()), **saved}  # a run from before a setting had its default
     changed = [k for k in now if saved.get(k) != now[k] and k not in _FREE_ON_RESUME]
     if changed:
         raise UserError(f"{run} was trained with another {', '.join(changed)}: resume with the "

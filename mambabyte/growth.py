@@ -1,0 +1,60 @@
+"""Batch-size and context warm-up: a run begins with few short windows, which double.
+
+Early on a gradient is large beside its noise, so that small batches do as well, and what is learnt
+first needs little context: the saved bytes are steps. Each stage draws windows of its own shape;
+a step's windows depend on (seed, step) alone, as they do without warm-up.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mambabyte.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps ``first`` to ``end`` (exclusive) on ``batch_size`` windows of ``context`` bytes."""
+
+    first: int
+    end: int
+    batch_size: int
+    context: int
+
+    @property
+    def bytes_per_step(self) -> int:
+        return self.batch_size * self.context
+
+
+def stages(config: TrainConfig) -> tuple[Stage, ...]:
+    """The stages of a run, in order; one without warm-up.
+
+    ``growth_fraction`` of the steps is shared evenly by all stages but the last, which has the
+    full shape. The stage before it has half of context and batch, and so on back, but no less
+    than ``first_context`` and ``first_batch_size``.
+    """
+    starts = (config.first_context or config.context, config.first_batch_size or config.batch_size)
+    doublings = max(math.ceil(math.log2(full / first)) for full, first in
+                    zip((config.context, config.batch_size), starts, strict=True))
+    grown = round(config.growth_fraction * config.n_steps)
+    found = []
+    for i in range(doublings + 1):
+        first = round(grown * i / max(1, doublings))
+        end = round(grown * (i + 1) / doublings) if i < doublings else config.n_steps
+        halvings = doublings - i
+        if end > first:
+            found.append(Stage(first, end, max(starts[1], config.batch_size >> halvings),
+                               max(starts[0], config.context >> halvings)))
+    return tuple(found)
+
+
+def stage_at(step: int, config: TrainConfig) -> Stage:
+    """The stage that ``step`` belongs to; the last one past the end."""
+    every = stages(config)
+    return next((s for s in every if step < s.end), every[-1])
+
+
+def bytes_before(step: int, config: TrainConfig) -> int:
+    """Bytes of text that the steps before ``step`` have seen."""
+    return sum(s.bytes_per_step * max(0, min(step, s.end) - s.first) for s in stages(config))
