@@ -19,7 +19,7 @@ class ByteModel(Protocol):
     """What is streamed and scored: ByteLM, an n-gram model, or a mixture of the two.
 
     ``model(tokens (B, L), state) -> (logits (B, L, V), state)``; the state is a value, None before
-    the first byte. Logits may be log-probabilities.
+    the first byte, whose tensors have the batch first. Logits may be log-probabilities.
     """
 
     training: bool
