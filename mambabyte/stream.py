@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from mambabyte import native_model
+from mambabyte.errors import UserError
 from mambabyte.text import START_BYTE, Utf8Stream, continuation_range, utf8_length
 
 
@@ -16,7 +19,7 @@ class ByteModel(Protocol):
     """What is streamed and scored: ByteLM, an n-gram model, or a mixture of the two.
 
     ``model(tokens (B, L), state) -> (logits (B, L, V), state)``; the state is a value, None before
-    the first byte. Logits may be log-probabilities.
+    the first byte, whose tensors have the batch first. Logits may be log-probabilities.
     """
 
     training: bool
@@ -31,6 +34,25 @@ class ByteModel(Protocol):
     def train(self, mode: bool = True) -> Self: ...
 
 
+Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
+
+
+def advance_of(model: ByteModel) -> Advance:
+    """How a stream of ``model`` goes on: ``(data, state) -> (log p of the next byte, state)``.
+
+    ``data`` has a byte or more; log p is (V,) float32 on the CPU. What is returned may take a
+    faster way than ``model`` itself for a few bytes; it gives the same up to rounding.
+    """
+
+    @torch.inference_mode()
+    def advance(data: bytes, state: Any) -> tuple[Tensor, Any]:
+        logits, state = model(torch.tensor([list(data)], device=device), state)
+        return torch.log_softmax(logits[0, -1].float(), -1).cpu(), state
+
+    device = model.device
+    return native_model.shortcut(model, advance) if device.type == "cpu" else advance
+
+
 class ByteStream:
     """Log-probabilities of the next byte, one fed byte at a time; state is O(1) in their number.
 
@@ -38,20 +60,15 @@ class ByteStream:
     """
 
     def __init__(self, model: ByteModel) -> None:
-        self.model = model
-        self._device = model.device
+        self._advance = advance_of(model)
         self._state: Any = None
         self.log_probs = torch.empty(0)
         self.feed(bytes([START_BYTE]))
 
-    @torch.inference_mode()
     def feed(self, data: bytes) -> None:
         """Advance by ``data`` in one call; nothing happens when it is empty."""
-        if not data:
-            return
-        tokens = torch.tensor([list(data)], device=self._device)
-        logits, self._state = self.model(tokens, self._state)
-        self.log_probs = torch.log_softmax(logits[0, -1].float(), -1).cpu()
+        if data:
+            self.log_probs, self._state = self._advance(data, self._state)
 
     def fork(self) -> ByteStream:
         """An independent stream at the same place. States are values, so this copies nothing."""
@@ -181,10 +198,13 @@ def sample_byte(
     """Draw one index from log_probs (V,) after temperature, top-k and nucleus (top-p) filters."""
     if temperature == 0:
         return int(log_probs.argmax())
-    probs = torch.softmax(log_probs / temperature, -1)
-    ordered, order = probs.sort(descending=True, stable=True)
-    if top_k:
-        ordered[top_k:] = 0
-    # Keep the smallest set that reaches top_p, the most probable one in any case.
-    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
-    return int(order[torch.multinomial(ordered, 1, generator=generator)])
+    ordered, order = torch.softmax(log_probs / temperature, -1).sort(descending=True, stable=True)
+    total = ordered.cumsum(-1)
+    kept = min(top_k or len(total), len(total))
+    if top_p < 1:  # the smallest set that reaches top_p, the most probable one in any case
+        kept = max(1, min(kept, int((total - ordered < top_p).sum())))
+    # The inverse of the distribution function: a third of multinomial's time.
+    drawn = float(torch.rand(1, generator=generator)) * float(total[kept - 1])
+    if math.isnan(drawn):
+        raise UserError("the model's probabilities are not numbers: its weights have gone nan")
+    return int(order[min(int(torch.searchsorted(total[:kept], drawn, right=True)), kept - 1)])
