@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.ops.cuda_conv import fused_causal_conv
+from mambabyte.ops.native_conv import TAPS, available, native_causal_conv
 from mambabyte.ops.operator import fused_available
 
 FUSED_TAPS = range(2, 9)
@@ -21,14 +22,20 @@ def causal_conv(
 
     Shapes: x (B, L, D); weight (D, K); bias (D,); tail (B, K-1, D), zero when None, the last
     inputs of what came before; ``silu`` applies SiLU to y. Returns y (B, L, D) and the tail to
-    carry on with. On a GPU one kernel does it all in this layout; torch's convolution, which
-    wants (B, D, L), does it elsewhere.
+    carry on with. On a GPU one kernel does it all in this layout, on a CPU a function in C;
+    torch's convolution, which wants (B, D, L), is what there is without them.
     """
     batch, length, channels = x.shape
     taps = weight.shape[1]
     fits = x.is_cuda and x.dtype in FUSED_DTYPES and taps in FUSED_TAPS
     if fits and fused_available(x.device)[0]:
         return fused_causal_conv(x, weight, bias, tail, silu)
+    if _native(x, weight):
+        y = native_causal_conv(x, weight, bias, None if tail is None else tail.to(x.dtype), silu)
+        if length < taps - 1:
+            before = x.new_zeros(batch, taps - 1, channels) if tail is None else tail.to(x.dtype)
+            return y, torch.cat([before[:, length:], x], dim=1)
+        return y, x[:, length - taps + 1 :].clone()
     if tail is None:
         tail = x.new_zeros(batch, taps - 1, channels)
     padded = torch.cat([tail.to(x.dtype), x], dim=1)  # (B, K-1+L, D)
@@ -36,3 +43,10 @@ def causal_conv(
     y = y.transpose(1, 2)
     # A copy: a view would keep the whole padded sequence alive as long as the tail.
     return F.silu(y) if silu else y, padded[:, length:].clone()
+
+
+def _native(x: Tensor, weight: Tensor) -> bool:
+    """Whether the convolution in C takes these; under autocast torch's own rules hold."""
+    return (x.device.type == "cpu" and weight.dtype == x.dtype and weight.shape[1] in TAPS
+            and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+            and type(x) is Tensor and available(x.dtype))
