@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mambabyte import distributed
 from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
 from mambabyte.files import whole_dir, write_json
@@ -72,21 +73,29 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         if tensor.shape != own[name].shape:
             raise UserError(f"{folder} is a checkpoint of another shape: {name} is "
                             f"{tuple(tensor.shape)} there, expected {tuple(own[name].shape)}")
-    model.load_state_dict(tensors)
+    model.load_state_dict({n: distributed.like(t, own[n]) for n, t in tensors.items()})
 
 
 def save_training(
     folder: Path, model: ByteLM, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
 ) -> Path:
-    """Write everything a resumed run needs to ``folder``/step_XXXXXXXX; returns that path."""
+    """Write everything a resumed run needs to ``folder``/step_XXXXXXXX; returns that path.
+
+    Of several processes all must call it, since a sharded tensor is gathered from them; the first
+    one writes.
+    """
     target = folder / f"step_{progress['step']:08d}"
+    weights = _contiguous(model.state_dict())
+    state = _contiguous({
+        f"{index}.{key}": torch.as_tensor(tensor)
+        for index, values in optimizer.state_dict()["state"].items()
+        for key, tensor in values.items()})
+    if not distributed.current().first:
+        return target
     with whole_dir(target) as temporary:
-        save_model(model, temporary)
-        state: dict[str, Tensor] = {}
-        for index, values in optimizer.state_dict()["state"].items():
-            for key, tensor in values.items():
-                state[f"{index}.{key}"] = torch.as_tensor(tensor)
-        save_file(_contiguous(state), temporary / "optimizer.safetensors")
+        write_json(temporary / "config.json", asdict(model.config))
+        save_file(weights, temporary / "model.safetensors")
+        save_file(state, temporary / "optimizer.safetensors")
         write_json(temporary / "progress.json", progress)
     return target
 
@@ -107,6 +116,9 @@ def load_training(
     for name, tensor in _load_tensors(folder / "optimizer.safetensors").items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = tensor
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, values in state.items():
+        state[number] = {k: distributed.like(t, parameters[number]) for k, t in values.items()}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return progress
 
@@ -127,4 +139,4 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return {n: distributed.whole(tensor.detach()).contiguous() for n, tensor in tensors.items()}

@@ -182,6 +182,9 @@ class TrainConfig:
     # "graph" captures the whole step as a CUDA graph, "compile" compiles the layers besides;
     # "auto" is "graph" on CUDA. "eager" is the readable definition.
     step: Literal["auto", "eager", "graph", "compile"] = "auto"
+    # Over the processes of torchrun: "data" gives each the whole model, "sharded" (FSDP2) a part of
+    # weights, gradients and optimizer, gathered layer by layer; its step is the eager one.
+    parallel: Literal["data", "sharded"] = "data"
     log_every: int = 20
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
@@ -211,6 +214,12 @@ class TrainConfig:
             raise UserError(f"decay_fraction is {self.decay_fraction}: it must be in (0, 1]")
         if not 0 <= self.muon_momentum < 1:
             raise UserError(f"muon_momentum is {self.muon_momentum}: it must be in [0, 1)")
+        if self.parallel == "sharded":
+            if self.optimizer != "adamw":
+                raise UserError(f"optimizer {self.optimizer!r} needs whole matrices: train sharded "
+                                "with adamw")
+            if self.step not in ("auto", "eager"):
+                raise UserError(f"step {self.step!r} cannot be sharded: train sharded with eager")
         if self.time_aware and not self.max_seconds:
             raise UserError("a time-aware schedule needs max_seconds: how long may it take?")
 

@@ -2,7 +2,9 @@
 
 Every process holds the whole model, takes its share of each batch and averages the gradients with
 the others, so that all make the same step: what one device makes of the whole batch, up to the
-order of a sum. The gradients travel as one flat tensor: models of this size gain more from one
+order of a sum. A model that is too large for that is sharded (FSDP2, Zhao et al. 2023,
+arXiv:2304.11277): each process keeps a part of every tensor and gathers a layer when it runs. The
+gradients travel as one flat tensor: models of this size gain more from one
 message than from sending the last layers' while the first are computed. Files are written by the
 first process.
 """
@@ -10,13 +12,15 @@ first process.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mambabyte.errors import UserError
 
@@ -49,7 +53,8 @@ class World:
         return batch.chunk(self.size)[self.rank]
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its mean over the processes."""
+        """Replace each tensor by its mean over the processes; a shard already is of the mean."""
+        tensors = [t for t in tensors if not is_sharded(t)]
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([t.flatten() for t in tensors])
@@ -71,6 +76,41 @@ class World:
         """Until all are here, as before reading what the first has written."""
         if self.size > 1:
             dist.barrier()
+
+    def shard(self, model: nn.Module) -> None:
+        """Keep this process's part of a model with ``layers`` and ``loss``; alone, all of it."""
+        if self.size == 1:
+            return
+        # Imported where needed: it takes longer than all the rest of the package.
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        mesh = init_device_mesh(next(model.parameters()).device.type, (self.size,))
+        # A layer's output is a view of its residual sum, which nothing changes in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        for layer in model.get_submodule("layers").children():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        register_fsdp_forward_method(model, "loss")
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether this is a DTensor, told without importing what defines it."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Any) -> Any:
+    """The whole of a sharded tensor, another as it is. All processes must ask together."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def like(tensor: Tensor, model: Any) -> Tensor:
+    """``tensor``, sharded as ``model`` is if it has that shape."""
+    if not is_sharded(model) or tensor.shape != model.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements)
 
 
 def current() -> World:

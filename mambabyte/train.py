@@ -112,7 +112,10 @@ def train(
 
     torch.manual_seed(config.seed)
     model = ByteLM(model_config).to(device)
-    fast = config.step != "eager" and (config.step != "auto" or device.startswith("cuda"))
+    if config.parallel == "sharded":
+        world.shard(model)
+    fast = config.parallel == "data" and config.step != "eager" and (
+        config.step != "auto" or device.startswith("cuda"))
     optimizer = make_optimizer(model, config, on_device=fast)
     step, seconds_before, joules_before = 0, 0.0, 0.0
     if resume and any(checkpoints.glob("step_*")):
@@ -144,9 +147,9 @@ def train(
         return None if energy.joules is None else joules_before + energy.joules
 
     def save() -> None:
+        checkpoint.save_training(checkpoints, model, optimizer, {
+            "step": step, "seconds": elapsed(), "joules": joules(), "train": asdict(config)})
         if world.first:
-            checkpoint.save_training(checkpoints, model, optimizer, {
-                "step": step, "seconds": elapsed(), "joules": joules(), "train": asdict(config)})
             checkpoint.prune(checkpoints, config.keep_checkpoints)
         world.wait()
 
@@ -213,7 +216,9 @@ def train(
     }
     if stopped_by != "interrupt":
         valid = corpus.valid[:evaluate_bytes]
-        result["valid_bits_per_byte"] = bits_per_byte(model, valid) if len(valid) > 1 else None
+        sharded = config.parallel == "sharded" and world.size > 1
+        scored = checkpoint.load_model(run, device) if sharded else model
+        result["valid_bits_per_byte"] = bits_per_byte(scored, valid) if len(valid) > 1 else None
         result["valid_bytes"] = len(valid)
         if world.first:
             write_json(run / "result.json", result)
@@ -280,7 +285,7 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 # What may change between a run and its continuation without changing the weights.
 _FREE_ON_RESUME = {"max_seconds", "log_every", "checkpoint_every", "keep_checkpoints",
-                   "idle_watts", "allow_study_form"}
+                   "idle_watts", "allow_study_form", "parallel"}
 
 
 def _refuse_other_recipe(run: Path, saved: dict[str, Any], config: TrainConfig) -> None:
@@ -315,7 +320,7 @@ def train_step(
     world = distributed.current()
     world.average([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     limit = config.grad_clip or math.inf
-    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+    norm = distributed.whole(nn.utils.clip_grad_norm_(model.parameters(), limit))
     loss_value, norm_value = torch.stack([loss.detach(), norm.to(loss.dtype)]).tolist()
     if not math.isfinite(loss_value) or not math.isfinite(norm_value):
         where = _first_bad_layer(model, tokens, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -34,9 +35,15 @@ torch.set_num_threads(1)
 with joined("cpu") as world:
     assert world.size == 2
     corpus = load_corpus(sys.argv[1])
-    for step in ("eager", "graph"):
-        recipe = TrainConfig(**{recipe}, step=step)
-        train(ModelConfig(**{model}), recipe, corpus, Path(sys.argv[2]) / step)
+    out = Path(sys.argv[2])
+    for step, parallel in (("eager", "data"), ("graph", "data"), ("auto", "sharded")):
+        recipe = TrainConfig(**{recipe}, step=step, parallel=parallel)
+        run = out / (parallel if parallel == "sharded" else step)
+        train(ModelConfig(**{model}), recipe, corpus, run)
+    if world.first:
+        (run / "checkpoints/step_00000004").rename(run / "whole")
+    world.wait()
+    train(ModelConfig(**{model}), recipe, corpus, run, resume=True)
 """
 
 
@@ -54,7 +61,7 @@ def two(corpus_path, tmp_path_factory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    recipe = {k: v for k, v in asdict(RECIPE).items() if k != "step"}
+    recipe = {k: v for k, v in asdict(RECIPE).items() if k not in ("step", "parallel")}
     script = SCRIPT.replace("{recipe}", repr(recipe)).replace("{model}", repr(asdict(MODEL)))
     processes = [subprocess.Popen(
         [sys.executable, "-c", script, str(corpus_path), str(out)],
@@ -78,13 +85,33 @@ def test_two_processes_equal_one(two, corpus_path, tmp_path, step):
     assert losses == [2, 2]  # written once, by the first process
 
 
-def test_a_run_of_two_is_resumed_by_one(two, corpus_path):
+def test_a_sharded_run_is_the_run_of_one(two, corpus_path, tmp_path):
+    one = train(MODEL, RECIPE, load_corpus(str(corpus_path)), tmp_path / "one")
+    expected = load_model(tmp_path / "one").state_dict()
+    for folder in ("whole", "checkpoints/step_00000004"):  # at a stretch, and resumed at step 2
+        found = load_model(two / "sharded" / folder).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.allclose(found[k], expected[k], atol=1e-5) for k in expected), folder
+    record = json.loads((two / "sharded" / "result.json").read_text())
+    assert record["n_parameters"] == one["n_parameters"]
+    assert record["valid_bits_per_byte"] == pytest.approx(one["valid_bits_per_byte"], abs=1e-4)
+
+
+def test_what_cannot_be_sharded_is_refused():
+    with pytest.raises(UserError, match="whole matrices"):
+        replace(RECIPE, parallel="sharded", optimizer="muon")
+    with pytest.raises(UserError, match="cannot be sharded"):
+        replace(RECIPE, parallel="sharded", step="graph")
+
+
+@pytest.mark.parametrize(("name", "step"), [("eager", "eager"), ("sharded", "auto")])
+def test_a_run_of_two_is_resumed_by_one(two, corpus_path, name, step):
     corpus = load_corpus(str(corpus_path))
-    run = two / "eager"
-    (run / "checkpoints/step_00000004").rename(run / "whole")
-    result = train(MODEL, replace(RECIPE, step="eager"), corpus, run, resume=True)
+    run = two / name
+    (run / "checkpoints/step_00000004").rename(run / "two")
+    result = train(MODEL, replace(RECIPE, step=step), corpus, run, resume=True)
     assert result["steps"] == 4
-    whole, resumed = load_model(run / "whole").state_dict(), load_model(run).state_dict()
+    whole, resumed = load_model(run / "two").state_dict(), load_model(run).state_dict()
     assert all(torch.allclose(whole[k], resumed[k], atol=1e-5) for k in whole)
 
 

@@ -4,6 +4,7 @@
     mambabyte train --preset hybrid_3_1 --train.context 512 --out runs/hybrid
     mambabyte train --preset mamba_byte --out runs/first --resume
     torchrun --nproc-per-node 2 -m analysis.cli train --preset mamba_byte --out runs/two
+    torchrun --nproc-per-node 2 -m analysis.cli train --out runs/shards --train.parallel sharded
 
 The presets fill the --model and --train options; each can be overridden. A corpus below 10,000
 training bytes, or SMOKE_TEST_ONLY=1, selects smoke mode: the parts are checked and the smoke
