@@ -80,9 +80,12 @@ def score(
     raw = text.encode("utf-8")
     if not raw:
         raise UserError("there is nothing to score: the text is empty")
-    log_probs = byte_log_probs(model, raw, window, report)
-    picked = log_probs[torch.arange(len(raw)), torch.tensor(list(raw))]
+    return _score_from(byte_log_probs(model, raw, window, report), text, raw, model)
 
+
+def _score_from(log_probs: torch.Tensor, text: str, raw: bytes, model: ByteModel) -> Score:
+    """The score, given the log-probabilities (bytes, V) before each byte of the text."""
+    picked = log_probs[torch.arange(len(raw)), torch.tensor(list(raw))]
     starts = np.cumsum([0] + [len(c.encode("utf-8")) for c in text])[:-1]
     at = log_probs[torch.from_numpy(starts)]  # (characters, V), before each character
     ascii_best, ascii_argmax = at[:, :0x80].max(-1)
@@ -107,12 +110,18 @@ def score_streaming(
 ) -> Score:
     """Score as the public task does: predict, take the argmax, observe, one character at a time.
 
-    Bits per byte here come from the stream's own byte probabilities.
+    Bits per byte here come from the stream's own byte probabilities. Where the device can take
+    many bytes a launch, each step after the other, the text is streamed so, and predictions are
+    read off the probabilities before each byte as ``score`` does.
     """
     text = first_characters(bytes(data), characters)
     if not text:
         raise UserError("there is nothing to score: the text is empty")
     model.reset()
+    raw = text.encode("utf-8")
+    log_probs = ByteStream(model.model).read(raw)
+    if log_probs is not None:
+        return _score_from(log_probs, text, raw, model.model)
     hits, nats = np.zeros(len(text), dtype=bool), 0.0
     for i, char in enumerate(text):
         hits[i] = model.greedy() == char
@@ -120,5 +129,5 @@ def score_streaming(
         model.observe(char)
         if i % 200 == 0:
             report(i / len(text))
-    size = len(text.encode("utf-8"))
+    size = len(raw)
     return Score(nats / size / math.log(2), float(hits.mean()), len(text), size, hits)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from mambabyte import cuda_model
 from mambabyte.text import START_BYTE, Utf8Stream, continuation_range, utf8_length
 
 
@@ -31,6 +32,25 @@ class ByteModel(Protocol):
     def train(self, mode: bool = True) -> Self: ...
 
 
+Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
+
+
+def advance_of(model: ByteModel) -> Advance:
+    """How a stream of ``model`` goes on: ``(data, state) -> (log p of the next byte, state)``.
+
+    ``data`` has a byte or more; log p is (V,) float32 on the CPU. What is returned may take a
+    faster way than ``model`` itself for a few bytes; it gives the same up to rounding.
+    """
+
+    @torch.inference_mode()
+    def advance(data: bytes, state: Any) -> tuple[Tensor, Any]:
+        logits, state = model(torch.tensor([list(data)], device=device), state)
+        return torch.log_softmax(logits[0, -1].float(), -1).cpu(), state
+
+    device = model.device
+    return cuda_model.shortcut(model, advance) if device.type == "cuda" else advance
+
+
 class ByteStream:
     """Log-probabilities of the next byte, one fed byte at a time; state is O(1) in their number.
 
@@ -38,20 +58,45 @@ class ByteStream:
     """
 
     def __init__(self, model: ByteModel) -> None:
-        self.model = model
-        self._device = model.device
+        self._advance = advance_of(model)
         self._state: Any = None
         self.log_probs = torch.empty(0)
         self.feed(bytes([START_BYTE]))
 
-    @torch.inference_mode()
     def feed(self, data: bytes) -> None:
         """Advance by ``data`` in one call; nothing happens when it is empty."""
-        if not data:
+        if data:
+            self.log_probs, self._state = self._advance(data, self._state)
+
+    def read(self, data: bytes) -> Tensor | None:
+        """Advance by ``data`` byte after byte; log p (L, V) before each of its bytes.
+
+        None, and nothing happens, where the model has no quick way to do so.
+        """
+        if not isinstance(self._advance, cuda_model.CudaModel) or not data:
+            return None
+        each, self._state = self._advance.each(data, self._state)
+        before = torch.cat([self.log_probs[None], each[:-1]])
+        self.log_probs = each[-1]
+        return before
+
+    def draw(
+        self, max_bytes: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[bytes]:
+        """Advance by bytes drawn from the model itself, yielded as they come; see ``generate``."""
+        if isinstance(self._advance, cuda_model.CudaModel):
+            pieces = self._advance.draw(
+                self.log_probs, self._state, max_bytes, temperature, top_k, top_p, seed)
+            for data, log_probs, state in pieces:
+                self.log_probs, self._state = log_probs, state
+                yield data
             return
-        tokens = torch.tensor([list(data)], device=self._device)
-        logits, self._state = self.model(tokens, self._state)
-        self.log_probs = torch.log_softmax(logits[0, -1].float(), -1).cpu()
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(max_bytes):
+            byte = sample_byte(self.log_probs, temperature, top_k, top_p, generator)
+            self.feed(bytes([byte]))
+            yield bytes([byte])
 
     def fork(self) -> ByteStream:
         """An independent stream at the same place. States are values, so this copies nothing."""
@@ -159,15 +204,15 @@ def generate(
     model: ByteModel, prompt: str = "", max_bytes: int = 256, temperature: float = 1.0,
     top_k: int = 0, top_p: float = 1.0, seed: int = 0,
 ) -> Iterator[str]:
-    """Yield text as it comes, whole characters only. Temperature 0 is greedy."""
+    """Yield text as it comes, whole characters only. Temperature 0 is greedy.
+
+    The same seed gives the same text on the same kind of device.
+    """
     stream = ByteStream(model.eval())
     stream.feed(prompt.encode("utf-8"))
-    generator = torch.Generator().manual_seed(seed)
     decoder = Utf8Stream()
-    for _ in range(max_bytes):
-        byte = sample_byte(stream.log_probs, temperature, top_k, top_p, generator)
-        stream.feed(bytes([byte]))
-        text = decoder.feed(bytes([byte]))
+    for data in stream.draw(max_bytes, temperature, top_k, top_p, seed):
+        text = decoder.feed(data)
         if text:
             yield text
     rest = decoder.close()
