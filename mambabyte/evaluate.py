@@ -80,12 +80,9 @@ def score(
     raw = text.encode("utf-8")
     if not raw:
         raise UserError("there is nothing to score: the text is empty")
-    return _score_from(byte_log_probs(model, raw, window, report), text, raw, model)
-
-
-def _score_from(log_probs: torch.Tensor, text: str, raw: bytes, model: ByteModel) -> Score:
-    """The score, given the log-probabilities (bytes, V) before each byte of the text."""
+    log_probs = byte_log_probs(model, raw, window, report)
     picked = log_probs[torch.arange(len(raw)), torch.tensor(list(raw))]
+
     starts = np.cumsum([0] + [len(c.encode("utf-8")) for c in text])[:-1]
     at = log_probs[torch.from_numpy(starts)]  # (characters, V), before each character
     ascii_best, ascii_argmax = at[:, :0x80].max(-1)
@@ -110,18 +107,17 @@ def score_streaming(
 ) -> Score:
     """Score as the public task does: predict, take the argmax, observe, one character at a time.
 
-    Bits per byte here come from the stream's own byte probabilities. Where the device can take
-    many bytes a launch, each step after the other, the text is streamed so, and predictions are
-    read off the probabilities before each byte as ``score`` does.
+    Bits per byte here come from the stream's own byte probabilities. Where the device takes many
+    bytes a launch, each step after the other, predictions are read off the probabilities before
+    each byte, and ``model`` is asked where a longer character is in question.
     """
     text = first_characters(bytes(data), characters)
     if not text:
         raise UserError("there is nothing to score: the text is empty")
     model.reset()
-    raw = text.encode("utf-8")
-    log_probs = ByteStream(model.model).read(raw)
+    log_probs = ByteStream(model.model).read(text.encode("utf-8"))
     if log_probs is not None:
-        return _score_from(log_probs, text, raw, model.model)
+        return _score_read(model, text, log_probs)
     hits, nats = np.zeros(len(text), dtype=bool), 0.0
     for i, char in enumerate(text):
         hits[i] = model.greedy() == char
@@ -129,5 +125,24 @@ def score_streaming(
         model.observe(char)
         if i % 200 == 0:
             report(i / len(text))
-    size = len(raw)
+    size = len(text.encode("utf-8"))
     return Score(nats / size / math.log(2), float(hits.mean()), len(text), size, hits)
+
+
+def _score_read(model: CharModel, text: str, log_probs: torch.Tensor) -> Score:
+    """The streaming score from log-probabilities (bytes, V), each given all bytes before."""
+    raw = text.encode("utf-8")
+    nats = -log_probs[torch.arange(len(raw)), torch.tensor(list(raw))].double().sum()
+    begins = np.cumsum([0] + [len(c.encode("utf-8")) for c in text])[:-1]
+    before = log_probs[torch.from_numpy(begins)]  # (characters, V)
+    ascii_best, code = before[:, :0x80].max(-1)
+    hits = (torch.tensor([ord(c) for c in text]) == code).numpy()
+    open_places = (before[:, 0xC2:0xF5].amax(-1) >= ascii_best).nonzero()[:, 0].tolist()
+    stream, done = ByteStream(model.model), 0
+    for i in open_places:
+        stream.feed(raw[done : begins[i]])
+        done = begins[i]
+        model.seek(stream)
+        hits[i] = model.greedy() == text[i]
+    return Score(float(nats) / len(raw) / math.log(2), float(hits.mean()), len(text), len(raw),
+                 hits)

@@ -1,19 +1,22 @@
-// A whole model of Mamba layers, byte after byte, in one launch: streaming at batch 1 is all latency.
+// A whole model of Mamba layers, byte after byte, in one launch: at batch 1 all is latency.
 //
 // A cluster of CL blocks runs S streams. Every block has DI / CL channels of every layer, their
 // states, and its share of all weights: as much as fits in shared memory, the rest is read from L2,
 // one phase ahead of its use. Everything that the blocks tell each other goes into each other's
-// shared memory by st.async, which counts itself off at a barrier of the receiver: two exchanges a
-// layer and one for the logits, and no other barrier across the cluster.
+// shared memory by st.async, which counts itself off at a barrier of the receiver: three exchanges
+// a layer, one for the logits, and no other barrier across the cluster.
 //
 //   x (all blocks) -> norm -> rows of in_proj -> convolution, SiLU -> parts of x_proj's sums
-//   => exchange => sums in a fixed order -> dt_proj, scan step, gate -> parts of out_proj's sums
-//   => exchange => x + sums in a fixed order; an MLP goes the same way as out_proj
+//   => exchange => sums in a fixed order -> dt_proj, scan step, gate
+//   => exchange => y (all blocks) -> x + rows of out_proj => exchange => x; an MLP goes likewise
 //   after the last layer: norm -> rows of the head => exchange => every block draws the same byte
 //
-// A buffer may be written again when all blocks have read it: exchange k + 1 starts in a block only
-// after it has everybody's part of k, sent after they read k - 1. So exchanges that follow each other
-// use different buffers, and that is enough.
+// Exchanges are kept small: a block takes in some 10 bytes a cycle, so parts of out_proj's sums,
+// CL d_model floats, took longer than a further exchange does.
+//
+// A buffer may be written again when all blocks have read it: an exchange starts in a block only
+// after it has everybody's part of the one before, which each sent after reading what came earlier.
+// So exchanges that follow each other use different buffers, and that is enough.
 //
 // SIZES are compile-time constants, given by cuda_stream.py, which also packs the weights:
 //   CL, S, T (threads), LAYERS, DM (d_model), DI (d_inner), N (states), R (dt_rank), K (taps),
@@ -35,35 +38,41 @@ constexpr int DC = parts(DI, CL);                     // channels of a block
 constexpr int HC = parts(H ? H : 1, CL);              // hidden units of a block, if there is an MLP
 constexpr int G = power(N) < 16 ? power(N) : 16;      // threads that share a channel in the scan
 constexpr int PER = parts(N, G);                      // states a thread
-constexpr int XR = up4(R + 2 * N);                    // rows of x_proj, padded
-constexpr int CI = parts(DM, 32), CX = parts(DC, 32);  // columns a lane has of in_proj, x_proj
-constexpr int CO = parts(DC, 8), CH = parts(HC, 8);    // and of out_proj and the MLP's, 8 lanes a row
-// Rows come in quads: a float4 is the same column of four rows.
-constexpr int UQ = parts(2 * DC, 4), XQ = XR / 4, OQ = DM / 4, HQ = parts(HC, 4), VQ = V / CL / 4;
+constexpr int RS = R <= 16 ? 1 : G;                   // and that share the sum of a step size
+constexpr int RD = parts(DM, CL);                     // rows of d_model of a block
+constexpr int XR = R + 2 * N, X4 = up4(XR);           // rows of x_proj
+constexpr int R4 = parts(R, 4);
+// Columns a lane has: of in_proj and the head (32 lanes), x_proj (8), out_proj and the MLP's (32
+// lanes, four columns at a time).
+constexpr int CI = parts(DM, 32), CX = parts(DC, 8), CO = parts(CL * DC, 128);
+constexpr int CH = parts(CL * HC, 128);
+// Rows of in_proj, the MLP and the head come in quads: a float4 is a column of four rows.
+constexpr int UQ = parts(2 * DC, 4), HQ = parts(HC, 4), VQ = V / CL / 4;
 
-// One block's weights, in floats.
-constexpr int NORM = 0, CONV = NORM + 2 * up4(DM), CONV_BIAS = CONV + up4(DC * K);
+// One block's weights, in floats. Those of the norms are in the projections behind them.
+constexpr int IN_BIAS = 0, CONV = up4(2 * DC), CONV_BIAS = CONV + up4(DC * K);
 constexpr int DT_BIAS = CONV_BIAS + up4(DC), SKIP = DT_BIAS + up4(DC), RATE = SKIP + up4(DC);
-constexpr int DT = RATE + up4(DC * N), MLP_NORM = DT + up4(DC * R);
-constexpr int SMALL = MLP_NORM + (H ? 2 * up4(DM) : 0);
-constexpr int XP = XQ * CX * 128, IN = UQ * CI * 128, OUT = CO * OQ * 32;
-constexpr int UP = H ? HQ * CI * 128 : 0, DOWN = H ? CH * OQ * 32 : 0, HEAD = VQ * CI * 128;
-constexpr int FINAL_AT = LAYERS * SMALL, XP_AT = FINAL_AT + 2 * up4(DM);
-constexpr int HEAD_AT = XP_AT + LAYERS * XP, IN_AT = HEAD_AT + HEAD, UP_AT = IN_AT + LAYERS * IN;
-constexpr int DOWN_AT = UP_AT + LAYERS * UP, OUT_AT = DOWN_AT + LAYERS * DOWN;
+constexpr int DT = RATE + up4(DC * N), UP_BIAS = DT + DC * R4 * 4;
+constexpr int XP = UP_BIAS + (H ? up4(HC) : 0), SMALL = XP + CX * XR * 8;
+constexpr int IN = UQ * CI * 128, OUT = RD * CO * 128, HEAD = VQ * CI * 128;
+constexpr int UP = H ? HQ * CI * 128 : 0, DOWN = H ? RD * CH * 128 : 0;
+constexpr int HEAD_BIAS = LAYERS * SMALL, HEAD_AT = HEAD_BIAS + V / CL, IN_AT = HEAD_AT + HEAD;
+constexpr int UP_AT = IN_AT + LAYERS * IN, DOWN_AT = UP_AT + LAYERS * UP;
+constexpr int OUT_AT = DOWN_AT + LAYERS * DOWN;
 static_assert(OUT_AT + LAYERS * OUT == BLOB, "the weights are packed in another layout");
+static_assert(HEAD_AT <= RESIDENT, "the small weights must be in shared memory");
 
 // Shared memory behind the resident weights, in floats.
-constexpr int XPART = RESIDENT, OPART = XPART + CL * S * XR, HPART = OPART + CL * S * DM;
-constexpr int LOGIT = HPART + (H ? CL * S * DM : 0), PROB = LOGIT + S * V, KEPT = PROB + S * V;
-constexpr int X = KEPT + S * V, U = X + S * DM, GATE = U + up4(S * DC), Y = GATE + up4(S * DC);
-constexpr int LOW = Y + up4(S * DC), HIDDEN = LOW + S * XR, STATE = HIDDEN + up4(S * HC);
-constexpr int TAIL = STATE + up4(LAYERS * S * DC * N), BARS = TAIL + up4(LAYERS * S * (K - 1) * DC);
-constexpr int BYTE = BARS + 8, END = BYTE + up4(S);
+constexpr int PARTS = RESIDENT, Y = PARTS + CL * S * X4, HIDDEN = Y + S * CO * 128;
+constexpr int LOGIT = HIDDEN + (H ? S * CH * 128 : 0), PROB = LOGIT + S * V, KEPT = PROB + S * V;
+constexpr int X = KEPT + S * V, U = X + S * DM, GATE = U + up4(S * DC), LOW = GATE + up4(S * DC);
+constexpr int STATE = LOW + S * X4, TAIL = STATE + up4(LAYERS * S * DC * N);
+constexpr int BARS = TAIL + up4(LAYERS * S * (K - 1) * DC), BYTE = BARS + 12;
+constexpr int END = BYTE + up4(S);
 static_assert(END - RESIDENT == WORK, "shared memory is laid out otherwise");
-static_assert(DM % 4 == 0 && V % (4 * CL) == 0 && 4 * S <= 32 && S <= WARPS, "sizes do not fit");
+static_assert(DM % 4 == 0 && V % (4 * CL) == 0 && S <= 8 && S <= WARPS, "sizes do not fit");
 
-enum Exchange { PROJECTED, MIXED, MLP_DONE, LOGITS };
+enum Exchange { PROJECTED, SCANNED, ADDED, ACTIVATED, LOGITS, EXCHANGES };
 
 // ------------------------------------------------------------------------------- between blocks
 
@@ -80,12 +89,6 @@ inline void send(unsigned to, unsigned bar, float v) {
     asm volatile(
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to),
         "f"(v), "r"(bar) : "memory");
-}
-
-inline void send(unsigned to, unsigned bar, float4 v) {
-    asm volatile(
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
-        "[%5];" ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(bar) : "memory");
 }
 
 inline void expect(unsigned bar, int bytes) {
@@ -111,7 +114,7 @@ inline void cluster_barrier() {
 
 // ------------------------------------------------------------------------------------ in a warp
 
-// Sums of each of VALUES (a power of 2, at most COUNT) over COUNT lanes: lane l has value l % VALUES.
+// Sums of each of VALUES (a power of 2, at most COUNT) over COUNT lanes: lane l has l % VALUES.
 template <int VALUES, int COUNT, int MASK = 1> inline float sums_over(const float (&a)[VALUES]) {
     if constexpr (VALUES > 1) {
         bool odd = threadIdx.x & MASK;
@@ -135,56 +138,57 @@ template <int COUNT> inline float sum_over(float x) {
     return sums_over<1, COUNT>(a);
 }
 
-// Lane l gets x[32 j + l] of the normalised vector; every warp for itself.
-inline void normalise(float (&out)[CI], const float *x, const float *weight, bool centered,
-                      float eps) {
+// Lane l gets x[32 j + l], centred where the norm is; returns what to multiply it by. Every warp
+// does so for itself.
+inline float normalise(float (&out)[CI], const float *x, bool centered, float eps) {
     int lane = threadIdx.x % 32;
-    float sum = 0.f;
+    float sum = 0.f, square = 0.f;
 #pragma unroll
     for (int j = 0; j < CI; j++) {
         out[j] = 32 * j + lane < DM ? x[32 * j + lane] : 0.f;
         sum += out[j];
     }
-    float mean = centered ? sum_over<32>(sum) * (1.f / DM) : 0.f, square = 0.f;
+    float mean = centered ? sum_over<32>(sum) * (1.f / DM) : 0.f;
 #pragma unroll
     for (int j = 0; j < CI; j++) {
         out[j] = 32 * j + lane < DM ? out[j] - mean : 0.f;
         square = fmaf(out[j], out[j], square);
     }
-    float scale = rsqrtf(sum_over<32>(square) * (1.f / DM) + eps);
+    return rsqrtf(sum_over<32>(square) * (1.f / DM) + eps);
+}
+
+template <int COLUMNS> inline void fetch(float4 (&to)[COLUMNS], const float4 *from) {
 #pragma unroll
-    for (int j = 0; j < CI; j++) {
-        int i = 32 * j + lane;
-        if (weight)
-            out[j] = i < DM ? fmaf(out[j] * scale, weight[i], weight[up4(DM) + i]) : 0.f;
-        else
-            out[j] *= scale;
-    }
+    for (int j = 0; j < COLUMNS; j++) to[j] = from[j * 32];
 }
 
-template <int COLUMNS> inline void fetch(float4 (&to)[COLUMNS], const float4 *from, int stride) {
-#pragma unroll
-    for (int j = 0; j < COLUMNS; j++) to[j] = from[j * stride];
-}
-
-inline void add(float (&sum)[4 * S], int s, float4 w, float x) {
-    sum[4 * s] = fmaf(w.x, x, sum[4 * s]);
-    sum[4 * s + 1] = fmaf(w.y, x, sum[4 * s + 1]);
-    sum[4 * s + 2] = fmaf(w.z, x, sum[4 * s + 2]);
-    sum[4 * s + 3] = fmaf(w.w, x, sum[4 * s + 3]);
-}
-
-// Four rows times the normalised streams: lane l has row l % 4 of stream l / 4 % S.
-inline float times_x(const float4 (&w)[CI], const float (&xn)[S][CI]) {
+// Four rows times the streams, which are still to be scaled: lane l has row l % 4 of stream
+// l / 4 % S.
+inline float times_x(const float4 (&w)[CI], const float (&xn)[S][CI], const float (&scale)[S]) {
     float sum[4 * S] = {};
 #pragma unroll
     for (int j = 0; j < CI; j++)
 #pragma unroll
-        for (int s = 0; s < S; s++) add(sum, s, w[j], xn[s][j]);
-    return sums_over<4 * S, 32>(sum);
+        for (int s = 0; s < S; s++) {
+            sum[4 * s] = fmaf(w[j].x, xn[s][j], sum[4 * s]);
+            sum[4 * s + 1] = fmaf(w[j].y, xn[s][j], sum[4 * s + 1]);
+            sum[4 * s + 2] = fmaf(w[j].z, xn[s][j], sum[4 * s + 2]);
+            sum[4 * s + 3] = fmaf(w[j].w, xn[s][j], sum[4 * s + 3]);
+        }
+    float value = sums_over<4 * S, 32>(sum), mine = scale[0];
+#pragma unroll
+    for (int s = 1; s < S; s++)
+        if (threadIdx.x % 32 / 4 % S == s) mine = scale[s];
+    return value * mine;
 }
 
-inline float softplus(float x) { return x > 20.f ? x : log1pf(__expf(x)); }
+// max(x, 0) + log(1 + e), e = exp(-|x|), by the series of 2 artanh(e / (2 + e)).
+inline float softplus(float x) {
+    float e = __expf(-fabsf(x)), r = __fdividef(e, 2.f + e), q = r * r;
+    float sum = fmaf(q, 1.f / 13.f, 1.f / 11.f);
+    sum = fmaf(q, fmaf(q, fmaf(q, fmaf(q, sum, 1.f / 9.f), 1.f / 7.f), 1.f / 5.f), 1.f / 3.f);
+    return fmaxf(x, 0.f) + 2.f * fmaf(r * q, sum, r);
+}
 
 inline float activate(float x) {
     if (ACTIVATION == 0) return x > 0.f ? x * x : 0.f;
@@ -235,14 +239,19 @@ inline float largest(const float (&a)[8]) {
 inline int first_largest(const float *row) {
     float a[8];
     eight(a, row);
-    float m = largest(a);
-    int mine = 8;
+    int key[8], most = -0x7fffffff;  // integers in the order of the floats
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        int bits = __float_as_int(a[i]);
+        key[i] = bits ^ (bits >> 31 & 0x7fffffff);
+        most = max(most, key[i]);
+    }
+    int m = __reduce_max_sync(ALL, most), mine = 0;
 #pragma unroll
     for (int i = 7; i >= 0; i--)
-        if (a[i] == m) mine = i;
-    unsigned has = __ballot_sync(ALL, mine < 8);
-    int lane = has ? __ffs(has) - 1 : 0;  // none where all are nan
-    return 8 * lane + __shfl_sync(ALL, mine, lane) % 8;
+        if (key[i] == m) mine = i;
+    int lane = __ffs(__ballot_sync(ALL, most == m)) - 1;
+    return 8 * lane + __shfl_sync(ALL, mine, lane);
 }
 
 // Draws entry i with probability row[i] / sum of row; u is uniform in [0, 1).
@@ -293,9 +302,16 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
     int tid = threadIdx.x, lane = tid % 32, warp = __shfl_sync(ALL, tid / 32, 0);  // uniform
     int rank = blockIdx.x % CL, base = blockIdx.x / CL * S;
     const float *own = blob + (int64)rank * BLOB;
-    auto weights = [&](int at, int size) { return at + size <= RESIDENT ? shared + at : own + at; };
-    float *x = shared + X, *u = shared + U, *gate = shared + GATE, *y = shared + Y;
-    float *low = shared + LOW, *hidden = shared + HIDDEN, *logit = shared + LOGIT;
+    // A row, or quad of rows, of a matrix that is `size` floats from `at` on, for this lane.
+    auto fetch_row = [&](auto &to, int at, int size, int row) {
+        int first = at + row * (int)(sizeof(to) / 4 * 32) + 4 * lane;
+        if (at + size <= RESIDENT)
+            fetch(to, (const float4 *)(shared + first));
+        else
+            fetch(to, (const float4 *)(own + first));
+    };
+    float *x = shared + X, *u = shared + U, *gate = shared + GATE, *low = shared + LOW;
+    float *logit = shared + LOGIT;
     float *prob = shared + PROB, *kept = shared + KEPT;
     int *byte = (int *)(shared + BYTE);
     unsigned bars = shared_address(shared + BARS), parities = 0;
@@ -317,7 +333,7 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
     };
 
     if (tid == 0) {
-        for (int e = 0; e < 4; e++)
+        for (int e = 0; e < EXCHANGES; e++)
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bars + 8 * e) : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -335,6 +351,7 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
         bool there = d < DI && b < streams;
         shared[TAIL + i] = there ? tail_in[((l * streams + b) * (K - 1) + k) * DI + d] : 0.f;
     }
+    for (int i = tid; i < LOGIT - Y; i += T) shared[Y + i] = 0.f;  // what is past the channels
     if (!tokens)
         for (int i = tid; i < S * V; i += T)
             logit[i] = base + i / V < streams ? first[(int64)(base + i / V) * V + i % V] : 0.f;
@@ -422,48 +439,34 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
 
     float4 ahead[CI];  // of the next product with x, this warp's first quad
     auto fetch_in = [&](int layer) {
-        const float4 *w = (const float4 *)weights(IN_AT + layer * IN, IN) + lane;
-        if (warp < UQ) fetch(ahead, w + warp * CI * 32, 32);
+        if (warp < UQ) fetch_row(ahead, IN_AT + layer * IN, IN, warp);
     };
     fetch_in(0);
     if (tokens) embed(0);
 
-    // Products of `values` (S, `channels`) with quads of d_model rows, whose parts are sent. The
-    // first quad of weights has been fetched.
-    auto fetch_mixed = [&](auto &to, const float4 *w, int item) {
-        if (item < OQ * 8) fetch(to, w + item, OQ * 8);
-    };
-    auto send_mixed = [&](auto &fetched, const float4 *w, const float *values, int channels, int to,
-                          Exchange e) {
-        constexpr int COLUMNS = sizeof(fetched) / sizeof(float4);
-        for (int first = 32 * warp; first < OQ * 8; first += T) {
-            int item = first + lane, quad = item / 8, part = item % 8;
-            if (first >= T) fetch_mixed(fetched, w, item);
+    // x plus rows times `values` (S, 128 columns), for all blocks. The first row has been fetched.
+    auto add_rows = [&](auto &row, int at, int size, int values) {
+        constexpr int COLUMNS = sizeof(row) / sizeof(float4);
+        for (int r = warp; r < RD; r += WARPS) {
+            if (r != warp) fetch_row(row, at, size, r);
+            int i = min(rank * RD + r, DM - 1);
+            float sum[S], old = x[lane % S * DM + i];
 #pragma unroll
             for (int s = 0; s < S; s++) {
-                float sum[4] = {};
+                float part[4] = {};
 #pragma unroll
                 for (int j = 0; j < COLUMNS; j++) {
-                    int c = 8 * j + part;
-                    float4 v = fetched[j];
-                    float value = c < channels ? values[s * channels + c] : 0.f;
-                    sum[0] = fmaf(v.x, value, sum[0]), sum[1] = fmaf(v.y, value, sum[1]);
-                    sum[2] = fmaf(v.z, value, sum[2]), sum[3] = fmaf(v.w, value, sum[3]);
+                    float4 v = ((float4 *)(shared + values))[(s * COLUMNS + j) * 32 + lane];
+                    part[0] = fmaf(row[j].x, v.x, part[0]), part[1] = fmaf(row[j].y, v.y, part[1]);
+                    part[2] = fmaf(row[j].z, v.z, part[2]), part[3] = fmaf(row[j].w, v.w, part[3]);
                 }
-                float mine = sums_over<4, 8>(sum);
-                float4 v = make_float4(
-                    __shfl_sync(ALL, mine, 0, 8), __shfl_sync(ALL, mine, 1, 8),
-                    __shfl_sync(ALL, mine, 2, 8), __shfl_sync(ALL, mine, 3, 8));
-                unsigned at = shared_address(shared + to + (rank * S + s) * DM + 4 * quad);
-                if (quad < OQ) send_all(at, e, v, part, 8);
+                sum[s] = (part[0] + part[1]) + (part[2] + part[3]);
             }
+            float value = old + sums_over<S, 32>(sum);
+            if (rank * RD + r < DM)
+                send_all(shared_address(x + lane % S * DM + i), ADDED, value, lane / S, 32 / S);
         }
-        expect_all(e, CL * S * DM);
-    };
-    auto receive_mixed = [&](int from, Exchange e) {
-        wait_for(e);
-        for (int i = tid; i < S * DM; i += T) x[i] += sum_blocks(shared + from + i, S * DM);
-        __syncthreads();
+        expect_all(ADDED, S * DM);
     };
 
     for (int t = 0; t < steps; t++) {
@@ -478,157 +481,185 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
         if (tokens && t + 1 < steps) embed(t + 1);
         if (STEM) {
             if (warp < S) {
-                float out[CI];
-                normalise(out, x + warp * DM, nullptr, false, STEM_EPS);
+                float out[CI], scale = normalise(out, x + warp * DM, false, STEM_EPS);
 #pragma unroll
                 for (int j = 0; j < CI; j++)
-                    if (32 * j + lane < DM) x[warp * DM + 32 * j + lane] = out[j];
+                    if (32 * j + lane < DM) x[warp * DM + 32 * j + lane] = out[j] * scale;
             }
             __syncthreads();
         }
 
 #pragma unroll 1
         for (int layer = 0; layer < LAYERS; layer++) {
-            const float *small = weights(layer * SMALL, SMALL);
-            float xn[S][CI];
+            const float *small = shared + layer * SMALL;
+            float xn[S][CI], scale[S];
 #pragma unroll
-            for (int s = 0; s < S; s++)
-                normalise(xn[s], x + s * DM, small + NORM, CENTERED, EPS);
-            float4 x_ahead[CX];
-            const float4 *w_x = (const float4 *)weights(XP_AT + layer * XP, XP) + lane;
-            if (warp < XQ) fetch(x_ahead, w_x + warp * CX * 32, 32);
+            for (int s = 0; s < S; s++) scale[s] = normalise(xn[s], x + s * DM, CENTERED, EPS);
 
             // in_proj, convolution and SiLU: the rows of u, then those of z
             for (int q = warp; q < UQ; q += WARPS) {
-                if (q != warp)
-                    fetch(ahead, (const float4 *)weights(IN_AT + layer * IN, IN)
-                          + q * CI * 32 + lane, 32);
-                float value = times_x(ahead, xn);
-                int r = 4 * q + lane % 4, s = lane / 4;
-                if (s < S && r < DC) {
-                    float *before = shared + TAIL + (layer * S + s) * (K - 1) * DC + r;
-                    const float *w = small + CONV + r * K;
-                    float sum = small[CONV_BIAS + r];
+                if (q != warp) fetch_row(ahead, IN_AT + layer * IN, IN, q);
+                int r = 4 * q + lane % 4, s = lane / 4, c = min(r, DC - 1);
+                float *before = shared + TAIL + (layer * S + s % S) * (K - 1) * DC + c;
+                float old[K], sum = small[CONV_BIAS + c], w[K];
 #pragma unroll
-                    for (int k = 0; k < K - 1; k++) {
-                        float old = before[k * DC];
-                        sum = fmaf(w[k], old, sum);
-                        if (k > 0) before[(k - 1) * DC] = old;
-                    }
+                for (int k = 0; k < K; k++) {
+                    if (k < K - 1) old[k] = before[k * DC];
+                    w[k] = small[CONV + c * K + k];
+                }
+#pragma unroll
+                for (int k = 0; k < K - 1; k++) sum = fmaf(w[k], old[k], sum);
+                float value = times_x(ahead, xn, scale) + small[IN_BIAS + min(r, 2 * DC - 1)];
+                sum = fmaf(w[K - 1], value, sum);
+                float out = r < DC ? sum : value;
+                out *= sigmoid(out);
+                if (s < S && r < DC) {
+                    u[s * DC + r] = out;
+#pragma unroll
+                    for (int k = 1; k < K - 1; k++) before[(k - 1) * DC] = old[k];
                     before[(K - 2) * DC] = value;
-                    sum = fmaf(w[K - 1], value, sum);
-                    u[s * DC + r] = sum * sigmoid(sum);
                 } else if (s < S && r < 2 * DC) {
-                    gate[s * DC + r - DC] = value * sigmoid(value);
+                    gate[s * DC + r - DC] = out;
                 }
             }
+            // x_proj: this block's part of every row, 8 threads a row
+            float w_x[CX];
+            auto fetch_x = [&](int item) {
+#pragma unroll
+                for (int j = 0; j < CX; j++)
+                    w_x[j] = small[XP + j * XR * 8 + min(item, XR * 8 - 1)];
+            };
+            fetch_x(tid);
             __syncthreads();
-
-            // x_proj: this block's part of every row
-            for (int q = warp; q < XQ; q += WARPS) {
-                if (q != warp) fetch(x_ahead, w_x + q * CX * 32, 32);
-                float sum[4 * S] = {};
+            for (int first = 32 * warp; first < XR * 8; first += T) {
+                int item = first + lane, row = item / 8, part = lane % 8;
+                if (first >= T) fetch_x(item);
+                float sum[S] = {};
 #pragma unroll
                 for (int j = 0; j < CX; j++)
 #pragma unroll
                     for (int s = 0; s < S; s++) {
-                        int c = 32 * j + lane;
-                        add(sum, s, x_ahead[j], c < DC ? u[s * DC + c] : 0.f);
+                        int c = 8 * j + part;
+                        sum[s] = fmaf(w_x[j], c < DC ? u[s * DC + c] : 0.f, sum[s]);
                     }
-                float value = sums_over<4 * S, 32>(sum);
-                int s = lane / 4 % S;
-                unsigned at = shared_address(
-                    shared + XPART + (rank * S + s) * XR + 4 * q + lane % 4);
-                send_all(at, PROJECTED, value, lane / (4 * S), 8 / S);
+                float value = sums_over<S, 8>(sum);
+                unsigned at = shared_address(shared + PARTS + (rank * S + part % S) * X4 + row);
+                if (row < XR) send_all(at, PROJECTED, value, part / S, 8 / S);
             }
             expect_all(PROJECTED, CL * S * XR);
             if (tokens && layer == 0 && t > 0 && all) {  // the byte before: hidden in the wait
                 wait_for(LOGITS);
                 write_log_probs(t - 1);
             }
-            float4 out_ahead[CO];
-            const float4 *w_out = (const float4 *)weights(OUT_AT + layer * OUT, OUT);
-            fetch_mixed(out_ahead, w_out, tid);
 
-            wait_for(PROJECTED);
-            for (int i = tid; i < S * XR; i += T) low[i] = sum_blocks(shared + XPART + i, S * XR);
-            __syncthreads();
-
-            // dt_proj, softplus, scan step, skip, gate
-            for (int first = 32 * warp; first < DC * G; first += T) {
-                int c = (first + lane) / G, g = lane % G;
-                bool there = c < DC;
-                if (!there) c = DC - 1;
+            // What does not depend on the exchange is fetched before waiting for it.
+            float4 w_out[CO], w_dt[R4];
+            if (warp < RD) fetch_row(w_out, OUT_AT + layer * OUT, OUT, warp);
+            float rate[PER], h[S][PER], now[S], open[S], dt_bias, skip;
+            auto fetch_channel = [&](int c, int g) {
+                dt_bias = small[DT_BIAS + c], skip = small[SKIP + c];
+#pragma unroll
+                for (int p = 0; p < PER; p++) rate[p] = small[RATE + c * N + min(p * G + g, N - 1)];
+#pragma unroll
+                for (int r = 0; r < R4; r++)
+                    if (RS == 1) w_dt[r] = ((const float4 *)(small + DT))[c * R4 + r];
 #pragma unroll
                 for (int s = 0; s < S; s++) {
-                    const float *from = low + s * XR;
-                    float dt = 0.f;
+                    const float *from = shared + STATE + ((layer * S + s) * DC + c) * N;
 #pragma unroll
-                    for (int r = g; r < R; r += G) dt = fmaf(small[DT + c * R + r], from[r], dt);
-                    dt = softplus(sum_over<G>(dt) + small[DT_BIAS + c]);
-                    float now = u[s * DC + c], sum = 0.f;
-                    float *h = shared + STATE + ((layer * S + s) * DC + c) * N;
+                    for (int p = 0; p < PER; p++) h[s][p] = from[min(p * G + g, N - 1)];
+                    now[s] = u[s * DC + c], open[s] = gate[s * DC + c];
+                }
+            };
+            fetch_channel(min(tid / G, DC - 1), lane % G);
+            wait_for(PROJECTED);
+            for (int i = tid; i < S * X4; i += T) low[i] = sum_blocks(shared + PARTS + i, S * X4);
+            __syncthreads();
+
+            // dt_proj, softplus, scan step, skip, gate: G threads a channel
+            for (int first = 32 * warp; first < DC * G; first += T) {
+                int g = lane % G, c = min((first + lane) / G, DC - 1);
+                bool there = first + lane < DC * G;
+                if (first >= T) fetch_channel(c, g);
+#pragma unroll
+                for (int s = 0; s < S; s++) {
+                    const float *from = low + s * X4;
+                    float part[4] = {};
+                    if (RS == 1) {
+#pragma unroll
+                        for (int r = 0; r < R4; r++) {
+                            float4 v = ((const float4 *)from)[r];
+                            part[0] = fmaf(w_dt[r].x, v.x, part[0]);
+                            part[1] = fmaf(w_dt[r].y, v.y, part[1]);
+                            part[2] = fmaf(w_dt[r].z, v.z, part[2]);
+                            part[3] = fmaf(w_dt[r].w, v.w, part[3]);
+                        }
+                    } else {
+#pragma unroll
+                        for (int r = g; r < R; r += G)
+                            part[0] = fmaf(small[DT + c * R4 * 4 + r], from[r], part[0]);
+                    }
+                    float sum = (part[0] + part[1]) + (part[2] + part[3]);
+                    float dt = softplus(sum_over<RS>(sum) + dt_bias), y = 0.f;
 #pragma unroll
                     for (int p = 0; p < PER; p++) {
                         int n = p * G + g;
                         if (n < N) {
-                            float next = fmaf(exp2f(dt * small[RATE + c * N + n]), h[n],
-                                              dt * now * from[R + n]);
-                            if (there) h[n] = next;
-                            sum = fmaf(from[R + N + n], next, sum);
+                            float next = fmaf(exp2f(dt * rate[p]), h[s][p],
+                                              dt * now[s] * from[R + n]);
+                            if (there)
+                                shared[STATE + ((layer * S + s) * DC + c) * N + n] = next;
+                            y = fmaf(from[R + N + n], next, y);
                         }
                     }
-                    sum = sum_over<G>(sum);
-                    if (there && g == 0)
-                        y[s * DC + c] = fmaf(small[SKIP + c], now, sum) * gate[s * DC + c];
+                    y = fmaf(skip, now[s], sum_over<G>(y)) * open[s];
+                    if (there)
+                        send_all(shared_address(shared + Y + s * CO * 128 + rank * DC + c), SCANNED,
+                                 y, g, G);
                 }
             }
-            __syncthreads();
-            send_mixed(out_ahead, w_out, y, DC, OPART, MIXED);
-
-            const float4 *w_up = (const float4 *)weights(UP_AT + layer * UP, UP) + lane;
-            if (H == 0) {
-                if (layer + 1 < LAYERS) fetch_in(layer + 1);
-            } else if (warp < HQ) {
-                fetch(ahead, w_up + warp * CI * 32, 32);
-            }
-            receive_mixed(OPART, MIXED);
+            expect_all(SCANNED, CL * S * DC);
+            if (H == 0 && layer + 1 < LAYERS) fetch_in(layer + 1);
+            if (H > 0 && warp < HQ) fetch_row(ahead, UP_AT + layer * UP, UP, warp);
+            wait_for(SCANNED);
+            add_rows(w_out, OUT_AT + layer * OUT, OUT, Y);
+            wait_for(ADDED);
 
             if (H > 0) {
-                float4 down_ahead[CH];
-                const float4 *w_down = (const float4 *)weights(DOWN_AT + layer * DOWN, DOWN);
-                fetch_mixed(down_ahead, w_down, tid);
+                float4 w_down[CH];
+                if (warp < RD) fetch_row(w_down, DOWN_AT + layer * DOWN, DOWN, warp);
 #pragma unroll
-                for (int s = 0; s < S; s++)
-                    normalise(xn[s], x + s * DM, small + MLP_NORM, CENTERED, EPS);
+                for (int s = 0; s < S; s++) scale[s] = normalise(xn[s], x + s * DM, CENTERED, EPS);
                 for (int q = warp; q < HQ; q += WARPS) {
-                    if (q != warp) fetch(ahead, w_up + q * CI * 32, 32);
-                    float value = activate(times_x(ahead, xn));
-                    int r = 4 * q + lane % 4, s = lane / 4;
-                    if (s < S && r < HC) hidden[s * HC + r] = value;
+                    if (q != warp) fetch_row(ahead, UP_AT + layer * UP, UP, q);
+                    int r = 4 * q + lane % 4, s = lane / 4 % S;
+                    float value = activate(times_x(ahead, xn, scale)
+                                           + small[UP_BIAS + min(r, HC - 1)]);
+                    unsigned at = shared_address(shared + HIDDEN + s * CH * 128 + rank * HC + r);
+                    if (r < HC) send_all(at, ACTIVATED, value, lane / (4 * S), 8 / S);
                 }
-                __syncthreads();
-                send_mixed(down_ahead, w_down, hidden, HC, HPART, MLP_DONE);
+                expect_all(ACTIVATED, CL * S * HC);
                 if (layer + 1 < LAYERS) fetch_in(layer + 1);
-                receive_mixed(HPART, MLP_DONE);
+                __syncthreads();  // every warp has seen ADDED before it can come again
+                wait_for(ACTIVATED);
+                add_rows(w_down, DOWN_AT + layer * DOWN, DOWN, HIDDEN);
+                wait_for(ADDED);
             }
         }
 
         if (!tokens || all || t + 1 == steps) {
-            float xn[S][CI];
-            const float *norm = weights(FINAL_AT, 2 * up4(DM));
-            const float4 *w = (const float4 *)weights(HEAD_AT, HEAD) + lane;
+            float xn[S][CI], scale[S];
             for (int q = warp; q < VQ; q += WARPS) {
-                fetch(ahead, w + q * CI * 32, 32);
+                fetch_row(ahead, HEAD_AT, HEAD, q);
                 if (q == warp)
 #pragma unroll
                     for (int s = 0; s < S; s++)
-                        normalise(xn[s], x + s * DM, norm, CENTERED, EPS);
-                float value = times_x(ahead, xn);
-                if (CAP > 0.f) value = CAP * (1.f - 2.f / (1.f + __expf(value * (2.f / CAP))));  // tanh
-                int s = lane / 4 % S;
-                unsigned at = shared_address(
-                    logit + s * V + rank * (V / CL) + 4 * q + lane % 4);
+                        scale[s] = normalise(xn[s], x + s * DM, CENTERED, EPS);
+                int r = 4 * q + lane % 4, s = lane / 4 % S;
+                float value = times_x(ahead, xn, scale) + shared[HEAD_BIAS + r];
+                if (CAP > 0.f)  // CAP tanh(value / CAP)
+                    value = CAP * (1.f - 2.f / (1.f + __expf(value * (2.f / CAP))));
+                unsigned at = shared_address(logit + s * V + rank * (V / CL) + r);
                 send_all(at, LOGITS, value, lane / (4 * S), 8 / S);
             }
             expect_all(LOGITS, S * V);

@@ -79,16 +79,27 @@ def _split(x: Tensor, dim: int, blocks: int) -> Tensor:
     return F.pad(x, pad).unflatten(dim, (blocks, size)).movedim(dim, 0)
 
 
-def _row(x: Tensor, blocks: int) -> Tensor:
-    """(n,), the same for all blocks, or (blocks, ...): as (blocks, n rounded up to 4)."""
-    x = x.expand(blocks, -1) if x.ndim == 1 else x.flatten(1)
-    return F.pad(x, (0, -x.shape[1] % 4))
+def _flat(x: Tensor) -> Tensor:
+    """(blocks, ...) as (blocks, floats), their number rounded up to 4."""
+    return F.pad(x.flatten(1), (0, -x[0].numel() % 4))
 
 
-def _quads(x: Tensor, lanes: int) -> Tensor:
-    """(blocks, rows, columns) as (blocks, quads of rows, columns of a lane, lanes, 4)."""
-    x = F.pad(x, (0, -x.shape[2] % lanes, 0, -x.shape[1] % 4))
-    return x.unflatten(2, (-1, lanes)).unflatten(1, (-1, 4)).permute(0, 1, 3, 4, 2)
+def _quads(x: Tensor) -> Tensor:
+    """(blocks, rows, columns): one quad of rows after another, each as 32 columns x 4 at a time."""
+    x = F.pad(x, (0, -x.shape[2] % 32, 0, -x.shape[1] % 4))
+    return x.unflatten(2, (-1, 32)).unflatten(1, (-1, 4)).permute(0, 1, 3, 4, 2)
+
+
+def _rows_of(x: Tensor, blocks: int) -> Tensor:
+    """(d_model, channels): each block's rows, channels in the blocks' order, padding as zeros."""
+    columns = _split(x, 1, blocks).transpose(0, 1).flatten(1)  # (d_model, channels and padding)
+    return _split(F.pad(columns, (0, -columns.shape[1] % 128)), 0, blocks)
+
+
+def _behind(norm: tuple[Tensor, Tensor], w: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a projection w (rows, d_model) with the norm before it multiplied in."""
+    weight, bias = (x.double() for x in norm)
+    return (w.double() * weight).float(), (w.double() @ bias).float()
 
 
 def pack(
@@ -96,35 +107,32 @@ def pack(
 ) -> Tensor:
     """Each block's share of the weights in the kernel's order: (blocks, floats) float32."""
 
-    def of_rows(x: Tensor) -> Tensor:  # read by whole warps
-        return _quads(x.float(), 32).flatten(1)
+    def share(x: Tensor, dim: int = 0) -> Tensor:
+        return _split(x.float(), dim, blocks)
 
-    def of_parts(x: Tensor) -> Tensor:  # (d_model, channels), read by eight lanes a quad
-        return _quads(_split(x.float(), 1, blocks), 8).transpose(1, 2).flatten(1)
-
-    def norm(pair: tuple[Tensor, Tensor]) -> list[Tensor]:
-        return [_row(x.float(), blocks) for x in pair]
-
-    def channels(x: Tensor) -> Tensor:
-        return _row(_split(x.float(), 0, blocks), blocks)
-
-    small, x_proj, in_proj, up, down, out_proj = [], [], [], [], [], []
+    small, in_proj, up, down, out_proj = [], [], [], [], []
     for w in layers:
-        rate = w.A.double() * 1.4426950408889634  # the kernel takes powers of 2
-        small += norm(w.norm) + [
-            channels(x) for x in (w.conv_weight, w.conv_bias, w.dt_bias, w.D, rate, w.dt_proj)]
-        halves = [_split(half, 0, blocks) for half in w.in_proj.chunk(2)]
-        in_proj.append(of_rows(torch.cat(halves, 1)))
-        x_proj.append(of_rows(_split(w.x_proj, 1, blocks)))
-        out_proj.append(of_parts(w.out_proj))
+        weight, bias = _behind(w.norm, w.in_proj)
+        in_proj.append(_quads(torch.cat([share(half) for half in weight.chunk(2)], 1)))
+        small += [
+            torch.cat([share(half) for half in bias.chunk(2)], 1),
+            share(w.conv_weight), share(w.conv_bias), share(w.dt_bias), share(w.D),
+            share(w.A.double() * 1.4426950408889634),  # the kernel takes powers of 2
+            share(F.pad(w.dt_proj, (0, -w.dt_proj.shape[1] % 4))),
+        ]  # fmt: skip
         if w.mlp_norm is not None and w.up is not None and w.down is not None:
-            small += norm(w.mlp_norm)
-            up.append(of_rows(_split(w.up, 0, blocks)))
-            down.append(of_parts(w.down))
-    heads = of_rows(_split(head, 0, blocks))
-    return torch.cat(
-        [*small, *norm(final_norm), *x_proj, heads, *in_proj, *up, *down, *out_proj], 1
-    ).contiguous()
+            weight, bias = _behind(w.mlp_norm, w.up)
+            small.append(share(bias))
+            up.append(_quads(share(weight)))
+            down.append(_rows_of(w.down.float(), blocks))
+        # 8 threads a row: channel 8 j + part of row r is at (j, r, part).
+        x_proj = share(w.x_proj, 1)
+        x_proj = F.pad(x_proj, (0, -x_proj.shape[2] % 8)).unflatten(2, (-1, 8))
+        small.append(x_proj.transpose(1, 2))
+        out_proj.append(_rows_of(w.out_proj.float(), blocks))
+    weight, bias = _behind(final_norm, head)
+    everything = [*small, share(bias), _quads(share(weight)), *in_proj, *up, *down, *out_proj]
+    return torch.cat([_flat(x) for x in everything], 1).contiguous()
 
 
 # -------------------------------------------------------------------------------------- planning
@@ -149,32 +157,33 @@ class Plan:
         return _program(self)
 
 
-def _up4(n: int) -> int:
-    return -(-n // 4) * 4
+def _up(n: int, to: int = 4) -> int:
+    return -(-n // to) * to
 
 
 def plan(shape: Shape, blocks: int, streams: int, shared_bytes: int) -> Plan | None:
     """The plan for a card with that much shared memory a block, or None where it does not fit."""
     s, channels = shape, -(-shape.d_inner // blocks)
-    hidden, rows = -(-s.hidden // blocks), _up4(s.rank + 2 * s.states)
-    model, wide = _up4(s.d_model), -(-s.d_model // 32) * 128
-    per_layer = (
-        2 * model * (2 if s.hidden else 1) + 3 * _up4(channels)
-        + sum(_up4(channels * n) for n in (s.taps, s.states, s.rank))
-        + rows * 32 * -(-channels // 32) + -(-2 * channels // 4) * wide
-        + 8 * s.d_model * -(-channels // 8)
-        + -(-hidden // 4) * wide + 8 * s.d_model * -(-hidden // 8)
+    hidden, rows, model = -(-s.hidden // blocks), -(-s.d_model // blocks), -(-s.d_model // 32)
+    projected = s.rank + 2 * s.states
+    all_channels, all_hidden = (_up(blocks * n, 128) for n in (channels, hidden))
+    small = (
+        _up(2 * channels) + 3 * _up(channels) + _up(channels * s.taps) + _up(channels * s.states)
+        + channels * _up(s.rank) + _up(hidden) + projected * _up(channels, 8)
     )  # fmt: skip
-    floats = s.layers * per_layer + 2 * model + VOCABULARY // blocks // 4 * wide
+    head = VOCABULARY // blocks
+    least = s.layers * small + head
+    floats = least + 32 * model * head + s.layers * (
+        32 * model * (_up(2 * channels) + _up(hidden)) + rows * (all_channels + all_hidden)
+    )
     work = streams * (
-        blocks * (rows + s.d_model * (2 if s.hidden else 1))
-        + 3 * VOCABULARY + s.d_model + rows
+        blocks * _up(projected) + all_channels + all_hidden + 3 * VOCABULARY + s.d_model
+        + _up(projected)
     )  # fmt: skip
-    work += 3 * _up4(streams * channels) + _up4(streams * max(hidden, 1)) + 8 + _up4(streams)
-    work += _up4(s.layers * streams * channels * s.states)
-    work += _up4(s.layers * streams * (s.taps - 1) * channels)
+    work += 2 * _up(streams * channels) + _up(s.layers * streams * channels * s.states)
+    work += _up(s.layers * streams * (s.taps - 1) * channels) + 12 + _up(streams)
     resident = min(floats, (shared_bytes // 4 - work) // 4 * 4)
-    return None if resident < 0 else Plan(shape, blocks, streams, resident, work, floats)
+    return Plan(shape, blocks, streams, resident, work, floats) if resident >= least else None
 
 
 @functools.cache

@@ -46,7 +46,7 @@ def made(config: ModelConfig) -> ByteLM:
             if p.abs().max() == 0:
                 p.normal_(0, 0.1)
             if name in ("embedding.weight", "head.weight"):
-                p.mul_(10)
+                p.mul_(3 if config.tied_head else 10)  # tied ones would only repeat the byte
     return model.cuda().eval()
 
 
