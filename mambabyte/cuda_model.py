@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambabyte.blocks import Block, MambaMixer, MambaState
+from mambabyte.blocks import MLP, Block, MambaMixer, MambaState
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.ops.cuda_stream import (
@@ -28,6 +28,8 @@ from mambabyte.ops.step import MAX_TAPS
 Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
 MOST_BYTES = 256  # fed in one call; longer texts are faster in parallel
 PIECE = 4096  # bytes whose log-probabilities are fetched at a time
+_PARTS = (ByteLM, Block, MambaMixer, MLP, nn.ModuleList, nn.Embedding, nn.Linear, nn.Conv1d,
+          nn.LayerNorm, nn.RMSNorm)  # fmt: skip
 FIRST_DRAW, MOST_DRAW = 16, 256  # bytes drawn a launch: the first come soon, all come steadily
 
 
@@ -52,9 +54,9 @@ def unsupported(model: nn.Module) -> str:
     if torch.is_autocast_enabled("cuda") or any(p.dtype is torch.float64
                                                 for p in model.parameters()):
         return "the kernel computes in float32"
-    if any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations")
+    if any(type(m) not in _PARTS or m._forward_hooks or m._forward_pre_hooks
            for m in model.modules()):
-        return "the model has hooks or parametrizations"
+        return "the model has hooks, or foreign or parametrized parts"
     if not cluster_blocks(shape_of(model), device.index):
         return "no cluster of thread blocks holds it: compute capability 9.0 or later is needed"
     return ""

@@ -241,3 +241,13 @@ def test_what_is_not_supported_goes_the_usual_way(change: dict) -> None:
     stream = ByteStream(model)
     assert stream.read(b"abc") is None
     assert sum(map(len, stream.draw(5))) == 5
+
+
+def test_a_model_with_a_hook_or_a_foreign_part_goes_the_usual_way() -> None:
+    model = made(BYTE)
+    handle = model.layers[1].mixer.register_forward_hook(lambda *_: None)
+    assert "hooks" in cuda_model.unsupported(model)
+    handle.remove()
+    assert cuda_model.unsupported(model) == ""
+    model.norm_f = torch.nn.Sequential(model.norm_f)
+    assert "foreign" in cuda_model.unsupported(model)
