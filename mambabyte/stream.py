@@ -78,16 +78,16 @@ class ByteStream:
 
     def state_bytes(self) -> int:
         """Bytes held by the state now."""
-        return sum(t.numel() * t.element_size() for t in _tensors(self._state))
+        return sum(t.numel() * t.element_size() for t in tensors_of(self._state))
 
 
-def _tensors(state: Any) -> Iterator[Tensor]:
+def tensors_of(state: Any) -> Iterator[Tensor]:
     """All tensors in nested tuples and lists."""
     if isinstance(state, Tensor):
         yield state
     elif isinstance(state, list | tuple):
         for part in state:
-            yield from _tensors(part)
+            yield from tensors_of(part)
 
 
 class CharModel:
