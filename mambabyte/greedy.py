@@ -23,6 +23,7 @@ from mambabyte.text import continuation_range, utf8_length
 _TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}  # (rows, length) that the model is given at once
 _CALL = {"cpu": 100, "cuda": 10_000}  # tokens that cost as much as calling it does
 _STATE_BYTES = 1 << 29  # of states kept between the windows' starts
+_LEAST_SPACING = 16
 _ROUNDS = 2  # as most characters longer than one byte have three, and are asked about twice
 _LEADS = np.arange(0xC2, 0xF5)
 _NEED = np.array([utf8_length(byte) for byte in range(256)])
@@ -59,25 +60,27 @@ class Windows:
         asked = np.searchsorted(self.starts, places, side="right") - 1
         starts, states = list(self.starts), list(self._states)
         for group in self._groups:
-            members, counts = np.unique(asked[np.isin(asked, group)], return_counts=True)
+            mine = np.isin(asked, group)
+            members = np.unique(asked[mine])
             if not len(members) or not _can_batch(self._states[members[0]]):
                 continue
-            known = places[np.isin(asked, members)] - self.starts[asked[np.isin(asked, members)]]
-            length, rows, questions = int(known.max()) + 1, len(members), _ROUNDS * counts.sum()
+            known = places[mine] - self.starts[asked[mine]] + 1
+            length, rows, questions = int(known.max()), len(members), _ROUNDS * len(known)
             spacing = int(np.sqrt(2 * length * self._call / questions))
-            size = max(_bytes(state) for state in self._states)
-            spacing = max(spacing, 16, rows * length * size // _STATE_BYTES)
-            spacing = min(spacing, max(1, self._limit // rows))
+            size = max(_bytes(self._states[i]) for i in members)
+            spacing = max(spacing, _LEAST_SPACING, rows * length * size // _STATE_BYTES)
             cost = rows * length + self._call * length / spacing + questions * spacing / 2
             if cost > _ROUNDS * known.sum():
                 continue
-            at = np.minimum(self.starts[members, None] + np.arange(length), len(self.inputs) - 1)
-            tokens = torch.from_numpy(self.inputs[at]).to(self.model.device).long()
-            state = _rows([self._states[i] for i in members], torch.arange(rows))
-            for begin in range(0, length - spacing, spacing):
-                _, state = self.model(tokens[:, begin : begin + spacing], state)
-                starts += list(self.starts[members] + begin + spacing)
-                states += [_row(state, i) for i in range(rows)]
+            for part in np.array_split(members, -(-rows * spacing // self._limit)):
+                first = self.starts[part]
+                at = np.minimum(first[:, None] + np.arange(length), len(self.inputs) - 1)
+                tokens = torch.from_numpy(self.inputs[at]).to(self.model.device).long()
+                state = _rows([self._states[i] for i in part], torch.arange(len(part)))
+                for begin in range(0, length - spacing, spacing):
+                    _, state = self.model(tokens[:, begin : begin + spacing], state)
+                    starts += list(first + begin + spacing)
+                    states += [_row(state, i) for i in range(len(part))]
         order = np.argsort(starts, kind="stable")
         self._set(np.array(starts)[order], [states[i] for i in order])
 
