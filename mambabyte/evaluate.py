@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from mambabyte.errors import UserError
+from mambabyte.greedy import Windows, greedy_codes
 from mambabyte.stream import ByteModel, ByteStream, CharModel
 from mambabyte.text import START_BYTE, first_characters
 
 TASK_CHARACTERS = 60_000  # the public task scores these many characters of a split
+_WINDOWS = {"cpu": 512, "cuda": 2048}  # bytes; a call costs as much as some 100, or some 10,000
+_BLOCK = 1 << 16  # bytes whose log-probabilities are kept at once
 
 
 @dataclass(frozen=True)
@@ -65,40 +69,52 @@ def bits_per_byte(model: ByteModel, data: bytes | np.ndarray, window: int = 8192
     return float(-picked.double().mean() / math.log(2))
 
 
+@torch.inference_mode()
 def score(
     model: ByteModel, data: bytes | np.ndarray, characters: int = TASK_CHARACTERS,
-    window: int = 8192, report: Callable[[float], None] = lambda done: None,
+    window: int | None = None, report: Callable[[float], None] = lambda done: None,
 ) -> Score:
-    """Score the first ``characters`` characters in parallel windows.
+    """Score the first ``characters`` characters in parallel windows of ``window`` bytes.
 
-    The greedy character is decided from byte probabilities alone wherever they settle it: an
-    ASCII character that beats every lead byte, or one that loses to another ASCII character. The
-    few positions where a longer character is in question are decided by CharModel from the exact
-    state there. The result is the one that streaming gives, up to ties within rounding.
+    The result is what streaming gives, up to ties within rounding: see ``greedy`` for the places
+    where a longer character is in question. Smaller windows mean more calls of the model, larger
+    ones more bytes that such places run again; the default suits the device.
     """
     text = first_characters(bytes(data), characters)
-    raw = text.encode("utf-8")
-    if not raw:
+    raw = np.frombuffer(text.encode("utf-8"), np.uint8)
+    if not len(raw):
         raise UserError("there is nothing to score: the text is empty")
-    log_probs = byte_log_probs(model, raw, window, report)
-    picked = log_probs[torch.arange(len(raw)), torch.tensor(list(raw))]
+    was_training, device = model.training, model.device
+    model.eval()
+    window = window or _WINDOWS.get(device.type, _WINDOWS["cpu"])
+    inputs = np.concatenate([np.array([START_BYTE], np.uint8), raw[:-1]])
+    tokens, target = (torch.from_numpy(x).to(device).long() for x in (inputs, raw.copy()))
+    begins = np.flatnonzero((raw & 0xC0) != 0x80)  # first byte of every character
+    wanted = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.int64)
 
-    starts = np.cumsum([0] + [len(c.encode("utf-8")) for c in text])[:-1]
-    at = log_probs[torch.from_numpy(starts)]  # (characters, V), before each character
-    ascii_best, ascii_argmax = at[:, :0x80].max(-1)
-    lead_best = at[:, 0xC2:0xF5].max(-1).values
-    code = torch.tensor([ord(c) for c in text])
-    hits = (code == ascii_argmax).numpy()
-    undecided = np.flatnonzero((lead_best >= ascii_best).numpy())
-
-    stream, chars, done = ByteStream(model.eval()), CharModel(model), 0
-    for index in undecided:
-        stream.feed(raw[done : starts[index]])
-        done = starts[index]
-        chars.seek(stream)
-        hits[index] = chars.greedy() == text[index]
-    return Score(float(-picked.double().mean() / math.log(2)), float(hits.mean()),
-                 len(text), len(raw), hits)
+    state: Any = None
+    nats, codes = torch.zeros((), dtype=torch.float64, device=device), []
+    block = max(1, _BLOCK // window) * window
+    for low in range(0, len(raw), block):
+        starts = range(low, min(low + block, len(raw)), window)
+        states: list[Any] = []  # before each
+        parts = []
+        for start in starts:
+            states.append(state)
+            logits, state = model(tokens[None, start : start + window], state)
+            parts.append(torch.log_softmax(logits[0].float(), -1))
+            report(min(1.0, (start + window) / len(raw)))
+        log_probs = torch.cat(parts)
+        here = target[low : low + len(log_probs)]
+        nats -= log_probs.gather(1, here[:, None]).double().sum()
+        places = begins[np.searchsorted(begins, low) : np.searchsorted(begins, low + block)]
+        at = torch.from_numpy(places).to(device)
+        windows = Windows(model, inputs, starts, states)
+        codes.append(greedy_codes(windows, at, log_probs[at - low]))
+    model.train(was_training)
+    hits = torch.cat(codes).cpu().numpy() == wanted
+    return Score(float(nats) / len(raw) / math.log(2), float(hits.mean()), len(text), len(raw),
+                 hits)
 
 
 def score_streaming(

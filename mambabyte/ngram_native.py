@@ -1,50 +1,29 @@
 """The two loops of n-gram counting in C, for the CPU; ``ngram.c`` beside this file.
 
-Compiled on first use like the native scan, with its cache and flags. Where that is impossible
-``library`` is None, and counting sorts with torch instead.
+Compiled on first use (``ops/native_build.py``). Where that is impossible ``library`` is None, and
+counting sorts with torch instead.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mambabyte.files import cache_dir
+from mambabyte.ops import native_build
 
 SOURCE = Path(__file__).with_name("ngram.c")
 MAX_ORDER = 16
-_FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread"]
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions, None without a C compiler or a place to keep what it makes."""
-    candidates = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
-    compiler = next((path for name in candidates if name and (path := shutil.which(name))), None)
-    if compiler is None or os.name != "posix":
-        return None
-    stamp = repr((os.path.realpath(compiler), _FLAGS)).encode()
-    key = hashlib.sha256(SOURCE.read_bytes() + stamp).hexdigest()[:24]
-    target = cache_dir() / f"ngram-{key}.so"
-    try:
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                made = Path(folder) / "ngram.so"
-                subprocess.run([compiler, *_FLAGS, str(SOURCE), "-o", str(made)],
-                               capture_output=True, check=True, timeout=120)
-                os.replace(made, target)  # another process sees all of it or nothing
-        loaded = ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError):
+    loaded = native_build.load(SOURCE)
+    if isinstance(loaded, str):
         return None
     loaded.shorten.restype = ctypes.c_int64
     return loaded

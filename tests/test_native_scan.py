@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mambabyte.ops import native_build
 from mambabyte.ops import native_scan as native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,7 +240,7 @@ def test_code_for_processors_without_wide_vectors(
 ) -> None:
     """Vectors of 16 bytes and no fused multiply-add: the path that aarch64 takes as well."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "TUNING", (["-march=x86-64"],))
+    monkeypatch.setattr(native_build, "TUNING", (["-march=x86-64"],))
     library = native._load.__wrapped__(False)
     assert not isinstance(library, str), library
     monkeypatch.setattr(native, "_library", lambda double: library)
@@ -421,6 +422,7 @@ def test_survives_fork() -> None:
 
 
 PROBE = """
+from mambabyte.ops import native_build
 from mambabyte.ops import native_scan as native
 import torch
 ok, reason = native.available()
@@ -516,7 +518,7 @@ int main(void) {
 def test_sanitizers(tmp_path: Path, checks: str) -> None:
     """Odd shapes under gcc's or clang's checkers; leaks are the driver's own."""
     (tmp_path / "driver.c").write_text(SANITIZED)
-    flags = [f for f in native.FLAGS if f not in ("-shared", "-fPIC", "-O3")]
+    flags = [f for f in native_build.FLAGS if f not in ("-shared", "-fPIC", "-O3")]
     command = ["cc", "-O1", "-g", *flags, "-march=native", f"-fsanitize={checks}"]
     command += ["-fno-sanitize-recover=all", "-DSMALL_WORK=1", f"-I{native.SOURCE.parent}"]
     program = str(tmp_path / "driver")

@@ -1,9 +1,7 @@
 """Selective scan on the CPU in C: forward, backward and single steps.
 
-The C source beside this file is compiled with the system's compiler on first use (about a second),
-cached on disk under a name that hashes the source, the flags, the compiler and the processor, and
-called through ctypes, which releases the GIL. Where that is impossible, :func:`available` says why
-in one line and the caller takes another form.
+The C source beside this file is compiled on first use (``native_build``). Where that is impossible,
+:func:`available` says why in one line and the caller takes another form.
 
 Symbols and layouts: u, delta, z, y ``(B, L, D)``; B, C ``(B, L, N)``; A ``(D, N)``;
 D, delta_bias ``(D,)``; states ``(B, D, N)``. Any batch and time strides; a last axis whose stride
@@ -15,14 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
 import struct
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -30,7 +21,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mambabyte.files import cache_dir
+from mambabyte.ops import native_build
 
 __all__ = ["available", "backward", "conv_step", "forward", "saved_shape", "scan_step"]
 
@@ -38,11 +29,6 @@ SOURCE = Path(__file__).with_suffix(".c")
 TILE = 16  # time steps between two saved states
 PAD = 32  # saved states are padded to this many channels
 GROUP = 128  # channels of one partial sum of dB and dC
-# no -ffast-math: it would break nan and inf
-FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-shared", "-fPIC", "-pthread"]
-# the first that the compiler accepts
-TUNING: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
 
 _FORWARD_WORDS = 6 + 6 * 4 + 6
 _BACKWARD_WORDS = _FORWARD_WORDS + 6 * 4 + 7
@@ -62,85 +48,16 @@ class _Library(NamedTuple):
     conv_step: Callable[[bytes], int]
 
 
-# ------------------------------------------------------------------------------- compilation
-
-
-def _processor() -> str:
-    """What the compiler's -march=native depends on."""
-    words = [platform.system(), platform.machine(), platform.processor()]
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for key in ("model name", "flags", "Features", "CPU part"):
-        words += [line for line in lines if line.startswith(key)][:1]
-    return "\n".join(words)
-
-
-def _cache_directories() -> list[Path]:
-    """Where compiled libraries may live, in order of preference."""
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    return [cache_dir(), Path(tempfile.gettempdir()) / f"mambabyte-{user}"]
-
-
-def _usable(directory: Path) -> bool:
-    """Make the directory; false if we cannot write to it or somebody else owns it."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mine = not hasattr(os, "getuid") or directory.stat().st_uid == os.getuid()
-        return mine and os.access(directory, os.W_OK | os.X_OK)
-    except OSError:
-        return False
-
-
-def _compile(compiler: str, defines: list[str], target: Path) -> str:
-    """Compile to ``target`` through a temporary name; returns "" or the reason of the failure."""
-    reason = ""
-    for tuning in TUNING:
-        handle, name = tempfile.mkstemp(suffix=".tmp", dir=target.parent)
-        os.close(handle)
-        command = [compiler, *FLAGS, *tuning, *defines, str(SOURCE), "-o", name, "-lm"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            if done.returncode == 0:
-                os.replace(name, target)  # atomic: another process sees all of it or nothing
-                return ""
-            errors = [line for line in done.stderr.splitlines() if "error" in line]
-            reason = (errors or done.stderr.splitlines() or ["no message"])[0].strip()
-        except (OSError, subprocess.TimeoutExpired) as error:
-            reason = str(error)
-        finally:
-            if os.path.exists(name):
-                os.unlink(name)
-    return f"{compiler} failed: {reason}"
+# ------------------------------------------------------------------------------- library
 
 
 @functools.cache
 def _load(double: bool) -> _Library | str:
     """The library for one element type, or the reason why there is none."""
-    if sys.byteorder != "little" or ctypes.sizeof(ctypes.c_void_p) != 8:
-        return "needs a 64-bit little-endian machine"
-    if os.name != "posix":
-        return "needs a POSIX system (threads)"
-    candidates = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
-    compiler = next((path for name in candidates if name and (path := shutil.which(name))), None)
-    if compiler is None:
-        return "no C compiler (looked for $CC, cc, gcc, clang)"
-    directory = next((path for path in _cache_directories() if _usable(path)), None)
-    if directory is None:
-        return "no writable directory for the compiled library"
     defines = [f"-DTILE={TILE}", f"-DPAD={PAD}", f"-DGROUP={GROUP}"]
-    if double:
-        defines.append("-DSCAN_DOUBLE")
-    try:
-        stamp = (os.path.realpath(compiler), os.stat(compiler).st_size, FLAGS, TUNING, defines)
-        key = hashlib.sha256(SOURCE.read_bytes() + repr(stamp).encode() + _processor().encode())
-        target = directory / f"native_scan-{key.hexdigest()[:24]}.so"
-        if not target.exists() and (reason := _compile(compiler, defines, target)):
-            return reason
-        library = ctypes.CDLL(str(target))
-    except OSError as error:
-        return f"cannot load the compiled library: {error}"
+    library = native_build.load(SOURCE, [*defines, "-DSCAN_DOUBLE"] if double else defines)
+    if isinstance(library, str):
+        return library
     names = ("scan_forward", "scan_backward", "scan_step", "conv_step")
     functions = [getattr(library, name) for name in names]
     for function in functions:
