@@ -38,6 +38,7 @@ from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.ops import FORMS
 from mambabyte.optim import make_optimizer
+from mambabyte.stream import advance_of
 from mambabyte.train import autocast, train_step
 
 __all__ = ["PROFILES", "Parameters", "Results", "headline", "run"]
@@ -236,11 +237,11 @@ def time_streaming(p: Parameters) -> pd.DataFrame:
             states[name, position] = (model, state)
 
     def make(model: ByteLM, state: list[LayerState]) -> Callable[[], None]:
-        token = torch.zeros(1, 1, dtype=torch.int64, device=p.device)
+        advance = advance_of(model)  # as generating and scoring byte by byte do
 
         def call() -> None:
             nonlocal state
-            state = model(token, state)[1]
+            state = advance(b"\0", state)[1]
 
         return call
 

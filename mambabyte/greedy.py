@@ -17,11 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambabyte.stream import ByteModel
+from mambabyte.stream import ByteModel, tensors_of
 from mambabyte.text import continuation_range, utf8_length
 
-# Tokens that the model is given at once: (rows, length) at most.
-_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}
+_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}  # (rows, length) that the model is given at once
+_CALL = {"cpu": 100, "cuda": 10_000}  # tokens that cost as much as calling it does
+_STATE_BYTES = 1 << 29  # of states kept between the windows' starts
+_LEAST_SPACING = 16
+_ROUNDS = 2  # as most characters longer than one byte have three, and are asked about twice
 _LEADS = np.arange(0xC2, 0xF5)
 _NEED = np.array([utf8_length(byte) for byte in range(256)])
 _SECOND = np.zeros((256, 256), dtype=bool)  # which byte may come second after which first
@@ -38,13 +41,48 @@ class Windows:
     def __init__(
         self, model: ByteModel, inputs: np.ndarray, starts: Sequence[int], states: list[Any]
     ) -> None:
-        self.model, self.inputs, self.starts = model, inputs, np.asarray(starts)
+        self.model, self.inputs = model, inputs
+        device = model.device.type
+        self._limit, self._call = _TOKENS.get(device, _TOKENS["cpu"]), _CALL.get(device, 100)
+        self._set(np.asarray(starts), states)
+
+    def _set(self, starts: np.ndarray, states: list[Any]) -> None:
+        self.starts, self._states = starts, states
         # Windows whose states differ in their tensors' numbers alone can be rows of one batch. A
         # state that we cannot look into is one row, alone.
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for i, state in enumerate(states):
             groups[_kind(state) if _can_batch(state) else object()].append(i)
-        self._groups = [(np.array(group), [states[i] for i in group]) for group in groups.values()]
+        self._groups = [np.array(group) for group in groups.values()]
+
+    def refine(self, places: np.ndarray) -> None:
+        """Find states between the starts too, where that costs less than it saves at ``places``."""
+        asked = np.searchsorted(self.starts, places, side="right") - 1
+        starts, states = list(self.starts), list(self._states)
+        for group in self._groups:
+            mine = np.isin(asked, group)
+            members = np.unique(asked[mine])
+            if not len(members) or not _can_batch(self._states[members[0]]):
+                continue
+            known = places[mine] - self.starts[asked[mine]] + 1
+            length, rows, questions = int(known.max()), len(members), _ROUNDS * len(known)
+            spacing = int(np.sqrt(2 * length * self._call / questions))
+            size = max(_bytes(self._states[i]) for i in members)
+            spacing = max(spacing, _LEAST_SPACING, rows * length * size // _STATE_BYTES)
+            cost = rows * length + self._call * length / spacing + questions * spacing / 2
+            if cost > _ROUNDS * known.sum():
+                continue
+            for part in np.array_split(members, -(-rows * spacing // self._limit)):
+                first = self.starts[part]
+                at = np.minimum(first[:, None] + np.arange(length), len(self.inputs) - 1)
+                tokens = torch.from_numpy(self.inputs[at]).to(self.model.device).long()
+                state = _rows([self._states[i] for i in part], torch.arange(len(part)))
+                for begin in range(0, length - spacing, spacing):
+                    _, state = self.model(tokens[:, begin : begin + spacing], state)
+                    starts += list(first + begin + spacing)
+                    states += [_row(state, i) for i in range(len(part))]
+        order = np.argsort(starts, kind="stable")
+        self._set(np.array(starts)[order], [states[i] for i in order])
 
     def after(self, places: np.ndarray, prefixes: np.ndarray) -> Tensor:
         """Log p (n, V) float32 on the CPU, each after the text up to ``inputs[place]`` and then
@@ -53,9 +91,8 @@ class Windows:
         known = places - self.starts[window] + 1
         rows: list[np.ndarray] = []
         found: list[Tensor] = []
-        for members, states in self._groups:
-            limit = _TOKENS.get(self.model.device.type, _TOKENS["cpu"])
-            limit *= _can_batch(states[0])
+        for members in self._groups:
+            limit = self._limit if _can_batch(self._states[members[0]]) else 0
             mine = np.flatnonzero(np.isin(window, members))
             mine = mine[np.argsort(known[mine], kind="stable")]
             while len(mine):
@@ -63,9 +100,10 @@ class Windows:
                 sizes = (known[mine] + prefixes.shape[1]) * np.arange(1, len(mine) + 1)
                 batch, mine = np.split(mine, [max(1, int(np.searchsorted(sizes, limit, "right")))])
                 tokens = self._tokens(places[batch], known[batch], prefixes[batch])
-                which = torch.from_numpy(np.searchsorted(members, window[batch]))
+                used, which = np.unique(window[batch], return_inverse=True)
+                states = [self._states[i] for i in used]
                 last = torch.from_numpy(known[batch] + prefixes.shape[1] - 1)
-                logits, _ = self.model(tokens, _rows(states, which))
+                logits, _ = self.model(tokens, _rows(states, torch.from_numpy(which)))
                 at = logits[torch.arange(len(batch), device=logits.device), last.to(logits.device)]
                 found.append(torch.log_softmax(at.float(), -1))
                 rows.append(batch)
@@ -113,6 +151,20 @@ def _rows(states: list[Any], which: Tensor) -> Any:
     return first
 
 
+def _row(state: Any, i: int) -> Any:
+    """The state of row i alone, of batch 1."""
+    if isinstance(state, Tensor):
+        return state[i : i + 1]
+    if isinstance(state, list | tuple):
+        parts = [_row(part, i) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
+    return state
+
+
+def _bytes(state: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors_of(state))
+
+
 def greedy_codes(windows: Windows, places: Tensor, log_probs: Tensor) -> Tensor:
     """Code point of the most probable character after ``inputs[place]``, the lowest of equals.
 
@@ -125,6 +177,7 @@ def greedy_codes(windows: Windows, places: Tensor, log_probs: Tensor) -> Tensor:
     if not len(in_question):
         return code
     asked = places[in_question].cpu().numpy()
+    windows.refine(asked)
     # float32 probabilities, multiplied in float64: as CharModel does.
     known = log_probs[in_question].cpu().exp().double().numpy()
     code[in_question] = torch.from_numpy(_search(windows, asked, known)).to(code.device)

@@ -18,7 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mambabyte.blocks import AttentionState, LayerState, MambaState
+from mambabyte.blocks import (
+    MLP,
+    AttentionMixer,
+    AttentionState,
+    Block,
+    LayerState,
+    MambaMixer,
+    MambaState,
+)
 from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
@@ -28,6 +36,8 @@ SOURCE = Path(__file__).parent / "ops" / "native_model.c"
 Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
 MOST_BYTES = 16  # in one call; longer texts are faster in parallel
 _STALE = 2
+_PARTS = (ByteLM, Block, MambaMixer, AttentionMixer, MLP, nn.ModuleList, nn.Embedding, nn.Linear,
+          nn.Conv1d, nn.LayerNorm, nn.RMSNorm)  # fmt: skip
 _ACTIVATIONS = {"relu2": 0, "gelu": 1, "silu": 2}
 _MAMBA = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight",
           "dt_proj.bias", "A_log", "D", "", "", "", "out_proj.weight")  # fmt: skip
@@ -62,13 +72,14 @@ def supports(model: nn.Module) -> bool:
     """Whether :class:`NativeModel` computes what ``model`` does.
 
     A ByteLM of any pattern, norm, MLP and head, in float32 on the CPU, of at least 256 symbols,
-    with scan_form "auto" or "fused"; without hooks, parametrizations or autocast; and a C compiler.
+    with scan_form "auto" or "fused"; without hooks, foreign or parametrized parts, or autocast;
+    and a C compiler.
     """
     if type(model) is not ByteLM or model.config.vocab_size < 256:
         return False
     if model.config.scan_form not in ("auto", "fused") or torch.is_autocast_enabled("cpu"):
         return False
-    if any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations")
+    if any(type(m) not in _PARTS or m._forward_hooks or m._forward_pre_hooks
            for m in model.modules()):
         return False
     return all(map(_readable, model.parameters())) and _library() is not None

@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from mambabyte import native_model
+from mambabyte import cuda_model, native_model
 from mambabyte.errors import UserError
 from mambabyte.text import START_BYTE, Utf8Stream, continuation_range, utf8_length
 
@@ -50,7 +50,9 @@ def advance_of(model: ByteModel) -> Advance:
         return torch.log_softmax(logits[0, -1].float(), -1).cpu(), state
 
     device = model.device
-    return native_model.shortcut(model, advance) if device.type == "cpu" else advance
+    shortcuts = {"cpu": native_model.shortcut, "cuda": cuda_model.shortcut}
+    shortcut = shortcuts.get(device.type)
+    return advance if shortcut is None else shortcut(model, advance)
 
 
 class ByteStream:
@@ -70,6 +72,36 @@ class ByteStream:
         if data:
             self.log_probs, self._state = self._advance(data, self._state)
 
+    def read(self, data: bytes) -> Tensor | None:
+        """Advance by ``data`` byte after byte; log p (L, V) before each of its bytes.
+
+        None, and nothing happens, where the model has no quick way to do so.
+        """
+        if not isinstance(self._advance, cuda_model.CudaModel) or not data:
+            return None
+        each, self._state = self._advance.each(data, self._state)
+        before = torch.cat([self.log_probs[None], each[:-1]])
+        self.log_probs = each[-1]
+        return before
+
+    def draw(
+        self, max_bytes: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[bytes]:
+        """Advance by bytes drawn from the model itself, yielded as they come; see ``generate``."""
+        if isinstance(self._advance, cuda_model.CudaModel):
+            pieces = self._advance.draw(
+                self.log_probs, self._state, max_bytes, temperature, top_k, top_p, seed)
+            for data, log_probs, state in pieces:
+                self.log_probs, self._state = log_probs, state
+                yield data
+            return
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(max_bytes):
+            byte = sample_byte(self.log_probs, temperature, top_k, top_p, generator)
+            self.feed(bytes([byte]))
+            yield bytes([byte])
+
     def fork(self) -> ByteStream:
         """An independent stream at the same place. States are values, so this copies nothing."""
         other = object.__new__(ByteStream)
@@ -78,16 +110,16 @@ class ByteStream:
 
     def state_bytes(self) -> int:
         """Bytes held by the state now."""
-        return sum(t.numel() * t.element_size() for t in _tensors(self._state))
+        return sum(t.numel() * t.element_size() for t in tensors_of(self._state))
 
 
-def _tensors(state: Any) -> Iterator[Tensor]:
+def tensors_of(state: Any) -> Iterator[Tensor]:
     """All tensors in nested tuples and lists."""
     if isinstance(state, Tensor):
         yield state
     elif isinstance(state, list | tuple):
         for part in state:
-            yield from _tensors(part)
+            yield from tensors_of(part)
 
 
 class CharModel:
@@ -176,15 +208,15 @@ def generate(
     model: ByteModel, prompt: str = "", max_bytes: int = 256, temperature: float = 1.0,
     top_k: int = 0, top_p: float = 1.0, seed: int = 0,
 ) -> Iterator[str]:
-    """Yield text as it comes, whole characters only. Temperature 0 is greedy."""
+    """Yield text as it comes, whole characters only. Temperature 0 is greedy.
+
+    The same seed gives the same text on the same kind of device.
+    """
     stream = ByteStream(model.eval())
     stream.feed(prompt.encode("utf-8"))
-    generator = torch.Generator().manual_seed(seed)
     decoder = Utf8Stream()
-    for _ in range(max_bytes):
-        byte = sample_byte(stream.log_probs, temperature, top_k, top_p, generator)
-        stream.feed(bytes([byte]))
-        text = decoder.feed(bytes([byte]))
+    for data in stream.draw(max_bytes, temperature, top_k, top_p, seed):
+        text = decoder.feed(data)
         if text:
             yield text
     rest = decoder.close()

@@ -49,16 +49,20 @@ def test_score_equals_streaming(trained: Any, window: int | None, monkeypatch) -
     monkeypatch.setitem(greedy._TOKENS, "cpu", 200)  # so that batches are split
     monkeypatch.setattr("mambabyte.evaluate._BLOCK", 150)
     text = MULTIBYTE[:90] + "日本語 plain £ 🙂🙂 naïve“"
+    monkeypatch.setitem(greedy._CALL, "cpu", 1)
     asked: list[int] = []
+    gaps: list[int] = []
     after = Windows.after
 
     def counted(self: Windows, places: np.ndarray, prefixes: np.ndarray) -> Tensor:
         asked.append(prefixes.shape[1])
+        gaps.append(int(np.diff(self.starts, prepend=-999).min()))
         return after(self, places, prefixes)
 
     monkeypatch.setattr(Windows, "after", counted)
     parallel = score(trained, text.encode(), len(text), window=window)
     assert {1, 2} <= set(asked)  # longer characters were in question
+    assert min(gaps) == (5 if window == 5 else 16)  # states were found between the windows
     streaming = score_streaming(CharModel(trained), text.encode(), len(text))
     assert (parallel.hits == streaming.hits).all()
     assert 0.05 < parallel.char_accuracy < 1

@@ -151,6 +151,9 @@ def test_what_it_does_not_do_goes_through_torch() -> None:
     assert not supports(make(replace(ODD, vocab_size=255)))
     assert not supports(make(ODD).double())
     assert not supports(nn.Sequential(model))
+    other = make(ODD)
+    nn.utils.parametrizations.weight_norm(other.layers[0].mixer.in_proj)
+    assert not supports(other)
     with torch.autocast("cpu", torch.bfloat16):
         assert not supports(model)
     seen: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from mambabyte import ops
-from mambabyte.ops import cuda_conv, cuda_scan, cuda_step, nvrtc
+from mambabyte.ops import cuda_conv, cuda_scan, cuda_step, cuda_stream, nvrtc
 
 AVAILABLE, REASON = nvrtc.nvrtc_available()
 needs_nvrtc = pytest.mark.skipif(not AVAILABLE, reason=REASON)
@@ -34,6 +35,57 @@ def test_convolution_and_step_compile(arch: str, dtype: torch.dtype) -> None:
         assert cubin.image[:4] == b"\x7fELF"
         assert set(cubin.lowered) == set(program.names)
         assert all(mangled.encode() in cubin.image for mangled in cubin.lowered.values())
+
+
+STREAMED = [
+    cuda_stream.Shape(4, 192, 384, 16, 12, 4),
+    cuda_stream.Shape(2, 32, 64, 8, 2, 4, cap=15.0),
+    cuda_stream.Shape(3, 100, 200, 40, 70, 3, 275, "gelu", False, 1e-7, 1e-7),
+]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("blocks", cuda_stream.CLUSTERS)
+@pytest.mark.parametrize("shape", STREAMED, ids=str)
+def test_the_streaming_model_compiles(
+    arch: str, blocks: int, shape: cuda_stream.Shape
+) -> None:
+    plan = cuda_stream.plan(shape, blocks, 2, 227 * 1024)
+    assert plan is not None
+    assert plan.shared_bytes <= 227 * 1024
+    assert plan.program().compile(arch).image[:4] == b"\x7fELF"  # its sizes are checked in there
+
+
+def test_a_model_whose_exchanges_do_not_fit_has_no_plan() -> None:
+    assert cuda_stream.plan(STREAMED[0], 16, 8, 130 * 1024) is None
+
+
+def test_every_weight_is_packed_once() -> None:
+    """Numbers 1 to n as weights: each is found once, in the slice of one block, beside zeros."""
+    shape, count = cuda_stream.Shape(2, 36, 72, 5, 3, 4, hidden=99), 0
+
+    def numbers(*size: int) -> torch.Tensor:
+        nonlocal count
+        first, count = count + 1, count + math.prod(size)
+        return torch.arange(first, count + 1.0).view(size)
+
+    d, inner, n, rank, hidden = 36, 72, 5, 3, 99
+    shared = torch.ones(d), torch.zeros(d)  # norms are multiplied in
+    layers = [
+        cuda_stream.LayerWeights(
+            shared, numbers(2 * inner, d), numbers(inner, 4), numbers(inner),
+            numbers(rank + 2 * n, inner), numbers(inner, rank), numbers(inner),
+            torch.zeros(inner, n), numbers(inner), numbers(d, inner), shared,
+            numbers(hidden, d), numbers(d, hidden))
+        for _ in range(2)
+    ]  # fmt: skip
+    blob = cuda_stream.pack(layers, shared, numbers(256, d), 16)
+    plan = cuda_stream.plan(shape, 16, 1, 227 * 1024)
+    assert plan is not None
+    assert blob.shape == (16, plan.floats)
+    found = blob[blob != 0].sort().values
+    assert torch.equal(found, torch.arange(1.0, count + 1))
 
 
 def scan_kernels(monkeypatch: pytest.MonkeyPatch) -> set[str]:
@@ -164,6 +216,7 @@ def test_a_missing_nvrtc_is_one_line_that_says_what_to_install(
 def test_sources_use_no_headers_and_are_packaged() -> None:
     folder = Path(ops.__file__).parent
     sources = sorted(folder.glob("*.cu"))
-    assert {"cuda_conv.cu", "cuda_scan.cu", "cuda_step.cu"} <= {path.name for path in sources}
+    names = {"cuda_conv.cu", "cuda_scan.cu", "cuda_step.cu", "cuda_stream.cu"}
+    assert names <= {path.name for path in sources}
     for path in sources:
         assert not re.search(r"^\s*#\s*include", path.read_text(), re.MULTILINE), path.name

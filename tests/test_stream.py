@@ -45,6 +45,32 @@ def test_parallel_and_streaming_give_the_same_predictions(trained):
     assert parallel.bits_per_byte == pytest.approx(streaming.bits_per_byte, rel=1e-5)
 
 
+def test_a_text_read_in_one_go_scores_as_it_does_by_characters(trained, monkeypatch):
+    """As on a GPU, where a launch takes many bytes; here they are fed one by one."""
+    data = (MULTIBYTE + TEXT[:60]).encode()
+    by_characters = score_streaming(CharModel(trained), data, 200)
+
+    def read(stream: ByteStream, data: bytes) -> torch.Tensor:
+        before = []
+        for byte in data:
+            before.append(stream.log_probs)
+            stream.feed(bytes([byte]))
+        return torch.stack(before)
+
+    monkeypatch.setattr(ByteStream, "read", read)
+    in_one_go = score_streaming(CharModel(trained), data, 200)
+    assert (in_one_go.hits == by_characters.hits).all()
+    assert in_one_go.bits_per_byte == pytest.approx(by_characters.bits_per_byte, rel=1e-6)
+    assert (in_one_go.characters, in_one_go.bytes) == (200, by_characters.bytes)
+
+
+def test_what_has_no_quick_way_is_not_read_in_one_go(trained):
+    stream = ByteStream(trained)
+    before = stream.log_probs
+    assert stream.read(b"abc") is None
+    assert stream.log_probs is before
+
+
 def test_longer_characters_are_sometimes_predicted_and_right(trained):
     text = MULTIBYTE
     hits = score(trained, text.encode(), len(text)).hits

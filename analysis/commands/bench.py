@@ -1,6 +1,7 @@
-"""Time the selective scan against its peers and against the floor of this machine.
+"""Time the selective scan against its peers and this machine's floor, or streaming a model.
 
     mambabyte bench scan
+    mambabyte bench stream --preset mamba_byte --streams 1 64 --json
     mambabyte bench scan --shapes 16,1024,384 --peers fused mamba_ssm --json
     mambabyte bench scan --device cpu --record data/measurements/scan-cpu.json
 
@@ -26,15 +27,29 @@ ABOUT = ("Forward, and forward with backward through autograd, of one scan with 
          "measured in the same run. Errors are against the float64 definition at a reduced size.")
 
 
+STREAM_TABLE = "Streaming: every byte waits for the one before"
+STREAM_ABOUT = ("Greedy bytes fed back one by one, by every way there is on the device, against "
+                "the number of texts at a time and the bytes seen before. Medians of five "
+                "repeats; joules are gross, by the machine's own counter.")
+
+
 @dataclass(frozen=True)
 class Options:
-    what: Annotated[Literal["scan"], tyro.conf.Positional]
+    what: Annotated[Literal["scan", "stream"], tyro.conf.Positional]
     shapes: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """batch,length,channels; repeat for more. A grid that suits the device when none is given."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """bfloat16 on a GPU and float32 on a CPU when not given."""
     peers: tuple[str, ...] = ()
     """fused, mamba_ssm, mambapy, chunked, sdpa, ...; the usual ones when none is named."""
+    preset: str = "mamba_byte"
+    """Which model is streamed."""
+    streams: tuple[int, ...] = (1, 8, 64, 512)
+    """How many texts at a time."""
+    seen: tuple[int, ...] = (100, 1000, 10_000, 100_000, 1_000_000)
+    """After how many bytes the latency of the next one is measured."""
+    characters: int = 60_000
+    """How many characters are scored; 0 scores none."""
     device: str = "auto"
     repeats: int = 30
     record: Path | None = None
@@ -45,7 +60,10 @@ class Options:
 
 def run(argv: list[str]) -> int:
     options = parse(Options, argv, "bench", __doc__)
+    return bench_stream(options) if options.what == "stream" else bench_scan(options)
 
+
+def bench_scan(options: Options) -> int:
     from analysis.bench_scan import DEFAULT_PEERS, run_bench
     from analysis.report.records import write_tables
     from mambabyte.provenance import provenance
@@ -67,6 +85,35 @@ def run(argv: list[str]) -> int:
                                                           sort=False):
         lines += ["", f"({batch}, {length}, {channels})"]
         lines += [describe(row) for row in group.to_dict("records")]
+    print_result(record, options.json, lines)
+    return 0
+
+
+def bench_stream(options: Options) -> int:
+    from analysis.bench_stream import run_bench
+    from analysis.report.records import write_tables
+    from mambabyte.config import get_preset
+    from mambabyte.errors import UserError
+    from mambabyte.provenance import provenance
+
+    if min((*options.streams, *options.seen), default=1) < 1 or options.characters < 0:
+        raise UserError("--streams and --seen must be 1 or more, --characters 0 or more")
+    device = pick_device(options.device)
+    frame, values = run_bench(get_preset(options.preset).model, device, options.streams,
+                              options.seen, options.characters, say)
+    if options.record:
+        units = {"scoring_seconds": ("s", f"streaming score of {options.characters} characters")}
+        write_tables(
+            options.record, {"stream": (STREAM_TABLE, frame)}, study="throughput",
+            title=f"Streaming {options.preset}", about=STREAM_ABOUT,
+            parameters={"preset": options.preset, "device": device}, provenance=provenance(),
+            values={name: (value, *units[name]) for name, value in values.items()})
+    record = {"stream": frame.astype(object).where(frame.notna(), None).to_dict("records"),
+              **values, "provenance": provenance()}
+    lines = [f"{row.way:20} {row.streams:5} streams {row.seen:8} seen {row.microseconds:10.1f} us "
+             f"[{row.low:.1f}, {row.high:.1f}] {row.bytes_per_second:12.0f} bytes/s "
+             f"{row.joules_per_megabyte:8.1f} J/MB" for row in frame.itertuples()]
+    lines += [f"{name}: {value:.2f}" for name, value in values.items()]
     print_result(record, options.json, lines)
     return 0
 

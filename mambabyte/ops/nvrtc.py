@@ -56,6 +56,7 @@ from mambabyte.files import cache_dir
 _CACHE_FORMAT = 1
 _DEFAULT_OPTIONS = ("--std=c++17", "--use_fast_math", "-default-device")
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+_CLUSTER_TOO_LARGE = 912  # CUDA_ERROR_INVALID_CLUSTER_SIZE
 _CAPTURE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
@@ -399,6 +400,26 @@ class Kernel:
             ctypes.byref(count), self._function, threads, ctypes.c_size_t(shared_bytes)
         )
         _check_driver(status, f"occupancy of {self.name}")
+        return count.value
+
+    def allow_large_clusters(self) -> None:
+        """Permit clusters of more than 8 blocks, which not every card has room for."""
+        status = _driver().cuFuncSetAttribute(self._function, 14, 1)
+        _check_driver(status, f"clusters of more than 8 blocks for {self.name}")
+
+    def resident_clusters(self, blocks: int, threads: int, shared_bytes: int = 0) -> int:
+        """How many clusters of that many blocks run on the device at a time; 0 if none can."""
+        # CUlaunchConfig, with one CUlaunchAttribute: 4, the dimensions of a cluster.
+        attribute = (ctypes.c_uint * 18)(4, 0, blocks, 1, 1)
+        config = ctypes.create_string_buffer(struct.pack(
+            "@7I4xPPI4x", blocks, 1, 1, threads, 1, 1, shared_bytes, 0,
+            ctypes.addressof(attribute), 1))
+        count = ctypes.c_int()
+        status = _driver().cuOccupancyMaxActiveClusters(
+            ctypes.byref(count), self._function, config)
+        if status == _CLUSTER_TOO_LARGE:
+            return 0
+        _check_driver(status, f"occupancy of {self.name} in clusters of {blocks}")
         return count.value
 
     def launch(

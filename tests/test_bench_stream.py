@@ -1,0 +1,43 @@
+"""The streaming bench: its rows, its values, and its command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from analysis import bench_stream
+from analysis.cli import main
+from analysis.report.records import load_record
+from mambabyte.config import PRESETS
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_stream, "SECONDS", 0.02)
+
+
+def test_rows_and_values() -> None:
+    lines: list[str] = []
+    frame, values = bench_stream.run_bench(
+        PRESETS["smoke"].model, "cpu", [1, 3], [5, 9], 30, lines.append)
+    assert list(frame.columns) == list(bench_stream.COLUMNS)
+    assert list(zip(frame["way"], frame["streams"], frame["seen"], strict=True)) == [
+        (bench_stream.TORCH, 1, 1), (bench_stream.TORCH, 3, 1), (bench_stream.DRAW, 1, 1),
+        (bench_stream.BYTE, 1, 5), (bench_stream.BYTE, 1, 9)]
+    assert (frame["low"] <= frame["high"]).all()
+    expected = frame["streams"] / frame["microseconds"] * 1e6
+    assert frame["bytes_per_second"].to_list() == pytest.approx(expected.to_list())
+    assert values["scoring_seconds"] > 0
+    assert len(lines) == len(frame) + 1
+
+
+def test_the_command_writes_a_record(tmp_path, capsys) -> None:
+    record = tmp_path / "streaming.json"
+    arguments = ["bench", "stream", "--preset", "smoke", "--streams", "1", "--seen", "4",
+                 "--characters", "0", "--device", "cpu", "--json", "--record", str(record)]
+    assert main(arguments) == 0
+    assert len(json.loads(capsys.readouterr().out)["stream"]) == 3
+    assert len(load_record(record).run.tables["stream"].frame) == 3
+    assert main(["bench", "stream", "--streams", "0", "--device", "cpu"]) == 2
+    assert "must be 1 or more" in capsys.readouterr().err
