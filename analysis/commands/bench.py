@@ -1,7 +1,8 @@
-"""Time the selective scan against its peers and this machine's floor, or streaming a model.
+"""Time the selective scan against its peers, streaming a model, or the parts of a training step.
 
     mambabyte bench scan
     mambabyte bench stream --preset mamba_byte --streams 1 64 --json
+    mambabyte bench step --preset mamba_byte --batch-size 4
     mambabyte bench scan --shapes 16,1024,384 --peers fused mamba_ssm --json
     mambabyte bench scan --device cpu --record data/measurements/scan-cpu.json
 
@@ -33,9 +34,14 @@ STREAM_ABOUT = ("Greedy bytes fed back one by one, by every way there is on the 
                 "repeats; joules are gross, by the machine's own counter.")
 
 
+STEP_TABLE = "A training step by its parts"
+STEP_ABOUT = ("Self time of every operator by torch's profiler, summed into parts of the model; "
+              "the readable step, not compiled.")
+
+
 @dataclass(frozen=True)
 class Options:
-    what: Annotated[Literal["scan", "stream"], tyro.conf.Positional]
+    what: Annotated[Literal["scan", "stream", "step"], tyro.conf.Positional]
     shapes: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """batch,length,channels; repeat for more. A grid that suits the device when none is given."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
@@ -43,7 +49,9 @@ class Options:
     peers: tuple[str, ...] = ()
     """fused, mamba_ssm, mambapy, chunked, sdpa, ...; the usual ones when none is named."""
     preset: str = "mamba_byte"
-    """Which model is streamed."""
+    """Which model is streamed or trained."""
+    batch_size: int = 0
+    """Windows of a training step; the preset's own when 0."""
     streams: tuple[int, ...] = (1, 8, 64, 512)
     """How many texts at a time."""
     seen: tuple[int, ...] = (100, 1000, 10_000, 100_000, 1_000_000)
@@ -60,7 +68,7 @@ class Options:
 
 def run(argv: list[str]) -> int:
     options = parse(Options, argv, "bench", __doc__)
-    return bench_stream(options) if options.what == "stream" else bench_scan(options)
+    return {"scan": bench_scan, "stream": bench_stream, "step": bench_step}[options.what](options)
 
 
 def bench_scan(options: Options) -> int:
@@ -115,6 +123,37 @@ def bench_stream(options: Options) -> int:
              f"{row.joules_per_megabyte:8.1f} J/MB" for row in frame.itertuples()]
     lines += [f"{name}: {value:.2f}" for name, value in values.items()]
     print_result(record, options.json, lines)
+    return 0
+
+
+def bench_step(options: Options) -> int:
+    from dataclasses import replace
+
+    from analysis.report.records import write_tables
+    from analysis.step_profile import profile_step
+    from mambabyte.config import get_preset
+    from mambabyte.provenance import provenance
+
+    preset, device = get_preset(options.preset), pick_device(options.device)
+    recipe = replace(preset.train, batch_size=options.batch_size or preset.train.batch_size)
+    size = recipe.batch_size * recipe.context
+    say(f"{options.preset} on {device}: steps of {recipe.batch_size} x {recipe.context} bytes")
+    frame, ms = profile_step(preset.model, recipe, device)
+    values = {"ms_per_step": ms, "bytes_per_second": size / ms * 1e3}
+    if options.record:
+        units = {"ms_per_step": ("ms", "one training step, without the profiler"),
+                 "bytes_per_second": ("bytes/s", "of training text")}
+        write_tables(
+            options.record, {"step": (STEP_TABLE, frame)}, study="throughput",
+            title=f"The parts of a training step of {options.preset}", about=STEP_ABOUT,
+            parameters={"preset": options.preset, "device": device,
+                        "batch_size": recipe.batch_size, "context": recipe.context},
+            provenance=provenance(),
+            values={name: (value, *units[name]) for name, value in values.items()})
+    record = {"step": frame.to_dict("records"), **values, "provenance": provenance()}
+    lines = [f"{row.part:18} {row.ms:10.2f} ms {row.share:6.1%}" for row in frame.itertuples()]
+    print_result(record, options.json, [
+        f"{ms:.1f} ms a step, {values['bytes_per_second']:,.0f} bytes/s", *lines])
     return 0
 
 
