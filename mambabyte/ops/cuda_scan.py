@@ -5,7 +5,8 @@ multiple of 8, 16 steps or more; tensor cores) and ``any`` (every other case, al
 
 ``forward(save=True)`` keeps the state every 8 steps for the backward (4 bytes a step and channel in
 the tile family). With ``save=False`` nothing is kept, and a backward called with the empty tensor
-recomputes, a few batch elements at a time: a third more time for far less memory.
+recomputes, an eighth of the work at a time: a few sequences, which takes a third more time, or of
+fewer than eight sequences a stretch of one, which takes two thirds more.
 """
 
 from __future__ import annotations
@@ -228,12 +229,12 @@ def backward(
     if saved.numel() > 0:
         sums = _backward(rows, A, D, delta_bias, saved, delta_softplus, outputs)
     else:
-        part, sums = _ceil(batch, 8), None
-        for first in range(0, batch, part):
-            more = _recompute_part(
-                slice(first, first + part), rows, A, D, delta_bias, delta_softplus, outputs
-            )
-            sums = more if sums is None else tuple(map(torch.add, sums, more))
+        steps = CHUNK * _ceil(_ceil(length, _ceil(8, batch)), CHUNK)
+        count, sums = _ceil(batch, 8), None  # sequences at a time
+        for first in range(0, batch, count):
+            of, to = (_cut(xs, slice(first, first + count)) for xs in (rows, outputs))
+            for more in _recompute(of, A, D, delta_bias, delta_softplus, to, steps):
+                sums = more if sums is None else tuple(map(torch.add, sums, more))
     (du, ddelta, dz, dB, dC, dh0), (dA, dD, dbias) = outputs, sums
     return (
         du, ddelta, dA, dB, dC, None if D is None else dD, dz,
@@ -241,11 +242,37 @@ def backward(
     )  # fmt: skip
 
 
-def _recompute_part(part, rows, A, D, delta_bias, softplus, outputs):
-    rows, outputs = (tuple(None if x is None else x[part] for x in xs) for xs in (rows, outputs))
-    _, _, u, delta, B, C, z, h0 = rows
-    saved = forward(u, delta, A, B, C, D, z, delta_bias, h0, softplus, True)[2]
-    return _backward(rows, A, D, delta_bias, saved, softplus, outputs)
+def _cut(tensors, *where):
+    return tuple(None if x is None else x[where] for x in tensors)
+
+
+def _recompute(rows, A, D, delta_bias, softplus, outputs, steps):
+    """:func:`_backward` with a forward before it, ``steps`` steps at a time, the last ones first;
+    yields each piece's sums. The states between the pieces take a forward of their own."""
+    *rows, h0 = rows
+    *outputs, dh0 = outputs
+    dh, starts = rows.pop(1), range(0, rows[0].shape[1], steps)
+
+    def piece(tensors, start):
+        return _cut(tensors, slice(None), slice(start, start + steps))
+
+    def run(start, state, save):
+        u, delta, B, C, z = piece(rows[1:], start)
+        return forward(u, delta, A, B, C, D, z, delta_bias, state, softplus, save)
+
+    states = [h0]
+    for start in starts[:-1]:
+        states.append(run(start, states[-1], False)[1])
+    while states:
+        state = states.pop()
+        start = starts[len(states)]
+        dh_start = dh0 if start == 0 else torch.empty_like(state)
+        dy, *others = piece(rows, start)
+        yield _backward(
+            (dy, dh, *others, state), A, D, delta_bias, run(start, state, True)[2], softplus,
+            (*piece(outputs, start), dh_start),
+        )  # fmt: skip
+        dh = dh_start
 
 
 def _backward(rows, A, D, delta_bias, saved, softplus, outputs):

@@ -133,8 +133,9 @@ def test_without_gradients_nothing_is_saved() -> None:
     assert used < 3 * y.numel() * y.element_size()
 
 
-def test_recomputing_needs_less_memory_for_the_same_gradients() -> None:
-    inputs = make_inputs(16, 1024, 384, dtype=torch.bfloat16)
+@pytest.mark.parametrize("shape", [(16, 1024, 384), (1, 16_384, 384), (3, 1000, 40)])
+def test_recomputing_needs_less_memory_for_the_same_gradients(shape: tuple[int, int, int]) -> None:
+    inputs = make_inputs(*shape, dtype=torch.bfloat16)
     tensors = [t.requires_grad_() for t in inputs.values()]
     found, peaks = [], []
     for recompute in (False, True):

@@ -1,0 +1,127 @@
+"""Runs kernels of a CUDA source on the CPU, lane by lane (see ``lanes.h``): slow, exact about
+layouts, barriers and asynchronous copies, blind to speed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import struct
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).parent
+# The instruction that a piece of inline assembly is about -> its function in lanes.h. First match.
+INSTRUCTIONS = {
+    r"^$": "nothing",
+    r"cvt\.f32\.f16": "cvt_f32_f16",
+    r"cvt\.rn\.f16\.f32": "cvt_f16_f32",
+    r"cvt\.rn\.bf16\.f32": "cvt_bf16_f32",
+    r"cvt\.rn\.bf16x2": "cvt_bf16x2_f32",
+    r"ex2\.approx": "ex2",
+    r"rcp\.approx": "rcp",
+    r"fma\.rn\.bf16x2": "fma_bf16x2",
+    r"max\.NaN\.bf16x2": "max_nan_bf16x2",
+    r"mma\.sync.*m16n8k16.*bf16": "mma_bf16",
+    r"mma\.sync.*m16n8k8.*tf32": "mma_tf32_k8",
+    r"mma\.sync.*m16n8k4.*tf32": "mma_tf32_k4",
+    r"movmatrix": "movmatrix",
+    r"ldmatrix.*x2\.shared": "ldmatrix_x2",
+    r"ldmatrix.*x4\.shared": "ldmatrix_x4",
+    r"ldmatrix.*x4\.trans": "ldmatrix_x4_trans",
+    r"ld\.shared\.v4": "ld_shared_v4",
+    r"ld\.shared\.v2": "ld_shared_v2",
+    r"st\.shared\.v4": "st_shared_v4",
+    r"st\.shared\.v2": "st_shared_v2",
+    r"st\.global\.b32": "st_global_if",
+    r"cp\.async\.mbarrier\.arrive": "cp_async_arrive",
+    r"cp\.async\.wait_all": "cp_async_wait_all",
+    r"cp\.async\.ca": "cp_async",
+    r"mbarrier\.init": "mbarrier_init",
+    r"mbarrier\.arrive": "mbarrier_arrive",
+    r"mbarrier\.t\w+_wait": "mbarrier_try_wait",
+}
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at ``start`` closes; strings do not count."""
+    depth, quoted = 0, False
+    for at in range(start, len(text)):
+        if text[at] == '"':
+            quoted = not quoted
+        elif not quoted:
+            depth += (text[at] == "(") - (text[at] == ")")
+            if depth == 0:
+                return at
+    raise ValueError(f"no closing parenthesis: {text[start : start + 60]!r}")
+
+
+def _call(assembly: str) -> str:
+    """A call of the emulated instruction with the operands of one asm statement, in their order."""
+    strings = re.match(r'\s*((?:"[^"]*"\s*)+)', assembly)
+    assert strings, assembly
+    code = "".join(re.findall(r'"([^"]*)"', strings[1]))
+    operands, at = [], strings.end()
+    while found := re.search(r'"[+=]?[a-z]"\s*\(', assembly[at:]):
+        opening = at + found.end() - 1
+        at = _closing(assembly, opening) + 1
+        operands.append(assembly[opening + 1 : at - 1])
+    for pattern, function in INSTRUCTIONS.items():
+        if re.search(pattern, code):
+            given = "" if function == "nothing" else ", ".join(operands)
+            return f"ptx::{function}({given})"
+    raise ValueError(f"lanes.h does not know {code!r}")
+
+
+def translate(source: str) -> str:
+    """CUDA C++ -> C++ on top of ``lanes.h``."""
+    source = re.sub(r"//[^\n]*", "", source)
+    source = re.sub(r"extern __shared__ [^;]*;", "", source)  # lanes.h has it
+    parts, at = [], 0
+    for found in re.finditer(r"\basm\s*(?:volatile)?\s*\(", source):
+        closing = _closing(source, found.end() - 1)
+        parts += [source[at : found.start()], _call(source[found.end() : closing])]
+        at = closing + 1
+    return "".join([*parts, source[at:]])
+
+
+class Emulator:
+    """Launches kernels of ``source``; builds each one at first use in ``folder``."""
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        self.folder, self.seed = folder, 0
+        self.launched: list[tuple[str, int]] = []  # names and numbers of blocks
+        self._text = '#include "lanes.h"\n' + translate(source.read_text(encoding="utf-8"))
+        self._built = functools.cache(self._build)
+
+    def _build(self, name: str) -> ctypes.CDLL:
+        stem = self.folder / re.sub(r"\W+", "_", name)
+        source, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
+        entry = f"launch({name}, blocks, threads, packed, seed);"
+        source.write_text(
+            f'{self._text}\nextern "C" void go(int blocks, int threads, const char *packed, '
+            f"unsigned seed) {{ {entry} }}\n",
+            encoding="utf-8",
+        )
+        command = ["g++", "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC"]
+        subprocess.run(
+            [*command, f"-I{HERE}", str(source), "-o", str(library)], check=True, timeout=300
+        )
+        return ctypes.CDLL(str(library))
+
+    def launch(
+        self,
+        device: object,
+        name: str,
+        parameters: str,
+        blocks: int,
+        threads: tuple[int, int],
+        shared: int,
+        *args: int,
+    ) -> None:
+        """Like the package's launch: ``parameters`` is the struct format of ``args``."""
+        assert shared <= 1 << 18
+        self.seed += 1
+        self.launched.append((name, blocks))
+        packed = struct.pack("<" + parameters.replace("P", "Q"), *args)
+        self._built(name).go(blocks, threads[0] * threads[1], packed, self.seed)

@@ -1,0 +1,339 @@
+// Runs CUDA C++ on the CPU, lane by lane, for tests without a GPU: what a kernel uses of CUDA's built-ins,
+// the PTX instructions that emulate.py finds in its inline assembly, and a scheduler.
+//
+// Every thread of a block is a fiber; blocks run one after the other. Warps take turns in a random order, some
+// lag, and asynchronous copies land late, so that a missing barrier shows as a wrong or a varying result. What a
+// warp does together (shuffles, matrix instructions) waits for its 32 lanes. Shared memory starts as NaN.
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <random>
+#include <tuple>
+#include <unordered_map>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define __shared__ static
+#define __CUDA_ARCH__ 900
+
+using std::max;
+using std::min;
+
+struct dim3 { int x, y, z; };
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+struct uint2 { uint32_t x, y; };
+static float2 make_float2(float x, float y) { return {x, y}; }
+static uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+
+template <class To, class From> static To bits(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+static float __uint_as_float(uint32_t x) { return bits<float>(x); }
+static uint32_t __float_as_uint(float x) { return bits<uint32_t>(x); }
+static uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+    const uint64_t bytes = x | uint64_t(y) << 32;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) result |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return result;
+}
+
+// ---------------------------------------------------------------------------------- threads
+
+constexpr int MAX_THREADS = 1024, STACK = 1 << 17;
+static dim3 threadIdx, blockIdx, blockDim;
+
+struct Meeting { int waiting = 0; unsigned times = 0; };
+struct Barrier { int count, pending; uint32_t phase; };
+struct Copy { char *to; const char *from; int bytes; uint32_t barrier; };  // to null: an arrival
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    std::deque<Copy> copies;
+    unsigned exchanges;
+    bool done;
+};
+
+static Fiber fibers[MAX_THREADS];
+static ucontext_t scheduler;
+static Meeting block_meeting, warp_meetings[MAX_THREADS / 32];
+static uint32_t posted[MAX_THREADS / 32][2][32][4];
+static std::unordered_map<uint32_t, Barrier> barriers;
+static std::function<void()> kernel_call;
+
+static void fail(const char *what) {
+    fprintf(stderr, "emulated kernel: %s\n", what);
+    abort();
+}
+static void yield() {
+    const int me = threadIdx.x;
+    swapcontext(&fibers[me].context, &scheduler);
+}
+static void meet(Meeting &meeting, int threads) {
+    const unsigned times = meeting.times;
+    if (++meeting.waiting == threads) {
+        meeting.waiting = 0;
+        ++meeting.times;
+    }
+    while (meeting.times == times) yield();
+}
+static void __syncthreads() { meet(block_meeting, blockDim.x); }
+static void __syncwarp() { meet(warp_meetings[threadIdx.x / 32], 32); }
+
+// Up to four words of every lane of the warp.
+struct Words {
+    uint32_t of[32][4];
+    explicit Words(uint32_t a, uint32_t b = 0, uint32_t c = 0, uint32_t d = 0) {
+        auto &table = posted[threadIdx.x / 32][fibers[threadIdx.x].exchanges++ & 1];
+        const uint32_t words[4] = {a, b, c, d};
+        memcpy(table[threadIdx.x % 32], words, sizeof words);
+        __syncwarp();
+        memcpy(of, table, sizeof of);
+    }
+};
+template <class T> static T __shfl_sync(uint32_t, T x, int lane) {
+    return bits<T>(Words(bits<uint32_t>(x)).of[lane & 31][0]);
+}
+template <class T> static T __shfl_xor_sync(uint32_t all, T x, int mask) {
+    return __shfl_sync(all, x, threadIdx.x % 32 ^ mask);
+}
+static bool __all_sync(uint32_t, bool x) {
+    const Words words(x);
+    return std::all_of(words.of, words.of + 32, [](const uint32_t(&word)[4]) { return word[0]; });
+}
+
+// ---------------------------------------------------------------------------- shared memory
+
+// Dynamic shared memory. Addresses are distances from a point far below it, so that static arrays, which lie
+// near, have one too.
+__align__(128) static char shared[1 << 18];
+static char *at(uint32_t address) { return shared - (1 << 30) + address; }
+static size_t __cvta_generic_to_shared(const void *p) {
+    return static_cast<const char *>(p) - (shared - (1 << 30));
+}
+template <class T> static T read_at(uint32_t address) {
+    T x;
+    if (address % sizeof x) fail("a misaligned read of shared memory");
+    memcpy(&x, at(address), sizeof x);
+    return x;
+}
+template <class T> static void write_at(uint32_t address, T x) {
+    if (address % sizeof x) fail("a misaligned write to shared memory");
+    memcpy(at(address), &x, sizeof x);
+}
+
+static void arrive(uint32_t address) {
+    Barrier &barrier = barriers.at(address);
+    if (--barrier.pending == 0) {
+        barrier.phase ^= 1;
+        barrier.pending = barrier.count;
+    }
+}
+static void land(Fiber &fiber) {
+    const Copy copy = fiber.copies.front();
+    fiber.copies.pop_front();
+    if (copy.to == nullptr) return arrive(copy.barrier);
+    memset(copy.to, 0, 16);
+    memcpy(copy.to, copy.from, copy.bytes);
+}
+
+// ------------------------------------------------------------------------------ instructions
+
+static float from_bf16(uint32_t x) { return __uint_as_float(x << 16); }
+static uint32_t to_bf16(float x) {
+    const uint32_t u = __float_as_uint(x);
+    return x != x ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+static float tf32(uint32_t x) { return __uint_as_float(x & 0xffffe000u); }
+static uint32_t half(uint32_t x, int which) { return which ? x >> 16 : x & 0xffff; }
+
+namespace ptx {
+static void nothing() {}
+static void cvt_f32_f16(float &y, uint16_t x) { y = bits<_Float16>(x); }
+static void cvt_f16_f32(uint16_t &y, float x) { y = bits<uint16_t>(_Float16(x)); }
+static void cvt_bf16_f32(uint16_t &y, float x) { y = to_bf16(x); }
+static void cvt_bf16x2_f32(uint32_t &y, float high, float low) { y = to_bf16(high) << 16 | to_bf16(low); }
+static void ex2(float &y, float x) {
+    y = exp2f(x);
+    if (y < 1.17549435e-38f) y = 0.f;
+}
+static void rcp(float &y, float x) { y = 1.f / x; }
+static void fma_bf16x2(uint32_t &d, uint32_t a, uint32_t b) {
+    float sum[2];
+    for (int i = 0; i < 2; ++i)
+        sum[i] = fmaf(from_bf16(half(a, i)), from_bf16(half(b, i)), from_bf16(half(d, i)));
+    cvt_bf16x2_f32(d, sum[1], sum[0]);
+}
+static void max_nan_bf16x2(uint32_t &d, uint32_t a, uint32_t b) {
+    float most[2];
+    for (int i = 0; i < 2; ++i) {
+        const float x = from_bf16(half(a, i)), y = from_bf16(half(b, i));
+        most[i] = x != x || y != y ? NAN : max(x, y);
+    }
+    cvt_bf16x2_f32(d, most[1], most[0]);
+}
+
+// Accumulator and operand layouts of mma: lane 4 g + t, register i. K products, PACK to a register.
+template <int K, int PACK, class Value>
+static void multiply(float *(&&d)[4], const Words &a, const Words &b, Value value) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, step = 4 * PACK;
+    for (int i = 0; i < 4; ++i) {
+        const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
+        for (int k = 0; k < K; ++k) {
+            const int from = k % step / PACK;
+            const uint32_t x = a.of[row % 8 * 4 + from][row / 8 + 2 * (k / step)];
+            const uint32_t y = b.of[column * 4 + from][k / step];
+            *d[i] += value(x, k % PACK) * value(y, k % PACK);
+        }
+    }
+}
+static void mma_bf16(float &d0, float &d1, float &d2, float &d3, uint32_t a0, uint32_t a1, uint32_t a2,
+                     uint32_t a3, uint32_t b0, uint32_t b1) {
+    multiply<16, 2>({&d0, &d1, &d2, &d3}, Words(a0, a1, a2, a3), Words(b0, b1),
+                    [](uint32_t x, int i) { return from_bf16(half(x, i)); });
+}
+static void mma_tf32_k8(float &d0, float &d1, float &d2, float &d3, uint32_t a0, uint32_t a1, uint32_t a2,
+                        uint32_t a3, uint32_t b0, uint32_t b1) {
+    multiply<8, 1>({&d0, &d1, &d2, &d3}, Words(a0, a1, a2, a3), Words(b0, b1),
+                   [](uint32_t x, int) { return tf32(x); });
+}
+static void mma_tf32_k4(float &d0, float &d1, float &d2, float &d3, uint32_t a0, uint32_t a1, uint32_t b0) {
+    multiply<4, 1>({&d0, &d1, &d2, &d3}, Words(a0, a1), Words(b0), [](uint32_t x, int) { return tf32(x); });
+}
+static void movmatrix(uint32_t &y, uint32_t x) {
+    const Words words(x);
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    y = half(words.of[8 * t + g / 2][0], g % 2) | half(words.of[8 * t + 4 + g / 2][0], g % 2) << 16;
+}
+template <bool TRANSPOSED, int N> static void ldmatrix(uint32_t *(&&y)[N], uint32_t address) {
+    const Words rows(address);
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    for (int matrix = 0; matrix < N; ++matrix) {
+        *y[matrix] = 0;
+        for (int i = 0; i < 2; ++i) {
+            const int row = TRANSPOSED ? 2 * t + i : g, column = TRANSPOSED ? g : 2 * t + i;
+            const uint32_t start = rows.of[8 * matrix + row][0];
+            if (start % 16) fail("a misaligned row of a matrix");
+            *y[matrix] |= uint32_t(read_at<uint16_t>(start + 2 * column)) << 16 * i;
+        }
+    }
+}
+static void ldmatrix_x2(uint32_t &a, uint32_t &b, uint32_t address) { ldmatrix<false, 2>({&a, &b}, address); }
+static void ldmatrix_x4(uint32_t &a, uint32_t &b, uint32_t &c, uint32_t &d, uint32_t address) {
+    ldmatrix<false, 4>({&a, &b, &c, &d}, address);
+}
+static void ldmatrix_x4_trans(uint32_t &a, uint32_t &b, uint32_t &c, uint32_t &d, uint32_t address) {
+    ldmatrix<true, 4>({&a, &b, &c, &d}, address);
+}
+static void ld_shared_v4(float &x, float &y, float &z, float &w, uint32_t address) {
+    const auto v = read_at<float4>(address);
+    x = v.x, y = v.y, z = v.z, w = v.w;
+}
+static void ld_shared_v2(uint32_t &x, uint32_t &y, uint32_t address) {
+    const auto v = read_at<uint2>(address);
+    x = v.x, y = v.y;
+}
+static void st_shared_v4(uint32_t address, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+    write_at(address, float4{bits<float>(x), bits<float>(y), bits<float>(z), bits<float>(w)});
+}
+static void st_shared_v2(uint32_t address, float x, float y) { write_at(address, float2{x, y}); }
+static void st_global_if(uint32_t valid, char *to, uint32_t x) {
+    if (valid) memcpy(to, &x, 4);
+}
+static void cp_async(uint32_t to, const char *from, int bytes, uint32_t wanted) {
+    if (wanted) fibers[threadIdx.x].copies.push_back({at(to), from, bytes, 0});
+}
+static void cp_async_wait_all() {
+    while (!fibers[threadIdx.x].copies.empty()) land(fibers[threadIdx.x]);
+}
+static void cp_async_arrive(uint32_t barrier) {
+    fibers[threadIdx.x].copies.push_back({nullptr, nullptr, 0, barrier});
+}
+static void mbarrier_init(uint32_t address, int count) { barriers[address] = {count, count, 0}; }
+static void mbarrier_arrive(uint32_t address) { arrive(address); }
+static void mbarrier_try_wait(uint32_t &done, uint32_t address, uint32_t parity) {
+    done = barriers.at(address).phase != parity;
+    if (!done) yield();
+}
+}  // namespace ptx
+
+// -------------------------------------------------------------------------------- scheduling
+
+static void fiber_main() {
+    kernel_call();
+    fibers[threadIdx.x].done = true;
+    yield();
+}
+
+static void run_block(int threads, std::mt19937 &random) {
+    memset(shared, 0xff, sizeof shared);
+    barriers.clear();
+    block_meeting = {};
+    for (Meeting &meeting : warp_meetings) meeting = {};
+    for (int t = 0; t < threads; ++t) {
+        Fiber &fiber = fibers[t];
+        fiber.stack.resize(STACK);
+        fiber.copies.clear();
+        fiber.exchanges = 0;
+        fiber.done = false;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack = {fiber.stack.data(), 0, STACK};
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, fiber_main, 0);
+    }
+    std::vector<int> order(threads / 32);
+    for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+    const unsigned delay = 1 << random() % 10;  // of copies, in rounds
+    int left = threads;
+    for (long rounds = 0; left > 0; ++rounds) {
+        if (rounds > 10000000) fail("no end");
+        if (random() % 8 == 0) std::shuffle(order.begin(), order.end(), random);
+        for (int warp : order) {
+            if (random() % 4 == 0) continue;
+            const int first = random() % 32;
+            for (int i = 0; i < 32; ++i) {
+                Fiber &fiber = fibers[threadIdx.x = 32 * warp + (first + i) % 32];
+                if (fiber.done) continue;
+                swapcontext(&scheduler, &fiber.context);
+                left -= fiber.done;
+            }
+        }
+        for (int t = 0; t < threads; ++t)
+            if (!fibers[t].copies.empty() && random() % delay == 0)
+                for (size_t copies = fibers[t].copies.size(); copies > 0; --copies) land(fibers[t]);
+    }
+}
+
+template <class T> static T next_argument(const char *&from) {
+    static_assert(sizeof(T) % 8 == 0);
+    T x;
+    memcpy(&x, from, sizeof x);
+    from += sizeof x;
+    return x;
+}
+template <class... Arguments>
+static void launch(void (*kernel)(Arguments...), int blocks, int threads, const char *packed, unsigned seed) {
+    std::mt19937 random(seed);
+    const std::tuple<Arguments...> arguments{next_argument<Arguments>(packed)...};
+    kernel_call = [&] { std::apply(kernel, arguments); };
+    blockDim = {threads, 1, 1};
+    for (int block = 0; block < blocks; ++block) {
+        blockIdx = {block, 0, 0};
+        run_block(threads, random);
+    }
+}

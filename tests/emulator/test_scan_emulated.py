@@ -1,0 +1,131 @@
+"""The CUDA scan's kernels, run on the CPU lane by lane: right, whatever the order of the warps."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+
+import pytest
+import scan_cases
+import torch
+from emulate import Emulator, translate
+from scan_cases import NAMES, Inputs, assert_close
+
+from mambabyte.ops import cuda_scan
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+make_inputs = functools.partial(scan_cases.make_inputs, device="cpu", dtype=torch.bfloat16)
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    source = Path(cuda_scan.__file__).with_name("cuda_scan.cu")
+    return Emulator(source, tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def emulator(built: Emulator, monkeypatch: pytest.MonkeyPatch) -> Emulator:
+    monkeypatch.setattr(cuda_scan, "_launch", built.launch)
+    # The widest blocks, which an H200 has the shared memory for.
+    monkeypatch.setattr(cuda_scan, "_tile_backward_shape", lambda device, tiles: (12, 1))
+    built.launched.clear()
+    return built
+
+
+def card(monkeypatch: pytest.MonkeyPatch, multiprocessors: int) -> None:
+    """A small card has few segments and wide blocks, a large one many and narrow ones."""
+    monkeypatch.setattr(cuda_scan, "_multiprocessors", lambda device: multiprocessors)
+
+
+def weights(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of y and of the final state: those of the definition in scan_cases."""
+    u, A = inputs["u"], inputs["A"]
+    assert u is not None
+    assert A is not None
+    generator = torch.Generator().manual_seed(1)
+    dy = torch.randn(u.shape, generator=generator).to(u.dtype)
+    return dy, torch.randn((u.shape[0], *A.shape), generator=generator)
+
+
+def results(inputs: Inputs, save: bool = True, dy: torch.Tensor | None = None) -> Tensors:
+    given = [inputs[name] for name in NAMES]
+    y, state, saved = cuda_scan.forward(*given, True, save)
+    default, dh = weights(inputs)
+    gradients = cuda_scan.backward(default if dy is None else dy, dh, *given, saved, True)
+    found = zip((f"d{name}" for name in NAMES), gradients, strict=True)
+    return {"y": y, "final_state": state} | {k: v for k, v in found if v is not None}
+
+
+@pytest.mark.parametrize(
+    ("shape", "multiprocessors", "kernels"),
+    [
+        ((1, 140, 40), 8, ("STATE_ONLY", "FULL", "tile_adjoint", "tile_backward")),
+        ((1, 43, 192), 1, ("tile_forward<true, true, FULL", "tile_backward<true, true, 12, 1>")),
+        ((2, 17, 104), 1, ("tile_backward<true, true, 12, 1>",)),
+    ],
+)
+def test_parity(
+    shape: tuple[int, int, int],
+    multiprocessors: int,
+    kernels: tuple[str, ...],
+    emulator: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card(monkeypatch, multiprocessors)
+    inputs = make_inputs(*shape)
+    wanted = scan_cases.definition(inputs)
+    found = results(inputs)
+    assert_close(found, wanted, torch.bfloat16)
+    names = " ".join(name for name, _ in emulator.launched)
+    assert all(kernel in names for kernel in kernels), names
+    again = results(inputs)  # the warps in another order
+    assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+def test_parity_of_the_other_family(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    card(monkeypatch, 8)
+    inputs = make_inputs(1, 70, 5, 3, dtype=torch.float32)
+    assert_close(results(inputs), scan_cases.definition(inputs), torch.float32)
+    assert any("any_adjoint" in name for name, _ in emulator.launched)
+
+
+@pytest.mark.parametrize(("batch", "again"), [(1, 7 + 8), (3, 3 * (2 + 3)), (9, 5)])
+def test_parity_with_recomputation(
+    batch: int, again: int, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine sequences go two by two. Fewer than eight are cut in time: a forward for the states
+    between the pieces, and one for each piece."""
+    card(monkeypatch, 1)
+    inputs = make_inputs(batch, 128, 8, without=("initial_state",))
+    assert_close(results(inputs, save=False), scan_cases.definition(inputs), torch.bfloat16)
+    assert sum("FULL" in name for name, _ in emulator.launched) == 1 + again
+
+
+def test_nan_crosses_segments(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not a number reaches all that follows it (in the gradient: all before), through
+    segments that are computed apart, and no other channel."""
+    card(monkeypatch, 8)
+    inputs = make_inputs(1, 200, 16)
+    delta, u = inputs["delta"], inputs["u"]
+    assert delta is not None
+    assert u is not None
+    delta += 5
+    dy = weights(inputs)[0]
+    dy[0, 190, 3] = float("nan")
+    du = results(inputs, dy=dy)["du"][0]
+    assert not du[:191, 3].isfinite().any()
+    assert du[:, 4:].isfinite().all()
+    u[0, 4, 3] = float("nan")
+    y = results(inputs)["y"][0]
+    assert not y[4:, 3].isfinite().any()
+    assert y[:, 4:].isfinite().all()
+    assert any("STATE_ONLY" in name and blocks > 1 for name, blocks in emulator.launched)
+
+
+def test_unknown_assembly_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"does not know 'brkpt;'"):
+        translate('void f() { asm volatile("brkpt;"); }')
