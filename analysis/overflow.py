@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from analysis.scans import (
+    ANY_CHUNK,
     INPUTS,
     PUBLISHED,
     Scan,
@@ -52,7 +53,6 @@ from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus, sample_windows
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM, record_exponent_headroom
-from mambabyte.ops.repairs import REPAIRS
 from mambabyte.ops.sequential import sequential_scan
 from mambabyte.optim import learning_rate, make_optimizer
 from mambabyte.train import NonFiniteError, autocast, train_step
@@ -560,8 +560,7 @@ class Parameters:
     ``chunks`` in steps, ``decays`` in nats a step, ``length`` the sequence in steps.
     """
 
-    forms: tuple[str, ...] = (
-        "sequential", "chunked", "fused", "document_chunked", "corrected_cumsum", *REPAIRS)
+    forms: tuple[str, ...] = ANY_CHUNK
     low_precision_forms: tuple[str, ...] = ("sequential", "corrected_cumsum", "segment_sum")
     precisions: tuple[str, ...] = PRECISIONS
     kinds: tuple[str, ...] = ("constant", "data-dependent")
@@ -606,8 +605,7 @@ class Parameters:
 
 
 _FULL = Parameters(
-    low_precision_forms=(
-        "sequential", "chunked", "document_chunked", "corrected_cumsum", *REPAIRS),
+    low_precision_forms=tuple(form for form in ANY_CHUNK if form != "fused"),
     chunks=(2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256),
     decays=tuple(float(x) for x in np.round(np.geomspace(0.01, 20.0, 25), 6)),
     length=256, fraction_lengths=(*range(2, 65), 96, 128, 192, 256, 512, 1024, 2048),

@@ -19,9 +19,9 @@ from analysis.plots import (
     tick_bytes,
 )
 
-# One order for all figures, so that a form looks the same in each. Seven looks: the last two
-# subjects of study, which coincide with others, come last.
-FORMS = ("fused", "chunked", "sequential", "indexed loop", "document_chunked", "document_cumsum",
+# One order for all figures, so that a form looks the same in each. There are seven looks, so
+# seven forms are drawn; the others, which coincide with some of these, are in the data.
+FORMS = ("fused", "chunked", "sequential", "indexed loop", "document_chunked", "associative",
          "corrected_cumsum")
 PASSES = ("forward", "forward+backward")
 
@@ -54,7 +54,7 @@ def scan_time(scans: pd.DataFrame) -> Figure:
     some = scans[scans["batch"] == batch]
     figure, axes = new_figure(1, 2, size=(10.0, 4.4), sharey=True)
     for ax, direction in zip(axes, PASSES, strict=True):
-        _lines(ax, some[some["pass"] == direction], "form", "ms", _present(FORMS, some["form"]))
+        _lines(ax, some[some["pass"] == direction], "form", "ms", _present(FORMS, some["form"])[:7])
         label_axes(ax, "length, bytes", "time of a call, ms", direction)
     return figure
 
@@ -62,7 +62,7 @@ def scan_time(scans: pd.DataFrame) -> Figure:
 def allocations(frame: pd.DataFrame) -> Figure:
     """Bytes that one backward pass allocates, by form and length."""
     figure, ax = new_figure()
-    _lines(ax, frame, "form", "allocated_bytes", _present(FORMS, frame["form"]))
+    _lines(ax, frame, "form", "allocated_bytes", _present(FORMS, frame["form"])[:7])
     ax.set_yscale("log", base=2)
     label_axes(ax, "length, bytes", "allocated by one backward pass, bytes")
     tick_bytes(ax.yaxis)
