@@ -5,15 +5,21 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import pandas as pd
 import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from analysis import memory
 from analysis.footprint import (
     ALLOWANCE_BYTES,
+    LIBRARY_BYTES,
     SCAN_FORMS,
     budget,
     fit,
     parse_memory,
+    rms_norm_is_cast,
     saved_terms,
     scan_terms,
     scan_workspace,
@@ -79,6 +85,62 @@ def test_peak_within_five_percent(
     step = budget(config, batch, length, autocast, checkpointing=checkpointing)
     measured = memory.measure_peak(config, batch, length, autocast, checkpointing)
     assert (step.peak - step.weights - step.optimizer) / measured == pytest.approx(1, abs=0.05)
+
+
+def test_closed_form_against_the_recorded_gpu() -> None:
+    found = memory.recorded_frame()
+    assert len(found) == len(memory.cuda_cases())
+    assert (found["kept, closed form / measured"] - 1).abs().max() < 0.02
+    assert (found["peak, closed form / measured"] - 1).abs().max() < 0.05
+    # Without the libraries' workspaces the smallest steps would be far off.
+    small = found[found["peak, measured, MB"] < 500]
+    bare = small["peak, closed form, MB"] - LIBRARY_BYTES / 1e6
+    assert (bare / small["peak, measured, MB"] < 0.8).all()
+
+
+def test_a_recorded_row_of_no_case_is_an_error() -> None:
+    row = memory.recorded_frame().iloc[[0]].assign(d_model=7, **dict.fromkeys(memory.MEASURED, 1.0))
+    with pytest.raises(UserError, match="no case of this study"):
+        memory.beside_closed_form(row)
+
+
+def test_a_step_that_did_not_fit_stays_in_the_table() -> None:
+    row = memory._case_columns(*memory.cuda_cases()[0]) | dict.fromkeys(memory.MEASURED)
+    found = memory.beside_closed_form(pd.DataFrame([row]))
+    assert found["peak, measured, MB"].isna().all()
+    assert found["peak, closed form / measured"].isna().all()
+    assert found["peak, closed form, MB"].iloc[0] > 0
+
+
+def test_what_autocast_on_cuda_takes_to_float32() -> None:
+    """Asked of torch's dispatcher with tensors that have a device and no memory."""
+    before = torch.get_autocast_dtype("cuda")
+    with FakeTensorMode(), torch.no_grad():
+        x = torch.empty(2, 4, device="cuda", dtype=torch.bfloat16)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            assert F.relu(x).dtype == torch.bfloat16
+            assert x.square().dtype == torch.float32
+            assert (F.rms_norm(x, (4,)).dtype == torch.float32) == rms_norm_is_cast()
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.set_autocast_dtype("cuda", before)
+
+
+def test_libraries_are_counted_on_cuda_alone() -> None:
+    config = PRESETS["mamba_byte"].model
+    assert budget(config, 2, 64, "fp32", "cuda").libraries == LIBRARY_BYTES
+    assert budget(config, 2, 64, "fp32", "cpu").libraries == 0
+
+
+def test_what_the_tables_do_not_say() -> None:
+    p = memory.Parameters(counted_layers=1)
+    document = memory._document_frame(p)["document"]
+    assert document.notna().all()
+    assert (document == "not stated").any()
+    counted = memory._full_tensors_frame(p).set_index("form")["counted, full tensors"]
+    assert counted["fused"] is None
 
 
 def test_full_tensors_of_each_form() -> None:
