@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mambabyte.blocks import AttentionMixer
 from mambabyte.config import ModelConfig, TrainConfig
-from mambabyte.corpus import Corpus, sample_windows
+from mambabyte.corpus import sample_windows
 from mambabyte.energy import EnergyMeter
 from mambabyte.model import ByteLM
 from mambabyte.optim import learning_rate, make_optimizer
@@ -54,11 +54,11 @@ def constant_rate(config: TrainConfig) -> TrainConfig:
 
 
 def learn_text(
-    config: ModelConfig, recipe: TrainConfig, corpus: Corpus, *, device: str = "cpu",
+    config: ModelConfig, recipe: TrainConfig, train: np.ndarray, *, device: str = "cpu",
     decay: bool = False, evaluations: int = 6, windows: Tensor | None = None,
     max_seconds: float = 0.0,
 ) -> Learned:
-    """Train ``config`` on the corpus for ``recipe.n_steps`` steps.
+    """Train ``config`` on the ids ``train``, bytes or pieces, for ``recipe.n_steps`` steps.
 
     ``decay`` follows the recipe's cosine to zero, otherwise the rate is constant after warm-up.
     ``windows`` (n, context + 1) are held-out bytes, scored ``evaluations`` times along the way
@@ -75,7 +75,7 @@ def learn_text(
     outside = 0.0  # joules spent on scoring
     began, step = time.perf_counter(), 0
     for step in range(1, recipe.n_steps + 1):
-        tokens = sample_windows(corpus.train, recipe.context, recipe.batch_size, recipe.seed,
+        tokens = sample_windows(train, recipe.context, recipe.batch_size, recipe.seed,
                                 step - 1).to(device)
         start = time.perf_counter()
         train_step(model, optimizer, tokens, schedule, step - 1)

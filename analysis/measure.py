@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,19 @@ def run_notebook(study: Study, parameters: Mapping[str, Any], folder: Path) -> P
 
 
 def measure(study: Study, parameters: Mapping[str, Any], out: Path, *, title: str = "",
-            about: str = "") -> Path:
-    """Run a study and keep it as the record ``out`` (a path that ends in .json)."""
+            about: str = "", keep: Sequence[str] = ()) -> Path:
+    """Run a study and keep it as the record ``out`` (a path that ends in .json).
+
+    ``keep`` names the tables and figures that the record is to hold, all when empty.
+    """
     if out.suffix != ".json":
         raise UserError(f"{out}: a record is a .json file")
     make_dir(out.parent)  # fails now rather than after the run
     with tempfile.TemporaryDirectory() as temporary:
         folder = run_notebook(study, parameters, Path(temporary) / "run")
         return write_record_file(folder, out.stem, title=title or study.title,
-                                 about=about or study.question, folder=out.parent)
+                                 about=about or study.question, folder=out.parent,
+                                 keep=keep)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,6 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--profile", default="full")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--keep", action="append", default=[], metavar="TABLE_OR_FIGURE",
+                        help="keep this alone (may be repeated); all of them when left out")
     parser.add_argument("--title", default="")
     parser.add_argument("--about", default="")
     given = parser.parse_args(arguments)
@@ -70,7 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
         overrides = dict(item.partition("=")[::2] for item in given.set)
         parameters = (validate(study, overrides, given.profile) if overrides
                       else profile_parameters(study, given.profile))
-        print(measure(study, parameters, given.out, title=given.title, about=given.about))
+        print(measure(study, parameters, given.out, title=given.title, about=given.about,
+                      keep=given.keep))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

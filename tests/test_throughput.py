@@ -232,6 +232,21 @@ def test_a_notebook_becomes_a_record_without_jupyter(tmp_path):
         measure_study(study, {}, tmp_path / "box.txt")
 
 
+def test_a_record_may_keep_some_tables_alone(tmp_path):
+    notebook = tmp_path / "n.ipynb"
+    notebook.write_text(NOTEBOOK.replace("recorder.value(", "import pandas as pd\\n\", \"[recorder"
+                        ".table(n, pd.DataFrame({'x': [1]}), caption='c') for n in ('a', 'b')]"
+                        "\\n\", \"recorder.value("))
+    study = replace(STUDIES["memory"], notebook=notebook)
+    whole = load_record(measure_study(study, {}, tmp_path / "whole.json")).run
+    assert set(whole.tables) == {"a", "b"}
+    part = load_record(measure_study(study, {}, tmp_path / "part.json", keep=("b",))).run
+    assert set(part.tables) == {"b"}
+    assert part.values == whole.values
+    with pytest.raises(UserError, match="no table or figure c: choose from a, b"):
+        measure_study(study, {}, tmp_path / "none.json", keep=("c",))
+
+
 def test_measure_refuses_unknown_parameters_before_it_runs(tmp_path, capsys):
     code = measure_main(["throughput", str(tmp_path / "x.json"), "--profile", "quick",
                          "--set", "rouns=2"])

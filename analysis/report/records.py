@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,23 @@ class Record:
 
 
 def write_record_file(
-    run_folder: Path | str, name: str, *, title: str, about: str, folder: Path = MEASUREMENTS
+    run_folder: Path | str, name: str, *, title: str, about: str, folder: Path = MEASUREMENTS,
+    keep: Sequence[str] = (),
 ) -> Path:
-    """Turns a finished run into a record; returns its path. Figures' SVG travels inside."""
+    """Turns a finished run into a record; returns its path. Figures' SVG travels inside.
+
+    ``keep`` names the tables and figures that are wanted, all when empty. UserError for a name
+    that the run does not have.
+    """
     run = load_run(run_folder)
     if run.status != "done":
         raise UserError(f"{run_folder} is a {run.status} run: only a finished one makes a record")
+    absent = set(keep) - {*run.tables, *run.figures}
+    if absent:
+        raise UserError(f"the run has no table or figure {', '.join(sorted(absent))}: choose from "
+                        f"{', '.join((*run.tables, *run.figures))}")
+    tables = [t for t in run.tables.values() if not keep or t.name in keep]
+    figures = [f for f in run.figures.values() if not keep or f.name in keep]
     path = folder / f"{name}.json"
     write_json(path, {
         "format": FORMAT, "study": run.study, "title": title, "about": about,
@@ -55,9 +66,9 @@ def write_record_file(
         "provenance": run.provenance,
         "values": {n: {**vars(v), "value": _encode(v.value)} for n, v in run.values.items()},
         "tables": [{"name": t.name, "caption": t.caption, **_frame(t.frame)}
-                   for t in run.tables.values()],
+                   for t in tables],
         "figures": [{"name": f.name, "title": f.title, "caption": f.caption, "alt": f.alt,
-                     "svg": f.svg, **_frame(f.data)} for f in run.figures.values()],
+                     "svg": f.svg, **_frame(f.data)} for f in figures],
     })
     load_record(path)  # a record that cannot be read back is not one
     return path
