@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from analysis.footprint import (
+    ALLOWANCE_BYTES,
     DEVICES_GB,
     FLOAT32,
     LIBRARY_BYTES,
@@ -511,27 +512,42 @@ def _terms_frame() -> pd.DataFrame:
     return frame.reset_index(drop=True)
 
 
-def _budgets_frame(p: Parameters) -> pd.DataFrame:
+def budgets_at(
+    model: ModelConfig, batch: int, context: int, forms: tuple[str, ...]
+) -> pd.DataFrame:
+    """A training step on a GPU by category: a row a scan form, autocast state and checkpointing."""
     rows = []
-    for name in ("mamba_byte", "mamba_byte_original"):
-        preset = PRESETS[name]
-        batch, context = preset.train.batch_size, preset.train.context
-        for form in p.forms:
-            for autocast in ("fp32", "bf16"):
-                kind: Autocast = "bf16" if autocast == "bf16" else "fp32"
-                for checkpointing in (False, True):
-                    step = budget(replace(preset.model, scan_form=form), batch, context, kind,
-                                  "cuda", checkpointing)
-                    rows.append({
-                        "configuration": f"{batch} x {context}", "form": form,
-                        "autocast": autocast, "checkpointing": checkpointing,
-                        "weights, GB": step.weights / GB, "gradients, GB": step.gradients / GB,
-                        "AdamW, GB": step.optimizer / GB,
-                        "activations, GB": step.activations / GB,
-                        "workspace, GB": step.workspace / GB,
-                        "libraries, GB": step.libraries / GB, "peak, GB": step.peak / GB,
-                        "worst moment": step.worst_moment})
+    for form in forms:
+        for autocast in ("fp32", "bf16"):
+            kind: Autocast = "bf16" if autocast == "bf16" else "fp32"
+            for checkpointing in (False, True):
+                step = budget(replace(model, scan_form=form), batch, context, kind, "cuda",
+                              checkpointing)
+                rows.append({
+                    "configuration": f"{batch} x {context}", "form": form,
+                    "autocast": autocast, "checkpointing": checkpointing,
+                    "weights, GB": step.weights / GB, "gradients, GB": step.gradients / GB,
+                    "AdamW, GB": step.optimizer / GB,
+                    "activations, GB": step.activations / GB,
+                    "workspace, GB": step.workspace / GB,
+                    "libraries, GB": step.libraries / GB, "peak, GB": step.peak / GB,
+                    "worst moment": step.worst_moment})
     return pd.DataFrame(rows)
+
+
+def smallest_devices(budgets: pd.DataFrame) -> pd.DataFrame:
+    """The smallest common device that holds each of these steps, the allowance included."""
+    need = budgets["peak, GB"] + ALLOWANCE_BYTES / GB
+    return budgets[["form", "autocast", "checkpointing", "peak, GB"]].assign(**{
+        "smallest device": [next((f"{gb} GB" for gb in DEVICES_GB if n <= gb), "none of these")
+                            for n in need]})
+
+
+def _budgets_frame(p: Parameters) -> pd.DataFrame:
+    presets = [PRESETS[name] for name in ("mamba_byte", "mamba_byte_original")]
+    return pd.concat([
+        budgets_at(preset.model, preset.train.batch_size, preset.train.context, p.forms)
+        for preset in presets], ignore_index=True)
 
 
 def _state_frame() -> pd.DataFrame:
