@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.report.records import write_record_file
+from analysis.records import write_record_file
 from analysis.results import load_run
 from analysis.studies import STUDIES, Study, get_study, profile_parameters, validate
 from mambabyte.errors import UserError

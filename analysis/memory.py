@@ -8,14 +8,12 @@ against the closed form as it is today (``recorded_frame``).
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +40,7 @@ from analysis.footprint import (
     state_bytes,
 )
 from analysis.frames import not_measured
+from analysis.records import DATA, load_record
 from analysis.scans import one_thread
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
@@ -55,7 +54,6 @@ __all__ = ["PROFILES", "Memory", "Parameters", "fit", "measure_cuda_peak", "meas
 
 MB, GB = 1e6, 1e9
 # Peaks and kept bytes of the cases of ``cuda_cases``, by the allocator of another machine's GPU.
-DATA = Path(__file__).resolve().parent.parent / "data"
 RECORDED = "measurements/h200-memory.json"
 
 
@@ -706,5 +704,4 @@ def beside_closed_form(measured: pd.DataFrame) -> pd.DataFrame:
 
 def recorded_frame() -> pd.DataFrame:
     """The record RECORDED beside the closed form of today; columns of ``beside_closed_form``."""
-    table = json.loads((DATA / RECORDED).read_text(encoding="utf-8"))["tables"][0]
-    return beside_closed_form(pd.DataFrame(table["rows"], columns=table["columns"]))
+    return beside_closed_form(load_record(DATA / RECORDED).run.tables["cuda"].frame)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from analysis.flops import flops_per_byte, layer_flops_crossover
 from analysis.matching import match_patterns
+from analysis.records import DATA, load_record, machine_name
 from analysis.scan_timing import (
     INDEXED,
     PASSES,
@@ -40,7 +41,10 @@ from mambabyte.ops import FORMS
 from mambabyte.optim import make_optimizer
 from mambabyte.train import autocast, train_step
 
-__all__ = ["PROFILES", "Parameters", "Results", "headline", "run"]
+__all__ = ["PROFILES", "Parameters", "Results", "headline", "recorded_scan", "run"]
+
+# The scan against its peers on a GPU, by ``mambabyte bench scan`` on that machine.
+RECORDED = "measurements/h200-scan.json"
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,12 @@ class Results:
     crossovers: pd.DataFrame  # the length from which an SSM mixer beats attention
     streaming: pd.DataFrame  # latency of one byte against bytes seen
     training: pd.DataFrame  # whole training steps: bytes/s, joules per megabyte
+
+
+def recorded_scan() -> tuple[pd.DataFrame, str]:
+    """The record RECORDED, a row a shape, peer and pass; and the machine and day it is from."""
+    found = load_record(DATA / RECORDED).run
+    return found.tables["bench"].frame, f"{machine_name(found)}, {found.provenance['date'][:10]}"
 
 
 def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Results:

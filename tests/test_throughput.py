@@ -12,7 +12,8 @@ import torch
 from analysis import scan_timing, throughput
 from analysis.measure import main as measure_main
 from analysis.measure import measure as measure_study
-from analysis.report.records import load_record
+from analysis.plots import throughput as figures
+from analysis.records import load_record
 from analysis.studies import STUDIES
 from analysis.timing import (
     AllocationCounter,
@@ -245,6 +246,18 @@ def test_a_record_may_keep_some_tables_alone(tmp_path):
     assert part.values == whole.values
     with pytest.raises(UserError, match="no table or figure c: choose from a, b"):
         measure_study(study, {}, tmp_path / "none.json", keep=("c",))
+
+
+def test_the_recorded_scan_is_drawn_with_its_machine():
+    bench, machine = throughput.recorded_scan()
+    assert machine.startswith("NVIDIA H200, 20")
+    figure = figures.scan_peers(bench)
+    forward, backward = figure.axes
+    drawn = {line.get_label(): line for line in forward.lines}
+    ours = bench[(bench["of"] == "fused") & (bench["pass"] == "forward")]["median (us)"] / 1e3
+    assert drawn["fused (this project)"].get_xdata().tolist() == pytest.approx(ours.tolist())
+    assert len(drawn["fused, recomputed backward"].get_xdata()) == 0
+    assert {len(line.get_xdata()) for line in backward.lines} == {len(ours)}
 
 
 def test_measure_refuses_unknown_parameters_before_it_runs(tmp_path, capsys):

@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
     options = parse(Options, argv, "bench", __doc__)
 
     from analysis.bench_scan import DEFAULT_PEERS, run_bench
-    from analysis.report.records import write_tables
+    from analysis.records import write_tables
     from mambabyte.provenance import provenance
 
     frame = run_bench(

@@ -20,7 +20,8 @@ from analysis.results import ROOT, Figure, Run, Table, Value, check_name, load_r
 from mambabyte.errors import UserError
 from mambabyte.files import write_json
 
-MEASUREMENTS = ROOT / "data" / "measurements"
+DATA = ROOT / "data"
+MEASUREMENTS = DATA / "measurements"
 FORMAT = 1
 REQUIRED = ("date", "commit", "command", "versions", "machine")
 # JSON has no words for these; None (null) is "not measured".
@@ -129,6 +130,17 @@ def load_record(path: Path) -> Record:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path.name} is not a measurement record ({type(error).__name__}: "
                         f"{error}); data/README.md has the format") from None
+
+
+def machine_name(run: Run) -> str:
+    """What a run was measured on: the GPU where there is one, else the processor."""
+    machine = run.provenance.get("machine")
+    if not isinstance(machine, dict):
+        return "unknown machine"
+    gpus = [g["name"] for g in machine.get("gpus") or [] if isinstance(g, dict) and "name" in g]
+    if gpus:
+        return f"{len(gpus)} × {gpus[0]}" if len(gpus) > 1 else str(gpus[0])
+    return f"{machine.get('cpu', 'unknown processor')}, {machine.get('cpu_count', '?')} CPUs"
 
 
 def _frame(frame: pd.DataFrame) -> dict[str, Any]:
