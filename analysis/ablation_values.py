@@ -71,6 +71,7 @@ def headline(r: Results) -> Headline:
                         "bits/byte", "best run on pieces, per raw byte"),
         "pieces_raw_bytes": (one.get("raw_bytes"), "bytes", "held-out text that both read"),
         "pieces_tokens": (one.get("tokens"), "pieces", "that text in pieces"),
+        "pieces_steps": (one.get("steps"), "steps", "of a run on pieces"),
         "pieces_trained_bytes": (one.get("trained_raw_bytes"), "bytes",
                                  "raw bytes that a run on pieces was trained on"),
         **_piece_values(r.tokens),
@@ -87,10 +88,10 @@ def _piece_values(tokens: pd.DataFrame) -> Headline:
     values: Headline = {}
     for pattern, name in (("M", "ssm"), ("A", "attention")):
         rows = tokens[tokens["pattern"] == pattern] if len(tokens) else tokens
-        for column, what in (("bits_per_raw_byte", "on pieces"),
-                             ("bits_per_byte_on_bytes", "on bytes"),
-                             ("pieces_minus_bytes", "pieces minus bytes")):
-            values[f"{name}_{what.replace(' ', '_')}"] = (
+        for column, end, what in (("bits_per_raw_byte", "bits", "on pieces"),
+                                  ("bits_per_byte_on_bytes", "bits_on_bytes", "on bytes"),
+                                  ("pieces_minus_bytes", "difference", "pieces minus bytes")):
+            values[f"pieces_{name}_{end}"] = (
                 float(rows[column].mean()) if len(rows) else None, "bits/byte",
                 f"{pattern} {what}, per raw byte, mean over seeds")
     return values

@@ -45,7 +45,7 @@ def measure(study: Study, parameters: Mapping[str, Any], out: Path, *, title: st
             about: str = "", keep: Sequence[str] = ()) -> Path:
     """Run a study and keep it as the record ``out`` (a path that ends in .json).
 
-    ``keep`` names the tables and figures that the record is to hold, all when empty.
+    ``keep`` are patterns of the values, tables and figures that it is to hold, all when empty.
     """
     if out.suffix != ".json":
         raise UserError(f"{out}: a record is a .json file")
@@ -66,8 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--profile", default="full")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--keep", action="append", default=[], metavar="TABLE_OR_FIGURE",
-                        help="keep this alone (may be repeated); all of them when left out")
+    parser.add_argument("--keep", action="append", default=[], metavar="PATTERN",
+                        help="keep the values, tables and figures of this name alone, e.g. "
+                             "'pieces_*' (may be repeated)")
     parser.add_argument("--title", default="")
     parser.add_argument("--about", default="")
     given = parser.parse_args(arguments)

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import filter as filter_names
 from pathlib import Path
 from typing import Any
 
@@ -48,28 +49,28 @@ def write_record_file(
 ) -> Path:
     """Turns a finished run into a record; returns its path. Figures' SVG travels inside.
 
-    ``keep`` names the tables and figures that are wanted, all when empty. UserError for a name
-    that the run does not have.
+    ``keep`` are patterns (``pieces_*``) of the values, tables and figures that are wanted, all
+    when empty. UserError for a pattern that nothing fits.
     """
     run = load_run(run_folder)
     if run.status != "done":
         raise UserError(f"{run_folder} is a {run.status} run: only a finished one makes a record")
-    absent = set(keep) - {*run.tables, *run.figures}
-    if absent:
-        raise UserError(f"the run has no table or figure {', '.join(sorted(absent))}: choose from "
-                        f"{', '.join((*run.tables, *run.figures))}")
-    tables = [t for t in run.tables.values() if not keep or t.name in keep]
-    figures = [f for f in run.figures.values() if not keep or f.name in keep]
+    names = (*run.tables, *run.figures, *run.values)
+    for pattern in keep:
+        if not filter_names(names, pattern):
+            raise UserError(f"the run has nothing called {pattern}: it has {', '.join(names)}")
+    wanted = {name for pattern in keep or ("*",) for name in filter_names(names, pattern)}
     path = folder / f"{name}.json"
     write_json(path, {
         "format": FORMAT, "study": run.study, "title": title, "about": about,
         "parameters": run.parameters, "sources": run.sources, "seconds": run.seconds,
         "provenance": run.provenance,
-        "values": {n: {**vars(v), "value": _encode(v.value)} for n, v in run.values.items()},
+        "values": {n: {**vars(v), "value": _encode(v.value)} for n, v in run.values.items() if n in wanted},
         "tables": [{"name": t.name, "caption": t.caption, **_frame(t.frame)}
-                   for t in tables],
+                   for t in run.tables.values() if t.name in wanted],
         "figures": [{"name": f.name, "title": f.title, "caption": f.caption, "alt": f.alt,
-                     "svg": f.svg, **_frame(f.data)} for f in figures],
+                     "svg": f.svg, **_frame(f.data)}
+                    for f in run.figures.values() if f.name in wanted],
     })
     load_record(path)  # a record that cannot be read back is not one
     return path

@@ -233,7 +233,7 @@ def test_a_notebook_becomes_a_record_without_jupyter(tmp_path):
         measure_study(study, {}, tmp_path / "box.txt")
 
 
-def test_a_record_may_keep_some_tables_alone(tmp_path):
+def test_a_record_may_keep_a_part_of_a_run(tmp_path):
     notebook = tmp_path / "n.ipynb"
     notebook.write_text(NOTEBOOK.replace("recorder.value(", "import pandas as pd\\n\", \"[recorder"
                         ".table(n, pd.DataFrame({'x': [1]}), caption='c') for n in ('a', 'b')]"
@@ -243,9 +243,12 @@ def test_a_record_may_keep_some_tables_alone(tmp_path):
     assert set(whole.tables) == {"a", "b"}
     part = load_record(measure_study(study, {}, tmp_path / "part.json", keep=("b",))).run
     assert set(part.tables) == {"b"}
-    assert part.values == whole.values
-    with pytest.raises(UserError, match="no table or figure c: choose from a, b"):
-        measure_study(study, {}, tmp_path / "none.json", keep=("c",))
+    assert part.values == {}
+    part = load_record(measure_study(study, {}, tmp_path / "part.json", keep=("a", "tw*"))).run
+    assert set(part.tables) == {"a"}
+    assert set(part.values) == set(whole.values) == {"twice"}
+    with pytest.raises(UserError, match=r"nothing called c\*: it has a, b, twice"):
+        measure_study(study, {}, tmp_path / "none.json", keep=("c*",))
 
 
 def test_the_recorded_scan_is_drawn_with_its_machine():
