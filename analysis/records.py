@@ -65,7 +65,8 @@ def write_record_file(
         "format": FORMAT, "study": run.study, "title": title, "about": about,
         "parameters": run.parameters, "sources": run.sources, "seconds": run.seconds,
         "provenance": run.provenance,
-        "values": {n: {**vars(v), "value": _encode(v.value)} for n, v in run.values.items() if n in wanted},
+        "values": {n: {**vars(v), "value": _encode(v.value)} for n, v in run.values.items()
+                   if n in wanted},
         "tables": [{"name": t.name, "caption": t.caption, **_frame(t.frame)}
                    for t in run.tables.values() if t.name in wanted],
         "figures": [{"name": f.name, "title": f.title, "caption": f.caption, "alt": f.alt,
