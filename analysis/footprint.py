@@ -13,6 +13,11 @@ document_cumsum   5, the same tensors in one chunk. corrected_cumsum 5, with exp
 chunked           5 - 2/T: the decays, the inputs (kept whole by the view of their first step),
                   the local states, exp(cs), h; and 2/T of carries.
 fused             no full tensor: its inputs, and one state every few steps (``saved_shape``).
+epsilon           5: b, exp(cs) + epsilon, exp(cs), the bracket, h. clamped 6, with -cs and its
+                  exponential; centred 6, with both exponentials and the local sums.
+pairwise          3 + T: b, exp(cs), h, and T weights a step, as segment_sum; late_mask 3 + 2 T,
+                  the weights before and after the mask.
+associative       2 + 3 log2 T: each doubling keeps a, and a and h as shifted.
 
 The cast to bf16 of autocast changes none of these: the scan runs in float32.
 """
@@ -35,9 +40,22 @@ from mambabyte.ops.causal_conv import FUSED_TAPS
 Autocast = Literal["fp32", "bf16"]
 FLOAT32 = 4
 INT64 = 8
+# What the tables of whole steps show. All pairs of a chunk would be ten times off their scale.
 SCAN_FORMS = (
     "sequential", "chunked", "corrected_cumsum", "document_chunked", "document_cumsum", "fused",
 )
+# Full tensors that each repair of the trick keeps, in the words of mambabyte.ops.repairs.
+_REPAIRS = {
+    "clamped": ("inputs b", "-cs", "exp(-cs), clamped", "exp(cs)", "bracket", "states h"),
+    "epsilon": ("inputs b", "exp(cs) + epsilon", "exp(cs)", "bracket", "states h"),
+    "centred": ("inputs b", "exp(cs - m)", "exp(m - cs)", "local sums", "exp(cs)", "states h"),
+    "pairwise": ("inputs b", "exp(cs)", "states h"),
+    "late_mask": ("inputs b", "exp(cs)", "states h"),
+    "segment_sum": ("inputs b", "exp(cs)", "states h"),
+    "associative": (),
+}
+# Tensors of a weight for each pair of steps in a chunk, and masks of a byte a pair.
+_PAIRS = {"pairwise": (1, 1), "late_mask": (2, 1), "segment_sum": (1, 2)}
 
 
 # What the matrix libraries hold inside torch's allocator, measured: the intercept of the peaks
@@ -115,7 +133,37 @@ def scan_terms(
                 ("local states", batch * pieces * (steps - 2) * wide, FLOAT32),
             ]
         return terms
-    raise UserError(f"no closed form for scan form {form!r}: choose {', '.join(SCAN_FORMS)}")
+    if form in _REPAIRS:
+        return _repair_terms(form, batch, length, channels, states, chunk)
+    raise UserError(f"no closed form for scan form {form!r}: choose {', '.join(FORMS)}")
+
+
+def _chunks(length: int, chunk: int) -> list[int]:
+    """Steps of each chunk: all ``chunk`` but perhaps the last; 0 is the whole length."""
+    chunk = min(chunk or length, length)
+    return [min(chunk, length - start) for start in range(0, length, chunk)]
+
+
+def _repair_terms(
+    form: str, batch: int, length: int, channels: int, states: int, chunk: int
+) -> list[tuple[str, int, int]]:
+    wide = batch * channels * states
+    steps = _chunks(length, chunk)
+    terms = [(name, length * wide, FLOAT32) for name in _REPAIRS[form]]
+    if form in _PAIRS:
+        weights, masks = _PAIRS[form]
+        pairs = sum(t * t for t in steps)
+        terms += [("weights", weights * pairs * wide, FLOAT32), ("masks", masks * pairs, 1)]
+    if form == "associative":
+        # Each doubling multiplies by a and by the shifted a and h; the carry by the last a, but
+        # for the first chunk, whose state wants no gradient; C by h.
+        doublings = [(t - 1).bit_length() for t in steps]
+        kept = sum(t * (3 * n + 2) for t, n in zip(steps, doublings, strict=True))
+        terms.append(("a, shifted a and h of each doubling",
+                      (kept - (steps[0] if doublings[0] else 0)) * wide, FLOAT32))
+    if form not in ("clamped", "epsilon"):
+        terms.append(("initial state", wide, FLOAT32))
+    return [*terms, ("delta u", batch * length * channels, FLOAT32)]
 
 
 def _fused_saved_shape(
@@ -338,6 +386,18 @@ def scan_workspace(form: str, batch: int, length: int, channels: int, states: in
         if form == "corrected_cumsum":
             return full + 2 * c, 2 * c
         return full + 3 * c, max(3 * full - 4 * c, 2 * c)
+    if form in _REPAIRS:
+        c = full * min(chunk, length) // length
+        pairs = c * min(chunk, length)  # a weight for each pair of steps in one chunk
+        # Forward: log_decay (and b, which associative does not keep), then what a chunk makes and
+        # drops. Backward: gradients of the weights, one a pass over the pairs.
+        return {
+            "clamped": (full + 2 * c, 2 * c), "epsilon": (full + c, 2 * c),
+            "centred": (full + 4 * c, 2 * c), "pairwise": (full + 2 * pairs, 2 * pairs),
+            "late_mask": (full + pairs, 2 * pairs),
+            "segment_sum": (full + 2 * pairs, 3 * pairs),
+            "associative": (2 * full + 2 * c, 2 * c),
+        }[form]
     if form == "chunked":
         # Forward: log_decay, the stacked local states and the product with the carries.
         return 3 * full, 3 * full

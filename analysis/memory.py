@@ -41,11 +41,11 @@ from analysis.footprint import (
 )
 from analysis.frames import not_measured
 from analysis.records import DATA, load_record
-from analysis.scans import one_thread
+from analysis.scans import check_forms, one_thread
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
-from mambabyte.ops import native_scan, selective_scan
+from mambabyte.ops import FORMS, native_scan, selective_scan
 from mambabyte.ops.cumsum import document_chunked_scan
 from mambabyte.optim import make_optimizer
 
@@ -243,10 +243,7 @@ class Parameters:
     cuda: bool = False
 
     def __post_init__(self) -> None:
-        unknown = set(self.forms) - set(SCAN_FORMS)
-        if unknown:
-            raise UserError(f"forms {', '.join(sorted(unknown))} have no closed form: choose "
-                            f"{', '.join(SCAN_FORMS)}")
+        check_forms(self.forms)
         if not set(self.autocasts) <= {"fp32", "bf16"}:
             raise UserError(f"autocasts {self.autocasts}: choose from fp32, bf16")
         sizes = (self.batch, self.context, self.d_model, self.n_layer, self.counted_layers,
@@ -421,7 +418,7 @@ def _full_tensors_frame(p: Parameters) -> pd.DataFrame:
     batch, length, channels, states, chunk = 1, 256, 16, 16, 32
     full = batch * length * channels * states * FLOAT32
     rows = []
-    for form in p.forms:
+    for form in FORMS:
         terms = scan_terms(form, batch, length, channels, states, chunk)
         kept = sum(n * size for _, n, size in terms)
         ends = sum(n * size for name, n, size in terms if name in PER_CHANNEL)
