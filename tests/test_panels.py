@@ -10,6 +10,8 @@ import pytest
 
 from analysis import memory, overflow, panels
 from analysis.measure import run_notebook
+from analysis.panels import memory as memory_panel
+from analysis.panels import overflow as overflow_panel
 from analysis.results import load_run
 from analysis.studies import get_study, profile_parameters
 from mambabyte.config import PRESETS
@@ -37,7 +39,7 @@ def errors():
     ("corrected_cumsum", 0.1, 8), ("corrected_cumsum", 1.6, 64), ("document_chunked", 0.1, 64),
     ("clamped", 1.6, 64)])
 def test_the_overflow_panel_says_what_the_map_says(errors, form, decay, chunk):
-    found = moved(panels.overflow(SMALL), form=form, decay=decay, chunk=chunk)
+    found = moved(overflow_panel.panel(SMALL), form=form, decay=decay, chunk=chunk)
     row = errors[(errors["form"] == form) & (errors["decay"] == decay)
                  & (errors["chunk"] == chunk)].iloc[0]
     words = [name for name in row.index if isinstance(row[name], str)]
@@ -66,7 +68,7 @@ def test_the_first_bad_position_is_where_the_exponent_passes_the_bound():
 @pytest.mark.parametrize(("batch", "context"), [(64, 2048), (16, 1024)])
 def test_the_memory_panel_says_what_the_study_says(batch, context):
     p = memory.Parameters(forms=("fused", "document_chunked"))
-    found = moved(panels.memory(p), batch=batch, context=context)
+    found = moved(memory_panel.panel(p), batch=batch, context=context)
     study = memory._budgets_frame(p)
     same = study[study["configuration"] == f"{batch} x {context}"].reset_index(drop=True)
     pd.testing.assert_frame_equal(found, same)
@@ -84,14 +86,14 @@ def test_smallest_device():
 
 
 def test_a_batch_run_shows_nothing(capsys):
-    panels.show(panels.memory, memory.Parameters(), run_dir="somewhere")
+    panels.show(memory_panel.panel, memory.Parameters(), run_dir="somewhere")
     assert capsys.readouterr().out == ""
 
 
 def test_a_panel_is_displayed_when_opened_by_hand(monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda *what: shown.extend(what))
-    panels.show(panels.memory, memory.Parameters(forms=("fused",)), run_dir="")
+    panels.show(memory_panel.panel, memory.Parameters(forms=("fused",)), run_dir="")
     assert any(type(what).__name__ == "interactive" for what in shown)
 
 
@@ -104,7 +106,7 @@ def test_without_ipywidgets_there_is_one_line(monkeypatch, capsys):
         return real(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    panels.show(panels.memory, memory.Parameters(), run_dir="")
+    panels.show(memory_panel.panel, memory.Parameters(), run_dir="")
     assert capsys.readouterr().out == panels.MISSING + "\n"
 
 

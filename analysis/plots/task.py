@@ -123,7 +123,7 @@ def _legend(points: pd.DataFrame) -> list[Line2D]:
         *handles,
         Line2D([], [], color=plots.MUTED, marker="o", label="with an n-gram model", **shape),
         Line2D([], [], color=plots.MUTED, marker="o", markerfacecolor=plots.PAPER,
-               label="without", **shape),
+               label="no n-gram", **shape),
         Line2D([], [], color=plots.MUTED, linestyle=(0, (2, 2)), marker="",
                label="nothing cheaper is as good"),
     ]
