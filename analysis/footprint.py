@@ -65,7 +65,7 @@ _PAIRS = {"pairwise": (1, 1), "late_mask": (2, 1), "segment_sum": (1, 2)}
 LIBRARY_BYTES = 92 * 10**6
 
 # What a scan keeps without the axis of the states: small beside a full tensor.
-PER_CHANNEL = ("delta u", "delta, folded", "delta u, folded", "B and C, folded")
+PER_CHANNEL = ("delta u", "delta, folded", "delta u, folded", "B and C, folded", "masks")
 
 
 @dataclass(frozen=True)
