@@ -88,7 +88,6 @@ class Parameters:
     # sp1024 needs the package sentencepiece; 0 pieces leave it out.
     pieces: int = 0
     piece_train_bytes: int = 2_000_000
-    piece_steps: int = 120
     # The second document's few large steps, on pieces, at its own widths; 0 leaves them out.
     few_steps: int = 0
     few_tokens: int = 524_288
@@ -123,7 +122,7 @@ _FULL = Parameters(
     # The rounded state is a Python loop over the length: the quick profile shows it.
     variants=tuple(v for v in second.VARIANTS if v != "bf16 state"), variant_pattern="MMMA",
     variant_steps=400, variant_seeds=(0, 1, 2), pieces=1024, piece_train_bytes=20_000_000,
-    piece_steps=1000, few_steps=5, workers=8,
+    few_steps=5, workers=8,
 )
 PROFILES = {
     "quick": Parameters(),
@@ -241,7 +240,7 @@ def _learn(
     p: Parameters, config: ModelConfig, corpus: Corpus, seed: int, steps: int,
     windows: torch.Tensor,
 ) -> Learned:
-    return learn_text(config, recipe(p, seed, steps), corpus, device=p.device, decay=p.decay,
+    return learn_text(config, recipe(p, seed, steps), corpus.train, device=p.device, decay=p.decay,
                       windows=windows, max_seconds=p.max_seconds)
 
 
@@ -441,20 +440,31 @@ def run_tokens(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The same systems on subword pieces, and the second document's few large steps.
 
-    Bits are per raw byte, beside those of the same system on bytes. Both empty without pieces.
+    Bits are per raw byte, beside those of the same system on bytes, which has seen the same number
+    of raw bytes and reads the same held-out text as one stream. Both empty without pieces.
     """
     if not p.pieces:
         return pd.DataFrame(), pd.DataFrame()
     report(f"training {p.pieces} pieces on {p.piece_train_bytes:,} bytes of the training split")
     vocabulary = sp.train_pieces(bytes(corpus.train[: p.piece_train_bytes]), p.pieces)
+    text = sp.encode_corpus(vocabulary, corpus, p.piece_train_bytes)
+    per_step = p.context * p.batch_size
     rows = []
-    jobs = [(p, vocabulary, pattern, matched.config, seed, corpus)
+    jobs = [(p, text, pattern, matched.config, seed,
+             text.steps_for(learned[pattern, seed, p.steps].steps * per_step, per_step))
             for pattern, matched in systems.items() for seed in p.seeds]
     for row in run_jobs(_pieces_row, jobs, p.workers):
-        curve = learned[row["pattern"], row["seed"], p.steps].curve
-        rows.append({**row, "bits_per_byte_on_bytes": curve[-1][1]})
-        report(f"sp{p.pieces} {row['pattern']} seed {row['seed']}: "
-               f"{row['bits_per_raw_byte']:.3f} bits per raw byte")
+        pattern, seed = row["pattern"], row["seed"]
+        on_bytes = learned[pattern, seed, p.steps]
+        byte_bits = sp.score_stream(
+            on_bytes.model, text.held_bytes, len(text.held_bytes), p.device)
+        rows.append({
+            **row, "n_parameters_on_bytes": systems[pattern].config.n_parameters,
+            "trained_bytes_on_bytes": on_bytes.steps * per_step,
+            "bits_per_byte_on_bytes": byte_bits,
+            "pieces_minus_bytes": row["bits_per_raw_byte"] - byte_bits})
+        report(f"sp{p.pieces} {pattern} seed {seed}: {row['bits_per_raw_byte']:.3f} bits per raw "
+               f"byte, on bytes {byte_bits:.3f}")
     few = pd.DataFrame()
     if p.few_steps:
         few = few_steps(
@@ -465,12 +475,9 @@ def run_tokens(
 
 
 def _pieces_row(
-    p: Parameters, vocabulary: sp.Pieces, pattern: str, config: ModelConfig, seed: int,
-    corpus: Corpus,
+    p: Parameters, text: sp.PieceText, pattern: str, config: ModelConfig, seed: int, steps: int
 ) -> dict[str, Any]:
     """One training on pieces."""
     with threads(p.threads):
-        row = sp.learn_pieces(
-            vocabulary, config, recipe(p, seed, p.piece_steps), corpus,
-            train_bytes=p.piece_train_bytes, device=p.device)
+        row = sp.learn_pieces(text, config, recipe(p, seed, steps), p.device, p.decay)
     return {"pattern": pattern, "seed": seed, **row}

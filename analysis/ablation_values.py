@@ -69,11 +69,31 @@ def headline(r: Results) -> Headline:
                                 "on pieces, of a model that knows nothing"),
         "pieces_bits": (float(r.tokens["bits_per_raw_byte"].min()) if len(r.tokens) else None,
                         "bits/byte", "best run on pieces, per raw byte"),
+        "pieces_raw_bytes": (one.get("raw_bytes"), "bytes", "held-out text that both read"),
+        "pieces_tokens": (one.get("tokens"), "pieces", "that text in pieces"),
+        "pieces_steps": (one.get("steps"), "steps", "of a run on pieces"),
+        "pieces_trained_bytes": (one.get("trained_raw_bytes"), "bytes",
+                                 "raw bytes that a run on pieces was trained on"),
+        **_piece_values(r.tokens),
         "few_steps": (None if last is None else int(last["step"].iloc[0]), "steps",
                       "large steps with the second document's choices"),
         "few_steps_best_bits": (None if last is None else float(last["bits_per_raw_byte"].min()),
                                 "bits/byte", "best system after them, at full learning rate"),
     }
+    return values
+
+
+def _piece_values(tokens: pd.DataFrame) -> Headline:
+    """Means over seeds, SSM and attention: on pieces, on bytes, and the difference."""
+    values: Headline = {}
+    for pattern, name in (("M", "ssm"), ("A", "attention")):
+        rows = tokens[tokens["pattern"] == pattern] if len(tokens) else tokens
+        for column, end, what in (("bits_per_raw_byte", "bits", "on pieces"),
+                                  ("bits_per_byte_on_bytes", "bits_on_bytes", "on bytes"),
+                                  ("pieces_minus_bytes", "difference", "pieces minus bytes")):
+            values[f"pieces_{name}_{end}"] = (
+                float(rows[column].mean()) if len(rows) else None, "bits/byte",
+                f"{pattern} {what}, per raw byte, mean over seeds")
     return values
 
 

@@ -14,12 +14,11 @@ import pandas as pd
 import torch
 from torch import nn
 
-from analysis.tokens import Pieces, check_bytes, score_pieces
+from analysis.tokens import Pieces, encode_corpus, score_stream
 from analysis.variants import build, get_variant, make_optimizers, round_weights
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import Corpus, sample_windows
 from mambabyte.errors import UserError
-from mambabyte.text import first_characters
 from mambabyte.train import autocast
 
 
@@ -36,10 +35,7 @@ def few_steps(
     """
     if steps < 1:
         raise UserError(f"{steps} steps: give at least 1")
-    ids = pieces.encode(bytes(corpus.train[:train_bytes]).decode("utf-8", errors="ignore"))
-    text = first_characters(bytes(corpus.valid[:valid_bytes]), valid_bytes)
-    held = torch.from_numpy(pieces.encode(text))
-    raw = check_bytes(held.numpy(), pieces.piece_bytes, text)
+    text = encode_corpus(pieces, corpus, train_bytes, valid_bytes)
     micro = max(1, tokens_per_step // (micro_batch * context))
     choices = get_variant(variant)
     recipe = TrainConfig(context=context, batch_size=micro_batch, seed=seed)
@@ -55,7 +51,7 @@ def few_steps(
                         group["lr"] = group["peak"]
                     optimizer.zero_grad(set_to_none=True)
                 for i in range(micro):
-                    tokens = sample_windows(ids, context, micro_batch, seed, step * micro + i)
+                    tokens = sample_windows(text.ids, context, micro_batch, seed, step * micro + i)
                     with autocast(torch.device(device), recipe.precision):
                         loss = model.loss(tokens.to(device))
                     (loss / micro).backward()
@@ -64,7 +60,7 @@ def few_steps(
                     optimizer.step()
                 if choices.bf16_weights:
                     round_weights(model)
-            bits = score_pieces(model, held, raw, device)
+            bits = score_stream(model, text.held, len(text.held_bytes), device)
             rows.append({
                 "system": name, "layers": config.layers, "n_parameters": model.config.n_parameters,
                 "step": step, "tokens": step * micro * micro_batch * context,

@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
+from mambabyte.ops.causal_conv import torch_convolution
 
 SCAN_FORWARD_PER_STATE = 6
 SCAN_BACKWARD_PER_STATE = 14
@@ -145,13 +146,14 @@ def count_flops(config: ModelConfig, length: int, batch: int = 1) -> pd.DataFram
 
     Runs one forward and backward of a model of ``config`` on the CPU. Attention runs on torch's
     "math" route, because the CPU's fused attention is not counted at all (it shows as zero), and
-    over all keys. The counter takes the weight gradient of a depthwise convolution for that of a
-    dense one, a factor of d_inner too much; that row is shown and its ratio says so.
+    over all keys; the convolution is torch's, which is counted. The counter takes the weight
+    gradient of a depthwise convolution for that of a dense one, a factor of d_inner too much; that
+    row is shown and its ratio says so.
     """
     torch.manual_seed(0)
     model = ByteLM(config)
     tokens = torch.zeros(batch, length + 1, dtype=torch.int64)
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), torch_convolution():
         with FlopCounterMode(display=False) as forward:
             loss = model.loss(tokens)
         with FlopCounterMode(display=False) as backward:

@@ -13,6 +13,11 @@ document_cumsum   5, the same tensors in one chunk. corrected_cumsum 5, with exp
 chunked           5 - 2/T: the decays, the inputs (kept whole by the view of their first step),
                   the local states, exp(cs), h; and 2/T of carries.
 fused             no full tensor: its inputs, and one state every few steps (``saved_shape``).
+epsilon           5: b, exp(cs) + epsilon, exp(cs), the bracket, h. clamped 6, with -cs and its
+                  exponential; centred 6, with both exponentials and the local sums.
+pairwise          3 + T: b, exp(cs), h, and T weights a step, as segment_sum; late_mask 3 + 2 T,
+                  the weights before and after the mask.
+associative       2 + 3 log2 T: each doubling keeps a, and a and h as shifted.
 
 The cast to bf16 of autocast changes none of these: the scan runs in float32.
 """
@@ -29,19 +34,38 @@ import torch
 
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.errors import UserError
-from mambabyte.ops import FORMS, default_form, native_scan
+from mambabyte.ops import FORMS, default_form, native_conv, native_scan
 from mambabyte.ops.causal_conv import FUSED_TAPS
 
 Autocast = Literal["fp32", "bf16"]
 FLOAT32 = 4
 INT64 = 8
+# What the tables of whole steps show. All pairs of a chunk would be ten times off their scale.
 SCAN_FORMS = (
     "sequential", "chunked", "corrected_cumsum", "document_chunked", "document_cumsum", "fused",
 )
+# Full tensors that each repair of the trick keeps, in the words of mambabyte.ops.repairs.
+_REPAIRS = {
+    "clamped": ("inputs b", "-cs", "exp(-cs), clamped", "exp(cs)", "bracket", "states h"),
+    "epsilon": ("inputs b", "exp(cs) + epsilon", "exp(cs)", "bracket", "states h"),
+    "centred": ("inputs b", "exp(cs - m)", "exp(m - cs)", "local sums", "exp(cs)", "states h"),
+    "pairwise": ("inputs b", "exp(cs)", "states h"),
+    "late_mask": ("inputs b", "exp(cs)", "states h"),
+    "segment_sum": ("inputs b", "exp(cs)", "states h"),
+    "associative": (),
+}
+# Tensors of a weight for each pair of steps in a chunk, and masks of a byte a pair.
+_PAIRS = {"pairwise": (1, 1), "late_mask": (2, 1), "segment_sum": (1, 2)}
 
+
+# What the matrix libraries hold inside torch's allocator, measured: the intercept of the peaks
+# recorded on an H200 (data/measurements/h200-memory.json, torch 2.11). 67 MB of it are cuBLAS
+# workspaces of 32 MiB, one for the thread of the forward pass and one for that of the backward
+# pass (torch's default on Hopper; 8 MiB each on earlier cards). The rest has no explanation yet.
+LIBRARY_BYTES = 92 * 10**6
 
 # What a scan keeps without the axis of the states: small beside a full tensor.
-PER_CHANNEL = ("delta u", "delta, folded", "delta u, folded", "B and C, folded")
+PER_CHANNEL = ("delta u", "delta, folded", "delta u, folded", "B and C, folded", "masks")
 
 
 @dataclass(frozen=True)
@@ -109,7 +133,37 @@ def scan_terms(
                 ("local states", batch * pieces * (steps - 2) * wide, FLOAT32),
             ]
         return terms
-    raise UserError(f"no closed form for scan form {form!r}: choose {', '.join(SCAN_FORMS)}")
+    if form in _REPAIRS:
+        return _repair_terms(form, batch, length, channels, states, chunk)
+    raise UserError(f"no closed form for scan form {form!r}: choose {', '.join(FORMS)}")
+
+
+def _chunks(length: int, chunk: int) -> list[int]:
+    """Steps of each chunk: all ``chunk`` but perhaps the last; 0 is the whole length."""
+    chunk = min(chunk or length, length)
+    return [min(chunk, length - start) for start in range(0, length, chunk)]
+
+
+def _repair_terms(
+    form: str, batch: int, length: int, channels: int, states: int, chunk: int
+) -> list[tuple[str, int, int]]:
+    wide = batch * channels * states
+    steps = _chunks(length, chunk)
+    terms = [(name, length * wide, FLOAT32) for name in _REPAIRS[form]]
+    if form in _PAIRS:
+        weights, masks = _PAIRS[form]
+        pairs = sum(t * t for t in steps)
+        terms += [("weights", weights * pairs * wide, FLOAT32), ("masks", masks * pairs, 1)]
+    if form == "associative":
+        # Each doubling multiplies by a and by the shifted a and h; the carry by the last a, but
+        # for the first chunk, whose state wants no gradient; C by h.
+        doublings = [(t - 1).bit_length() for t in steps]
+        kept = sum(t * (3 * n + 2) for t, n in zip(steps, doublings, strict=True))
+        terms.append(("a, shifted a and h of each doubling",
+                      (kept - (steps[0] if doublings[0] else 0)) * wide, FLOAT32))
+    if form not in ("clamped", "epsilon"):
+        terms.append(("initial state", wide, FLOAT32))
+    return [*terms, ("delta u", batch * length * channels, FLOAT32)]
 
 
 def _fused_saved_shape(
@@ -140,6 +194,34 @@ def _norm_terms(
     return [*terms, ("output", copies * tokens * d, itemsize)]
 
 
+def rms_norm_is_cast() -> bool:
+    """Whether CUDA's autocast takes rms_norm to float32: torch 2.11 did not, 2.13 does."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA")
+
+
+def _squares_in_float32(config: ModelConfig, itemsize: int, device: str) -> bool:
+    """CUDA's autocast takes ``square`` to float32; the CPU's leaves it in bf16."""
+    return config.mlp_activation == "relu2" and itemsize != FLOAT32 and device == "cuda"
+
+
+def _mlp_terms(
+    config: ModelConfig, tokens: int, device: str, itemsize: int
+) -> list[tuple[str, int, int]]:
+    hidden = tokens * config.mlp_hidden
+    terms = [("hidden, before and after activation", 2 * hidden, itemsize)]
+    if _squares_in_float32(config, itemsize, device):
+        terms.append(("hidden in float32, for its square", hidden, FLOAT32))
+    return terms
+
+
+def _one_kernel(config: ModelConfig, device: str, itemsize: int) -> bool:
+    """Whether the convolution is this package's own, not torch's: see ops.causal_conv."""
+    if device == "cuda":
+        return config.d_conv in FUSED_TAPS
+    return (itemsize == FLOAT32 and config.d_conv in native_conv.TAPS
+            and native_conv.available(torch.float32))
+
+
 def _mamba_terms(
     config: ModelConfig, batch: int, length: int, itemsize: int, form: str, device: str
 ) -> list[tuple[str, str, int, int]]:
@@ -153,7 +235,7 @@ def _mamba_terms(
         ("scan input", "exp(A_log) and A", 2 * D * N, FLOAT32),
         ("projection", "input of out_proj", tokens * D, itemsize),
     ]
-    one_kernel = device == "cuda" and config.d_conv in FUSED_TAPS
+    one_kernel = _one_kernel(config, device, itemsize)
     if one_kernel:  # reads u where in_proj left it, writes (B, L, D)
         copies = 0 if fused or not half else 1
     else:
@@ -195,7 +277,7 @@ def _mamba_terms(
 
 
 def _attention_terms(
-    config: ModelConfig, batch: int, length: int, itemsize: int
+    config: ModelConfig, batch: int, length: int, itemsize: int, device: str
 ) -> list[tuple[str, str, int, int]]:
     d, kv = config.d_model, config.n_kv_head * config.head_dim
     tokens = batch * length
@@ -208,7 +290,10 @@ def _attention_terms(
         ("projection", "input of out_proj", tokens * d, itemsize),
     ]
     if config.qk_norm:
-        terms.append(("attention", "q and k before their norm", tokens * (d + kv), FLOAT32))
+        # The CPU computes the norm, and keeps its input, in float32 in any case.
+        wide = device == "cpu" or rms_norm_is_cast()
+        terms.append(("attention", "q and k before their norm", tokens * (d + kv),
+                      FLOAT32 if wide else itemsize))
         heads = config.n_head + config.n_kv_head
         terms.append(("attention", "1/rms of q and k", tokens * heads, FLOAT32))
     if length > config.attention_window:
@@ -241,11 +326,10 @@ def saved_terms(
         if letter == "M":
             rows += _mamba_terms(config, batch, length, itemsize, form, device)
         else:
-            rows += _attention_terms(config, batch, length, itemsize)
+            rows += _attention_terms(config, batch, length, itemsize, device)
         if config.mlp_hidden:
             rows += [("mlp", *t) for t in _norm_terms(config, tokens, device, itemsize, 1)]
-            hidden = tokens * config.mlp_hidden
-            rows.append(("mlp", "hidden, before and after activation", 2 * hidden, itemsize))
+            rows += [("mlp", *t) for t in _mlp_terms(config, tokens, device, itemsize)]
             if itemsize != FLOAT32:
                 rows.append(("casts", "weights in bf16", 2 * d * config.mlp_hidden, itemsize))
         found += [Term(i, *row) for row in rows]
@@ -284,12 +368,13 @@ class Budget:
     optimizer: int
     activations: int  # kept between forward and backward
     workspace: int  # above all of these at the worst moment
+    libraries: int  # what the matrix libraries hold for themselves; none on the CPU
     worst_moment: str
 
     @property
     def peak(self) -> int:
         return (self.weights + self.gradients + self.optimizer + self.activations
-                + self.workspace)
+                + self.workspace + self.libraries)
 
 
 def scan_workspace(form: str, batch: int, length: int, channels: int, states: int, chunk: int,
@@ -309,6 +394,18 @@ def scan_workspace(form: str, batch: int, length: int, channels: int, states: in
         if form == "corrected_cumsum":
             return full + 2 * c, 2 * c
         return full + 3 * c, max(3 * full - 4 * c, 2 * c)
+    if form in _REPAIRS:
+        c = full * min(chunk, length) // length
+        pairs = c * min(chunk, length)  # a weight for each pair of steps in one chunk
+        # Forward: log_decay (and b, which associative does not keep), then what a chunk makes and
+        # drops. Backward: gradients of the weights, one a pass over the pairs.
+        return {
+            "clamped": (full + 2 * c, 2 * c), "epsilon": (full + c, 2 * c),
+            "centred": (full + 4 * c, 2 * c), "pairwise": (full + 2 * pairs, 2 * pairs),
+            "late_mask": (full + pairs, 2 * pairs),
+            "segment_sum": (full + 2 * pairs, 3 * pairs),
+            "associative": (2 * full + 2 * c, 2 * c),
+        }[form]
     if form == "chunked":
         # Forward: log_decay, the stacked local states and the product with the carries.
         return 3 * full, 3 * full
@@ -325,9 +422,11 @@ def budget(
 
     ``optimizer`` is that of TrainConfig. Steps are taken as written, not compiled.
 
-    The peak is looked for at the moments that can be it: the loss, the scan of each layer going
-    forward and going backward, the MLP and the attention going backward, and the optimizer's
-    step. Layers after the one at hand are not yet there (forward) or no longer (backward).
+    The peak is looked for at the moments that can be it: the loss (going forward, where the
+    output of the last norm and the logits are alive as variables, and going backward), the scan
+    of each layer going forward and going backward, the MLP and the attention going backward, and
+    the optimizer's step. Layers after the one at hand are not yet there (forward) or no longer
+    (backward).
     """
     form = resolve_form(config, device)
     itemsize = 2 if autocast == "bf16" else FLOAT32
@@ -343,6 +442,9 @@ def budget(
 
     # Gradients appear from the head down; all of them exist at the end.
     moments: dict[str, int] = {
+        "loss, forward": kept + tokens * config.vocab_size * FLOAT32 + (
+            0 if itemsize == FLOAT32 else
+            tokens * (d * FLOAT32 + config.vocab_size * itemsize)),
         "loss, backward": kept + 2 * tokens * config.vocab_size * FLOAT32,
         "optimizer step": n_bytes,
     }
@@ -350,32 +452,53 @@ def budget(
     forward, backward = scan_workspace(form, batch, length, D, config.d_state, chunk)
     stream = tokens * D * itemsize
     for i, letter in enumerate(config.layers):
-        # What lies below, and this layer whole: under checkpointing it is there for a while.
-        held = sum(stays[:i]) + per_layer[i] + (stays[i] if checkpointing else 0)
+        # What lies below, and this layer whole: under checkpointing it is there for a while, made
+        # again from its input, which its norm keeps in any case.
+        held = sum(stays[:i]) + per_layer[i]
         residual = tokens * d * FLOAT32
         if config.mlp_hidden:
-            hidden = tokens * config.mlp_hidden * itemsize
-            moments[f"layer {i}, MLP backward"] = held + residual + 3 * hidden
+            # d(x^2) = grad * (2 * x^1): the gradient, both factors and the product, all at once.
+            wide = _squares_in_float32(config, itemsize, device)
+            hidden = tokens * config.mlp_hidden
+            moments[f"layer {i}, MLP backward"] = held + residual + hidden * (
+                4 * (FLOAT32 if wide else itemsize) - itemsize)
         if letter == "A":
             moments[f"layer {i}, attention backward"] = held + residual + 5 * tokens * d * itemsize
         elif form == "fused":
             # dy, du, ddelta, dz, dB, dC and the partial sums of the last two.
-            sums = 2 * tokens * config.d_state * (
-                FLOAT32 * -(-D // native_scan.GROUP) + itemsize)
-            moments[f"layer {i}, scan backward"] = held - mlp[i] + residual + 3 * stream + sums
+            sums = 2 * tokens * config.d_state * itemsize + FLOAT32 * _partial_sums(
+                batch, length, D, config.d_state, device, itemsize)
+            # And u in (L, D) order where torch's convolution left it in (D, L) order.
+            torchs = device == "cpu" and not _one_kernel(config, device, itemsize)
+            copied = stream if torchs and batch > 1 else 0
+            moments[f"layer {i}, scan backward"] = (
+                held - mlp[i] + residual + 3 * stream + copied + sums)
         else:
             # Not yet there, or gone: y, silu(z), the input of out_proj, and the MLP's.
             after = 2 * tokens * D * FLOAT32 + stream + mlp[i]
             moments[f"layer {i}, scan forward"] = held - after + 2 * stream + forward
             grads = residual + 3 * tokens * D * FLOAT32  # dy, dz, the skip's du
             moments[f"layer {i}, scan backward"] = held - after + grads + backward
+    libraries = LIBRARY_BYTES if device == "cuda" else 0
     moment = max(moments, key=lambda name: moments[name])
     late = moment == "optimizer step"
     done = int(moment.split()[1].rstrip(",")) if moment.startswith("layer") else None
     gradients = n_bytes if late else _gradients_above(config, done, moment)
     return Budget(
         form, autocast, n_bytes, gradients, _optimizer_bytes(config, optimizer),
-        0 if late else kept, moments[moment] - (0 if late else kept), moment)
+        0 if late else kept, moments[moment] - (0 if late else kept), libraries, moment)
+
+
+def _partial_sums(
+    batch: int, length: int, channels: int, states: int, device: str, itemsize: int
+) -> int:
+    """Elements of the partial sums of dB and dC in the backward pass of the fused scan."""
+    if device != "cuda":
+        return 2 * batch * length * states * -(-channels // native_scan.GROUP)
+    from mambabyte.ops import cuda_scan
+
+    dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+    return math.prod(cuda_scan.partial_sums_shape(batch, length, channels, states, dtype))
 
 
 def _gradients_above(config: ModelConfig, layer: int | None, moment: str) -> int:
@@ -473,7 +596,7 @@ def fit(
     breakdown = {
         "weights": step.weights, "gradients": step.gradients, "optimizer": step.optimizer,
         "activations": step.activations, "workspace": step.workspace,
-        "allowance": ALLOWANCE_BYTES,
+        "libraries": step.libraries, "allowance": ALLOWANCE_BYTES,
     }
     total = required(batch, context)
     if device_memory_bytes is None:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.scans import (
+    ANY_CHUNK,
     INPUTS,
     Scan,
     check_forms,
@@ -41,7 +42,6 @@ from mambabyte.corpus import load_corpus, sample_windows
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.ops import selective_scan
-from mambabyte.ops.repairs import REPAIRS
 from mambabyte.ops.sequential import sequential_scan
 
 # Forms that compute the recurrence and are within their bounds at these decays.
@@ -417,9 +417,8 @@ class Parameters:
 PROFILES = {
     "quick": Parameters(),
     "full": Parameters(
-        forms=("sequential", "chunked", "fused", "corrected_cumsum", "document_chunked", *REPAIRS),
-        length=512, channels=16, draws=20, segments=(2, 4, 8, 16, 48), recall_length=48,
-        recall_far=16, recall_steps=600, recall_seeds=5),
+        forms=ANY_CHUNK, length=512, channels=16, draws=20, segments=(2, 4, 8, 16, 48),
+        recall_length=48, recall_far=16, recall_steps=600, recall_seeds=5),
 }
 
 

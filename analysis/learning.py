@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mambabyte.blocks import AttentionMixer
 from mambabyte.config import ModelConfig, TrainConfig
-from mambabyte.corpus import Corpus, sample_windows
+from mambabyte.corpus import sample_windows
 from mambabyte.energy import EnergyMeter
 from mambabyte.fast_step import FastStep, Windows, prepare, window_starts
 from mambabyte.model import ByteLM
@@ -56,11 +56,11 @@ def constant_rate(config: TrainConfig) -> TrainConfig:
 
 
 def learn_text(
-    config: ModelConfig, recipe: TrainConfig, corpus: Corpus, *, device: str = "cpu",
+    config: ModelConfig, recipe: TrainConfig, train: np.ndarray, *, device: str = "cpu",
     decay: bool = False, evaluations: int = 6, windows: Tensor | None = None,
     max_seconds: float = 0.0,
 ) -> Learned:
-    """Train ``config`` on the corpus for ``recipe.n_steps`` steps.
+    """Train ``config`` on the ids ``train``, bytes or pieces, for ``recipe.n_steps`` steps.
 
     ``decay`` follows the recipe's cosine to zero, otherwise the rate is constant after warm-up.
     ``windows`` (n, context + 1) are held-out bytes, scored ``evaluations`` times along the way
@@ -71,7 +71,7 @@ def learn_text(
     model = ByteLM(config).to(device)
     schedule = recipe if decay else constant_rate(recipe)
     advance = _captured_steps if model.device.type == "cuda" else _steps
-    take = advance(model, corpus, recipe, schedule)
+    take = advance(model, train, recipe, schedule)
     at = {round(recipe.n_steps * (i + 1) / evaluations) for i in range(evaluations)}
     curve = [] if windows is None else [(0, heldout_bits(model, windows))]
     seconds: list[float] = []
@@ -104,7 +104,7 @@ Take = Callable[[int, int, float], list[float]]
 
 
 def _steps(
-    model: ByteLM, corpus: Corpus, recipe: TrainConfig, schedule: TrainConfig
+    model: ByteLM, train: np.ndarray, recipe: TrainConfig, schedule: TrainConfig
 ) -> Take:
     """Steps one by one."""
     optimizer = make_optimizer(model, recipe)
@@ -113,7 +113,7 @@ def _steps(
         seconds: list[float] = []
         for step in range(first, end):
             tokens = sample_windows(
-                corpus.train, recipe.context, recipe.batch_size, recipe.seed, step)
+                train, recipe.context, recipe.batch_size, recipe.seed, step).to(model.device)
             start = time.perf_counter()
             train_step(model, optimizer, tokens, schedule, step)
             seconds.append(time.perf_counter() - start)
@@ -125,13 +125,13 @@ def _steps(
 
 
 def _captured_steps(
-    model: ByteLM, corpus: Corpus, recipe: TrainConfig, schedule: TrainConfig
+    model: ByteLM, train: np.ndarray, recipe: TrainConfig, schedule: TrainConfig
 ) -> Take:
     """The same steps as one CUDA graph. The time is that of a block of steps, spread over them:
     the first block holds the warm-up and the capture, and counts no more than any other."""
     optimizer = make_optimizer(model, recipe, on_device=True)
     prepare(model, recipe, compiled=False)
-    text = torch.from_numpy(np.array(corpus.train)).to(model.device)
+    text = torch.from_numpy(np.array(train)).to(model.device)
     step_once = FastStep(model, model.loss, optimizer, Windows(text, recipe.context),
                          window_starts(len(text), recipe), recipe)
 

@@ -12,11 +12,11 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.report.records import write_record_file
+from analysis.records import write_record_file
 from analysis.results import load_run
 from analysis.studies import STUDIES, Study, get_study, profile_parameters, validate
 from mambabyte.errors import UserError
@@ -42,15 +42,19 @@ def run_notebook(study: Study, parameters: Mapping[str, Any], folder: Path) -> P
 
 
 def measure(study: Study, parameters: Mapping[str, Any], out: Path, *, title: str = "",
-            about: str = "") -> Path:
-    """Run a study and keep it as the record ``out`` (a path that ends in .json)."""
+            about: str = "", keep: Sequence[str] = ()) -> Path:
+    """Run a study and keep it as the record ``out`` (a path that ends in .json).
+
+    ``keep`` are patterns of the values, tables and figures that it is to hold, all when empty.
+    """
     if out.suffix != ".json":
         raise UserError(f"{out}: a record is a .json file")
     make_dir(out.parent)  # fails now rather than after the run
     with tempfile.TemporaryDirectory() as temporary:
         folder = run_notebook(study, parameters, Path(temporary) / "run")
         return write_record_file(folder, out.stem, title=title or study.title,
-                                 about=about or study.question, folder=out.parent)
+                                 about=about or study.question, folder=out.parent,
+                                 keep=keep)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,6 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--profile", default="full")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--keep", action="append", default=[], metavar="PATTERN",
+                        help="keep the values, tables and figures of this name alone, e.g. "
+                             "'pieces_*' (may be repeated)")
     parser.add_argument("--title", default="")
     parser.add_argument("--about", default="")
     given = parser.parse_args(arguments)
@@ -70,7 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
         overrides = dict(item.partition("=")[::2] for item in given.set)
         parameters = (validate(study, overrides, given.profile) if overrides
                       else profile_parameters(study, given.profile))
-        print(measure(study, parameters, given.out, title=given.title, about=given.about))
+        print(measure(study, parameters, given.out, title=given.title, about=given.about,
+                      keep=given.keep))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

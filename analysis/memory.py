@@ -2,7 +2,8 @@
 
 The closed form is analysis.footprint. Three instruments stand beside it: hooks on the tensors that
 autograd saves (each storage once, parameters left out), torch's profiler for the peak on the CPU,
-and CUDA's allocator for the peak on a GPU (``measure_on_cuda``, see benchmarks/gpu_records.py).
+and CUDA's allocator for the peak on a GPU. Where there is no GPU, what one has recorded is held
+against the closed form as it is today (``recorded_frame``).
 """
 
 from __future__ import annotations
@@ -22,31 +23,38 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from analysis.footprint import (
+    ALLOWANCE_BYTES,
     DEVICES_GB,
     FLOAT32,
+    LIBRARY_BYTES,
     PER_CHANNEL,
     SCAN_FORMS,
     Autocast,
     budget,
     fit,
     parse_memory,
+    resolve_form,
     saved_terms,
     scan_terms,
     scan_workspace,
     state_bytes,
 )
-from analysis.scans import one_thread
+from analysis.frames import not_measured
+from analysis.records import DATA, load_record
+from analysis.scans import check_forms, one_thread
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
-from mambabyte.ops import native_scan, selective_scan
+from mambabyte.ops import FORMS, native_scan, selective_scan
 from mambabyte.ops.cumsum import document_chunked_scan
 from mambabyte.optim import make_optimizer
 
 __all__ = ["PROFILES", "Memory", "Parameters", "fit", "measure_cuda_peak", "measure_peak",
            "measure_saved", "parse_memory", "run"]
 
-GB = 1e9
+MB, GB = 1e6, 1e9
+# Peaks and kept bytes of the cases of ``cuda_cases``, by the allocator of another machine's GPU.
+RECORDED = "measurements/h200-memory.json"
 
 
 class _Held:
@@ -159,33 +167,32 @@ def measure_cuda_peak(
     config: ModelConfig, batch: int, length: int, autocast: Autocast = "bf16",
     checkpointing: bool = False,
 ) -> dict[str, Any]:
-    """One record of a GPU: the allocator's peak of a whole training step beside the closed form.
+    """One case on a GPU: the bytes kept for the backward pass, and the peak of a whole step.
 
     Three steps with AdamW and clipping as in training; the peak of the last, weights and
     optimizer included. A step that does not fit says so in "error" and has no peak.
     """
-    predicted = budget(config, batch, length, autocast, "cuda", checkpointing)
     row: dict[str, Any] = {
-        "pattern": config.layer_pattern, "d_model": config.d_model, "form": predicted.form,
-        "batch": batch, "context": length, "autocast": autocast, "checkpointing": checkpointing,
-        "worst moment": predicted.worst_moment,
-        "predicted peak, B": predicted.peak, "measured peak, B": None,
-        "predicted / measured peak": None,
-        "predicted kept, B": predicted.activations, "measured kept, B": None,
-        "predicted / measured kept": None, "error": None,
+        **_case_columns(config, batch, length, autocast, checkpointing),
+        **dict.fromkeys((*MEASURED, "error")),
     }
     torch.cuda.empty_cache()
     try:
         kept, peak = _cuda_step(config, batch, length, autocast, checkpointing)
     except torch.cuda.OutOfMemoryError as error:
-        row["error"] = str(error).splitlines()[0]
-        return row
-    kept_predicted = sum(t.bytes for t in saved_terms(
-        config, batch, length, autocast, "cuda", checkpointing))
-    return row | {
-        "measured peak, B": peak, "predicted / measured peak": predicted.peak / peak,
-        "predicted kept, B": kept_predicted, "measured kept, B": kept,
-        "predicted / measured kept": kept_predicted / kept}
+        return row | {"error": str(error).splitlines()[0]}
+    return row | dict(zip(MEASURED, (peak / MB, kept / MB), strict=True))
+
+
+MEASURED = ("measured peak (MB)", "measured kept (MB)")
+
+
+def _case_columns(
+    config: ModelConfig, batch: int, length: int, autocast: str, checkpointing: bool
+) -> dict[str, Any]:
+    return {"layers": config.layers, "d_model": config.d_model,
+            "form": resolve_form(config, "cuda"), "batch": batch, "context": length,
+            "autocast": autocast, "checkpointing": checkpointing}
 
 
 def _cuda_step(
@@ -236,10 +243,7 @@ class Parameters:
     cuda: bool = False
 
     def __post_init__(self) -> None:
-        unknown = set(self.forms) - set(SCAN_FORMS)
-        if unknown:
-            raise UserError(f"forms {', '.join(sorted(unknown))} have no closed form: choose "
-                            f"{', '.join(SCAN_FORMS)}")
+        check_forms(self.forms)
         if not set(self.autocasts) <= {"fp32", "bf16"}:
             raise UserError(f"autocasts {self.autocasts}: choose from fp32, bf16")
         sizes = (self.batch, self.context, self.d_model, self.n_layer, self.counted_layers,
@@ -272,7 +276,7 @@ class Memory:
     slices: pd.DataFrame  # bytes that the backward pass of slices allocates
     devices: pd.DataFrame  # what fits where
     document: pd.DataFrame  # the document's statements in numbers
-    cuda: pd.DataFrame  # closed form against a GPU's allocator; empty where none was asked for
+    cuda: pd.DataFrame  # closed form against a GPU's allocator: this machine's, or a record's
 
 
 def run(p: Parameters, report: Callable[[str], None]) -> Memory:
@@ -288,7 +292,7 @@ def run(p: Parameters, report: Callable[[str], None]) -> Memory:
         return Memory(
             saved, peaks, _full_tensors_frame(p), _terms_frame(), _budgets_frame(p),
             _state_frame(), slices, _devices_frame(p), _document_frame(p),
-            measure_on_cuda(report) if p.cuda else pd.DataFrame())
+            beside_closed_form(measure_on_cuda(report)) if p.cuda else recorded_frame())
 
 
 def _worst_error(frame: pd.DataFrame) -> float:
@@ -307,12 +311,14 @@ def headline(found: Memory) -> dict[str, tuple[float | bool | None, str, str]]:
     fused = float(peak["64 x 2048", "fused"]) if "fused" in found.budgets["form"].values else None
     slope = {how: _slope(rows["length, steps"], rows["allocated in backward, B"])
              for how, rows in found.slices.groupby("how")}
-    on_cuda = pd.Series(dtype=float)
-    if len(found.cuda):
-        on_cuda = found.cuda["predicted / measured peak"].dropna().astype(float)
     return {
-        "worst_cuda_error": (float((on_cuda - 1).abs().max()) if len(on_cuda) else None, "",
-                             "largest |predicted / measured - 1| of the peak on a GPU"),
+        "worst_cuda_error": (_worst_error(found.cuda.dropna()), "",
+                             "largest |closed form / measured - 1| of the peak on a GPU"),
+        "worst_cuda_kept_error": (
+            float((found.cuda["kept, closed form / measured"].dropna() - 1).abs().max()), "",
+            "the same of the bytes kept"),
+        "cuda_cases": (len(found.cuda), "", "cases measured on a GPU"),
+        "libraries_mb": (LIBRARY_BYTES / MB, "MB", "held by the matrix libraries on a GPU"),
         "worst_saved_error": (_worst_error(found.saved), "",
                               "largest |predicted / counted - 1| of the kept bytes"),
         "worst_peak_error": (_worst_error(found.peaks), "",
@@ -412,7 +418,7 @@ def _full_tensors_frame(p: Parameters) -> pd.DataFrame:
     batch, length, channels, states, chunk = 1, 256, 16, 16, 32
     full = batch * length * channels * states * FLOAT32
     rows = []
-    for form in p.forms:
+    for form in FORMS:
         terms = scan_terms(form, batch, length, channels, states, chunk)
         kept = sum(n * size for _, n, size in terms)
         ends = sum(n * size for name, n, size in terms if name in PER_CHANNEL)
@@ -427,7 +433,7 @@ def _full_tensors_frame(p: Parameters) -> pd.DataFrame:
             "counted, full tensors": counted,
             "forward workspace, full tensors": forward / full,
             "backward workspace, full tensors": backward / full})
-    return pd.DataFrame(rows)
+    return not_measured(pd.DataFrame(rows), "counted, full tensors")
 
 
 def _scan_inputs(batch: int, length: int, channels: int, states: int) -> list[Tensor]:
@@ -501,26 +507,42 @@ def _terms_frame() -> pd.DataFrame:
     return frame.reset_index(drop=True)
 
 
-def _budgets_frame(p: Parameters) -> pd.DataFrame:
+def budgets_at(
+    model: ModelConfig, batch: int, context: int, forms: tuple[str, ...]
+) -> pd.DataFrame:
+    """A training step on a GPU by category: a row a scan form, autocast state and checkpointing."""
     rows = []
-    for name in ("mamba_byte", "mamba_byte_original"):
-        preset = PRESETS[name]
-        batch, context = preset.train.batch_size, preset.train.context
-        for form in p.forms:
-            for autocast in ("fp32", "bf16"):
-                kind: Autocast = "bf16" if autocast == "bf16" else "fp32"
-                for checkpointing in (False, True):
-                    step = budget(replace(preset.model, scan_form=form), batch, context, kind,
-                                  "cuda", checkpointing)
-                    rows.append({
-                        "configuration": f"{batch} x {context}", "form": form,
-                        "autocast": autocast, "checkpointing": checkpointing,
-                        "weights, GB": step.weights / GB, "gradients, GB": step.gradients / GB,
-                        "AdamW, GB": step.optimizer / GB,
-                        "activations, GB": step.activations / GB,
-                        "workspace, GB": step.workspace / GB, "peak, GB": step.peak / GB,
-                        "worst moment": step.worst_moment})
+    for form in forms:
+        for autocast in ("fp32", "bf16"):
+            kind: Autocast = "bf16" if autocast == "bf16" else "fp32"
+            for checkpointing in (False, True):
+                step = budget(replace(model, scan_form=form), batch, context, kind, "cuda",
+                              checkpointing)
+                rows.append({
+                    "configuration": f"{batch} x {context}", "form": form,
+                    "autocast": autocast, "checkpointing": checkpointing,
+                    "weights, GB": step.weights / GB, "gradients, GB": step.gradients / GB,
+                    "AdamW, GB": step.optimizer / GB,
+                    "activations, GB": step.activations / GB,
+                    "workspace, GB": step.workspace / GB,
+                    "libraries, GB": step.libraries / GB, "peak, GB": step.peak / GB,
+                    "worst moment": step.worst_moment})
     return pd.DataFrame(rows)
+
+
+def smallest_devices(budgets: pd.DataFrame) -> pd.DataFrame:
+    """The smallest common device that holds each of these steps, the allowance included."""
+    need = budgets["peak, GB"] + ALLOWANCE_BYTES / GB
+    return budgets[["form", "autocast", "checkpointing", "peak, GB"]].assign(**{
+        "smallest device": [next((f"{gb} GB" for gb in DEVICES_GB if n <= gb), "none of these")
+                            for n in need]})
+
+
+def _budgets_frame(p: Parameters) -> pd.DataFrame:
+    presets = [PRESETS[name] for name in ("mamba_byte", "mamba_byte_original")]
+    return pd.concat([
+        budgets_at(preset.model, preset.train.batch_size, preset.train.context, p.forms)
+        for preset in presets], ignore_index=True)
 
 
 def _state_frame() -> pd.DataFrame:
@@ -613,7 +635,8 @@ def _document_frame(p: Parameters) -> pd.DataFrame:
          new.peak / GB),
         ("margin", "40 GB over that peak, times", "4", 40 * GB / new.peak),
     ]
-    return pd.DataFrame(rows, columns=["key", "statement", "document", "ours"])
+    frame = pd.DataFrame(rows, columns=["key", "statement", "document", "ours"])
+    return frame.fillna({"document": "not stated"})
 
 
 # ---------------------------------------------------------------------------- records of a GPU
@@ -637,14 +660,45 @@ def cuda_cases() -> list[tuple[ModelConfig, int, int, Autocast, bool]]:
 
 
 def measure_on_cuda(report: Callable[[str], None]) -> pd.DataFrame:
-    """Every case of ``cuda_cases`` on this machine's GPU: closed form beside the allocator."""
+    """Every case of ``cuda_cases`` on this machine's GPU, by its allocator."""
     if not torch.cuda.is_available():
         raise UserError("no CUDA device is available: this measurement needs one")
     rows = []
-    for config, batch, context, autocast, checkpointing in cuda_cases():
-        row = measure_cuda_peak(config, batch, context, autocast, checkpointing)
+    for case in cuda_cases():
+        row = measure_cuda_peak(*case)
         rows.append(row)
-        report(f"{row['form']} {batch} x {context} {autocast}: "
-               f"peak {row['predicted / measured peak']}, kept {row['predicted / measured kept']}"
-               f" {row['error'] or ''}")
+        report(" ".join(str(value) for value in row.values() if value is not None))
     return pd.DataFrame(rows)
+
+
+def beside_closed_form(measured: pd.DataFrame) -> pd.DataFrame:
+    """Rows that a GPU measured, of ``cuda_cases`` at any time, beside the closed form of today.
+
+    A row that could not be measured stays, with its "error". UserError for a row of no case.
+    """
+    cases = {tuple(_case_columns(*case).values()): case for case in cuda_cases()}
+    keys = list(_case_columns(*cuda_cases()[0]))
+    rows = []
+    for row in measured.to_dict("records"):
+        case = cases.get(tuple(row[key] for key in keys))
+        if case is None:
+            raise UserError(f"{RECORDED} has a row that is no case of this study: "
+                            f"{ {key: row[key] for key in keys} }")
+        config, batch, context, autocast, checkpointing = case
+        step = budget(config, batch, context, autocast, "cuda", checkpointing)
+        kept = sum(t.bytes for t in saved_terms(
+            config, batch, context, autocast, "cuda", checkpointing))
+        peak_measured, kept_measured = (row[name] for name in MEASURED)
+        rows.append({
+            **{key: row[key] for key in keys}, "worst moment": step.worst_moment,
+            "kept, closed form, MB": kept / MB, "kept, measured, MB": kept_measured,
+            "kept, closed form / measured": kept / MB / kept_measured if kept_measured else None,
+            "peak, closed form, MB": step.peak / MB, "peak, measured, MB": peak_measured,
+            "peak, closed form / measured":
+                step.peak / MB / peak_measured if peak_measured else None})
+    return pd.DataFrame(rows)
+
+
+def recorded_frame() -> pd.DataFrame:
+    """The record RECORDED beside the closed form of today; columns of ``beside_closed_form``."""
+    return beside_closed_form(load_record(DATA / RECORDED).run.tables["cuda"].frame)

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from analysis.pool import run_jobs
 from analysis.scans import (
+    ANY_CHUNK,
     INPUTS,
     PUBLISHED,
     Scan,
@@ -53,7 +54,6 @@ from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus, sample_windows
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM, record_exponent_headroom
-from mambabyte.ops.repairs import REPAIRS
 from mambabyte.ops.sequential import sequential_scan
 from mambabyte.optim import learning_rate, make_optimizer
 from mambabyte.train import NonFiniteError, autocast, train_step
@@ -122,6 +122,7 @@ def inputs(
 ) -> list[Tensor]:
     """float64 u, delta, A, B, C and initial state; row i of the batch decays by ``decays[i]``.
 
+    The rows differ in nothing else, so a row is the same whatever others stand beside it.
     ``kind`` "constant" has delta = decays[i] at every step, "data-dependent" a log-normal factor
     of mean 1 and sigma 0.5 besides. A is -1 everywhere, so delta is the log-decay itself.
     """
@@ -129,16 +130,16 @@ def inputs(
     rows = len(decays)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
+        one = torch.randn(1, *shape, generator=g, dtype=torch.float64)
+        return one.repeat(rows, *(1 for _ in shape))
 
     delta = torch.tensor(decays, dtype=torch.float64)[:, None, None].expand(rows, length, channels)
     if kind == "data-dependent":
-        delta = delta * torch.exp(0.5 * normal(rows, length, channels) - 0.125)
+        delta = delta * torch.exp(0.5 * normal(length, channels) - 0.125)
     return [
-        normal(rows, length, channels), delta.contiguous(),
+        normal(length, channels), delta.contiguous(),
         -torch.ones(channels, states, dtype=torch.float64),
-        normal(1, length, states).repeat(rows, 1, 1), normal(1, length, states).repeat(rows, 1, 1),
-        normal(rows, channels, states),
+        normal(length, states), normal(length, states), normal(channels, states),
     ]
 
 
@@ -223,6 +224,39 @@ def error_map(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
                     parts.append(_map_rows(kind, precision, form, chunk or p.length, p.decays,
                                            found, references))
     return pd.concat(parts, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the map in detail."""
+
+    row: pd.Series  # of the error map
+    exponent: float  # largest cumulated log-decay of a chunk, nats
+    bound: float  # the chunk length above which the form fails, steps
+    positions: pd.DataFrame  # error of y by position, relative to the largest exact value
+    first_bad: int | None  # first position that is off by more than 1 %, inf or nan
+
+
+def cell(
+    p: Parameters, form: str, decay: float, chunk: int, precision: str = "float32",
+    kind: str = "constant",
+) -> Cell:
+    """The map's cell at any decay and chunk, on its grid or between, and where y goes wrong."""
+    p = replace(p, forms=(form,), low_precision_forms=(form,), precisions=(precision,),
+                kinds=(kind,), decays=(decay,), chunks=(chunk,))
+    with one_thread():
+        row = error_map(p, lambda line: None).iloc[0]
+        exact = inputs(p.decays, p.length, p.channels, p.states, kind, p.seed)
+        own: Scan = published_recurrence if form in PUBLISHED else sequential_scan
+        reference = own(*exact, 0)[0][0]  # (L, channels)
+        y = scan_of(form)(*_rounded(exact, precision), chunk)[0][0].double()
+    error = ((y - reference).abs() / reference.abs().max()).amax(-1)
+    bad = (~(error <= SILENT)).nonzero()
+    exponents = F.pad(exact[1][0], (0, 0, 0, -p.length % chunk)).unflatten(0, (-1, chunk)).sum(1)
+    return Cell(
+        row, float(exponents.max()), boundary(form, decay, precision),
+        pd.DataFrame({"position": range(p.length), "error": error.tolist()}),
+        int(bad[0]) if len(bad) else None)
 
 
 def _rounded(exact: list[Tensor], precision: str) -> list[Tensor]:
@@ -564,8 +598,7 @@ class Parameters:
     ``chunks`` in steps, ``decays`` in nats a step, ``length`` the sequence in steps.
     """
 
-    forms: tuple[str, ...] = (
-        "sequential", "chunked", "fused", "document_chunked", "corrected_cumsum", *REPAIRS)
+    forms: tuple[str, ...] = ANY_CHUNK
     low_precision_forms: tuple[str, ...] = ("sequential", "corrected_cumsum", "segment_sum")
     precisions: tuple[str, ...] = PRECISIONS
     kinds: tuple[str, ...] = ("constant", "data-dependent")
@@ -611,8 +644,7 @@ class Parameters:
 
 
 _FULL = Parameters(
-    low_precision_forms=(
-        "sequential", "chunked", "document_chunked", "corrected_cumsum", *REPAIRS),
+    low_precision_forms=tuple(form for form in ANY_CHUNK if form != "fused"),
     chunks=(2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256),
     decays=tuple(float(x) for x in np.round(np.geomspace(0.01, 20.0, 25), 6)),
     length=256, fraction_lengths=(*range(2, 65), 96, 128, 192, 256, 512, 1024, 2048),

@@ -1,4 +1,4 @@
-"""Every scan form on prepared inputs, the studied repairs included, and how forms are compared."""
+"""Every scan form on prepared inputs, and how forms are compared."""
 
 from __future__ import annotations
 
@@ -9,28 +9,14 @@ import torch
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops import selective_scan
-from mambabyte.ops.chunked import chunked_scan
-from mambabyte.ops.cumsum import (
-    corrected_chunked_cumsum_scan,
-    document_chunked_scan,
-    document_cumsum_scan,
-)
+from mambabyte.ops import FORMS, selective_scan
 from mambabyte.ops.operator import fused_available
-from mambabyte.ops.repairs import REPAIRS
-from mambabyte.ops.sequential import sequential_scan
 
 # (u, delta, A, B, C, state, chunk) -> (y, final state), delta positive, in one floating dtype
 Scan = Callable[..., tuple[Tensor, Tensor]]
 
-FORMS: dict[str, Scan] = {
-    "sequential": sequential_scan,
-    "chunked": chunked_scan,
-    "document_chunked": document_chunked_scan,
-    "document_cumsum": document_cumsum_scan,
-    "corrected_cumsum": corrected_chunked_cumsum_scan,
-    **REPAIRS,
-}
+# All but the form that takes the whole sequence as one chunk, whatever chunk is asked for.
+ANY_CHUNK = tuple(name for name in FORMS if name != "document_cumsum")
 # Forms that compute h_t = a_t (h_{t-1} + b_t), see mambabyte.ops.cumsum.
 PUBLISHED = ("document_chunked", "document_cumsum")
 # The order of the inputs whose gradients are compared.
@@ -38,10 +24,8 @@ INPUTS = ("u", "delta", "A", "B", "C", "initial state")
 
 
 def scan_of(form: str) -> Scan:
-    """The scan of that name; "fused" through selective_scan."""
-    if form == "fused":
-        return _fused
-    return FORMS[form]
+    """The scan of that name, in the dtype of its inputs; "fused" through selective_scan."""
+    return FORMS[form].scan or _fused
 
 
 def _fused(
@@ -53,8 +37,8 @@ def _fused(
 def check_forms(names: tuple[str, ...]) -> None:
     """UserError for a name that is no form."""
     for name in names:
-        if name not in FORMS and name != "fused":
-            raise UserError(f"form {name!r} is unknown: choose fused, {', '.join(FORMS)}")
+        if name not in FORMS:
+            raise UserError(f"form {name!r} is unknown: choose from {', '.join(FORMS)}")
 
 
 def runnable(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -4,8 +4,8 @@ A study may also read what the others left: then their results count too.
 
 The walk starts at a module and a notebook and follows imports of modules that live in the
 checkout, those within functions too. A file that a module names in a string (a C source, a
-style sheet) counts as well. Comments, docstrings and layout do not change the digest, so a
-corrected comment re-runs nothing.
+style sheet, a pattern of records) counts as well. Comments, docstrings and layout do not change
+the digest, so a corrected comment re-runs nothing.
 """
 
 from __future__ import annotations
@@ -114,6 +114,9 @@ def _companions(tree: ast.AST, folders: Iterable[Path]) -> Iterator[Path]:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) \
                 and node.value.endswith(COMPANIONS) and len(node.value) < 100:
             for folder in folders:
+                if "*" in node.value:
+                    yield from folder.glob(node.value)
+                    continue
                 path = Path(os.path.normpath(folder / node.value))
                 if path.is_file():
                     yield path

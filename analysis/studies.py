@@ -63,6 +63,8 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            "Which mix of SSM and attention layers predicts bytes best, at equal cost?"),
     _study("throughput", "05_throughput_and_energy.ipynb", "Throughput and energy",
            "How do time and energy per byte grow with length, and who is fastest where?"),
+    _study("task", "07_task.ipynb", "The task: accuracy under an energy cap",
+           "Which system reaches which accuracy for how many joules?"),
     _study("claims", "06_claims.ipynb", "The claims ledger",
            "Which statements of the two documents hold, by our numbers?", reads_runs=True),
 )}

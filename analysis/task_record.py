@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import tyro
 
-from analysis.report.records import write_tables
+from analysis.records import write_tables
 
 # column -> (key of the row, factor)
 COLUMNS: dict[str, tuple[str, float]] = {

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from analysis.flops import flops_per_byte, layer_flops_crossover
 from analysis.matching import match_patterns
+from analysis.records import DATA, load_record, machine_name
 from analysis.scan_timing import (
     INDEXED,
     PASSES,
@@ -41,7 +42,10 @@ from mambabyte.optim import make_optimizer
 from mambabyte.stream import advance_of
 from mambabyte.train import autocast, train_step
 
-__all__ = ["PROFILES", "Parameters", "Results", "headline", "run"]
+__all__ = ["PROFILES", "Parameters", "Results", "headline", "recorded_scan", "run"]
+
+# The scan against its peers on a GPU, by ``mambabyte bench scan`` on that machine.
+RECORDED = "measurements/h200-scan.json"
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,10 @@ class Parameters:
     batch_size: int = 1
     batches: tuple[int, ...] = (1, 4, 16)
     batch_length: int = 128
-    # Empty: every form there is, and the second document's loop.
-    forms: tuple[str, ...] = ()
+    # Empty: every form there is, and the second document's loop. The repairs of the trick cost
+    # what it costs (clamped, epsilon, centred) or a chunk times as much (all pairs).
+    forms: tuple[str, ...] = ("sequential", "chunked", "fused", "corrected_cumsum",
+                              "document_chunked", "document_cumsum", "associative", INDEXED)
     mixer_forms: tuple[str, ...] = ("auto", "chunked")
     rounds: int = 5
     guard_seconds: float = 0.25
@@ -89,7 +95,7 @@ class Parameters:
 PROFILES = {
     "quick": Parameters(),
     "full": Parameters(
-        device="cuda", d_model=192, n_head=6,
+        device="cuda", d_model=192, n_head=6, forms=(),
         lengths=(128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
         batches=(1, 4, 16, 64), batch_length=1024, rounds=5, guard_seconds=4.0, threads=0,
         allocation_lengths=(128, 256, 512, 1024),
@@ -111,6 +117,12 @@ class Results:
     crossovers: pd.DataFrame  # the length from which an SSM mixer beats attention
     streaming: pd.DataFrame  # latency of one byte against bytes seen
     training: pd.DataFrame  # whole training steps: bytes/s, joules per megabyte
+
+
+def recorded_scan() -> tuple[pd.DataFrame, str]:
+    """The record RECORDED, a row a shape, peer and pass; and the machine and day it is from."""
+    found = load_record(DATA / RECORDED).run
+    return found.tables["bench"].frame, f"{machine_name(found)}, {found.provenance['date'][:10]}"
 
 
 def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Results:

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from analysis.learning import learn_text
 from mambabyte.config import ModelConfig, TrainConfig
-from mambabyte.corpus import Corpus, sample_windows
+from mambabyte.corpus import Corpus
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
-from mambabyte.optim import make_optimizer
 from mambabyte.text import first_characters
-from mambabyte.train import autocast, train_step
+from mambabyte.train import autocast
 
 SPACE = "\u2581"  # how sentencepiece writes a space inside a piece
 # 256 byte pieces and <unk> are always there; less leaves nothing to learn.
@@ -102,50 +102,69 @@ def train_pieces(data: bytes, pieces: int = 1024) -> Pieces:
         [processor.is_control(i) or processor.is_unknown(i) for i in numbers]))
 
 
+@dataclass(frozen=True)
+class PieceText:
+    """A corpus in pieces: ids to train on, and a held-out text in bytes and in ids."""
+
+    pieces: Pieces
+    ids: np.ndarray  # of the first bytes of the training split
+    held_bytes: np.ndarray  # (raw bytes,) uint8
+    held: np.ndarray  # the ids of the same text; their bytes were added up and checked
+
+    def steps_for(self, raw_bytes: int, tokens_a_step: int) -> int:
+        """Steps after which about ``raw_bytes`` bytes of the training text were seen; 1 or more."""
+        return max(1, round(raw_bytes / (tokens_a_step * self.bytes_per_id)))
+
+    @property
+    def bytes_per_id(self) -> float:
+        return float(self.pieces.piece_bytes[self.ids].mean())
+
+
+def encode_corpus(
+    pieces: Pieces, corpus: Corpus, train_bytes: int, valid_bytes: int = 100_000
+) -> PieceText:
+    """The start of the training and of the validation split, every byte accounted for."""
+    held = first_characters(bytes(corpus.valid[:valid_bytes]), valid_bytes)
+    return PieceText(
+        pieces, pieces.encode(bytes(corpus.train[:train_bytes]).decode("utf-8", errors="ignore")),
+        np.frombuffer(held.encode("utf-8"), dtype=np.uint8), pieces.encode(held))
+
+
 def learn_pieces(
-    pieces: Pieces, config: ModelConfig, recipe: TrainConfig, corpus: Corpus, *,
-    train_bytes: int, valid_bytes: int = 100_000, device: str = "cpu",
+    text: PieceText, config: ModelConfig, recipe: TrainConfig, device: str = "cpu",
+    decay: bool = False,
 ) -> dict[str, Any]:
     """Train ``config`` on tokens and score it; all counts that make up bits per raw byte.
 
     The context is ``recipe.context`` tokens, so it spans ``bytes_per_token`` times as many bytes,
-    and as many steps see that much more text than a byte model does.
+    and each step sees that much more text than one of a byte model (``steps_for``). ``decay`` as
+    in ``learn_text``, which trains the byte models too.
     """
-    text = bytes(corpus.train[:train_bytes]).decode("utf-8", errors="ignore")
-    ids = pieces.encode(text)
-    held_text = first_characters(bytes(corpus.valid[:valid_bytes]), valid_bytes)
-    held = torch.from_numpy(pieces.encode(held_text))
-    raw = check_bytes(held.numpy(), pieces.piece_bytes, held_text)
-
-    config = replace(config, vocab_size=pieces.size)
-    torch.manual_seed(recipe.seed)
-    model = ByteLM(config).to(device)
-    optimizer = make_optimizer(model, recipe)
-    for step in range(recipe.n_steps):
-        tokens = sample_windows(ids, recipe.context, recipe.batch_size, recipe.seed, step)
-        train_step(model, optimizer, tokens.to(device), recipe, step)
-
-    bits = score_pieces(model, held, raw, device)
+    config = replace(config, vocab_size=text.pieces.size)
+    learned = learn_text(config, recipe, text.ids, device=device, decay=decay)
+    raw, held = len(text.held_bytes), len(text.held)
+    bits = score_stream(learned.model, text.held, raw, device)
     trained = recipe.n_steps * recipe.context * recipe.batch_size
     return {
-        "pieces": pieces.size, "n_parameters": config.n_parameters, "steps": recipe.n_steps,
-        "trained_tokens": trained,
-        "trained_raw_bytes": round(trained * pieces.piece_bytes[ids].mean()),
-        "tokens": len(held), "raw_bytes": raw, "bytes_per_token": raw / len(held),
-        "bits_per_token": bits * raw / len(held), "bits_per_raw_byte": bits,
-        "uniform_bits_per_raw_byte": math.log2(pieces.size) * len(held) / raw,
+        "pieces": text.pieces.size, "n_parameters": config.n_parameters, "steps": recipe.n_steps,
+        "trained_tokens": trained, "trained_raw_bytes": round(trained * text.bytes_per_id),
+        "tokens": held, "raw_bytes": raw, "bytes_per_token": raw / held,
+        "bits_per_token": bits * raw / held, "bits_per_raw_byte": bits,
+        "uniform_bits_per_raw_byte": math.log2(text.pieces.size) * held / raw,
     }
 
 
 @torch.no_grad()
-def score_pieces(model: ByteLM, held: torch.Tensor, raw_bytes: int, device: str = "cpu") -> float:
-    """Bits per raw byte of the tokens ``held`` as one stream, which stand for ``raw_bytes``.
+def score_stream(model: ByteLM, held: np.ndarray, raw_bytes: int, device: str = "cpu") -> float:
+    """Bits per raw byte of the ids ``held``, pieces or bytes, as one stream of ``raw_bytes``.
 
-    The first token is charged the uniform ln(pieces): nothing precedes it.
+    The first is charged the uniform ln(vocabulary): nothing precedes it.
     """
+    ids = torch.from_numpy(held.astype(np.int64))
     nats, state = math.log(model.config.vocab_size), None
+    model.eval()
     with autocast(torch.device(device), "auto"):
-        for part in (held[i : i + 4097] for i in range(0, len(held) - 1, 4096)):
+        for part in (ids[i : i + 4097] for i in range(0, len(ids) - 1, 4096)):
             logits, state = model(part[None, :-1].to(device), state)
             nats += F.cross_entropy(logits[0].float(), part[1:].to(device),
                                     reduction="sum").item()

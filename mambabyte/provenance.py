@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("mambabyte", "torch", "triton", "numpy", "safetensors")
+PACKAGES = ("mambabyte", "torch", "triton", "numpy", "safetensors", "sentencepiece")
 
 
 @cache

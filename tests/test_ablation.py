@@ -28,7 +28,7 @@ from analysis.tokens import (
     bits_per_raw_byte,
     check_bytes,
     piece_byte_lengths,
-    score_pieces,
+    score_stream,
 )
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import Corpus, load_corpus
@@ -370,10 +370,42 @@ class Letters:
 def test_a_model_that_knows_nothing_has_uniform_bits():
     pieces = Pieces(Letters(), np.ones(26, dtype=np.int64))
     text = "abcxyz" * 50
-    held = torch.from_numpy(pieces.encode(text))
+    held = np.array(pieces.encode(text))
     model = ByteLM(replace(SMALL, vocab_size=26))
     torch.nn.init.zeros_(model.embedding.weight)
-    assert score_pieces(model, held, len(text)) == pytest.approx(math.log2(26), rel=1e-5)
+    assert score_stream(model, held, len(text)) == pytest.approx(math.log2(26), rel=1e-5)
+
+
+def test_pieces_and_bytes_see_and_read_the_same_text(corpus_file):
+    pytest.importorskip("sentencepiece")
+    p = replace(TINY, corpus=corpus_file, seeds=(0,), tasks=(), variants=(), steps=40, pieces=300,
+                piece_train_bytes=20_000)
+    found = ablation.run(p).tokens
+    assert found["pattern"].tolist() == ["M", "A"]
+    step = p.context * p.batch_size * found["bytes_per_token"]
+    assert ((found["trained_raw_bytes"] - found["trained_bytes_on_bytes"]).abs() < step).all()
+    assert (found["trained_tokens"] < found["trained_bytes_on_bytes"]).all()
+    corpus = load_corpus(corpus_file)
+    text = bytes(corpus.valid).decode()
+    assert (found["raw_bytes"] == len(text.encode())).all()
+    # Bits over all tokens are bits over all bytes.
+    totals = found["bits_per_token"] * found["tokens"]
+    assert totals.tolist() == pytest.approx(
+        (found["bits_per_raw_byte"] * found["raw_bytes"]).tolist())
+    assert (found["n_parameters"] - found["n_parameters_on_bytes"] == (300 - 256) * 16).all()
+    assert (found["bits_per_byte_on_bytes"] < 8).all()
+
+
+def test_a_stream_is_scored_the_same_in_parts():
+    """On bytes against the package's own scoring, beyond one part of 4096."""
+    torch.manual_seed(0)
+    model = ByteLM(SMALL)
+    text = "".join(chr(97 + i * i % 26) for i in range(5000))
+    ours = score_stream(model, np.frombuffer(text.encode(), dtype=np.uint8), len(text))
+    whole = torch.tensor([list(text.encode())])
+    logits, _ = model(whole[:, :-1])
+    nats = torch.nn.functional.cross_entropy(logits[0], whole[0, 1:], reduction="sum").item()
+    assert ours == pytest.approx((nats / math.log(2) + math.log2(256)) / len(text), rel=1e-5)
 
 
 def test_few_steps_start_uniform_and_learn():
@@ -460,7 +492,7 @@ def test_captured_steps_are_the_steps_one_by_one() -> None:
     for advance in (learning._steps, learning._captured_steps):
         torch.manual_seed(0)
         model = ByteLM(config)
-        take = advance(model, corpus, recipe, schedule)
+        take = advance(model, corpus.train, recipe, schedule)
         seconds = take(0, 21, math.inf) + take(21, 25, math.inf)
         assert len(seconds) == 25
         assert min(seconds) > 0

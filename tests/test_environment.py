@@ -20,7 +20,7 @@ def test_environment_yml_equals_pyproject():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()
                 if "==" in line)
     expected = []
-    for requirement in wanted:
+    for requirement in dict.fromkeys(wanted):  # two extras may want the same
         name = re.match(r"[A-Za-z0-9_.-]+", requirement).group()
         expected.append(f"{requirement},=={pins[name]}" if name in pins else requirement)
     assert sorted(pip[:-1]) == sorted(expected)

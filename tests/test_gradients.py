@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from analysis import gradients
-from analysis.scans import FORMS
+from analysis.scans import scan_of
 from mambabyte.errors import UserError
 from mambabyte.ops.sequential import sequential_scan
 
@@ -48,7 +48,7 @@ def test_the_documents_gradient_is_off_in_float64_too(boundaries: pd.DataFrame) 
 def test_the_documents_gradient_has_one_factor_too_many() -> None:
     exact = gradients.make_inputs(12, 2, 1, 0)
     weight = torch.ones_like(exact[0])
-    own = gradients.whole_gradients(FORMS["document_chunked"], exact, 4, 8, weight)
+    own = gradients.whole_gradients(scan_of("document_chunked"), exact, 4, 8, weight)
     true = gradients.whole_gradients(sequential_scan, exact, 0, 8, weight)
     decay = torch.exp(exact[1] * exact[2][:, 0])  # one state: a_k of each channel
     torch.testing.assert_close(own["d u"][:, :8], (decay * true["d u"])[:, :8])
@@ -66,8 +66,8 @@ def test_two_calls_through_the_state_are_one() -> None:
     exact = gradients.make_inputs(20, 2, 3, 1)
     weight = torch.randn(exact[0].shape, dtype=torch.float64)
     for form in ("sequential", "chunked", "corrected_cumsum"):
-        joined = gradients.whole_gradients(FORMS[form], exact, 5, 10, weight)
-        parts = gradients.later_loss_gradients(FORMS[form], exact, 5, 10, weight)
+        joined = gradients.whole_gradients(scan_of(form), exact, 5, 10, weight)
+        parts = gradients.later_loss_gradients(scan_of(form), exact, 5, 10, weight)
         for name in joined:
             torch.testing.assert_close(joined[name], parts[name])
         assert parts["d h"].abs().sum() > 0

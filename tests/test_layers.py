@@ -16,7 +16,8 @@ NOT_IN_PLOTS = {"torch", "mambabyte.model", "mambabyte.train", "mambabyte.ops", 
                 "analysis.report"}
 NOT_IN_REPORT = {"torch", "mambabyte.model", "mambabyte.train", "mambabyte.ops",
                  "mambabyte.config", "mambabyte.provenance", "analysis.plots"}
-STUDIES = ("memory", "overflow", "gradients", "ablation", "throughput", "flops", "claims")
+STUDIES = ("memory", "overflow", "gradients", "ablation", "throughput", "flops", "task",
+           "claims")
 
 
 def imports(path: Path) -> set[str]:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import pandas as pd
 import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from analysis import memory
 from analysis.footprint import (
     ALLOWANCE_BYTES,
-    SCAN_FORMS,
+    LIBRARY_BYTES,
     budget,
     fit,
     parse_memory,
+    rms_norm_is_cast,
     saved_terms,
     scan_terms,
     scan_workspace,
@@ -22,7 +27,7 @@ from analysis.footprint import (
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
-from mambabyte.ops import native_scan
+from mambabyte.ops import FORMS, native_scan
 from mambabyte.optim import role
 from mambabyte.stream import ByteStream
 
@@ -41,13 +46,13 @@ def random_case(seed: int) -> tuple[ModelConfig, int, int, str, bool]:
         mlp_activation=rng.choice(["relu2", "gelu", "silu"]),
         logit_softcap=rng.choice([0.0, 30.0]), embed_norm=rng.random() < 0.3,
         tied_head=rng.random() < 0.7, rope_fraction=rng.choice([0.5, 1.0]),
-        scan_form=SCAN_FORMS[seed % len(SCAN_FORMS)],
+        scan_form=list(FORMS)[seed % len(FORMS)],
         scan_chunk=rng.choice([None, 1, 2, 5, 8]))
     return (config, rng.choice([1, 2, 5]), rng.choice([2, 7, 16, 33]),
             rng.choice(["fp32", "bf16"]), rng.random() < 0.2)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(91))
 def test_saved_bytes_are_exact(seed: int) -> None:
     config, batch, length, autocast, checkpointing = random_case(seed)
     if config.scan_form == "fused" and not native_scan.available()[0]:
@@ -65,7 +70,7 @@ def test_the_documents_step_counted_at_its_own_size() -> None:
     assert predicted == memory.measure_saved(config, 64, 2048, shapes_only=True)
 
 
-@pytest.mark.parametrize("form", SCAN_FORMS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("pattern", "autocast", "checkpointing"), [
     ("M", "fp32", False), ("MA", "bf16", False), ("M", "fp32", True)])
 def test_peak_within_five_percent(
@@ -81,13 +86,70 @@ def test_peak_within_five_percent(
     assert (step.peak - step.weights - step.optimizer) / measured == pytest.approx(1, abs=0.05)
 
 
+def test_closed_form_against_the_recorded_gpu() -> None:
+    found = memory.recorded_frame()
+    assert len(found) == len(memory.cuda_cases())
+    assert (found["kept, closed form / measured"] - 1).abs().max() < 0.02
+    assert (found["peak, closed form / measured"] - 1).abs().max() < 0.05
+    # Without the libraries' workspaces the smallest steps would be far off.
+    small = found[found["peak, measured, MB"] < 500]
+    bare = small["peak, closed form, MB"] - LIBRARY_BYTES / 1e6
+    assert (bare / small["peak, measured, MB"] < 0.8).all()
+
+
+def test_a_recorded_row_of_no_case_is_an_error() -> None:
+    row = memory.recorded_frame().iloc[[0]].assign(d_model=7, **dict.fromkeys(memory.MEASURED, 1.0))
+    with pytest.raises(UserError, match="no case of this study"):
+        memory.beside_closed_form(row)
+
+
+def test_a_step_that_did_not_fit_stays_in_the_table() -> None:
+    row = memory._case_columns(*memory.cuda_cases()[0]) | dict.fromkeys(memory.MEASURED)
+    found = memory.beside_closed_form(pd.DataFrame([row]))
+    assert found["peak, measured, MB"].isna().all()
+    assert found["peak, closed form / measured"].isna().all()
+    assert found["peak, closed form, MB"].iloc[0] > 0
+
+
+def test_what_autocast_on_cuda_takes_to_float32() -> None:
+    """Asked of torch's dispatcher with tensors that have a device and no memory."""
+    before = torch.get_autocast_dtype("cuda")
+    with FakeTensorMode(), torch.no_grad():
+        x = torch.empty(2, 4, device="cuda", dtype=torch.bfloat16)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            assert F.relu(x).dtype == torch.bfloat16
+            assert x.square().dtype == torch.float32
+            assert (F.rms_norm(x, (4,)).dtype == torch.float32) == rms_norm_is_cast()
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.set_autocast_dtype("cuda", before)
+
+
+def test_libraries_are_counted_on_cuda_alone() -> None:
+    config = PRESETS["mamba_byte"].model
+    assert budget(config, 2, 64, "fp32", "cuda").libraries == LIBRARY_BYTES
+    assert budget(config, 2, 64, "fp32", "cpu").libraries == 0
+
+
+def test_what_the_tables_do_not_say() -> None:
+    p = memory.Parameters(counted_layers=1)
+    document = memory._document_frame(p)["document"]
+    assert document.notna().all()
+    assert (document == "not stated").any()
+    counted = memory._full_tensors_frame(p).set_index("form")["counted, full tensors"]
+    assert counted["fused"] is None
+
+
 def test_full_tensors_of_each_form() -> None:
     frame = memory._full_tensors_frame(memory.Parameters()).set_index("form")
     kept = frame["kept, full tensors"]
     assert kept["document_chunked"] == kept["document_cumsum"] == kept["corrected_cumsum"] == 5
     assert kept["sequential"] == pytest.approx(2, abs=0.01)
     assert kept["fused"] == 0
-    for form in set(SCAN_FORMS) - {"fused"}:
+    assert kept["segment_sum"] == pytest.approx(3 + 32, abs=0.1)  # T weights; masks and a state
+    for form in set(FORMS) - {"fused"}:
         assert frame.loc[form, "counted, full tensors"] == pytest.approx(kept[form])
 
 

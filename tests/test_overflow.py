@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from analysis import overflow
-from analysis.scans import FORMS, scan_of
+from analysis.scans import ANY_CHUNK, scan_of
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
-from mambabyte.ops.repairs import REPAIRS
+from mambabyte.ops import FORMS, repairs
 from mambabyte.ops.sequential import sequential_scan
 
+REPAIRS = [name for name, form in FORMS.items()
+           if getattr(form.scan, "__module__", "") == repairs.__name__]
 SMALL = overflow.Parameters(
-    forms=("chunked", "document_chunked", "corrected_cumsum", *REPAIRS), low_precision_forms=(),
+    forms=tuple(f for f in ANY_CHUNK if f not in ("sequential", "fused")), low_precision_forms=(),
     precisions=("float32",), kinds=("constant",), chunks=(8, 32, 64),
     decays=(0.02, 0.4, 1.6, 12.8), length=64)
 
@@ -37,11 +39,17 @@ def errors() -> pd.DataFrame:
     return overflow.error_map(SMALL, lambda line: None)
 
 
+def test_every_repair_is_a_form() -> None:
+    written = {scan for name, scan in vars(repairs).items() if name.endswith("_scan")}
+    assert written == {FORMS[name].scan for name in REPAIRS}
+    assert len(written) == 7
+
+
 @pytest.mark.parametrize("name", REPAIRS)
 @pytest.mark.parametrize("chunk", [0, 1, 8, 64])
 def test_repairs_are_exact_where_nothing_is_repaired(name: str, chunk: int) -> None:
     exact = inputs(0.02, 37)
-    found = overflow.results_of(REPAIRS[name], exact, chunk, 0)
+    found = overflow.results_of(scan_of(name), exact, chunk, 0)
     reference = overflow.results_of(sequential_scan, exact, 0, 0)
     tolerance = 1e-9 if name == "epsilon" else 1e-12
     for key in reference:
@@ -86,11 +94,11 @@ def test_loud_and_silent_failures(errors: pd.DataFrame) -> None:
 
 def test_late_mask_has_the_value_of_pairwise_and_no_gradient() -> None:
     tensors = [t.float() for t in inputs(3.0, 64)]
-    value, _ = REPAIRS["late_mask"](*tensors, 64)
-    same, _ = REPAIRS["pairwise"](*tensors, 64)
+    value, _ = scan_of("late_mask")(*tensors, 64)
+    same, _ = scan_of("pairwise")(*tensors, 64)
     assert torch.equal(value, same)
-    lost = overflow.results_of(REPAIRS["late_mask"], tensors, 64, 0)
-    kept = overflow.results_of(REPAIRS["pairwise"], tensors, 64, 0)
+    lost = overflow.results_of(scan_of("late_mask"), tensors, 64, 0)
+    kept = overflow.results_of(scan_of("pairwise"), tensors, 64, 0)
     assert lost["d delta"].isnan().any()
     assert kept["d delta"].isfinite().all()
 
@@ -102,7 +110,7 @@ def test_differences_of_sums_lose_the_gradient_of_a_strong_decay(errors: pd.Data
     single = [t.float() for t in exact]
 
     def error(form: str) -> float:
-        found = overflow.results_of(FORMS[form], single, 4, 0)
+        found = overflow.results_of(scan_of(form), single, 4, 0)
         return float(overflow.relative_errors(found["d A"], reference["d A"]).max())
 
     assert error("pairwise") > 1e-3

@@ -12,7 +12,8 @@ import torch
 from analysis import scan_timing, throughput
 from analysis.measure import main as measure_main
 from analysis.measure import measure as measure_study
-from analysis.report.records import load_record
+from analysis.plots import throughput as figures
+from analysis.records import load_record
 from analysis.studies import STUDIES
 from analysis.timing import (
     AllocationCounter,
@@ -230,6 +231,36 @@ def test_a_notebook_becomes_a_record_without_jupyter(tmp_path):
     assert record.study == "memory"
     with pytest.raises(UserError, match=r"\.json"):
         measure_study(study, {}, tmp_path / "box.txt")
+
+
+def test_a_record_may_keep_a_part_of_a_run(tmp_path):
+    notebook = tmp_path / "n.ipynb"
+    notebook.write_text(NOTEBOOK.replace("recorder.value(", "import pandas as pd\\n\", \"[recorder"
+                        ".table(n, pd.DataFrame({'x': [1]}), caption='c') for n in ('a', 'b')]"
+                        "\\n\", \"recorder.value("))
+    study = replace(STUDIES["memory"], notebook=notebook)
+    whole = load_record(measure_study(study, {}, tmp_path / "whole.json")).run
+    assert set(whole.tables) == {"a", "b"}
+    part = load_record(measure_study(study, {}, tmp_path / "part.json", keep=("b",))).run
+    assert set(part.tables) == {"b"}
+    assert part.values == {}
+    part = load_record(measure_study(study, {}, tmp_path / "part.json", keep=("a", "tw*"))).run
+    assert set(part.tables) == {"a"}
+    assert set(part.values) == set(whole.values) == {"twice"}
+    with pytest.raises(UserError, match=r"nothing called c\*: it has a, b, twice"):
+        measure_study(study, {}, tmp_path / "none.json", keep=("c*",))
+
+
+def test_the_recorded_scan_is_drawn_with_its_machine():
+    bench, machine = throughput.recorded_scan()
+    assert machine.startswith("NVIDIA H200, 20")
+    figure = figures.scan_peers(bench)
+    forward, backward = figure.axes
+    drawn = {line.get_label(): line for line in forward.lines}
+    ours = bench[(bench["of"] == "fused") & (bench["pass"] == "forward")]["median (us)"] / 1e3
+    assert drawn["fused (this project)"].get_xdata().tolist() == pytest.approx(ours.tolist())
+    assert len(drawn["fused, recomputed backward"].get_xdata()) == 0
+    assert {len(line.get_xdata()) for line in backward.lines} == {len(ours)}
 
 
 def test_measure_refuses_unknown_parameters_before_it_runs(tmp_path, capsys):

@@ -73,7 +73,7 @@ def run(argv: list[str]) -> int:
 
 def bench_scan(options: Options) -> int:
     from analysis.bench_scan import DEFAULT_PEERS, run_bench
-    from analysis.report.records import write_tables
+    from analysis.records import write_tables
     from mambabyte.provenance import provenance
 
     frame = run_bench(

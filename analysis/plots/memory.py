@@ -12,7 +12,7 @@ from analysis import plots
 PARTS = {
     "weights, gradients, AdamW": (plots.BLACK, ""),
     "activations kept": (plots.BLUE, "//"),
-    "workspace at the peak": (plots.ORANGE, ".."),
+    "workspace at the peak, libraries": (plots.ORANGE, ".."),
 }
 PATTERNS = {"M": "SSM (M)", "A": "attention, full KV cache (A)", "MMMA": "hybrid 3:1 (MMMA)"}
 
@@ -28,16 +28,16 @@ def budget_bars(budgets: pd.DataFrame, configuration: str, devices_gb: tuple[int
         "weights, gradients, AdamW":
             rows["weights, GB"] + rows["gradients, GB"] + rows["AdamW, GB"],
         "activations kept": rows["activations, GB"],
-        "workspace at the peak": rows["workspace, GB"],
+        "workspace at the peak, libraries": rows["workspace, GB"] + rows["libraries, GB"],
     }
     for name, (colour, hatch) in PARTS.items():
         width = widths[name].to_numpy()
         axes.barh(y, width, left=left, color=colour, hatch=hatch, edgecolor="white", label=name,
                   linewidth=0.6)
         left = left + width
-    for i, total in enumerate(left):
-        axes.text(total + left.max() * 0.01, i, f"{total:.3g}", va="center", fontsize=9.5,
-                  color=plots.INK)
+    for i, total in enumerate(left):  # on paper of its own, so that no device's line crosses it
+        axes.text(total + left.max() * 0.015, i, f"{total:.3g}", va="center", fontsize=9.5,
+                  color=plots.INK, bbox={"facecolor": plots.PAPER, "edgecolor": "none", "pad": 1.5})
     shown = [gb for gb in devices_gb if gb < left.max() * 1.12]
     for gb in shown:
         plots.mark_line(axes, x=gb, text=f"{gb} GB device")

@@ -116,6 +116,27 @@ def gradient_noise(errors: pd.DataFrame, chunk: int, forms: Sequence[str]) -> Fi
     return figure
 
 
+def error_by_position(positions: pd.DataFrame, chunk: int) -> Figure:
+    """Error of y by position on a log axis, chunks as bands; what is inf or nan is marked above."""
+    figure, axes = plots.new_figure()
+    x, error = positions["position"].to_numpy(), positions["error"].to_numpy(float)
+    for start in range(0, len(x), 2 * chunk):
+        axes.axvspan(start - 0.5, min(start + chunk, len(x)) - 0.5, color=plots.PANEL, zorder=0)
+    finite = np.isfinite(error)
+    axes.plot(x[finite], error[finite].clip(1e-9), marker="", color=plots.BLUE)
+    axes.plot(x[~finite], np.ones((~finite).sum()), "x", color=plots.VERMILION,
+              label="inf or nan")
+    axes.set_yscale("log")
+    axes.set_xlim(-0.5, len(x) - 0.5)
+    axes.set_ylim(5e-10, max(2.0, error[finite].max(initial=0.0) * 2))
+    axes.grid(axis="x", visible=False)
+    plots.mark_line(axes, y=1e-2, text="1 %")
+    plots.label_axes(axes, "position, steps", "relative error of y")
+    if not finite.all():
+        axes.legend(loc="lower right")
+    return figure
+
+
 def pair_shares(pairs: pd.DataFrame) -> Figure:
     """Share of pairs past the bound over the length: closed form, counted, and channels lost."""
     figure, axes = plots.new_figure()

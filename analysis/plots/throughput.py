@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.plots import (
+    INK,
     label_axes,
     label_lines,
     log2_axis,
@@ -17,11 +18,12 @@ from analysis.plots import (
     mark_line,
     new_figure,
     tick_bytes,
+    tick_with,
 )
 
-# One order for all figures, so that a form looks the same in each. Seven looks: the last two
-# subjects of study, which coincide with others, come last.
-FORMS = ("fused", "chunked", "sequential", "indexed loop", "document_chunked", "document_cumsum",
+# One order for all figures, so that a form looks the same in each. There are seven looks, so
+# seven forms are drawn; the others, which coincide with some of these, are in the data.
+FORMS = ("fused", "chunked", "sequential", "indexed loop", "document_chunked", "associative",
          "corrected_cumsum")
 PASSES = ("forward", "forward+backward")
 
@@ -54,7 +56,7 @@ def scan_time(scans: pd.DataFrame) -> Figure:
     some = scans[scans["batch"] == batch]
     figure, axes = new_figure(1, 2, size=(10.0, 4.4), sharey=True)
     for ax, direction in zip(axes, PASSES, strict=True):
-        _lines(ax, some[some["pass"] == direction], "form", "ms", _present(FORMS, some["form"]))
+        _lines(ax, some[some["pass"] == direction], "form", "ms", _present(FORMS, some["form"])[:7])
         label_axes(ax, "length, bytes", "time of a call, ms", direction)
     return figure
 
@@ -62,7 +64,7 @@ def scan_time(scans: pd.DataFrame) -> Figure:
 def allocations(frame: pd.DataFrame) -> Figure:
     """Bytes that one backward pass allocates, by form and length."""
     figure, ax = new_figure()
-    _lines(ax, frame, "form", "allocated_bytes", _present(FORMS, frame["form"]))
+    _lines(ax, frame, "form", "allocated_bytes", _present(FORMS, frame["form"])[:7])
     ax.set_yscale("log", base=2)
     label_axes(ax, "length, bytes", "allocated by one backward pass, bytes")
     tick_bytes(ax.yaxis)
@@ -119,4 +121,38 @@ def training(frame: pd.DataFrame) -> Figure:
     ax.invert_yaxis()
     ax.set_xlim(right=1.15 * float(values.max()))
     label_axes(ax, "trained text, kB/s (kilobytes a second)", "layer pattern (scan form)")
+    return figure
+
+
+PEERS = {"fused": "fused (this project)", "fused, recompute": "fused, recomputed backward",
+         "mamba_ssm": "mamba-ssm", "sdpa": "attention of the same width (SDPA)"}
+
+
+def scan_peers(bench: pd.DataFrame) -> Figure:
+    """Median of a call by shape and peer on a log axis, and the machine's floor of the scan."""
+    shape = "batch x length x channels"
+    shapes = list(dict.fromkeys(bench[shape]))[::-1]
+    figure, axes = new_figure(1, 2, size=(10.0, 0.45 * len(shapes) + 2.0), sharey=True)
+    present = [name for name in PEERS if name in set(bench["of"])]
+    for ax, direction in zip(axes, PASSES, strict=True):
+        some = bench[bench["pass"] == direction]
+        for i, name in enumerate(present):
+            # Recomputation is of the backward pass: forward it is the same call.
+            hidden = name == "fused, recompute" and direction == PASSES[0]
+            one = some[(some["of"] == name) & (not hidden)]
+            y = [shapes.index(s) for s in one[shape]]
+            ax.plot(one["median (us)"].astype(float) / 1e3, y,
+                    **{**look(i), "linestyle": "none", "markersize": 8},
+                    label=PEERS[name] if ax is axes[0] else None)
+        floor = some[some["floor (us)"].notna()].drop_duplicates(shape)
+        ax.plot(floor["floor (us)"].astype(float) / 1e3, [shapes.index(s) for s in floor[shape]],
+                linestyle="none", marker="|", markersize=18, color=INK,
+                label="floor of the scan here" if ax is axes[0] else None)
+        ax.set_xscale("log")
+        tick_with(ax.xaxis, lambda ms: f"{ms:g}")
+        ax.set_yticks(range(len(shapes)), shapes)
+        ax.set_ylim(-0.6, len(shapes) - 0.4)
+        label_axes(ax, "median of a call, ms", shape, direction)
+    axes[1].set_ylabel("")
+    figure.legend(loc="outside lower center", ncols=3)
     return figure

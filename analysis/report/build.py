@@ -15,12 +15,12 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from analysis.records import MEASUREMENTS, Record, load_records, machine_name
 from analysis.report import tables
 from analysis.report.appendix import code_styles, notebook_html
 from analysis.report.check import check_page
 from analysis.report.example import worked_example
 from analysis.report.prose import Prose, Sources
-from analysis.report.records import MEASUREMENTS, Record, load_records
 from analysis.report.select import Selection, advice, select
 from analysis.report.svg import inline_svg
 from analysis.report.text import binary_bytes, html, plain
@@ -273,17 +273,6 @@ class _Page:
 
     def _style(self) -> Markup:
         return Markup((TEMPLATES / "page.css").read_text(encoding="utf-8").strip())
-
-
-def machine_name(run: Run) -> str:
-    """The GPU where there is one, else the processor."""
-    machine = run.provenance.get("machine")
-    if not isinstance(machine, dict):
-        return "unknown machine"
-    gpus = [g["name"] for g in machine.get("gpus") or [] if isinstance(g, dict) and "name" in g]
-    if gpus:
-        return f"{len(gpus)} × {gpus[0]}" if len(gpus) > 1 else str(gpus[0])
-    return f"{machine.get('cpu', 'unknown processor')}, {machine.get('cpu_count', '?')} CPUs"
 
 
 def _machine_key(run: Run) -> str:

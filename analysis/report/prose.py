@@ -95,11 +95,14 @@ class Prose:
 
     def _measured(self, path: str) -> bool:
         name = path.partition(".")[0]
-        among = self._sources.records if name in self._sources.records else self._sources.runs
+        among = self._among(name)
         if name not in among:
             return False
         found = self._find(path, among)
         return found is not None and found.value is not None
+
+    def _among(self, name: str) -> Mapping[str, Run]:
+        return self._sources.records if name in self._sources.records else self._sources.runs
 
     def _unit(self, path: str) -> str:
         found = self._find(path, self._sources.runs)
@@ -107,7 +110,7 @@ class Prose:
 
     def _parameter(self, path: str) -> Any:
         study, _, name = path.partition(".")
-        run = self._run(study, self._sources.runs)
+        run = self._run(study, self._among(study))
         if run is None:
             return _gap(path)
         if name not in run.parameters:

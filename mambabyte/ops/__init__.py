@@ -24,6 +24,15 @@ from mambabyte.ops.cumsum import (
     document_chunked_scan,
     document_cumsum_scan,
 )
+from mambabyte.ops.repairs import (
+    associative_scan,
+    centred_cumsum_scan,
+    clamped_cumsum_scan,
+    epsilon_cumsum_scan,
+    late_mask_scan,
+    pairwise_scan,
+    segment_sum_scan,
+)
 from mambabyte.ops.sequential import selective_scan_step, sequential_scan
 
 __all__ = ["FORMS", "Form", "default_form", "selective_scan", "selective_scan_fn",
@@ -62,6 +71,43 @@ FORMS: dict[str, Form] = {
         document_cumsum_scan,
         "log-cumsum over the whole sequence as published: overflows after some 50 bytes",
         study=True,
+    ),
+    # Repairs of the trick, see mambabyte.ops.repairs.
+    "clamped": Form(
+        clamped_cumsum_scan,
+        "log-cumsum with a clamped exponent: strong decay loses inputs and says nothing",
+        chunk=32,
+        study=True,
+    ),
+    "epsilon": Form(
+        epsilon_cumsum_scan,
+        "log-cumsum with a small number in the denominator: loses inputs and says nothing",
+        chunk=32,
+        study=True,
+    ),
+    "centred": Form(
+        centred_cumsum_scan,
+        "log-cumsum measured from the middle of the chunk: overflows at twice the decay",
+        chunk=32,
+        study=True,
+    ),
+    "pairwise": Form(
+        pairwise_scan,
+        "differences of cumulated sums for all pairs: strong decay loses the gradient of A",
+        chunk=32,
+        study=True,
+    ),
+    "late_mask": Form(
+        late_mask_scan,
+        "all pairs, masked after the exponential: right value, nan in the gradient",
+        chunk=32,
+        study=True,
+    ),
+    "segment_sum": Form(
+        segment_sum_scan, "all pairs of a chunk, each exponent summed by itself", chunk=32
+    ),
+    "associative": Form(
+        associative_scan, "pairs (decay, state) joined by doubling, no exponent", chunk=32
     ),
 }
 

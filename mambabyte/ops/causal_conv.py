@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from mambabyte.ops.cuda_conv import fused_causal_conv
 from mambabyte.ops.native_conv import TAPS, available, native_causal_conv
@@ -49,4 +53,18 @@ def _native(x: Tensor, weight: Tensor) -> bool:
     """Whether the convolution in C takes these; under autocast torch's own rules hold."""
     return (x.device.type == "cpu" and weight.dtype == x.dtype and weight.shape[1] in TAPS
             and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-            and type(x) is Tensor and available(x.dtype))
+            and type(x) in (Tensor, FakeTensor) and not _only_torch and available(x.dtype))
+
+
+_only_torch = False
+
+
+@contextmanager
+def torch_convolution() -> Iterator[None]:
+    """On the CPU, use torch's convolution: a counter of operations knows no other."""
+    global _only_torch
+    before, _only_torch = _only_torch, True
+    try:
+        yield
+    finally:
+        _only_torch = before

@@ -52,6 +52,21 @@ def saved_shape(
     return (batch, _ceil(length, CHUNK), channels, words)
 
 
+def partial_sums_shape(
+    batch: int, length: int, channels: int, d_state: int, dtype: torch.dtype
+) -> tuple[int, ...]:
+    """Shape of the partial sums of dB and dC that ``backward`` makes, in fp32 elements.
+
+    For a card that holds the widest blocks (H100, H200); one with narrower blocks makes more.
+    """
+    padded = _padded_states(d_state)
+    if _is_tile(length, dtype, channels, d_state):
+        width = 8 * _widest([warps for warps, _ in _BACKWARD_SHAPES], channels // 8)
+    else:
+        width = 128 // padded * _ANY_WARPS
+    return (_ceil(channels, width), batch, CHUNK * _ceil(length, CHUNK), 2 * padded)
+
+
 # ------------------------------------------------------------------------------------- planning
 
 
@@ -65,14 +80,20 @@ def _tile_backward_shared(warps: int) -> int:
     return warps * (4096 + 1536) + 4 * (warps * (528 + 256) + 512 + 16) + 16
 
 
+def _widest(warps: list[int], tiles: int) -> int:
+    """Of these warps a block, those with the fewest idle, then the widest: the fewest partial
+    sums of dB and dC."""
+    return min(warps, key=lambda n: (-tiles % n, -n))
+
+
 @functools.cache
 def _tile_backward_shape(device: int, tiles: int) -> tuple[int, int]:
-    """(warps a block, blocks a multiprocessor): of what fits, the one with the fewest idle warps,
-    then the widest, which gives the fewest partial sums of dB and dC."""
+    """(warps a block, blocks a multiprocessor), of what fits."""
     properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the limit
     limit = properties.shared_memory_per_block_optin
-    shapes = [shape for shape in _BACKWARD_SHAPES if _tile_backward_shared(shape[0]) <= limit]
-    return min(shapes, key=lambda shape: (-tiles % shape[0], -shape[0]))
+    shapes = dict(s for s in _BACKWARD_SHAPES if _tile_backward_shared(s[0]) <= limit)
+    warps = _widest(list(shapes), tiles)
+    return warps, shapes[warps]
 
 
 def _plan_segments(warps: int, wanted_warps: int, least: int, length: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Repairs of the log-cumsum trick that people use: subjects of study, not for training.
+"""Repairs of the log-cumsum trick that people use: two of them are right, the others fail.
 
 All compute ``h_t = a_t h_{t-1} + b_t`` in chunks of T steps, with ``cs_t`` the log-decay cumulated
 from the chunk's start to t (all <= 0) and ``b_k = delta_k B_k u_k``. In exact arithmetic each is::
@@ -177,14 +177,3 @@ def associative_scan(
         return h + a * h0.unsqueeze(1)
 
     return _in_chunks(inner, u, delta, A, B, C, state, chunk)
-
-
-REPAIRS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "clamped": clamped_cumsum_scan,
-    "epsilon": epsilon_cumsum_scan,
-    "centred": centred_cumsum_scan,
-    "pairwise": pairwise_scan,
-    "late_mask": late_mask_scan,
-    "segment_sum": segment_sum_scan,
-    "associative": associative_scan,
-}

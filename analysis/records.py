@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import filter as filter_names
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from analysis.results import ROOT, Figure, Run, Table, Value, check_name, load_r
 from mambabyte.errors import UserError
 from mambabyte.files import write_json
 
-MEASUREMENTS = ROOT / "data" / "measurements"
+DATA = ROOT / "data"
+MEASUREMENTS = DATA / "measurements"
 FORMAT = 1
 REQUIRED = ("date", "commit", "command", "versions", "machine")
 # JSON has no words for these; None (null) is "not measured".
@@ -42,22 +44,34 @@ class Record:
 
 
 def write_record_file(
-    run_folder: Path | str, name: str, *, title: str, about: str, folder: Path = MEASUREMENTS
+    run_folder: Path | str, name: str, *, title: str, about: str, folder: Path = MEASUREMENTS,
+    keep: Sequence[str] = (),
 ) -> Path:
-    """Turns a finished run into a record; returns its path. Figures' SVG travels inside."""
+    """Turns a finished run into a record; returns its path. Figures' SVG travels inside.
+
+    ``keep`` are patterns (``pieces_*``) of the values, tables and figures that are wanted, all
+    when empty. UserError for a pattern that nothing fits.
+    """
     run = load_run(run_folder)
     if run.status != "done":
         raise UserError(f"{run_folder} is a {run.status} run: only a finished one makes a record")
+    names = (*run.tables, *run.figures, *run.values)
+    for pattern in keep:
+        if not filter_names(names, pattern):
+            raise UserError(f"the run has nothing called {pattern}: it has {', '.join(names)}")
+    wanted = {name for pattern in keep or ("*",) for name in filter_names(names, pattern)}
     path = folder / f"{name}.json"
     write_json(path, {
         "format": FORMAT, "study": run.study, "title": title, "about": about,
         "parameters": run.parameters, "sources": run.sources, "seconds": run.seconds,
         "provenance": run.provenance,
-        "values": {n: {**vars(v), "value": _encode(v.value)} for n, v in run.values.items()},
+        "values": {n: {**vars(v), "value": _encode(v.value)} for n, v in run.values.items()
+                   if n in wanted},
         "tables": [{"name": t.name, "caption": t.caption, **_frame(t.frame)}
-                   for t in run.tables.values()],
+                   for t in run.tables.values() if t.name in wanted],
         "figures": [{"name": f.name, "title": f.title, "caption": f.caption, "alt": f.alt,
-                     "svg": f.svg, **_frame(f.data)} for f in run.figures.values()],
+                     "svg": f.svg, **_frame(f.data)}
+                    for f in run.figures.values() if f.name in wanted],
     })
     load_record(path)  # a record that cannot be read back is not one
     return path
@@ -118,6 +132,17 @@ def load_record(path: Path) -> Record:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path.name} is not a measurement record ({type(error).__name__}: "
                         f"{error}); data/README.md has the format") from None
+
+
+def machine_name(run: Run) -> str:
+    """What a run was measured on: the GPU where there is one, else the processor."""
+    machine = run.provenance.get("machine")
+    if not isinstance(machine, dict):
+        return "unknown machine"
+    gpus = [g["name"] for g in machine.get("gpus") or [] if isinstance(g, dict) and "name" in g]
+    if gpus:
+        return f"{len(gpus)} × {gpus[0]}" if len(gpus) > 1 else str(gpus[0])
+    return f"{machine.get('cpu', 'unknown processor')}, {machine.get('cpu_count', '?')} CPUs"
 
 
 def _frame(frame: pd.DataFrame) -> dict[str, Any]:

@@ -1,0 +1,129 @@
+"""Figure of the task: accuracy against energy, runs and trials. DataFrames in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis import plots
+
+# kind -> colour and marker: each says what the other says
+LOOKS = {
+    "SSM": (plots.BLUE, "o"), "SSM and attention": (plots.PURPLE, "D"),
+    "attention": (plots.VERMILION, "s"), "n-gram alone": (plots.GREEN, "^"),
+    "not known": (plots.MUTED, "X"),
+}
+FLOOR = 0.58  # accuracies below are drawn at the edge, with their number
+
+
+def pareto(points: pd.DataFrame, systems: pd.DataFrame, target: float) -> Figure:
+    """Left: systems on the validation split, means with ranges over seeds, named, and the front.
+    Right: every run and trial on held-out training text. Filled with an n-gram, hollow without.
+    """
+    figure, (left, right) = plots.new_figure(
+        1, 2, size=(11.0, 5.8), sharey=True, width_ratios=(1.35, 1))
+    _systems(left, systems)
+    held_out = points[points["held-out training text, accuracy"].notna()]
+    for row in held_out.to_dict("records"):
+        _point(right, row["kind"], row["with n-gram"], row["energy (J)"],
+               row["held-out training text, accuracy"], size=5.5 if row["trial"] else 7.5)
+    energies = points["energy (J)"].astype(float)
+    for axes, title in ((left, "systems, validation split"),
+                        (right, "every run and trial, held-out training text")):
+        axes.set_xscale("log")
+        axes.set_xlim(energies.min() * 0.68, energies.max() * 1.3)
+        axes.set_xticks([2000, 3000, 5000, 10_000, 15_000])
+        axes.xaxis.set_minor_locator(plots.mpl.ticker.NullLocator())
+        plots.tick_with(axes.xaxis, lambda joules: f"{joules:,.0f}")
+        plots.mark_line(axes, y=target, text=f"{target:.2f}")
+        plots.label_axes(axes, "energy, J (idle subtracted)", "accuracy of the next character",
+                         title)
+    left.set_ylim(FLOOR, None)
+    right.set_ylabel("")
+    figure.legend(handles=_legend(points), loc="outside lower center", ncols=4)
+    _name(left, systems)
+    return figure
+
+
+def _point(axes: Axes, kind: str, ngram: bool | None, x: float, y: float, size: float) -> None:
+    colour, marker = LOOKS[kind]
+    axes.plot([x], [max(y, FLOOR)], marker=marker, color=colour, linestyle="none",
+              markersize=size, markeredgewidth=1.6,
+              markerfacecolor=colour if ngram else plots.PAPER, zorder=3,
+              clip_on=y >= FLOOR)
+
+
+def _systems(axes: Axes, systems: pd.DataFrame) -> None:
+    front = systems[systems["on the front"]]
+    axes.step(front["energy (J)"], front["validation accuracy"], where="post", color=plots.MUTED,
+              linewidth=1.2, linestyle=(0, (2, 2)), marker="", zorder=1)
+    for row in systems.to_dict("records"):
+        x, y = row["energy (J)"], row["validation accuracy"]
+        colour, _ = LOOKS[row["kind"]]
+        if row["seeds"] > 1:
+            ends: dict[str, Any] = {"color": colour, "linewidth": 1.4, "marker": "", "zorder": 2,
+                                    "linestyle": "-"}
+            axes.plot([x, x], [row["lowest accuracy"], row["highest accuracy"]], **ends)
+            axes.plot([row["lowest energy (J)"], row["highest energy (J)"]], [y, y], **ends)
+        _point(axes, row["kind"], row["with n-gram"], x, y, size=9.0)
+
+
+# Where a name may stand, in points from its point: (x, y), x > 0 to the right of it.
+_PLACES = ((10, 0), (-10, 0), (8, 13), (-8, 13), (8, -13), (-8, -13), (8, 26), (-8, 26), (8, -26))
+Box = tuple[float, float, float, float]  # left, bottom, right, top, in points
+
+
+def _name(axes: Axes, systems: pd.DataFrame) -> None:
+    """Names beside the points, at the first place where they lie on no point and no other name."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    scale = 72.0 / figure.dpi
+    figure.draw_without_rendering()  # the layout must be final
+    extent = axes.get_window_extent()
+    left, right = extent.x0 * scale, extent.x1 * scale
+    rows = systems.sort_values("energy (J)").to_dict("records")
+    spots = [(row["energy (J)"], max(row["validation accuracy"], FLOOR)) for row in rows]
+    where = [tuple(axes.transData.transform(spot) * scale) for spot in spots]
+    taken: list[Box] = [(x - 7, y - 7, x + 7, y + 7) for x, y in where]
+    for row, spot, (x, y) in zip(rows, spots, where, strict=True):
+        low = row["validation accuracy"] < FLOOR
+        text = str(row["system"])
+        text += f": {row['validation accuracy']:.2f} (below)" if low else ""
+        width = 5.4 * len(text)
+
+        def box(dx: float, dy: float, x: float = x, y: float = y, width: float = width) -> Box:
+            start = x + dx if dx > 0 else x + dx - width
+            return (start, y + dy - 6, start + width, y + dy + 6)
+
+        places = [p for p in _PLACES if p[1] > 0] if low else _PLACES
+        free = [p for p in places if left < box(*p)[0] and box(*p)[2] < right
+                and not any(_meet(box(*p), other) for other in taken)]
+        dx, dy = (free or places)[0]
+        taken.append(box(dx, dy))
+        axes.annotate(text, spot, xytext=(dx, dy), textcoords="offset points", fontsize=9,
+                      color=plots.INK, va="center", ha="left" if dx > 0 else "right",
+                      annotation_clip=False, zorder=4, in_layout=False,
+                      bbox={"facecolor": plots.PAPER, "edgecolor": "none", "pad": 0.6})
+
+
+def _meet(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _legend(points: pd.DataFrame) -> list[Line2D]:
+    kinds = [k for k in LOOKS if k in set(points["kind"])]
+    shape: dict[str, Any] = {"linestyle": "none", "markersize": 8, "markeredgewidth": 1.6}
+    handles = [Line2D([], [], color=LOOKS[k][0], marker=LOOKS[k][1], label=k, **shape)
+               for k in kinds]
+    return [
+        *handles,
+        Line2D([], [], color=plots.MUTED, marker="o", label="with an n-gram model", **shape),
+        Line2D([], [], color=plots.MUTED, marker="o", markerfacecolor=plots.PAPER,
+               label="no n-gram", **shape),
+        Line2D([], [], color=plots.MUTED, linestyle=(0, (2, 2)), marker="",
+               label="nothing cheaper is as good"),
+    ]
