@@ -45,9 +45,15 @@ class Evidence:
     records: tuple[Run, ...] = ()
     stale: tuple[str, ...] = field(default=())  # studies whose only runs are out of date
 
-    def value(self, study: str, *names: str, accelerator: bool = False) -> Source | None:
-        """The first of ``names`` that a run of ``study`` has measured."""
+    def value(
+        self, study: str, *names: str, accelerator: bool = False,
+        like: Mapping[str, Any] | None = None,
+    ) -> Source | None:
+        """The first of ``names`` that a run of ``study`` has measured; ``like`` are parameters that
+        the run must have had."""
         for run in self._of(study, accelerator):
+            if any(run.parameters.get(key) != value for key, value in (like or {}).items()):
+                continue
             for name in names:
                 found = run.values.get(name)
                 if found is not None and found.value is not None:

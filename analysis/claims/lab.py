@@ -69,9 +69,13 @@ class Lab:
         except KeyError:
             raise UserError(f"data/claims.toml has no fact {name}.{key}") from None
 
-    def value(self, study: str, *names: str, accelerator: bool = False) -> Source | None:
-        """A recorded value of another study; None where there is none."""
-        return self.evidence.value(study, *names, accelerator=accelerator)
+    def value(
+        self, study: str, *names: str, accelerator: bool = False,
+        like: Mapping[str, Any] | None = None,
+    ) -> Source | None:
+        """A recorded value of another study, of a run with the parameters ``like`` where they are
+        given; None where there is none."""
+        return self.evidence.value(study, *names, accelerator=accelerator, like=like)
 
     def table(self, study: str, name: str, accelerator: bool = False) -> Source | None:
         """A recorded table of another study; None where there is none."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+from analysis.claims.evidence import Source
 from analysis.claims.lab import Lab
 from analysis.claims.ledger import (
     CAVEAT,
@@ -96,6 +98,15 @@ def fuses(lab: Lab, claim: Claim) -> Finding:
 
 # ------------------------------------------------------------------------------------- overflow
 
+# The first document's own model, but for the batch, which a record's parameters tell.
+DOCUMENT = {"d_model": 192, "n_layer": 4, "context": 1024, "schedule_steps": 4000}
+
+
+def _followed(lab: Lab) -> Callable[[str], Source | None]:
+    """Values of study overflow by name: of a run of the document's own model if there is one."""
+    own = lab.value("overflow", "highest_exponent", like=DOCUMENT) is not None
+    return lambda name: lab.value("overflow", name, like=DOCUMENT if own else None)
+
 
 @check
 def step_bound(lab: Lab, claim: Claim) -> Finding:
@@ -111,9 +122,9 @@ def step_bound(lab: Lab, claim: Claim) -> Finding:
 def comfortable_range(lab: Lab, claim: Claim) -> Finding:
     limit, start = lab["overflow.log_max"], lab["initial.headroom"]
     trained = max(lab["fox.headroom"], lab["fox_fast.headroom"])
-    recorded = lab.value("overflow", "highest_exponent")
+    recorded = _followed(lab)("highest_exponent")
     worst = max(trained, float(recorded.what)) if recorded else trained
-    if start >= limit:
+    if start >= limit or worst >= limit:
         verdict = FAILS
     else:
         verdict = HOLDS if worst < limit / 2 else CAVEAT
@@ -158,7 +169,8 @@ def saturates(lab: Lab, claim: Claim) -> Finding:
 @check
 def benign(lab: Lab, claim: Claim) -> Finding:
     limit = lab["overflow.log_max"]
-    recorded = lab.value("overflow", "highest_exponent")
+    followed = _followed(lab)
+    recorded = followed("highest_exponent")
     fast = lab["fox_fast.headroom"]
     whole = lab.task("mamba_byte_as_written")
     failures = whole.what.get("failure") if whole else None
@@ -173,14 +185,19 @@ def benign(lab: Lab, claim: Claim) -> Finding:
                        f"{limit:.1f}; the trajectory over 4000 steps is what study overflow "
                        "follows.")
     worst = float(recorded.what)
-    end = lab.value("overflow", "extrapolated_exponent")
-    last = float(end.what) if end else worst
+    end, crossed = followed("extrapolated_exponent"), followed("stable_crossed")
+    last, steps = float(end.what) if end else worst, followed("trained_steps")
     verdict = FAILS if worst >= limit else CAVEAT if max(worst, last) > limit / 2 else HOLDS
-    return Finding(verdict, f"{worst:.0f}, at the end {last:.0f} of {limit:.0f}",
-                   f"Study overflow follows the exponent while a model trains: it reaches "
-                   f"{worst:.1f} of {limit:.1f}, and by a line {last:.1f} at the end of the "
-                   "schedule; ten times the learning rate takes ours to "
-                   f"{fast:.1f} in 80 steps.", recorded.text)
+    reason = (f"Study overflow follows the exponent while a model trains with a scan that does not "
+              f"mind it: it reaches {worst:.1f} of {limit:.1f}")
+    if steps:
+        reason += f" in {steps.what:.0f} steps"
+    if end:
+        reason += f", and by a line {last:.1f} at the end of the schedule"
+    if crossed:
+        reason += f"; it is past the bound from step {crossed.what:.0f} on"
+    reason += f". Ten times the learning rate takes ours to {fast:.1f} in 80 steps."
+    return Finding(verdict, f"{worst:.0f} of {limit:.0f}", reason, recorded.text)
 
 
 @check
