@@ -8,7 +8,7 @@ import pytest
 
 from analysis import bench_stream
 from analysis.cli import main
-from analysis.report.records import load_record
+from analysis.records import load_record
 from mambabyte.config import PRESETS
 
 

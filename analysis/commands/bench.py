@@ -99,7 +99,7 @@ def bench_scan(options: Options) -> int:
 
 def bench_stream(options: Options) -> int:
     from analysis.bench_stream import run_bench
-    from analysis.report.records import write_tables
+    from analysis.records import write_tables
     from mambabyte.config import get_preset
     from mambabyte.errors import UserError
     from mambabyte.provenance import provenance
@@ -129,7 +129,7 @@ def bench_stream(options: Options) -> int:
 def bench_step(options: Options) -> int:
     from dataclasses import replace
 
-    from analysis.report.records import write_tables
+    from analysis.records import write_tables
     from analysis.step_profile import profile_step
     from mambabyte.config import get_preset
     from mambabyte.provenance import provenance
