@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,8 +34,11 @@ from analysis.claims.ledger import (
 from analysis.claims.memory import PUBLISHED, full_tensor, kept
 from analysis.plots.claims import VERDICTS as DRAWN
 from analysis.plots.claims import verdict_bars
-from analysis.results import Run, Table, Value, write_record
+from analysis.records import write_tables
+from analysis.results import ROOT, Run, Table, Value, write_record
 from analysis.sources import source_files
+from analysis.studies import get_study
+from analysis.task_record import rows_frame, summary_frame
 from mambabyte.config import PRESETS
 from mambabyte.errors import UserError
 from mambabyte.files import write_json
@@ -336,7 +340,7 @@ def test_recorded_scans_decide(published, after):
     rows = [{"pass": "forward+backward", "batch": 16, "length": 1024, "form": form, "ms": ms}
             for form, ms in (("document_chunked", published), ("fused", 1.0))]
     assert verdict("overhead-2-4") == OPEN
-    assert verdict("overhead-2-4", on_gpu(tables={"scans": rows})) == after
+    assert verdict("overhead-2-4", on_gpu(tables={"scan_time": rows})) == after
     on_cpu = Evidence((run_of("throughput", tables={"scans": rows}),))
     assert verdict("overhead-2-4", on_cpu) == OPEN  # a CPU's ratio says nothing about a GPU's
 
@@ -400,6 +404,41 @@ def test_a_whole_run_decides(claim, row, after):
     assert finding.verdict == after
     assert finding != claims.judge(BY_ID[claim], lab())
     assert "gpu-task" in finding.source
+
+
+def test_a_record_of_the_task_decides_as_it_is_written(tmp_path):
+    """Columns in words, means beside the runs, and one run that a fault of the program ended."""
+    fields = {"seed": 0, "joules": 6000.0, "seconds": 15.0, "steps": 60, "ms_per_step": 200.0,
+              "valid_accuracy": 0.25, "valid_bits_per_byte": 5.7, "test_accuracy": 0.26}
+    rows = [{"system": "mamba_byte_as_written", **fields},
+            {"system": "mamba_byte", **fields, "failure": "crashed: NameError"},
+            {"system": "mamba_byte", **fields, "seed": 1, "steps": 4000, "ms_per_step": 2.5,
+             "valid_accuracy": 0.61}]
+    write_tables(tmp_path / "gpu-task.json",
+                 {"systems": ("means", summary_frame(rows)), "runs": ("runs", rows_frame(rows))},
+                 study="task", title="t", about="a", parameters={}, provenance={
+                     "date": "2026-11-21", "commit": "abc", "command": "task", "versions": {"torch": "2"},
+                     "machine": {"cpu": "a", "gpus": [{"name": "a GPU"}]}})
+    evidence = Evidence((), tuple(load_records(tmp_path)))
+    exact = evidence.task("mamba_byte")
+    assert exact is not None
+    assert exact.what["seed"].tolist() == [1]
+    for claim, after in (("wall-clock", FAILS), ("energy-10-25", FAILS), ("overhead-2-4", FAILS),
+                         ("accuracy-069-073", FAILS), ("floor-risk", HOLDS)):
+        assert verdict(claim, evidence) == after, claim
+    finding = claims.judge(BY_ID["accuracy-069-073"], lab(evidence))
+    assert "0.610" in finding.reason
+    assert "60 steps" in finding.reason
+    assert "80 x" in str(claims.judge(BY_ID["slower-2-4"], lab(evidence)).ours)
+
+
+def test_checks_ask_for_tables_that_their_study_records():
+    asked = {(study, name) for path in sorted((ROOT / "analysis" / "claims").glob("*.py"))
+             for study, name in re.findall(r'lab\.table\(\s*"(\w+)", "(\w+)"', path.read_text())}
+    assert len(asked) > 2
+    for study, name in asked:
+        notebook = get_study(study).notebook.read_text()
+        assert f'\\"{name}\\"' in notebook, f"{study} records no {name}"
 
 
 def test_a_lost_run_decides_nothing_else():

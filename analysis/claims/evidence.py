@@ -15,12 +15,14 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.results import ROOT, RUNS, Run, Table, Value, list_runs
+from analysis.results import ROOT, RUNS, Figure, Run, Table, Value, list_runs
 from analysis.studies import STUDIES
+from analysis.task_record import COLUMNS
 from mambabyte.errors import UserError
 
 MEASUREMENTS = ROOT / "data" / "measurements"
 PROFILES = ("full", "quick")
+_TASK_WORDS = {column: key for column, (key, factor) in COLUMNS.items() if factor == 1}
 _WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -61,20 +63,30 @@ class Evidence:
         return None
 
     def table(self, study: str, name: str, accelerator: bool = False) -> Source | None:
-        """A table of a run of ``study``."""
+        """A table of a run of ``study``, or the table behind a figure."""
         for run in self._of(study, accelerator):
             if name in run.tables:
                 return Source(run.tables[name].frame, _name(run), _machine(run))
+            if name in run.figures:
+                return Source(run.figures[name].data, _name(run), _machine(run))
         return None
 
     def task(self, system: str) -> Source | None:
-        """Rows of whole runs of ``system`` under the public task's rules, one a seed."""
+        """Rows of whole runs of ``system`` under the public task's rules, one a seed, in the words
+        of ``mambabyte task``. A run that a fault of the program ended says nothing of the system.
+        """
         for run in self.records:
             for table in run.tables.values():
-                if {"system", "seconds", "joules"} <= set(table.frame.columns):
-                    rows = table.frame[table.frame["system"] == system]
-                    if len(rows):
-                        return Source(rows, _name(run), _machine(run))
+                frame = table.frame.rename(columns=_TASK_WORDS)
+                if not {"system", "seconds", "joules"} <= set(frame.columns):
+                    continue
+                if run.study == "task" and "runs" in run.tables and table.name != "runs":
+                    continue  # means over seeds
+                rows = frame[frame["system"] == system]
+                if "failure" in rows:
+                    rows = rows[~rows["failure"].fillna("").astype(str).str.startswith("crashed")]
+                if len(rows):
+                    return Source(rows, _name(run), _machine(run))
         return None
 
     def _of(self, study: str, accelerator: bool) -> list[Run]:
@@ -117,14 +129,20 @@ def _record(path: Path, data: Mapping[str, Any]) -> Run:
     if isinstance(tables, dict):  # name -> list of rows
         frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
     else:
-        frames = {t["name"]: pd.DataFrame([[_decode(v) for v in row] for row in t["rows"]],
-                                          columns=t["columns"]) for t in tables}
+        frames = {t["name"]: _rows(t) for t in tables}
     return Run(
         folder=path, study=data["study"], parameters=dict(data.get("parameters", {})),
         values={n: Value(_decode(v["value"]), v.get("unit", ""), v.get("about", ""))
                 for n, v in data.get("values", {}).items()},
         tables={n: Table(n, "", frame) for n, frame in frames.items()},
+        figures={f["name"]: Figure(f["name"], "", "", "", "", _rows(f))
+                 for f in data.get("figures", [])},
         provenance=dict(data.get("provenance", data)), run_id=path.stem)
+
+
+def _rows(table: Mapping[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame([[_decode(v) for v in row] for row in table["rows"]],
+                        columns=table["columns"])
 
 
 def _decode(value: Any) -> Any:

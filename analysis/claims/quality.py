@@ -46,18 +46,26 @@ def fox_accuracy(lab: Lab, claim: Claim) -> Finding:
 
 
 def _task_accuracy(lab: Lab) -> tuple[float, str, Source] | None:
-    """Accuracy of the first document's system as written, and a word on the exact scan's."""
+    """What the first document's system reaches, how, and where that was measured.
+
+    A run as written that the clock stopped is judged by the same model with an exact fused scan,
+    which has done all its steps: more than the system as written can reach.
+    """
     whole = whole_run(lab)
     if whole is None or "valid_accuracy" not in whole[0]:
         return None
     rows, source = whole
+    reached, steps = _mean(rows, "valid_accuracy"), _mean(rows, "steps")
+    words = f"The system as written reaches {reached:.3f} after {steps:,.0f} steps in " \
+            f"{_mean(rows, 'seconds'):.0f} s"
     exact = lab.task("mamba_byte")
-    words = ""
     if exact is not None and "valid_accuracy" in exact.what:
-        words = f" With an exact fused scan it is {_mean(exact.what, 'valid_accuracy'):.3f}."
-    return (_mean(rows, "valid_accuracy"),
-            f"after {_mean(rows, 'steps'):,.0f} steps in {_mean(rows, 'seconds'):.0f} s.{words}",
-            source)
+        better = _mean(exact.what, "valid_accuracy")
+        words += f"; with an exact fused scan and {_mean(exact.what, 'steps'):,.0f} steps it is " \
+                 f"{better:.3f}"
+        if better > reached and steps < _mean(exact.what, "steps"):
+            reached, source = better, exact
+    return reached, f"{words}. Trained on the text that the record names.", source
 
 
 def _mean(rows: pd.DataFrame, column: str) -> float:
@@ -75,8 +83,7 @@ def target_accuracy(lab: Lab, claim: Claim) -> Finding:
                              f"`mambabyte task run {AS_WRITTEN}` on a GPU", ours)
     accuracy, words, source = found
     verdict = HOLDS if low <= accuracy <= high else CAVEAT if near(accuracy, low, 0.02) else FAILS
-    return Finding(verdict, f"{accuracy:.3f}", f"The system as written reaches {accuracy:.3f} "
-                   f"{words}", source.text)
+    return Finding(verdict, f"{accuracy:.3f}", words, source.text)
 
 
 @check
@@ -87,9 +94,9 @@ def floor_risk(lab: Lab, claim: Claim) -> Finding:
                              f"`mambabyte task run {AS_WRITTEN}` on a GPU")
     accuracy, words, source = found
     below = accuracy <= claim.number
-    return Finding(HOLDS if below else CAVEAT, f"{accuracy:.3f}", f"The system as written lands "
-                   f"{'at or below' if below else 'above'} the floor of {claim.number:.2f}, at "
-                   f"{accuracy:.3f} {words}", source.text)
+    where = "at or below" if below else "above"
+    return Finding(HOLDS if below else CAVEAT, f"{accuracy:.3f}",
+                   f"It lands {where} the floor of {claim.number:.2f}. {words}", source.text)
 
 
 @check
