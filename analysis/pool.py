@@ -26,6 +26,9 @@ def run_jobs(
         yield from (function(*job) for job in jobs)
         return
     # A forked child of a process that has used CUDA cannot use it.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1)
+    try:
         for future in [pool.submit(function, *job) for job in jobs]:
             yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -139,4 +139,13 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n: distributed.whole(tensor.detach()).contiguous() for n, tensor in tensors.items()}
+    """Tensors that can be written. Sharded ones are gathered one by one, and kept by the first
+    process alone, in its host's memory."""
+    kept: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        full = distributed.whole(tensor.detach())
+        if not distributed.is_sharded(tensor):
+            kept[name] = full.contiguous()
+        elif distributed.current().first:
+            kept[name] = full.cpu().contiguous()
+    return kept

@@ -77,15 +77,17 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def shard(self, model: nn.Module) -> None:
-        """Keep this process's part of a model with ``layers`` and ``loss``; alone, all of it."""
+    def shard(self, model: nn.Module, device: str) -> None:
+        """Move this process's part of a model with ``layers`` and ``loss`` to its device, layer by
+        layer; alone, all of it."""
         if self.size == 1:
+            model.to(device)
             return
         # Imported where needed: it takes longer than all the rest of the package.
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        mesh = init_device_mesh(next(model.parameters()).device.type, (self.size,))
+        mesh = init_device_mesh(torch.device(device).type, (self.size,))
         # A layer's output is a view of its residual sum, which nothing changes in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for layer in model.get_submodule("layers").children():

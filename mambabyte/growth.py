@@ -37,7 +37,7 @@ def stages(config: TrainConfig) -> tuple[Stage, ...]:
     starts = (config.first_context or config.context, config.first_batch_size or config.batch_size)
     doublings = max(math.ceil(math.log2(full / first)) for full, first in
                     zip((config.context, config.batch_size), starts, strict=True))
-    grown = round(config.growth_fraction * config.n_steps)
+    grown = min(round(config.growth_fraction * config.n_steps), config.n_steps - 1)
     found = []
     for i in range(doublings + 1):
         first = round(grown * i / max(1, doublings))

@@ -82,7 +82,8 @@ def supports(model: nn.Module) -> bool:
     if any(type(m) not in _PARTS or m._forward_hooks or m._forward_pre_hooks
            for m in model.modules()):
         return False
-    return all(map(_readable, model.parameters())) and _library() is not None
+    return (_as_configured(model) and all(map(_readable, model.parameters()))
+            and _library() is not None)
 
 
 def shortcut(model: Any, advance: Advance) -> Advance:
@@ -107,6 +108,19 @@ def _parameter_names(config: ModelConfig) -> list[str]:
         names += [name and f"layers.{i}.{name}" for name in ("norm.weight", "norm.bias",
                                                             *mixer, *mlp)]  # fmt: skip
     return names
+
+
+def _new(*shape: int) -> Tensor:
+    """Memory for the C code to fill, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _as_configured(model: ByteLM) -> bool:
+    """Whether the mixers still have the form and the window that the configuration says."""
+    window = model.config.attention_window
+    return all(
+        m.window == window if isinstance(m, AttentionMixer) else m.form in ("auto", "fused")
+        for m in model.modules() if isinstance(m, AttentionMixer | MambaMixer))
 
 
 def _readable(x: Tensor) -> bool:
@@ -169,7 +183,7 @@ class NativeModel:
             else:
                 position = before.position if isinstance(before, AttentionState) else 0
                 after.append(self._attention(before, length, words, held))
-        result = torch.empty(self.config.vocab_size)
+        result = _new(self.config.vocab_size)
         states = self._pack_states(*words)
         while True:
             kept = self._kept  # held while C reads it, whoever replaces it meanwhile
@@ -186,7 +200,7 @@ class NativeModel:
         self, before: LayerState | None, words: list[int], held: list[Tensor]
     ) -> MambaState:
         """Append the C struct ``memory`` to ``words``; returns the state that C will fill."""
-        tail, ssm = torch.empty(self._tail), torch.empty(self._ssm)
+        tail, ssm = _new(*self._tail), _new(*self._ssm)
         if isinstance(before, MambaState):
             first, second = _plain(before.tail), _plain(before.ssm)
             held += first, second
@@ -208,7 +222,7 @@ class NativeModel:
             stored, position = first.shape[2], before.position
             old = [first.data_ptr(), second.data_ptr(), first.stride(1), second.stride(1)]
         shape = (1, self.config.n_kv_head, stored + length, self.config.head_dim)
-        k, v = torch.empty(shape), torch.empty(shape)
+        k, v = _new(*shape), _new(*shape)
         words += *old[:2], k.data_ptr(), v.data_ptr(), stored, *old[2:]
         start = max(0, stored + length - (self.config.attention_window - 1))
         return AttentionState(k[:, :, start:], v[:, :, start:], position + length)
@@ -234,7 +248,7 @@ class NativeModel:
     def _keep(self) -> None:
         """Make the transposed parameters; a new tensor, as another thread may read the old one."""
         size = self._library.kept_size(self._words)
-        kept = torch.empty(len(self._letters) * size)
+        kept = _new(len(self._letters) * size)
         self._library.keep(self._words, self._layers, kept.data_ptr())
         self._kept = kept
 

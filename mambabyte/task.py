@@ -198,6 +198,9 @@ def fit(
     if len(windows.text) < recipe.context + 1:
         raise UserError(f"context {recipe.context} does not fit into {len(windows.text)} bytes: "
                         "choose a shorter one or a larger corpus")
+    if recipe.first_context or recipe.first_batch_size:
+        raise UserError("the task trains at one context and batch size: leave first_context and "
+                        "first_batch_size at 0")
     on_cuda = network.device.type == "cuda"
     prepare(network, recipe, compiled=recipe.step == "compile" and on_cuda)
     optimizer = make_optimizer(model, recipe, on_device=True)
@@ -213,13 +216,12 @@ def fit(
             break
         step(schedule(done - 1, recipe, elapsed))
         # The host may run ahead of the device by a whole run: look at it now and then.
-        if done % _LOG_EVERY == 0 or done == recipe.n_steps:
-            loss, _, bad = step.read()
-            if bad is not None:
-                raise NonFiniteError(f"step {bad + 1}: the loss or the gradient norm is not finite")
-            losses.append(round(loss, 4))
+        if done % _LOG_EVERY == 0:
+            losses.append(_look(step))
             if not first_log:
                 first_log, first_done = time.perf_counter(), done
+    if done % _LOG_EVERY:  # also where the clock ended the run: what was queued is done now
+        losses.append(_look(step))
     notes: dict[str, Any] = {"losses_nats": losses}
     if done > _LOG_EVERY:
         notes["ms_per_step"] = 1e3 * (time.perf_counter() - first_log) / (done - first_done)
@@ -227,6 +229,14 @@ def fit(
     del step, optimizer
     network.run_layer = without_state
     return done, notes
+
+
+def _look(step: FastStep) -> float:
+    """The last loss; waits for the device. NonFiniteError if any before was not finite."""
+    loss, _, bad = step.read()
+    if bad is not None:
+        raise NonFiniteError(f"step {bad + 1}: the loss or the gradient norm is not finite")
+    return round(loss, 4)
 
 
 def _weight_on(model: ByteModel, counted: NgramLM, held: bytes) -> float:

@@ -111,9 +111,11 @@ def train(
                         "folder")
 
     torch.manual_seed(config.seed)
-    model = ByteLM(model_config).to(device)
+    model = ByteLM(model_config)
     if config.parallel == "sharded":
-        world.shard(model)
+        world.shard(model, device)
+    else:
+        model.to(device)
     fast = config.parallel == "data" and config.step != "eager" and (
         config.step != "auto" or device.startswith("cuda"))
     optimizer = make_optimizer(model, config, on_device=fast)
@@ -217,8 +219,11 @@ def train(
     if stopped_by != "interrupt":
         valid = corpus.valid[:evaluate_bytes]
         sharded = config.parallel == "sharded" and world.size > 1
-        scored = checkpoint.load_model(run, device) if sharded else model
-        result["valid_bits_per_byte"] = bits_per_byte(scored, valid) if len(valid) > 1 else None
+        # What no device holds is scored on the first process's CPU.
+        scored = checkpoint.load_model(run) if sharded and world.first else model
+        result["valid_bits_per_byte"] = (
+            bits_per_byte(scored, valid) if len(valid) > 1 and (world.first or not sharded)
+            else None)
         result["valid_bytes"] = len(valid)
         if world.first:
             write_json(run / "result.json", result)
@@ -229,6 +234,9 @@ def _fast_step(
     model: ByteLM, optimizer: torch.optim.Optimizer, corpus: Corpus, config: TrainConfig, step: int
 ) -> FastStep:
     """The captured steps from ``step`` to the end of its stage."""
+    if config.step == "compile":
+        # All stages share one function, and torch stops compiling a function for the ninth time.
+        torch._dynamo.reset()
     prepare(model, config, compiled=config.step == "compile")
     stage = stage_at(step, config)
     shape = replace(config, context=stage.context, batch_size=stage.batch_size, n_steps=stage.end,

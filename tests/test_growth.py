@@ -32,6 +32,8 @@ def test_stages_double_up_to_the_full_shape() -> None:
     odd = TrainConfig(context=100, batch_size=5, n_steps=10, first_context=30, growth_fraction=0.4)
     assert [s.context for s in stages(odd)] == [30, 50, 100]
     assert {s.batch_size for s in stages(odd)} == {5}
+    short = TrainConfig(context=64, batch_size=4, n_steps=4, first_context=8, growth_fraction=0.98)
+    assert stages(short)[-1] == Stage(3, 4, 4, 64)  # one step at least has the full shape
 
 
 def test_bytes_are_those_of_the_stages() -> None:

@@ -62,11 +62,37 @@ def test_values_and_gradients_are_those_of_the_definition(
         for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
             inputs = make(shape, taps, bias, tail, dtype)
             exact = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
-            assert module._native(inputs[0], inputs[1])  # type: ignore[arg-type]
+            assert module._native(*inputs[:3])  # type: ignore[arg-type]
             for found, expected in zip(results(causal_conv, inputs, silu),
                                        results(definition, exact, silu), strict=True):
                 scale = expected.norm() + 1e-2 * expected.numel() ** 0.5
                 assert (found.double() - expected).norm() <= tolerance * scale
+
+
+def test_defaults_of_torch_and_other_dtypes_change_nothing() -> None:
+    inputs = make((1, 6, 5), 4, True, False, torch.float32)
+    expected = results(causal_conv, inputs, True)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        x, weight, bias, _ = inputs
+        y, _ = causal_conv(x, weight, bias, None, True)  # type: ignore[arg-type]
+        dx, = torch.autograd.grad(y, x, torch.ones(y.shape, dtype=y.dtype, device="cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(y, expected[0])
+    assert dx.device.type == "cpu"
+    with pytest.raises(RuntimeError, match="type"):  # torch's refusal, not bits read as numbers
+        causal_conv(inputs[0], inputs[1], inputs[2].double(), None)  # type: ignore
+
+
+def test_torch_func_differentiates_through_it() -> None:
+    inputs = make((1, 6, 5), 4, True, False, torch.float64)
+    x, weight, bias, _ = [None if t is None else t.detach() for t in inputs]
+    grad = torch.func.grad(lambda t: causal_conv(t, weight, bias, None, True)[0].sum())(x)
+    y, _ = causal_conv(inputs[0], weight, bias, None, True)  # type: ignore[arg-type]
+    assert torch.allclose(grad, torch.autograd.grad(y.sum(), inputs[0])[0])  # type: ignore
 
 
 def test_gradcheck() -> None:

@@ -163,6 +163,22 @@ def test_what_it_does_not_do_goes_through_torch() -> None:
     assert len(seen) == 2
     hook.remove()
     assert supports(model)
+    for name, value in (("window", 7), ("form", "chunked")):  # set on a part after it was made
+        changed = make(replace(ODD, layer_pattern="A" if name == "window" else "M"))
+        part = next(m for m in changed.modules() if hasattr(m, name))
+        setattr(part, name, value)
+        assert not supports(changed), name
+
+
+def test_defaults_of_torch_do_not_reach_the_c_code() -> None:
+    model = make(ODD)
+    expected, _ = step_by_step(model, DATA[:9])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found, _ = step_by_step(model, DATA[:9])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
 
 
 def test_streams_and_text_profit_and_do_not_change(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +29,16 @@ def test_results_come_in_the_order_of_the_jobs() -> None:
 def test_an_error_in_a_job_is_raised(workers: int) -> None:
     with pytest.raises(ValueError, match="-1 is negative"):
         list(run_jobs(_square, [(1,), (-1,)], workers=workers))
+
+
+def _mark(folder: str, number: int) -> None:
+    (Path(folder) / str(number)).touch()
+    if number == 0:
+        raise ValueError("the first one fails")
+    time.sleep(0.5)
+
+
+def test_what_waits_behind_an_error_is_not_begun(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="first"):
+        list(run_jobs(_mark, [(str(tmp_path), n) for n in range(12)], workers=2))
+    assert len(list(tmp_path.iterdir())) < 12

@@ -104,7 +104,9 @@ def gather(runs_root: Path | str = "", measurements: Path | str = MEASUREMENTS) 
     fresh.sort(key=lambda r: str(r.provenance.get("date", "")), reverse=True)
     fresh.sort(key=lambda r: PROFILES.index(r.profile) if r.profile in PROFILES else len(PROFILES))
     stale = {r.study for r in done} - {r.study for r in fresh}
-    return Evidence(tuple(fresh), tuple(load_records(measurements)), tuple(sorted(stale)))
+    records = sorted(load_records(measurements), key=lambda r: str(r.provenance.get("date", "")),
+                     reverse=True)
+    return Evidence(tuple(fresh), tuple(records), tuple(sorted(stale)))
 
 
 def load_records(folder: Path | str) -> list[Run]:
@@ -154,8 +156,8 @@ def _name(run: Run) -> str:
 
 
 def _on_accelerator(run: Run) -> bool:
-    if str(run.parameters.get("device", "")).startswith("cuda"):
-        return True
+    if device := str(run.parameters.get("device", "")):
+        return device.startswith("cuda")
     # A machine may have a GPU that the run did not use; a record was made for its machine's.
     return run.folder.suffix == ".json" and bool(_gpus(run))
 

@@ -124,7 +124,7 @@ def comfortable_range(lab: Lab, claim: Claim) -> Finding:
     trained = max(lab["fox.headroom"], lab["fox_fast.headroom"])
     recorded = _followed(lab)("highest_exponent")
     worst = max(trained, float(recorded.what)) if recorded else trained
-    if start >= limit or worst >= limit:
+    if start >= limit:
         verdict = FAILS
     else:
         verdict = HOLDS if worst < limit / 2 else CAVEAT
@@ -187,7 +187,10 @@ def benign(lab: Lab, claim: Claim) -> Finding:
     worst = float(recorded.what)
     end, crossed = followed("extrapolated_exponent"), followed("stable_crossed")
     last, steps = float(end.what) if end else worst, followed("trained_steps")
-    verdict = FAILS if worst >= limit else CAVEAT if max(worst, last) > limit / 2 else HOLDS
+    # Of the published form itself where it was followed: its formula slows down what speeds up.
+    own = followed("document_exponent")
+    verdict = (FAILS if own and float(own.what) >= limit
+               else CAVEAT if max(worst, last) > limit / 2 else HOLDS)
     reason = (f"Study overflow follows the exponent while a model trains with a scan that does not "
               f"mind it: it reaches {worst:.1f} of {limit:.1f}")
     if steps:
@@ -195,7 +198,9 @@ def benign(lab: Lab, claim: Claim) -> Finding:
     if end:
         reason += f", and by a line {last:.1f} at the end of the schedule"
     if crossed:
-        reason += f"; it is past the bound from step {crossed.what:.0f} on"
+        reason += f"; it is first seen past the bound at step {crossed.what:.0f}"
+    if own:
+        reason += f"; trained with the published formula it reaches {float(own.what):.1f}"
     reason += f". Ten times the learning rate takes ours to {fast:.1f} in 80 steps."
     return Finding(verdict, f"{worst:.0f} of {limit:.0f}", reason, recorded.text)
 

@@ -49,15 +49,15 @@ def _task_accuracy(lab: Lab) -> tuple[float, str, Source] | None:
     """What the first document's system reaches, how, and where that was measured.
 
     A run as written that the clock stopped is judged by the same model with an exact fused scan,
-    which has done all its steps: more than the system as written can reach.
+    which has done all its steps.
     """
     whole = whole_run(lab)
     if whole is None or "valid_accuracy" not in whole[0]:
         return None
     rows, source = whole
     reached, steps = _mean(rows, "valid_accuracy"), _mean(rows, "steps")
-    words = f"The system as written reaches {reached:.3f} after {steps:,.0f} steps in " \
-            f"{_mean(rows, 'seconds'):.0f} s"
+    words = f"The system as written, given {_mean(rows, 'seconds'):.0f} s, reaches " \
+            f"{reached:.3f} after {steps:,.0f} steps"
     exact = lab.task("mamba_byte")
     if exact is not None and "valid_accuracy" in exact.what:
         better = _mean(exact.what, "valid_accuracy")

@@ -34,7 +34,7 @@ def causal_conv(
     fits = x.is_cuda and x.dtype in FUSED_DTYPES and taps in FUSED_TAPS
     if fits and fused_available(x.device)[0]:
         return fused_causal_conv(x, weight, bias, tail, silu)
-    if _native(x, weight):
+    if _native(x, weight, bias):
         y = native_causal_conv(x, weight, bias, None if tail is None else tail.to(x.dtype), silu)
         if length < taps - 1:
             before = x.new_zeros(batch, taps - 1, channels) if tail is None else tail.to(x.dtype)
@@ -49,10 +49,12 @@ def causal_conv(
     return F.silu(y) if silu else y, padded[:, length:].clone()
 
 
-def _native(x: Tensor, weight: Tensor) -> bool:
-    """Whether the convolution in C takes these; under autocast torch's own rules hold."""
-    return (x.device.type == "cpu" and weight.dtype == x.dtype and weight.shape[1] in TAPS
+def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the convolution in C takes these; under autocast and torch.func, torch's own does."""
+    return (x.device.type == "cpu" and weight.dtype == x.dtype
+            and (bias is None or bias.dtype == x.dtype) and weight.shape[1] in TAPS
             and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+            and torch._C._functorch.peek_interpreter_stack() is None
             and type(x) in (Tensor, FakeTensor) and not _only_torch and available(x.dtype))
 
 

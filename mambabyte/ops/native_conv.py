@@ -86,7 +86,7 @@ class _Conv(torch.autograd.Function):
                 silu: bool) -> Tensor:
         x, weight = _unit(x), weight.contiguous()
         bias, tail = (None if t is None else t.contiguous() for t in (bias, tail))
-        y = torch.empty(x.shape, dtype=x.dtype)
+        y = x.new_empty(x.shape)
         if y.numel():
             _call("forward", x, weight, bias, tail, silu, y, None)
         ctx.save_for_backward(x, weight, bias, tail)
@@ -97,7 +97,7 @@ class _Conv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, tail = ctx.saved_tensors
-        dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.zeros_like(weight)
+        dx, dweight = x.new_empty(x.shape), torch.zeros_like(weight)
         dtail, dbias = (None if t is None else torch.zeros_like(t) for t in (tail, bias))
         if dx.numel():
             _call("backward", x, weight, bias, tail, ctx.silu, None, _unit(dy), dx, dtail,
