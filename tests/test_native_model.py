@@ -163,7 +163,7 @@ def test_what_it_does_not_do_goes_through_torch() -> None:
     assert len(seen) == 2
     hook.remove()
     assert supports(model)
-    for name, value in (("window", 7), ("form", "chunked")):  # set on a part after it was made
+    for name, value in (("window", 8), ("form", "chunked")):  # set on a part after it was made
         changed = make(replace(ODD, layer_pattern="A" if name == "window" else "M"))
         part = next(m for m in changed.modules() if hasattr(m, name))
         setattr(part, name, value)

@@ -50,8 +50,8 @@ def _from_whole_steps(lab: Lab, high: float) -> Finding | None:
     explained = high * fused + 10 * fused
     reason = (f"A whole step as written, run op by op, takes {written:.0f} ms; with the fused "
               f"scan, compiled and captured, {fused:.1f} ms. If the published scan took "
-              f"{high:g} times the fused one and all else in the step ten times as long op by op, that "
-              f"would be {explained:.0f} ms at most.")
+              f"{high:g} times the fused one and all else in the step ten times as long op by op, "
+              f"that would be {explained:.0f} ms at most.")
     return Finding(FAILS if written > explained else OPEN, f"{written:.0f} ms a step against "
                    f"{fused:.1f}", reason, whole[1].text)
 
