@@ -21,12 +21,14 @@ import torch
 from analysis.claims import (
     arithmetic,
     behaviour,
+    choices,
     cost,
     experiments,
     gradient,
     hybrid,
     memory,
     numerical,
+    published,
     quality,
     trainings,
 )
@@ -46,8 +48,9 @@ from mambabyte.errors import UserError
 
 __all__ = ["PROFILES", "Claims", "Parameters", "headline", "judge", "run"]
 
-CHECK_MODULES = (arithmetic, behaviour, cost, gradient, hybrid, memory, numerical, quality)
-EXPERIMENT_MODULES = (experiments, trainings)
+CHECK_MODULES = (
+    arithmetic, behaviour, cost, gradient, hybrid, memory, numerical, published, quality)
+EXPERIMENT_MODULES = (choices, experiments, trainings)
 NAMES = dict(zip(VERDICTS, ("holds", "caveat", "fails", "inconsistent", "open"), strict=True))
 
 

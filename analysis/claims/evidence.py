@@ -49,11 +49,14 @@ class Evidence:
 
     def value(
         self, study: str, *names: str, accelerator: bool = False,
-        like: Mapping[str, Any] | None = None,
+        like: Mapping[str, Any] | None = None, most: str = "",
     ) -> Source | None:
         """The first of ``names`` that a run of ``study`` has measured; ``like`` are parameters that
-        the run must have had."""
-        for run in self._of(study, accelerator):
+        the run must have had, ``most`` the parameter by which the largest run speaks first."""
+        runs = self._of(study, accelerator)
+        if most:  # a stable sort: of two equal runs the one that the report's rule prefers
+            runs = sorted(runs, key=lambda run: -float(run.parameters.get(most) or 0))
+        for run in runs:
             if any(run.parameters.get(key) != value for key, value in (like or {}).items()):
                 continue
             for name in names:
@@ -157,7 +160,7 @@ def _name(run: Run) -> str:
 
 def _on_accelerator(run: Run) -> bool:
     if device := str(run.parameters.get("device", "")):
-        return device.startswith("cuda")
+        return device.startswith("cuda") or device in _gpus(run)  # a bench names the card
     # A machine may have a GPU that the run did not use; a record was made for its machine's.
     return run.folder.suffix == ".json" and bool(_gpus(run))
 

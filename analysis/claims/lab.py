@@ -69,13 +69,17 @@ class Lab:
         except KeyError:
             raise UserError(f"data/claims.toml has no fact {name}.{key}") from None
 
+    def published(self, name: str) -> Mapping[str, Any] | None:
+        """An outside fact as a whole, or None where the ledger has none of that name."""
+        return self._facts.get(name)
+
     def value(
         self, study: str, *names: str, accelerator: bool = False,
-        like: Mapping[str, Any] | None = None,
+        like: Mapping[str, Any] | None = None, most: str = "",
     ) -> Source | None:
         """A recorded value of another study, of a run with the parameters ``like`` where they are
-        given; None where there is none."""
-        return self.evidence.value(study, *names, accelerator=accelerator, like=like)
+        given, of the run with the largest parameter ``most``; None where there is none."""
+        return self.evidence.value(study, *names, accelerator=accelerator, like=like, most=most)
 
     def table(self, study: str, name: str, accelerator: bool = False) -> Source | None:
         """A recorded table of another study; None where there is none."""

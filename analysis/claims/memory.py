@@ -18,7 +18,7 @@ from analysis.claims.ledger import (
     near,
 )
 from analysis.footprint import Autocast, budget, saved_terms, state_bytes
-from mambabyte.config import TrainConfig
+from mambabyte.config import ModelConfig, TrainConfig
 
 PUBLISHED = replace(FINAL.model, scan_form="document_chunked")
 CLOSED = "closed form (analysis.footprint, held against counts by study memory)"
@@ -172,6 +172,55 @@ def deeper_fixes(lab: Lab, claim: Claim) -> Finding:
 
 
 @check
+def fix_fits(lab: Lab, claim: Claim) -> Finding:
+    """The original step with the one fix that the claim's identity names."""
+    fixed = {
+        "fix-checkpointing": lambda: peak(ORIGINAL.train, checkpointing=True),
+        "fix-recurrent": lambda: _peak(replace(PUBLISHED, scan_form="sequential")),
+        "fix-d-state-8": lambda: _peak(replace(PUBLISHED, d_state=8)),
+    }[claim.id]()
+    before = peak(ORIGINAL.train)
+    verdict = HOLDS if fixed < 0.8 * claim.number else CAVEAT if fixed < claim.number else FAILS
+    close = ", with next to no room" if verdict == CAVEAT else ""
+    return Finding(verdict, f"{fixed:.0f} GB", f"Alone it takes the original step's peak from "
+                   f"{before:.0f} to {fixed:.0f} GB: "
+                   f"{'over' if verdict == FAILS else 'within'} {claim.number:.0f} GB{close}.",
+                   CLOSED)
+
+
+def _peak(model: ModelConfig) -> float:
+    """Peak GB of the original step with another model."""
+    return budget(model, ORIGINAL.train.batch_size, ORIGINAL.train.context, "bf16",
+                  "cuda").peak / GB
+
+
+@check
+def both_cuts_needed(lab: Lab, claim: Claim) -> Finding:
+    half = peak(replace(ORIGINAL.train, context=ORIGINAL.train.context // 2))
+    quarter = peak(replace(ORIGINAL.train, batch_size=ORIGINAL.train.batch_size // 4))
+    both = peak(FINAL.train)
+    one_is_enough = min(half, quarter) < claim.number
+    verdict = FAILS if both > claim.number else CAVEAT if one_is_enough else HOLDS
+    return Finding(verdict, f"{half:.1f}, {quarter:.1f} and {both:.1f} GB", f"Half the context "
+                   f"alone would need {half:.1f} GB, a quarter of the batch alone {quarter:.1f} "
+                   f"GB, both {both:.1f} GB: "
+                   f"{'the batch alone would have done' if quarter < claim.number else 'neither'}"
+                   f"{', and the context could have stayed' if quarter < claim.number else ''}.",
+                   CLOSED)
+
+
+@check
+def bf16_shadows(lab: Lab, claim: Claim) -> Finding:
+    scan32, scan16 = (kept(ORIGINAL.train, a, "scan") / GB for a in ("fp32", "bf16"))
+    all32, all16 = (kept(ORIGINAL.train, a) / GB for a in ("fp32", "bf16"))
+    verdict = HOLDS if all16 > all32 + 0.01 else FAILS
+    return Finding(verdict, f"{all16 - all32:+.1f} GB", f"Autocast adds no copies of the scan's "
+                   f"tensors ({scan16:.1f} GB with it, {scan32:.1f} without), and the activations "
+                   f"that it makes bf16 are smaller: {all16:.1f} GB are kept in all, {all32:.1f} "
+                   "without autocast.", CLOSED)
+
+
+@check
 def tensor_per_layer(lab: Lab, claim: Claim) -> Finding:
     one = full_tensor(ORIGINAL.train) / GB
     layer = lab["kept.full_tensors"] * one
@@ -254,9 +303,12 @@ def no_window(lab: Lab, claim: Claim) -> Finding:
     same = lab["streaming.state_bytes_16"] == lab["streaming.state_bytes_512"]
     if not same:
         return Finding(FAILS, None, "The state grows with the bytes seen.")
-    source = lab.value("ablation", "drift_ssm")
-    drift = f" Study ablation measures a drift of {float(source.what):+.3f} bits." if source else \
-        " Whether quality lasts past the training windows is measured by study ablation."
+    source = lab.value("ablation", "drift_ssm", most="stream_bytes")
+    seen = lab.value("ablation", "drift_position", most="stream_bytes")
+    drift = (" Whether quality lasts past the training windows is measured by study ablation."
+             if source is None else
+             f" A stream of {float(seen.what) if seen else 0:,.0f} bytes drifts by "
+             f"{float(source.what):+.4f} bits a byte from fresh windows of the training length.")
     lasts = source is None or float(source.what) < 0.05
     return Finding(HOLDS if lasts else CAVEAT, "constant state", "Nothing is cached, so nothing is "
                    f"trimmed; but training windows end at {FINAL.train.context} bytes.{drift}",

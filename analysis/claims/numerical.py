@@ -11,12 +11,14 @@ from analysis.claims.ledger import (
     CAVEAT,
     FAILS,
     HOLDS,
+    INCONSISTENT,
     Claim,
     Finding,
     check,
     compare,
     sig,
 )
+from analysis.claims.published import FirstRun, first_run
 from mambabyte.config import PRESETS
 
 MODEL = PRESETS["mamba_byte"].model
@@ -108,6 +110,18 @@ def _followed(lab: Lab) -> Callable[[str], Source | None]:
     return lambda name: lab.value("overflow", name, like=DOCUMENT if own else None)
 
 
+def _lost(lab: Lab) -> FirstRun | None:
+    """The authors' own run if its loss was lost, else None."""
+    run = first_run(lab)
+    return run if run is not None and math.isfinite(run.first_lost_step) else None
+
+
+def _crossing(lab: Lab) -> str:
+    """Words on the step from which the followed exponent is past float32, or none."""
+    crossed = _followed(lab)("stable_crossed")
+    return "" if crossed is None else f", and is past it from step {crossed.what:.0f}"
+
+
 @check
 def step_bound(lab: Lab, claim: Claim) -> Finding:
     start, trained = lab["initial.dt_high"], lab["fox_fast.dt_high"]
@@ -124,10 +138,7 @@ def comfortable_range(lab: Lab, claim: Claim) -> Finding:
     trained = max(lab["fox.headroom"], lab["fox_fast.headroom"])
     recorded = _followed(lab)("highest_exponent")
     worst = max(trained, float(recorded.what)) if recorded else trained
-    if start >= limit:
-        verdict = FAILS
-    else:
-        verdict = HOLDS if worst < limit / 2 else CAVEAT
+    verdict = FAILS if max(start, worst) >= limit else HOLDS if worst < limit / 2 else CAVEAT
     where = recorded.text if recorded else "computed here"
     return Finding(verdict, f"{start:.0f} of {limit:.0f}, then {worst:.0f}", "The exponent of the "
                    f"untrained model is {start:.1f}, where float32 ends at {limit:.1f}; in "
@@ -139,10 +150,19 @@ def comfortable_range(lab: Lab, claim: Claim) -> Finding:
 def chunks_do_not_overflow(lab: Lab, claim: Claim) -> Finding:
     limit, start = lab["overflow.log_max"], lab["initial.headroom"]
     margin = limit / start
-    verdict = FAILS if margin <= 1 else HOLDS if margin > 3 else CAVEAT
-    return Finding(verdict, f"{margin:.2f} x", f"With chunks of 32 the largest exponent at the "
-                   f"start is {start:.1f} of {limit:.1f}: step sizes {margin:.2f} times larger "
-                   "overflow. The chunks postpone the overflow, they do not exclude it.")
+    recorded, lost = _followed(lab)("highest_exponent"), _lost(lab)
+    worst = float(recorded.what) if recorded else start
+    verdict = FAILS if margin <= 1 or worst >= limit or lost else HOLDS if margin > 3 else CAVEAT
+    trained = "" if recorded is None else (
+        f" In training it is seen at {worst:.0f}{_crossing(lab)}.")
+    author = "" if lost is None else (
+        f" The authors' own run is lost between steps {lost.last_finite_step:.0f} and "
+        f"{lost.first_lost_step:.0f}.")
+    return Finding(verdict, f"{margin:.2f} x at the start", f"With chunks of 32 the largest "
+                   f"exponent at the start is {start:.1f} of {limit:.1f}: step sizes {margin:.2f} "
+                   f"times larger overflow.{trained}{author} The chunks postpone the overflow, "
+                   "they do not exclude it.", recorded.text if recorded else
+                   lost.source if lost else "computed here")
 
 
 @check
@@ -172,6 +192,17 @@ def benign(lab: Lab, claim: Claim) -> Finding:
     followed = _followed(lab)
     recorded = followed("highest_exponent")
     fast = lab["fox_fast.headroom"]
+    lost_run = _lost(lab)
+    if lost_run is not None:
+        ours = "" if recorded is None else (
+            f" Ours, trained with a scan that does not mind, needs an exponent of "
+            f"{float(recorded.what):.0f} where float32 ends at {limit:.1f}{_crossing(lab)}.")
+        return Finding(FAILS, f"nan by step {lost_run.first_lost_step:.0f}", "The authors' own run "
+                       f"of this configuration has a finite loss at step "
+                       f"{lost_run.last_finite_step:.0f} and nan at step "
+                       f"{lost_run.first_lost_step:.0f} of 4000, and stays there.{ours}",
+                       lost_run.source if recorded is None else
+                       f"{lost_run.source}; {recorded.text}")
     whole = lab.task("mamba_byte_as_written")
     failures = whole.what.get("failure") if whole else None
     lost = [] if failures is None else failures.dropna().tolist()
@@ -228,6 +259,18 @@ def initial_loss(lab: Lab, claim: Claim) -> Finding:
 
 
 @check
+def initial_losses_agree(lab: Lab, claim: Claim) -> Finding:
+    low, high = lab["initial.loss_low"], lab["initial.loss_high"]
+    spread = max(claim.numbers) - min(claim.numbers)
+    inside = all(low - 0.03 <= n <= high + 0.03 for n in claim.numbers)
+    run = first_run(lab)
+    more = "" if run is None else f" The authors' own run begins at {run.first_loss:.4f}."
+    return Finding(HOLDS if inside else INCONSISTENT, f"{low:.2f} to {high:.2f}", f"The three are "
+                   f"{spread:.2f} apart; the seeds of this experiment lie between {low:.2f} and "
+                   f"{high:.2f} on one text, and texts differ.{more}")
+
+
+@check
 def unit_embedding(lab: Lab, claim: Claim) -> Finding:
     ours = lab["initial.unit_loss"]
     return Finding(compare(ours, claim.number, holds=0.05, caveat=0.2), f"{ours:.0f}",
@@ -245,13 +288,19 @@ def bias_range(lab: Lab, claim: Claim) -> Finding:
 
 @check
 def bias_distribution(lab: Lab, claim: Claim) -> Finding:
-    median, mean = lab["initial.bias_median"], lab["initial.bias_mean"]
-    uniform, logarithmic = sum(claim.range) / 2, math.sqrt(claim.range[0] * claim.range[1])
-    verdict = HOLDS if abs(median - uniform) < abs(median - logarithmic) else CAVEAT
-    return Finding(verdict, f"median {sig(median)}", f"A uniform draw has median {uniform:.4f}, a "
-                   f"log-uniform one {logarithmic:.4f}. The Mamba paper's section 3.6 says "
-                   f"uniform, its code draws log-uniformly, and so does ours (median {median:.4f}, "
-                   f"mean {mean:.4f}): which one the document ran, its text cannot tell.")
+    low, high = claim.range
+    uniform, logarithmic = (low + high) / 2, math.sqrt(low * high)
+    coded = lab.published("first_code")
+    draw = "unknown" if coded is None else str(coded["dt_draw"])
+    below = math.log(0.01 / low) / math.log(high / low)  # share of log-uniform steps below 0.01
+    verdict = {"uniform": HOLDS, "log-uniform": FAILS}.get(draw, CAVEAT)
+    return Finding(verdict, f"{draw}, median {logarithmic if draw != 'uniform' else uniform:.2g}",
+                   f"The published script draws {draw}, as Mamba's own code does; the paper's "
+                   f"section says uniform. The median is {logarithmic:.4f} for one and "
+                   f"{uniform:.4f} for the other (ours, log-uniform: "
+                   f"{lab['initial.bias_median']:.4f}), and {below:.0%} of the channels start "
+                   f"below 0.01 for one and {(0.01 - low) / (high - low):.0%} for the other.",
+                   "computed here" if coded is None else str(coded["source"]))
 
 
 @check
