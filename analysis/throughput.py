@@ -309,6 +309,20 @@ def time_training(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
     return none_for_nan(pd.DataFrame(rows).rename(columns={"length": "context"}))
 
 
+def steps_at(p: Parameters, batch: int, contexts: tuple[int, ...]) -> pd.DataFrame:
+    """Training steps of an SSM and an attention model of equal size at one batch and these
+    contexts: ``pattern``, ``context``, ``ms`` and ``joules_per_step``, None where not measured."""
+    frames = []
+    for context in contexts:
+        one = replace(p, patterns=("M", "A"), training_forms=("auto",), train_batch=batch,
+                      train_context=context)
+        frames.append(time_training(one, lambda line: None))
+    found = pd.concat(frames, ignore_index=True)
+    joules = [None if j is None else j * batch * context / 1e6
+              for j, context in zip(found["joules_per_megabyte"], found["context"], strict=True)]
+    return none_for_nan(found.assign(joules_per_step=pd.Series(joules, dtype=object)))
+
+
 def _constant(call: Callable[[], object]) -> Callable[[], object]:
     return call
 

@@ -809,5 +809,8 @@ def test_run_counts_and_figure(tmp_path, monkeypatch):
     assert sum(values[f"n_{n}"] for n in claims.NAMES.values()) == values["n_claims"]
     assert values["n_claims_first"] + values["n_claims_second"] == values["n_claims"]
     assert verdict_bars(found.counts).axes
+    assert values["first_run_lost"] is None  # not measured, where no such run is known
+    known = claims.headline(replace(found, first_run=first_run(lab(facts=LEDGER.facts))))
+    assert (known["first_run_lost"][0], known["first_run_finite"][0]) == (300.0, 200.0)
     missing = found.ledger[found.ledger["source"] == "not measured"]["ours"]
     assert any(v is None for v in missing)

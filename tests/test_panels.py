@@ -8,10 +8,12 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from analysis import memory, overflow, panels
+from analysis import memory, overflow, panels, throughput
 from analysis.measure import run_notebook
 from analysis.panels import memory as memory_panel
 from analysis.panels import overflow as overflow_panel
+from analysis.panels import throughput as throughput_panel
+from analysis.plots import throughput as throughput_figures
 from analysis.results import load_run
 from analysis.studies import get_study, profile_parameters
 from mambabyte.config import PRESETS
@@ -74,6 +76,29 @@ def test_the_memory_panel_says_what_the_study_says(batch, context):
     pd.testing.assert_frame_equal(found, same)
 
 
+def test_the_throughput_panel_times_what_its_sliders_say(capsys):
+    p = throughput.Parameters(d_model=16, n_layer=1, train_steps=1)
+    found = moved(throughput_panel.panel(p), batch=2, context=256)
+    assert found["context"].tolist() == [64, 64, 128, 128, 256, 256]
+    assert set(found["pattern"]) == {"M", "A"}
+    assert set(found["batch"]) == {2}
+    assert found["ms"].astype(float).gt(0).all()
+    sizes = found.drop_duplicates("pattern")["n_parameters"].tolist()
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)  # equal parameters, as in the study
+    per_byte = found["joules_per_megabyte"].notna()
+    assert found["joules_per_step"].notna().tolist() == per_byte.tolist()
+    assert ("energy: not measured" in capsys.readouterr().out) == (not per_byte.any())
+
+
+@pytest.mark.parametrize("joules", [None, 0.5])
+def test_the_throughput_panel_draws_energy_where_it_was_measured(joules):
+    frame = pd.DataFrame([{"pattern": p, "context": n, "ms": n / 10, "joules_per_step": joules}
+                          for p in "MA" for n in (64, 128)])
+    drawn = throughput_figures.training_steps(frame)
+    assert len(drawn.axes) == (1 if joules is None else 2)
+    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in drawn.axes)
+
+
 def test_smallest_device():
     model = PRESETS["mamba_byte"].model
     found = memory.smallest_devices(memory.budgets_at(model, 64, 2048, ("fused", "chunked")))
@@ -87,7 +112,10 @@ def test_smallest_device():
 
 def test_a_batch_run_shows_nothing(capsys):
     panels.show(memory_panel.panel, memory.Parameters(), run_dir="somewhere")
+    panels.show(throughput_panel.panel, throughput.Parameters(), run_dir="somewhere")
     assert capsys.readouterr().out == ""
+    for name in ("memory", "overflow", "throughput"):
+        assert "panels.show(" in get_study(name).notebook.read_text()
 
 
 def test_a_panel_is_displayed_when_opened_by_hand(monkeypatch):

@@ -9,6 +9,7 @@ and says which study to run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ from analysis.claims.ledger import (
     Finding,
     load_ledger,
 )
+from analysis.claims.published import FirstRun, first_run
 from mambabyte.errors import UserError
 
 __all__ = ["PROFILES", "Claims", "Parameters", "headline", "judge", "run"]
@@ -80,6 +82,7 @@ class Claims:
     ledger: pd.DataFrame  # one row a claim
     counts: pd.DataFrame  # verdict by document and kind
     evidence: pd.DataFrame  # the runs and records that were read
+    first_run: FirstRun | None = None  # what the first document's authors published of theirs
 
 
 def run(
@@ -94,7 +97,7 @@ def run(
     with _one_thread():
         rows = [_row(claim, judge(claim, lab)) for claim in ledger.claims]
     frame = pd.DataFrame(rows, dtype=object)  # None stays None: it reads "not measured"
-    return Claims(frame, count(frame), _evidence_frame(evidence))
+    return Claims(frame, count(frame), _evidence_frame(evidence), first_run(lab))
 
 
 def judge(claim: Claim, lab: Lab) -> Finding:
@@ -134,7 +137,22 @@ def headline(found: Claims) -> dict[str, tuple[float | int | None, str, str]]:
     for document in DOCUMENTS:
         values[f"n_claims_{document}"] = (int((found.ledger["document"] == document).sum()),
                                           "claims", f"statements of the {document} document")
-    return values
+    return values | _published(found.first_run)
+
+
+def _published(run: FirstRun | None) -> dict[str, tuple[float | int | None, str, str]]:
+    """The authors' own run of the first document's system, for the prose."""
+    about = "of the authors' own run of the first document's system, as they published it"
+    lost = run is not None and math.isfinite(run.first_lost_step)
+    return {
+        "first_run_ms": (run.ms_per_step if run else None, "ms", f"a step {about}"),
+        "first_run_steps": (run.steps_done if run else None, "steps", f"until its end {about}"),
+        "first_run_joules": (run.joules if run else None, "J", f"until its end {about}"),
+        "first_run_finite": (run.last_finite_step if run else None, "step",
+                             f"the last logged with a finite loss {about}"),
+        "first_run_lost": (run.first_lost_step if run and lost else None, "step",
+                           f"the first logged with loss nan {about}"),
+    }
 
 
 def _row(claim: Claim, finding: Finding) -> dict[str, str | None]:

@@ -124,6 +124,28 @@ def training(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+def training_steps(frame: pd.DataFrame) -> Figure:
+    """Milliseconds and, where a counter was read, joules of a training step against length."""
+    measured = frame["joules_per_step"].notna().any()
+    columns = {"ms": "a training step, ms"}
+    if measured:
+        columns["joules_per_step"] = "a training step, J"
+    figure, axes = new_figure(1, len(columns), size=(5.0 * len(columns), 3.6), squeeze=False)
+    names = {"M": "SSM", "A": "attention"}
+    for ax, (column, label) in zip(axes[0], columns.items(), strict=True):
+        for i, pattern in enumerate(dict.fromkeys(frame["pattern"])):
+            one = frame[(frame["pattern"] == pattern) & frame[column].notna()]
+            ax.plot(one["context"], one[column].astype(float), **look(i),
+                    label=names.get(pattern, pattern))
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        tick_with(ax.xaxis, lambda length: f"{length:,.0f}")
+        tick_with(ax.yaxis, lambda value: f"{value:g}")
+        label_axes(ax, "context, bytes", label)
+    axes[0][0].legend()
+    return figure
+
+
 PEERS = {"fused": "fused (this project)", "fused, recompute": "fused, recomputed backward",
          "mamba_ssm": "mamba-ssm", "sdpa": "attention of the same width (SDPA)"}
 
