@@ -22,6 +22,7 @@ from analysis.learning import (
     position_bits,
 )
 from analysis.pairs import paired_difference, paired_table
+from analysis.plots import ablation as figures
 from analysis.synthetic import IGNORE, accuracy, learn_task, make_task, parse_task
 from analysis.tokens import (
     Pieces,
@@ -172,6 +173,16 @@ def test_heldout_bits_of_an_untrained_model():
 
 
 # --------------------------------------------------------------------------------------- tasks
+
+
+def test_a_seed_that_is_done_stays_in_the_mean():
+    """One seed solves the task at step 20 and stops, the other stays at 0.5: the mean is 0.75."""
+    rows = [(0, 10, 0.5), (0, 20, 1.0), (1, 10, 0.5), (1, 20, 0.5), (1, 30, 0.5)]
+    frame = pd.DataFrame([{"task": "copy", "size": 2, "pattern": "A", "seed": seed, "step": step,
+                           "accuracy": accuracy, "chance": 0.1} for seed, step, accuracy in rows])
+    line = figures.tasks(frame).axes[0].lines[0]
+    assert line.get_xdata().tolist() == [10, 20, 30]
+    assert line.get_ydata().tolist() == [0.5, 0.75, 0.75]
 
 
 def test_recall_answers_are_the_values_shown():

@@ -647,8 +647,14 @@ def test_the_race_under_an_energy_cap_decides(accuracy, joules, after):
 
 def test_a_fast_kernel_shows_what_can_be_gained():
     recorded = task({"ms_per_step": 204.0}, {"system": "mamba_byte", "ms_per_step": 2.5})
-    assert verdict("kernel-feasible") == OPEN
-    assert verdict("kernel-feasible", recorded) == CAVEAT
+    assert verdict("kernel-feasible") == HOLDS  # by what others have reported
+    alone = {name: fact for name, fact in OUR_FACTS.items() if name != "same_competition"}
+    for found, after in ((None, OPEN), (recorded, CAVEAT)):
+        assert claims.judge(BY_ID["kernel-feasible"], lab(found, facts=alone)).verdict == after
+    slow = task({"ms_per_step": 5.0}, {"system": "mamba_byte", "ms_per_step": 2.5})
+    assert claims.judge(BY_ID["kernel-feasible"], lab(slow, facts=alone)).verdict == FAILS
+    assert verdict("kernels-unavailable") == FAILS
+    assert claims.judge(BY_ID["kernels-unavailable"], lab(facts=alone)).verdict == OPEN
 
 
 def test_smoke_mode_by_variable(monkeypatch):

@@ -22,8 +22,8 @@ from mambabyte.model import ByteLM
 from mambabyte.optim import make_optimizer
 from mambabyte.train import train_step
 
-EARLY, LATE = 100, 300  # steps of the tied head's comparison: is a difference growing?
-STEPS = 150  # of the others
+EARLY, LATE = 80, 240  # steps of the tied head's comparison: is a difference growing?
+STEPS = 100  # of the others
 CONTEXT, BATCH = 128, 8
 
 

@@ -20,7 +20,7 @@ from analysis.claims.ledger import (
     near,
     sig,
 )
-from analysis.claims.published import first_run
+from analysis.claims.published import fast_hybrids, first_run
 from analysis.flops import flops_per_byte, flops_table
 from mambabyte.config import get_preset
 from mambabyte.evaluate import TASK_CHARACTERS
@@ -509,13 +509,21 @@ def kernel_gain(lab: Lab, claim: Claim) -> Finding:
 
 @check
 def kernel_feasible(lab: Lab, claim: Claim) -> Finding:
-    written, exact = whole_run(lab), lab.task("mamba_byte")
-    if written is None or exact is None:
+    written, exact, others = whole_run(lab), lab.task("mamba_byte"), fast_hybrids(lab)
+    gain, cell, sources = 0.0, None, []
+    reason = "A fused kernel against the scan in plain torch, in whole steps, was not measured"
+    if written is not None and exact is not None:
+        slow, fast = _step_ms(written[0]), _step_ms(exact.what)
+        gain, cell = slow / fast, f"{slow:.0f} -> {fast:.1f} ms a step"
+        reason = (f"For the first document's model a fused kernel in CUDA C++, with the step "
+                  f"compiled and captured, brings a step from {slow:.0f} to {fast:.1f} ms")
+        sources.append(exact.text)
+    if others is not None:
+        reason += f"; in the same competition {others[0]}"
+        sources.append(others[1])
+    if not sources:
         return lab.undecided("throughput", "It takes whole steps with the scan in plain torch and "
                              "with a fused one on a GPU")
-    slow, fast = _step_ms(written[0]), _step_ms(exact.what)
-    verdict = CAVEAT if slow > 10 * fast else FAILS
-    return Finding(verdict, f"{slow:.0f} -> {fast:.1f} ms a step", f"For the first document's "
-                   f"model a fused kernel, with the step compiled and captured, brings a step from "
-                   f"{slow:.0f} to {fast:.1f} ms. It is CUDA C++; a Triton kernel was not measured "
-                   "here.", exact.text)
+    shown = others is not None and others[2]
+    verdict = (HOLDS if shown else CAVEAT) if gain > 10 or shown else FAILS
+    return Finding(verdict, cell, f"{reason}.", "; ".join(sources))

@@ -257,3 +257,28 @@ def pure_neural(lab: Lab, claim: Claim) -> Finding:
                    f"{'It has ' + ', '.join(extra) if extra else 'None of the three is in it'}; "
                    "whether the scored run used this file is not shown.",
                    str(lab.fact("second_script", "source")))
+
+
+def fast_hybrids(lab: Lab) -> tuple[str, str, bool] | None:
+    """Hybrids with fast kernels in the second document's competition: words, source, and whether
+    all of them are below its baseline; None where the ledger has none."""
+    facts = lab.published("same_competition")
+    if facts is None or not facts["hybrids"]:
+        return None
+    baseline = float(facts["baseline_bpb"])
+    words = ", ".join(f"{h['bpb']:.4f} with {h['kernel']} (#{h['pull_request']})"
+                      for h in facts["hybrids"])
+    below = all(float(h["bpb"]) < baseline for h in facts["hybrids"])
+    return (f"others report {words}, where its naive baseline has {baseline:.4f}",
+            str(facts["source"]), below)
+
+
+@check
+def kernels_unavailable(lab: Lab, claim: Claim) -> Finding:
+    found = fast_hybrids(lab)
+    if found is None:
+        return Finding(OPEN, None, "It would take an installation of mamba-ssm in the "
+                       "competition's environment.", "not measured")
+    words, source, _ = found
+    return Finding(FAILS, "used by others", f"In the same competition {words}: the kernels could "
+                   "be had.", source)

@@ -133,7 +133,8 @@ def drift(positions: pd.DataFrame) -> Figure:
 
 
 def tasks(frame: pd.DataFrame) -> Figure:
-    """Accuracy on synthetic tasks while learning, one panel a task; the mean over seeds."""
+    """Accuracy on synthetic tasks while learning, one panel a task; the mean over seeds, of which
+    one that has solved the task counts with its last accuracy."""
     kinds = list(dict.fromkeys(zip(frame["task"], frame["size"], strict=True)))
     style = _styles(frame["pattern"])
     figure, axes = new_figure(1, len(kinds), size=(max(7.2, 3.6 * len(kinds)), 3.8), sharey=True,
@@ -141,7 +142,8 @@ def tasks(frame: pd.DataFrame) -> Figure:
     for ax, (task, size) in zip(axes[0], kinds, strict=True):
         some = frame[(frame["task"] == task) & (frame["size"] == size)]
         for pattern, look in style.items():
-            mean = some[some["pattern"] == pattern].groupby("step")["accuracy"].mean()
+            mine = some[some["pattern"] == pattern]
+            mean = mine.pivot(index="step", columns="seed", values="accuracy").ffill().mean(axis=1)
             if len(mean):
                 ax.plot(mean.index, mean, label=pattern, **look)
         mark_line(ax, y=float(some["chance"].iloc[0]), text="chance")
