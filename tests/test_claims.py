@@ -66,6 +66,7 @@ TYPICAL = {
     "kept.full_tensors": 5.0, "kept.without_concatenation": 1.0, "kept.twice_length": 2.0,
     "kept.twice_channels": 2.0, "kept.twice_states": 2.0,
     "operations.calls": 363, "operations.in_float32": 1, "operations.backward_exponent": 1.95,
+    "operations.built_from_both": 1, "operations.all_of_torch": 1,
     "operations.split_exponent": 1.0, "operations.bytes_per_element": 99,
     "streaming.state_bytes_16": 116736, "streaming.state_bytes_512": 116736,
     "streaming.bytes_moved_16": 5.1e6, "streaming.bytes_moved_512": 5.1e6,
@@ -258,6 +259,8 @@ def test_typical_numbers_are_those_of_the_experiments():
     ("gradient-same-math", FAILS, {"gradient__document_chunked_across_32": 1e-7}, HOLDS),
     ("carry-gradient", HOLDS, {"gradient__document_chunked_nonzero_64": 0.0}, FAILS),
     ("underperform", CAVEAT, {"fox_published__last_loss": 1.5}, HOLDS),
+    ("cumsum-exp", HOLDS, {"operations__built_from_both": 0}, FAILS),
+    ("cumsum-exp", HOLDS, {"operations__all_of_torch": 0}, FAILS),
     ("fox-confirms", FAILS, {"fox_published__last_loss": 3.0}, HOLDS),
     ("smoke-pass", CAVEAT, {"smoke__published_passes_check": 1}, HOLDS),
     ("init-002", HOLDS, {"initial__loss": 7.0}, FAILS),
@@ -315,6 +318,8 @@ def test_another_measurement_gives_another_verdict(claim, before, given, after):
     ("energy-ranges", (10, 20, 10, 20), HOLDS),
     ("third-of-time", (294.9, 90, 105), HOLDS), ("six-three", (7, 2), HOLDS),
     ("three-to-one", (3.5,), HOLDS), ("slower-ratio", (10, 37, 0.7), FAILS),
+    ("table-values", (256, 192, 6, 16, 4, 2), INCONSISTENT),
+    ("halved-quartered", (2048, 512, 64, 16), INCONSISTENT),
     ("limits-steps", (180, 0.7, 0.7), FAILS), ("overnight", (2200, 200, 37, 0.7), FAILS),
     ("kernel-gain", (40, 37, 0.7), HOLDS), ("kernel-gain", (500, 37, 0.7), FAILS),
     ("implied-power", (10, 25, 80, 220, 30e3, 250), HOLDS),
@@ -610,6 +615,31 @@ def test_what_slicing_adds_is_told_from_what_materialising_costs():
     assert verdict("overhead-cause") == OPEN
     for ms, after in ((49.0, HOLDS), (30.0, CAVEAT), (4.0, FAILS)):
         assert verdict("overhead-cause", scans(ms)) == after
+
+
+def test_losses_on_text_decide_whether_training_suffers():
+    for gap, after in ((3e-4, FAILS), (0.02, CAVEAT), (0.2, HOLDS)):
+        rows = [{"form": form, "step": step, "layer": 0, "loss, nats": 3.0 + more}
+                for form, more in (("auto", 0.0), ("document_chunked", gap)) for step in range(9)]
+        recorded = Evidence((run_of("overflow", tables={"headroom": rows}),))
+        assert verdict("underperform", recorded) == after
+
+
+def test_peaks_by_an_allocator_decide():
+    """The same rows that the record of an H200 has."""
+    def record(mb: float, checkpointing: bool = False) -> Evidence:
+        rows = [{"layers": "MMMM", "d_model": 192, "form": "document_chunked", "batch": batch,
+                 "context": context, "autocast": "bf16", "checkpointing": checkpointing,
+                 "measured peak (MB)": mb} for batch, context in ((64, 2048), (16, 1024))]
+        made = run_of("memory", tables={"cuda": rows}, device="cuda", provenance={
+            "machine": {"gpus": [{"name": "a GPU"}]}})
+        return Evidence((), (made,))
+
+    assert [verdict("oom-40", record(mb)) for mb in (82e3, 30e3)] == [HOLDS, FAILS]
+    assert [verdict("inside-40", record(mb)) for mb in (10e3, 30e3, 50e3)] == [
+        HOLDS, CAVEAT, FAILS]
+    finding = claims.judge(BY_ID["fix-checkpointing"], lab(record(27.9e3, checkpointing=True)))
+    assert "27.9 GB" in finding.reason
 
 
 def test_the_longest_training_speaks_first():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from analysis.claims.lab import Lab
 from analysis.claims.ledger import (
@@ -50,6 +51,36 @@ def parameters(lab: Lab, claim: Claim) -> Finding:
 
 
 @check
+def table_gives_count(lab: Lab, claim: Claim) -> Finding:
+    """Do the six values give the quoted count, and would others?"""
+    names = ("vocab_size", "d_model", "n_layer", "d_state", "d_conv", "expand")
+    given = dict(zip(names, map(int, claim.numbers), strict=True))
+    quoted = 1.06e6
+
+    def count(**changed: int) -> int:
+        return replace(FINAL.model, **{**given, **changed}).n_parameters
+
+    ours = count()
+    loose = [name for name in names
+             if round(count(**{name: given[name] + 1}) / 1e6, 2) == quoted / 1e6]
+    verdict = HOLDS if round(ours / 1e6, 2) == quoted / 1e6 else INCONSISTENT
+    unseen = f" (the count does not tell {', '.join(loose)} from one more)" if loose else ""
+    return Finding(verdict, f"{ours:,} parameters", f"Together they give {ours:,} parameters, "
+                   f"quoted as 1.06M{unseen}.")
+
+
+@check
+def halved_and_quartered(lab: Lab, claim: Claim) -> Finding:
+    context, half, batch, quarter = claim.numbers
+    right = context == 2 * half and batch == 4 * quarter
+    same = (half, quarter) == (FINAL.train.context, FINAL.train.batch_size)
+    return Finding(HOLDS if right and same else INCONSISTENT,
+                   f"{context / half:g} and {batch / quarter:g}",
+                   f"{context:.0f} / {half:.0f} is {context / half:g} and {batch:.0f} / "
+                   f"{quarter:.0f} is {batch / quarter:g}.", "arithmetic on the stated numbers")
+
+
+@check
 def smoke_parameters(lab: Lab, claim: Claim) -> Finding:
     n = PRESETS["smoke"].model.n_parameters
     verdict = HOLDS if round(n / 1e6, 2) == claim.number else FAILS
@@ -73,9 +104,13 @@ def schedule(lab: Lab, claim: Claim) -> Finding:
     peak = max(range(steps), key=lambda s: learning_rate(s, FINAL.train)) + 1
     last = learning_rate(steps - 1, FINAL.train) / FINAL.train.lr
     verdict = HOLDS if near(peak / steps, claim.number, 0.01) and last < 1e-3 else FAILS
+    coded = lab.published("first_code")
+    idle = coded is not None and coded["first_rate"] == 0
     return Finding(verdict, f"peak at step {peak}, end at {last:.0e} of it",
                    f"A linear warm-up over {peak} of {steps} steps is {peak / steps:.1%}, and the "
-                   f"cosine ends at {last:.0e} of the peak.")
+                   f"cosine ends at {last:.0e} of the peak."
+                   + (" In the published script the first step has rate 0 and changes nothing; of "
+                      "smoke mode's two steps that is one." if idle else ""))
 
 
 @check

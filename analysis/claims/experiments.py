@@ -163,6 +163,7 @@ class _Operations(TorchDispatchMode):
         self.bytes_moved = 0
         self.allocated = 0
         self.dtypes: set[torch.dtype] = set()
+        self.names: set[str] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -174,6 +175,7 @@ class _Operations(TorchDispatchMode):
                    if isinstance(t, Tensor)]
         reads = [t for t in args if isinstance(t, Tensor)]
         self.calls += 1
+        self.names.add(func.overloadpacket.__name__)
         self.allocated += sum(t.numel() * t.element_size() for t in results)
         self.bytes_moved += sum(t.numel() * t.element_size() for t in (*results, *reads))
         if func.overloadpacket.__name__ in ("exp", "cumsum"):
@@ -242,6 +244,9 @@ def operations(settings: Settings) -> dict[str, float]:
     return {
         "calls": forward.calls,
         "in_float32": float(forward.dtypes == {torch.float32}),
+        "built_from_both": float({"exp", "cumsum"} <= forward.names),
+        # An operator of another library than torch would be a kernel after all.
+        "all_of_torch": float(all(hasattr(torch.ops.aten, name) for name in forward.names)),
         "backward_exponent": math.log2(long.allocated / short.allocated) / 2,
         "split_exponent": math.log2(split[1].allocated / split[0].allocated) / 2,
         "bytes_per_element": _moved_per_element(),

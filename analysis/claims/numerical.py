@@ -81,7 +81,8 @@ def below_noise(lab: Lab, claim: Claim) -> Finding:
 @check
 def published_operations(lab: Lab, claim: Claim) -> Finding:
     calls, single = lab["operations.calls"], lab["operations.in_float32"]
-    return Finding(HOLDS if calls else FAILS, f"{calls:.0f} operations", "The scan runs on exp, "
+    right = lab["operations.built_from_both"] and lab["operations.all_of_torch"]
+    return Finding(HOLDS if right else FAILS, f"{calls:.0f} operations", "The scan runs on exp, "
                    f"cumsum and elementwise products: {calls:.0f} tensor operations for one layer "
                    f"at 1024 bytes, exp and cumsum in {'float32' if single else 'bfloat16'}.")
 
