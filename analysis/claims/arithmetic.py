@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from analysis.claims.lab import Lab
 from analysis.claims.ledger import (
@@ -54,10 +55,10 @@ def parameters(lab: Lab, claim: Claim) -> Finding:
 def table_gives_count(lab: Lab, claim: Claim) -> Finding:
     """Do the six values give the quoted count, and would others?"""
     names = ("vocab_size", "d_model", "n_layer", "d_state", "d_conv", "expand")
-    given = dict(zip(names, map(int, claim.numbers), strict=True))
+    given: dict[str, Any] = dict(zip(names, map(int, claim.numbers), strict=True))
     quoted = 1.06e6
 
-    def count(**changed: int) -> int:
+    def count(**changed: Any) -> int:
         return replace(FINAL.model, **{**given, **changed}).n_parameters
 
     ours = count()

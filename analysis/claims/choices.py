@@ -22,7 +22,7 @@ from mambabyte.model import ByteLM
 from mambabyte.optim import make_optimizer
 from mambabyte.train import train_step
 
-EARLY, LATE = 80, 240  # steps of the tied head's comparison: is a difference growing?
+EARLY, LATE = 60, 180  # steps of the tied head's comparison: is a difference growing?
 STEPS = 100  # of the others
 CONTEXT, BATCH = 128, 8
 

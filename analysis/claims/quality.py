@@ -241,8 +241,9 @@ def five_steps(lab: Lab, claim: Claim) -> Finding:
     verdict = HOLDS if five <= claim.number * 1.1 else INCONSISTENT
     return Finding(verdict, f"{five:.2f} after 5 steps, {more:.2f} after 40", f"A small hybrid "
                    f"with the document's choices is at {five:.2f} bits a byte after five steps "
-                   f"(byte counts: {none:.2f}) and at {more:.2f} after 40. Five steps to "
-                   f"{claim.number:.2f} is not believable; 200 steps may be.")
+                   f"(byte counts: {none:.2f}), at {more:.2f} after 40 and at "
+                   f"{lab['second_steps.bits_250']:.2f} after 250. Five steps to "
+                   f"{claim.number:.2f} is not believable; 200 large ones may be.")
 
 
 @check
