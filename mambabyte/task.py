@@ -24,7 +24,7 @@ from mambabyte.errors import UserError
 from mambabyte.evaluate import TASK_CHARACTERS, byte_log_probs, score
 from mambabyte.fast_step import FastStep, Windows, prepare, window_starts
 from mambabyte.guide import Guide, GuidedLM, GuidedWindows
-from mambabyte.model import ByteLM, without_state
+from mambabyte.model import ByteLM, head_loss, without_state
 from mambabyte.ngram import DISCOUNT, Mixture, NgramLM, best_weight, count
 from mambabyte.optim import make_optimizer, schedule
 from mambabyte.stream import ByteModel
@@ -227,7 +227,7 @@ def fit(
         notes["ms_per_step"] = 1e3 * (time.perf_counter() - first_log) / (done - first_done)
         notes["seconds_to_first_log"] = first_log - began
     del step, optimizer
-    network.run_layer = without_state
+    network.run_layer, network.run_head = without_state, head_loss
     return done, notes
 
 
