@@ -33,7 +33,7 @@ def test_the_parts_add_up_to_the_step(capsys: pytest.CaptureFixture[str]) -> Non
     found = json.loads(capsys.readouterr().out)
     assert [row["system"] for row in found["steps"]] == ["M", "A"]
     sizes = [row["parameters"] for row in found["steps"]]
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.03)
     for row in found["steps"]:
         parts = {p["part"]: p["ms"] for p in found["parts"] if p["system"] == row["system"]}
         assert {"matrix products", "optimizer", "norms"} <= set(parts)

@@ -52,6 +52,10 @@ class Options:
     """fused, mamba_ssm, mambapy, chunked, sdpa, ...; the usual ones when none is named."""
     preset: str = "mamba_byte"
     """Which model is streamed or trained."""
+    checkpoint: Path | None = None
+    """Stream this trained model; without it, one of the preset with fresh weights."""
+    corpus: str = "stdlib"
+    """Where the streamed text is from: stdlib, wikitext103, a folder with wiki.*.raw, or a file."""
     batch_size: int = 0
     """Windows of a training step; the preset's own when 0."""
     context: int = 0
@@ -106,30 +110,40 @@ def bench_scan(options: Options) -> int:
 
 
 def bench_stream(options: Options) -> int:
-    from analysis.bench_stream import run_bench
+    import torch
+
+    from analysis.bench_stream import VALUES, run_bench
     from analysis.records import write_tables
+    from mambabyte.checkpoint import load_model
     from mambabyte.config import get_preset
+    from mambabyte.corpus import load_corpus
     from mambabyte.errors import UserError
+    from mambabyte.model import ByteLM
     from mambabyte.provenance import provenance
 
     if min((*options.streams, *options.seen), default=1) < 1 or options.characters < 0:
         raise UserError("--streams and --seen must be 1 or more, --characters 0 or more")
-    device = pick_device(options.device)
-    frame, values = run_bench(get_preset(options.preset).model, device, options.streams,
+    device, corpus = pick_device(options.device), load_corpus(options.corpus, say)
+    torch.manual_seed(0)
+    model = (load_model(options.checkpoint) if options.checkpoint
+             else ByteLM(get_preset(options.preset).model))
+    frame, values = run_bench(model.to(device).eval(), bytes(corpus.valid), options.streams,
                               options.seen, options.characters, say)
     if options.record:
-        units = {"scoring_seconds": ("s", f"streaming score of {options.characters} characters")}
         write_tables(
             options.record, {"stream": (STREAM_TABLE, frame)}, study="throughput",
             title=f"Streaming {options.preset}", about=STREAM_ABOUT,
-            parameters={"preset": options.preset, "device": device}, provenance=provenance(),
-            values={name: (value, *units[name]) for name, value in values.items()})
+            parameters={"preset": options.preset, "device": device, "corpus": corpus.name,
+                        "trained": options.checkpoint is not None,
+                        "characters": options.characters},
+            provenance=provenance(),
+            values={name: (value, *VALUES[name]) for name, value in values.items()})
     record = {"stream": frame.astype(object).where(frame.notna(), None).to_dict("records"),
               **values, "provenance": provenance()}
     lines = [f"{row.way:20} {row.streams:5} streams {row.seen:8} seen {row.microseconds:10.1f} us "
              f"[{row.low:.1f}, {row.high:.1f}] {row.bytes_per_second:12.0f} bytes/s "
              f"{row.joules_per_megabyte:8.1f} J/MB" for row in frame.itertuples()]
-    lines += [f"{name}: {value:.2f}" for name, value in values.items()]
+    lines += [f"{VALUES[name][1]}: {value:.4g} {VALUES[name][0]}" for name, value in values.items()]
     print_result(record, options.json, lines)
     return 0
 
