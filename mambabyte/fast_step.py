@@ -132,7 +132,9 @@ class FastStep:
         # Without gradients to add to, the captured backward writes them anew at every replay.
         self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Beside other processes a thread of NCCL's watches events, which "global" forbids.
+        mode = "global" if self._world.size == 1 else "thread_local"
+        with torch.cuda.graph(graph, capture_error_mode=mode):
             self._step()
         return graph
 
