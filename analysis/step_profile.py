@@ -96,7 +96,7 @@ def bench_steps(
     rows: list[dict[str, Any]] = []
     parts: list[dict[str, Any]] = []
     for name, config in configs.items():
-        steppers[name], peak = _prepared(config, recipe, device, way)
+        steppers[name], peak = training_step(config, recipe, device, way)
         rows.append({"system": name, "parameters": config.n_parameters, "peak_bytes": peak})
         say(f"{name}: {config.n_parameters:,} parameters, ready")
     took: dict[str, list[float]] = {name: [] for name in configs}
@@ -123,10 +123,11 @@ def bench_steps(
     return pd.DataFrame(rows), pd.DataFrame(parts)
 
 
-def _prepared(
+def training_step(
     config: ModelConfig, recipe: TrainConfig, device: str, way: Way
 ) -> tuple[Callable[[], Any], float]:
-    """A call that takes one step on random bytes, warmed up, and its peak memory."""
+    """A call that takes one step on random bytes, warmed up, and its peak memory in bytes (nan on
+    the CPU). A step that is not eager is captured: it runs on a GPU alone."""
     torch.manual_seed(0)
     cuda = device.startswith("cuda")
     if cuda:
