@@ -111,7 +111,7 @@ SYSTEMS: dict[str, System] = {
     "nano_ssm_1_1": _preset("nano_ssm_1_1"),
     "ngram": System("interpolated Kneser-Ney of order 12 alone", None, ngram=Ngram(weight=1.0)),
     "ours": _guided("SSM and attention 1:1, d 256, 4 layers, guided by an n-gram in training",
-                    n_steps=800, layer_pattern="MA"),
+                    n_steps=950, layer_pattern="MA"),
     "ours_attention": _guided("ours with attention alone", n_steps=700),
 }
 
