@@ -17,10 +17,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from mambabyte.config import ModelConfig
 from mambabyte.cuda_model import CudaModel
 from mambabyte.energy import EnergyMeter
-from mambabyte.evaluate import score_streaming
+from mambabyte.evaluate import score, score_streaming
 from mambabyte.model import ByteLM
 from mambabyte.stream import ByteStream, CharModel, advance_of
 
@@ -36,22 +35,27 @@ COLUMNS = {
     "bytes_per_second": "of all streams together",
     "joules_per_megabyte": "gross, by the machine's own counter",
 }
+VALUES = {  # unit, and what it is
+    "scoring_seconds": ("s", "scoring the text, byte after byte"),
+    "window_seconds": ("s", "scoring the same text in parallel windows"),
+    "different_hits": ("characters", "predicted right by one of the two ways only"),
+    "accuracy": ("", "share of characters predicted right, streaming"),
+}
 SECONDS = 0.6  # of each case, all its repeats together
 REPEATS = 5
 
 
 def run_bench(
-    config: ModelConfig, device: str, streams: Sequence[int] = (1, 8, 64, 512),
+    model: ByteLM, text: bytes, streams: Sequence[int] = (1, 8, 64, 512),
     seen: Sequence[int] = (100, 1000, 10_000, 100_000, 1_000_000), characters: int = 60_000,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Rows with COLUMNS, and values: seconds to score ``characters`` ASCII characters.
+    """Rows with COLUMNS, and VALUES of scoring the first ``characters`` characters of ``text``.
 
-    The model is freshly initialised: its speed is that of a trained one. What a machine does not
-    count is nan.
+    What a machine does not count is nan. The speed of scoring depends on the model: each place
+    where it thinks of a character of several bytes is asked about again.
     """
-    torch.manual_seed(0)
-    model = ByteLM(config).to(device).eval()
+    device = str(model.device)
     rows = []
 
     def case(way: str, count: int, before: int, step: Callable[[int], object]) -> None:
@@ -64,23 +68,34 @@ def run_bench(
         if isinstance(advance, CudaModel):
             case(KERNEL, count, 1, functools.partial(_by_kernel, advance, count))
     stream = ByteStream(model)
-    case(DRAW, 1, 1, lambda n: sum(map(len, stream.fork().draw(n, temperature=0))))
-    text = bytes(32 + i * 7 % 90 for i in range(1 << 16))
     done = 1
     for before in sorted(seen):
         while done < before:
-            piece = text[: min(len(text), before - done)]
+            piece = text[: min(len(text), 1 << 16, before - done)]
             stream.feed(piece)
             done += len(piece)
         case(BYTE, 1, before, functools.partial(_by_feeding, stream))
-    values = {}
-    if characters:
-        chars, data = CharModel(model), (text * (characters // len(text) + 1))[:characters]
+        case(DRAW, 1, before, functools.partial(_by_drawing, stream))
+    return pd.DataFrame(rows, columns=list(COLUMNS)), (
+        _scoring(model, text, characters, say) if characters else {})
+
+
+def _scoring(
+    model: ByteLM, text: bytes, characters: int, say: Callable[[str], None]
+) -> dict[str, float]:
+    chars = CharModel(model)
+    ways = {"scoring_seconds": functools.partial(score_streaming, chars),
+            "window_seconds": functools.partial(score, model)}
+    values, hits = {}, []
+    for name, way in ways.items():
+        way(text, min(characters, 2000))  # compiles, fills caches
         start = time.perf_counter()
-        score_streaming(chars, data, characters)
-        values["scoring_seconds"] = time.perf_counter() - start
-        say(f"scoring {characters} characters: {values['scoring_seconds']:.2f} s")
-    return pd.DataFrame(rows, columns=list(COLUMNS)), values
+        hits.append(way(text, characters).hits)  # on the CPU: it has waited
+        values[name] = time.perf_counter() - start
+        say(f"{VALUES[name][1]}: {values[name]:.2f} s")
+    values["different_hits"] = float((hits[0] != hits[1]).sum())
+    values["accuracy"] = float(hits[0].mean())
+    return values
 
 
 def _time(step: Callable[[int], object], count: int, device: str) -> dict[str, float]:
@@ -129,3 +144,8 @@ def _by_feeding(stream: ByteStream, length: int) -> None:
     stream = stream.fork()
     for _ in range(length):
         stream.feed(b"e")
+
+
+def _by_drawing(stream: ByteStream, length: int) -> None:
+    for _ in stream.fork().draw(length, temperature=0):
+        pass

@@ -23,7 +23,7 @@ COMMANDS = {
     "report": ("analysis.commands.report", "render the HTML report from the run folders"),
     "ngram": ("analysis.commands.ngram", "count, score and save a byte n-gram model"),
     "task": ("analysis.commands.task", "a named system under the rules of the public task"),
-    "bench": ("analysis.commands.bench", "time the scan against its peers and its floor"),
+    "bench": ("analysis.commands.bench", "time the scan and peers, streaming, or training steps"),
 }
 
 

@@ -30,6 +30,8 @@ from analysis.scan_timing import (
     count_allocations,
     time_scans,
 )
+from analysis.step_profile import Way, training_step
+from analysis.step_profile import systems as widths_of_gpus
 from analysis.throughput_values import headline
 from analysis.timing import Case, crossover, exponent_table, measure, none_for_nan, threads
 from mambabyte.blocks import AttentionMixer, LayerState, MambaMixer
@@ -38,9 +40,8 @@ from mambabyte.energy import EnergyMeter
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.ops import FORMS
-from mambabyte.optim import make_optimizer
 from mambabyte.stream import advance_of
-from mambabyte.train import autocast, train_step
+from mambabyte.train import autocast
 
 __all__ = ["PROFILES", "Parameters", "Results", "headline", "recorded_scan", "run"]
 
@@ -278,18 +279,23 @@ def time_training(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
     (1e6 bytes) come from an energy counter over at least ``train_seconds``, else None.
     """
     base = replace(model_config(p), attention_window=p.train_context)
-    systems = match_patterns(base, p.patterns)
+    cuda = p.device.startswith("cuda")
+    # Odd widths of an MLP, which a CPU does not mind, would slow a GPU's matrix products.
+    systems = (widths_of_gpus(base, p.patterns) if cuda else
+               {pattern: m.config for pattern, m in match_patterns(base, p.patterns).items()})
     rows = []
     runs = []
-    for pattern, matched in systems.items():
+    for pattern, config in systems.items():
         for form in p.training_forms if "M" in pattern else ("auto",):
             # Forms are compared on the pure SSM; other patterns run the default alone.
             if form == "auto" or pattern == "M":
-                runs.append((pattern, form, replace(matched.config, scan_form=form)))
+                runs.append((pattern, form, replace(config, scan_form=form)))
+    recipe = TrainConfig(context=p.train_context, batch_size=p.train_batch, precision=p.precision)
+    way: Way = "graph" if cuda else "eager"  # as training does
     timed: list[Case] = []
     meters: dict[int, Callable[[], object]] = {}
     for i, (pattern, form, config) in enumerate(runs):
-        step = _training_step(p, config)
+        step, _ = training_step(config, recipe, p.device, way)
         meters[i] = step
         timed.append(Case((pattern, form), p.train_context, partial(_constant, step),
                           {"pattern": pattern, "form": form}))
@@ -325,16 +331,6 @@ def steps_at(p: Parameters, batch: int, contexts: tuple[int, ...]) -> pd.DataFra
 
 def _constant(call: Callable[[], object]) -> Callable[[], object]:
     return call
-
-
-def _training_step(p: Parameters, config: ModelConfig) -> Callable[[], object]:
-    torch.manual_seed(0)
-    model = ByteLM(config).to(p.device)
-    recipe = TrainConfig(context=p.train_context, batch_size=p.train_batch, n_steps=10**6,
-                         precision=p.precision)
-    optimizer = make_optimizer(model, recipe)
-    tokens = torch.randint(0, 256, (p.train_batch, p.train_context + 1), device=p.device)
-    return partial(train_step, model, optimizer, tokens, recipe, 0)
 
 
 def _joules_per_step(

@@ -79,7 +79,7 @@ def measure(
             continue
         finally:
             call = None  # type: ignore[assignment]
-            _release(device)
+            release(device)
         past.append((case.length, took))
         inner[i] = max(1, min(50, int(least_seconds / max(took, 1e-7))))
     rng = np.random.default_rng(0)
@@ -92,7 +92,7 @@ def measure(
             cases[i].seconds.append(_time(call, inner[i], device))
             call = None  # type: ignore[assignment]
             if device != "cpu":
-                _release(device)
+                release(device)
         report(f"round {number + 1} of {rounds}: {len(alive)} points")
     return pd.DataFrame([_row(case) for case in cases])
 
@@ -137,7 +137,8 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def _release(device: str) -> None:
+def release(device: str) -> None:
+    """Give cached memory of a GPU back."""
     if device.startswith("cuda"):
         gc.collect()
         torch.cuda.empty_cache()

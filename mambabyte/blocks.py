@@ -77,10 +77,17 @@ class MambaMixer(nn.Module):
         u, z = self.in_proj(x).chunk(2, dim=-1)  # each (B, L, D)
         u, tail = causal_conv(
             u, self.conv1d.weight.squeeze(1), self.conv1d.bias, tail, silu=True)
-        d_state = self.A_log.shape[1]
-        low_rank, B, C = self.x_proj(u).split([self.dt_rank, d_state, d_state], dim=-1)
+        rank, d_state = self.dt_rank, self.A_log.shape[1]
+        x_proj, dt_proj = self.x_proj.weight, self.dt_proj.weight
+        if u.is_cuda and rank % 8:
+            # Zeros between delta's rows and those of B and C put all three on 16 bytes. Else the
+            # products take kernels of half the speed, and the scan copies B and C.
+            spare = -rank % 8
+            x_proj = torch.cat([F.pad(x_proj[:rank], (0, 0, 0, spare)), x_proj[rank:]])
+            dt_proj, rank = F.pad(dt_proj, (0, spare)), rank + spare
+        low_rank, B, C = F.linear(u, x_proj).split([rank, d_state, d_state], dim=-1)
         # The bias is added inside the scan, in float32: in bf16 it would round the step size.
-        delta = F.linear(low_rank if self.dt_rank else u, self.dt_proj.weight)
+        delta = F.linear(low_rank if rank else u, dt_proj)
         return u, delta, B, C, z, tail
 
     def forward(self, x: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:

@@ -38,12 +38,25 @@ class NvmlCounter:
 
         pynvml.nvmlInit()
         self._nvml = pynvml
-        self._handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        # CUDA_VISIBLE_DEVICES renumbers GPUs for CUDA alone; the UUID is the same for both.
+        uuid = _cuda_uuid(index)
+        self._handle = (pynvml.nvmlDeviceGetHandleByUUID(uuid) if uuid
+                        else pynvml.nvmlDeviceGetHandleByIndex(index))
         self.source = f"NVML total energy counter, GPU {index}"
         self.joules()  # raises here, once, where the counter is missing
 
     def joules(self) -> float:
         return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3
+
+
+def _cuda_uuid(index: int) -> str | None:
+    """NVML's name of the GPU that CUDA numbers ``index``; None where CUDA does not tell."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    return None if uuid is None else f"GPU-{uuid}"
 
 
 class RaplCounter:

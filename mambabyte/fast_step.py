@@ -22,7 +22,7 @@ from mambabyte import distributed
 from mambabyte.blocks import AttentionMixer
 from mambabyte.config import TrainConfig
 from mambabyte.corpus import sample_starts
-from mambabyte.model import ByteLM, without_state
+from mambabyte.model import ByteLM, head_loss, without_state
 from mambabyte.optim import set_rates
 from mambabyte.precision import autocast
 
@@ -132,13 +132,15 @@ class FastStep:
         # Without gradients to add to, the captured backward writes them anew at every replay.
         self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Beside other processes a thread of NCCL's watches events, which "global" forbids.
+        mode = "global" if self._world.size == 1 else "thread_local"
+        with torch.cuda.graph(graph, capture_error_mode=mode):
             self._step()
         return graph
 
 
 def prepare(model: ByteLM, config: TrainConfig, compiled: bool) -> None:
-    """Ready a model on its device for training: rotary tables, residual type, compiled layers.
+    """Ready a model on its device for training: rotary tables, residual type, compiled parts.
 
     Layers of one kind share their compiled code: the time it takes does not grow with depth.
     """
@@ -147,4 +149,5 @@ def prepare(model: ByteLM, config: TrainConfig, compiled: bool) -> None:
             module.keep_rotary(config.context)
     model.residual_dtype = torch.bfloat16 if config.precision == "bf16_residual" else None
     model.run_layer = torch.compile(without_state, dynamic=False) if compiled else without_state
+    model.run_head = torch.compile(head_loss, dynamic=False) if compiled else head_loss
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambabyte.config import ModelConfig
-from mambabyte.model import ByteLM
+from mambabyte.model import ByteLM, embed
 from mambabyte.ngram import NgramModel, V
 from mambabyte.text import START_BYTE
 
@@ -173,8 +173,9 @@ class GuidedLM(nn.Module):
     def embedded(self, tokens: Tensor, hint: Hint) -> Tensor:
         """Input of the layers (B, L, d_model): the bytes, and what is said of the next ones."""
         likely = torch.exp(0.5 * hint.log_p.float())  # of norm 1
-        return (self.lm.embedding(tokens) + self.prior(likely) + self.best(hint.best.long())
-                + self.kind(hint.kind.long()))
+        return (embed(tokens, self.lm.embedding.weight) + self.prior(likely)
+                + embed(hint.best.long(), self.best.weight)
+                + embed(hint.kind.long(), self.kind.weight))
 
     def combined(self, hidden: Tensor, hint: Hint) -> Tensor:
         return self.lm.logits(hidden).float() + self.gate(hidden).float() * hint.log_p.float()
@@ -182,8 +183,8 @@ class GuidedLM(nn.Module):
     def loss(self, tokens: Tensor, log_p: Tensor, best: Tensor, kind: Tensor) -> Tensor:
         """Mean cross-entropy in nats; tokens (B, L + 1), hints (B, L, ...) of tokens[:, 1:]."""
         hint = Hint(log_p, best, kind)
-        hidden = self.lm.hidden_for_training(self.embedded(tokens[:, :-1], hint))
-        logits = self.combined(hidden, hint)
+        x = self.lm.through_layers(self.embedded(tokens[:, :-1], hint))
+        logits = self.combined(self.lm.norm_f(x), hint)
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
     def forward(self, tokens: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,47 @@ from mambabyte.blocks import Block, LayerState, MambaMixer, make_norm
 from mambabyte.config import ModelConfig
 
 
+class _Embed(torch.autograd.Function):
+    """Rows of a table, with a gradient that is a product with the one-hot tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows = table.shape[0]
+        return F.embedding(tokens, table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (tokens,) = ctx.saved_tensors
+        rows = torch.arange(ctx.rows, device=tokens.device)
+        hot = (tokens.flatten() == rows[:, None]).to(torch.bfloat16)
+        return None, (hot @ grad.flatten(0, -2).to(torch.bfloat16)).to(grad.dtype)
+
+
+def embed(tokens: Tensor, table: Tensor) -> Tensor:
+    """Rows of ``table`` (V, d), V some hundreds, for tokens of any shape (...): (..., d).
+
+    On a GPU, torch sorts the tokens for the gradient, which takes 20 launches and several times as
+    long as a product with their one-hot form. Under bf16 autocast it is that product, in bf16 with
+    sums in float32 as the gradient of every other matrix there; otherwise it is torch's.
+    """
+    bf16 = tokens.is_cuda and torch.is_autocast_enabled("cuda") and (
+        torch.get_autocast_dtype("cuda") == torch.bfloat16)
+    if bf16 and torch.is_grad_enabled() and table.dtype == torch.float32:
+        return _Embed.apply(tokens, table)
+    return F.embedding(tokens, table)
+
+
 def without_state(layer: nn.Module, x: Tensor) -> Tensor:
     """A layer from the first byte on; the state it ends in is not kept."""
     return layer(x, None)[0]
+
+
+def head_loss(model: ByteLM, x: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the bytes ``targets`` (B, L), x (B, L, d_model) behind the
+    last layer."""
+    logits = model.logits(model.norm_f(x))
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 class ByteLM(nn.Module):
@@ -33,8 +72,10 @@ class ByteLM(nn.Module):
             config.d_model, config.vocab_size, bias=False)
         if self.head is not None and config.zero_init_out:
             nn.init.zeros_(self.head.weight)
-        # How training runs a layer, and in which type it adds up; a fast step replaces them.
+        # How training runs a layer and what is behind the last, and in which type the residual
+        # stream adds up; a fast step replaces them.
         self.run_layer: Callable[[nn.Module, Tensor], Tensor] = without_state
+        self.run_head: Callable[..., Tensor] = head_loss
         self.residual_dtype: torch.dtype | None = None
 
     @property
@@ -63,12 +104,13 @@ class ByteLM(nn.Module):
             states.append(layer_state)
         return self.norm_f(x), states
 
-    def hidden_for_training(self, x: Tensor) -> Tensor:
-        """``hidden`` from the first byte on without the states; layers as ``run_layer`` does."""
+    def through_layers(self, x: Tensor) -> Tensor:
+        """For training: ``hidden`` from the first byte on, before the last norm, without the
+        states; layers as ``run_layer`` does."""
         x = self._stem(x if self.residual_dtype is None else x.to(self.residual_dtype))
         for layer in self.layers:
             x = self.run_layer(layer, x)
-        return self.norm_f(x)
+        return x
 
     def _stem(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],)) if self.config.embed_norm else x
@@ -82,9 +124,8 @@ class ByteLM(nn.Module):
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1]."""
-        hidden = self.hidden_for_training(self.embedding(tokens[:, :-1]))
-        logits = self.logits(hidden)
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        x = self.through_layers(embed(tokens[:, :-1], self.embedding.weight))
+        return self.run_head(self, x, tokens[:, 1:])
 
 
 @contextmanager

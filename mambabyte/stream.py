@@ -227,7 +227,11 @@ def generate(
 def sample_byte(
     log_probs: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
 ) -> int:
-    """Draw one index from log_probs (V,) after temperature, top-k and nucleus (top-p) filters."""
+    """Draw a byte from log_probs (V,) after temperature, top-k and nucleus (top-p) filters.
+
+    Symbols beyond the 256 bytes, where a model has them, are never drawn.
+    """
+    log_probs = log_probs[:256]
     if temperature == 0:
         return int(log_probs.argmax())
     ordered, order = torch.softmax(log_probs / temperature, -1).sort(descending=True, stable=True)

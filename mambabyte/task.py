@@ -24,7 +24,7 @@ from mambabyte.errors import UserError
 from mambabyte.evaluate import TASK_CHARACTERS, byte_log_probs, score
 from mambabyte.fast_step import FastStep, Windows, prepare, window_starts
 from mambabyte.guide import Guide, GuidedLM, GuidedWindows
-from mambabyte.model import ByteLM, without_state
+from mambabyte.model import ByteLM, head_loss, without_state
 from mambabyte.ngram import DISCOUNT, Mixture, NgramLM, best_weight, count
 from mambabyte.optim import make_optimizer, schedule
 from mambabyte.stream import ByteModel
@@ -111,7 +111,7 @@ SYSTEMS: dict[str, System] = {
     "nano_ssm_1_1": _preset("nano_ssm_1_1"),
     "ngram": System("interpolated Kneser-Ney of order 12 alone", None, ngram=Ngram(weight=1.0)),
     "ours": _guided("SSM and attention 1:1, d 256, 4 layers, guided by an n-gram in training",
-                    n_steps=800, layer_pattern="MA"),
+                    n_steps=950, layer_pattern="MA"),
     "ours_attention": _guided("ours with attention alone", n_steps=700),
 }
 
@@ -227,7 +227,7 @@ def fit(
         notes["ms_per_step"] = 1e3 * (time.perf_counter() - first_log) / (done - first_done)
         notes["seconds_to_first_log"] = first_log - began
     del step, optimizer
-    network.run_layer = without_state
+    network.run_layer, network.run_head = without_state, head_loss
     return done, notes
 
 

@@ -10,6 +10,7 @@ from analysis import bench_stream
 from analysis.cli import main
 from analysis.records import load_record
 from mambabyte.config import PRESETS
+from mambabyte.model import ByteLM
 
 
 @pytest.fixture(autouse=True)
@@ -19,17 +20,20 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_and_values() -> None:
     lines: list[str] = []
+    model = ByteLM(PRESETS["smoke"].model).eval()
     frame, values = bench_stream.run_bench(
-        PRESETS["smoke"].model, "cpu", [1, 3], [5, 9], 30, lines.append)
+        model, "a text, naïvely. ".encode() * 5, [1, 3], [5, 9], 30, lines.append)
     assert list(frame.columns) == list(bench_stream.COLUMNS)
     assert list(zip(frame["way"], frame["streams"], frame["seen"], strict=True)) == [
-        (bench_stream.TORCH, 1, 1), (bench_stream.TORCH, 3, 1), (bench_stream.DRAW, 1, 1),
-        (bench_stream.BYTE, 1, 5), (bench_stream.BYTE, 1, 9)]
+        (bench_stream.TORCH, 1, 1), (bench_stream.TORCH, 3, 1), (bench_stream.BYTE, 1, 5),
+        (bench_stream.DRAW, 1, 5), (bench_stream.BYTE, 1, 9), (bench_stream.DRAW, 1, 9)]
     assert (frame["low"] <= frame["high"]).all()
     expected = frame["streams"] / frame["microseconds"] * 1e6
     assert frame["bytes_per_second"].to_list() == pytest.approx(expected.to_list())
-    assert values["scoring_seconds"] > 0
-    assert len(lines) == len(frame) + 1
+    assert set(values) == set(bench_stream.VALUES)
+    assert values["scoring_seconds"] > 0 < values["window_seconds"]
+    assert values["different_hits"] == 0
+    assert len(lines) == len(frame) + 2
 
 
 def test_the_command_writes_a_record(tmp_path, capsys) -> None:

@@ -48,17 +48,20 @@ def test_unreadable_counter_is_not_measured(monkeypatch, tmp_path):
     assert EnergyMeter("cpu").read().source.startswith("not measured")
 
 
-def test_nvml_millijoules_and_idle_subtraction(monkeypatch):
+@pytest.mark.parametrize("uuid", [None, "GPU-1234"])
+def test_nvml_millijoules_and_idle_subtraction(monkeypatch, uuid):
     readings = iter([5_000, 5_000, 8_500])  # at construction, at the start, at the end
     asked = []
     monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByIndex=asked.append,
+        nvmlDeviceGetHandleByUUID=asked.append,
         nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(readings)))
+    monkeypatch.setattr(energy, "_cuda_uuid", lambda index: uuid)  # where CUDA hides other GPUs
     meter = EnergyMeter("cuda:1", idle_watts=10)
     time.sleep(0.05)
     reading = meter.read()
-    assert asked == [1]
+    assert asked == [uuid or 1]
     assert reading.gross_joules == pytest.approx(3.5)
     assert reading.joules == pytest.approx(3.5 - 10 * reading.seconds)
     assert "10 W idle subtracted" in str(reading)

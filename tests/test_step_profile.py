@@ -15,16 +15,35 @@ from analysis.step_profile import OTHER, part_of
     ("aten::mkldnn_convolution", "convolution"), ("aten::mm", "matrix products"),
     ("aten::native_layer_norm_backward", "norms"), ("aten::_foreach_lerp_", "optimizer"),
     ("Optimizer.step#AdamW.step", "optimizer"), ("aten::silu_backward", "activations"),
-    ("aten::_log_softmax", "loss"), ("aten::copy_", "copies"), ("aten::add", OTHER)])
+    ("aten::_log_softmax", "loss"), ("aten::copy_", "copies"), ("aten::add", OTHER),
+    ("void tile_backward<true, true, 12, 1>(Problem, Upstream)", "scan"),
+    ("conv_sums(float const*)", "convolution"), ("nvjet_sm90_tst_64x64", "matrix products"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
+    ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "matrix products"),
+    ("void at::native::multi_tensor_apply_kernel<FusedOptimizer>", "optimizer"),
+    ("triton_per_fused__to_copy_native_layer_norm_0", "norms"),
+    ("triton_poi_fused_add_causal_conv_backward_view_6", "other compiled code")])
 def test_operators_belong_to_parts(operator: str, part: str) -> None:
     assert part_of(operator) == part
 
 
 def test_the_parts_add_up_to_the_step(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "step", "--preset", "smoke", "--device", "cpu", "--json"]) == 0
+    assert main(["bench", "step", "--preset", "smoke", "--device", "cpu", "--patterns", "A",
+                 "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    parts = {row["part"]: row["ms"] for row in found["step"]}
-    assert {"scan", "matrix products", "optimizer", "norms"} <= set(parts)
-    assert min(parts.values()) > 0
-    assert sum(parts.values()) == pytest.approx(found["ms_per_step"])
-    assert sum(row["share"] for row in found["step"]) == pytest.approx(1)
+    assert [row["system"] for row in found["steps"]] == ["M", "A"]
+    sizes = [row["parameters"] for row in found["steps"]]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.03)
+    for row in found["steps"]:
+        parts = {p["part"]: p["ms"] for p in found["parts"] if p["system"] == row["system"]}
+        assert {"matrix products", "optimizer", "norms"} <= set(parts)
+        assert ("scan" in parts, "attention" in parts) == (row["system"] == "M",
+                                                           row["system"] == "A")
+        assert min(parts.values()) > 0
+        assert sum(parts.values()) == pytest.approx(row["ms"])
+        assert row["low"] <= row["ms"] <= row["high"]
+
+
+def test_a_captured_step_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "step", "--preset", "smoke", "--device", "cpu", "--way", "graph"]) == 2
+    assert "captures CUDA graphs" in capsys.readouterr().err

@@ -197,6 +197,8 @@ def test_sampling_filters():
     assert draws(top_p=0.6) == {0, 1}
     assert draws(top_p=0.01) == {0}
     assert draws(temperature=0.0) == {0}
+    beyond = torch.tensor([0.0] * 256 + [5.0])  # a symbol that is no byte
+    assert sample_byte(beyond, 0.0, 0, 1.0, g) < 256 > sample_byte(beyond, 0.1, 0, 1.0, g)
 
 
 def test_nothing_to_score_is_an_error(trained):

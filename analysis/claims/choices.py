@@ -132,7 +132,7 @@ def _two_gradients(config: ModelConfig, corpus: Corpus, seed: int) -> dict[str, 
     tokens = sample_windows(corpus.train, CONTEXT, BATCH, seed, 0)
     looked_up = model.embedding.weight.detach().clone().requires_grad_()
     read_out = looked_up.detach().clone().requires_grad_()
-    hidden = model.hidden_for_training(F.embedding(tokens[:, :-1], looked_up))
+    hidden, _ = model.hidden(F.embedding(tokens[:, :-1], looked_up))
     loss = F.cross_entropy(F.linear(hidden, read_out).flatten(0, 1), tokens[:, 1:].flatten())
     a, b = torch.autograd.grad(loss, (looked_up, read_out))
     return {"smaller_share": float(min(a.norm(), b.norm()) / (a.norm() + b.norm())),

@@ -1,4 +1,4 @@
-"""Time the selective scan against its peers, streaming a model, or the parts of a training step.
+"""Time the selective scan against its peers, streaming a model, or training steps by their parts.
 
     mambabyte bench scan
     mambabyte bench stream --preset mamba_byte --streams 1 64 --json
@@ -34,9 +34,11 @@ STREAM_ABOUT = ("Greedy bytes fed back one by one, by every way there is on the 
                 "repeats; joules are gross, by the machine's own counter.")
 
 
-STEP_TABLE = "A training step by its parts"
-STEP_ABOUT = ("Self time of every operator by torch's profiler, summed into parts of the model; "
-              "the readable step, not compiled.")
+STEPS_TABLE = "Training steps: interleaved in one run, medians and quartiles"
+PARTS_TABLE = "Where the time of a training step goes"
+STEPS_ABOUT = ("Whole training steps (forward, backward, clipping, optimizer) of systems of equal "
+               "parameters on equal windows, and the self time of their operators or kernels by "
+               "torch's profiler, summed into parts. Joules are gross, by the machine's counter.")
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,18 @@ class Options:
     """fused, mamba_ssm, mambapy, chunked, sdpa, ...; the usual ones when none is named."""
     preset: str = "mamba_byte"
     """Which model is streamed or trained."""
+    checkpoint: Path | None = None
+    """Stream this trained model; without it, one of the preset with fresh weights."""
+    corpus: str = "stdlib"
+    """Where the streamed text is from: stdlib, wikitext103, a folder with wiki.*.raw, or a file."""
     batch_size: int = 0
     """Windows of a training step; the preset's own when 0."""
+    context: int = 0
+    """Bytes of a window; the preset's own when 0."""
+    patterns: tuple[str, ...] = ()
+    """Layer patterns to train beside the preset's, at equal parameters: A, MA, MMMA, ..."""
+    way: Literal["eager", "graph", "compile"] | None = None
+    """How a step is run; compile on a GPU and eager on a CPU when not given."""
     streams: tuple[int, ...] = (1, 8, 64, 512)
     """How many texts at a time."""
     seen: tuple[int, ...] = (100, 1000, 10_000, 100_000, 1_000_000)
@@ -98,30 +110,40 @@ def bench_scan(options: Options) -> int:
 
 
 def bench_stream(options: Options) -> int:
-    from analysis.bench_stream import run_bench
+    import torch
+
+    from analysis.bench_stream import VALUES, run_bench
     from analysis.records import write_tables
+    from mambabyte.checkpoint import load_model
     from mambabyte.config import get_preset
+    from mambabyte.corpus import load_corpus
     from mambabyte.errors import UserError
+    from mambabyte.model import ByteLM
     from mambabyte.provenance import provenance
 
     if min((*options.streams, *options.seen), default=1) < 1 or options.characters < 0:
         raise UserError("--streams and --seen must be 1 or more, --characters 0 or more")
-    device = pick_device(options.device)
-    frame, values = run_bench(get_preset(options.preset).model, device, options.streams,
+    device, corpus = pick_device(options.device), load_corpus(options.corpus, say)
+    torch.manual_seed(0)
+    model = (load_model(options.checkpoint) if options.checkpoint
+             else ByteLM(get_preset(options.preset).model))
+    frame, values = run_bench(model.to(device).eval(), bytes(corpus.valid), options.streams,
                               options.seen, options.characters, say)
     if options.record:
-        units = {"scoring_seconds": ("s", f"streaming score of {options.characters} characters")}
         write_tables(
             options.record, {"stream": (STREAM_TABLE, frame)}, study="throughput",
             title=f"Streaming {options.preset}", about=STREAM_ABOUT,
-            parameters={"preset": options.preset, "device": device}, provenance=provenance(),
-            values={name: (value, *units[name]) for name, value in values.items()})
+            parameters={"preset": options.preset, "device": device, "corpus": corpus.name,
+                        "trained": options.checkpoint is not None,
+                        "characters": options.characters},
+            provenance=provenance(),
+            values={name: (value, *VALUES[name]) for name, value in values.items()})
     record = {"stream": frame.astype(object).where(frame.notna(), None).to_dict("records"),
               **values, "provenance": provenance()}
     lines = [f"{row.way:20} {row.streams:5} streams {row.seen:8} seen {row.microseconds:10.1f} us "
              f"[{row.low:.1f}, {row.high:.1f}] {row.bytes_per_second:12.0f} bytes/s "
              f"{row.joules_per_megabyte:8.1f} J/MB" for row in frame.itertuples()]
-    lines += [f"{name}: {value:.2f}" for name, value in values.items()]
+    lines += [f"{VALUES[name][1]}: {value:.4g} {VALUES[name][0]}" for name, value in values.items()]
     print_result(record, options.json, lines)
     return 0
 
@@ -130,30 +152,36 @@ def bench_step(options: Options) -> int:
     from dataclasses import replace
 
     from analysis.records import write_tables
-    from analysis.step_profile import profile_step
+    from analysis.step_profile import bench_steps, systems
     from mambabyte.config import get_preset
     from mambabyte.provenance import provenance
 
     preset, device = get_preset(options.preset), pick_device(options.device)
-    recipe = replace(preset.train, batch_size=options.batch_size or preset.train.batch_size)
-    size = recipe.batch_size * recipe.context
-    say(f"{options.preset} on {device}: steps of {recipe.batch_size} x {recipe.context} bytes")
-    frame, ms = profile_step(preset.model, recipe, device)
-    values = {"ms_per_step": ms, "bytes_per_second": size / ms * 1e3}
+    recipe = replace(preset.train, batch_size=options.batch_size or preset.train.batch_size,
+                     context=options.context or preset.train.context)
+    way = options.way or ("compile" if device.startswith("cuda") else "eager")
+    say(f"{options.preset} on {device}, {way}: {recipe.batch_size} x {recipe.context} bytes a step")
+    frame, parts = bench_steps(systems(preset.model, options.patterns), recipe, device, way,
+                               say=say)
     if options.record:
-        units = {"ms_per_step": ("ms", "one training step, without the profiler"),
-                 "bytes_per_second": ("bytes/s", "of training text")}
         write_tables(
-            options.record, {"step": (STEP_TABLE, frame)}, study="throughput",
-            title=f"The parts of a training step of {options.preset}", about=STEP_ABOUT,
-            parameters={"preset": options.preset, "device": device,
-                        "batch_size": recipe.batch_size, "context": recipe.context},
-            provenance=provenance(),
-            values={name: (value, *units[name]) for name, value in values.items()})
-    record = {"step": frame.to_dict("records"), **values, "provenance": provenance()}
-    lines = [f"{row.part:18} {row.ms:10.2f} ms {row.share:6.1%}" for row in frame.itertuples()]
-    print_result(record, options.json, [
-        f"{ms:.1f} ms a step, {values['bytes_per_second']:,.0f} bytes/s", *lines])
+            options.record, {"steps": (STEPS_TABLE, frame), "parts": (PARTS_TABLE, parts)},
+            study="throughput", title=f"Training steps at the size of {options.preset}",
+            about=STEPS_ABOUT, parameters={
+                "preset": options.preset, "device": device, "way": way,
+                "batch_size": recipe.batch_size, "context": recipe.context},
+            provenance=provenance())
+    record = {"steps": frame.astype(object).where(frame.notna(), None).to_dict("records"),
+              "parts": parts.to_dict("records"), "provenance": provenance()}
+    lines = []
+    for row in frame.itertuples():
+        lines.append(
+            f"{row.system:8} {row.parameters:12,} parameters {row.ms:9.2f} ms [{row.low:.2f}, "
+            f"{row.high:.2f}] x{row.times_first:.2f} {row.bytes_per_second:13,.0f} bytes/s "
+            f"{row.joules_per_megabyte:7.1f} J/MB")
+        lines += [f"    {part.part:22} {part.ms:9.3f} ms {part.share:6.1%}"
+                  for part in parts[parts["system"] == row.system].itertuples()]
+    print_result(record, options.json, lines)
     return 0
 
 

@@ -66,27 +66,29 @@ __global__ void __launch_bounds__(128) conv_forward(
         for (int v = 0; v < V; v++) window[k + 1][v] = load(pack.at[v]);
     }
 
-    for (int t0 = start; t0 < end; t0 += U) {
+    auto step = [&](const Pack<T, V> &input, int t) {
+        float out[V];
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+#pragma unroll
+            for (int k = 0; k < K - 1; k++) window[k][v] = window[k + 1][v];
+            window[K - 1][v] = load(input.at[v]);
+            float s = offset[v];
+#pragma unroll
+            for (int k = 0; k < K; k++) s = fmaf(w[k][v], window[k][v], s);
+            out[v] = silu ? s * sigmoid(s) : s;
+        }
+        store_pack<T, V>(y + (int64)t * channels, out);
+    };
+    int t0 = start;
+    for (; t0 + U <= end; t0 += U) {
         Pack<T, V> ahead[U];
 #pragma unroll
-        for (int j = 0; j < U; j++) ahead[j] = fetch<T, V>(x + (t0 + j) * stride, t0 + j < end);
+        for (int j = 0; j < U; j++) ahead[j] = fetch<T, V>(x + (t0 + j) * stride, true);
 #pragma unroll
-        for (int j = 0; j < U; j++) {
-            if (t0 + j >= end) break;
-            float out[V];
-#pragma unroll
-            for (int v = 0; v < V; v++) {
-#pragma unroll
-                for (int k = 0; k < K - 1; k++) window[k][v] = window[k + 1][v];
-                window[K - 1][v] = load(ahead[j].at[v]);
-                float s = offset[v];
-#pragma unroll
-                for (int k = 0; k < K; k++) s = fmaf(w[k][v], window[k][v], s);
-                out[v] = silu ? s * sigmoid(s) : s;
-            }
-            store_pack<T, V>(y + (int64)(t0 + j) * channels, out);
-        }
+        for (int j = 0; j < U; j++) step(ahead[j], t0 + j);
     }
+    for (; t0 < end; t0++) step(fetch<T, V>(x + t0 * stride, true), t0);
 
     // The K - 1 inputs to carry on with; in a sequence shorter than that, some come from `tail`.
     for (int k = 0; k < K - 1; k++) {
@@ -96,6 +98,46 @@ __global__ void __launch_bounds__(128) conv_forward(
             fetch_input<T, V>(x, stride, tail, channels, t, length);
     }
 }
+
+// What a thread of the backward keeps from step to step, for V channels.
+template <class T, int V> struct Walk {
+    float w[K][V], offset[V];
+    float window[K][V];  // the last K inputs
+    float ds[K][V];      // ds[k] is the gradient of s at t - k
+    float dw[K][V], db[V];
+
+    // Take in the input and the gradient at t, and give dx at t - K + 1, which is complete now.
+    // A step beyond `here` belongs to the next segment and does not count for dw and db.
+    inline void step(const Pack<T, V> &input, const Pack<T, V> &gradient, bool there, bool here,
+                     int silu, float (&dx)[V]) {
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+#pragma unroll
+            for (int k = 0; k < K - 1; k++) window[k][v] = window[k + 1][v];
+            window[K - 1][v] = load(input.at[v]);
+            float g = load(gradient.at[v]);
+            if (silu) {
+                float s = offset[v];
+#pragma unroll
+                for (int k = 0; k < K; k++) s = fmaf(w[k][v], window[k][v], s);
+                float gate = sigmoid(s);
+                g *= gate * fmaf(s, 1.f - gate, 1.f);
+            }
+            if (!there) g = 0.f;  // else a NaN or inf in s would make 0 * s a NaN
+#pragma unroll
+            for (int k = K - 1; k > 0; k--) ds[k][v] = ds[k - 1][v];
+            ds[0][v] = g;
+            if (here) {
+#pragma unroll
+                for (int k = 0; k < K; k++) dw[k][v] = fmaf(g, window[k][v], dw[k][v]);
+                db[v] += g;
+            }
+            dx[v] = 0.f;
+#pragma unroll
+            for (int k = 0; k < K; k++) dx[v] = fmaf(w[k][v], ds[k][v], dx[v]);
+        }
+    }
+};
 
 // partial: (B * segments, D K + D), the gradients of the weights (D, K) and of the bias.
 template <class T, int V>
@@ -120,30 +162,47 @@ __global__ void __launch_bounds__(128, BLOCKS) conv_backward(
     if (dlast) dlast += edge;
     if (dtail) dtail += edge;
 
-    float w[K][V], offset[V], window[K][V], ds[K][V], dw[K][V], db[V];
+    Walk<T, V> walk;
 #pragma unroll
     for (int v = 0; v < V; v++) {
 #pragma unroll
         for (int k = 0; k < K; k++) {
-            w[k][v] = weight[(int64)(d + v) * K + k];
-            ds[k][v] = dw[k][v] = 0.f;
+            walk.w[k][v] = weight[(int64)(d + v) * K + k];
+            walk.ds[k][v] = walk.dw[k][v] = 0.f;
         }
-        offset[v] = bias ? bias[d + v] : 0.f;
-        db[v] = 0.f;
+        walk.offset[v] = bias ? bias[d + v] : 0.f;
+        walk.db[v] = 0.f;
     }
 #pragma unroll
     for (int k = 0; k < K - 1; k++) {
         Pack<T, V> pack =
             fetch_input<T, V>(x, stride, tail, channels, start - K + 1 + k, length);
 #pragma unroll
-        for (int v = 0; v < V; v++) window[k + 1][v] = load(pack.at[v]);
+        for (int v = 0; v < V; v++) walk.window[k + 1][v] = load(pack.at[v]);
     }
 
-    // ds[k] is the gradient of s at t - k. dx at t - K + 1 is complete at t, so this walks K - 1
-    // steps into the next segment (they do not count for dw), or past the end (ds is zero there).
+    // dx at t - K + 1 is complete at t, so this walks K - 1 steps into the next segment, or past
+    // the end (ds is zero there).
     int stop = end + K - 1;
     for (int t0 = start; t0 < stop; t0 += U) {
+        // Most rounds are inside: all their steps count, and all of dx lies in this segment.
+        bool inside = t0 >= start + K - 1 && t0 + U <= end && (!dlast || t0 + U <= length - K);
         Pack<T, V> ahead[U], gradient[U];
+        if (inside) {
+#pragma unroll
+            for (int j = 0; j < U; j++) {
+                ahead[j] = fetch<T, V>(x + (t0 + j) * stride, true);
+                gradient[j] = fetch<T, V>(dy + (t0 + j) * dy_stride, true);
+            }
+            T *to = dx + (int64)(t0 - K + 1) * channels;
+#pragma unroll
+            for (int j = 0; j < U; j++) {
+                float out[V];
+                walk.step(ahead[j], gradient[j], true, true, silu, out);
+                store_pack<T, V>(to + (int64)j * channels, out);
+            }
+            continue;
+        }
 #pragma unroll
         for (int j = 0; j < U; j++) {
             bool there = t0 + j < min(stop, length);
@@ -155,32 +214,7 @@ __global__ void __launch_bounds__(128, BLOCKS) conv_backward(
             int t = t0 + j;
             if (t >= stop) break;
             float out[V];
-#pragma unroll
-            for (int v = 0; v < V; v++) {
-#pragma unroll
-                for (int k = 0; k < K - 1; k++) window[k][v] = window[k + 1][v];
-                window[K - 1][v] = load(ahead[j].at[v]);
-                float g = load(gradient[j].at[v]);
-                if (silu) {
-                    float s = offset[v];
-#pragma unroll
-                    for (int k = 0; k < K; k++) s = fmaf(w[k][v], window[k][v], s);
-                    float gate = sigmoid(s);
-                    g *= gate * fmaf(s, 1.f - gate, 1.f);
-                }
-                if (t >= length) g = 0.f;  // else a NaN or inf in s would make 0 * s a NaN
-#pragma unroll
-                for (int k = K - 1; k > 0; k--) ds[k][v] = ds[k - 1][v];
-                ds[0][v] = g;
-                if (t < end) {
-#pragma unroll
-                    for (int k = 0; k < K; k++) dw[k][v] = fmaf(g, window[k][v], dw[k][v]);
-                    db[v] += g;
-                }
-                out[v] = 0.f;
-#pragma unroll
-                for (int k = 0; k < K; k++) out[v] = fmaf(w[k][v], ds[k][v], out[v]);
-            }
+            walk.step(ahead[j], gradient[j], t < length, t < end, silu, out);
             int p = t - K + 1, k = p - (length - K + 1);
             if (dlast && k >= 0 && k < K - 1) {
                 Pack<T, V> more = fetch<T, V>(dlast + (int64)k * channels, true);
@@ -198,7 +232,26 @@ __global__ void __launch_bounds__(128, BLOCKS) conv_backward(
 #pragma unroll
     for (int v = 0; v < V; v++) {
 #pragma unroll
-        for (int k = 0; k < K; k++) partial[(d + v) * K + k] = dw[k][v];
+        for (int k = 0; k < K; k++) partial[(d + v) * K + k] = walk.dw[k][v];
     }
-    store_pack<float, V>(partial + K * channels + d, db);
+    store_pack<float, V>(partial + K * channels + d, walk.db);
+}
+
+// Adds up the rows of partial (rows, columns), in a fixed order, into dweight and, from column
+// `weights` on, dbias. 32 x 32 threads a block: torch's sum takes four times as long.
+__global__ void __launch_bounds__(1024) conv_sums(const float *partial, float *dweight,
+                                                  float *dbias, int64 rows, int weights,
+                                                  int columns) {
+    __shared__ float room[32][33];
+    int c = blockIdx.x * 32 + threadIdx.x;
+    float sum = 0.f;
+    if (c < columns)
+        for (int64 r = threadIdx.y; r < rows; r += 32) sum += partial[r * columns + c];
+    room[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    sum = room[threadIdx.x][threadIdx.y];
+#pragma unroll
+    for (int far = 16; far; far /= 2) sum += __shfl_xor_sync(~0u, sum, far);
+    c = blockIdx.x * 32 + threadIdx.y;
+    if (threadIdx.x == 0 && c < columns) (c < weights ? dweight : dbias - weights)[c] = sum;
 }

@@ -21,7 +21,8 @@ ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32:
 _THREADS = 128
 # Loads in flight a thread and blocks a multiprocessor in the backward: measured, as in _plan.
 _AHEAD, _BLOCKS = 4, 3
-_FORWARD, _BACKWARD = "PPPPPPqqqiiii", "PPPPPPPPPqqqqqiiii"
+_PARAMETERS = {
+    "conv_forward": "PPPPPPqqqiiii", "conv_backward": "PPPPPPPPPqqqqqiiii", "conv_sums": "PPPqii"}
 
 
 def fused_causal_conv(
@@ -90,16 +91,15 @@ def program(dtype: torch.dtype, taps: int) -> Program:
         f"{kernel}<{ELEMENTS[dtype]}, {width}>"
         for kernel in ("conv_forward", "conv_backward")
         for width in widths(dtype)
-    ]
+    ] + ["conv_sums"]
     options = (f"-DTAPS={taps}", f"-DAHEAD={_AHEAD}", f"-DBLOCKS={_BLOCKS}")
     return Program.from_file("cuda_types.cu", "cuda_conv.cu", names=names, options=options)
 
 
 @functools.cache
 def _kernel(name: str, dtype: torch.dtype, taps: int, width: int, device: int) -> Kernel:
-    parameters = _FORWARD if name == "conv_forward" else _BACKWARD
-    full_name = f"{name}<{ELEMENTS[dtype]}, {width}>"
-    return program(dtype, taps).kernel(full_name, device, parameters)
+    full_name = name if name == "conv_sums" else f"{name}<{ELEMENTS[dtype]}, {width}>"
+    return program(dtype, taps).kernel(full_name, device, _PARAMETERS[name])
 
 
 @functools.cache
@@ -176,9 +176,14 @@ def _backward(
         dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), threads,
         length, channels, steps, silu,
     )  # fmt: skip
-    sums = partial.sum(0)  # the gradient of the weight (D, K), then that of the bias
-    dweight, dbias = sums[: channels * taps].view(channels, taps), sums[channels * taps :]
-    return dx, dweight, weight.new_empty(0) if bias is None else dbias.clone(), dtail
+    dweight, dbias = torch.empty_like(weight), weight.new_empty(channels)
+    sums = _kernel("conv_sums", x.dtype, taps, width, device)
+    sums.launch(
+        (-(-(taps + 1) * channels // 32), 1, 1), (32, 32, 1), 0, raw_stream(device),
+        partial.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), len(partial), channels * taps,
+        (taps + 1) * channels,
+    )  # fmt: skip
+    return dx, dweight, weight.new_empty(0) if bias is None else dbias, dtail
 
 
 def _pointer(tensor: Tensor | None) -> int:

@@ -602,6 +602,10 @@ __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
                  : "r"(address)
                  : "memory");
 }
+__device__ __forceinline__ void load_matrices(u32 (&r)[2], u32 address) {  // two: lanes 0 to 15
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
+}
 __device__ __forceinline__ void load_transposed(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -719,14 +723,14 @@ struct TileLane {
 // conflicts; the block's B states 0-7, 8-15, C 0-7, 8-15, 8 x 16 bytes each; per warp a checkpoint.
 enum Tensor { U, DELTA, Z, DOUT };
 
-template <int WARPS, bool BACKWARD, bool SOFTPLUS, int STAGES, int AHEAD>
+template <int WARPS, bool BACKWARD, bool SOFTPLUS, int STAGES, int AHEAD, int EXTRA = 0>
 struct TileRing {
     static constexpr int NONE = 1 << 30;
     static_assert(WARPS >= 4, "the forward has B and C copied by the threads of the fourth tensor");
     static constexpr int TILE = 4 * 128 + 16;
     static constexpr u32 STATES = WARPS * TILE, CHECKPOINTS = STATES + 512,
                          FILLED = CHECKPOINTS + (BACKWARD ? WARPS * 256 : 0), EMPTIED = FILLED + 8,
-                         STAGE = FILLED + 16, BYTES = STAGES * STAGE;
+                         STAGE = FILLED + 16 + EXTRA, BYTES = STAGES * STAGE;
 
     const char *from, *from_second;
     int step, step_second;  // from chunk to chunk, in 16 bytes
@@ -802,25 +806,28 @@ struct TileRing {
     }
     // Ask for the next chunk, of `left` steps. Steps past the end get zeros, but delta = -inf.
     __device__ __forceinline__ void fetch(int left) {
+        fetch(writing, left);
+        turn(writing, writing_phase);
+    }
+    __device__ __forceinline__ void fetch(u32 stage, int left) {
         if (SOFTPLUS && left < CHUNK && delta && row >= left) {
             const u32 inf = 0xff80ff80u;  // two bf16 -inf
-            store_shared(writing + to, inf, inf, inf, inf);
+            store_shared(stage + to, inf, inf, inf, inf);
         } else {
-            copy_async(writing + to, from, row < left);
+            copy_async(stage + to, from, row < left);
         }
         from += i64(step) * 16;
         if (BACKWARD) {
-            copy_async(writing + to_second, from_second, row_second < left, second);
+            copy_async(stage + to_second, from_second, row_second < left, second);
             from_second += i64(step_second) * 16;
         }
-        const PhasedBarrier filled{writing + FILLED};
+        const PhasedBarrier filled{stage + FILLED};
         if (left < CHUNK) {  // the plain store above takes a plain arrival to be seen
             asm volatile("cp.async.wait_all;" ::: "memory");
             filled.arrive();
         } else {
             filled.arrive_after_copies();
         }
-        turn(writing, writing_phase);
     }
     __device__ __forceinline__ void wait_filled() const {
         PhasedBarrier{reading + FILLED}.wait(reading_phase);
@@ -920,55 +927,52 @@ struct Masks {
     }
 };
 
-template <bool GATED, bool SOFTPLUS, Pass PASS, int WARPS, int BLOCKS>
+template <bool GATED, bool SOFTPLUS, int WARPS, int BLOCKS>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
-tile_forward(Problem p, char *out, float *h_end, char *checkpoints, float *segment_h, float *segment_dt) {
+tile_forward(Problem p, char *out, float *h_end, char *checkpoints, const float *segment_h,
+             const float *segment_dt) {
     constexpr int AHEAD = 5;
     using Ring = TileRing<WARPS, false, SOFTPLUS, 8, AHEAD>;
-    __shared__ __align__(128) char ring_room[Ring::BYTES];
-    __shared__ __align__(128) char rooms[WARPS][256];  // dt of a chunk
-    const TileLane l = TileLane::make<WARPS>(p, 0, p.segments - (PASS == STATE_ONLY));
-    const u32 dt_to = opaque(shared_address(rooms[l.warp]) + 8 * l.lane);
-    const u32 dt_from = opaque(shared_address(rooms[l.warp]) + 32 * l.g);
+    extern __shared__ __align__(128) char shared[];  // the ring; a room a warp for dt of a chunk
+    const u32 ring_room = shared_address(shared);
+    const TileLane l = TileLane::make<WARPS>(p, 0, p.segments);
+    const u32 room = ring_room + Ring::BYTES + 256 * l.warp;
+    const u32 dt_to = opaque(room + 8 * l.lane), dt_from = opaque(room + 32 * l.g);
     const u32 rows_at = opaque(l.warp * Ring::TILE + matrix_row(l));
     const u32 states_at = opaque(Ring::STATES + doubled_row(l));
+    const u32 C_at = opaque(Ring::STATES + 256 + matrix_row(l) % 256);
     const Masks owners(l.t);  // mask i: the lanes that own steps 2i and 2i + 1
     const int length = int(l.end - l.begin);
     const i64 chunks = (p.length + CHUNK - 1) / CHUNK;
-    const bool full = PASS == FULL;
 
     Ring ring;
-    ring.start(p, l, shared_address(ring_room), l.begin, 1, Upstream{}, nullptr, p.u,
-               GATED && full ? p.z : nullptr, p.B, full ? p.C : nullptr);
+    ring.start(p, l, ring_room, l.begin, 1, Upstream{}, nullptr, p.u,
+               GATED ? p.z : nullptr, p.B, p.C);
 #pragma unroll
     for (int c = 0; c < AHEAD; ++c)
         if (length > c * CHUNK) ring.fetch(length - c * CHUNK);
 
-    const bool saves = opaque(full && checkpoints && l.active);
-    int rows_left = 0;
-    float A[4], h[4] = {}, total = 0.f;
+    const bool saves = opaque(checkpoints && l.active);
+    float A[4], h[4] = {};
     l.read_states(A, p.A, l.channel);
 #pragma unroll
     for (int k = 0; k < 4; ++k) A[k] *= LOG2E;
     const float bias = p.bias ? p.bias[l.channel] : 0.f, D = p.D ? p.D[l.channel] : 0.f;
-    if (full) {
-        if (p.h0) l.read_states(h, p.h0, l.batch * p.channels + l.channel);
-        for (i64 s = 0; s < l.segment; ++s) {
-            const float dt = segment_dt[l.row(p, s)];
-            float end[4];
-            l.read_states(end, segment_h, l.row(p, s));
+    if (p.h0) l.read_states(h, p.h0, l.batch * p.channels + l.channel);
+    for (i64 s = 0; s < l.segment; ++s) {
+        const float dt = segment_dt[l.row(p, s)];
+        float end[4];
+        l.read_states(end, segment_h, l.row(p, s));
 #pragma unroll
-            for (int k = 0; k < 4; ++k) h[k] = fmaf(exp2_approx(A[k] * dt), h[k], end[k]);
-        }
-        checkpoints += 8 * (((l.batch * chunks + l.begin / CHUNK) * p.channels + l.channel) * 4 + l.t);
-        rows_left = int(opaque(l.active ? length - l.g : 0));
-        out += 2 * ((l.batch * p.length + l.begin + l.g) * p.channels + l.channel - l.g) + 4 * l.t;
+        for (int k = 0; k < 4; ++k) h[k] = fmaf(exp2_approx(A[k] * dt), h[k], end[k]);
     }
+    checkpoints += 8 * (((l.batch * chunks + l.begin / CHUNK) * p.channels + l.channel) * 4 + l.t);
+    int rows_left = int(opaque(l.active ? length - l.g : 0));
+    out += 2 * ((l.batch * p.length + l.begin + l.g) * p.channels + l.channel - l.g) + 4 * l.t;
 
     // The owners' part of a chunk, made ready while the chunk before it is walked. dt goes to the room.
     struct Ready {
         u32 u, z;
-        float dt_sum;
         SplitPair x;
         __device__ __forceinline__ Ready() : x(0.f, 0.f) {}
     } next;
@@ -978,7 +982,7 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, float *segme
         tile_dt<SOFTPLUS>(low_bf16(rows[DELTA]) + bias, 2 * l.t < left, dt0, slope);
         tile_dt<SOFTPLUS>(high_bf16(rows[DELTA]) + bias, 2 * l.t + 1 < left, dt1, slope);
         put_pair(dt_to, dt0, dt1);
-        next.u = rows[U], next.z = rows[Z], next.dt_sum = dt0 + dt1;
+        next.u = rows[U], next.z = rows[Z];
         next.x = SplitPair(dt0 * low_bf16(rows[U]), dt1 * high_bf16(rows[U]));
     };
     ring.wait_filled();
@@ -987,25 +991,22 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, float *segme
     for (int left = length; left > 0; left -= CHUNK) {
         const Ready now = next;
         const u32 from = ring.reading;
-        u32 own[4], B[4], C[4];
+        u32 own[4], B[4], C[2];
         float dt[8];
         owners.unpack(own);
         __syncwarp();
         load_transposed(B, from + states_at);
         get_steps(dt_from, dt);
-        if (full) load_matrices(C, from + states_at + 256);
+        load_matrices(C, from + C_at);
         ring.turn(ring.reading, ring.reading_phase);
         if (left > AHEAD * CHUNK) {
             ring.wait_emptied();
             ring.fetch(left - AHEAD * CHUNK);
         }
-        if (full) {
-            if (saves)
-                *reinterpret_cast<uint2 *>(checkpoints) =
-                    make_uint2(pack_bf16(h[0], h[1]), pack_bf16(h[2], h[3]));
-            checkpoints += i64(int(p.channels)) * 32;
-        }
-        if (!full) total += now.dt_sum;
+        if (saves)
+            *reinterpret_cast<uint2 *>(checkpoints) =
+                make_uint2(pack_bf16(h[0], h[1]), pack_bf16(h[2], h[3]));
+        checkpoints += i64(int(p.channels)) * 32;
         if (left > CHUNK) ring.wait_filled();
         load_transposed(rows, ring.reading + rows_at);
         ring.release(from);
@@ -1022,133 +1023,166 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, float *segme
                 second[k] = fmaf(exp2_approx(A[k] * dt[2 * i + 1]), first[k], second[k]);
                 h[k] = second[k];
             }
-            if (full) {
-                const float c[4] = {low_bf16(C[0]), high_bf16(C[0]), low_bf16(C[2]), high_bf16(C[2])};
-                sum_over_states(sum, first, second, c);
-                if (l.t == i) y0 = sum[0], y1 = sum[3];
-            }
+            const float c[4] = {low_bf16(C[0]), high_bf16(C[0]), low_bf16(C[1]), high_bf16(C[1])};
+            sum_over_states(sum, first, second, c);
+            if (l.t == i) y0 = sum[0], y1 = sum[3];
         }
         prepare(left - CHUNK);
-        if (full) {
-            y0 = fmaf(D, low_bf16(now.u), y0), y1 = fmaf(D, high_bf16(now.u), y1);
-            if (GATED) {
-                const float z0 = low_bf16(now.z), z1 = high_bf16(now.z);
-                y0 *= z0 * sigmoid(z0), y1 *= z1 * sigmoid(z1);
-            }
-            const u32 row = transpose_8x8(pack_bf16(y0, y1));
-            store_if(rows_left > 0, out, row);
-            rows_left -= CHUNK;
-            out += i64(int(p.channels)) * (2 * CHUNK);
+        y0 = fmaf(D, low_bf16(now.u), y0), y1 = fmaf(D, high_bf16(now.u), y1);
+        if (GATED) {
+            const float z0 = low_bf16(now.z), z1 = high_bf16(now.z);
+            y0 *= z0 * sigmoid(z0), y1 *= z1 * sigmoid(z1);
         }
+        const u32 row = transpose_8x8(pack_bf16(y0, y1));
+        store_if(rows_left > 0, out, row);
+        rows_left -= CHUNK;
+        out += i64(int(p.channels)) * (2 * CHUNK);
     }
-    if (!full) {
-        total += __shfl_xor_sync(~0u, total, 1);
-        total += __shfl_xor_sync(~0u, total, 2);
-    }
-    if (!l.active) return;
-    if (!full) {
-        l.write_states(segment_h, l.row(p, l.segment), h);
-        if (l.t == 0) segment_dt[l.row(p, l.segment)] = total;
-    } else if (l.end == p.length) {
-        l.write_states(h_end, l.batch * p.channels + l.channel, h);
-    }
+    if (l.active && l.end == p.length) l.write_states(h_end, l.batch * p.channels + l.channel, h);
 }
 
-// The adjoint state that a segment hands to the one before it, from a zero one at its end.
-template <bool GATED, bool SOFTPLUS, int WARPS>
+// What a segment hands to the next one: its end state from a zero one at its start, or (ADJOINT) to the one
+// before it: its start's adjoint state from a zero one at its end. Both are
+//
+//     sum_t exp(A S_t) x_t V_t      S_t: the sum of dt between step t and where it is handed over,
+//
+// with x V = dt u B or dy C. The walk starts there. Once exp(A S) is below 2^-32 in all of a warp's channels
+// (dt >= 0, so it stays there), what is further away is only looked at for inf and nan, which it hands on.
+constexpr float FORGOTTEN = -32.f;
+
+// Two bf16 numbers: nan where x ever was not finite, else 0.
+__device__ __forceinline__ void note_not_finite(u32 &seen, u32 x) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(seen) : "r"(x), "r"(0));
+}
+__device__ __forceinline__ u32 max_bf16x2_or_nan(u32 x, u32 y) {
+    u32 r;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
+    return r;
+}
+__device__ __forceinline__ float sum_over_owners(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+template <bool ADJOINT, bool GATED, bool SOFTPLUS, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS)
-tile_adjoint(Problem p, Upstream up, float *segment_g, float *segment_dt) {
+tile_carry(Problem p, Upstream up, float *segment_x, float *segment_dt) {
     constexpr int AHEAD = 5;
-    using Ring = TileRing<WARPS, true, SOFTPLUS, 8, AHEAD>;
+    using Ring = TileRing<WARPS, ADJOINT, SOFTPLUS, 8, AHEAD>;
     __shared__ __align__(128) char ring_room[Ring::BYTES];
     __shared__ __align__(128) char rooms[WARPS][256];  // dt of a chunk
-    const TileLane l = TileLane::make<WARPS>(p, 1, p.segments - 1);
+    const TileLane l = TileLane::make<WARPS>(p, ADJOINT, p.segments - 1);
     const u32 dt_to = opaque(shared_address(rooms[l.warp]) + 8 * l.lane);
     const u32 dt_from = opaque(shared_address(rooms[l.warp]) + 32 * l.g);
     const u32 rows_at = opaque(l.warp * Ring::TILE + matrix_row(l));
-    const u32 C_at = opaque(Ring::STATES + 256 + doubled_row(l));
+    const u32 V_at = opaque(Ring::STATES + (ADJOINT ? 256 : 0) + doubled_row(l));
     const Masks owners(l.t);  // mask i: the lanes that own steps 2i and 2i + 1
-    const int length = int(l.end - l.begin), last = (length - 1) / CHUNK * CHUNK;
+    const int length = int(l.end - l.begin);  // whole chunks, but for the last segment, the adjoint's
 
     Ring ring;
-    ring.start(p, l, shared_address(ring_room), l.begin + last, -1, up, nullptr, nullptr,
-               GATED ? p.z : nullptr, nullptr, p.C);
-    ring.fetch(length - last);
+    ring.start(p, l, shared_address(ring_room), ADJOINT ? l.begin : l.end - CHUNK, ADJOINT ? 1 : -1, up,
+               nullptr, ADJOINT ? nullptr : p.u, ADJOINT && GATED ? p.z : nullptr, ADJOINT ? nullptr : p.B,
+               ADJOINT ? p.C : nullptr);
 #pragma unroll
-    for (int c = 1; c < AHEAD; ++c)
-        if (last >= c * CHUNK) ring.fetch(CHUNK);
+    for (int c = 0; c < AHEAD; ++c)
+        if (length > c * CHUNK) ring.fetch(ADJOINT ? length - c * CHUNK : CHUNK);
 
-    // g here is the adjoint of h_t itself, before the decay by exp(dt_t A), which takes place together
-    // with the step before: g_t = exp(dt_{t+1} A) g_{t+1} + C_t dy_t.
-    float A[4], g[4] = {}, total = 0.f, dt_after = 0.f;
+    float A[4], sum[4] = {}, distance = 0.f;
     l.read_states(A, p.A, l.channel);
 #pragma unroll
     for (int k = 0; k < 4; ++k) A[k] *= LOG2E;
     const float bias = p.bias ? p.bias[l.channel] : 0.f;
+    const float slowest = fmaxf(fmaxf(A[0], A[1]), fmaxf(A[2], A[3]));
 
-    // The owners' part of a chunk, made ready while the chunk after it is walked. dt goes to the room.
-    struct Ready {
-        float dt_sum;
-        SplitPair dy;
-        __device__ __forceinline__ Ready() : dy(0.f, 0.f) {}
-    } next;
-    u32 rows[4] = {};
-    const auto prepare = [&](int at) {
+    // The owners' part of a chunk, made ready while the one before is walked. dt goes to the room.
+    SplitPair next(0.f, 0.f);
+    u32 rows[4] = {}, V[4];
+    int left = length;  // steps not walked yet
+    const auto prepare = [&](int left) {
         float dt0, dt1, slope;
-        tile_dt<SOFTPLUS>(low_bf16(rows[DELTA]) + bias, at + 2 * l.t < length, dt0, slope);
-        tile_dt<SOFTPLUS>(high_bf16(rows[DELTA]) + bias, at + 2 * l.t + 1 < length, dt1, slope);
+        tile_dt<SOFTPLUS>(low_bf16(rows[DELTA]) + bias, 2 * l.t < left, dt0, slope);
+        tile_dt<SOFTPLUS>(high_bf16(rows[DELTA]) + bias, 2 * l.t + 1 < left, dt1, slope);
         put_pair(dt_to, dt0, dt1);
-        next.dt_sum = dt0 + dt1;
-        float dy0 = low_bf16(rows[DOUT]), dy1 = high_bf16(rows[DOUT]);
-        if (GATED) {
-            const float z0 = low_bf16(rows[Z]), z1 = high_bf16(rows[Z]);
-            dy0 *= z0 * sigmoid(z0), dy1 *= z1 * sigmoid(z1);
+        float x0 = dt0 * low_bf16(rows[U]), x1 = dt1 * high_bf16(rows[U]);
+        if (ADJOINT) {
+            x0 = low_bf16(rows[DOUT]), x1 = high_bf16(rows[DOUT]);
+            if (GATED) {
+                const float z0 = low_bf16(rows[Z]), z1 = high_bf16(rows[Z]);
+                x0 *= z0 * sigmoid(z0), x1 *= z1 * sigmoid(z1);
+            }
         }
-        next.dy = SplitPair(dy0, dy1);
+        next = SplitPair(x0, x1);
+    };
+    // Done with the stage `from`: ask for another one, take the rows of the next chunk.
+    const auto move_on = [&](u32 from) {
+        ring.turn(ring.reading, ring.reading_phase);
+        if (left > AHEAD * CHUNK) {
+            ring.wait_emptied();
+            ring.fetch(ADJOINT ? left - AHEAD * CHUNK : CHUNK);
+        }
+        if (left > CHUNK) ring.wait_filled();
+        load_transposed(rows, ring.reading + rows_at);
+        ring.release(from);
+        left -= CHUNK;
     };
     ring.wait_filled();
     load_transposed(rows, ring.reading + rows_at);
-    prepare(last);
-    for (int at = last; at >= 0; at -= CHUNK) {
-        const Ready now = next;
+    prepare(left);
+    bool forgotten = false;
+    while (left > 0 && !forgotten) {
+        const SplitPair now = next;
         const u32 from = ring.reading;
-        u32 own[4], C[4];
+        u32 own[4];
         float dt[8];
         owners.unpack(own);
         __syncwarp();
-        load_transposed(C, from + C_at);
+        load_transposed(V, from + V_at);
         get_steps(dt_from, dt);
-        ring.turn(ring.reading, ring.reading_phase);
-        if (at >= AHEAD * CHUNK) {
-            ring.wait_emptied();
-            ring.fetch(CHUNK);
-        }
-        total += now.dt_sum;
-        if (at > 0) ring.wait_filled();
-        load_transposed(rows, ring.reading + rows_at);
-        ring.release(from);
+        move_on(from);
         __syncwarp();  // every lane has read dt
-
 #pragma unroll
-        for (int i = 3; i >= 0; --i) {
-            float first[4], second[4];
-            outer(now.dy.high, now.dy.low, own[i], C, first, second);
+        for (int j = 0; j < 4; ++j) {
+            const int i = ADJOINT ? j : 3 - j;
+            float at[2], first[4], second[4];  // S of the two steps
+            if (ADJOINT) {
+                at[0] = distance + dt[2 * i], at[1] = distance = at[0] + dt[2 * i + 1];
+            } else {
+                at[1] = distance, at[0] = distance + dt[2 * i + 1], distance = at[0] + dt[2 * i];
+            }
+            outer(now.high, now.low, own[i], V, first, second);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-                g[k] = fmaf(exp2_approx(A[k] * dt_after), g[k], second[k]);
-                g[k] = fmaf(exp2_approx(A[k] * dt[2 * i + 1]), g[k], first[k]);
+                sum[k] = fmaf(exp2_approx(A[k] * at[0]), first[k], sum[k]);
+                sum[k] = fmaf(exp2_approx(A[k] * at[1]), second[k], sum[k]);
             }
-            dt_after = dt[2 * i];
         }
-        prepare(at - CHUNK);
+        prepare(left);
+        forgotten = SOFTPLUS && __all_sync(~0u, slowest * distance < FORGOTTEN);
     }
+    u32 row_seen = 0, low_seen = 0, high_seen = 0;  // V: of state g, of state g + 8
+    while (left > 0) {
+        const u32 from = ring.reading;
+        load_transposed(V, from + V_at);
+        note_not_finite(row_seen, max_bf16x2_or_nan(rows[DELTA], 0));  // -inf is a step left out
+        if (ADJOINT) {
+            note_not_finite(row_seen, rows[DOUT]);
+            if (GATED) note_not_finite(row_seen, rows[Z]);
+        } else {
+            note_not_finite(row_seen, rows[U]);
+        }
+        note_not_finite(low_seen, V[0]);
+        note_not_finite(high_seen, V[2]);
+        move_on(from);
+    }
+    const float row_bad = sum_over_owners(low_bf16(row_seen) + high_bf16(row_seen));
+    const float low_bad = sum_over_owners(low_bf16(low_seen) + high_bf16(low_seen));
+    const float high_bad = sum_over_owners(low_bf16(high_seen) + high_bf16(high_seen));
 #pragma unroll
-    for (int k = 0; k < 4; ++k) g[k] *= exp2_approx(A[k] * dt_after);
-    total += __shfl_xor_sync(~0u, total, 1);
-    total += __shfl_xor_sync(~0u, total, 2);
+    for (int k = 0; k < 4; ++k)
+        sum[k] += row_bad + __shfl_sync(~0u, k < 2 ? low_bad : high_bad, 8 * l.t + 4 * (k & 1));
     if (!l.active) return;
-    l.write_states(segment_g, l.row(p, l.segment), g);
-    if (l.t == 0) segment_dt[l.row(p, l.segment)] = total;
+    l.write_states(segment_x, l.row(p, l.segment), sum);
+    if (l.t == 0) segment_dt[l.row(p, l.segment)] = distance;
 }
 
 // Sums over a warp's channels, for dB and dC: weights[channel, step] state[channel, n, step].
@@ -1193,9 +1227,9 @@ __device__ __forceinline__ void pack_steps(u32 (&packed)[4], const float (&first
     packed[2] = pack_bf16(first[2], first[3]), packed[3] = pack_bf16(second[2], second[3]);
 }
 
-// Shared memory of a warp of tile_backward: sums for dB and dC of up to ROUNDS chunks; a room with C of
-// a chunk in fp32, dt and dy, and with the state that enters the sequence.
-constexpr int ROUNDS = 4, SUMS_BYTES = ROUNDS * 64 * 16, TILE_ROOM = 512 + 2 * 256 + 512;
+// Shared memory of a warp of tile_backward: in each of the ring's stages, one a round, its sums for dB and
+// dC; a room with C of a chunk in fp32, dt and dy, and with the state that enters the sequence.
+constexpr int ROUNDS = 4, SUMS_BYTES = 64 * 16, TILE_ROOM = 512 + 2 * 256 + 512;
 
 template <bool GATED, bool SOFTPLUS, int WARPS, int BLOCKS>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
@@ -1204,30 +1238,29 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
               float *partial_A, float *partial_D, float *partial_bias) {
     extern __shared__ __align__(128) char shared[];
     constexpr int AHEAD = 2;
-    using Ring = TileRing<WARPS, true, SOFTPLUS, 4, AHEAD>;
+    using Ring = TileRing<WARPS, true, SOFTPLUS, ROUNDS, AHEAD, WARPS * SUMS_BYTES>;
     const TileLane l = TileLane::make<WARPS>(p, 0, p.segments);
     const int warps = int(min(i64(WARPS), p.channels / 8 - l.group * WARPS));  // with channels to do
-    const u32 sums = shared_address(shared);  // [ROUNDS][WARPS][64] float4
-    const u32 room = sums + WARPS * SUMS_BYTES + l.warp * TILE_ROOM;
+    const u32 ring_room = shared_address(shared), sums = Ring::FILLED + 16;  // in a stage: [WARPS][64] float4
+    const u32 room = ring_room + Ring::BYTES + l.warp * TILE_ROOM;
     const u32 c_to = opaque(room + 16 * l.lane), c_from = opaque(room + 16 * l.t);
     const u32 dt_to = opaque(room + 512 + 8 * l.lane), dt_from = opaque(room + 512 + 32 * l.g);
-    const u32 sums_to = opaque(sums + 1024 * l.warp + 16 * l.lane);
+    const u32 sums_to = opaque(sums + SUMS_BYTES * l.warp + 16 * l.lane);
     const u32 rows_at = opaque(l.warp * Ring::TILE + matrix_row(l));
     const u32 both_at = opaque(Ring::STATES + doubled_row(l));
     const u32 along_at = opaque(Ring::STATES + matrix_row(l));
     const u32 saved_at = opaque(Ring::CHECKPOINTS + 256 * l.warp + 8 * l.lane);
     // Mask i: lanes that own steps 2i and 2i + 1; lanes of their columns in a B operand.
     const Masks owners(l.t), columns(l.g >> 1);
-    const u32 ring_room = sums + WARPS * (SUMS_BYTES + TILE_ROOM);
-    const u32 barriers = ring_room + Ring::BYTES;  // of even and of odd rounds
+    const u32 barriers = ring_room + Ring::BYTES + WARPS * TILE_ROOM;  // of even and of odd rounds
     const int length = int(l.end - l.begin), last = (length - 1) / CHUNK * CHUNK;
     const i64 chunks = (p.length + CHUNK - 1) / CHUNK;
 
     if (threadIdx.x < 2) PhasedBarrier{barriers + 8 * threadIdx.x}.init(32 * WARPS);
     Ring ring;
     ring.start(p, l, ring_room, l.begin + last, -1, up, checkpoints, p.u, GATED ? p.z : nullptr, p.B, p.C);
-    ring.fetch(length - last);
-    if (last > 0) ring.fetch(CHUNK);
+    ring.fetch(ring_room, length - last);
+    if (last > 0) ring.fetch(ring_room + Ring::STAGE, CHUNK);
 
     float A[4], g[4] = {}, dA[4] = {}, dD = 0.f, dbias = 0.f;
     l.read_states(A, p.A, l.channel);
@@ -1244,24 +1277,27 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
     }
     // Where the lane's two channels of a row are in the outputs, in bytes.
     i64 row = 2 * ((l.batch * p.length + l.begin + last + l.g) * p.channels + l.channel - l.g) + 4 * l.t;
-    float4 *to_BC =
-        partial_BC + ((l.group * p.batch + l.batch) * chunks + (l.begin + last) / CHUNK) * 64 + l.lane;
+    float4 *to_BC =  // two rounds ahead
+        partial_BC + ((l.group * p.batch + l.batch) * chunks + (l.begin + last) / CHUNK + 2) * 64 + l.lane;
 
-    // Adds up, in the order of the warps, the sums of a round that every warp has finished. The warps
-    // take turns. Two barriers, used in alternate rounds, let warps drift apart by two chunks.
-    int turn = l.active ? l.warp : 1 << 30;  // a warp without channels never has one
-    u32 done = barriers, done_phase = 0, summed = 0;
+    // Stages: of this round, of the next one, of the one after and the one before the last.
+    u32 stage = ring_room, next_stage = stage + Ring::STAGE, far_stage = next_stage + Ring::STAGE;
+    u32 round = 0, done = barriers;  // done: barrier of this round and, with the other phase, of two before
+
+    // Adds up, in the order of the warps, the sums of the round before the last, which every warp has
+    // finished (a wait before there is one passes). The warps take turns. Two barriers, used in alternate
+    // rounds, let warps drift apart by two chunks.
+    int turn = l.active ? l.warp + 2 : 1 << 30;  // a warp without channels never has one
     const auto add_warps = [&]() {
-        PhasedBarrier{done}.wait(done_phase);
-        done_phase ^= done != barriers;
-        done ^= 8;
+        PhasedBarrier{done}.wait(~(round >> 1) & 1);
         if (turn == 0) {
             turn = warps;
-            const u32 from = sums + summed + 16 * l.lane;
+            const u32 from = far_stage + sums + 16 * l.lane;
             float4 B = load_shared(from), C = load_shared(from + 512);
 #pragma unroll 1
             for (int w = 1; w < warps; ++w) {
-                const float4 b = load_shared(from + 1024 * w), c = load_shared(from + 1024 * w + 512);
+                const u32 more = from + SUMS_BYTES * w;
+                const float4 b = load_shared(more), c = load_shared(more + 512);
                 B.x += b.x, B.y += b.y, B.z += b.z, B.w += b.w;
                 C.x += c.x, C.y += c.y, C.z += c.z, C.w += c.w;
             }
@@ -1270,7 +1306,12 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         }
         --turn;
         to_BC -= 64;
-        summed = summed == (ROUNDS - 1) * WARPS * 1024 ? 0 : summed + WARPS * 1024;
+    };
+    const auto next_round = [&]() {
+        ++round;
+        done ^= 8;
+        stage = next_stage, next_stage = far_stage;
+        far_stage = far_stage == ring_room + (ROUNDS - 1) * Ring::STAGE ? ring_room : far_stage + Ring::STAGE;
     };
 
     // A chunk made ready: what its owner lanes know of it, operands, checkpoint. dt, dy and C go to the
@@ -1282,14 +1323,12 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         __device__ __forceinline__ Ready() : x(0.f, 0.f), dy(0.f, 0.f) {}
     } now;
     u32 rows[4];
-    const auto load = [&]() {
-        const u32 from = ring.reading;
+    const auto load = [&](u32 from) {
         load_transposed(rows, from + rows_at);
         load_transposed(now.B_both, from + both_at);
         load_matrices(now.along, from + along_at);
         asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];"
                      : "=r"(now.saved[0]), "=r"(now.saved[1]) : "r"(from + saved_at) : "memory");
-        ring.turn(ring.reading, ring.reading_phase);
     };
     const auto prepare = [&](int at) {
         now.u0 = low_bf16(rows[U]), now.u1 = high_bf16(rows[U]);
@@ -1319,13 +1358,11 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         l.read_states(h0, p.h0, l.batch * p.channels + l.channel);
         store_shared(c_to + 1024, h0[0], h0[1], h0[2], h0[3]);
     }
-    u32 own_sums = 0, own_done = barriers;
-    int round = 0;
-    ring.wait_filled();
-    load();
+    PhasedBarrier{stage + Ring::FILLED}.wait(0);
+    load(stage);
     prepare(last);
     __syncwarp();
-    for (int at = last; at >= 0; at -= CHUNK, ++round) {
+    for (int at = last; at >= 0; at -= CHUNK) {
         // ---- forwards: h of the eight steps, y, the sums for dC
         u32 own[4], step[4];
         owners.unpack(own);
@@ -1359,10 +1396,10 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
                     now.along[3] & step[i]);
             }
         }
-        if (round >= 2) add_warps();  // and so every warp is done with that chunk's stage
-        if (at >= AHEAD * CHUNK) ring.fetch(CHUNK);
+        add_warps();  // and so every warp is done with that stage
+        if (at >= AHEAD * CHUNK) ring.fetch(far_stage, CHUNK);
 
-        for_C.store(sums_to + own_sums + 512);
+        for_C.store(stage + sums_to + 512);
 
         // ---- backwards, and the sums for dB
         columns.unpack(step);
@@ -1400,7 +1437,7 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         }
 
         // ---- outputs of the owner's two steps; the next chunk made ready
-        if (at > 0) ring.wait_filled();
+        if (at > 0) PhasedBarrier{next_stage + Ring::FILLED}.wait(((round + 1) / ROUNDS) & 1);
         __syncwarp();
         const float x0 = fmaf(now.u0, v[0], LN2 * through_decay[0]) * now.slope0;
         const float x1 = fmaf(now.u1, v[3], LN2 * through_decay[3]) * now.slope1;
@@ -1412,20 +1449,20 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         const u32 row_z = GATED ? transpose_8x8(pack_bf16(now.gate0 * fmaf(D, now.u0, y[0]),
                                                           now.gate1 * fmaf(D, now.u1, y[3])))
                                 : 0;
-        load();
+        load(next_stage);
         prepare(at - CHUNK);
-        for_B.store(sums_to + own_sums);
+        for_B.store(stage + sums_to);
         const bool stored = at < rows_left;
         store_if(stored, du + row, row_u);
         store_if(stored, ddelta + row, row_x);
         if (GATED) store_if(stored, dz + row, row_z);
         row -= i64(int(p.channels)) * (2 * CHUNK);
-        PhasedBarrier{own_done}.arrive();
+        PhasedBarrier{done}.arrive();
         __syncwarp();  // the rooms are written
-        own_done ^= 8;
-        own_sums = own_sums == (ROUNDS - 1) * WARPS * 1024 ? 0 : own_sums + WARPS * 1024;
+        next_round();
     }
-    if (round >= 2) add_warps();
+    add_warps();
+    next_round();
     add_warps();
 
     dD += __shfl_xor_sync(~0u, dD, 1);

@@ -24,9 +24,11 @@ _PROBLEM = "9P16q"
 _UPSTREAM = "2P2q"
 _C_TYPE = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _ANY_WARPS = 4  # warps a block
-# Warps a block and blocks a multiprocessor: what the register files hold at 96 and 168 a thread.
-_FORWARD_WARPS, _FORWARD_BLOCKS = 4, 5
+# Warps a block and blocks a multiprocessor: what the register files hold at 80, 96 and
+# 168 registers a thread.
+_FORWARD_SHAPES = ((24, 1), (12, 2), (4, 5))
 _BACKWARD_SHAPES = ((12, 1), (6, 2), (4, 3))
+_CARRY_WARPS = 4
 
 
 def _ceil(a: int, b: int) -> int:
@@ -75,6 +77,11 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _tile_forward_shared(warps: int) -> int:
+    """Bytes: eight stages of the ring, a room of each warp (see cuda_scan.cu)."""
+    return 8 * (warps * 528 + 512 + 16) + warps * 256
+
+
 def _tile_backward_shared(warps: int) -> int:
     """Bytes: sums and rooms of each warp, four stages of the ring, barriers (see cuda_scan.cu)."""
     return warps * (4096 + 1536) + 4 * (warps * (528 + 256) + 512 + 16) + 16
@@ -87,25 +94,45 @@ def _widest(warps: list[int], tiles: int) -> int:
 
 
 @functools.cache
+def _block_shared(device: int) -> int:
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the limit
+    return properties.shared_memory_per_block_optin
+
+
+def _tile_forward_shape(device: int, tiles: int, rows: int) -> tuple[int, int]:
+    """(warps a block, blocks a multiprocessor) for ``rows`` times ``tiles`` warps. The warps of a
+    block keep step, so that none is left to run alone at the end: the widest block that keeps nine
+    tenths of the multiprocessors' warps busy, else the narrowest."""
+    for warps, resident in _FORWARD_SHAPES[:-1]:
+        blocks = _ceil(tiles, warps) * rows
+        rounds = _ceil(blocks, _multiprocessors(device))
+        busy = tiles * rows / (rounds * _multiprocessors(device) * warps)
+        if busy >= 0.9 and _tile_forward_shared(warps) <= _block_shared(device):
+            return warps, resident
+    return _FORWARD_SHAPES[-1]
+
+
+@functools.cache
 def _tile_backward_shape(device: int, tiles: int) -> tuple[int, int]:
     """(warps a block, blocks a multiprocessor), of what fits."""
-    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the limit
-    limit = properties.shared_memory_per_block_optin
+    limit = _block_shared(device)
     shapes = dict(s for s in _BACKWARD_SHAPES if _tile_backward_shared(s[0]) <= limit)
     warps = _widest(list(shapes), tiles)
     return warps, shapes[warps]
 
 
-def _plan_segments(warps: int, wanted_warps: int, least: int, length: int) -> tuple[int, int]:
+def _plan_segments(
+    warps: int, wanted_warps: int, least: int, length: int, longest: int
+) -> tuple[int, int]:
     """(steps a segment, segments). A cut costs another pass over the input, so it takes place only
-    where one segment's warps are fewer than 1 / ``least`` of those the card wants. A long sequence
-    is cut to several times what the card holds at once, so that the last round of blocks is a small
-    part. Segments are whole chunks, at least 64 steps, none empty."""
+    where one segment's warps are fewer than 1 / ``least`` of those the card wants at once; then it
+    gives that many, or a multiple of it where segments would exceed ``longest`` steps. Segments are
+    whole chunks, at least 64 steps, none empty."""
     segments = wanted_warps // warps
     if segments < least:
         segments = 1
     else:
-        segments = wanted_warps * max(1, length // (segments * 1536)) // warps
+        segments = wanted_warps * max(1, length // (segments * longest)) // warps
     steps = max(64, CHUNK * _ceil(_ceil(length, segments), CHUNK))
     return steps, _ceil(length, steps)
 
@@ -177,6 +204,16 @@ class _Scan:
         self.warp_channels = 8 if self.tile else 128 // self.padded
         self.warps = self.batch * _ceil(self.channels, self.warp_channels)
 
+    def plan(self, wanted: int, least: int) -> tuple[int, int]:
+        """(steps a segment, segments), for ``wanted`` warps a multiprocessor. In the tile family a
+        long segment's hand-over is short, so one round of long segments is best; in the other one
+        a few rounds keep the last one a small part."""
+        multiprocessors = _multiprocessors(self.device)
+        if self.tile and least == 3 and self.length * self.warps >= 24 * multiprocessors * 2048:
+            wanted = 24
+        longest = self.length if self.tile else 1536
+        return _plan_segments(self.warps, wanted * multiprocessors, least, self.length, longest)
+
     def problem(self, steps: int, segments: int) -> tuple[int, ...]:
         rows = (self.u, self.delta, self.B, self.C, self.z)
         pointers = (*rows, self.A, self.D, self.bias, self.h0)
@@ -200,6 +237,15 @@ class _Scan:
         rows = self.batch * segments * self.channels
         return self.new(rows, self.padded), self.new(rows)
 
+    def carry(self, adjoint, problem, upstream, segments, states, dts) -> None:
+        """Fill the buffers with what each segment of a tile scan hands to its neighbour."""
+        flags = f"{_true(adjoint)}, {_true(adjoint and self.gated)}, {_true(self.softplus)}"
+        _launch(
+            self.device, f"tile_carry<{flags}, {_CARRY_WARPS}>", _PROBLEM + _UPSTREAM + "2P",
+            self.blocks(_CARRY_WARPS, segments - 1), (32 * _CARRY_WARPS, 1), 0,
+            *problem, *upstream, _address(states), _address(dts),
+        )  # fmt: skip
+
 
 # ----------------------------------------------------------------------------------- operations
 
@@ -212,20 +258,26 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, 
     shape = saved_shape(s.batch, s.length, s.channels, s.d_state, s.dtype)
     saved = s.new(*(shape if save else (0,)))
 
-    warps = _FORWARD_WARPS if s.tile else _ANY_WARPS
-    steps, segments = _plan_segments(s.warps, 16 * _multiprocessors(s.device), 3, s.length)
+    steps, segments = s.plan(16, 3)
+    warps, resident = (
+        _tile_forward_shape(s.device, s.channels // 8, s.batch * segments)
+        if s.tile
+        else (_ANY_WARPS, None)
+    )
     states, dts = s.segment_buffers(segments)
     problem = s.problem(steps, segments)
     outputs = (_address(y), _address(final_state), _address(saved) if save else 0)
-    for part in ("STATE_ONLY", "FULL") if segments > 1 else ("FULL",):
+    if s.tile and segments > 1:
+        s.carry(False, problem, (0, 0, 0, 0), segments, states, dts)
+    for part in ("STATE_ONLY", "FULL") if segments > 1 and not s.tile else ("FULL",):
         if s.tile:
-            flags = f"{_true(s.gated)}, {_true(s.softplus)}, {part}"
-            name = f"tile_forward<{flags}, {warps}, {_FORWARD_BLOCKS}>"
+            flags = f"{_true(s.gated)}, {_true(s.softplus)}"
+            name = f"tile_forward<{flags}, {warps}, {resident}>"
         else:
             name = f"any_forward<{_C_TYPE[s.dtype]}, {s.padded}, {_true(s.softplus)}, {part}>"
         _launch(
             s.device, name, _PROBLEM + "5P", s.blocks(warps, segments - (part == "STATE_ONLY")),
-            (32 * warps, 1), 0,
+            (32 * warps, 1), _tile_forward_shared(warps) if s.tile else 0,
             *problem, *outputs, _address(states), _address(dts),
         )  # fmt: skip
     return y, final_state, saved
@@ -307,7 +359,7 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
     warps, resident = (
         _tile_backward_shape(s.device, s.channels // 8) if s.tile else (_ANY_WARPS, None)
     )
-    steps, segments = _plan_segments(s.warps, 12 * _multiprocessors(s.device), 2, s.length)
+    steps, segments = s.plan(12, 2)
     states, dts = s.segment_buffers(segments)
     problem = s.problem(steps, segments)
     upstream = (_address(dy), _address(dh_end), *dy.stride()[:2])
@@ -322,13 +374,13 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
 
     flags = f"{_true(s.gated)}, {_true(s.softplus)}"
     typed = f"{_C_TYPE[s.dtype]}, {s.padded}"
-    if segments > 1:
-        name = (
-            f"tile_adjoint<{flags}, 4>" if s.tile else f"any_adjoint<{typed}, {_true(s.softplus)}>"
-        )
+    if segments > 1 and s.tile:
+        s.carry(True, problem, upstream, segments, states, dts)
+    elif segments > 1:
+        name = f"any_adjoint<{typed}, {_true(s.softplus)}>"
         _launch(
-            s.device, name, _PROBLEM + _UPSTREAM + "2P", s.blocks(4, segments - 1), (128, 1), 0,
-            *problem, *upstream, _address(states), _address(dts),
+            s.device, name, _PROBLEM + _UPSTREAM + "2P", s.blocks(_ANY_WARPS, segments - 1),
+            (32 * _ANY_WARPS, 1), 0, *problem, *upstream, _address(states), _address(dts),
         )  # fmt: skip
     if s.tile:
         name, shared = f"tile_backward<{flags}, {warps}, {resident}>", _tile_backward_shared(warps)

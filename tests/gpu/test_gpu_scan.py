@@ -253,5 +253,24 @@ def test_nan_and_inf_spread_as_in_the_definition(where: str, value: float) -> No
     assert relative_rms(y[finite], exact_y[finite]) < 1e-6
 
 
+def test_nan_crosses_segments_that_forget() -> None:
+    """Large steps forget the state at once, so what a segment hands on is summed over a few steps;
+    a nan far from them must still arrive, in both directions and in its own channel alone."""
+    inputs = make_inputs(1, 700, 32, dtype=torch.bfloat16)
+    inputs["delta"] += 5
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    weight = torch.ones(1, 700, 32, dtype=torch.bfloat16, device="cuda")
+    weight[0, 690, 3] = float("nan")
+    du = torch.autograd.grad(scan(leaves)[0], leaves["u"], weight)[0][0]
+    with torch.no_grad():
+        inputs["u"][0, 4, 3] = float("nan")
+        y, state = (x[0] for x in scan(inputs))
+    assert not y[4:, 3].isfinite().any()
+    assert not state[3].isfinite().any()
+    assert not du[:691, 3].isfinite().any()
+    for finite in (y[:, 4:], y[:, :3], du[:, 4:], du[:, :3]):
+        assert finite.isfinite().all()
+
+
 def test_names_of_inputs_are_complete() -> None:
     assert set(make_inputs(1, 1, 1)) == set(NAMES)
