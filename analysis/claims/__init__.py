@@ -65,14 +65,20 @@ class Parameters:
     seed: int = 0
     initial_seeds: int = 4
     fox_batch: int = 1
+    # Steps at which a tied head is compared with one of its own; a record has more of them.
+    tied_steps: tuple[int, ...] = (60, 180)
 
     def __post_init__(self) -> None:
         if self.initial_seeds < 1 or self.fox_batch < 1:
             raise UserError(f"initial_seeds {self.initial_seeds} and fox_batch {self.fox_batch}: "
                             "both must be at least 1")
+        if not self.tied_steps or list(self.tied_steps) != sorted({0, *self.tied_steps} - {0}):
+            raise UserError(f"tied_steps are {self.tied_steps}: give steps from 1 on in rising "
+                            "order, each once")
 
 
-PROFILES = {"quick": Parameters(), "full": Parameters(initial_seeds=16, fox_batch=8)}
+PROFILES = {"quick": Parameters(),
+            "full": Parameters(initial_seeds=16, fox_batch=8, tied_steps=(100, 300, 1000, 3000))}
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class Claims:
     ledger: pd.DataFrame  # one row a claim
     counts: pd.DataFrame  # verdict by document and kind
     evidence: pd.DataFrame  # the runs and records that were read
+    tied: pd.DataFrame  # a tied head against one of its own
     first_run: FirstRun | None = None  # what the first document's authors published of theirs
 
 
@@ -92,12 +99,13 @@ def run(
     root = p.runs_root or (str(Path(run_dir).parent) if run_dir else "")
     evidence = gather(root)
     ledger = load_ledger()
-    settings = Settings(p.seed, p.initial_seeds, p.fox_batch)
+    settings = Settings(p.seed, p.initial_seeds, p.fox_batch, p.tied_steps)
     lab = Lab(settings, evidence, ledger.facts, report=report)
     with _one_thread():
         rows = [_row(claim, judge(claim, lab)) for claim in ledger.claims]
+        tied = choices.tied_table(lab)
     frame = pd.DataFrame(rows, dtype=object)  # None stays None: it reads "not measured"
-    return Claims(frame, count(frame), _evidence_frame(evidence), first_run(lab))
+    return Claims(frame, count(frame), _evidence_frame(evidence), tied, first_run(lab))
 
 
 def judge(claim: Claim, lab: Lab) -> Finding:

@@ -25,6 +25,7 @@ class Settings:
     seed: int = 0
     initial_seeds: int = 4
     fox_batch: int = 1
+    tied_steps: tuple[int, ...] = (60, 180)  # where the tied head is looked at
 
 
 def experiment(function: Experiment) -> Experiment:
