@@ -213,8 +213,8 @@ def gating_is_key(lab: Lab, claim: Claim) -> Finding:
     words = ", ".join(f"without the {part} {bits:+.3f}" if part != "selection" else
                       f"with fixed transitions {bits:+.3f}" for part, bits in lost.items())
     return Finding(verdict, f"{lost['selection']:+.3f} bits", f"A small model after "
-                   f"{CHOICE_STEPS} steps on text, bits a byte against the whole block: {words} (the "
-                   "gate goes with a third of the block's parameters). "
+                   f"{CHOICE_STEPS} steps on text, bits a byte against the whole block: {words} "
+                   "(the gate goes with a third of the block's parameters). "
                    f"Selection helps; what the block owes most to on this text is its {most}. "
                    "Tasks of recall may say otherwise.")
 
