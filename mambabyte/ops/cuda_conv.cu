@@ -238,20 +238,22 @@ __global__ void __launch_bounds__(128, BLOCKS) conv_backward(
 }
 
 // Adds up the rows of partial (rows, columns), in a fixed order, into dweight and, from column
-// `weights` on, dbias. 32 x 32 threads a block: torch's sum takes four times as long.
+// `weights` on, dbias. A block has 32 columns, a warp of it every 32nd row: torch's sum takes four
+// times as long.
 __global__ void __launch_bounds__(1024) conv_sums(const float *partial, float *dweight,
                                                   float *dbias, int64 rows, int weights,
                                                   int columns) {
     __shared__ float room[32][33];
-    int c = blockIdx.x * 32 + threadIdx.x;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int c = blockIdx.x * 32 + lane;
     float sum = 0.f;
     if (c < columns)
-        for (int64 r = threadIdx.y; r < rows; r += 32) sum += partial[r * columns + c];
-    room[threadIdx.y][threadIdx.x] = sum;
+        for (int64 r = warp; r < rows; r += 32) sum += partial[r * columns + c];
+    room[warp][lane] = sum;
     __syncthreads();
-    sum = room[threadIdx.x][threadIdx.y];
+    sum = room[lane][warp];
 #pragma unroll
     for (int far = 16; far; far /= 2) sum += __shfl_xor_sync(~0u, sum, far);
-    c = blockIdx.x * 32 + threadIdx.y;
-    if (threadIdx.x == 0 && c < columns) (c < weights ? dweight : dbias - weights)[c] = sum;
+    c = blockIdx.x * 32 + warp;
+    if (lane == 0 && c < columns) (c < weights ? dweight : dbias - weights)[c] = sum;
 }

@@ -179,7 +179,7 @@ def _backward(
     dweight, dbias = torch.empty_like(weight), weight.new_empty(channels)
     sums = _kernel("conv_sums", x.dtype, taps, width, device)
     sums.launch(
-        (-(-(taps + 1) * channels // 32), 1, 1), (32, 32, 1), 0, raw_stream(device),
+        (-(-(taps + 1) * channels // 32), 1, 1), (1024, 1, 1), 0, raw_stream(device),
         partial.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), len(partial), channels * taps,
         (taps + 1) * channels,
     )  # fmt: skip

@@ -320,7 +320,7 @@ static void run_block(int threads, std::mt19937 &random) {
 }
 
 template <class T> static T next_argument(const char *&from) {
-    static_assert(sizeof(T) % 8 == 0);
+    static_assert(sizeof(T) % 4 == 0);
     T x;
     memcpy(&x, from, sizeof x);
     from += sizeof x;
