@@ -187,6 +187,7 @@ def test_registry_is_light():
 
 # The modules that make a study's numbers beside its own: a change in one must re-run it.
 MEASURING = {
+    "gradients": ("boundary_gradients", "scan_against_step", "truncation"),
     "overflow": ("bounds", "error_map", "exponents"),
 }
 
