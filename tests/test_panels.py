@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from analysis import bounds, error_map, memory, panels
+from analysis.footprint_tables import budgets_at, budgets_frame, smallest_devices
 from analysis.measure import run_notebook
 from analysis.panels import memory as memory_panel
 from analysis.panels import overflow as overflow_panel
@@ -69,18 +70,18 @@ def test_the_first_bad_position_is_where_the_exponent_passes_the_bound():
 def test_the_memory_panel_says_what_the_study_says(batch, context):
     p = memory.Parameters(forms=("fused", "document_chunked"))
     found = moved(memory_panel.panel(p), batch=batch, context=context)
-    study = memory._budgets_frame(p)
+    study = budgets_frame(p.forms)
     same = study[study["configuration"] == f"{batch} x {context}"].reset_index(drop=True)
     pd.testing.assert_frame_equal(found, same)
 
 
 def test_smallest_device():
     model = PRESETS["mamba_byte"].model
-    found = memory.smallest_devices(memory.budgets_at(model, 64, 2048, ("fused", "chunked")))
+    found = smallest_devices(budgets_at(model, 64, 2048, ("fused", "chunked")))
     by_form = found[~found["checkpointing"] & (found["autocast"] == "bf16")].set_index("form")
     assert by_form.loc["fused", "smallest device"] == "16 GB"
     assert by_form.loc["chunked", "smallest device"] == "141 GB"
-    huge = memory.smallest_devices(memory.budgets_at(
+    huge = smallest_devices(budgets_at(
         replace(model, n_layer=40), 1024, 2048, ("chunked",)))
     assert huge["smallest device"].iloc[0] == "none of these"
 
