@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 
 from analysis.learning import Learned, bits_at
@@ -14,7 +16,7 @@ Runs = dict[tuple[str, int, int], Learned]  # by pattern, seed and the steps ask
 
 
 def step_costs(
-    learned: Runs, flops: dict[str, float], bytes_per_step: int,
+    learned: Runs, flops: Mapping[str, float], bytes_per_step: int
 ) -> pd.DataFrame:
     """Cost of one step of each pattern: medians over its runs; joules None where not measured."""
     rows = []
@@ -31,7 +33,7 @@ def step_costs(
 
 
 def budget_steps(
-    learned: Runs, flops: dict[str, float], bytes_per_step: int
+    learned: Runs, flops: Mapping[str, float], bytes_per_step: int
 ) -> pd.DataFrame:
     """Steps that each pattern may take in each comparison; None where nothing was measured.
 

@@ -22,6 +22,7 @@ from analysis.learning import (
     position_bits,
 )
 from analysis.pairs import paired_difference, paired_table
+from analysis.run_tables import unigram_bits
 from analysis.synthetic import IGNORE, accuracy, learn_task, make_task, parse_task
 from analysis.tokens import (
     Pieces,
@@ -460,7 +461,7 @@ def test_unigram_bits_by_hand():
     train = np.array([65] * 3 + [66], dtype=np.uint8)
     windows = torch.tensor([[65, 65, 66]])  # the first byte is no target
     expected = -(math.log2(4 / 260) + math.log2(2 / 260)) / 2
-    assert ablation.unigram_bits(train, windows) == pytest.approx(expected)
+    assert unigram_bits(train, windows) == pytest.approx(expected)
 
 
 def test_the_study_is_seeded(corpus_file):

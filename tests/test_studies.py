@@ -187,6 +187,8 @@ def test_registry_is_light():
 
 # The modules that make a study's numbers beside its own: a change in one must re-run it.
 MEASURING = {
+    "ablation": ("budgets", "learning", "matching", "pairs", "run_tables", "synthetic", "tokens",
+                 "variants"),
     "gradients": ("boundary_gradients", "scan_against_step", "truncation"),
     "memory": ("allocations", "fit", "footprint", "footprint_tables", "gpu_memory", "kept_tensors",
                "scan_footprint", "scan_memory"),
