@@ -44,7 +44,7 @@ from analysis.run_tables import (
     with_quality,
 )
 from analysis.synthetic import learn_task, parse_task
-from analysis.timing import threads
+from analysis.threads import threads
 from mambabyte.config import ModelConfig, TrainConfig, get_preset
 from mambabyte.corpus import Corpus, load_corpus, sample_windows
 from mambabyte.errors import UserError

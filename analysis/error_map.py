@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.bounds import DTYPES, SILENT, boundary
-from analysis.scans import ANY_CHUNK, INPUTS, PUBLISHED, Scan, check_forms, one_thread, scan_of
+from analysis.scans import ANY_CHUNK, INPUTS, PUBLISHED, Scan, check_forms, scan_of
+from analysis.threads import threads
 from mambabyte.errors import UserError
 from mambabyte.ops.sequential import sequential_scan
 
@@ -193,7 +194,7 @@ def cell(
     """The map's cell at any decay and chunk, on its grid or between, and where y goes wrong."""
     p = replace(p, forms=(form,), low_precision_forms=(form,), precisions=(precision,),
                 kinds=(kind,), decays=(decay,), chunks=(chunk,))
-    with one_thread():
+    with threads(1):
         row = error_map(p, lambda line: None).iloc[0]
         exact = inputs(p.decays, p.length, p.channels, p.states, kind, p.seed)
         own: Scan = published_recurrence if form in PUBLISHED else sequential_scan

@@ -14,7 +14,8 @@ import pandas as pd
 
 from analysis.boundary_gradients import Scans, boundary_frame, distance_frame, gradcheck_frame
 from analysis.scan_against_step import DOCUMENT_DIFFERENCE, scan_against_step
-from analysis.scans import ANY_CHUNK, one_thread, runnable
+from analysis.scans import ANY_CHUNK, runnable
+from analysis.threads import threads
 from analysis.truncation import recall_frame
 from mambabyte.errors import UserError
 
@@ -68,7 +69,7 @@ class Gradients:
 def run(p: Parameters, report: Callable[[str], None]) -> Gradients:
     """Boundaries, distances, gradcheck, scan against step, recall. Seeded throughout."""
     p = replace(p, forms=runnable(p.forms))
-    with one_thread():
+    with threads(1):
         report("gradients at every boundary")
         boundaries, distances = boundary_frame(p), distance_frame(p)
         report("gradcheck")

@@ -20,7 +20,8 @@ from analysis.gpu_memory import beside_closed_form, measure_on_cuda, recorded_fr
 from analysis.kept_tensors import AUTOCASTS, Autocast, saved_terms
 from analysis.scan_footprint import FLOAT32, scan_workspace
 from analysis.scan_memory import full_tensors_frame, kept_without_concatenation, slices_frame
-from analysis.scans import check_forms, one_thread, runnable
+from analysis.scans import check_forms, runnable
+from analysis.threads import threads
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 
@@ -92,7 +93,7 @@ class Memory:
 
 def run(p: Parameters, report: Callable[[str], None]) -> Memory:
     """Closed form, counts, and what follows from them. The same numbers on every run."""
-    with one_thread():
+    with threads(1):
         report("counting saved tensors")
         saved = _saved_frame(p)
         report("measuring peaks with the profiler")

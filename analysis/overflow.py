@@ -25,7 +25,8 @@ from analysis.exponents import (
     pairs_past_bound,
 )
 from analysis.pool import run_jobs
-from analysis.scans import ANY_CHUNK, one_thread, runnable
+from analysis.scans import ANY_CHUNK, runnable
+from analysis.threads import threads
 from mambabyte.config import PRESETS
 from mambabyte.errors import UserError
 
@@ -100,7 +101,7 @@ class Overflow:
 def run(p: Parameters, report: Callable[[str], None]) -> Overflow:
     """The error map, the untrained model, the training, the crossing. Seeded throughout."""
     p = replace(p, forms=runnable(p.forms))
-    with one_thread():
+    with threads(1):
         errors = error_map(p, report)
         report("the untrained model")
         pairs = pairs_past_bound(p.corpus, p.seed, p.fraction_lengths)

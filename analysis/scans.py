@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from mambabyte.errors import UserError
@@ -53,14 +51,3 @@ def relative_rms(value: Tensor, reference: Tensor) -> float:
     value, reference = value.detach().double(), reference.detach().double()
     scale = reference.square().mean().sqrt()
     return float((value - reference).square().mean().sqrt() / scale.clamp_min(1e-300))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on one thread: for tensors this small, a second one costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

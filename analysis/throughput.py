@@ -32,8 +32,9 @@ from analysis.scan_timing import (
 )
 from analysis.step_profile import Way, training_step
 from analysis.step_profile import systems as widths_of_gpus
+from analysis.threads import threads
 from analysis.throughput_values import headline
-from analysis.timing import Case, crossover, exponent_table, measure, none_for_nan, threads
+from analysis.timing import Case, crossover, exponent_table, measure, none_for_nan
 from mambabyte.blocks import AttentionMixer, LayerState, MambaMixer
 from mambabyte.config import ModelConfig, TrainConfig, get_preset
 from mambabyte.energy import EnergyMeter

@@ -10,8 +10,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,18 +110,6 @@ def _predict(past: list[tuple[int, float]], length: int) -> float:
         return 0.0
     last_length, last = past[-1]
     return last * length / max(last_length, 1)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run torch on ``count`` threads; 0 leaves it as it is. One thread is the steadier measure
-    on a machine with other work: two threads wait for whichever was interrupted."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def none_for_nan(frame: pd.DataFrame) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from analysis.measure import measure as measure_study
 from analysis.plots import throughput as figures
 from analysis.records import load_record
 from analysis.studies import STUDIES
+from analysis.threads import threads
 from analysis.timing import (
     AllocationCounter,
     Case,
@@ -23,7 +24,6 @@ from analysis.timing import (
     fit_exponent,
     measure,
     none_for_nan,
-    threads,
 )
 from mambabyte.errors import UserError
 
