@@ -22,6 +22,8 @@ import math
 
 import torch
 
+from mambabyte.ops.repairs import CLAMP, EPSILON
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SILENT = 1e-2  # relative error above which a finite result counts as wrong
 
@@ -44,8 +46,8 @@ def boundary(form: str, decay: float, dtype: str = "float32") -> float:
         "late_mask": limit / decay + 1,
         "corrected_cumsum": limit / decay,
         "centred": 2 * limit / decay + 1,
-        "clamped": min(80.0, limit - 1) / decay,
-        "epsilon": math.log(1e12 * SILENT) / decay,
+        "clamped": min(CLAMP, limit - 1) / decay,
+        "epsilon": math.log(SILENT / EPSILON) / decay,
     }
     return steps.get(form, math.inf)
 
