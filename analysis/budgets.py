@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from analysis.frames import not_measured
 from analysis.learning import Learned, bits_at
-from analysis.timing import none_for_nan
 
 COMPARISONS = ("steps", "wall-clock", "FLOPs", "joules")
 UNITS = {"steps": "steps", "wall-clock": "seconds", "FLOPs": "operations", "joules": "joules"}
@@ -52,7 +52,7 @@ def budget_steps(
                 "unit": UNITS[comparison],
                 "steps": max(1, int(budget / cost[pattern] + 1e-9)) if budget else None,
             })
-    return none_for_nan(pd.DataFrame(rows))
+    return not_measured(pd.DataFrame(rows))
 
 
 def compare(learned: Runs, budgets: pd.DataFrame, steps: int) -> pd.DataFrame:
@@ -74,4 +74,4 @@ def compare(learned: Runs, budgets: pd.DataFrame, steps: int) -> pd.DataFrame:
                 "comparison": row.comparison, "budget": row.budget, "unit": row.unit,
                 "pattern": row.pattern, "seed": seed, "steps": row.steps, "bits_per_byte": bits,
             })
-    return none_for_nan(pd.DataFrame(rows))
+    return not_measured(pd.DataFrame(rows))

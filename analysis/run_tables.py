@@ -9,9 +9,9 @@ import pandas as pd
 from torch import Tensor
 
 from analysis.budgets import COMPARISONS, Runs, step_costs
+from analysis.frames import not_measured
 from analysis.learning import position_bits
 from analysis.pairs import paired_table
-from analysis.timing import none_for_nan
 from mambabyte.evaluate import Score
 from mambabyte.model import ByteLM
 from mambabyte.stream import ByteStream
@@ -32,7 +32,7 @@ def differences_table(
     if missing:
         table = pd.concat([table.astype(object), pd.DataFrame(missing, columns=table.columns)],
                           ignore_index=True)
-    return none_for_nan(table)
+    return not_measured(table)
 
 
 def with_quality(
@@ -80,7 +80,7 @@ def runs_table(
             "characters": scored.characters if scored else None,
             "ended": "time limit" if done.stopped_early else "all steps",
         })
-    return none_for_nan(pd.DataFrame(rows))
+    return not_measured(pd.DataFrame(rows))
 
 
 def curves_table(
@@ -118,7 +118,7 @@ def positions_table(
             frames.append(frame.assign(pattern=pattern, seed=seed, cache=cache))
     joined = pd.concat(frames, ignore_index=True)
     return joined[["pattern", "cache", "seed", "first_position", "last_position",
-                   "bits_per_byte", "drift_bits"]].pipe(none_for_nan)
+                   "bits_per_byte", "drift_bits"]].pipe(not_measured)
 
 
 def accuracy_by_position(

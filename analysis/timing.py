@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from analysis.frames import not_measured
 from mambabyte.errors import UserError
 
 MEASURED = "measured"
@@ -112,13 +113,6 @@ def _predict(past: list[tuple[int, float]], length: int) -> float:
     return last * length / max(last_length, 1)
 
 
-def none_for_nan(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with None, "not measured", in place of every NaN."""
-    holes = [c for c in frame if frame[c].isna().any()]
-    return frame.assign(**{c: frame[c].astype(object).where(frame[c].notna(), None)
-                           for c in holes})
-
-
 def _wait(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
@@ -186,7 +180,7 @@ def exponent_table(
         tail = group.sort_values("length").tail(longest)
         fit = fit_exponent(tail["length"].tolist(), tail[cost].astype(float).tolist())
         rows.append({**dict(zip(by, key, strict=True)), **vars(fit)})
-    return none_for_nan(pd.DataFrame(rows))
+    return not_measured(pd.DataFrame(rows))
 
 
 def crossover(

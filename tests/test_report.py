@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from analysis import plots
+from analysis.frames import write_frame
 from analysis.records import load_record, load_records, write_record_file
 from analysis.report import build_report, tables, text
 from analysis.report.appendix import notebook_html, safe_html
@@ -22,7 +23,7 @@ from analysis.report.check import check_page
 from analysis.report.example import A, worked_example
 from analysis.report.markdown import formula, to_html
 from analysis.report.svg import THEME, inline_svg
-from analysis.results import write_frame, write_record
+from analysis.results import write_record
 from analysis.studies import Study
 from mambabyte.errors import UserError
 from mambabyte.ops.sequential import sequential_scan

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from analysis import scan_timing, throughput
+from analysis.frames import not_measured
 from analysis.measure import main as measure_main
 from analysis.measure import measure as measure_study
 from analysis.plots import throughput as figures
@@ -23,7 +24,6 @@ from analysis.timing import (
     exponent_table,
     fit_exponent,
     measure,
-    none_for_nan,
 )
 from mambabyte.errors import UserError
 
@@ -144,8 +144,8 @@ def test_threads_are_put_back():
     assert torch.get_num_threads() == before
 
 
-def test_none_for_nan():
-    frame = none_for_nan(pd.DataFrame({"a": [1.0, float("nan")], "b": [1.0, 2.0]}))
+def test_not_measured():
+    frame = not_measured(pd.DataFrame({"a": [1.0, float("nan")], "b": [1.0, 2.0]}))
     assert frame["a"].tolist() == [1.0, None]
     assert frame["b"].dtype == float
 
