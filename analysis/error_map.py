@@ -56,7 +56,9 @@ class Grid:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_forms((*self.forms, *self.low_precision_forms))
+        check_forms(self.forms)
+        if self.low_precision_forms:
+            check_forms(self.low_precision_forms)
         if set(self.precisions) - set(PRECISIONS):
             raise UserError(f"precisions {self.precisions}: choose from {', '.join(PRECISIONS)}")
         if set(self.kinds) - set(KINDS):

@@ -40,6 +40,8 @@ class Parameters(Scans):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.segments:
+            raise UserError("no segments are given: name at least one")
         if min(self.draws, self.recall_steps, self.recall_seeds, *self.segments) < 1:
             raise UserError("draws, recall_steps, recall_seeds and segments must be 1 or more")
         if not 1 <= self.recall_far < self.recall_length - 1:
@@ -102,7 +104,8 @@ def headline(found: Gradients) -> dict[str, tuple[float | bool | int | None, str
     far = recall[recall["task"] == "far only"]
     anywhere = recall[recall["task"] == "any distance"]
 
-    def reach(frame: pd.DataFrame, segment: int, column: str) -> float | None:
+    def reach(frame: pd.DataFrame, segment: float, column: str) -> float | None:
+        """Mean over seeds and distances; None where nothing was trained so, or nothing learned."""
         values = frame[frame["gradient reaches, steps"] == segment][column].dropna()
         return float(values.mean()) if len(values) else None
 
@@ -140,6 +143,6 @@ def headline(found: Gradients) -> dict[str, tuple[float | bool | int | None, str
         "shortest_segment": (int(shortest), "steps", "shortest reach of the gradient"),
         "far_full": (reach(far, longest, "accuracy"), "",
                      "accuracy, trained on far symbols only, nothing cut"),
-        "far_cut": (reach(far, int(far["gradient reaches, steps"].min()), "accuracy"), "",
+        "far_cut": (reach(far, far["gradient reaches, steps"].min(), "accuracy"), "",
                     "the same, gradient cut short of the distance"),
     }

@@ -56,6 +56,12 @@ class Parameters:
 
     def __post_init__(self) -> None:
         check_forms(self.forms)
+        for name in ("patterns", "autocasts"):
+            if not getattr(self, name):
+                raise UserError(f"{name} is empty: name at least one")
+        if len(set(self.slice_lengths)) < 2:
+            raise UserError(f"slice_lengths {self.slice_lengths}: growth shows only between two "
+                            "lengths, give at least two")
         if set(self.autocasts) - set(AUTOCASTS):
             raise UserError(f"autocasts {self.autocasts}: choose from {', '.join(AUTOCASTS)}")
         sizes = (self.batch, self.context, self.d_model, self.n_layer, self.counted_layers,

@@ -57,8 +57,10 @@ class Parameters(Grid):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.every < 1:
-            raise UserError("every must be 1 or more")
+        if self.every < 1 or min(self.fraction_lengths, default=0) < 1:
+            raise UserError("every must be 1 or more, and each of fraction_lengths, at least one")
+        if not self.crossings or min(self.crossings) <= 0:
+            raise UserError("crossings are nats, each above 0, at least one")
         if self.device not in ("cpu", "cuda"):
             raise UserError(f"device {self.device!r}: choose cpu or cuda")
         if len(self.trained_forms) != len(self.trained_steps) or not self.trained_forms:
@@ -206,7 +208,8 @@ def headline(found: Overflow) -> dict[str, tuple[float | str | None, str, str]]:
         "clamped_silent": cells("clamped", "silent",
                                 "finite and off by more than 1 %, clamped exponent"),
         "clamped_loud": cells("clamped", "loud", "inf or nan, clamped"),
-        "map_cells": (int(verdict["cells"].max()), "cells", "cells of a form's map in float32"),
+        "map_cells": (int(verdict["cells"].max()) if len(verdict) else None, "cells",
+                      "cells of a form's map in float32"),
         "longest": (longest, "steps", "length of the next two"),
         "pairs_lost": (100 * float(share["counted, share of pairs"]), "%",
                        "(channel, state) pairs past the bound at that length"),

@@ -33,7 +33,9 @@ def _fused(
 
 
 def check_forms(names: tuple[str, ...]) -> None:
-    """UserError for a name that is no form."""
+    """UserError for a name that is no form, and for no name at all."""
+    if not names:
+        raise UserError(f"no form is given: choose from {', '.join(FORMS)}")
     for name in names:
         if name not in FORMS:
             raise UserError(f"form {name!r} is unknown: choose from {', '.join(FORMS)}")

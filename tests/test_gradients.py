@@ -135,8 +135,18 @@ def test_what_is_never_joined_is_never_learned(segment: int, learns: bool) -> No
     assert (truncation.steps_to_learn(losses) is not None) == learns
 
 
+def test_segments_that_all_fall_short_leave_the_far_task_unmeasured(text_file: object) -> None:
+    p = gradients.Parameters(
+        forms=("sequential", "document_chunked"), length=16, chunk=8, channels=2, states=2,
+        corpus=str(text_file), draws=1, segments=(2, 4), recall_steps=1, recall_seeds=1)
+    values = gradients.headline(gradients.run(p, lambda line: None))
+    assert values["far_full"][0] is None
+    assert values["far_cut"][0] is None
+    assert values["shortest_segment"][0] == 2
+
+
 def test_bad_input() -> None:
     for bad in ({"forms": ("nothing",)}, {"chunk": 128}, {"draws": 0},
-                {"recall_far": 40}, {"segments": (0,)}):
+                {"recall_far": 40}, {"segments": (0,)}, {"segments": ()}, {"forms": ()}):
         with pytest.raises(UserError):
             gradients.Parameters(**bad)

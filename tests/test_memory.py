@@ -235,10 +235,10 @@ def test_parse_memory() -> None:
 def test_bad_input() -> None:
     with pytest.raises(UserError):
         memory.Parameters(forms=("nothing",))
-    with pytest.raises(UserError):
-        memory.Parameters(autocasts=("fp8",))
-    with pytest.raises(UserError):
-        memory.Parameters(batch=0)
+    for bad in ({"autocasts": ("fp8",)}, {"autocasts": ()}, {"patterns": ()}, {"forms": ()},
+                {"batch": 0}, {"slice_lengths": (128,)}, {"slice_lengths": (128, 128)}):
+        with pytest.raises(UserError):
+            memory.Parameters(**bad)
     with pytest.raises(UserError):
         scan_terms("nothing", 1, 1, 1, 1, 1)
 

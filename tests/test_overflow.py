@@ -194,9 +194,23 @@ def test_first_chunks_reads_the_map(errors: pd.DataFrame) -> None:
     assert first.loc[("chunked", 1.6), "value nan"] == "not up to 64"
 
 
+def test_a_run_without_float32_has_no_count_of_its_cells(text_file: object) -> None:
+    p = overflow.Parameters(
+        forms=("corrected_cumsum",), low_precision_forms=("corrected_cumsum",),
+        precisions=("bfloat16",), kinds=("constant",), chunks=(4, 8), decays=(0.4,), length=8,
+        corpus=str(text_file), fraction_lengths=(4,), crossings=(60.0,),
+        trained_forms=("auto",), trained_steps=(1,))
+    values = overflow.headline(overflow.run(p, lambda line: None))
+    assert values["map_cells"][0] is None
+    assert values["clamped_loud"][0] is None
+    assert values["trained_steps"][0] == 1
+
+
 def test_bad_input() -> None:
     for bad in ({"forms": ("nothing",)}, {"precisions": ("fp8",)}, {"kinds": ("odd",)},
                 {"decays": (0.0,)}, {"chunks": (0,)}, {"device": "tpu"},
-                {"trained_forms": ("auto",), "trained_steps": (1, 2)}):
+                {"trained_forms": ("auto",), "trained_steps": (1, 2)}, {"forms": ()},
+                {"crossings": ()}, {"crossings": (0.0,)}, {"fraction_lengths": ()},
+                {"fraction_lengths": (0,)}, {"every": 0}):
         with pytest.raises(UserError):
             overflow.Parameters(**bad)
