@@ -151,16 +151,14 @@ def _n_tensors(config: ModelConfig) -> int:
     return sum(each[letter] for letter in config.layers) + ends
 
 
-def state_bytes(
-    config: ModelConfig, seen: int, batch: int = 1, itemsize: int = FLOAT32
-) -> dict[str, int]:
-    """Bytes of the streaming state after ``seen`` bytes: {"ssm": ..., "kv_cache": ...}.
+def state_bytes(config: ModelConfig, seen: int) -> dict[str, int]:
+    """Bytes of one stream's float32 state after ``seen`` bytes: {"ssm": ..., "kv_cache": ...}.
 
-    An SSM layer keeps K-1 inputs of its convolution and D x N float32 states whatever it has
-    seen. Attention keeps a key and a value for each byte, up to its window less one.
+    An SSM layer keeps K-1 inputs of its convolution and N states a channel whatever it has seen.
+    Attention keeps a key and a value for each byte, up to its window less one.
     """
-    ssm = batch * config.d_inner * ((config.d_conv - 1) * itemsize + config.d_state * FLOAT32)
+    ssm = config.d_inner * (config.d_conv - 1 + config.d_state) * FLOAT32
     kept = min(seen, config.attention_window - 1)
-    kv = batch * 2 * config.n_kv_head * config.head_dim * kept * itemsize
+    kv = 2 * config.n_kv_head * config.head_dim * kept * FLOAT32
     layers = config.layers
     return {"ssm": layers.count("M") * ssm, "kv_cache": layers.count("A") * kv}

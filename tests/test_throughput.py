@@ -263,8 +263,10 @@ def test_the_recorded_scan_is_drawn_with_its_machine():
     assert {len(line.get_xdata()) for line in backward.lines} == {len(ours)}
 
 
-def test_measure_refuses_unknown_parameters_before_it_runs(tmp_path, capsys):
+@pytest.mark.parametrize(("given", "answer"), [
+    ("rouns=2", "did you mean rounds"), ("rounds", "expected name=value")])
+def test_measure_refuses_unknown_parameters_before_it_runs(tmp_path, capsys, given, answer):
     code = measure_main(["throughput", str(tmp_path / "x.json"), "--profile", "quick",
-                         "--set", "rouns=2"])
+                         "--set", given])
     assert code == 2
-    assert "did you mean rounds" in capsys.readouterr().err
+    assert answer in capsys.readouterr().err
