@@ -23,9 +23,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.scans import INPUTS, Scan, check_forms, relative_rms, scan_of
+from analysis.scans import INPUTS, Scan, check_forms, scan_of
 from mambabyte.errors import UserError
 from mambabyte.ops.sequential import sequential_scan
+from mambabyte.smoke import relative_rms
 
 
 @dataclass(frozen=True)

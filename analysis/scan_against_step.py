@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from analysis.exponents import ssm_layers
-from analysis.scans import relative_rms
 from mambabyte.blocks import Block, inverse_softplus
 from mambabyte.config import PRESETS
 from mambabyte.corpus import load_corpus, sample_windows
 from mambabyte.model import ByteLM
 from mambabyte.ops import selective_scan
+from mambabyte.smoke import relative_rms
 
 DOCUMENT_DIFFERENCE = 0.13  # %, scan against step, as the document measured it
 

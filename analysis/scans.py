@@ -1,4 +1,4 @@
-"""Every scan form on prepared inputs, and how forms are compared."""
+"""The scan forms that studies compare, each called the same way."""
 
 from __future__ import annotations
 
@@ -46,10 +46,3 @@ def runnable(names: tuple[str, ...]) -> tuple[str, ...]:
     if fused_available("cpu")[0]:
         return names
     return tuple(name for name in names if name != "fused")
-
-
-def relative_rms(value: Tensor, reference: Tensor) -> float:
-    """Root mean square of the error over that of the reference, in float64."""
-    value, reference = value.detach().double(), reference.detach().double()
-    scale = reference.square().mean().sqrt()
-    return float((value - reference).square().mean().sqrt() / scale.clamp_min(1e-300))
