@@ -59,9 +59,9 @@ class Grid:
         check_forms(self.forms)
         if self.low_precision_forms:
             check_forms(self.low_precision_forms)
-        if set(self.precisions) - set(PRECISIONS):
+        if not self.precisions or set(self.precisions) - set(PRECISIONS):
             raise UserError(f"precisions {self.precisions}: choose from {', '.join(PRECISIONS)}")
-        if set(self.kinds) - set(KINDS):
+        if not self.kinds or set(self.kinds) - set(KINDS):
             raise UserError(f"kinds {self.kinds}: choose from {', '.join(KINDS)}")
         if not self.decays or min(self.decays) <= 0:
             raise UserError("decays are nats a step, each above 0, at least one")

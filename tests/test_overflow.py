@@ -209,8 +209,8 @@ def test_a_run_without_float32_has_no_count_of_its_cells(text_file: object) -> N
 def test_bad_input() -> None:
     for bad in ({"forms": ("nothing",)}, {"precisions": ("fp8",)}, {"kinds": ("odd",)},
                 {"decays": (0.0,)}, {"chunks": (0,)}, {"device": "tpu"},
-                {"trained_forms": ("auto",), "trained_steps": (1, 2)}, {"forms": ()},
-                {"crossings": ()}, {"crossings": (0.0,)}, {"fraction_lengths": ()},
-                {"fraction_lengths": (0,)}, {"every": 0}):
+                {"trained_forms": ("auto",), "trained_steps": (1, 2)}, {"forms": ()}, {"kinds": ()},
+                {"precisions": ()}, {"crossings": ()}, {"crossings": (0.0,)},
+                {"fraction_lengths": ()}, {"fraction_lengths": (0,)}, {"every": 0}):
         with pytest.raises(UserError):
             overflow.Parameters(**bad)
