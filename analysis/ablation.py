@@ -101,14 +101,20 @@ class Parameters:
     workers: int = 1
 
     def __post_init__(self) -> None:
+        if len(self.patterns) < 2 or len(set(self.patterns)) < len(self.patterns):
+            raise UserError(f"patterns are {', '.join(self.patterns) or 'none'}: a comparison "
+                            "needs two or more, each once")
         if self.reference not in self.patterns:
             raise UserError(f"reference {self.reference!r} is not among the patterns "
                             f"{', '.join(self.patterns)}")
         if not self.seeds:
             raise UserError("no seeds are given: name at least one")
-        for name in ("steps", "context", "batch_size", "heldout_windows", "streams"):
+        for name in ("steps", "batch_size", "heldout_windows", "streams"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.context < 4:
+            raise UserError(f"context is {self.context}: it must be at least 4, as quality along a "
+                            "stream is shown from a quarter of it on")
         if self.stream_bytes < 2 * self.context:
             raise UserError(f"stream_bytes is {self.stream_bytes}: drift shows only past the "
                             f"context, give at least {2 * self.context}")
@@ -165,6 +171,8 @@ class Results:
 
 def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Results:
     """The whole study. Nothing is drawn and nothing is written."""
+    if p.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("no CUDA device is available: set device to cpu, or use the quick profile")
     with threads(p.threads):
         return _run(p, report)
 

@@ -93,6 +93,9 @@ class Parameters:
                                 f"{INDEXED}")
         if list(self.lengths) != sorted(set(self.lengths)) or not self.lengths:
             raise UserError(f"lengths are {self.lengths}: give them in rising order, each once")
+        for name in ("mixer_forms", "allocation_lengths", "stream_positions"):
+            if not getattr(self, name):
+                raise UserError(f"{name} is empty: name at least one")
 
 
 PROFILES = {

@@ -263,6 +263,13 @@ def test_the_recorded_scan_is_drawn_with_its_machine():
     assert {len(line.get_xdata()) for line in backward.lines} == {len(ours)}
 
 
+@pytest.mark.parametrize("name", ["lengths", "mixer_forms", "allocation_lengths",
+                                  "stream_positions"])
+def test_an_empty_list_of_what_is_timed_is_refused(name):
+    with pytest.raises(UserError, match=name):
+        replace(TINY, **{name: ()})
+
+
 @pytest.mark.parametrize(("given", "answer"), [
     ("rouns=2", "did you mean rounds"), ("rounds", "expected name=value")])
 def test_measure_refuses_unknown_parameters_before_it_runs(tmp_path, capsys, given, answer):
