@@ -10,19 +10,18 @@ by seed (analysis.pairs).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 
 from analysis import tokens as sp
 from analysis import variants as second
 from analysis.ablation_values import headline
-from analysis.budgets import COMPARISONS, Runs, budget_steps, compare, step_costs
+from analysis.budgets import Runs, budget_steps, compare
 from analysis.documents import document_checks
 from analysis.few_steps import few_steps
 from analysis.flops import count_flops, flops_table
@@ -31,19 +30,25 @@ from analysis.learning import (
     heldout_bits,
     heldout_windows,
     learn_text,
-    position_bits,
     rate_multiplier,
 )
 from analysis.matching import Matched, match_patterns, systems_table
-from analysis.pairs import paired_table
 from analysis.pool import run_jobs
+from analysis.run_tables import (
+    accuracy_by_position,
+    curves_table,
+    differences_table,
+    positions_table,
+    runs_table,
+    unigram_bits,
+    with_quality,
+)
 from analysis.synthetic import learn_task, parse_task
-from analysis.timing import none_for_nan, threads
+from analysis.threads import threads
 from mambabyte.config import ModelConfig, TrainConfig, get_preset
 from mambabyte.corpus import Corpus, load_corpus, sample_windows
 from mambabyte.errors import UserError
-from mambabyte.evaluate import Score, score
-from mambabyte.stream import ByteStream
+from mambabyte.evaluate import score
 
 __all__ = ["PROFILES", "Parameters", "Results", "headline", "run"]
 
@@ -96,14 +101,20 @@ class Parameters:
     workers: int = 1
 
     def __post_init__(self) -> None:
+        if len(self.patterns) < 2 or len(set(self.patterns)) < len(self.patterns):
+            raise UserError(f"patterns are {', '.join(self.patterns) or 'none'}: a comparison "
+                            "needs two or more, each once")
         if self.reference not in self.patterns:
             raise UserError(f"reference {self.reference!r} is not among the patterns "
                             f"{', '.join(self.patterns)}")
         if not self.seeds:
             raise UserError("no seeds are given: name at least one")
-        for name in ("steps", "context", "batch_size", "heldout_windows", "streams"):
+        for name in ("steps", "batch_size", "heldout_windows", "streams"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.context < 4:
+            raise UserError(f"context is {self.context}: it must be at least 4, as quality along a "
+                            "stream is shown from a quarter of it on")
         if self.stream_bytes < 2 * self.context:
             raise UserError(f"stream_bytes is {self.stream_bytes}: drift shows only past the "
                             f"context, give at least {2 * self.context}")
@@ -160,6 +171,8 @@ class Results:
 
 def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Results:
     """The whole study. Nothing is drawn and nothing is written."""
+    if p.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("no CUDA device is available: set device to cpu, or use the quick profile")
     with threads(p.threads):
         return _run(p, report)
 
@@ -178,7 +191,8 @@ def _run(p: Parameters, report: Callable[[str], None]) -> Results:
             learned[pattern, seed, p.steps] = done
             report(f"{pattern} seed {seed}: {done.curve[-1][1]:.3f} bits/byte after {done.steps} "
                    f"steps of {1e3 * done.step_seconds:.0f} ms")
-    budgets = budget_steps(learned, flops, p.context * p.batch_size)
+    per_step = p.context * p.batch_size
+    budgets = budget_steps(learned, flops, per_step)
     for row in budgets.itertuples():
         if p.decay and row.steps is not None:  # a decaying rate must end where its budget ends
             for seed in p.seeds:
@@ -189,18 +203,20 @@ def _run(p: Parameters, report: Callable[[str], None]) -> Results:
                     learned[key] = _learn(p, systems[row.pattern].config, corpus, seed,
                                           int(row.steps), windows)
     comparisons = compare(learned, budgets, p.steps)
-    measured = comparisons.dropna(subset=["bits_per_byte"])
     tokens, few = run_tokens(p, systems, learned, corpus, report)
     report("characters, positions")
+    trained = {(pattern, seed): learned[pattern, seed, p.steps].model.eval()
+               for pattern in p.patterns for seed in p.seeds}
+    streams = heldout_windows(corpus.valid, min(p.stream_bytes, len(corpus.valid) - 1), p.streams)
     scores = {key: score(done.model, corpus.valid, p.characters)
               for key, done in learned.items() if key[2] == p.steps and p.characters}
     return Results(
-        systems=_with_quality(table, comparisons, learned, p),
-        runs=_runs(p, learned, flops, scores),
-        curves=_curves(p, learned, flops),
+        systems=with_quality(table, comparisons, trained, p.context),
+        runs=runs_table(learned, flops, per_step, scores),
+        curves=curves_table(learned, flops, per_step, p.steps),
         comparisons=comparisons,
-        paired=_paired(measured, p),
-        positions=_positions(p, learned, corpus),
+        paired=differences_table(comparisons, p.patterns, p.reference),
+        positions=positions_table(trained, streams, p.context),
         accuracy=accuracy_by_position(scores, p.context),
         unigram_bits=unigram_bits(corpus.train, windows),
         tasks=run_tasks(p, report),
@@ -242,120 +258,6 @@ def _learn(
 ) -> Learned:
     return learn_text(config, recipe(p, seed, steps), corpus.train, device=p.device, decay=p.decay,
                       windows=windows, max_seconds=p.max_seconds)
-
-
-def _paired(measured: pd.DataFrame, p: Parameters) -> pd.DataFrame:
-    """Paired differences of each comparison; a comparison without numbers keeps a row saying so."""
-    table = paired_table(measured, "bits_per_byte", "pattern", p.reference, by=("comparison",))
-    missing = [
-        {"comparison": c, "pattern": pattern, "reference": p.reference, "mean": None, "low": None,
-         "high": None, "pairs": 0, "method": "not measured: no energy counter", "points": ""}
-        for c in COMPARISONS if c not in set(measured["comparison"])
-        for pattern in p.patterns if pattern != p.reference
-    ]
-    if missing:
-        table = pd.concat([table.astype(object), pd.DataFrame(missing, columns=table.columns)],
-                          ignore_index=True)
-    return none_for_nan(table)
-
-
-def _with_quality(
-    table: pd.DataFrame, comparisons: pd.DataFrame,
-    learned: Runs, p: Parameters,
-) -> pd.DataFrame:
-    """The systems with their mean bits per byte at equal steps and the state that was counted."""
-    equal = comparisons[comparisons["comparison"] == "steps"]
-    bits = equal.groupby("pattern")["bits_per_byte"].mean()
-    counted = {}
-    for pattern in table["pattern"]:
-        stream = ByteStream(learned[pattern, p.seeds[0], p.steps].model.eval())
-        stream.feed(bytes(p.context - 1))  # with the start byte: one context
-        counted[pattern] = stream.state_bytes()
-    return table.assign(
-        state_bytes_counted=table["pattern"].map(counted),
-        bits_per_byte=table["pattern"].map(bits),
-    )
-
-
-def _runs(
-    p: Parameters, learned: Runs, flops: dict[str, float],
-    scores: Mapping[tuple[str, int, int], Score],
-) -> pd.DataFrame:
-    rows = []
-    for (pattern, seed, asked), done in learned.items():
-        scored = scores.get((pattern, seed, asked))
-        data = done.steps * p.context * p.batch_size
-        rows.append({
-            "pattern": pattern, "seed": seed, "steps": done.steps, "trained_bytes": data,
-            "ms_per_step": 1e3 * done.step_seconds, "bytes_per_second": data / done.steps
-            / done.step_seconds, "train_flops": flops[pattern] * data,
-            "joules": done.joules, "heldout_bits_per_byte": done.curve[-1][1],
-            "stream_bits_per_byte": scored.bits_per_byte if scored else None,
-            "char_accuracy": scored.char_accuracy if scored else None,
-            "characters": scored.characters if scored else None,
-            "ended": "time limit" if done.stopped_early else "all steps",
-        })
-    return none_for_nan(pd.DataFrame(rows))
-
-
-def _curves(
-    p: Parameters, learned: Runs, flops: dict[str, float]
-) -> pd.DataFrame:
-    per_step = p.context * p.batch_size
-    costs = step_costs(learned, flops, per_step)
-    return pd.DataFrame(
-        {"pattern": pattern, "seed": seed, "step": step,
-         "seconds": step * costs.loc[pattern, "wall-clock"],
-         "train_flops": step * flops[pattern] * per_step, "bits_per_byte": bits}
-        for (pattern, seed, asked), done in learned.items() if asked == p.steps
-        for step, bits in done.curve
-    )
-
-
-def _positions(
-    p: Parameters, learned: Runs, corpus: Corpus
-) -> pd.DataFrame:
-    streams = heldout_windows(corpus.valid, min(p.stream_bytes, len(corpus.valid) - 1), p.streams)
-    frames = []
-    for pattern in p.patterns:
-        for seed in p.seeds:
-            model = learned[pattern, seed, p.steps].model.eval()
-            caches = [("window" if "A" in pattern else "state", False)]
-            # A cache that keeps every key costs length^2: a few contexts show what it does.
-            if "A" in pattern and seed == p.seeds[0]:
-                caches.append(("all keys", True))
-            for cache, unbounded in caches:
-                part = streams[:, : 16 * p.context + 1] if unbounded else streams
-                frame = position_bits(model, part, p.context, unbounded=unbounded)
-                frames.append(frame.assign(pattern=pattern, seed=seed, cache=cache))
-    joined = pd.concat(frames, ignore_index=True)
-    return joined[["pattern", "cache", "seed", "first_position", "last_position",
-                   "bits_per_byte", "drift_bits"]].pipe(none_for_nan)
-
-
-def accuracy_by_position(
-    scores: Mapping[tuple[str, int, int], Score], context: int
-) -> pd.DataFrame:
-    """Share of characters predicted right by position in one stream; bins double from context."""
-    rows = []
-    for (pattern, seed, _), scored in scores.items():
-        low, high = 0, context
-        while low < len(scored.hits):
-            part = scored.hits[low:high]
-            rows.append({"pattern": pattern, "seed": seed, "first_character": low,
-                         "last_character": low + len(part) - 1, "accuracy": float(part.mean())})
-            low, high = high, 2 * high
-    return pd.DataFrame(rows)
-
-
-def unigram_bits(train: np.ndarray, windows: torch.Tensor) -> float:
-    """Bits per byte of the held-out targets under the byte frequencies of the training split.
-
-    What a model reaches that knows which bytes are common and nothing of their order; every byte
-    value is counted once more than it occurs.
-    """
-    counts = np.bincount(np.asarray(train), minlength=256) + 1.0
-    return float(-np.log2(counts / counts.sum())[windows[:, 1:].numpy()].mean())
 
 
 def run_tasks(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:

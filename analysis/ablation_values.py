@@ -145,10 +145,11 @@ def _variant_values(variants: pd.DataFrame) -> Headline:
     change = variants.groupby("variant")["difference_to_field"].mean()
     life = variants.groupby("variant")["half_life_bytes_at_start"].mean()
     single = change.drop(["field", "published"], errors="ignore")
-    largest = str(single.abs().idxmax())
+    largest = str(single.abs().idxmax()) if len(single) else None
     return {
         "variant_largest": (largest, "", "single choice that changes most"),
-        "variant_largest_change": (float(single[largest]), "bits/byte", "its change"),
+        "variant_largest_change": (float(single[largest]) if largest else None, "bits/byte",
+                                   "its change"),
         "variant_published": (_get(change, "published"), "bits/byte", "all choices together"),
         "half_life_field": (_get(life, "field"), "bytes", "median half-life of the slowest state"),
         "half_life_torch_init": (_get(life, "dt torch init"), "bytes", "the same, torch's init"),

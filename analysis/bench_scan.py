@@ -30,6 +30,7 @@ from torch import Tensor
 from analysis.bench_peers import PEERS, Peer, Shape, make_inputs, peer_available, torch_form
 from analysis.ceilings import describe_machine, time_call
 from mambabyte.errors import UserError
+from mambabyte.smoke import relative_rms
 
 GPU_SHAPES: tuple[Shape, ...] = (
     (16, 1024, 384),
@@ -131,11 +132,6 @@ def _peak_bytes(case: _Case, direction: str, device: torch.device) -> float:
     return float(torch.cuda.max_memory_allocated(device) - before)
 
 
-def _relative_rms(got: Tensor, wanted: Tensor) -> float:
-    difference = (got.double() - wanted).square().mean().sqrt()
-    return float(difference / wanted.square().mean().sqrt().clamp_min(1e-30))
-
-
 def _errors(
     peer: Peer, shape: Shape, states: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[float, float]:
@@ -152,7 +148,7 @@ def _errors(
     exact.dy = peer.restore("dy", case.dy).double()
     names = ("y", *exact.inputs)
     errors = [
-        _relative_rms(peer.restore(name, one), two)
+        relative_rms(peer.restore(name, one), two)
         for name, one, two in zip(
             names, case.forward_backward(), exact.forward_backward(), strict=True
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 
+from analysis.frames import not_measured
 from analysis.learning import Learned, bits_at
-from analysis.timing import none_for_nan
 
 COMPARISONS = ("steps", "wall-clock", "FLOPs", "joules")
 UNITS = {"steps": "steps", "wall-clock": "seconds", "FLOPs": "operations", "joules": "joules"}
@@ -14,7 +16,7 @@ Runs = dict[tuple[str, int, int], Learned]  # by pattern, seed and the steps ask
 
 
 def step_costs(
-    learned: Runs, flops: dict[str, float], bytes_per_step: int,
+    learned: Runs, flops: Mapping[str, float], bytes_per_step: int
 ) -> pd.DataFrame:
     """Cost of one step of each pattern: medians over its runs; joules None where not measured."""
     rows = []
@@ -31,7 +33,7 @@ def step_costs(
 
 
 def budget_steps(
-    learned: Runs, flops: dict[str, float], bytes_per_step: int
+    learned: Runs, flops: Mapping[str, float], bytes_per_step: int
 ) -> pd.DataFrame:
     """Steps that each pattern may take in each comparison; None where nothing was measured.
 
@@ -50,7 +52,7 @@ def budget_steps(
                 "unit": UNITS[comparison],
                 "steps": max(1, int(budget / cost[pattern] + 1e-9)) if budget else None,
             })
-    return none_for_nan(pd.DataFrame(rows))
+    return not_measured(pd.DataFrame(rows))
 
 
 def compare(learned: Runs, budgets: pd.DataFrame, steps: int) -> pd.DataFrame:
@@ -72,4 +74,4 @@ def compare(learned: Runs, budgets: pd.DataFrame, steps: int) -> pd.DataFrame:
                 "comparison": row.comparison, "budget": row.budget, "unit": row.unit,
                 "pattern": row.pattern, "seed": seed, "steps": row.steps, "bits_per_byte": bits,
             })
-    return none_for_nan(pd.DataFrame(rows))
+    return not_measured(pd.DataFrame(rows))

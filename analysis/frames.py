@@ -13,9 +13,10 @@ from mambabyte.errors import UserError
 def not_measured(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """A copy in which NaN in these columns is None: the report then says "not measured".
 
-    pandas turns None among floats into NaN, and a NaN may also be a result, so it is for the
-    study to say which it is.
+    Without names, in all columns. pandas turns None among floats into NaN, and a NaN may also be
+    a result, so it is for the study to say which it is.
     """
+    columns = columns or tuple(c for c in frame if frame[c].isna().any())
     changed = {c: frame[c].astype(object).where(frame[c].notna(), None) for c in columns}
     return frame.assign(**changed)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from analysis.flops import flops_per_byte
+from analysis.footprint import state_bytes
 from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
 
@@ -66,18 +67,6 @@ def match_patterns(
     return {p: match_parameters(c, target, by) for p, c in configs.items()}
 
 
-def state_bytes(config: ModelConfig, seen: int, element: int = 4) -> int:
-    """Bytes of one stream's state after ``seen`` bytes, ``element`` bytes a number.
-
-    An SSM layer keeps (K - 1) + N numbers a channel, whatever was seen; an attention layer a key
-    and a value for each byte seen, up to ``attention_window`` - 1 of them.
-    """
-    ssm = config.d_inner * (config.d_conv - 1 + config.d_state)
-    kept = min(seen, config.attention_window - 1)
-    cache = 2 * config.n_kv_head * config.head_dim * kept
-    return element * sum(ssm if letter == "M" else cache for letter in config.layers)
-
-
 def systems_table(systems: dict[str, Matched], context: int) -> pd.DataFrame:
     """Size, cost and state of every matched system, trained on windows of ``context`` bytes.
 
@@ -92,7 +81,7 @@ def systems_table(systems: dict[str, Matched], context: int) -> pd.DataFrame:
             "mlp_hidden": config.mlp_hidden, "n_parameters": config.n_parameters,
             "mismatch_percent": 100 * matched.mismatch,
             "train_flops_per_byte": flops_per_byte(config, context),
-            "state_bytes": state_bytes(config, context),
-            "full_cache_bytes": state_bytes(unbounded, 60_000),
+            "state_bytes": sum(state_bytes(config, context).values()),
+            "full_cache_bytes": sum(state_bytes(unbounded, 60_000).values()),
         })
     return pd.DataFrame(rows)

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.commands.sweep import split_pairs
 from analysis.records import write_record_file
 from analysis.results import load_run
 from analysis.studies import STUDIES, Study, get_study, profile_parameters, validate
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         study = get_study(given.study)
-        overrides = dict(item.partition("=")[::2] for item in given.set)
+        overrides = split_pairs("--set", given.set)
         parameters = (validate(study, overrides, given.profile) if overrides
                       else profile_parameters(study, given.profile))
         print(measure(study, parameters, given.out, title=given.title, about=given.about,

@@ -25,18 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from analysis.frames import flat, not_measured, read_frame, write_frame
+from analysis.frames import flat, read_frame, write_frame
 from mambabyte.errors import UserError
 from mambabyte.files import make_dir, whole_dir, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MplFigure
-
-__all__ = [
-    "INTERACTIVE", "RECORD", "ROOT", "RUNS", "Figure", "Plain", "Recorder", "Run", "Table", "Value",
-    "check_name", "list_runs", "load_run", "not_measured", "read_frame", "update_record",
-    "write_frame", "write_record",
-]
 
 Plain = float | int | str | bool | None
 

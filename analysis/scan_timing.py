@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.timing import MEASURED, AllocationCounter, Case, exponent_table, measure, none_for_nan
+from analysis.frames import not_measured
+from analysis.timing import MEASURED, AllocationCounter, Case, exponent_table, measure
 from mambabyte.config import get_preset
 from mambabyte.ops import selective_scan
 from mambabyte.ops.sequential import selective_scan_step
@@ -94,7 +95,7 @@ def time_scans(
         {**c.labels, "length": c.length, "ms": None, "ms_lower_quartile": None,
          "ms_upper_quartile": None, "rounds": 0, "status": c.status}
         for c in cases if c.status != MEASURED and c.labels["form"] in not_run])
-    return none_for_nan(pd.concat([timed, absent], ignore_index=True) if len(absent) else timed)
+    return not_measured(pd.concat([timed, absent], ignore_index=True) if len(absent) else timed)
 
 
 def _make_scan(

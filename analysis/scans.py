@@ -1,11 +1,9 @@
-"""Every scan form on prepared inputs, and how forms are compared."""
+"""The scan forms that studies compare, each called the same way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from mambabyte.errors import UserError
@@ -35,7 +33,9 @@ def _fused(
 
 
 def check_forms(names: tuple[str, ...]) -> None:
-    """UserError for a name that is no form."""
+    """UserError for a name that is no form, and for no name at all."""
+    if not names:
+        raise UserError(f"no form is given: choose from {', '.join(FORMS)}")
     for name in names:
         if name not in FORMS:
             raise UserError(f"form {name!r} is unknown: choose from {', '.join(FORMS)}")
@@ -46,21 +46,3 @@ def runnable(names: tuple[str, ...]) -> tuple[str, ...]:
     if fused_available("cpu")[0]:
         return names
     return tuple(name for name in names if name != "fused")
-
-
-def relative_rms(value: Tensor, reference: Tensor) -> float:
-    """Root mean square of the error over that of the reference, in float64."""
-    value, reference = value.detach().double(), reference.detach().double()
-    scale = reference.square().mean().sqrt()
-    return float((value - reference).square().mean().sqrt() / scale.clamp_min(1e-300))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on one thread: for tensors this small, a second one costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -8,7 +8,6 @@ are asked for, so the report can use the registry.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import importlib
 import json
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis import sources
-from mambabyte.errors import UserError
+from mambabyte.errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "reports" / "runs"
@@ -73,7 +72,7 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
 def get_study(name: str, studies: Mapping[str, Study] = STUDIES) -> Study:
     """The study of that name; UserError with the known names and the nearest one."""
     if name not in studies:
-        raise UserError(f"there is no study {name!r}{_nearest(name, studies)}; "
+        raise UserError(f"there is no study {name!r}{nearest(name, studies)}; "
                         f"the studies are {', '.join(studies)}")
     return studies[name]
 
@@ -88,7 +87,7 @@ def profile_parameters(study: Study, profile: str = DEFAULT_PROFILE) -> dict[str
     """Parameters of one profile; UserError where the study has none of that name."""
     known = profiles(study)
     if profile not in known:
-        raise UserError(f"{study.name} has no profile {profile!r}{_nearest(profile, known)}; "
+        raise UserError(f"{study.name} has no profile {profile!r}{nearest(profile, known)}; "
                         f"it has {', '.join(known)}")
     return known[profile]
 
@@ -114,7 +113,7 @@ def validate(
     for name, value in overrides.items():
         if name not in parameters:
             known = ", ".join(f"{k} ({_type_name(hints[k])})" for k in parameters)
-            raise UserError(f"{study.name} has no parameter {name!r}{_nearest(name, parameters)}; "
+            raise UserError(f"{study.name} has no parameter {name!r}{nearest(name, parameters)}; "
                             f"it has {known}")
         try:
             parameters[name] = _convert(value, hints[name])
@@ -227,8 +226,3 @@ def _type_name(hint: Any) -> str:
 
 def _example(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""

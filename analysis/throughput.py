@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.flops import flops_per_byte, layer_flops_crossover
+from analysis.frames import not_measured
 from analysis.matching import match_patterns
 from analysis.records import DATA, load_record, machine_name
 from analysis.scan_timing import (
@@ -32,8 +33,9 @@ from analysis.scan_timing import (
 )
 from analysis.step_profile import Way, training_step
 from analysis.step_profile import systems as widths_of_gpus
+from analysis.threads import threads
 from analysis.throughput_values import headline
-from analysis.timing import Case, crossover, exponent_table, measure, none_for_nan, threads
+from analysis.timing import Case, crossover, exponent_table, measure
 from mambabyte.blocks import AttentionMixer, LayerState, MambaMixer
 from mambabyte.config import ModelConfig, TrainConfig, get_preset
 from mambabyte.energy import EnergyMeter
@@ -91,6 +93,9 @@ class Parameters:
                                 f"{INDEXED}")
         if list(self.lengths) != sorted(set(self.lengths)) or not self.lengths:
             raise UserError(f"lengths are {self.lengths}: give them in rising order, each once")
+        for name in ("mixer_forms", "allocation_lengths", "stream_positions"):
+            if not getattr(self, name):
+                raise UserError(f"{name} is empty: name at least one")
 
 
 PROFILES = {
@@ -175,7 +180,7 @@ def time_mixers(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
         Case((name, direction), length, partial(_make_mixer, p, kind, form, direction, length),
              {"mixer": name, "pass": direction, "batch": p.batch_size})
         for name, (kind, form) in kinds.items() for direction in PASSES for length in p.lengths]
-    return none_for_nan(measure(cases, rounds=p.rounds, guard_seconds=p.guard_seconds,
+    return not_measured(measure(cases, rounds=p.rounds, guard_seconds=p.guard_seconds,
                                  device=p.device, report=report))
 
 
@@ -217,7 +222,7 @@ def find_crossovers(p: Parameters, mixers: pd.DataFrame) -> pd.DataFrame:
                                                   / both.loc[longest, "attention"]),
             })
     frame = pd.DataFrame(rows)
-    return none_for_nan(frame.assign(
+    return not_measured(frame.assign(
         crossover_in_operations=layer_flops_crossover(model_config(p))))
 
 
@@ -266,7 +271,7 @@ def time_streaming(p: Parameters) -> pd.DataFrame:
     held = {key: sum(t.numel() * t.element_size() for layer in state for t in layer
                      if isinstance(t, Tensor)) for key, (_, state) in states.items()}
     keys = zip(timed["system"], timed["bytes_seen"], strict=True)
-    return none_for_nan(timed.drop(columns="length").assign(state_bytes=[held[k] for k in keys]))
+    return not_measured(timed.drop(columns="length").assign(state_bytes=[held[k] for k in keys]))
 
 
 # ----------------------------------------------------------------------------------- training
@@ -312,7 +317,7 @@ def time_training(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
             "joules_per_megabyte": joules / size * 1e6 if joules is not None else None,
             "energy_source": source,
         })
-    return none_for_nan(pd.DataFrame(rows).rename(columns={"length": "context"}))
+    return not_measured(pd.DataFrame(rows).rename(columns={"length": "context"}))
 
 
 def steps_at(p: Parameters, batch: int, contexts: tuple[int, ...]) -> pd.DataFrame:
@@ -326,7 +331,7 @@ def steps_at(p: Parameters, batch: int, contexts: tuple[int, ...]) -> pd.DataFra
     found = pd.concat(frames, ignore_index=True)
     joules = [None if j is None else j * batch * context / 1e6
               for j, context in zip(found["joules_per_megabyte"], found["context"], strict=True)]
-    return none_for_nan(found.assign(joules_per_step=pd.Series(joules, dtype=object)))
+    return not_measured(found.assign(joules_per_step=pd.Series(joules, dtype=object)))
 
 
 def _constant(call: Callable[[], object]) -> Callable[[], object]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from analysis.frames import not_measured
 from mambabyte.errors import UserError
 
 MEASURED = "measured"
@@ -113,25 +113,6 @@ def _predict(past: list[tuple[int, float]], length: int) -> float:
     return last * length / max(last_length, 1)
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run torch on ``count`` threads; 0 leaves it as it is. One thread is the steadier measure
-    on a machine with other work: two threads wait for whichever was interrupted."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def none_for_nan(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with None, "not measured", in place of every NaN."""
-    holes = [c for c in frame if frame[c].isna().any()]
-    return frame.assign(**{c: frame[c].astype(object).where(frame[c].notna(), None)
-                           for c in holes})
-
-
 def _wait(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
@@ -199,7 +180,7 @@ def exponent_table(
         tail = group.sort_values("length").tail(longest)
         fit = fit_exponent(tail["length"].tolist(), tail[cost].astype(float).tolist())
         rows.append({**dict(zip(by, key, strict=True)), **vars(fit)})
-    return none_for_nan(pd.DataFrame(rows))
+    return not_measured(pd.DataFrame(rows))
 
 
 def crossover(

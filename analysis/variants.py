@@ -34,7 +34,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from mambabyte.blocks import Block, MambaMixer, MambaState
+from analysis.exponents import ssm_layers, step_sizes
+from mambabyte.blocks import MambaMixer, MambaState
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
@@ -118,9 +119,8 @@ def build(base: ModelConfig, variant: Variant, seed: int, device: str = "cpu") -
     torch.manual_seed(seed)
     model = ByteLM(replace(base, **variant.model))
     if variant.bf16_state:
-        for layer in model.layers:
-            if isinstance(layer.mixer, MambaMixer):
-                layer.mixer.__class__ = _RoundedStateMixer
+        for mixer in ssm_layers(model):
+            mixer.__class__ = _RoundedStateMixer
     if variant.bf16_weights:
         round_weights(model)
     return model.to(device)
@@ -204,7 +204,6 @@ def train_variant(
     return losses
 
 
-@torch.no_grad()
 def memory_half_life(model: ByteLM, tokens: Tensor) -> float:
     """Bytes until the slowest state of a channel has decayed to half, the median over channels.
 
@@ -212,16 +211,9 @@ def memory_half_life(model: ByteLM, tokens: Tensor) -> float:
     over ``tokens`` (B, L) for every channel of every SSM layer, and |A| is its smallest.
     """
     lives: list[Tensor] = []
-    x = model.embedding(tokens)
-    for layer in model.layers:
-        assert isinstance(layer, Block)
-        if isinstance(layer.mixer, MambaMixer):
-            mixer = layer.mixer
-            _, delta, *_ = mixer.scan_inputs(layer.norm(x), None)
-            dt = nn.functional.softplus(delta.float() + mixer.dt_proj.bias).mean((0, 1))
-            slowest = mixer.A_log.float().exp().amin(-1)  # |A|, (D,)
-            lives.append(math.log(2) / (dt * slowest))
-        x, _ = layer(x, None)
+    for mixer, dt in zip(ssm_layers(model), step_sizes(model, tokens), strict=True):
+        slowest = mixer.A_log.detach().float().exp().amin(-1)  # |A|, (D,)
+        lives.append(math.log(2) / (dt.mean((0, 1)) * slowest))
     return float(torch.cat(lives).median()) if lives else float("nan")
 
 

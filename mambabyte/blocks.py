@@ -38,6 +38,11 @@ class AttentionState(NamedTuple):
 LayerState = MambaState | AttentionState
 
 
+def inverse_softplus(y: Tensor) -> Tensor:
+    """x of softplus(x) = y, for y > 0; accurate for small y too."""
+    return y + torch.log(-torch.expm1(-y))
+
+
 class MambaMixer(nn.Module):
     """Selective SSM mixer (Gu & Dao 2023, arXiv:2312.00752, section 3.4).
 
@@ -65,8 +70,8 @@ class MambaMixer(nn.Module):
             nn.init.uniform_(self.dt_proj.weight, -bound, bound)
             low, high = math.log(config.dt_min), math.log(config.dt_max)
             dt = torch.exp(torch.rand(d_inner) * (high - low) + low)
-            with torch.no_grad():  # the inverse of softplus
-                self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+            with torch.no_grad():
+                self.dt_proj.bias.copy_(inverse_softplus(dt))
         if config.zero_init_out:
             nn.init.zeros_(self.out_proj.weight)
 

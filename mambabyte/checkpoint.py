@@ -20,12 +20,6 @@ from mambabyte.files import whole_dir, write_json
 from mambabyte.model import ByteLM
 
 
-def save_model(model: ByteLM, folder: Path) -> None:
-    """Write config.json and model.safetensors. The head is the embedding, stored once."""
-    write_json(folder / "config.json", asdict(model.config))
-    save_file(_contiguous(model.state_dict()), folder / "model.safetensors")
-
-
 def load_model(path: Path | str, device: str = "cpu") -> ByteLM:
     """The model of a checkpoint folder, or of the newest checkpoint in a run folder.
 

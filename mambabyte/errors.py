@@ -1,4 +1,9 @@
-"""The one exception that means "the user can fix this"."""
+"""The one exception that means "the user can fix this", and a hint at what was meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -8,3 +13,9 @@ class UserError(Exception):
     defect and keeps its traceback. Not a ValueError, which the option parser would catch and
     rephrase.
     """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a message about an unknown name, " (did you mean X?)"; "" where none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""

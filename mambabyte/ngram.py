@@ -18,22 +18,19 @@ parent * 256 + that byte, sorted, so a context is found by one binary search a b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mambabyte import ngram_native
 from mambabyte.errors import UserError
 from mambabyte.files import whole_file
-from mambabyte.stream import ByteModel
 from mambabyte.text import START_BYTE
 
 V = 256
@@ -85,14 +82,13 @@ class NgramModel:
 
     # ------------------------------------------------------------------------------- lookup
 
-    def find(self, contexts: Tensor, depth: int | None = None) -> list[Tensor]:
+    def find(self, contexts: Tensor) -> list[Tensor]:
         """Index of each context at every length, -1 where it was never seen.
 
-        ``contexts`` (B, >= depth) integers, the newest byte last. Returns depth + 1 tensors (B,).
+        ``contexts`` (B, order - 1) integers, the newest byte last. Returns ``order`` tensors (B,).
         """
-        depth = self.order - 1 if depth is None else depth
         found = [torch.zeros(len(contexts), dtype=torch.int64, device=self.device)]
-        for m in range(1, depth + 1):
+        for m in range(1, self.order):
             key = self.levels[m].key
             wanted = found[-1] * V + contexts[:, -m]
             at = torch.searchsorted(key, wanted).clamp_(max=len(key) - 1)
@@ -131,9 +127,11 @@ class NgramModel:
 
     def log_probs(self, data: bytes | np.ndarray, history: bytes = b"") -> Tensor:
         """Log-probabilities (L, V) float32 of every byte of ``data``, each given all before it."""
-        contexts = self.contexts(data, history)
-        parts = [self.probabilities(c).log().float() for c in contexts.split(_ROWS)]
-        return torch.cat(parts)
+        return self.log_probs_after(self.contexts(data, history))
+
+    def log_probs_after(self, contexts: Tensor) -> Tensor:
+        """Log-probabilities (B, V) float32 after ``contexts`` (B, order - 1), newest byte last."""
+        return torch.cat([self.probabilities(c).log().float() for c in contexts.split(_ROWS)])
 
     def contexts(self, data: bytes | np.ndarray, history: bytes = b"") -> Tensor:
         """The ``order - 1`` bytes before each byte of ``data``, a view (L, order - 1)."""
@@ -337,71 +335,3 @@ def _check_level(path: Path, m: int, level: Level, parents: int) -> None:
     )
     if not sound:
         raise UserError(f"{path} is no n-gram model: the tables of order {m + 1} do not agree")
-
-
-class NgramLM(nn.Module):
-    """An n-gram model alone as a byte model: tokens and state in, log-probabilities and state out.
-
-    The state is the last ``order - 1`` bytes, (B, order - 1) uint8 on the CPU.
-    """
-
-    def __init__(self, ngram: NgramModel) -> None:
-        super().__init__()
-        self.ngram = ngram
-
-    @property
-    def device(self) -> torch.device:
-        return self.ngram.device
-
-    def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """tokens (B, L); returns log p of the byte after each, (B, L, V), and the state."""
-        batch, width = len(tokens), self.ngram.order - 1
-        if state is None:
-            state = torch.full((batch, width), START_BYTE, dtype=torch.uint8)
-        text = torch.cat([state.to(tokens.device), tokens.to(torch.uint8)], 1)
-        contexts = text[:, 1:].unfold(1, width, 1) if width else text[:, :, None][:, :, :0]
-        rows = [self.ngram.probabilities(c).log().float()
-                for c in contexts.flatten(0, 1).split(_ROWS)]
-        log_p = torch.cat(rows).unflatten(0, (batch, -1))
-        return log_p.to(tokens.device), text[:, text.shape[1] - width :].cpu()
-
-
-class Mixture(nn.Module):
-    """``weight * n-gram + (1 - weight) * model``, probabilities mixed linearly; a byte model."""
-
-    model: nn.Module
-
-    def __init__(self, model: ByteModel, ngram: NgramModel, weight: float = 0.5) -> None:
-        super().__init__()
-        if not 0 <= weight <= 1:
-            raise UserError(f"the n-gram's weight is {weight}: it must be in [0, 1]")
-        self.model = cast(nn.Module, model)
-        self.ngram, self.weight = NgramLM(ngram), weight
-
-    @property
-    def device(self) -> torch.device:
-        return cast(torch.device, self.model.device)
-
-    def forward(self, tokens: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
-        neural, ngram = (None, None) if state is None else state
-        logits, neural = self.model(tokens, neural)
-        counted, ngram = self.ngram(tokens, ngram)
-        log_p = mix(torch.log_softmax(logits.float(), -1), counted, self.weight)
-        return log_p, (neural, ngram)
-
-
-def mix(neural: Tensor, counted: Tensor, weight: float) -> Tensor:
-    """Log of the weighted mean of two distributions given as log-probabilities (..., V)."""
-    if weight in (0.0, 1.0):
-        return counted if weight else neural
-    return torch.logaddexp(neural + math.log1p(-weight), counted + math.log(weight))
-
-
-def best_weight(neural: Tensor, counted: Tensor) -> float:
-    """The n-gram's weight that makes held-out text most probable, in steps of 0.01.
-
-    ``neural`` and ``counted`` (L,) are the log-probabilities of the bytes that came.
-    """
-    grid = [i / 100 for i in range(101)]
-    losses = [-float(mix(neural.double(), counted.double(), w).mean()) for w in grid]
-    return grid[int(np.argmin(losses))]

@@ -24,8 +24,9 @@ from mambabyte.errors import UserError
 from mambabyte.evaluate import TASK_CHARACTERS, byte_log_probs, score
 from mambabyte.fast_step import FastStep, Windows, prepare, window_starts
 from mambabyte.guide import Guide, GuidedLM, GuidedWindows
+from mambabyte.mixture import Mixture, NgramLM, best_weight
 from mambabyte.model import ByteLM, head_loss, without_state
-from mambabyte.ngram import DISCOUNT, Mixture, NgramLM, best_weight, count
+from mambabyte.ngram import DISCOUNT, count
 from mambabyte.optim import make_optimizer, schedule
 from mambabyte.stream import ByteModel
 from mambabyte.train import NonFiniteError, is_smoke, smoke_configs

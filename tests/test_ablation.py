@@ -23,6 +23,7 @@ from analysis.learning import (
 )
 from analysis.pairs import paired_difference, paired_table
 from analysis.plots import ablation as figures
+from analysis.run_tables import unigram_bits
 from analysis.synthetic import IGNORE, accuracy, learn_task, make_task, parse_task
 from analysis.tokens import (
     Pieces,
@@ -467,11 +468,28 @@ def test_a_tiny_study_end_to_end(corpus_file, decay):
         assert len(found.runs) >= 4
 
 
+@pytest.mark.parametrize(("given", "answer"), [
+    ({"patterns": ("A",)}, "two or more"), ({"patterns": ("A", "M", "A")}, "each once"),
+    ({"reference": "MMMA"}, "not among the patterns"), ({"seeds": ()}, "no seeds"),
+    ({"context": 3}, "at least 4"), ({"stream_bytes": 63}, "past the context"),
+    ({"steps": 0}, "at least 1")])
+def test_what_cannot_be_compared_is_refused(given, answer):
+    with pytest.raises(UserError, match=answer):
+        replace(TINY, **given)
+
+
+def test_the_field_alone_has_no_largest_choice(corpus_file):
+    p = replace(TINY, corpus=corpus_file, seeds=(0,), tasks=(), variants=("field",))
+    values = ablation.headline(ablation.run(p))
+    assert values["variant_largest"][0] is None
+    assert values["half_life_field"][0] > 0
+
+
 def test_unigram_bits_by_hand():
     train = np.array([65] * 3 + [66], dtype=np.uint8)
     windows = torch.tensor([[65, 65, 66]])  # the first byte is no target
     expected = -(math.log2(4 / 260) + math.log2(2 / 260)) / 2
-    assert ablation.unigram_bits(train, windows) == pytest.approx(expected)
+    assert unigram_bits(train, windows) == pytest.approx(expected)
 
 
 def test_the_study_is_seeded(corpus_file):

@@ -16,11 +16,10 @@ from analysis.flops import (
     layer_flops_crossover,
     mean_keys,
 )
-from analysis.matching import match_parameters, match_patterns, state_bytes, systems_table
+from analysis.matching import match_parameters, match_patterns, systems_table
 from mambabyte.config import ModelConfig, get_preset
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
-from mambabyte.stream import ByteStream
 
 SMALL = ModelConfig(d_model=32, n_layer=3, layer_pattern="MA", n_head=4, n_kv_head=2, d_state=8,
                     attention_window=64)
@@ -124,15 +123,6 @@ def test_matching_refuses_what_it_cannot_reach():
         match_parameters(SMALL, 10**6, by="depth")
     with pytest.raises(UserError, match="no layer patterns"):
         match_patterns(SMALL, ())
-
-
-@pytest.mark.parametrize("pattern", ["M", "MA", "A"])
-@pytest.mark.parametrize("seen", [5, 100])  # below and beyond the window of 64
-def test_state_bytes_are_those_of_a_stream(pattern, seen):
-    config = replace(SMALL, layer_pattern=pattern)
-    stream = ByteStream(ByteLM(config).eval())
-    stream.feed(bytes(seen - 1))  # the start byte is the first
-    assert stream.state_bytes() == state_bytes(config, seen)
 
 
 def test_systems_table_has_a_row_a_pattern():

@@ -16,8 +16,9 @@ from mambabyte import greedy
 from mambabyte.config import ModelConfig
 from mambabyte.evaluate import score, score_streaming
 from mambabyte.greedy import Windows, greedy_codes
+from mambabyte.mixture import Mixture, NgramLM
 from mambabyte.model import ByteLM
-from mambabyte.ngram import Mixture, NgramLM, count
+from mambabyte.ngram import count
 from mambabyte.stream import ByteStream, CharModel
 from mambabyte.text import START_BYTE
 from tests.conftest import MULTIBYTE

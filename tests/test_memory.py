@@ -11,19 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from analysis import memory
-from analysis.footprint import (
-    ALLOWANCE_BYTES,
-    LIBRARY_BYTES,
-    budget,
-    fit,
-    parse_memory,
-    rms_norm_is_cast,
-    saved_terms,
-    scan_terms,
-    scan_workspace,
-    state_bytes,
-)
+from analysis import gpu_memory, memory
+from analysis.allocations import measure_peak, measure_saved
+from analysis.fit import ALLOWANCE_BYTES, fit, parse_memory
+from analysis.footprint import LIBRARY_BYTES, budget, state_bytes
+from analysis.kept_tensors import rms_norm_is_cast, saved_terms
+from analysis.scan_footprint import scan_terms, scan_workspace
+from analysis.scan_memory import full_tensors_frame, slices_frame
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
@@ -59,7 +53,7 @@ def test_saved_bytes_are_exact(seed: int) -> None:
         pytest.skip(native_scan.available()[1])
     predicted = sum(t.bytes for t in saved_terms(
         config, batch, length, autocast, checkpointing=checkpointing))
-    counted = memory.measure_saved(config, batch, length, autocast, checkpointing)
+    counted = measure_saved(config, batch, length, autocast, checkpointing)
     assert predicted == counted
 
 
@@ -67,7 +61,7 @@ def test_the_documents_step_counted_at_its_own_size() -> None:
     preset = PRESETS["mamba_byte_original"]
     config = replace(preset.model, scan_form="document_chunked", n_layer=1)
     predicted = sum(t.bytes for t in saved_terms(config, 64, 2048))
-    assert predicted == memory.measure_saved(config, 64, 2048, shapes_only=True)
+    assert predicted == measure_saved(config, 64, 2048, shapes_only=True)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -82,13 +76,13 @@ def test_peak_within_five_percent(
                          scan_form=form, scan_chunk=32)
     batch, length = 2, 256 if form != "sequential" else 48
     step = budget(config, batch, length, autocast, checkpointing=checkpointing)
-    measured = memory.measure_peak(config, batch, length, autocast, checkpointing)
+    measured = measure_peak(config, batch, length, autocast, checkpointing)
     assert (step.peak - step.weights - step.optimizer) / measured == pytest.approx(1, abs=0.05)
 
 
 def test_closed_form_against_the_recorded_gpu() -> None:
-    found = memory.recorded_frame()
-    assert len(found) == len(memory.cuda_cases())
+    found = gpu_memory.recorded_frame()
+    assert len(found) == len(gpu_memory.cuda_cases())
     assert (found["kept, closed form / measured"] - 1).abs().max() < 0.02
     assert (found["peak, closed form / measured"] - 1).abs().max() < 0.05
     # Without the libraries' workspaces the smallest steps would be far off.
@@ -98,14 +92,15 @@ def test_closed_form_against_the_recorded_gpu() -> None:
 
 
 def test_a_recorded_row_of_no_case_is_an_error() -> None:
-    row = memory.recorded_frame().iloc[[0]].assign(d_model=7, **dict.fromkeys(memory.MEASURED, 1.0))
+    row = gpu_memory.recorded_frame().iloc[[0]].assign(
+        d_model=7, **dict.fromkeys(gpu_memory.MEASURED, 1.0))
     with pytest.raises(UserError, match="no case of this study"):
-        memory.beside_closed_form(row)
+        gpu_memory.beside_closed_form(row)
 
 
 def test_a_step_that_did_not_fit_stays_in_the_table() -> None:
-    row = memory._case_columns(*memory.cuda_cases()[0]) | dict.fromkeys(memory.MEASURED)
-    found = memory.beside_closed_form(pd.DataFrame([row]))
+    row = gpu_memory.case_columns(*gpu_memory.cuda_cases()[0]) | dict.fromkeys(gpu_memory.MEASURED)
+    found = gpu_memory.beside_closed_form(pd.DataFrame([row]))
     assert found["peak, measured, MB"].isna().all()
     assert found["peak, closed form / measured"].isna().all()
     assert found["peak, closed form, MB"].iloc[0] > 0
@@ -134,16 +129,15 @@ def test_libraries_are_counted_on_cuda_alone() -> None:
 
 
 def test_what_the_tables_do_not_say() -> None:
-    p = memory.Parameters(counted_layers=1)
-    document = memory._document_frame(p)["document"]
+    document = memory._document_frame(1)["document"]
     assert document.notna().all()
     assert (document == "not stated").any()
-    counted = memory._full_tensors_frame(p).set_index("form")["counted, full tensors"]
+    counted = full_tensors_frame().set_index("form")["counted, full tensors"]
     assert counted["fused"] is None
 
 
 def test_full_tensors_of_each_form() -> None:
-    frame = memory._full_tensors_frame(memory.Parameters()).set_index("form")
+    frame = full_tensors_frame().set_index("form")
     kept = frame["kept, full tensors"]
     assert kept["document_chunked"] == kept["document_cumsum"] == kept["corrected_cumsum"] == 5
     assert kept["sequential"] == pytest.approx(2, abs=0.01)
@@ -154,7 +148,7 @@ def test_full_tensors_of_each_form() -> None:
 
 
 def test_the_documents_numbers() -> None:
-    document = memory._document_frame(memory.Parameters(counted_layers=1)).set_index("key")["ours"]
+    document = memory._document_frame(1).set_index("key")["ours"]
     assert document["tensor_gb"] == pytest.approx(3.22, abs=0.01)
     assert document["scan_kept_before_gb"] == pytest.approx(64.4, abs=0.1)
     assert document["scan_cut"] == 8  # it says 16
@@ -165,8 +159,7 @@ def test_the_documents_numbers() -> None:
 
 
 def test_slices_allocate_in_proportion_to_the_square_of_the_length() -> None:
-    p = memory.Parameters(slice_lengths=(256, 1024))
-    frame = memory._slices_frame(p).set_index(["how", "length, steps"])["in full tensors"]
+    frame = slices_frame((256, 1024)).set_index(["how", "length, steps"])["in full tensors"]
     # Three full-length gradients a chunk, and a constant.
     growth = frame["slices in a loop", 1024] - frame["slices in a loop", 256]
     assert growth == pytest.approx(3 * (32 - 8), rel=0.05)
@@ -242,10 +235,10 @@ def test_parse_memory() -> None:
 def test_bad_input() -> None:
     with pytest.raises(UserError):
         memory.Parameters(forms=("nothing",))
-    with pytest.raises(UserError):
-        memory.Parameters(autocasts=("fp8",))
-    with pytest.raises(UserError):
-        memory.Parameters(batch=0)
+    for bad in ({"autocasts": ("fp8",)}, {"autocasts": ()}, {"patterns": ()}, {"forms": ()},
+                {"batch": 0}, {"slice_lengths": (128,)}, {"slice_lengths": (128, 128)}):
+        with pytest.raises(UserError):
+            memory.Parameters(**bad)
     with pytest.raises(UserError):
         scan_terms("nothing", 1, 1, 1, 1, 1)
 

@@ -14,8 +14,9 @@ from mambabyte import ngram, ngram_native
 from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
 from mambabyte.evaluate import byte_log_probs, score, score_streaming
+from mambabyte.mixture import Mixture, NgramLM, best_weight, mix
 from mambabyte.model import ByteLM
-from mambabyte.ngram import Mixture, NgramLM, NgramModel, best_weight, count, mix
+from mambabyte.ngram import NgramModel, count
 from mambabyte.stream import CharModel
 from mambabyte.text import START_BYTE
 from tests.conftest import MULTIBYTE, TEXT

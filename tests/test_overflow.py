@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis import overflow
+from analysis import bounds, error_map, exponents, overflow
 from analysis.scans import ANY_CHUNK, scan_of
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
@@ -25,7 +25,7 @@ SMALL = overflow.Parameters(
 
 
 def inputs(decay: float, length: int) -> list[torch.Tensor]:
-    return overflow.inputs([decay], length, 2, 2, "constant", 0)
+    return error_map.inputs([decay], length, 2, 2, "constant", 0)
 
 
 def finite(form: str, decay: float, chunk: int, dtype: torch.dtype = torch.float32) -> bool:
@@ -36,7 +36,7 @@ def finite(form: str, decay: float, chunk: int, dtype: torch.dtype = torch.float
 
 @pytest.fixture(scope="module")
 def errors() -> pd.DataFrame:
-    return overflow.error_map(SMALL, lambda line: None)
+    return error_map.error_map(SMALL, lambda line: None)
 
 
 def test_every_repair_is_a_form() -> None:
@@ -49,17 +49,17 @@ def test_every_repair_is_a_form() -> None:
 @pytest.mark.parametrize("chunk", [0, 1, 8, 64])
 def test_repairs_are_exact_where_nothing_is_repaired(name: str, chunk: int) -> None:
     exact = inputs(0.02, 37)
-    found = overflow.results_of(scan_of(name), exact, chunk, 0)
-    reference = overflow.results_of(sequential_scan, exact, 0, 0)
+    found = error_map.results_of(scan_of(name), exact, chunk, 0)
+    reference = error_map.results_of(sequential_scan, exact, 0, 0)
     tolerance = 1e-9 if name == "epsilon" else 1e-12
     for key in reference:
-        assert overflow.relative_errors(found[key], reference[key]).max() < tolerance, key
+        assert error_map.relative_errors(found[key], reference[key]).max() < tolerance, key
 
 
 @pytest.mark.parametrize("decay", [0.3, 0.8, 1.6, 5.0])
 @pytest.mark.parametrize("form", ["document_chunked", "corrected_cumsum", "centred"])
 def test_boundary_is_where_it_is_measured(form: str, decay: float) -> None:
-    bound = overflow.boundary(form, decay)
+    bound = bounds.boundary(form, decay)
     inside, outside = math.floor(bound * 0.94), math.ceil(bound * 1.04) + 1
     assert finite(form, decay, inside)
     assert not finite(form, decay, outside)
@@ -74,14 +74,14 @@ def test_the_published_exponent_stops_one_step_short() -> None:
 
 
 def test_boundary_of_half_precision() -> None:
-    assert overflow.log_max("float16") == pytest.approx(11.09, abs=0.01)
-    assert overflow.log_max("bfloat16") == pytest.approx(88.72, abs=0.01)
+    assert bounds.log_max("float16") == pytest.approx(11.09, abs=0.01)
+    assert bounds.log_max("bfloat16") == pytest.approx(88.72, abs=0.01)
     assert not finite("corrected_cumsum", 1.6, 8, torch.float16)
     assert finite("corrected_cumsum", 1.6, 6, torch.float16)
 
 
 def test_loud_and_silent_failures(errors: pd.DataFrame) -> None:
-    verdicts = overflow.verdicts(errors).set_index("form")
+    verdicts = error_map.verdicts(errors).set_index("form")
     for form in ("chunked", "segment_sum", "associative"):
         assert verdicts.loc[form, ["loud", "silent"]].tolist() == [0, 0], form
     for form in ("document_chunked", "corrected_cumsum", "centred"):
@@ -97,8 +97,8 @@ def test_late_mask_has_the_value_of_pairwise_and_no_gradient() -> None:
     value, _ = scan_of("late_mask")(*tensors, 64)
     same, _ = scan_of("pairwise")(*tensors, 64)
     assert torch.equal(value, same)
-    lost = overflow.results_of(scan_of("late_mask"), tensors, 64, 0)
-    kept = overflow.results_of(scan_of("pairwise"), tensors, 64, 0)
+    lost = error_map.results_of(scan_of("late_mask"), tensors, 64, 0)
+    kept = error_map.results_of(scan_of("pairwise"), tensors, 64, 0)
     assert lost["d delta"].isnan().any()
     assert kept["d delta"].isfinite().all()
 
@@ -106,12 +106,12 @@ def test_late_mask_has_the_value_of_pairwise_and_no_gradient() -> None:
 def test_differences_of_sums_lose_the_gradient_of_a_strong_decay(errors: pd.DataFrame) -> None:
     # Far inside the bound of pairwise, which has none, and of the corrected form at chunk 4.
     exact = inputs(12.0, 4)
-    reference = overflow.results_of(sequential_scan, exact, 0, 0)
+    reference = error_map.results_of(sequential_scan, exact, 0, 0)
     single = [t.float() for t in exact]
 
     def error(form: str) -> float:
-        found = overflow.results_of(scan_of(form), single, 4, 0)
-        return float(overflow.relative_errors(found["d A"], reference["d A"]).max())
+        found = error_map.results_of(scan_of(form), single, 4, 0)
+        return float(error_map.relative_errors(found["d A"], reference["d A"]).max())
 
     assert error("pairwise") > 1e-3
     assert error("corrected_cumsum") > 1e-3
@@ -127,36 +127,35 @@ def test_the_published_form_is_another_recurrence(errors: pd.DataFrame) -> None:
 
 
 def test_gradient_of_a_by_row_is_that_of_the_row_alone() -> None:
-    exact = overflow.inputs([0.1, 0.7], 12, 2, 3, "data-dependent", 3)
-    together = overflow.results_of(sequential_scan, exact, 0, 5)["d A"]
+    exact = error_map.inputs([0.1, 0.7], 12, 2, 3, "data-dependent", 3)
+    together = error_map.results_of(sequential_scan, exact, 0, 5)["d A"]
     u, delta, A, B, C, state = exact
     for i in range(2):
-        alone = overflow.results_of(
+        alone = error_map.results_of(
             sequential_scan, [t[i : i + 1] for t in (u, delta)] + [A] + [
                 t[i : i + 1] for t in (B, C, state)], 0, 5)["d A"]
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
 def test_share_past_bound() -> None:
-    assert overflow.share_past_bound(56) == 0
-    assert overflow.share_past_bound(57) > 0
+    assert bounds.share_past_bound(56) == 0
+    assert bounds.share_past_bound(57) > 0
     g = torch.Generator().manual_seed(0)
     dt = 1e-3 * 100 ** torch.rand(200_000, generator=g, dtype=torch.float64)
     n = torch.arange(1, 17)
     for length in (64, 256, 1024):
-        drawn = ((length - 1) * dt[:, None] * n > overflow.log_max()).double().mean()
-        assert overflow.share_past_bound(length) == pytest.approx(float(drawn), abs=2e-3)
-    assert overflow.share_past_bound(10**9) == 1
+        drawn = ((length - 1) * dt[:, None] * n > bounds.log_max()).double().mean()
+        assert bounds.share_past_bound(length) == pytest.approx(float(drawn), abs=2e-3)
+    assert bounds.share_past_bound(10**9) == 1
 
 
 def test_the_documents_lengths() -> None:
-    assert overflow.first_overflow(0.8) == 112  # the document: about 50
-    assert overflow.first_overflow(1.6) == 57
+    assert bounds.first_overflow(0.8) == 112  # the document: about 50
+    assert bounds.first_overflow(1.6) == 57
 
 
 def test_crossing_the_bound_loses_every_weight(text_file: object) -> None:
-    found = overflow.cross_the_bound(replace(
-        SMALL, corpus=str(text_file), crossings=(80.0, 120.0))).set_index(
+    found = exponents.cross_the_bound(str(text_file), 0, (80.0, 120.0)).set_index(
         ["form", "exponent of 32 steps"])
     share = found["weights lost after the step, share"]
     assert share["document_chunked", 80.0] == 0
@@ -170,34 +169,48 @@ def test_training_is_followed_and_stops_where_it_fails(text_file: object) -> Non
     config = ModelConfig(d_model=16, n_layer=1, scan_form="corrected_cumsum", dt_min=0.2,
                          dt_max=0.8)
     train = TrainConfig(context=48, batch_size=2, n_steps=100, allow_study_form=True)
-    frame, ending = overflow.follow_training(config, train, str(text_file), 4, 2)
+    frame, ending = exponents.follow_training(config, train, str(text_file), 4, 2)
     assert ending.startswith("step 1: loss nan")
     assert frame["step"].tolist() == [0]
-    assert frame["largest exponent in 32 steps"].iloc[0] > overflow.log_max()
+    assert frame["largest exponent in 32 steps"].iloc[0] > bounds.log_max()
     # Lost between two records: the lost batch is recorded by the stable form.
     slow = replace(config, dt_min=0.15, dt_max=0.165, d_state=16)
-    frame, ending = overflow.follow_training(
+    frame, ending = exponents.follow_training(
         slow, replace(train, lr=0.05, warmup_fraction=0.0), str(text_file), 60, 50)
     assert ending.startswith("step ")
     assert frame["step"].iloc[-1] == int(ending.split()[1].rstrip(":")) - 1
-    assert frame["largest exponent in 32 steps"].iloc[-1] > overflow.log_max()
+    assert frame["largest exponent in 32 steps"].iloc[-1] > bounds.log_max()
     assert math.isfinite(frame["loss, nats"].iloc[-1])
-    frame, ending = overflow.follow_training(
+    frame, ending = exponents.follow_training(
         replace(config, scan_form="auto"), train, str(text_file), 4, 2)
     assert ending == "trained 4 steps"
     assert frame["step"].tolist() == [0, 2, 4]
-    assert overflow.extrapolate(frame, PRESETS["mamba_byte"].train)["layer"].tolist() == [0]
+    assert exponents.extrapolate(frame, PRESETS["mamba_byte"].train)["layer"].tolist() == [0]
 
 
 def test_first_chunks_reads_the_map(errors: pd.DataFrame) -> None:
-    first = overflow.first_chunks(errors).set_index(["form", "decay"])
+    first = error_map.first_chunks(errors).set_index(["form", "decay"])
     assert first.loc[("corrected_cumsum", 1.6), "value nan"] == "64"
     assert first.loc[("chunked", 1.6), "value nan"] == "not up to 64"
+
+
+def test_a_run_without_float32_has_no_count_of_its_cells(text_file: object) -> None:
+    p = overflow.Parameters(
+        forms=("corrected_cumsum",), low_precision_forms=("corrected_cumsum",),
+        precisions=("bfloat16",), kinds=("constant",), chunks=(4, 8), decays=(0.4,), length=8,
+        corpus=str(text_file), fraction_lengths=(4,), crossings=(60.0,),
+        trained_forms=("auto",), trained_steps=(1,))
+    values = overflow.headline(overflow.run(p, lambda line: None))
+    assert values["map_cells"][0] is None
+    assert values["clamped_loud"][0] is None
+    assert values["trained_steps"][0] == 1
 
 
 def test_bad_input() -> None:
     for bad in ({"forms": ("nothing",)}, {"precisions": ("fp8",)}, {"kinds": ("odd",)},
                 {"decays": (0.0,)}, {"chunks": (0,)}, {"device": "tpu"},
-                {"trained_forms": ("auto",), "trained_steps": (1, 2)}):
+                {"trained_forms": ("auto",), "trained_steps": (1, 2)}, {"forms": ()}, {"kinds": ()},
+                {"precisions": ()}, {"crossings": ()}, {"crossings": (0.0,)},
+                {"fraction_lengths": ()}, {"fraction_lengths": (0,)}, {"every": 0}):
         with pytest.raises(UserError):
             overflow.Parameters(**bad)

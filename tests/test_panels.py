@@ -8,7 +8,8 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from analysis import memory, overflow, panels, throughput
+from analysis import bounds, error_map, memory, panels, throughput
+from analysis.footprint_tables import budgets_at, budgets_frame, smallest_devices
 from analysis.measure import run_notebook
 from analysis.panels import memory as memory_panel
 from analysis.panels import overflow as overflow_panel
@@ -18,7 +19,7 @@ from analysis.results import load_run
 from analysis.studies import get_study, profile_parameters
 from mambabyte.config import PRESETS
 
-SMALL = overflow.Parameters(
+SMALL = error_map.Grid(
     forms=("corrected_cumsum", "document_chunked", "clamped"), precisions=("float32",),
     kinds=("constant",), chunks=(8, 64), decays=(0.1, 1.6), length=64)
 
@@ -34,7 +35,7 @@ def moved(panel, **positions):
 
 @pytest.fixture(scope="module")
 def errors():
-    return overflow.error_map(SMALL, lambda line: None)
+    return error_map.error_map(SMALL, lambda line: None)
 
 
 @pytest.mark.parametrize(("form", "decay", "chunk"), [
@@ -51,18 +52,18 @@ def test_the_overflow_panel_says_what_the_map_says(errors, form, decay, chunk):
     assert found.row[numbers].tolist() == pytest.approx(
         row[numbers].tolist(), rel=1e-3, abs=3e-7, nan_ok=True)
     assert found.exponent == pytest.approx(decay * chunk)
-    assert found.bound == overflow.boundary(form, decay)
+    assert found.bound == bounds.boundary(form, decay)
 
 
 def test_the_first_bad_position_is_where_the_exponent_passes_the_bound():
     # 1.6 nats a step: 55 steps are 88.0 nats, 56 are 89.6 and float32 ends at 88.72. An input
     # above 2 takes exp(88.0) over the edge.
-    found = overflow.cell(SMALL, "corrected_cumsum", 1.6, 64)
+    found = error_map.cell(SMALL, "corrected_cumsum", 1.6, 64)
     assert found.first_bad in (54, 55)
     assert found.positions["error"][: found.first_bad].max() < 1e-2
-    assert overflow.cell(SMALL, "chunked", 1.6, 64).first_bad is None
+    assert error_map.cell(SMALL, "chunked", 1.6, 64).first_bad is None
     # The clamp at 80 nats is silent. Step 51 stands at 81.6: its weight is off by a factor of 5.
-    silent = overflow.cell(SMALL, "clamped", 1.6, 64)
+    silent = error_map.cell(SMALL, "clamped", 1.6, 64)
     assert silent.row["value"] == "silent"
     assert silent.first_bad == 50
 
@@ -71,7 +72,7 @@ def test_the_first_bad_position_is_where_the_exponent_passes_the_bound():
 def test_the_memory_panel_says_what_the_study_says(batch, context):
     p = memory.Parameters(forms=("fused", "document_chunked"))
     found = moved(memory_panel.panel(p), batch=batch, context=context)
-    study = memory._budgets_frame(p)
+    study = budgets_frame(p.forms)
     same = study[study["configuration"] == f"{batch} x {context}"].reset_index(drop=True)
     pd.testing.assert_frame_equal(found, same)
 
@@ -101,11 +102,11 @@ def test_the_throughput_panel_draws_energy_where_it_was_measured(joules):
 
 def test_smallest_device():
     model = PRESETS["mamba_byte"].model
-    found = memory.smallest_devices(memory.budgets_at(model, 64, 2048, ("fused", "chunked")))
+    found = smallest_devices(budgets_at(model, 64, 2048, ("fused", "chunked")))
     by_form = found[~found["checkpointing"] & (found["autocast"] == "bf16")].set_index("form")
     assert by_form.loc["fused", "smallest device"] == "16 GB"
     assert by_form.loc["chunked", "smallest device"] == "141 GB"
-    huge = memory.smallest_devices(memory.budgets_at(
+    huge = smallest_devices(budgets_at(
         replace(model, n_layer=40), 1024, 2048, ("chunked",)))
     assert huge["smallest device"].iloc[0] == "none of these"
 

@@ -11,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from analysis import plots, results
+from analysis.frames import not_measured, read_frame, write_frame
 from analysis.results import Recorder, list_runs, load_run
 from mambabyte.errors import UserError
 
@@ -53,8 +54,8 @@ def test_not_measured_and_nan_stay_apart(tmp_path):
         "missing int": pd.Series([1, None], dtype="Int64"), "word": ["a", None],
         "flag": [True, False], "kind": pd.Categorical(["u", "v"]),
     })
-    results.write_frame(tmp_path / "f.parquet", frame)
-    back = results.read_frame(tmp_path / "f.parquet")
+    write_frame(tmp_path / "f.parquet", frame)
+    back = read_frame(tmp_path / "f.parquet")
     assert math.isnan(back["nan"][1])
     assert list(back["none"]) == [None, 2.0]
     assert back["both"][0] is None
@@ -202,8 +203,8 @@ def test_style_repeats_colour_by_line_and_marker():
 
 def test_missing_floats_can_be_said_to_be_unmeasured(tmp_path):
     frame = pd.DataFrame({"energy, J": [1.0, None], "error, relative": [0.1, math.nan]})
-    results.write_frame(tmp_path / "f.parquet", results.not_measured(frame, "energy, J"))
-    back = results.read_frame(tmp_path / "f.parquet")
+    write_frame(tmp_path / "f.parquet", not_measured(frame, "energy, J"))
+    back = read_frame(tmp_path / "f.parquet")
     assert list(back["energy, J"]) == [1.0, None]
     assert math.isnan(back["error, relative"][1])
 

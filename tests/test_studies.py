@@ -185,6 +185,17 @@ def test_registry_is_light():
     assert run.stdout.strip() == "[]"
 
 
+# The modules that make a study's numbers beside its own: a change in one must re-run it.
+MEASURING = {
+    "ablation": ("budgets", "learning", "matching", "pairs", "run_tables", "synthetic", "tokens",
+                 "variants"),
+    "gradients": ("boundary_gradients", "scan_against_step", "truncation"),
+    "memory": ("allocations", "fit", "footprint", "footprint_tables", "gpu_memory", "kept_tensors",
+               "scan_footprint", "scan_memory"),
+    "overflow": ("bounds", "error_map", "exponents"),
+}
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_depends_on_what_it_measures(name):
     study = STUDIES[name]
@@ -193,6 +204,7 @@ def test_a_study_depends_on_what_it_measures(name):
     names = {p.relative_to(ROOT).as_posix()
              for p in sources.source_files([study.module, "analysis.plots"])}
     assert names & {f"analysis/{name}.py", f"analysis/{name}/__init__.py"}
+    assert names >= {f"analysis/{module}.py" for module in MEASURING.get(name, ())}
     assert "analysis/style.mplstyle" in names
     assert any(n.startswith("mambabyte/") for n in names)
     assert not any(n.startswith(("analysis/report", "analysis/sweep", "tests")) for n in names)

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from analysis import scan_timing, throughput
+from analysis.frames import not_measured
 from analysis.measure import main as measure_main
 from analysis.measure import measure as measure_study
 from analysis.plots import throughput as figures
 from analysis.records import load_record
 from analysis.studies import STUDIES
+from analysis.threads import threads
 from analysis.timing import (
     AllocationCounter,
     Case,
@@ -22,8 +24,6 @@ from analysis.timing import (
     exponent_table,
     fit_exponent,
     measure,
-    none_for_nan,
-    threads,
 )
 from mambabyte.errors import UserError
 
@@ -144,8 +144,8 @@ def test_threads_are_put_back():
     assert torch.get_num_threads() == before
 
 
-def test_none_for_nan():
-    frame = none_for_nan(pd.DataFrame({"a": [1.0, float("nan")], "b": [1.0, 2.0]}))
+def test_not_measured():
+    frame = not_measured(pd.DataFrame({"a": [1.0, float("nan")], "b": [1.0, 2.0]}))
     assert frame["a"].tolist() == [1.0, None]
     assert frame["b"].dtype == float
 
@@ -263,8 +263,17 @@ def test_the_recorded_scan_is_drawn_with_its_machine():
     assert {len(line.get_xdata()) for line in backward.lines} == {len(ours)}
 
 
-def test_measure_refuses_unknown_parameters_before_it_runs(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["lengths", "mixer_forms", "allocation_lengths",
+                                  "stream_positions"])
+def test_an_empty_list_of_what_is_timed_is_refused(name):
+    with pytest.raises(UserError, match=name):
+        replace(TINY, **{name: ()})
+
+
+@pytest.mark.parametrize(("given", "answer"), [
+    ("rouns=2", "did you mean rounds"), ("rounds", "expected name=value")])
+def test_measure_refuses_unknown_parameters_before_it_runs(tmp_path, capsys, given, answer):
     code = measure_main(["throughput", str(tmp_path / "x.json"), "--profile", "quick",
-                         "--set", "rouns=2"])
+                         "--set", given])
     assert code == 2
-    assert "did you mean rounds" in capsys.readouterr().err
+    assert answer in capsys.readouterr().err

@@ -18,7 +18,8 @@ from analysis.claims.ledger import (
     compare,
     near,
 )
-from analysis.footprint import Autocast, budget, saved_terms, state_bytes
+from analysis.footprint import budget, state_bytes
+from analysis.kept_tensors import Autocast, saved_terms
 from mambabyte.config import ModelConfig, TrainConfig
 
 PUBLISHED = replace(FINAL.model, scan_form="document_chunked")

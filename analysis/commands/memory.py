@@ -38,7 +38,7 @@ class Options:
 def run(argv: list[str]) -> int:
     options = parse(Options, argv, "memory", __doc__)
 
-    from analysis.footprint import fit, parse_memory
+    from analysis.fit import fit, parse_memory
     from mambabyte.config import get_preset
 
     preset = get_preset(options.preset)

@@ -21,7 +21,7 @@ from analysis.commands.sweep import print_rows, split_pairs
 @dataclass(frozen=True)
 class Options:
     name: Annotated[str, tyro.conf.Positional]
-    """memory, overflow, gradients, ablation or throughput."""
+    """memory, overflow, gradients, ablation, throughput, task or claims."""
     profile: str = "quick"
     """quick (CPU, about a minute) or full (a GPU, longer)."""
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from analysis import memory as study
-from analysis.footprint import DEVICES_GB
+from analysis.fit import DEVICES_GB
+from analysis.footprint_tables import budgets_at, smallest_devices
+from analysis.memory import Parameters
 from analysis.plots import memory as figures
 from mambabyte.config import ModelConfig, get_preset
 
 
-def panel(p: study.Parameters, preset: str = "mamba_byte") -> Any:
+def panel(p: Parameters, preset: str = "mamba_byte") -> Any:
     """Sliders for batch and context: predicted bytes by group of every form, and what holds them.
     """
     from ipywidgets import Dropdown, SelectionSlider, interactive
@@ -26,13 +27,13 @@ def panel(p: study.Parameters, preset: str = "mamba_byte") -> Any:
 
 
 def _show_step(
-    p: study.Parameters, model: ModelConfig, batch: int, context: int, pattern: str
+    p: Parameters, model: ModelConfig, batch: int, context: int, pattern: str
 ) -> Any:
     from IPython.display import display
 
-    budgets = study.budgets_at(
+    budgets = budgets_at(
         replace(model, layer_pattern=pattern), batch, context,
         p.forms if "M" in pattern else p.forms[:1])  # attention has no scan
     display(figures.budget_bars(budgets, f"{batch} x {context}", DEVICES_GB))
-    display(study.smallest_devices(budgets))
+    display(smallest_devices(budgets))
     return budgets

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from analysis import overflow as study
+from analysis.error_map import PRECISIONS, Cell, Grid, cell
 from analysis.plots import overflow as figures
 from analysis.scans import ANY_CHUNK, runnable
 
 
-def panel(p: study.Parameters) -> Any:
+def panel(p: Grid) -> Any:
     """Sliders for decay and chunk size: exponent, bound, first bad position, errors, and a plot."""
     from ipywidgets import Dropdown, FloatLogSlider, IntSlider, interactive
 
@@ -22,16 +22,16 @@ def panel(p: study.Parameters) -> Any:
                              continuous_update=False),
         chunk=IntSlider(value=32, min=1, max=p.length, description="chunk",
                         continuous_update=False),
-        precision=Dropdown(options=study.PRECISIONS),
+        precision=Dropdown(options=PRECISIONS),
         kind=Dropdown(options=("constant", "data-dependent")))
 
 
 def _show_cell(
-    p: study.Parameters, form: str, decay: float, chunk: int, precision: str, kind: str
-) -> study.Cell:
+    p: Grid, form: str, decay: float, chunk: int, precision: str, kind: str
+) -> Cell:
     from IPython.display import display
 
-    found = study.cell(p, form, decay, chunk, precision, kind)
+    found = cell(p, form, decay, chunk, precision, kind)
     bound = f"{found.bound:.1f} steps" if math.isfinite(found.bound) else "none"
     bad = "none" if found.first_bad is None else f"{found.first_bad}"
     print(f"largest exponent of a chunk: {found.exponent:.1f} nats; bound of the chunk: {bound}\n"

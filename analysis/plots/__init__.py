@@ -4,8 +4,7 @@ A study's plots live in ``analysis/plots/STUDY.py``: functions that take a DataF
 matplotlib Figure. Colours, line styles and markers come from the style's cycle, so line style
 and marker repeat what the colour says; ask for ``look(i)`` where the order must be fixed.
 
-The report recolours ink, grid and the cycle's colours for dark screens. Text drawn over an image
-or a filled cell must not follow: give it ON_LIGHT or ON_DARK, which stay as they are.
+The report recolours ink, grid and the cycle's colours for dark screens.
 """
 
 from __future__ import annotations
@@ -31,8 +30,6 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = (
 )
 INK, MUTED, GRID = "#22272e", "#8a929c", "#dfe3e8"
 PAPER, PANEL = "#ffffff", "#f2f4f7"  # the page, and a cell that is to stand back
-# Text over a coloured cell: not a theme colour, so that it stays readable on that cell.
-ON_LIGHT, ON_DARK = "#121212", "#fafafa"
 
 _ABOVE = "_named-above"  # marks a text above the axes, which the title must clear
 
@@ -148,13 +145,6 @@ def mark_line(axes: Axes, *, x: float | None = None, y: float | None = None, tex
 def _title_pad(axes: Axes) -> float:
     """Points between axes and title: more where a reference line is named in between."""
     return 22.0 if any(text.get_label() == _ABOVE for text in axes.texts) else 10.0
-
-
-def text_on(rgba: Sequence[float]) -> str:
-    """ON_LIGHT or ON_DARK, whichever is readable on that colour (relative luminance)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgba[:3]]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return ON_LIGHT if luminance > 0.18 else ON_DARK
 
 
 def binary_bytes(value: float, _position: int | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import plots
@@ -58,10 +59,7 @@ def state_lines(state: pd.DataFrame) -> Figure:
         axes.plot(rows["bytes seen"], rows["state, B"], **look)
         ends[PATTERNS[pattern]] = (rows["bytes seen"].iloc[-1], rows["state, B"].iloc[-1],
                                    look["color"])
-    axes.set_yscale("log", base=2)
-    plots.log2_axis(axes, "x", sorted(state["bytes seen"].unique()))
-    plots.tick_bytes(axes.yaxis)
-    plots.label_axes(axes, "bytes seen", "streaming state, bytes")
+    _bytes_against(axes, state["bytes seen"], "bytes seen", "streaming state, bytes")
     plots.label_lines(axes, ends)
     return figure
 
@@ -77,9 +75,15 @@ def slice_lines(slices: pd.DataFrame) -> Figure:
         y = rows["allocated in backward, B"].to_numpy(float)
         axes.plot(x, y, **look)
         ends[name] = (x[-1], y[-1], look["color"])
-    axes.set_yscale("log", base=2)
-    plots.log2_axis(axes, "x", sorted(slices["length, steps"].unique()))
-    plots.tick_bytes(axes.yaxis)
-    plots.label_axes(axes, "length, steps", "allocated in one backward pass, bytes")
+    _bytes_against(axes, slices["length, steps"], "length, steps",
+                   "allocated in one backward pass, bytes")
     plots.label_lines(axes, ends)
     return figure
+
+
+def _bytes_against(axes: Axes, x: pd.Series, x_label: str, y_label: str) -> None:
+    """Both axes in powers of two, the upright one in bytes."""
+    axes.set_yscale("log", base=2)
+    plots.log2_axis(axes, "x", sorted(x.unique()))
+    plots.tick_bytes(axes.yaxis)
+    plots.label_axes(axes, x_label, y_label)

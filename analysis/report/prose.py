@@ -16,7 +16,6 @@ filter are shown with four significant digits. What is missing, unmeasured or st
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from analysis.report.markdown import to_html
 from analysis.report.select import advice
 from analysis.report.text import binary_bytes, fixed, number, plain
 from analysis.results import Run, Value
-from mambabyte.errors import UserError
+from mambabyte.errors import UserError, nearest
 
 _SLOT = re.compile(r"<p>\[\[([\w.-]+)\]\]</p>\n?")  # where a figure or table goes
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>()#!|~&$^{}\n])")
@@ -126,7 +125,7 @@ class Prose:
                 if study in self._sources.problems and self._sources.draft:
                     return _gap(path)
                 raise UserError(f"there is no {kind} {path!r}"
-                                f"{_nearest(key, self._blocks).replace(f'{kind}.', '')}")
+                                f"{nearest(key, self._blocks).replace(f'{kind}.', '')}")
             self.used.add(key)
             return Text(f"\n\n[[{key}]]\n\n")
         return place
@@ -152,7 +151,7 @@ class Prose:
             if self._sources.draft:
                 return None
             raise UserError(f"{path} is not among the results of {run.folder.name}"
-                            f"{_nearest(key, run.values)}")
+                            f"{nearest(key, run.values)}")
         return run.values[key]
 
     def _run(self, name: str, among: Mapping[str, Run]) -> Run | None:
@@ -162,7 +161,7 @@ class Prose:
             return None
         if name in self._sources.problems:
             raise UserError(advice(name, self._sources.problems[name]))
-        raise UserError(f"{name}: nothing is known by that name{_nearest(name, among)}")
+        raise UserError(f"{name}: nothing is known by that name{nearest(name, among)}")
 
 
 def _gap(path: str) -> Text:
@@ -182,11 +181,6 @@ def _finalize(value: Any) -> Any:
     return plain(value)
 
 
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
 def _of_numbers(text: Callable[..., str]) -> Callable[..., Any]:
     """A filter for numbers; words, such as a given ``missing`` text or a gap, pass unchanged."""
     def apply(value: Any, *args: Any) -> Any:
@@ -203,4 +197,3 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "bytes": _of_numbers(binary_bytes),
     "yesno": lambda v, yes="yes", no="no": Text(yes if v else no),
 }
-

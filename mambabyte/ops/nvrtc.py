@@ -393,15 +393,6 @@ class Kernel:
             _check_driver(status, f"{shared_bytes} bytes of shared memory for {self.name}")
             self._shared = shared_bytes
 
-    def blocks_per_multiprocessor(self, threads: int, shared_bytes: int = 0) -> int:
-        """How many blocks of that size are resident on one multiprocessor at a time."""
-        count = ctypes.c_int()
-        status = _driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(
-            ctypes.byref(count), self._function, threads, ctypes.c_size_t(shared_bytes)
-        )
-        _check_driver(status, f"occupancy of {self.name}")
-        return count.value
-
     def allow_large_clusters(self) -> None:
         """Permit clusters of more than 8 blocks, which not every card has room for."""
         status = _driver().cuFuncSetAttribute(self._function, 14, 1)

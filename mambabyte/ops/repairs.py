@@ -30,6 +30,7 @@ Shapes of every form are those of mambabyte.ops.selective_scan; ``chunk`` 0 is t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -44,62 +45,53 @@ EPSILON = 1e-12
 Inner = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _in_chunks(
-    inner: Inner, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    chunk = chunk or u.shape[1]
-    log_decay = delta.unsqueeze(-1) * A  # (B, L, D, N)
-    b = (delta * u).unsqueeze(-1) * B.unsqueeze(2)
-    ys = []
-    for decay_k, b_k, C_k in zip(
-        log_decay.split(chunk, 1), b.split(chunk, 1), C.split(chunk, 1), strict=True
-    ):
-        h = inner(decay_k, b_k, state)
-        ys.append((h * C_k.unsqueeze(2)).sum(-1))
-        state = h[:, -1]
-    return torch.cat(ys, dim=1), state
+def _in_chunks(inner: Inner) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The scan (u, delta, A, B, C, state, chunk) -> (y, final state) whose chunks ``inner`` does.
+    """
+
+    @functools.wraps(inner)
+    def scan(
+        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        chunk = chunk or u.shape[1]
+        log_decay = delta.unsqueeze(-1) * A  # (B, L, D, N)
+        b = (delta * u).unsqueeze(-1) * B.unsqueeze(2)
+        ys = []
+        for decay_k, b_k, C_k in zip(
+            log_decay.split(chunk, 1), b.split(chunk, 1), C.split(chunk, 1), strict=True
+        ):
+            h = inner(decay_k, b_k, state)
+            ys.append((h * C_k.unsqueeze(2)).sum(-1))
+            state = h[:, -1]
+        return torch.cat(ys, dim=1), state
+
+    return scan
 
 
-def clamped_cumsum_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int
-) -> tuple[Tensor, Tensor]:
+@_in_chunks
+def clamped_cumsum_scan(log_decay: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     """The corrected trick with the growing exponent clamped at 80."""
-
-    def inner(log_decay: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-        cs = torch.cumsum(log_decay, dim=1)
-        # fp16 ends at exp(11.09): the clamp has to be below the type's own limit.
-        limit = min(CLAMP, math.log(torch.finfo(cs.dtype).max) - 1)
-        total = torch.cumsum(b * torch.exp((-cs).clamp(max=limit)), dim=1)
-        return torch.exp(cs) * (total + h0.unsqueeze(1))
-
-    return _in_chunks(inner, u, delta, A, B, C, state, chunk)
+    cs = torch.cumsum(log_decay, dim=1)
+    # fp16 ends at exp(11.09): the clamp has to be below the type's own limit.
+    limit = min(CLAMP, math.log(torch.finfo(cs.dtype).max) - 1)
+    total = torch.cumsum(b * torch.exp((-cs).clamp(max=limit)), dim=1)
+    return torch.exp(cs) * (total + h0.unsqueeze(1))
 
 
-def epsilon_cumsum_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int
-) -> tuple[Tensor, Tensor]:
+@_in_chunks
+def epsilon_cumsum_scan(log_decay: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     """The corrected trick with a division by ``exp(cs) + 1e-12``."""
-
-    def inner(log_decay: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-        decay = torch.exp(torch.cumsum(log_decay, dim=1))
-        return decay * (torch.cumsum(b / (decay + EPSILON), dim=1) + h0.unsqueeze(1))
-
-    return _in_chunks(inner, u, delta, A, B, C, state, chunk)
+    decay = torch.exp(torch.cumsum(log_decay, dim=1))
+    return decay * (torch.cumsum(b / (decay + EPSILON), dim=1) + h0.unsqueeze(1))
 
 
-def centred_cumsum_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int
-) -> tuple[Tensor, Tensor]:
+@_in_chunks
+def centred_cumsum_scan(log_decay: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     """The corrected trick with exponents measured from the middle of the chunk."""
-
-    def inner(log_decay: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-        cs = torch.cumsum(log_decay, dim=1)
-        centred = cs - cs[:, (cs.shape[1] - 1) // 2].unsqueeze(1)
-        local = torch.exp(centred) * torch.cumsum(b * torch.exp(-centred), dim=1)
-        return local + torch.exp(cs) * h0.unsqueeze(1)
-
-    return _in_chunks(inner, u, delta, A, B, C, state, chunk)
+    cs = torch.cumsum(log_decay, dim=1)
+    centred = cs - cs[:, (cs.shape[1] - 1) // 2].unsqueeze(1)
+    local = torch.exp(centred) * torch.cumsum(b * torch.exp(-centred), dim=1)
+    return local + torch.exp(cs) * h0.unsqueeze(1)
 
 
 def _apply_weights(weights: Tensor, cs: Tensor, b: Tensor, h0: Tensor) -> Tensor:
@@ -113,67 +105,47 @@ def _future(steps: int, like: Tensor) -> Tensor:
     return (index[None, :] > index[:, None])[..., None, None]
 
 
-def pairwise_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int
-) -> tuple[Tensor, Tensor]:
+@_in_chunks
+def pairwise_scan(log_decay: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     """Weights ``exp(cs_t - cs_k)``, masked before the exponential."""
-
-    def inner(log_decay: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-        cs = torch.cumsum(log_decay, dim=1)
-        exponent = cs.unsqueeze(2) - cs.unsqueeze(1)
-        exponent = exponent.masked_fill(_future(cs.shape[1], cs), -math.inf)
-        return _apply_weights(torch.exp(exponent), cs, b, h0)
-
-    return _in_chunks(inner, u, delta, A, B, C, state, chunk)
+    cs = torch.cumsum(log_decay, dim=1)
+    exponent = cs.unsqueeze(2) - cs.unsqueeze(1)
+    exponent = exponent.masked_fill(_future(cs.shape[1], cs), -math.inf)
+    return _apply_weights(torch.exp(exponent), cs, b, h0)
 
 
-def late_mask_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int
-) -> tuple[Tensor, Tensor]:
+@_in_chunks
+def late_mask_scan(log_decay: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     """Weights ``exp(cs_t - cs_k)``, masked after the exponential: right value, nan gradient."""
-
-    def inner(log_decay: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-        cs = torch.cumsum(log_decay, dim=1)
-        weights = torch.exp(cs.unsqueeze(2) - cs.unsqueeze(1))
-        weights = weights.masked_fill(_future(cs.shape[1], cs), 0.0)
-        return _apply_weights(weights, cs, b, h0)
-
-    return _in_chunks(inner, u, delta, A, B, C, state, chunk)
+    cs = torch.cumsum(log_decay, dim=1)
+    weights = torch.exp(cs.unsqueeze(2) - cs.unsqueeze(1))
+    weights = weights.masked_fill(_future(cs.shape[1], cs), 0.0)
+    return _apply_weights(weights, cs, b, h0)
 
 
-def segment_sum_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int
-) -> tuple[Tensor, Tensor]:
+@_in_chunks
+def segment_sum_scan(log_decay: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     """Weights from sums over k+1..t, each added up by itself."""
-
-    def inner(log_decay: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-        steps = log_decay.shape[1]
-        index = torch.arange(steps, device=b.device)
-        after = (index[:, None] > index[None, :])[..., None, None]  # time t beyond input k
-        # Column k holds the log-decays of the steps after k alone, so their sum along t starts
-        # at 0 there.
-        column = log_decay.unsqueeze(2).expand(-1, -1, steps, -1, -1)
-        exponent = torch.cumsum(column.masked_fill(~after, 0.0), dim=1)
-        exponent = exponent.masked_fill(_future(steps, b), -math.inf)
-        return _apply_weights(torch.exp(exponent), torch.cumsum(log_decay, dim=1), b, h0)
-
-    return _in_chunks(inner, u, delta, A, B, C, state, chunk)
+    steps = log_decay.shape[1]
+    future = _future(steps, b)
+    # Column k holds the log-decays of the steps after k alone, so their sum along t starts at 0
+    # there.
+    after = future.transpose(0, 1)  # time t beyond input k
+    column = log_decay.unsqueeze(2).expand(-1, -1, steps, -1, -1)
+    exponent = torch.cumsum(column.masked_fill(~after, 0.0), dim=1)
+    exponent = exponent.masked_fill(future, -math.inf)
+    return _apply_weights(torch.exp(exponent), torch.cumsum(log_decay, dim=1), b, h0)
 
 
-def associative_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int
-) -> tuple[Tensor, Tensor]:
+@_in_chunks
+def associative_scan(log_decay: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     """Pairs (decay, state) combined by doubling: log2(T) steps over the whole chunk."""
-
-    def inner(log_decay: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-        a, h = torch.exp(log_decay), b
-        steps, distance = b.shape[1], 1
-        while distance < steps:
-            # Before the start there is the identity, the pair (1, 0).
-            before = (0, 0, 0, 0, distance, 0)
-            h = h + a * F.pad(h[:, :-distance], before)
-            a = a * F.pad(a[:, :-distance], before, value=1.0)
-            distance *= 2
-        return h + a * h0.unsqueeze(1)
-
-    return _in_chunks(inner, u, delta, A, B, C, state, chunk)
+    a, h = torch.exp(log_decay), b
+    steps, distance = b.shape[1], 1
+    while distance < steps:
+        # Before the start there is the identity, the pair (1, 0).
+        before = (0, 0, 0, 0, distance, 0)
+        h = h + a * F.pad(h[:, :-distance], before)
+        a = a * F.pad(a[:, :-distance], before, value=1.0)
+        distance *= 2
+    return h + a * h0.unsqueeze(1)

@@ -1,0 +1,106 @@
+"""The closed form in tables: what a layer keeps, budgets of whole steps, states, devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from analysis.fit import ALLOWANCE_BYTES, DEVICES_GB, fit
+from analysis.footprint import budget, state_bytes
+from analysis.kept_tensors import AUTOCASTS, saved_terms
+from mambabyte.config import PRESETS, ModelConfig
+
+GB = 1e9
+
+
+def terms_frame() -> pd.DataFrame:
+    """Every tensor kept by one layer of the document's original step, largest first."""
+    preset = PRESETS["mamba_byte_original"]
+    config = replace(preset.model, scan_form="document_chunked")
+    batch, context = preset.train.batch_size, preset.train.context
+    rows = []
+    for autocast in AUTOCASTS:
+        for t in saved_terms(config, batch, context, autocast):
+            if t.layer == 0 and t.bytes:
+                rows.append({"autocast": autocast, "part": t.part, "tensor": t.tensor,
+                             "bytes each element": t.itemsize, "kept, GB": t.bytes / GB})
+    frame = pd.DataFrame(rows).sort_values(
+        ["autocast", "kept, GB"], ascending=[False, False], kind="stable")
+    return frame.reset_index(drop=True)
+
+
+def budgets_at(
+    model: ModelConfig, batch: int, context: int, forms: Sequence[str]
+) -> pd.DataFrame:
+    """A training step on a GPU by category: a row a scan form, autocast state and checkpointing."""
+    rows = []
+    for form in forms:
+        for autocast in AUTOCASTS:
+            for checkpointing in (False, True):
+                step = budget(replace(model, scan_form=form), batch, context, autocast, "cuda",
+                              checkpointing)
+                rows.append({
+                    "configuration": f"{batch} x {context}", "form": form,
+                    "autocast": autocast, "checkpointing": checkpointing,
+                    "weights, GB": step.weights / GB, "gradients, GB": step.gradients / GB,
+                    "AdamW, GB": step.optimizer / GB,
+                    "activations, GB": step.activations / GB,
+                    "workspace, GB": step.workspace / GB,
+                    "libraries, GB": step.libraries / GB, "peak, GB": step.peak / GB,
+                    "worst moment": step.worst_moment})
+    return pd.DataFrame(rows)
+
+
+def smallest_devices(budgets: pd.DataFrame) -> pd.DataFrame:
+    """The smallest common device that holds each of these steps, the allowance included."""
+    need = budgets["peak, GB"] + ALLOWANCE_BYTES / GB
+    return budgets[["form", "autocast", "checkpointing", "peak, GB"]].assign(**{
+        "smallest device": [next((f"{gb} GB" for gb in DEVICES_GB if n <= gb), "none of these")
+                            for n in need]})
+
+
+def budgets_frame(forms: Sequence[str]) -> pd.DataFrame:
+    """``budgets_at`` for the document's two configurations, after its fix and before."""
+    presets = [PRESETS[name] for name in ("mamba_byte", "mamba_byte_original")]
+    return pd.concat([
+        budgets_at(preset.model, preset.train.batch_size, preset.train.context, forms)
+        for preset in presets], ignore_index=True)
+
+
+def state_frame() -> pd.DataFrame:
+    """Streaming state of mamba_byte, of attention at its size, and of the 3:1 mixture."""
+    rows = []
+    for exponent in range(4, 21, 2):
+        seen = 2**exponent
+        for pattern in ("M", "A", "MMMA"):
+            # A window no shorter than the text: the plain KV cache of attention.
+            config = replace(PRESETS["mamba_byte"].model, layer_pattern=pattern,
+                             attention_window=2**21)
+            rows.append({"bytes seen": seen, "pattern": pattern,
+                         "state, B": sum(state_bytes(config, seen).values())})
+    return pd.DataFrame(rows)
+
+
+def devices_frame(forms: Sequence[str]) -> pd.DataFrame:
+    """What of mamba_byte fits each common device, by form; the document's original step too."""
+    preset = PRESETS["mamba_byte"]
+    rows = []
+    for gigabytes in DEVICES_GB:
+        for form in forms:
+            if form == "sequential":
+                continue
+            for autocast in AUTOCASTS:
+                train = replace(preset.train, precision=autocast)
+                model = replace(preset.model, scan_form=form)
+                found = fit(model, train, int(gigabytes * GB))
+                original = fit(model, replace(train, batch_size=64, context=2048),
+                               int(gigabytes * GB))
+                rows.append({
+                    "device, GB": gigabytes, "form": form, "autocast": autocast,
+                    "largest batch at 1024": found.largest_batch,
+                    "largest context at batch 16": found.largest_context,
+                    "64 x 2048 fits": original.fits,
+                    "spare at 64 x 2048, GB": (original.spare_bytes or 0) / GB})
+    return pd.DataFrame(rows)
