@@ -145,8 +145,8 @@ def test_unknown_assembly_is_refused() -> None:
 def test_parity_with_hand_overs_in_pieces(
     emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    card(monkeypatch, 1)
-    inputs = make_inputs(5, 517, 8)
+    card(monkeypatch, 2)
+    inputs = make_inputs(5, 517, 16)
     assert_close(results(inputs), scan_cases.definition(inputs), torch.bfloat16)
     carries = [blocks for name, blocks in emulator.launched if "tile_carry" in name]
     # Of five sequences: two pieces each of two segments; four of one.
