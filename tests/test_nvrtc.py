@@ -48,9 +48,7 @@ STREAMED = [
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 @pytest.mark.parametrize("blocks", cuda_stream.CLUSTERS)
 @pytest.mark.parametrize("shape", STREAMED, ids=str)
-def test_the_streaming_model_compiles(
-    arch: str, blocks: int, shape: cuda_stream.Shape
-) -> None:
+def test_the_streaming_model_compiles(arch: str, blocks: int, shape: cuda_stream.Shape) -> None:
     plan = cuda_stream.plan(shape, blocks, 2, 227 * 1024)
     assert plan is not None
     assert plan.shared_bytes <= 227 * 1024
@@ -88,10 +86,12 @@ def test_every_weight_is_packed_once() -> None:
     assert torch.equal(found, torch.arange(1.0, count + 1))
 
 
-def scan_kernels(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+def scan_kernels(monkeypatch: pytest.MonkeyPatch, hopper: bool) -> set[str]:
     """Names of the kernels that the scan launches, read off calls whose launches do nothing."""
     names: set[str] = set()
-    monkeypatch.setattr(cuda_scan, "_launch", lambda device, name, *_: names.add(name))
+    monkeypatch.setattr(cuda_scan, "_launch", lambda device, name, *_, **__: names.add(name))
+    monkeypatch.setattr(cuda_scan, "_is_hopper", lambda device: hopper)
+    monkeypatch.setattr(cuda_scan, "_encode", lambda *_: bytes(128))
     monkeypatch.setattr(cuda_scan, "_block_shared", lambda device: 227 << 10)
     for dtype, length, channels, multiprocessors in (
         (torch.bfloat16, 8, 32, 132),
@@ -113,7 +113,7 @@ def scan_kernels(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_scan_compiles(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = scan_kernels(monkeypatch)
+    names = scan_kernels(monkeypatch, hopper=arch != "sm_80")
     assert len(names) >= 12
     cubin = nvrtc.Program.from_file("cuda_scan.cu", names=sorted(names)).compile(arch)
     assert cubin.image[:4] == b"\x7fELF"

@@ -27,12 +27,15 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
 // Strides are in elements; the last axis of every tensor has stride one. Null pointers are allowed
-// for z, D, bias and h0. `segment` (a multiple of CHUNK) is the number of steps in a segment.
+// for z, D, bias and h0. `segment` (a multiple of CHUNK) is the number of steps in a segment. What a segment
+// hands over is worked out in `parts` equal pieces of it, of which the sequence has `pieces`.
 struct Problem {
     const void *u, *delta, *B, *C, *z;
     const float *A, *D, *bias, *h0;
     i64 u_batch, u_time, delta_batch, delta_time, B_batch, B_time, C_batch, C_time, z_batch, z_time;
-    i64 batch, length, channels, states, segment, segments;
+    i64 batch, length, channels, states, segment, segments, parts, pieces;
+    i64 period;       // chunks after which another sequence begins, where several are folded into one
+    i64 chunk_bytes;  // from a chunk to the next one in a row-major bf16 array of the channels
 };
 
 // What the backward reads besides the forward's inputs. dh_end may be null.
@@ -129,6 +132,14 @@ __device__ __forceinline__ void softplus(const float x, float &value, float &slo
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.f + exp2_approx(-LOG2E * x)); }
+
+// Two of them for one reciprocal; 2^-60 stands for what is less.
+__device__ __forceinline__ void sigmoids(float x0, float x1, float &s0, float &s1) {
+    const float d0 = 1.f + exp2_approx(fminf(-LOG2E * x0, 60.f));
+    const float d1 = 1.f + exp2_approx(fminf(-LOG2E * x1, 60.f));
+    const float r = reciprocal(d0 * d1);
+    s0 = r * d1, s1 = r * d0;
+}
 
 // =============================================================================================
 // any_*: every dtype, state size and alignment
@@ -613,6 +624,9 @@ __device__ __forceinline__ void load_transposed(u32 (&r)[4], u32 address) {
                  : "memory");
 }
 
+__device__ __forceinline__ void put_pair(u32 address, float x0, float x1) {
+    asm volatile("st.shared.v2.f32 [%0], {%1,%2};" :: "r"(address), "f"(x0), "f"(x1) : "memory");
+}
 __device__ __forceinline__ float4 load_shared(u32 address) {
     float4 v;
     asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
@@ -634,6 +648,17 @@ __device__ __forceinline__ void copy_async(u32 to, const char *from, bool valid,
     asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; "
                  "@p cp.async.ca.shared.global [%0], [%1], 16, %2; }"
                  :: "r"(to), "l"(from), "r"(valid ? 16 : 0), "r"(u32(wanted)) : "memory");
+}
+
+// Keeps a lane's value in a register: the compiler, which no longer knows where it came from, would else
+// derive it again in every chunk.
+__device__ __forceinline__ u32 opaque(u32 x) { return __shfl_sync(~0u, x, threadIdx.x & 31); }
+
+// base + i step, as the one instruction that it is.
+__device__ __forceinline__ const char *advance(const char *base, int step, int i) {
+    i64 r;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(r) : "r"(step), "r"(i), "l"(i64(base)));
+    return reinterpret_cast<const char *>(r);
 }
 
 // A phased barrier in shared memory on which a warp may arrive now and wait later.
@@ -667,12 +692,61 @@ struct PhasedBarrier {
     }
 };
 
+// Of two steps' delta, for which zeros were copied, -inf for those past the end, of which `left` are not.
+__device__ __forceinline__ void mark_steps_past_end(u32 &delta, int left) {
+    if (left < 1) delta = (delta & 0xffff0000u) | 0xff80u;
+    if (left < 2) delta = (delta & 0xffffu) | 0xff800000u;
+}
+
+// What the host encodes: arrays (.., channels / 8 or 2, time, 8) of which a box is copied.
+struct alignas(64) TensorMap { unsigned long long words[16]; };
+struct TensorMaps { TensorMap of[6]; };  // as in Tensor, then B and C
+
+// Copies that the barrier counts in bytes. One thread asks for them.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap *map, int time, int group, int batch,
+                                         u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4, %5}], [%6];"
+                 :: "r"(to), "l"(map), "r"(0), "r"(time), "r"(group), "r"(batch), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void copy_bulk(u32 to, const void *from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void arrive_expecting(u32 barrier, u32 bytes) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }"
+                 :: "r"(barrier), "r"(bytes) : "memory");
+}
+// True in one lane of the warp, which the compiler then knows to be alone.
+__device__ __forceinline__ bool elected() {
+    u32 chosen;
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(chosen));
+    return chosen;
+}
+__device__ __forceinline__ void publish_barriers() {
+    asm volatile("fence.proxy.async;" ::: "memory");
+}
+
 __device__ __forceinline__ void store_if(bool valid, char *to, u32 x) {
     asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.b32 [%1], %2; }"
                  :: "r"(u32(valid)), "l"(to), "r"(x) : "memory");
 }
 
 __device__ __forceinline__ u32 shared_address(const void *p) { return u32(__cvta_generic_to_shared(p)); }
+
+// Programmatic launches (sm_90). A kernel launched so may start when every block of the one before it has
+// called before_next_kernel() or ended, and may read its results after after_previous_kernel(). Launched in
+// the common way, both do nothing.
+__device__ __forceinline__ void before_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void after_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 struct TileLane {
     int lane, g, t, warp;
@@ -702,6 +776,23 @@ struct TileLane {
     __device__ __forceinline__ i64 row(const Problem &p, i64 seg) const {
         return (batch * p.segments + seg) * p.channels + channel;
     }
+    // Folds what the pieces [from, to) hand over into a state, in this or the opposite order.
+    template <bool DOWNWARDS>
+    __device__ __forceinline__ void fold(const Problem &p, float (&x)[4], const float (&A)[4], i64 from, i64 to,
+                                         const float *piece_x, const float *piece_dt) const {
+        const int count = int(to - from);
+        i64 at = (batch * p.pieces + (DOWNWARDS ? to - 1 : from)) * p.channels + channel;
+        const i64 step = DOWNWARDS ? -p.channels : p.channels;
+#pragma unroll 8
+        for (int s = 0; s < count; ++s) {
+            const float dt = piece_dt[at];
+            float end[4];
+            read_states(end, piece_x, at);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) x[k] = fmaf(exp2_approx(A[k] * dt), x[k], end[k]);
+            at += step;
+        }
+    }
     // Four values of a (.., channels, 16) array in this lane's state order.
     __device__ __forceinline__ void read_states(float (&v)[4], const float *base, i64 row) const {
         const float2 *at = reinterpret_cast<const float2 *>(base + row * 16) + t;
@@ -730,10 +821,14 @@ struct TileRing {
     static constexpr int TILE = 4 * 128 + 16;
     static constexpr u32 STATES = WARPS * TILE, CHECKPOINTS = STATES + 512,
                          FILLED = CHECKPOINTS + (BACKWARD ? WARPS * 256 : 0), EMPTIED = FILLED + 8,
-                         STAGE = FILLED + 16 + EXTRA, BYTES = STAGES * STAGE;
+                         SUMS = FILLED + 16, STAGE = SUMS + EXTRA, BYTES = STAGES * STAGE;
 
-    const char *from, *from_second;
-    int step, step_second;  // from chunk to chunk, in 16 bytes
+    __device__ __forceinline__ static u32 rows_offset(const TileLane &l) {
+        return l.warp * TILE + 16 * l.lane;
+    }
+
+    const char *from, *from_second;  // in the first chunk
+    int step, step_second, fetched;  // bytes from chunk to chunk; chunks asked for
     u32 to, to_second;
     u32 reading, writing, end;  // stages in turn
     u32 reading_phase, writing_phase;
@@ -759,7 +854,8 @@ struct TileRing {
         row = thread / WARPS % 8;
         delta = tensor == DELTA;
         from = static_cast<const char *>(source) + 2 * (l.batch * batch + (first + row) * time + channel);
-        step = int(direction * time);  // CHUNK elements are 16 bytes
+        step = int(opaque(u32(16 * direction * time)));  // CHUNK elements are 16 bytes
+        fetched = int(opaque(0));
         to = tile * TILE + tensor * 128 + row * 16;
         if (source == nullptr || channel >= p.channels) row = NONE;
 
@@ -772,7 +868,7 @@ struct TileRing {
         const char *s_from = static_cast<const char *>(states) +
                              2 * (l.batch * (is_C ? p.C_batch : p.B_batch) + (first + s_row) * s_time +
                                   8 * (piece >> 3 & 1));
-        const int s_step = int(direction * s_time);
+        const int s_step = int(16 * direction * s_time);
         const u32 s_to = STATES + 16 * piece;
         second = false;
         if (BACKWARD) {
@@ -783,13 +879,14 @@ struct TileRing {
                 from_second = reinterpret_cast<const char *>(
                     checkpoints + ((l.batch * chunks + first / CHUNK) * p.channels + at) * 4 +
                     thread % 2 * 2);
-                step_second = int(direction * 2 * p.channels);
+                step_second = int(direction * 32 * p.channels);
                 to_second = CHECKPOINTS + 16 * thread;
                 row_second = checkpoints && at < p.channels ? 0 : NONE;
             }
         } else if (piece >= 0 && piece < 32) {
             from = s_from, step = s_step, to = s_to, row = s_row;
         }
+        step_second = BACKWARD ? int(opaque(u32(step_second))) : 0;
         if (thread < STAGES) {
             PhasedBarrier{address + thread * STAGE + FILLED}.init(32 * WARPS);
             PhasedBarrier{address + thread * STAGE + EMPTIED}.init(32 * WARPS);
@@ -814,13 +911,11 @@ struct TileRing {
             const u32 inf = 0xff80ff80u;  // two bf16 -inf
             store_shared(stage + to, inf, inf, inf, inf);
         } else {
-            copy_async(stage + to, from, row < left);
+            copy_async(stage + to, advance(from, step, fetched), row < left);
         }
-        from += i64(step) * 16;
-        if (BACKWARD) {
-            copy_async(stage + to_second, from_second, row_second < left, second);
-            from_second += i64(step_second) * 16;
-        }
+        if (BACKWARD)
+            copy_async(stage + to_second, advance(from_second, step_second, fetched), row_second < left, second);
+        ++fetched;
         const PhasedBarrier filled{stage + FILLED};
         if (left < CHUNK) {  // the plain store above takes a plain arrival to be seen
             asm volatile("cp.async.wait_all;" ::: "memory");
@@ -838,6 +933,62 @@ struct TileRing {
         PhasedBarrier{stage + EMPTIED}.arrive();
     }
 };
+
+// For the backward on sm_90: filled by one thread, a tensor's part of a stage is a box that the copy engine
+// cuts out. Steps and channels that do not exist get zeros. A warp's tile of a tensor is 8 rows x 16 bytes.
+constexpr int SUMS_BYTES = 64 * 16;  // of a warp of tile_backward, for dB and dC
+
+template <int WARPS, bool GATED, int STAGES>
+struct BoxRing {
+    static constexpr u32 TENSOR = WARPS * 128, STATES = 4 * TENSOR, CHECKPOINTS = STATES + 512,
+                         SUMS = CHECKPOINTS + WARPS * 256, FILLED = SUMS + WARPS * SUMS_BYTES,
+                         STAGE = FILLED + 128, BYTES = STAGES * STAGE;  // boxes are copied to 128 bytes
+
+    const TensorMaps *maps;
+    const uint2 *saved;  // checkpoints of the first chunk
+    i64 saved_step;
+    u32 saved_bytes;
+    int time, group, batch;
+
+    __device__ __forceinline__ static u32 rows_offset(const TileLane &l) {
+        return l.warp * 128 + (l.lane >> 3) * TENSOR + 16 * (l.lane & 7);
+    }
+    __device__ __forceinline__ void start(const Problem &p, const TileLane &l, u32 address, const TensorMaps &all,
+                                          const uint2 *checkpoints, int warps) {
+        maps = &all;
+        time = int(l.begin), group = int(l.group) * WARPS, batch = int(l.batch);
+        const i64 chunks = (p.length + CHUNK - 1) / CHUNK;
+        saved = checkpoints + ((l.batch * chunks + l.begin / CHUNK) * p.channels + l.group * WARPS * 8) * 4;
+        saved_step = p.channels * 4;
+        saved_bytes = warps * 256;
+        if (threadIdx.x < STAGES) {
+            PhasedBarrier{address + STAGE * threadIdx.x + FILLED}.init(1);
+            publish_barriers();
+        }
+        if (!l.active) {  // nothing is copied there
+#pragma unroll
+            for (int s = 0; s < STAGES; ++s)
+                put_pair(address + s * STAGE + CHECKPOINTS + 256 * l.warp + 8 * l.lane, 0.f, 0.f);
+        }
+        __syncthreads();
+    }
+    // One thread: ask for the chunk that begins `first` steps after the segment.
+    __device__ __forceinline__ void fetch(u32 stage, int first) const {
+        const u32 barrier = stage + FILLED;
+        const int row = time + first;
+        arrive_expecting(barrier, (4 - !GATED) * TENSOR + 512 + saved_bytes);
+        copy_box(stage + U * TENSOR, &maps->of[U], row, group, batch, barrier);
+        copy_box(stage + DELTA * TENSOR, &maps->of[DELTA], row, group, batch, barrier);
+        if (GATED) copy_box(stage + Z * TENSOR, &maps->of[Z], row, group, batch, barrier);
+        copy_box(stage + DOUT * TENSOR, &maps->of[DOUT], row, group, batch, barrier);
+        copy_box(stage + STATES, &maps->of[4], row, 0, batch, barrier);
+        copy_box(stage + STATES + 256, &maps->of[5], row, 0, batch, barrier);
+        copy_bulk(stage + CHECKPOINTS, saved + first / CHUNK * saved_step, saved_bytes, barrier);
+    }
+};
+
+template <bool FIRST, class A, class B> struct Choose { using type = A; };
+template <class A, class B> struct Choose<false, A, B> { using type = B; };
 
 // x of the owner's two steps (low half: first step) in two bf16 parts, x = high + low to 17 bits.
 struct SplitPair {
@@ -878,11 +1029,8 @@ __device__ __forceinline__ u32 doubled_row(const TileLane &l) {
     return 128 * (l.lane >> 4) + 16 * (l.lane & 7);
 }
 
-// Values of the owner's two steps (written at room + 8 lane) -> those of all eight steps of channel g
+// Values of the owner's two steps (put_pair at room + 8 lane) -> those of all eight steps of channel g
 // (read at room + 32 g).
-__device__ __forceinline__ void put_pair(u32 address, float x0, float x1) {
-    asm volatile("st.shared.v2.f32 [%0], {%1,%2};" :: "r"(address), "f"(x0), "f"(x1) : "memory");
-}
 __device__ __forceinline__ void get_steps(u32 address, float (&x)[8]) {
     const float4 low = load_shared(address), high = load_shared(address + 16);
     x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
@@ -892,17 +1040,27 @@ __device__ __forceinline__ void get_steps(u32 address, float (&x)[8]) {
 // dt of one step and d dt / d delta. log1p(e) = e p(e), a polynomial good to 1.3e-6 (relative): one
 // division less than the series of softplus(). Without softplus `valid` masks steps past the end; with
 // it, the ring has set their delta to -inf, and dt = slope = 0 come by themselves.
-template <bool SOFTPLUS>
+template <bool SOFTPLUS, bool SHORT = false>
 __device__ __forceinline__ void tile_dt(float x, bool valid, float &dt, float &slope) {
     if (SOFTPLUS) {
         const float e = exp2_approx(-LOG2E * fabsf(x));
-        float p = 0.01414102f;
-        p = fmaf(p, e, -0.066401787f);
-        p = fmaf(p, e, 0.14922386f);
-        p = fmaf(p, e, -0.23503859f);
-        p = fmaf(p, e, 0.33109447f);
-        p = fmaf(p, e, -0.49986964f);
-        p = fmaf(p, e, 0.99999875f);
+        float p;
+        if (SHORT) {
+            p = -0.023869153f;
+            p = fmaf(p, e, 0.1012223f);
+            p = fmaf(p, e, -0.21004872f);
+            p = fmaf(p, e, 0.3252067f);
+            p = fmaf(p, e, -0.49936137f);
+            p = fmaf(p, e, 0.9999916f);
+        } else {
+            p = 0.01414102f;
+            p = fmaf(p, e, -0.066401787f);
+            p = fmaf(p, e, 0.14922386f);
+            p = fmaf(p, e, -0.23503859f);
+            p = fmaf(p, e, 0.33109447f);
+            p = fmaf(p, e, -0.49986964f);
+            p = fmaf(p, e, 0.99999875f);
+        }
         dt = fmaf(p, e, fmaxf(x, 0.f));
         slope = softplus_slope(x, e);
     } else {
@@ -910,10 +1068,6 @@ __device__ __forceinline__ void tile_dt(float x, bool valid, float &dt, float &s
         slope = valid ? 1.f : 0.f;
     }
 }
-
-// Keeps a lane's value in a register: the compiler, which no longer knows where it came from, would else
-// derive it again in every chunk.
-__device__ __forceinline__ u32 opaque(u32 x) { return __shfl_sync(~0u, x, threadIdx.x & 31); }
 
 // Four masks in one register: all bits of mask `which` are set, none of the others.
 struct Masks {
@@ -927,7 +1081,8 @@ struct Masks {
     }
 };
 
-template <bool GATED, bool SOFTPLUS, int WARPS, int BLOCKS>
+// FOLDED: a sequence of `p` is several, of p.period whole chunks each, that begin at zero.
+template <bool GATED, bool SOFTPLUS, int WARPS, int BLOCKS, bool FOLDED>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 tile_forward(Problem p, char *out, float *h_end, char *checkpoints, const float *segment_h,
              const float *segment_dt) {
@@ -938,7 +1093,7 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, const float 
     const TileLane l = TileLane::make<WARPS>(p, 0, p.segments);
     const u32 room = ring_room + Ring::BYTES + 256 * l.warp;
     const u32 dt_to = opaque(room + 8 * l.lane), dt_from = opaque(room + 32 * l.g);
-    const u32 rows_at = opaque(l.warp * Ring::TILE + matrix_row(l));
+    const u32 rows_at = opaque(Ring::rows_offset(l));
     const u32 states_at = opaque(Ring::STATES + doubled_row(l));
     const u32 C_at = opaque(Ring::STATES + 256 + matrix_row(l) % 256);
     const Masks owners(l.t);  // mask i: the lanes that own steps 2i and 2i + 1
@@ -946,8 +1101,7 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, const float 
     const i64 chunks = (p.length + CHUNK - 1) / CHUNK;
 
     Ring ring;
-    ring.start(p, l, ring_room, l.begin, 1, Upstream{}, nullptr, p.u,
-               GATED ? p.z : nullptr, p.B, p.C);
+    ring.start(p, l, ring_room, l.begin, 1, Upstream{}, nullptr, p.u, GATED ? p.z : nullptr, p.B, p.C);
 #pragma unroll
     for (int c = 0; c < AHEAD; ++c)
         if (length > c * CHUNK) ring.fetch(length - c * CHUNK);
@@ -959,13 +1113,8 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, const float 
     for (int k = 0; k < 4; ++k) A[k] *= LOG2E;
     const float bias = p.bias ? p.bias[l.channel] : 0.f, D = p.D ? p.D[l.channel] : 0.f;
     if (p.h0) l.read_states(h, p.h0, l.batch * p.channels + l.channel);
-    for (i64 s = 0; s < l.segment; ++s) {
-        const float dt = segment_dt[l.row(p, s)];
-        float end[4];
-        l.read_states(end, segment_h, l.row(p, s));
-#pragma unroll
-        for (int k = 0; k < 4; ++k) h[k] = fmaf(exp2_approx(A[k] * dt), h[k], end[k]);
-    }
+    after_previous_kernel();
+    l.fold<false>(p, h, A, 0, l.segment * p.parts, segment_h, segment_dt);
     checkpoints += 8 * (((l.batch * chunks + l.begin / CHUNK) * p.channels + l.channel) * 4 + l.t);
     int rows_left = int(opaque(l.active ? length - l.g : 0));
     out += 2 * ((l.batch * p.length + l.begin + l.g) * p.channels + l.channel - l.g) + 4 * l.t;
@@ -985,6 +1134,8 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, const float 
         next.u = rows[U], next.z = rows[Z];
         next.x = SplitPair(dt0 * low_bf16(rows[U]), dt1 * high_bf16(rows[U]));
     };
+    int until = int(p.period);
+    if (FOLDED) h_end += (l.batch * (p.length / CHUNK / p.period) * p.channels + l.channel) * 16;
     ring.wait_filled();
     load_transposed(rows, ring.reading + rows_at);
     prepare(length);
@@ -1001,12 +1152,16 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, const float 
         ring.turn(ring.reading, ring.reading_phase);
         if (left > AHEAD * CHUNK) {
             ring.wait_emptied();
-            ring.fetch(left - AHEAD * CHUNK);
+            if (left >= (AHEAD + 1) * CHUNK) {
+                ring.fetch(CHUNK);
+            } else {
+                ring.fetch(left - AHEAD * CHUNK);
+            }
         }
         if (saves)
             *reinterpret_cast<uint2 *>(checkpoints) =
                 make_uint2(pack_bf16(h[0], h[1]), pack_bf16(h[2], h[3]));
-        checkpoints += i64(int(p.channels)) * 32;
+        checkpoints += 2 * p.chunk_bytes;
         if (left > CHUNK) ring.wait_filled();
         load_transposed(rows, ring.reading + rows_at);
         ring.release(from);
@@ -1031,14 +1186,23 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, const float 
         y0 = fmaf(D, low_bf16(now.u), y0), y1 = fmaf(D, high_bf16(now.u), y1);
         if (GATED) {
             const float z0 = low_bf16(now.z), z1 = high_bf16(now.z);
-            y0 *= z0 * sigmoid(z0), y1 *= z1 * sigmoid(z1);
+            float s0, s1;
+            sigmoids(z0, z1, s0, s1);
+            y0 *= z0 * s0, y1 *= z1 * s1;
         }
         const u32 row = transpose_8x8(pack_bf16(y0, y1));
         store_if(rows_left > 0, out, row);
         rows_left -= CHUNK;
-        out += i64(int(p.channels)) * (2 * CHUNK);
+        out += p.chunk_bytes;
+        if (FOLDED && --until == 0) {
+            until = int(p.period);
+            if (l.active) l.write_states(h_end, 0, h);
+            h_end += p.channels * 16;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) h[k] = 0.f;
+        }
     }
-    if (l.active && l.end == p.length) l.write_states(h_end, l.batch * p.channels + l.channel, h);
+    if (!FOLDED && l.active && l.end == p.length) l.write_states(h_end, l.batch * p.channels + l.channel, h);
 }
 
 // What a segment hands to the next one: its end state from a zero one at its start, or (ADJOINT) to the one
@@ -1046,9 +1210,10 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, const float 
 //
 //     sum_t exp(A S_t) x_t V_t      S_t: the sum of dt between step t and where it is handed over,
 //
-// with x V = dt u B or dy C. The walk starts there. Once exp(A S) is below 2^-32 in all of a warp's channels
+// with x V = dt u B or dy C. Here a segment of `p` is a piece of the consumer's segments; `first` and `count`
+// say which pieces somebody waits for. The walk starts where the sum is handed over. Once exp(A S) is below 2^-24 in all of a warp's channels
 // (dt >= 0, so it stays there), what is further away is only looked at for inf and nan, which it hands on.
-constexpr float FORGOTTEN = -32.f;
+constexpr float FORGOTTEN = -24.f;
 
 // Two bf16 numbers: nan where x ever was not finite, else 0.
 __device__ __forceinline__ void note_not_finite(u32 &seen, u32 x) {
@@ -1066,12 +1231,13 @@ __device__ __forceinline__ float sum_over_owners(float x) {
 
 template <bool ADJOINT, bool GATED, bool SOFTPLUS, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS)
-tile_carry(Problem p, Upstream up, float *segment_x, float *segment_dt) {
+tile_carry(Problem p, Upstream up, float *segment_x, float *segment_dt, i64 first, i64 count) {
+    before_next_kernel();
     constexpr int AHEAD = 5;
     using Ring = TileRing<WARPS, ADJOINT, SOFTPLUS, 8, AHEAD>;
     __shared__ __align__(128) char ring_room[Ring::BYTES];
     __shared__ __align__(128) char rooms[WARPS][256];  // dt of a chunk
-    const TileLane l = TileLane::make<WARPS>(p, ADJOINT, p.segments - 1);
+    const TileLane l = TileLane::make<WARPS>(p, first, count);
     const u32 dt_to = opaque(shared_address(rooms[l.warp]) + 8 * l.lane);
     const u32 dt_from = opaque(shared_address(rooms[l.warp]) + 32 * l.g);
     const u32 rows_at = opaque(l.warp * Ring::TILE + matrix_row(l));
@@ -1108,7 +1274,9 @@ tile_carry(Problem p, Upstream up, float *segment_x, float *segment_dt) {
             x0 = low_bf16(rows[DOUT]), x1 = high_bf16(rows[DOUT]);
             if (GATED) {
                 const float z0 = low_bf16(rows[Z]), z1 = high_bf16(rows[Z]);
-                x0 *= z0 * sigmoid(z0), x1 *= z1 * sigmoid(z1);
+                float s0, s1;
+                sigmoids(z0, z1, s0, s1);
+                x0 *= z0 * s0, x1 *= z1 * s1;
             }
         }
         next = SplitPair(x0, x1);
@@ -1118,7 +1286,11 @@ tile_carry(Problem p, Upstream up, float *segment_x, float *segment_dt) {
         ring.turn(ring.reading, ring.reading_phase);
         if (left > AHEAD * CHUNK) {
             ring.wait_emptied();
-            ring.fetch(ADJOINT ? left - AHEAD * CHUNK : CHUNK);
+            if (!ADJOINT || left >= (AHEAD + 1) * CHUNK) {
+                ring.fetch(CHUNK);
+            } else {
+                ring.fetch(left - AHEAD * CHUNK);
+            }
         }
         if (left > CHUNK) ring.wait_filled();
         load_transposed(rows, ring.reading + rows_at);
@@ -1214,9 +1386,9 @@ struct TileChannelSum {
         mma(even, s[0][0], s[0][1], s[0][2], s[0][3], low & step[i], low & step[i + 1]);
         mma(odd, s[1][0], s[1][1], s[1][2], s[1][3], low & step[i], low & step[i + 1]);
     }
-    // Lane 4 r + c: states r and r + 8 of step 2c, the same of step 2c + 1.
+    // Lane 4 r + c: state r of steps 2c and 2c + 1, state r + 8 of the same.
     __device__ __forceinline__ void store(u32 to) const {
-        store_shared(to, even[0], even[2], odd[1], odd[3]);
+        store_shared(to, even[0], odd[1], even[2], odd[3]);
     }
 };
 
@@ -1229,24 +1401,26 @@ __device__ __forceinline__ void pack_steps(u32 (&packed)[4], const float (&first
 
 // Shared memory of a warp of tile_backward: in each of the ring's stages, one a round, its sums for dB and
 // dC; a room with C of a chunk in fp32, dt and dy, and with the state that enters the sequence.
-constexpr int ROUNDS = 4, SUMS_BYTES = 64 * 16, TILE_ROOM = 512 + 2 * 256 + 512;
+constexpr int ROUNDS = 4, TILE_ROOM = 512 + 2 * 256 + 512;
 
-template <bool GATED, bool SOFTPLUS, int WARPS, int BLOCKS>
+// EXACT: there is an h0. FOLDED: as in the forward. BOXES: rows come by tensor maps (sm_90), else by threads.
+template <bool GATED, bool SOFTPLUS, int WARPS, int BLOCKS, bool EXACT, bool FOLDED, bool BOXES>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
-tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *segment_g,
+tile_backward(const __grid_constant__ TensorMaps maps, Problem p, Upstream up, const uint2 *checkpoints, const float *segment_g,
               const float *segment_dt, char *du, char *ddelta, char *dz, float *dh0, float4 *partial_BC,
               float *partial_A, float *partial_D, float *partial_bias) {
     extern __shared__ __align__(128) char shared[];
     constexpr int AHEAD = 2;
-    using Ring = TileRing<WARPS, true, SOFTPLUS, ROUNDS, AHEAD, WARPS * SUMS_BYTES>;
+    using Ring = typename Choose<BOXES, BoxRing<WARPS, GATED, ROUNDS>,
+                                 TileRing<WARPS, true, SOFTPLUS, ROUNDS, AHEAD, WARPS * SUMS_BYTES>>::type;
     const TileLane l = TileLane::make<WARPS>(p, 0, p.segments);
     const int warps = int(min(i64(WARPS), p.channels / 8 - l.group * WARPS));  // with channels to do
-    const u32 ring_room = shared_address(shared), sums = Ring::FILLED + 16;  // in a stage: [WARPS][64] float4
+    const u32 ring_room = shared_address(shared), sums = Ring::SUMS;  // in a stage: [WARPS][64] float4
     const u32 room = ring_room + Ring::BYTES + l.warp * TILE_ROOM;
     const u32 c_to = opaque(room + 16 * l.lane), c_from = opaque(room + 16 * l.t);
     const u32 dt_to = opaque(room + 512 + 8 * l.lane), dt_from = opaque(room + 512 + 32 * l.g);
     const u32 sums_to = opaque(sums + SUMS_BYTES * l.warp + 16 * l.lane);
-    const u32 rows_at = opaque(l.warp * Ring::TILE + matrix_row(l));
+    const u32 rows_at = opaque(Ring::rows_offset(l));
     const u32 both_at = opaque(Ring::STATES + doubled_row(l));
     const u32 along_at = opaque(Ring::STATES + matrix_row(l));
     const u32 saved_at = opaque(Ring::CHECKPOINTS + 256 * l.warp + 8 * l.lane);
@@ -1258,9 +1432,17 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
 
     if (threadIdx.x < 2) PhasedBarrier{barriers + 8 * threadIdx.x}.init(32 * WARPS);
     Ring ring;
-    ring.start(p, l, ring_room, l.begin + last, -1, up, checkpoints, p.u, GATED ? p.z : nullptr, p.B, p.C);
-    ring.fetch(ring_room, length - last);
-    if (last > 0) ring.fetch(ring_room + Ring::STAGE, CHUNK);
+    if constexpr (BOXES) {
+        ring.start(p, l, ring_room, maps, checkpoints, warps);
+        if (threadIdx.x < 32 && elected()) {
+            ring.fetch(ring_room, last);
+            if (last > 0) ring.fetch(ring_room + Ring::STAGE, last - CHUNK);
+        }
+    } else {
+        ring.start(p, l, ring_room, l.begin + last, -1, up, checkpoints, p.u, GATED ? p.z : nullptr, p.B, p.C);
+        ring.fetch(ring_room, length - last);
+        if (last > 0) ring.fetch(ring_room + Ring::STAGE, CHUNK);
+    }
 
     float A[4], g[4] = {}, dA[4] = {}, dD = 0.f, dbias = 0.f;
     l.read_states(A, p.A, l.channel);
@@ -1268,41 +1450,44 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
     for (int k = 0; k < 4; ++k) A[k] *= LOG2E;
     const float bias = p.bias ? p.bias[l.channel] : 0.f, D = p.D ? p.D[l.channel] : 0.f;
     if (up.dh_end) l.read_states(g, up.dh_end, l.batch * p.channels + l.channel);
-    for (i64 s = p.segments - 1; s > l.segment; --s) {
-        const float dt = segment_dt[l.row(p, s)];
-        float end[4];
-        l.read_states(end, segment_g, l.row(p, s));
-#pragma unroll
-        for (int k = 0; k < 4; ++k) g[k] = fmaf(exp2_approx(A[k] * dt), g[k], end[k]);
-    }
+    after_previous_kernel();
+    before_next_kernel();
+    l.fold<true>(p, g, A, (l.segment + 1) * p.parts, p.pieces, segment_g, segment_dt);
     // Where the lane's two channels of a row are in the outputs, in bytes.
     i64 row = 2 * ((l.batch * p.length + l.begin + last + l.g) * p.channels + l.channel - l.g) + 4 * l.t;
-    float4 *to_BC =  // two rounds ahead
-        partial_BC + ((l.group * p.batch + l.batch) * chunks + (l.begin + last) / CHUNK + 2) * 64 + l.lane;
+    partial_BC += ((l.group * p.batch + l.batch) * chunks + l.begin / CHUNK) * 64;
+    u32 to_BC = opaque(u32((last / CHUNK + 2) * 64 + l.lane));  // two rounds ahead
 
-    // Stages: of this round, of the next one, of the one after and the one before the last.
-    u32 stage = ring_room, next_stage = stage + Ring::STAGE, far_stage = next_stage + Ring::STAGE;
+    // Stages: of this round, of the next one, of the one after and the one before the last, of the last.
+    u32 stage = ring_room, next_stage = stage + Ring::STAGE, far_stage = next_stage + Ring::STAGE,
+        last_stage = far_stage + Ring::STAGE;
     u32 round = 0, done = barriers;  // done: barrier of this round and, with the other phase, of two before
 
     // Adds up, in the order of the warps, the sums of the round before the last, which every warp has
     // finished (a wait before there is one passes). The warps take turns. Two barriers, used in alternate
     // rounds, let warps drift apart by two chunks.
     int turn = l.active ? l.warp + 2 : 1 << 30;  // a warp without channels never has one
-    const auto add_warps = [&]() {
+    const auto add_warps = [&](int at) {
         PhasedBarrier{done}.wait(~(round >> 1) & 1);
+        if constexpr (BOXES) {
+            if (turn == 2 && at >= AHEAD * CHUNK) {  // there are three warps or more
+                if (elected()) ring.fetch(far_stage, at - AHEAD * CHUNK);
+                __syncwarp();
+            }
+        }
         if (turn == 0) {
             turn = warps;
             const u32 from = far_stage + sums + 16 * l.lane;
             float4 B = load_shared(from), C = load_shared(from + 512);
-#pragma unroll 1
-            for (int w = 1; w < warps; ++w) {
+#pragma unroll
+            for (int w = 1; w < WARPS; ++w) {  // a warp without channels has zeros
                 const u32 more = from + SUMS_BYTES * w;
                 const float4 b = load_shared(more), c = load_shared(more + 512);
                 B.x += b.x, B.y += b.y, B.z += b.z, B.w += b.w;
                 C.x += c.x, C.y += c.y, C.z += c.z, C.w += c.w;
             }
-            to_BC[0] = B;
-            to_BC[32] = C;
+            partial_BC[to_BC] = B;
+            partial_BC[to_BC + 32] = C;
         }
         --turn;
         to_BC -= 64;
@@ -1310,8 +1495,8 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
     const auto next_round = [&]() {
         ++round;
         done ^= 8;
-        stage = next_stage, next_stage = far_stage;
-        far_stage = far_stage == ring_room + (ROUNDS - 1) * Ring::STAGE ? ring_room : far_stage + Ring::STAGE;
+        const u32 done_stage = stage;
+        stage = next_stage, next_stage = far_stage, far_stage = last_stage, last_stage = done_stage;
     };
 
     // A chunk made ready: what its owner lanes know of it, operands, checkpoint. dt, dy and C go to the
@@ -1332,15 +1517,16 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
     };
     const auto prepare = [&](int at) {
         now.u0 = low_bf16(rows[U]), now.u1 = high_bf16(rows[U]);
-        tile_dt<SOFTPLUS>(low_bf16(rows[DELTA]) + bias, at + 2 * l.t < length, now.dt0, now.slope0);
-        tile_dt<SOFTPLUS>(high_bf16(rows[DELTA]) + bias, at + 2 * l.t + 1 < length, now.dt1, now.slope1);
+        tile_dt<SOFTPLUS, true>(low_bf16(rows[DELTA]) + bias, at + 2 * l.t < length, now.dt0, now.slope0);
+        tile_dt<SOFTPLUS, true>(high_bf16(rows[DELTA]) + bias, at + 2 * l.t + 1 < length, now.dt1, now.slope1);
         now.dy0 = low_bf16(rows[DOUT]), now.dy1 = high_bf16(rows[DOUT]);
         if (GATED) {
             const float z0 = low_bf16(rows[Z]), z1 = high_bf16(rows[Z]);
             const float s0 = sigmoid(z0), s1 = sigmoid(z1);
-            now.gate0 = now.dy0 * s0 * fmaf(z0, 1.f - s0, 1.f);
-            now.gate1 = now.dy1 * s1 * fmaf(z1, 1.f - s1, 1.f);
-            now.dy0 *= z0 * s0, now.dy1 *= z1 * s1;
+            const float y0 = z0 * s0, y1 = z1 * s1;
+            now.gate0 = now.dy0 * fmaf(y0, 1.f - s0, s0);  // the slope of z sigmoid(z)
+            now.gate1 = now.dy1 * fmaf(y1, 1.f - s1, s1);
+            now.dy0 *= y0, now.dy1 *= y1;
         }
         put_pair(dt_to, now.dt0, now.dt1);
         put_pair(dt_to + 256, now.dy0, now.dy1);
@@ -1352,14 +1538,16 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
 
     const int rows_left = int(opaque(l.active ? length - l.g : 0));
     // The first chunk's start is known in fp32.
-    const int exact_start = int(opaque(p.h0 && l.segment == 0 ? 0u : ~0u));
-    if (exact_start == 0) {
+    const int exact_start = int(opaque(EXACT && l.segment == 0 ? 0u : ~0u));
+    if (EXACT && exact_start == 0) {
         float h0[4];
         l.read_states(h0, p.h0, l.batch * p.channels + l.channel);
         store_shared(c_to + 1024, h0[0], h0[1], h0[2], h0[3]);
     }
+    int until = int(p.period);
     PhasedBarrier{stage + Ring::FILLED}.wait(0);
     load(stage);
+    if (BOXES && SOFTPLUS) mark_steps_past_end(rows[DELTA], length - last - 2 * l.t);
     prepare(last);
     __syncwarp();
     for (int at = last; at >= 0; at -= CHUNK) {
@@ -1372,7 +1560,7 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         get_steps(dt_from, dt);
         h[0][0] = low_bf16(now.saved[0]), h[0][1] = high_bf16(now.saved[0]);
         h[0][2] = low_bf16(now.saved[1]), h[0][3] = high_bf16(now.saved[1]);
-        if (at == exact_start) {
+        if (EXACT && at == exact_start) {
             const float4 h0 = load_shared(c_to + 1024);
             h[0][0] = h0.x, h[0][1] = h0.y, h[0][2] = h0.z, h[0][3] = h0.w;
         }
@@ -1396,8 +1584,10 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
                     now.along[3] & step[i]);
             }
         }
-        add_warps();  // and so every warp is done with that stage
-        if (at >= AHEAD * CHUNK) ring.fetch(far_stage, CHUNK);
+        add_warps(at);  // and so every warp is done with that stage
+        if constexpr (!BOXES) {
+            if (at >= AHEAD * CHUNK) ring.fetch(far_stage, CHUNK);
+        }
 
         for_C.store(stage + sums_to + 512);
 
@@ -1456,14 +1646,19 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
         store_if(stored, du + row, row_u);
         store_if(stored, ddelta + row, row_x);
         if (GATED) store_if(stored, dz + row, row_z);
-        row -= i64(int(p.channels)) * (2 * CHUNK);
+        row -= p.chunk_bytes;
         PhasedBarrier{done}.arrive();
         __syncwarp();  // the rooms are written
         next_round();
+        if (FOLDED && --until == 0) {
+            until = int(p.period);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) g[k] = 0.f;
+        }
     }
-    add_warps();
+    add_warps(0);
     next_round();
-    add_warps();
+    add_warps(0);
 
     dD += __shfl_xor_sync(~0u, dD, 1);
     dD += __shfl_xor_sync(~0u, dD, 2);
@@ -1479,9 +1674,10 @@ tile_backward(Problem p, Upstream up, const uint2 *checkpoints, const float *seg
 }
 
 // Partial sums of tile_backward, (groups, batch, chunks, 2, 32 lanes, 4), to dB and dC. Lane 4 r + c
-// holds states r and r + 8 of step 2c of its chunk, then those of step 2c + 1.
+// holds state r of steps 2c and 2c + 1 of its chunk, then state r + 8 of them.
 __global__ void tile_sums(const float4 *partial, i64 groups, i64 batch, i64 length, bf16 *dB, bf16 *dC,
                           i64 blocks, RowSums others) {
+    after_previous_kernel();
     if (blockIdx.x >= blocks) return sum_rows(others, blockIdx.x - blocks);
     const i64 chunks = (length + CHUNK - 1) / CHUNK, size = batch * chunks * 64;
     const i64 index = i64(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -1496,8 +1692,8 @@ __global__ void tile_sums(const float4 *partial, i64 groups, i64 batch, i64 leng
     if (t >= length) return;
     bf16 *to = (index & 32 ? dC : dB) + (b * length + t) * 16 + r;
     put(to, sum.x);
-    put(to + 8, sum.y);
+    put(to + 8, sum.z);
     if (t + 1 >= length) return;
-    put(to + 16, sum.z);
+    put(to + 16, sum.y);
     put(to + 24, sum.w);
 }

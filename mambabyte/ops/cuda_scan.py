@@ -11,24 +11,28 @@ fewer than eight sequences a stretch of one, which takes two thirds more.
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .nvrtc import Kernel, Program, raw_stream
+from .nvrtc import Kernel, Program, driver, raw_stream
 
 CHUNK = 8  # steps between checkpoints, as in cuda_scan.cu
-_PROBLEM = "9P16q"
+_PROBLEM = "9P20q"
 _UPSTREAM = "2P2q"
+_MAP = 128  # bytes of a tensor map
+_MAPS = f"{6 * _MAP}s"
 _C_TYPE = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _ANY_WARPS = 4  # warps a block
-# Warps a block and blocks a multiprocessor: what the register files hold at 80, 96 and
-# 168 registers a thread.
+# Warps a block and blocks a multiprocessor: what the register files hold at 80, 80, 96 and 168
+# registers a thread.
 _FORWARD_SHAPES = ((24, 1), (12, 2), (4, 5))
 _BACKWARD_SHAPES = ((12, 1), (6, 2), (4, 3))
 _CARRY_WARPS = 4
+_CARRY_WANTED = 24  # warps a multiprocessor
 
 
 def _ceil(a: int, b: int) -> int:
@@ -82,9 +86,10 @@ def _tile_forward_shared(warps: int) -> int:
     return 8 * (warps * 528 + 512 + 16) + warps * 256
 
 
-def _tile_backward_shared(warps: int) -> int:
+def _tile_backward_shared(warps: int, boxes: bool = False) -> int:
     """Bytes: sums and rooms of each warp, four stages of the ring, barriers (see cuda_scan.cu)."""
-    return warps * (4096 + 1536) + 4 * (warps * (528 + 256) + 512 + 16) + 16
+    stage = warps * (512 + 256) + 512 + 128 if boxes else warps * (528 + 256) + 512 + 16
+    return warps * (4096 + 1536) + 4 * stage + 16
 
 
 def _widest(warps: list[int], tiles: int) -> int:
@@ -121,6 +126,33 @@ def _tile_backward_shape(device: int, tiles: int) -> tuple[int, int]:
     return warps, shapes[warps]
 
 
+@functools.lru_cache(1024)  # training comes back to the same addresses; to encode takes 10 us
+def _encode(
+    address: int, batch: int, length: int, channels: int, by_batch: int, by_time: int, groups: int
+) -> bytes:
+    """CUtensorMap of (batch, channels / 8, time, 8), for boxes of 1 x ``groups`` x 8 x 8."""
+    tensor_map = (ctypes.c_uint64 * 32)()
+    to = (ctypes.addressof(tensor_map) + 63) // 64 * 64
+    sizes = (ctypes.c_uint64 * 4)(8, length, channels // 8, batch)
+    steps = (ctypes.c_uint64 * 3)(2 * by_time, 16, max(16, 2 * by_batch))
+    box, ones = (ctypes.c_uint32 * 4)(8, 8, groups, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
+    # bf16, 4 dimensions; not interleaved, not swizzled, L2 sectors of 128 bytes, zeros outside
+    status = driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(to), 9, 4, ctypes.c_void_p(address), sizes, steps, box, ones, 0, 0, 2, 0)
+    if status:
+        raise RuntimeError(f"cuTensorMapEncodeTiled failed with error {status}")
+    return ctypes.string_at(to, _MAP)
+
+
+class Plan(NamedTuple):
+    """How a sequence is cut; see ``Problem`` in cuda_scan.cu."""
+
+    steps: int  # of a segment
+    segments: int
+    parts: int  # of a segment, for what it hands over
+    pieces: int  # parts of the sequence
+
+
 def _plan_segments(
     warps: int, wanted_warps: int, least: int, length: int, longest: int
 ) -> tuple[int, int]:
@@ -153,10 +185,19 @@ def _launch(
     threads: tuple[int, int],
     shared: int,
     *args: int,
+    overlap: bool = False,
 ) -> None:
+    """With ``overlap``, only to be used after another kernel of the same call, the launch need not
+    wait for that one's end."""
     kernel = _kernel(name, device, parameters)
     kernel.allow_shared(shared)
-    kernel.launch((blocks, 1, 1), (*threads, 1), shared, raw_stream(device), *args)
+    overlap = overlap and _is_hopper(device)
+    kernel.launch((blocks, 1, 1), (*threads, 1), shared, raw_stream(device), *args, overlap=overlap)
+
+
+@functools.cache
+def _is_hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _address(x: Tensor | None) -> int:
@@ -176,6 +217,11 @@ def _rows(x: Tensor | None, aligned: bool) -> Tensor | None:
     if aligned and (x.data_ptr() % 16 or x.stride(0) % 8 or x.stride(1) % 8 or x.stride(1) >> 26):
         x = x.clone(memory_format=torch.contiguous_format)
     return x
+
+
+def _continuous(x: Tensor | None) -> bool:
+    """Whether a sequence begins where the one before it ends."""
+    return x is None or x.stride(0) == x.shape[1] * x.stride(1)
 
 
 def _weights(x: Tensor | None) -> Tensor | None:
@@ -203,23 +249,74 @@ class _Scan:
         # Channels in a warp; warps that one segment gives.
         self.warp_channels = 8 if self.tile else 128 // self.padded
         self.warps = self.batch * _ceil(self.channels, self.warp_channels)
+        self.fold = 1  # sequences that are walked as one, of so many chunks each
+        self.period = 0
+        self.foldable = (
+            self.tile and self.h0 is None and self.length % CHUNK == 0 and self.length <= 1024
+            and all(_continuous(x) for x in (self.u, self.delta, self.B, self.C, self.z))
+        )  # fmt: skip
 
-    def plan(self, wanted: int, least: int) -> tuple[int, int]:
-        """(steps a segment, segments), for ``wanted`` warps a multiprocessor. In the tile family a
-        long segment's hand-over is short, so one round of long segments is best; in the other one
-        a few rounds keep the last one a small part."""
+    def fold_sequences(self, blocks: int, resident: int) -> None:
+        """Walk several short sequences as one where one row of blocks a sequence is several rounds
+        of the card: each round costs a start."""
+        at_once = resident * _multiprocessors(self.device)
+        rounds = _ceil(blocks, at_once)
+        for fold in range(min(rounds, self.batch), 1, -1):
+            if self.batch % fold == 0 and fold * _ceil(blocks // fold, at_once) <= rounds:
+                self.fold, self.period = fold, self.length // CHUNK
+                self.batch, self.length = self.batch // fold, self.length * fold
+                return
+
+    def plan(self, wanted: int, least: int) -> Plan:
+        """A plan for ``wanted`` warps a multiprocessor. In the tile family a long segment's
+        hand-over is short, so one round of long segments is best; in the other one a few rounds
+        keep the last one a small part."""
         multiprocessors = _multiprocessors(self.device)
-        if self.tile and least == 3 and self.length * self.warps >= 24 * multiprocessors * 2048:
+        if self.tile and wanted == 16 and self.length * self.warps >= 24 * multiprocessors * 2048:
             wanted = 24
         longest = self.length if self.tile else 1536
-        return _plan_segments(self.warps, wanted * multiprocessors, least, self.length, longest)
+        steps, segments = _plan_segments(
+            self.warps, wanted * multiprocessors, least, self.length, longest
+        )
+        if not self.tile or segments == 1:
+            return Plan(steps, segments, 1, segments)
+        # A hand-over has fewer segments, and needs more warps for its latency.
+        parts = _CARRY_WANTED * multiprocessors // (self.warps * (segments - 1))
+        # (Long ones are walked in part only: less of all, the fewer they are.)
+        parts = max(1, min(parts, steps // 64)) if steps <= 1024 else 1
+        steps = CHUNK * parts * _ceil(steps, CHUNK * parts)
+        pieces = _ceil(self.length, steps // parts)
+        return Plan(steps, _ceil(self.length, steps), parts, pieces)
 
-    def problem(self, steps: int, segments: int) -> tuple[int, ...]:
+    def maps(self, warps: int, dy: Tensor) -> bytes:
+        """The tensor maps of u, delta, z, dy, B and C, for blocks of so many warps."""
+        wide, narrow = (self.u, self.delta, self.z, dy), (self.B, self.C)
+        return b"".join(
+            bytes(_MAP) if x is None else _encode(
+                x.data_ptr(), self.batch, self.length, x.shape[2], x.stride(0) * self.fold,
+                x.stride(1), groups)
+            for x, groups in (*((x, warps) for x in wide), *((x, 2) for x in narrow)))  # fmt: skip
+
+    def plan_whole(self) -> Plan:
+        return Plan(CHUNK * _ceil(self.length, CHUNK), 1, 1, 1)
+
+    def problem(self, plan: Plan) -> tuple[int, ...]:
         rows = (self.u, self.delta, self.B, self.C, self.z)
         pointers = (*rows, self.A, self.D, self.bias, self.h0)
-        strides = [s for x in rows for s in ((0, 0) if x is None else x.stride()[:2])]
-        sizes = (self.batch, self.length, self.channels, self.d_state, steps, segments)
-        return (*map(_address, pointers), *strides, *sizes)
+        strides = [
+            s
+            for x in rows
+            for s in ((0, 0) if x is None else (x.stride(0) * self.fold, x.stride(1)))
+        ]
+        sizes = (self.batch, self.length, self.channels, self.d_state)
+        return (
+            *map(_address, pointers),
+            *strides,
+            *sizes,
+            *plan,
+            self.period,
+            2 * CHUNK * self.channels,
+        )
 
     def blocks(self, warps: int, segments: int) -> int:
         return self.groups(warps) * self.batch * segments
@@ -231,19 +328,22 @@ class _Scan:
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.u.new_empty(shape, dtype=dtype)
 
-    def segment_buffers(self, segments: int) -> tuple[Tensor | None, Tensor | None]:
-        if segments == 1:
+    def segment_buffers(self, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
+        if plan.segments == 1:
             return None, None
-        rows = self.batch * segments * self.channels
+        rows = self.batch * plan.pieces * self.channels
         return self.new(rows, self.padded), self.new(rows)
 
-    def carry(self, adjoint, problem, upstream, segments, states, dts) -> None:
+    def carry(self, adjoint, plan, upstream, states, dts) -> None:
         """Fill the buffers with what each segment of a tile scan hands to its neighbour."""
+        steps, segments, parts, pieces = plan
+        first, count = (parts, pieces - parts) if adjoint else (0, parts * (segments - 1))
+        problem = self.problem(Plan(steps // parts, pieces, 1, pieces))
         flags = f"{_true(adjoint)}, {_true(adjoint and self.gated)}, {_true(self.softplus)}"
         _launch(
-            self.device, f"tile_carry<{flags}, {_CARRY_WARPS}>", _PROBLEM + _UPSTREAM + "2P",
-            self.blocks(_CARRY_WARPS, segments - 1), (32 * _CARRY_WARPS, 1), 0,
-            *problem, *upstream, _address(states), _address(dts),
+            self.device, f"tile_carry<{flags}, {_CARRY_WARPS}>", _PROBLEM + _UPSTREAM + "2P2q",
+            self.blocks(_CARRY_WARPS, count), (32 * _CARRY_WARPS, 1), 0,
+            *problem, *upstream, _address(states), _address(dts), first, count,
         )  # fmt: skip
 
 
@@ -258,27 +358,32 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, 
     shape = saved_shape(s.batch, s.length, s.channels, s.d_state, s.dtype)
     saved = s.new(*(shape if save else (0,)))
 
-    steps, segments = s.plan(16, 3)
+    plan = s.plan(16, 3)
+    segments = plan.segments
     warps, resident = (
         _tile_forward_shape(s.device, s.channels // 8, s.batch * segments)
         if s.tile
         else (_ANY_WARPS, None)
     )
-    states, dts = s.segment_buffers(segments)
-    problem = s.problem(steps, segments)
+    if s.foldable and segments == 1:
+        s.fold_sequences(s.blocks(warps, 1), resident)
+        plan = s.plan_whole()
+    states, dts = s.segment_buffers(plan)
+    problem = s.problem(plan)
     outputs = (_address(y), _address(final_state), _address(saved) if save else 0)
     if s.tile and segments > 1:
-        s.carry(False, problem, (0, 0, 0, 0), segments, states, dts)
+        s.carry(False, plan, (0, 0, 0, 0), states, dts)
     for part in ("STATE_ONLY", "FULL") if segments > 1 and not s.tile else ("FULL",):
         if s.tile:
             flags = f"{_true(s.gated)}, {_true(s.softplus)}"
-            name = f"tile_forward<{flags}, {warps}, {resident}>"
+            name = f"tile_forward<{flags}, {warps}, {resident}, {_true(s.fold > 1)}>"
         else:
             name = f"any_forward<{_C_TYPE[s.dtype]}, {s.padded}, {_true(s.softplus)}, {part}>"
         _launch(
             s.device, name, _PROBLEM + "5P", s.blocks(warps, segments - (part == "STATE_ONLY")),
             (32 * warps, 1), _tile_forward_shared(warps) if s.tile else 0,
             *problem, *outputs, _address(states), _address(dts),
+            overlap=s.tile and segments > 1,
         )  # fmt: skip
     return y, final_state, saved
 
@@ -359,10 +464,16 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
     warps, resident = (
         _tile_backward_shape(s.device, s.channels // 8) if s.tile else (_ANY_WARPS, None)
     )
-    steps, segments = s.plan(12, 2)
-    states, dts = s.segment_buffers(segments)
-    problem = s.problem(steps, segments)
-    upstream = (_address(dy), _address(dh_end), *dy.stride()[:2])
+    plan = s.plan(12, 2)
+    segments = plan.segments
+    if s.foldable and segments == 1 and dh_end is None and _continuous(dy):
+        s.fold_sequences(s.blocks(warps, 1), resident)
+        plan = s.plan_whole()
+    states, dts = s.segment_buffers(plan)
+    problem = s.problem(plan)
+    # Its warps ask in turn, and three must be there.
+    boxes = s.tile and _is_hopper(s.device) and (s.channels // 8 - 1) % warps >= 2
+    upstream = (_address(dy), _address(dh_end), dy.stride(0) * s.fold, dy.stride(1))
     padded_length = CHUNK * _ceil(s.length, CHUNK)
     partial_BC = s.new(s.groups(warps), s.batch, padded_length, 2 * s.padded)
     count = s.batch * segments
@@ -375,7 +486,7 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
     flags = f"{_true(s.gated)}, {_true(s.softplus)}"
     typed = f"{_C_TYPE[s.dtype]}, {s.padded}"
     if segments > 1 and s.tile:
-        s.carry(True, problem, upstream, segments, states, dts)
+        s.carry(True, plan, upstream, states, dts)
     elif segments > 1:
         name = f"any_adjoint<{typed}, {_true(s.softplus)}>"
         _launch(
@@ -383,13 +494,17 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
             (32 * _ANY_WARPS, 1), 0, *problem, *upstream, _address(states), _address(dts),
         )  # fmt: skip
     if s.tile:
-        name, shared = f"tile_backward<{flags}, {warps}, {resident}>", _tile_backward_shared(warps)
+        exact, folded = _true(h0 is not None), _true(s.fold > 1)
+        name = f"tile_backward<{flags}, {warps}, {resident}, {exact}, {folded}, {_true(boxes)}>"
+        shared = _tile_backward_shared(warps, boxes)
     else:
         name, shared = f"any_backward<{typed}, {_true(s.softplus)}>", 0
+    maps = (s.maps(warps, dy) if boxes else bytes(6 * _MAP),) if s.tile else ()
     _launch(
-        s.device, name, _PROBLEM + _UPSTREAM + "11P", s.blocks(warps, segments), (32 * warps, 1),
-        shared, *problem, *upstream,
+        s.device, name, (_MAPS if s.tile else "") + _PROBLEM + _UPSTREAM + "11P",
+        s.blocks(warps, segments), (32 * warps, 1), shared, *maps, *problem, *upstream,
         *map(_address, (saved, states, dts, du, ddelta, dz, dh0, partial_BC, *partials)),
+        overlap=s.tile and segments > 1,
     )  # fmt: skip
     if s.tile:
         name, values = "tile_sums", s.batch * padded_length * 8
@@ -404,5 +519,6 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
         s.device, name, "P3q2Pq" + "3P3q3P", blocks + more_blocks, (256, 1), 0,
         _address(partial_BC), *sizes, _address(dB), _address(dC), blocks,
         *map(_address, partials), count, width, s.channels, *map(_address, sums),
+        overlap=s.tile,
     )  # fmt: skip
     return sums

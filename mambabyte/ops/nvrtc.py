@@ -326,6 +326,11 @@ def _make_context_current(device: int) -> None:
     _check_driver(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
 
+def driver() -> ctypes.CDLL:
+    """libcuda, for calls that this module has no name for."""
+    return _driver()
+
+
 def raw_stream(device: int) -> int:
     """Handle of torch's current stream on that device, for :meth:`Kernel.launch`."""
     return _raw_stream(device)
@@ -346,21 +351,30 @@ class Kernel:
         self.name = name
         self.device = device
         self._function = function
+        # A first parameter that wants more alignment than the parameters' place in constant memory
+        # has does not lie at its start.
+        offset = self._parameter(0)
+        parameters = f"{offset[0] if offset else 0}x{parameters}"
         self._struct = struct.Struct("@" + parameters)
         self._launch = _driver().cuLaunchKernel
         self._local = threading.local()
         self._shared = 48 * 1024
         self._check_parameters(parameters)
 
+    def _parameter(self, index: int) -> tuple[int, int] | None:
+        """Offset and size of one parameter in bytes; None beyond the last, or if nobody knows."""
+        info = getattr(_driver(), "cuFuncGetParamInfo", None)  # drivers of CUDA 12.4 and later
+        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+        if info is None or info(self._function, index, ctypes.byref(offset), ctypes.byref(size)):
+            return None
+        return offset.value, size.value
+
     def _check_parameters(self, parameters: str) -> None:
         """A wrong parameter list would read past the buffer: compare its size with the cubin's."""
-        info = getattr(_driver(), "cuFuncGetParamInfo", None)  # drivers of CUDA 12.4 and later
-        if info is None:
-            return
-        offset, size, total, index = ctypes.c_size_t(), ctypes.c_size_t(), 0, 0
-        while not info(self._function, index, ctypes.byref(offset), ctypes.byref(size)):
-            total, index = offset.value + size.value, index + 1
-        if total not in (self._struct.size, struct.calcsize("@" + parameters + "0P")):
+        total, index = 0, 0
+        while (found := self._parameter(index)) is not None:
+            total, index = sum(found), index + 1
+        if index and total not in (self._struct.size, struct.calcsize("@" + parameters + "0P")):
             raise NvrtcError(
                 f"kernel {self.name} takes {total} bytes of parameters, but the format "
                 f"'{parameters}' packs {self._struct.size}"
@@ -420,8 +434,12 @@ class Kernel:
         shared_bytes: int,
         stream: int,
         *args: Any,
+        overlap: bool = False,
     ) -> None:
         """Launch on ``stream`` (see :func:`raw_stream`); the caller keeps the tensors alive.
+
+        With ``overlap`` the kernel may start before the one launched before it has ended, and waits
+        for it itself (``griddepcontrol``; only on cards that have it).
 
         The device of the kernel must be torch's current device, as it is inside an operator
         (``torch.cuda.device(tensor.device)`` makes it so elsewhere).
@@ -437,6 +455,15 @@ class Kernel:
             local.packed, local.size = (buffer, extra), size
         self._struct.pack_into(buffer, 0, *args)
         function, (gx, gy, gz), (bx, by, bz) = self._function, grid, block
+        if overlap:
+            # CUlaunchConfig, with one CUlaunchAttribute: 6, programmatic stream serialization.
+            attribute = (ctypes.c_uint * 18)(6, 0, 1)
+            config = ctypes.create_string_buffer(struct.pack(
+                "@7I4xPPI4x", *grid, *block, shared_bytes, stream, ctypes.addressof(attribute), 1))
+            status = _driver().cuLaunchKernelEx(config, function, None, extra)
+            if status:
+                _check_driver(status, f"overlapped launch of {self.name} grid {grid}")
+            return
         status = self._launch(function, gx, gy, gz, bx, by, bz, shared_bytes, stream, None, extra)
         if status == _INVALID_CONTEXT:  # the first CUDA call of a new thread
             _make_context_current(self.device)

@@ -14,6 +14,13 @@ HERE = Path(__file__).parent
 # The instruction that a piece of inline assembly is about -> its function in lanes.h. First match.
 INSTRUCTIONS = {
     r"^$": "nothing",
+    r"griddepcontrol": "nothing",
+    r"fence\.proxy": "nothing",
+    r"elect\.sync": "elect",
+    r"cp\.async\.bulk\.tensor\.4d": "copy_box",
+    r"cp\.async\.bulk\.shared": "copy_bulk",
+    r"mbarrier\.arrive\.expect_tx": "mbarrier_arrive_expect",
+    r"mad\.wide\.s32": "mad_wide",
     r"cvt\.f32\.f16": "cvt_f32_f16",
     r"cvt\.rn\.f16\.f32": "cvt_f16_f32",
     r"cvt\.rn\.bf16\.f32": "cvt_bf16_f32",
@@ -118,6 +125,7 @@ class Emulator:
         threads: tuple[int, int],
         shared: int,
         *args: int,
+        overlap: bool = False,
     ) -> None:
         """Like the package's launch: ``parameters`` is the struct format of ``args``."""
         assert shared <= 1 << 18

@@ -22,6 +22,7 @@
 
 #define __device__
 #define __global__
+#define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
@@ -59,8 +60,8 @@ constexpr int MAX_THREADS = 1024, STACK = 1 << 17;
 static dim3 threadIdx, blockIdx, blockDim;
 
 struct Meeting { int waiting = 0; unsigned times = 0; };
-struct Barrier { int count, pending; uint32_t phase; };
-struct Copy { char *to; const char *from; int bytes; uint32_t barrier; };  // to null: an arrival
+struct Barrier { int count, pending; uint32_t phase; long bytes; };  // bytes: still to be copied
+struct Copy { char *to; const char *from; int bytes; uint32_t barrier; bool counted; };  // to null: an arrival
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
@@ -137,17 +138,25 @@ template <class T> static void write_at(uint32_t address, T x) {
     memcpy(at(address), &x, sizeof x);
 }
 
-static void arrive(uint32_t address) {
+static void count(uint32_t address, int arrivals, long bytes) {
     Barrier &barrier = barriers.at(address);
-    if (--barrier.pending == 0) {
+    barrier.pending -= arrivals;
+    barrier.bytes += bytes;
+    if (barrier.pending == 0 && barrier.bytes == 0) {
         barrier.phase ^= 1;
         barrier.pending = barrier.count;
     }
 }
+static void arrive(uint32_t address) { count(address, 1, 0); }
 static void land(Fiber &fiber) {
     const Copy copy = fiber.copies.front();
     fiber.copies.pop_front();
     if (copy.to == nullptr) return arrive(copy.barrier);
+    if (copy.counted) {
+        if (copy.from) memcpy(copy.to, copy.from, copy.bytes);
+        else memset(copy.to, 0, copy.bytes);
+        return count(copy.barrier, 0, -copy.bytes);
+    }
     memset(copy.to, 0, 16);
     memcpy(copy.to, copy.from, copy.bytes);
 }
@@ -164,6 +173,7 @@ static uint32_t half(uint32_t x, int which) { return which ? x >> 16 : x & 0xfff
 
 namespace ptx {
 static void nothing() {}
+template <class T> static void mad_wide(T &d, int a, int b, T c) { d = T(a) * b + c; }
 static void cvt_f32_f16(float &y, uint16_t x) { y = bits<_Float16>(x); }
 static void cvt_f16_f32(uint16_t &y, float x) { y = bits<uint16_t>(_Float16(x)); }
 static void cvt_bf16_f32(uint16_t &y, float x) { y = to_bf16(x); }
@@ -256,16 +266,35 @@ static void st_global_if(uint32_t valid, char *to, uint32_t x) {
     if (valid) memcpy(to, &x, 4);
 }
 static void cp_async(uint32_t to, const char *from, int bytes, uint32_t wanted) {
-    if (wanted) fibers[threadIdx.x].copies.push_back({at(to), from, bytes, 0});
+    if (wanted) fibers[threadIdx.x].copies.push_back({at(to), from, bytes, 0, false});
 }
 static void cp_async_wait_all() {
     while (!fibers[threadIdx.x].copies.empty()) land(fibers[threadIdx.x]);
 }
 static void cp_async_arrive(uint32_t barrier) {
-    fibers[threadIdx.x].copies.push_back({nullptr, nullptr, 0, barrier});
+    fibers[threadIdx.x].copies.push_back({nullptr, nullptr, 0, barrier, false});
 }
-static void mbarrier_init(uint32_t address, int count) { barriers[address] = {count, count, 0}; }
+static void mbarrier_init(uint32_t address, int count) { barriers[address] = {count, count, 0, 0}; }
 static void mbarrier_arrive(uint32_t address) { arrive(address); }
+static void mbarrier_arrive_expect(uint32_t address, uint32_t bytes) { count(address, 1, bytes); }
+static void elect(uint32_t &chosen) { chosen = threadIdx.x % 32 == 0; }
+static void copy_bulk(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
+    if (to % 16 || bytes % 16 || size_t(from) % 16) fail("a misaligned copy");
+    fibers[threadIdx.x].copies.push_back({at(to), static_cast<const char *>(from), int(bytes), barrier, true});
+}
+// What stands for a tensor map: an array of 16-byte rows in three dimensions, steps in bytes.
+struct Box { const char *base; uint64_t sizes[4], steps[3]; uint32_t box[4]; };
+static void copy_box(uint32_t to, const void *map, int first, int time, int group, int batch, uint32_t barrier) {
+    Box b;
+    memcpy(&b, map, sizeof b);
+    if (to % 128 || first != 0 || b.sizes[0] != 8 || b.box[0] != 8) fail("a box of another kind");
+    for (uint32_t k = 0; k < b.box[2]; ++k)
+        for (uint32_t i = 0; i < b.box[1]; ++i, to += 16) {
+            const bool valid = time + i < b.sizes[1] && group + k < b.sizes[2] && uint64_t(batch) < b.sizes[3];
+            const char *from = b.base + (time + i) * b.steps[0] + (group + k) * b.steps[1] + batch * b.steps[2];
+            fibers[threadIdx.x].copies.push_back({at(to), valid ? from : nullptr, 16, barrier, true});
+        }
+}
 static void mbarrier_try_wait(uint32_t &done, uint32_t address, uint32_t parity) {
     done = barriers.at(address).phase != parity;
     if (!done) yield();
