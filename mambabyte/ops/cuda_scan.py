@@ -126,6 +126,11 @@ def _tile_backward_shape(device: int, tiles: int) -> tuple[int, int]:
     return warps, shapes[warps]
 
 
+def _has_map(x: Tensor | None) -> bool:
+    """Whether a tensor map can describe it: an expanded axis, of stride 0, it cannot."""
+    return x is None or (x.stride(1) > 0 and (x.stride(0) > 0 or x.shape[0] == 1))
+
+
 @functools.lru_cache(1024)  # training comes back to the same addresses; to encode takes 10 us
 def _encode(
     address: int, batch: int, length: int, channels: int, by_batch: int, by_time: int, groups: int
@@ -473,6 +478,7 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
     problem = s.problem(plan)
     # Its warps ask in turn, and three must be there.
     boxes = s.tile and _is_hopper(s.device) and (s.channels // 8 - 1) % warps >= 2
+    boxes = boxes and all(map(_has_map, (s.u, s.delta, s.z, dy, s.B, s.C)))
     upstream = (_address(dy), _address(dh_end), dy.stride(0) * s.fold, dy.stride(1))
     padded_length = CHUNK * _ceil(s.length, CHUNK)
     partial_BC = s.new(s.groups(warps), s.batch, padded_length, 2 * s.padded)

@@ -29,7 +29,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 def encode(
     address: int, batch: int, length: int, channels: int, by_batch: int, by_time: int, groups: int
 ) -> bytes:
-    """What lanes.h takes for a tensor map."""
+    """What lanes.h takes for a tensor map; refuses what the driver would."""
+    assert by_time > 0
+    assert by_batch > 0 or batch == 1
     sizes, steps = (8, length, channels // 8, batch), (2 * by_time, 16, 2 * by_batch)
     return struct.pack("<Q7Q4I", address, *sizes, *steps, 8, 8, groups, 1).ljust(128, b"\0")
 
@@ -135,6 +137,21 @@ def test_nan_crosses_segments_that_forget(
     assert not y[4:, 3].isfinite().any()
     assert y[:, 4:].isfinite().all()
     assert any("tile_carry" in name and blocks > 1 for name, blocks in emulator.launched)
+
+
+def test_expanded_tensors(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient, B or C that all sequences share, and a delta that all steps share."""
+    card(monkeypatch, 8)
+    inputs = make_inputs(3, 24, 32)
+    dy = weights(inputs)[0]
+    for name in ("B", "C", "delta", "dy"):
+        tensor = dy if name == "dy" else inputs[name]
+        assert tensor is not None
+        wide = (tensor[:, :1] if name == "delta" else tensor[:1]).expand_as(tensor)
+        assert 0 in wide.stride()
+        given = [inputs | {name: x} for x in (wide, wide.contiguous())]
+        found, wanted = (results({n: g[n] for n in NAMES}, dy=g.get("dy", dy)) for g in given)
+        assert all(torch.equal(found[k], wanted[k]) for k in wanted), name
 
 
 def test_unknown_assembly_is_refused() -> None:
