@@ -91,6 +91,7 @@ def scan_kernels(monkeypatch: pytest.MonkeyPatch, hopper: bool) -> set[str]:
     names: set[str] = set()
     monkeypatch.setattr(cuda_scan, "_launch", lambda device, name, *_, **__: names.add(name))
     monkeypatch.setattr(cuda_scan, "_is_hopper", lambda device: hopper)
+    monkeypatch.setattr(cuda_scan, "_takes_boxes", lambda device: hopper)
     monkeypatch.setattr(cuda_scan, "_encode", lambda *_: bytes(128))
     monkeypatch.setattr(cuda_scan, "_block_shared", lambda device: 227 << 10)
     for dtype, length, channels, multiprocessors in (

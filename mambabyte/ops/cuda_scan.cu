@@ -1406,7 +1406,7 @@ constexpr int ROUNDS = 4, TILE_ROOM = 512 + 2 * 256 + 512;
 // EXACT: there is an h0. FOLDED: as in the forward. BOXES: rows come by tensor maps (sm_90), else by threads.
 template <bool GATED, bool SOFTPLUS, int WARPS, int BLOCKS, bool EXACT, bool FOLDED, bool BOXES>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
-tile_backward(const __grid_constant__ TensorMaps maps, Problem p, Upstream up, const uint2 *checkpoints, const float *segment_g,
+tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::type maps, Problem p, Upstream up, const uint2 *checkpoints, const float *segment_g,
               const float *segment_dt, char *du, char *ddelta, char *dz, float *dh0, float4 *partial_BC,
               float *partial_A, float *partial_D, float *partial_bias) {
     extern __shared__ __align__(128) char shared[];

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .nvrtc import Kernel, Program, driver, raw_stream
+from .nvrtc import Kernel, Program, encode_tiled, places_parameters, raw_stream
 
 CHUNK = 8  # steps between checkpoints, as in cuda_scan.cu
 _PROBLEM = "9P20q"
@@ -133,20 +133,20 @@ def _has_map(x: Tensor | None) -> bool:
 
 @functools.lru_cache(1024)  # training comes back to the same addresses; to encode takes 10 us
 def _encode(
-    address: int, batch: int, length: int, channels: int, by_batch: int, by_time: int, groups: int
-) -> bytes:
-    """CUtensorMap of (batch, channels / 8, time, 8), for boxes of 1 x ``groups`` x 8 x 8."""
+    device: int, address: int, batch: int, length: int, channels: int, by_batch: int,
+    by_time: int, groups: int,
+) -> bytes:  # fmt: skip
+    """CUtensorMap of (batch, channels / 8, time, 8), for boxes of 1 x ``groups`` x 8 x 8; empty
+    where the driver does not take it."""
     tensor_map = (ctypes.c_uint64 * 32)()
     to = (ctypes.addressof(tensor_map) + 63) // 64 * 64
     sizes = (ctypes.c_uint64 * 4)(8, length, channels // 8, batch)
     steps = (ctypes.c_uint64 * 3)(2 * by_time, 16, max(16, 2 * by_batch))
     box, ones = (ctypes.c_uint32 * 4)(8, 8, groups, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
     # bf16, 4 dimensions; not interleaved, not swizzled, L2 sectors of 128 bytes, zeros outside
-    status = driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(to), 9, 4, ctypes.c_void_p(address), sizes, steps, box, ones, 0, 0, 2, 0)
-    if status:
-        raise RuntimeError(f"cuTensorMapEncodeTiled failed with error {status}")
-    return ctypes.string_at(to, _MAP)
+    taken = encode_tiled(
+        device, to, 9, 4, ctypes.c_void_p(address), sizes, steps, box, ones, 0, 0, 2, 0)
+    return ctypes.string_at(to, _MAP) if taken else b""
 
 
 class Plan(NamedTuple):
@@ -203,6 +203,12 @@ def _launch(
 @functools.cache
 def _is_hopper(device: int) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def _takes_boxes(device: int) -> bool:
+    """Whether a kernel can be given tensor maps there."""
+    return _is_hopper(device) and places_parameters()
 
 
 def _address(x: Tensor | None) -> int:
@@ -294,13 +300,20 @@ class _Scan:
         return Plan(steps, _ceil(self.length, steps), parts, pieces)
 
     def maps(self, warps: int, dy: Tensor) -> bytes:
-        """The tensor maps of u, delta, z, dy, B and C, for blocks of so many warps."""
-        wide, narrow = (self.u, self.delta, self.z, dy), (self.B, self.C)
-        return b"".join(
+        """The tensor maps of u, delta, z, dy, B and C for blocks of so many warps; empty where the
+        rows are to be copied by threads: not on Hopper, or without three warps in every block,
+        which ask in turn."""
+        tensors = ((self.u, warps), (self.delta, warps), (self.z, warps), (dy, warps),
+                   (self.B, 2), (self.C, 2))  # fmt: skip
+        if not (_takes_boxes(self.device) and (self.channels // 8 - 1) % warps >= 2
+                and all(_has_map(x) for x, _ in tensors)):  # fmt: skip
+            return b""
+        found = [
             bytes(_MAP) if x is None else _encode(
-                x.data_ptr(), self.batch, self.length, x.shape[2], x.stride(0) * self.fold,
-                x.stride(1), groups)
-            for x, groups in (*((x, warps) for x in wide), *((x, 2) for x in narrow)))  # fmt: skip
+                self.device, x.data_ptr(), self.batch, self.length, x.shape[2],
+                x.stride(0) * self.fold, x.stride(1), groups)
+            for x, groups in tensors]  # fmt: skip
+        return b"".join(found) if all(found) else b""
 
     def plan_whole(self) -> Plan:
         return Plan(CHUNK * _ceil(self.length, CHUNK), 1, 1, 1)
@@ -476,9 +489,7 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
         plan = s.plan_whole()
     states, dts = s.segment_buffers(plan)
     problem = s.problem(plan)
-    # Its warps ask in turn, and three must be there.
-    boxes = s.tile and _is_hopper(s.device) and (s.channels // 8 - 1) % warps >= 2
-    boxes = boxes and all(map(_has_map, (s.u, s.delta, s.z, dy, s.B, s.C)))
+    maps = s.maps(warps, dy) if s.tile else b""
     upstream = (_address(dy), _address(dh_end), dy.stride(0) * s.fold, dy.stride(1))
     padded_length = CHUNK * _ceil(s.length, CHUNK)
     partial_BC = s.new(s.groups(warps), s.batch, padded_length, 2 * s.padded)
@@ -500,15 +511,15 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
             (32 * _ANY_WARPS, 1), 0, *problem, *upstream, _address(states), _address(dts),
         )  # fmt: skip
     if s.tile:
-        exact, folded = _true(h0 is not None), _true(s.fold > 1)
-        name = f"tile_backward<{flags}, {warps}, {resident}, {exact}, {folded}, {_true(boxes)}>"
-        shared = _tile_backward_shared(warps, boxes)
+        more = ", ".join(map(_true, (h0 is not None, s.fold > 1, bool(maps))))
+        name = f"tile_backward<{flags}, {warps}, {resident}, {more}>"
+        shared = _tile_backward_shared(warps, bool(maps))
     else:
         name, shared = f"any_backward<{typed}, {_true(s.softplus)}>", 0
-    maps = (s.maps(warps, dy) if boxes else bytes(6 * _MAP),) if s.tile else ()
+    first, given = ((_MAPS, (maps,)) if maps else ("q", (0,))) if s.tile else ("", ())
     _launch(
-        s.device, name, (_MAPS if s.tile else "") + _PROBLEM + _UPSTREAM + "11P",
-        s.blocks(warps, segments), (32 * warps, 1), shared, *maps, *problem, *upstream,
+        s.device, name, first + _PROBLEM + _UPSTREAM + "11P",
+        s.blocks(warps, segments), (32 * warps, 1), shared, *given, *problem, *upstream,
         *map(_address, (saved, states, dts, du, ddelta, dz, dh0, partial_BC, *partials)),
         overlap=s.tile and segments > 1,
     )  # fmt: skip

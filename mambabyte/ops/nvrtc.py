@@ -326,9 +326,19 @@ def _make_context_current(device: int) -> None:
     _check_driver(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
 
-def driver() -> ctypes.CDLL:
-    """libcuda, for calls that this module has no name for."""
-    return _driver()
+def places_parameters() -> bool:
+    """Whether the driver tells where a kernel's parameters lie (CUDA 12.4 and later)."""
+    return hasattr(_driver(), "cuFuncGetParamInfo")
+
+
+def encode_tiled(device: int, tensor_map: int, *description: Any) -> bool:
+    """``cuTensorMapEncodeTiled`` into the address ``tensor_map``; whether the driver took it."""
+    encode = _driver().cuTensorMapEncodeTiled
+    status = encode(ctypes.c_void_p(tensor_map), *description)
+    if status == _INVALID_CONTEXT:  # the first CUDA call of a new thread
+        _make_context_current(device)
+        status = encode(ctypes.c_void_p(tensor_map), *description)
+    return status == 0
 
 
 def raw_stream(device: int) -> int:

@@ -27,8 +27,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 
 
 def encode(
-    address: int, batch: int, length: int, channels: int, by_batch: int, by_time: int, groups: int
-) -> bytes:
+    device: object, address: int, batch: int, length: int, channels: int, by_batch: int,
+    by_time: int, groups: int,
+) -> bytes:  # fmt: skip
     """What lanes.h takes for a tensor map; refuses what the driver would."""
     assert by_time > 0
     assert by_batch > 0 or batch == 1
@@ -42,6 +43,7 @@ def emulator(
 ) -> Emulator:
     monkeypatch.setattr(cuda_scan, "_launch", built.launch)
     monkeypatch.setattr(cuda_scan, "_is_hopper", lambda device: request.param == "hopper")
+    monkeypatch.setattr(cuda_scan, "_takes_boxes", lambda device: request.param == "hopper")
     monkeypatch.setattr(cuda_scan, "_encode", encode)
     monkeypatch.setattr(cuda_scan, "_block_shared", lambda device: 227 << 10)
     built.launched.clear()
@@ -152,6 +154,18 @@ def test_expanded_tensors(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -
         given = [inputs | {name: x} for x in (wide, wide.contiguous())]
         found, wanted = (results({n: g[n] for n in NAMES}, dy=g.get("dy", dy)) for g in given)
         assert all(torch.equal(found[k], wanted[k]) for k in wanted), name
+
+
+def test_a_driver_that_takes_no_map(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    card(monkeypatch, 8)
+    inputs = make_inputs(2, 24, 32)
+    wanted = results(inputs)
+    emulator.launched.clear()
+    monkeypatch.setattr(cuda_scan, "_encode", lambda *_: b"")
+    found = results(inputs)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    (name,) = [name for name, _ in emulator.launched if "tile_backward" in name]
+    assert name.endswith("false>")
 
 
 def test_unknown_assembly_is_refused() -> None:
