@@ -123,6 +123,18 @@ def bench_steps(
     return pd.DataFrame(rows), pd.DataFrame(parts)
 
 
+def step_values(frame: pd.DataFrame) -> dict[str, tuple[float, str, str]]:
+    """Milliseconds a step and joules per megabyte of every system: name -> (value, unit, about)."""
+    values = {}
+    for row in frame.to_dict("records"):
+        name = row["system"].lower()
+        values[f"ms_{name}"] = (row["ms"], "ms", f"a step of {row['system']}, median")
+        if row["joules_per_megabyte"] == row["joules_per_megabyte"]:  # not nan
+            values[f"joules_{name}"] = (
+                row["joules_per_megabyte"], "J/MB", f"training {row['system']}, gross")
+    return values
+
+
 def training_step(
     config: ModelConfig, recipe: TrainConfig, device: str, way: Way
 ) -> tuple[Callable[[], Any], float]:

@@ -1,8 +1,9 @@
 """Study: accuracy against energy under the public task's rules, from all records of it.
 
 Nothing is trained here. Every record that RECORDS matches is read: whole runs (tables with a
-column "system") and trials (a column "trial"). Runs of one system with the same changes are
-seeds of one another; a run that crashed has no energy and is counted, not drawn.
+column "system") and trials (a column "trial"). Runs of one system with the same changes and as many
+steps are seeds of one another, in whatever record; a run that crashed has no energy and is counted,
+not drawn.
 """
 
 from __future__ import annotations
@@ -80,14 +81,16 @@ def run(
                     continue
                 points.append({
                     "system": row["trial" if single else "system"],
-                    "changed": row.get("changed") or None, "trial": single,
+                    "changed": row.get("changed") or None, "steps": row.get("steps"),
+                    "trial": single,
                     "seed": row.get("seed"), **_kind(row),
                     "energy (J)": row[ENERGY], "time (s)": row.get("time (s)"),
                     VALID: row.get(VALID), HELD_OUT: row.get(HELD_OUT), "record": path.stem})
         report(f"{path.stem}: {len(points)} runs and trials so far, {len(crashed)} crashed")
     if not points:
         raise UserError(f"no record of a run under {folder / RECORDS}")
-    frame = pd.DataFrame(points).assign(system=lambda f: _names(f)).drop(columns="changed")
+    frame = pd.DataFrame(points).assign(system=lambda f: _names(f)).drop(
+        columns=["changed", "steps"])
     frame = not_measured(frame, "seed", VALID, HELD_OUT)
     return Task(frame, _systems(frame), pd.DataFrame(
         crashed, columns=["system", "seed", "record", "failure"]), tuple(sorted(idle)),
@@ -95,11 +98,19 @@ def run(
 
 
 def _names(points: pd.DataFrame) -> pd.Series:
-    """The system, and what was changed where one system was run in several ways."""
-    ways = points.groupby("system")["changed"].transform("nunique", dropna=False)
-    return pd.Series([
-        f"{system}, {_short(changed)}" if n > 1 and isinstance(changed, str) else system
-        for system, changed, n in zip(points["system"], points["changed"], ways, strict=True)])
+    """The system, and what was changed where one system was run in several ways, be it that its
+    definition had another number of steps in an earlier record."""
+    names = []
+    by_system = dict(iter(points.groupby("system")))
+    for row in points.to_dict("records"):
+        group, name = by_system[row["system"]], row["system"]
+        if isinstance(row["changed"], str):
+            if group["changed"].nunique(dropna=False) > 1:
+                name = f"{name}, {_short(row['changed'])}"
+        elif row["steps"] and group[group["changed"].isna()]["steps"].nunique() > 1:
+            name = f"{name}, {row['steps']:.0f} steps"
+        names.append(name)
+    return pd.Series(names)
 
 
 def _short(changed: str) -> str:

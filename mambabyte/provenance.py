@@ -85,7 +85,8 @@ def machine() -> dict[str, object]:
 
 def provenance() -> dict[str, object]:
     """One record of where and when, for every run folder and measurement."""
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    name = Path(sys.argv[0]).name
+    command = ["mambabyte" if name == "cli.py" else name, *sys.argv[1:]]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(command),

@@ -16,12 +16,13 @@ COLUMNS = ["system", "seed", task.ENERGY, "time (s)", task.VALID, task.HELD_OUT,
            "failure"]
 
 
-def write_record(folder: Path, name: str, rows: list[list], trials: list[list] = (), idle=50.0):
+def write_record(folder: Path, name: str, rows: list[list], trials: list[list] = (), idle=50.0,
+                 columns: list[str] = COLUMNS):
     """A record of runs, with the table of means that the task's own records have."""
     tables = [
         {"name": "systems", "caption": "means", "columns": ["system", "runs", task.ENERGY],
          "rows": [["ours", 3, 1.0]]},
-        {"name": "runs", "caption": "runs", "columns": COLUMNS, "rows": rows},
+        {"name": "runs", "caption": "runs", "columns": columns, "rows": rows},
         {"name": "trials", "caption": "trials",
          "columns": ["trial", task.ENERGY, task.VALID, task.HELD_OUT, "configuration"],
          "rows": list(trials)}]
@@ -91,6 +92,15 @@ def test_one_system_run_in_several_ways_is_several_systems(tmp_path):
     systems = task.run(task.Parameters(), folder=tmp_path).systems.set_index("system")
     assert systems.loc["ours", "seeds"] == 2
     assert systems.loc["ours, layer_pattern A", "kind"] == "attention"
+
+
+def test_runs_of_other_lengths_are_not_seeds_of_one_another(tmp_path):
+    names = [*COLUMNS, "steps"]
+    rows = [[*row, 800] for row in ROWS[:2]] + [[*ROWS[0], 950], [*ROWS[4], 2150]]
+    write_record(tmp_path, "h200-task", rows, columns=names)
+    systems = task.run(task.Parameters(), folder=tmp_path).systems.set_index("system")
+    assert systems["seeds"].to_dict() == {
+        "ours, 950 steps": 1, "ours, 800 steps": 2, "modded_nanogpt": 1}
 
 
 def test_the_figure_shows_every_point_and_names_every_system(tmp_path):

@@ -38,7 +38,8 @@ STEPS_TABLE = "Training steps: interleaved in one run, medians and quartiles"
 PARTS_TABLE = "Where the time of a training step goes"
 STEPS_ABOUT = ("Whole training steps (forward, backward, clipping, optimizer) of systems of equal "
                "parameters on equal windows, and the self time of their operators or kernels by "
-               "torch's profiler, summed into parts. Joules are gross, by the machine's counter.")
+               "torch's profiler, summed into parts; kernels that overlap count twice. Joules are "
+               "gross, by the machine's counter.")
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def bench_step(options: Options) -> int:
     from dataclasses import replace
 
     from analysis.records import write_tables
-    from analysis.step_profile import bench_steps, systems
+    from analysis.step_profile import bench_steps, step_values, systems
     from mambabyte.config import get_preset
     from mambabyte.provenance import provenance
 
@@ -166,11 +167,12 @@ def bench_step(options: Options) -> int:
     if options.record:
         write_tables(
             options.record, {"steps": (STEPS_TABLE, frame), "parts": (PARTS_TABLE, parts)},
-            study="throughput", title=f"Training steps at the size of {options.preset}",
-            about=STEPS_ABOUT, parameters={
+            study="throughput",
+            title=f"Training steps at the size of {options.preset}, windows of {recipe.context:,} "
+                  "bytes", about=STEPS_ABOUT, parameters={
                 "preset": options.preset, "device": device, "way": way,
                 "batch_size": recipe.batch_size, "context": recipe.context},
-            provenance=provenance())
+            provenance=provenance(), values=step_values(frame))
     record = {"steps": frame.astype(object).where(frame.notna(), None).to_dict("records"),
               "parts": parts.to_dict("records"), "provenance": provenance()}
     lines = []
