@@ -142,6 +142,8 @@ def _mamba_terms(
     tokens = batch * length
     full_rank = config.dt_rank == "full"
     rank = 0 if full_rank else config.dt_rank_value
+    if device == "cuda":
+        rank += -rank % 8  # zeros that put B and C on 16 bytes
     fused, half = form == "fused", itemsize != FLOAT32
     terms = [
         ("scan input", "u", tokens * D, itemsize if fused else FLOAT32),

@@ -103,7 +103,7 @@ PROFILES = {
     "full": Parameters(
         device="cuda", d_model=192, n_head=6, forms=(),
         lengths=(128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
-        batches=(1, 4, 16, 64), batch_length=1024, rounds=5, guard_seconds=4.0, threads=0,
+        batches=(1, 4, 16, 64), batch_length=1024, rounds=5, guard_seconds=1.0, threads=0,
         allocation_lengths=(128, 256, 512, 1024),
         mixer_forms=("auto", "chunked", "sequential"),
         stream_positions=(0, 1024, 4096, 16384, 65536), stream_steps=50,

@@ -26,6 +26,8 @@ from analysis.frames import not_measured
 from mambabyte.errors import UserError
 
 MEASURED = "measured"
+SAY_SECONDS = 2.0  # between lines of progress
+LONG = 0.2  # seconds: a call in which what memory takes does not show
 
 
 @dataclass
@@ -60,7 +62,13 @@ def measure(
     history: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
     stopped: dict[tuple[Any, ...], str] = {}
     inner: dict[int, int] = {}
+    first: dict[int, float] = {}  # seconds of a first call
+    said = time.perf_counter()
     for i, case in enumerate(cases):
+        if time.perf_counter() - said > SAY_SECONDS:
+            said = time.perf_counter()
+            report(f"trying {i + 1} of {len(cases)} points: {' '.join(map(str, case.series))}, "
+                   f"length {case.length}")
         if case.series in stopped:
             case.status = stopped[case.series]
             continue
@@ -79,20 +87,23 @@ def measure(
             continue
         finally:
             call = None  # type: ignore[assignment]
-            release(device)
+            _make_room(device)
         past.append((case.length, took))
-        inner[i] = max(1, min(50, int(least_seconds / max(took, 1e-7))))
+        first[i], inner[i] = took, max(1, min(50, int(least_seconds / max(took, 1e-7))))
     rng = np.random.default_rng(0)
     alive = [i for i, case in enumerate(cases) if case.status == MEASURED]
     for number in range(rounds):
-        for i in rng.permutation(alive):
+        for done, i in enumerate(rng.permutation(alive)):
+            if time.perf_counter() - said > SAY_SECONDS:
+                said = time.perf_counter()
+                report(f"round {number + 1} of {rounds}: {done} of {len(alive)} points")
             call = cases[i].make()
-            if inner[i] > 1 or device != "cpu":  # on a device: memory is taken outside the clock
+            # Memory is taken outside the clock, where taking it would show.
+            if inner[i] > 1 or (device != "cpu" and first[i] < LONG):
                 call()
             cases[i].seconds.append(_time(call, inner[i], device))
             call = None  # type: ignore[assignment]
-            if device != "cpu":
-                release(device)
+            _make_room(device)
         report(f"round {number + 1} of {rounds}: {len(alive)} points")
     return pd.DataFrame([_row(case) for case in cases])
 
@@ -116,6 +127,14 @@ def _predict(past: list[tuple[int, float]], length: int) -> float:
 def _wait(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+
+
+def _make_room(device: str) -> None:
+    """Give memory back where much of it is taken: doing so after every call took most of the time
+    of a study of hundreds of points."""
+    if device.startswith("cuda") and torch.cuda.memory_reserved(device) > (
+            torch.cuda.get_device_properties(device).total_memory // 4):
+        release(device)
 
 
 def release(device: str) -> None:

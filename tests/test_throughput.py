@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis import scan_timing, throughput
+from analysis import scan_timing, throughput, timing
 from analysis.frames import not_measured
 from analysis.measure import main as measure_main
 from analysis.measure import measure as measure_study
@@ -127,6 +127,16 @@ def test_rounds_take_turns():
             least_seconds=0.0)
     timed = log[4:]  # after two warming calls each
     assert all({timed[i][0], timed[i + 1][0]} == {"a", "b"} for i in range(0, len(timed), 2))
+
+
+def test_progress_is_said_while_it_takes_time(monkeypatch):
+    monkeypatch.setattr(timing, "SAY_SECONDS", 0.0)
+    lines: list[str] = []
+    measure([case("a", n, 0.0, []) for n in (1, 2)], rounds=1, guard_seconds=1.0,
+            report=lines.append)
+    assert lines == ["trying 1 of 2 points: a, length 1", "trying 2 of 2 points: a, length 2",
+                     "round 1 of 1: 0 of 2 points", "round 1 of 1: 1 of 2 points",
+                     "round 1 of 1: 2 points"]
 
 
 def test_out_of_memory_is_a_row():
