@@ -132,7 +132,7 @@ def bench_stream(options: Options) -> int:
                               options.seen, options.characters, say)
     if options.record:
         write_tables(
-            options.record, {"stream": (STREAM_TABLE, frame)}, study="throughput",
+            options.record, {"stream": (STREAM_TABLE, stream_table(frame))}, study="throughput",
             title=f"Streaming {options.preset}", about=STREAM_ABOUT,
             parameters={"preset": options.preset, "device": device, "corpus": corpus.name,
                         "trained": options.checkpoint is not None,
@@ -166,7 +166,8 @@ def bench_step(options: Options) -> int:
                                say=say)
     if options.record:
         write_tables(
-            options.record, {"steps": (STEPS_TABLE, frame), "parts": (PARTS_TABLE, parts)},
+            options.record, {"steps": (STEPS_TABLE, steps_table(frame)),
+                             "parts": (PARTS_TABLE, parts_table(parts))},
             study="throughput",
             title=f"Training steps at the size of {options.preset}, windows of {recipe.context:,} "
                   "bytes", about=STEPS_ABOUT, parameters={
@@ -187,6 +188,43 @@ def bench_step(options: Options) -> int:
     return 0
 
 
+def stream_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The columns of a streaming bench in the words and units of a reader of the report."""
+    return _measured(pd.DataFrame({
+        "way": frame["way"], "texts at a time": frame["streams"],
+        "bytes seen before": frame["seen"], "a byte of each, median (us)":
+            frame["microseconds"].round(1), "quartiles (us)": _quartiles(frame["low"],
+                                                                         frame["high"]),
+        "all together (bytes/s)": frame["bytes_per_second"].round(0),
+        "gross (J/MB)": frame["joules_per_megabyte"].round(0)}))
+
+
+def steps_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The columns of compared training steps in the words and units of a reader of the report."""
+    return _measured(pd.DataFrame({
+        "layers": frame["system"], "parameters": frame["parameters"],
+        "step, median (ms)": frame["ms"].round(3), "quartiles (ms)": _quartiles(
+            frame["low"], frame["high"]), "times the first row": frame["times_first"].round(2),
+        "text (MB/s)": (frame["bytes_per_second"] / 1e6).round(3),
+        "gross (J/MB)": frame["joules_per_megabyte"].round(1),
+        "peak (MiB)": (frame["peak_bytes"] / 2**20).round(0)}))
+
+
+def parts_table(parts: pd.DataFrame) -> pd.DataFrame:
+    """The parts of training steps, shares in percent."""
+    return pd.DataFrame({
+        "layers": parts["system"], "part": parts["part"], "a step (ms)": parts["ms"].round(3),
+        "share (%)": (100 * parts["share"]).round(1)})
+
+
+def _quartiles(low: pd.Series, high: pd.Series) -> list[str]:
+    return [f"{a:.4g} to {b:.4g}" for a, b in zip(low, high, strict=True)]
+
+
+def _measured(table: pd.DataFrame) -> pd.DataFrame:
+    return table.astype(object).where(table.notna(), None)
+
+
 def short_table(frame: pd.DataFrame) -> pd.DataFrame:
     """The columns that a reader of the report wants, in its units."""
     shape = frame[["batch", "length", "channels"]].astype(str).agg(" x ".join, axis=1)
@@ -202,7 +240,7 @@ def short_table(frame: pd.DataFrame) -> pd.DataFrame:
         "relative error of output": frame["error_output"],
         "worst relative error of a gradient": frame["error_gradient"],
         "note": frame["note"],
-    }).astype(object).where(lambda t: t.notna(), None)
+    }).pipe(_measured)
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
