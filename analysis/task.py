@@ -107,7 +107,7 @@ def _names(points: pd.DataFrame) -> pd.Series:
         if isinstance(row["changed"], str):
             if group["changed"].nunique(dropna=False) > 1:
                 name = f"{name}, {_short(row['changed'])}"
-        elif row["steps"] and group[group["changed"].isna()]["steps"].nunique() > 1:
+        elif (row["steps"] or 0) > 0 and group[group["changed"].isna()]["steps"].nunique() > 1:
             name = f"{name}, {row['steps']:.0f} steps"
         names.append(name)
     return pd.Series(names)

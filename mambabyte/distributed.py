@@ -64,13 +64,14 @@ class World:
         torch._foreach_copy_(list(tensors), [p.view_as(t) for p, t in zip(parts, tensors,
                                                                          strict=True)])
 
-    def agree(self, yes: bool) -> bool:
-        """Whether the first process says yes: all must stop at the same step."""
+    def agree(self, value: Any) -> Any:
+        """What the first process gives, for what must be the same in all: when to stop, the
+        clock."""
         if self.size == 1:
-            return yes
-        flag = [yes]
-        dist.broadcast_object_list(flag, src=0)
-        return flag[0]
+            return value
+        given = [value]
+        dist.broadcast_object_list(given, src=0)
+        return given[0]
 
     def wait(self) -> None:
         """Until all are here, as before reading what the first has written."""

@@ -39,7 +39,7 @@ from mambabyte.provenance import provenance
 
 SMOKE_BYTES = 10_000  # fewer training bytes than this mean smoke mode
 LN2 = math.log(2)
-_AGREE_EVERY = 16  # steps after which several processes ask each other whether to stop
+_AGREE_EVERY = 16  # steps after which several processes ask the first whether to stop, and the time
 
 
 class NonFiniteError(UserError):
@@ -149,6 +149,8 @@ def train(
         # To ask the others waits for the device: at every step that would leave gaps.
         return yes if world.size == 1 else step % _AGREE_EVERY == 0 and world.agree(yes)
 
+    clock = world.agree(elapsed())
+
     def joules() -> float | None:
         energy = meter.read()
         return None if energy.joules is None else joules_before + energy.joules
@@ -169,6 +171,8 @@ def train(
             if config.max_seconds and agreed(elapsed() >= config.max_seconds):
                 stopped_by = "max_seconds"
                 break
+            if world.size == 1 or (config.time_aware and step % _AGREE_EVERY == 0):
+                clock = world.agree(elapsed())  # else each would have a rate of its own
             if step == stage.end or (fast and stepper is None):  # the windows' shape changes
                 if stepper is not None:
                     _read(model, stepper, config, False)
@@ -182,9 +186,9 @@ def train(
                 ).to(device, non_blocking=True)
                 loss, grad_norm, headroom = train_step(
                     model, optimizer, world.share(tokens), config, step, measure_headroom=log,
-                    elapsed_seconds=elapsed())
+                    elapsed_seconds=clock)
             else:
-                stepper(schedule(step, config, elapsed()))
+                stepper(schedule(step, config, clock))
                 if log or due:
                     loss, grad_norm, headroom = _read(model, stepper, config, log)
             step += 1

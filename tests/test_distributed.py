@@ -26,6 +26,7 @@ RECIPE = TrainConfig(context=32, batch_size=4, n_steps=4, checkpoint_every=2, lo
 SCRIPT = """
 import sys
 import torch
+from dataclasses import replace
 from pathlib import Path
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus
@@ -44,6 +45,16 @@ with joined("cpu") as world:
         (run / "checkpoints/step_00000004").rename(run / "whole")
     world.wait()
     train(ModelConfig(**{model}), recipe, corpus, run, resume=True)
+
+    clocks = []
+    def schedule(step, config, elapsed_seconds):
+        clocks.append(elapsed_seconds)
+        return 1.0
+    module = sys.modules["mambabyte.train"]
+    module.schedule, module._AGREE_EVERY = schedule, 2
+    recipe = replace(recipe, parallel="data", step="graph", time_aware=True)
+    train(ModelConfig(**{model}), recipe, corpus, out / "clock")
+    (out / f"clock{world.rank}").write_text(str(clocks))
 """
 
 
@@ -83,6 +94,13 @@ def test_two_processes_equal_one(two, corpus_path, tmp_path, step):
         assert torch.allclose(value, other[name], atol=1e-5), name
     losses = [(p / "metrics.jsonl").read_text().count("\n") for p in (tmp_path / "one", two / step)]
     assert losses == [2, 2]  # written once, by the first process
+
+
+def test_two_processes_have_one_clock(two):
+    """A schedule by the clock would else give each process rates, and so weights, of its own."""
+    clocks = [json.loads((two / f"clock{rank}").read_text()) for rank in range(2)]
+    assert len(clocks[0]) == 4
+    assert clocks[0] == clocks[1]
 
 
 def test_a_sharded_run_is_the_run_of_one(two, corpus_path, tmp_path):

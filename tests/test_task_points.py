@@ -101,6 +101,9 @@ def test_runs_of_other_lengths_are_not_seeds_of_one_another(tmp_path):
     systems = task.run(task.Parameters(), folder=tmp_path).systems.set_index("system")
     assert systems["seeds"].to_dict() == {
         "ours, 950 steps": 1, "ours, 800 steps": 2, "modded_nanogpt": 1}
+    write_record(tmp_path, "h200-task-old", ROWS[1:2])  # does not say how many
+    names = task.run(task.Parameters(), folder=tmp_path).systems["system"]
+    assert set(names) == {"ours", "ours, 950 steps", "ours, 800 steps", "modded_nanogpt"}
 
 
 def test_the_figure_shows_every_point_and_names_every_system(tmp_path):
