@@ -19,6 +19,7 @@ import torch
 
 from mambabyte.cuda_model import CudaModel
 from mambabyte.energy import EnergyMeter
+from mambabyte.errors import UserError
 from mambabyte.evaluate import score, score_streaming
 from mambabyte.model import ByteLM
 from mambabyte.stream import ByteStream, CharModel, advance_of
@@ -40,6 +41,7 @@ VALUES = {  # unit, and what it is
     "window_seconds": ("s", "scoring the same text in parallel windows"),
     "different_hits": ("characters", "predicted right by one of the two ways only"),
     "accuracy": ("", "share of characters predicted right, streaming"),
+    "scored_characters": ("characters", "that the text had, of those asked for"),
 }
 SECONDS = 0.6  # of each case, all its repeats together
 REPEATS = 5
@@ -55,6 +57,8 @@ def run_bench(
     What a machine does not count is nan. The speed of scoring depends on the model: each place
     where it thinks of a character of several bytes is asked about again.
     """
+    if not text:
+        raise UserError("there is no text to stream: give a corpus with a validation split")
     device = str(model.device)
     rows = []
 
@@ -95,6 +99,7 @@ def _scoring(
         say(f"{VALUES[name][1]}: {values[name]:.2f} s")
     values["different_hits"] = float((hits[0] != hits[1]).sum())
     values["accuracy"] = float(hits[0].mean())
+    values["scored_characters"] = float(len(hits[0]))
     return values
 
 

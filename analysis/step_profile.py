@@ -80,9 +80,10 @@ def systems(config: ModelConfig, patterns: tuple[str, ...]) -> dict[str, ModelCo
 
 def bench_steps(
     configs: dict[str, ModelConfig], recipe: TrainConfig, device: str, way: Way,
-    rounds: int = 7, seconds: float = 1.0, say: Callable[[str], None] = lambda line: None,
+    rounds: int = 7, seconds: float = 0.0, say: Callable[[str], None] = lambda line: None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(steps, parts). ``seconds`` is how long each system runs in all rounds together.
+    """(steps, parts). ``seconds`` is how long each system runs in all rounds together; 0 is one
+    second on the CPU and one a round on a GPU, whose counter of energy may be a tenth of one old.
 
     steps: a row a system, with ms (median over rounds and quartiles), bytes/s, gross joules per
     megabyte (nan where the machine does not count them) and peak memory (nan on the CPU).
@@ -92,6 +93,7 @@ def bench_steps(
     if way != "eager" and not device.startswith("cuda"):
         raise UserError(f"--way {way} captures CUDA graphs: use eager on {device}")
     size = recipe.batch_size * recipe.context
+    seconds = seconds or (float(rounds) if device.startswith("cuda") else 1.0)
     steppers: dict[str, Callable[[], Any]] = {}
     rows: list[dict[str, Any]] = []
     parts: list[dict[str, Any]] = []

@@ -81,8 +81,9 @@ def run(
                     continue
                 points.append({
                     "system": row["trial" if single else "system"],
-                    "changed": row.get("changed") or None, "steps": row.get("steps"),
-                    "trial": single,
+                    "changed": row.get("changed") or None, "trial": single,
+                    # Those of the recipe, where the record says them: the clock may end a run.
+                    "steps": row.get("of") or row.get("steps"),
                     "seed": row.get("seed"), **_kind(row),
                     "energy (J)": row[ENERGY], "time (s)": row.get("time (s)"),
                     VALID: row.get(VALID), HELD_OUT: row.get(HELD_OUT), "record": path.stem})

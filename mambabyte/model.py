@@ -32,7 +32,7 @@ class _Embed(torch.autograd.Function):
 
 
 def embed(tokens: Tensor, table: Tensor) -> Tensor:
-    """Rows of ``table`` (V, d), V some hundreds, for tokens of any shape (...): (..., d).
+    """Rows of ``table`` (V, d) for tokens of any shape (...): (..., d).
 
     On a GPU, torch sorts the tokens for the gradient, which takes 20 launches and several times as
     long as a product with their one-hot form. Under bf16 autocast it is that product, in bf16 with
@@ -40,7 +40,8 @@ def embed(tokens: Tensor, table: Tensor) -> Tensor:
     """
     bf16 = tokens.is_cuda and torch.is_autocast_enabled("cuda") and (
         torch.get_autocast_dtype("cuda") == torch.bfloat16)
-    if bf16 and torch.is_grad_enabled() and table.dtype == torch.float32:
+    small = table.dtype == torch.float32 and len(table) <= 1024
+    if bf16 and torch.is_grad_enabled() and small:
         return _Embed.apply(tokens, table)
     return F.embedding(tokens, table)
 

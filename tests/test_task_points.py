@@ -106,6 +106,13 @@ def test_runs_of_other_lengths_are_not_seeds_of_one_another(tmp_path):
     assert set(names) == {"ours", "ours, 950 steps", "ours, 800 steps", "modded_nanogpt"}
 
 
+def test_a_run_that_the_clock_ended_is_a_seed_like_the_others(tmp_path):
+    rows = [[*ROWS[0], 800, 800], [*ROWS[1], 791, 800]]
+    write_record(tmp_path, "h200-task", rows, columns=[*COLUMNS, "steps", "of"])
+    systems = task.run(task.Parameters(), folder=tmp_path).systems.set_index("system")
+    assert systems["seeds"].to_dict() == {"ours": 2}
+
+
 def test_the_figure_shows_every_point_and_names_every_system(tmp_path):
     rows = [*ROWS, ["mamba_byte", 0, 5000.0, 9.0, 0.25, 0.24, None, None]]
     write_record(tmp_path, "h200-task", rows)

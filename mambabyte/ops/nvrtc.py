@@ -374,10 +374,15 @@ class Kernel:
     def _parameter(self, index: int) -> tuple[int, int] | None:
         """Offset and size of one parameter in bytes; None beyond the last, or if nobody knows."""
         info = getattr(_driver(), "cuFuncGetParamInfo", None)  # drivers of CUDA 12.4 and later
-        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
-        if info is None or info(self._function, index, ctypes.byref(offset), ctypes.byref(size)):
+        if info is None:
             return None
-        return offset.value, size.value
+        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+        wanted = self._function, index, ctypes.byref(offset), ctypes.byref(size)
+        status = info(*wanted)
+        if status == _INVALID_CONTEXT:  # the first CUDA call of a new thread
+            _make_context_current(self.device)
+            status = info(*wanted)
+        return None if status else (offset.value, size.value)
 
     def _check_parameters(self, parameters: str) -> None:
         """A wrong parameter list would read past the buffer: compare its size with the cubin's."""
