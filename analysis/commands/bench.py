@@ -2,7 +2,8 @@
 
     mambabyte bench scan
     mambabyte bench stream --preset mamba_byte --streams 1 64 --json
-    mambabyte bench step --preset mamba_byte --batch-size 4
+    mambabyte bench stream --checkpoint runs/first --corpus path/to/folder
+    mambabyte bench step --preset mamba_byte --patterns A MA --batch-size 4
     mambabyte bench scan --shapes 16,1024,384 --peers fused mamba_ssm --json
     mambabyte bench scan --device cpu --record data/measurements/scan-cpu.json
 
