@@ -214,8 +214,10 @@ def test_a_study_of_results_comes_last_and_follows_them(registry, swept, monkeyp
 
 def test_interrupted_sweep_leaves_nothing_half_and_no_process(registry, swept, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from analysis.studies import Study;"
+        "import signal, sys; from pathlib import Path; from analysis.studies import Study;"
         "from analysis.sweep import run_sweep; f = Path(sys.argv[1]);"
+        # Where the tests run in the background of a script, processes begin deaf to Ctrl-C.
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
         "run_sweep(overrides={'mode': 'slow'}, root=sys.argv[2], registry={'tiny':"
         " Study('tiny', 'T', 'Q', f / 'tiny.ipynb', 'tiny_study', f)})"
     )
