@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from mambabyte.ops.nvrtc import Program, nvrtc_available, raw_stream
+from mambabyte.ops.kernel import Program, raw_stream
+from mambabyte.ops.nvrtc import nvrtc_available
 from mambabyte.ops.operator import fused_available
 
 _FMAS_OF_EXP2 = 8

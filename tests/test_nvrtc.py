@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mambabyte import ops
-from mambabyte.ops import cuda_conv, cuda_scan, cuda_step, cuda_stream, nvrtc
+from mambabyte.ops import cuda_conv, cuda_scan, cuda_step, cuda_stream, kernel, nvrtc
 
 AVAILABLE, REASON = nvrtc.nvrtc_available()
 needs_nvrtc = pytest.mark.skipif(not AVAILABLE, reason=REASON)
@@ -116,7 +116,7 @@ def scan_kernels(monkeypatch: pytest.MonkeyPatch, hopper: bool) -> set[str]:
 def test_the_scan_compiles(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     names = scan_kernels(monkeypatch, hopper=arch != "sm_80")
     assert len(names) >= 12
-    cubin = nvrtc.Program.from_file("cuda_scan.cu", names=sorted(names)).compile(arch)
+    cubin = kernel.Program.from_file("cuda_scan.cu", names=sorted(names)).compile(arch)
     assert cubin.image[:4] == b"\x7fELF"
 
 
@@ -228,3 +228,16 @@ def test_sources_use_no_headers_and_are_packaged() -> None:
     assert names <= {path.name for path in sources}
     for path in sources:
         assert not re.search(r"^\s*#\s*include", path.read_text(), re.MULTILINE), path.name
+
+
+def test_a_thread_without_a_context_is_given_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(kernel, "_make_context_current", made.append)
+
+    def function(answer: int) -> int:
+        return answer if made else kernel._INVALID_CONTEXT
+
+    assert kernel._in_context(3, function, 0) == 0
+    assert made == [3]
+    assert kernel._in_context(3, function, 1) == 1  # another failure is handed on
+    assert made == [3]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops.nvrtc import Kernel, Program, raw_stream
+from mambabyte.ops.kernel import Kernel, Program, raw_stream
 from mambabyte.ops.operator import differentiable
 
 MAX_TAPS = 8

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .nvrtc import Kernel, Program, encode_tiled, places_parameters, raw_stream
+from .kernel import Kernel, Program, encode_tiled, places_parameters, raw_stream
 
 CHUNK = 8  # steps between checkpoints, as in cuda_scan.cu
 _PROBLEM = "9P20q"

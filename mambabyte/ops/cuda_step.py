@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.ops.cuda_conv import ELEMENTS
-from mambabyte.ops.nvrtc import Kernel, Program, raw_stream
+from mambabyte.ops.kernel import Kernel, Program, raw_stream
 
 # Each batch row reads the x_proj weights anew; beyond so many reads, matrix products are faster.
 MOST_READS = 1 << 23

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambabyte.ops.nvrtc import Kernel, NvrtcError, Program, raw_stream
+from mambabyte.ops.kernel import Kernel, Program, raw_stream
+from mambabyte.ops.nvrtc import NvrtcError
 
 VOCABULARY = 256
 THREADS = 384
