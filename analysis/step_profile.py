@@ -62,7 +62,7 @@ def part_of(name: str) -> str:
     return next((part for part, pattern in PARTS if re.search(pattern, name)), OTHER)
 
 
-def systems(config: ModelConfig, patterns: tuple[str, ...]) -> dict[str, ModelConfig]:
+def equal_sized(config: ModelConfig, patterns: tuple[str, ...]) -> dict[str, ModelConfig]:
     """Each pattern at the parameters of ``config``, whose own pattern comes first.
 
     Others get what their kernels are fastest at: heads 64 wide where they divide d_model, and an

@@ -31,8 +31,7 @@ from analysis.scan_timing import (
     count_allocations,
     time_scans,
 )
-from analysis.step_profile import Way, training_step
-from analysis.step_profile import systems as widths_of_gpus
+from analysis.step_profile import Way, equal_sized, training_step
 from analysis.threads import threads
 from analysis.throughput_values import headline
 from analysis.timing import Case, crossover, exponent_table, measure
@@ -286,7 +285,7 @@ def time_training(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
     base = replace(model_config(p), attention_window=p.train_context)
     cuda = p.device.startswith("cuda")
     # Odd widths of an MLP, which a CPU does not mind, would slow a GPU's matrix products.
-    systems = (widths_of_gpus(base, p.patterns) if cuda else
+    systems = (equal_sized(base, p.patterns) if cuda else
                {pattern: m.config for pattern, m in match_patterns(base, p.patterns).items()})
     rows = []
     runs = []

@@ -154,7 +154,7 @@ def bench_step(options: Options) -> int:
     from dataclasses import replace
 
     from analysis.records import write_tables
-    from analysis.step_profile import bench_steps, step_values, systems
+    from analysis.step_profile import bench_steps, equal_sized, step_values
     from mambabyte.config import get_preset
     from mambabyte.provenance import provenance
 
@@ -163,7 +163,7 @@ def bench_step(options: Options) -> int:
                      context=options.context or preset.train.context)
     way = options.way or ("compile" if device.startswith("cuda") else "eager")
     say(f"{options.preset} on {device}, {way}: {recipe.batch_size} x {recipe.context} bytes a step")
-    frame, parts = bench_steps(systems(preset.model, options.patterns), recipe, device, way,
+    frame, parts = bench_steps(equal_sized(preset.model, options.patterns), recipe, device, way,
                                say=say)
     if options.record:
         write_tables(
