@@ -8,6 +8,7 @@ a captured step too, and what the step takes beyond them is a part of its own: t
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import statistics
 import time
@@ -18,11 +19,13 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
+from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from analysis.matching import match_patterns
 from analysis.timing import release
+from mambabyte.blocks import MambaMixer
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.energy import EnergyMeter
 from mambabyte.errors import UserError
@@ -51,6 +54,7 @@ PARTS: tuple[tuple[str, str], ...] = (
     ("copies", r"copy|cat$|contiguous|_to_copy|clone|fill_|zero|Memset|Memcpy|FillFunctor"),
 )
 OTHER, GAPS = "everything else", "between kernels"
+PUBLISHED = "{} by mamba-ssm"  # a system with that project's modules
 
 
 def part_of(name: str) -> str:
@@ -78,11 +82,38 @@ def equal_sized(config: ModelConfig, patterns: tuple[str, ...]) -> dict[str, Mod
     return rounded | {config.layer_pattern: config}
 
 
+class _PublishedMixer(nn.Module):
+    """mamba-ssm's own module in place of ours, with our weights. Training from the first byte."""
+
+    def __init__(self, mixer: MambaMixer, config: ModelConfig) -> None:
+        super().__init__()
+        from mamba_ssm import Mamba
+
+        self.mamba = Mamba(config.d_model, d_state=config.d_state, d_conv=config.d_conv,
+                           expand=config.expand, dt_rank=config.dt_rank_value)
+        self.mamba.load_state_dict(mixer.state_dict())
+
+    @torch.compiler.disable  # its kernels are no operators that torch could trace
+    def forward(self, x: Tensor, state: None) -> tuple[Tensor, None]:
+        return self.mamba(x), state
+
+
+def use_published_mixers(model: ByteLM) -> None:
+    """Swap every SSM mixer of a model for mamba-ssm's module, which runs on GPUs alone."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        raise UserError("mamba_ssm is not installed: leave --peers out, or install it first")
+    for layer in model.layers:
+        if isinstance(layer.mixer, MambaMixer):
+            layer.mixer = _PublishedMixer(layer.mixer, model.config)
+
+
 def bench_steps(
     configs: dict[str, ModelConfig], recipe: TrainConfig, device: str, way: Way,
     rounds: int = 7, seconds: float = 0.0, say: Callable[[str], None] = lambda line: None,
+    published: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(steps, parts). ``seconds`` is how long each system runs in all rounds together; 0 is one
+    """(steps, parts). With ``published`` the first system is also timed with mamba-ssm's modules.
+ ``seconds`` is how long each system runs in all rounds together; 0 is one
     second on the CPU and one a round on a GPU, whose counter of energy may be a tenth of one old.
 
     steps: a row a system, with ms (median over rounds and quartiles), bytes/s, gross joules per
@@ -97,8 +128,13 @@ def bench_steps(
     steppers: dict[str, Callable[[], Any]] = {}
     rows: list[dict[str, Any]] = []
     parts: list[dict[str, Any]] = []
+    changes: dict[str, Callable[[ByteLM], None]] = {}
+    if published:
+        first = next(iter(configs))
+        configs = configs | {PUBLISHED.format(first): configs[first]}
+        changes[PUBLISHED.format(first)] = use_published_mixers
     for name, config in configs.items():
-        steppers[name], peak = training_step(config, recipe, device, way)
+        steppers[name], peak = training_step(config, recipe, device, way, changes.get(name))
         rows.append({"system": name, "parameters": config.n_parameters, "peak_bytes": peak})
         say(f"{name}: {config.n_parameters:,} parameters, ready")
     took: dict[str, list[float]] = {name: [] for name in configs}
@@ -129,7 +165,7 @@ def step_values(frame: pd.DataFrame) -> dict[str, tuple[float, str, str]]:
     """Milliseconds a step and joules per megabyte of every system: name -> (value, unit, about)."""
     values = {}
     for row in frame.to_dict("records"):
-        name = row["system"].lower()
+        name = row["system"].lower().replace(" ", "_")
         values[f"ms_{name}"] = (row["ms"], "ms", f"a step of {row['system']}, median")
         if row["joules_per_megabyte"] == row["joules_per_megabyte"]:  # not nan
             values[f"joules_{name}"] = (
@@ -138,17 +174,22 @@ def step_values(frame: pd.DataFrame) -> dict[str, tuple[float, str, str]]:
 
 
 def training_step(
-    config: ModelConfig, recipe: TrainConfig, device: str, way: Way
+    config: ModelConfig, recipe: TrainConfig, device: str, way: Way,
+    change: Callable[[ByteLM], None] | None = None,
 ) -> tuple[Callable[[], Any], float]:
     """A call that takes one step on random bytes, warmed up, and its peak memory in bytes (nan on
-    the CPU). A step that is not eager is captured: it runs on a GPU alone."""
+    the CPU). A step that is not eager is captured: it runs on a GPU alone. ``change`` is done to
+    the new model first."""
     torch.manual_seed(0)
     cuda = device.startswith("cuda")
     if cuda:
         release(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-    model = ByteLM(config).to(device).train()
+    model = ByteLM(config)
+    if change is not None:
+        change(model)
+    model.to(device).train()
     recipe = replace(recipe, step=way, n_steps=_STEPS, first_context=0, first_batch_size=0)
     optimizer = make_optimizer(model, recipe, on_device=way != "eager")
     text = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
 
 import pytest
+import torch
 
 from analysis.cli import main
-from analysis.step_profile import OTHER, part_of
+from analysis.step_profile import OTHER, part_of, use_published_mixers
+from mambabyte.blocks import MambaMixer
+from mambabyte.config import get_preset
+from mambabyte.model import ByteLM
 
 
 @pytest.mark.parametrize(("operator", "part"), [
@@ -47,3 +55,47 @@ def test_the_parts_add_up_to_the_step(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_captured_step_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "step", "--preset", "smoke", "--device", "cpu", "--way", "graph"]) == 2
     assert "captures CUDA graphs" in capsys.readouterr().err
+
+
+def test_a_peer_takes_the_place_of_the_mixers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+
+    class Mamba(torch.nn.Module):
+        """Stands for mamba-ssm's module: its constructor and its names of weights."""
+
+        def __init__(self, d_model: int, **sizes: int) -> None:
+            super().__init__()
+            config = replace(get_preset("smoke").model, d_model=d_model, **sizes)
+            self.own = MambaMixer(config)
+            built.append(self)
+
+        def load_state_dict(self, state, *args, **kwargs):
+            return self.own.load_state_dict(state)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.own(x, None)[0]
+
+    step = ["bench", "step", "--preset", "smoke", "--device", "cpu", "--n-layer", "3", "--json"]
+    assert main([*step, "--peers", "mamba_ssm"]) == 2
+    assert "mamba_ssm is not installed" in capsys.readouterr().err
+    assert main([*step, "--peers", "mambapy"]) == 2
+    assert "the peer mamba_ssm alone" in capsys.readouterr().err
+
+    module = types.ModuleType("mamba_ssm")
+    module.Mamba, module.__spec__ = Mamba, ModuleSpec("mamba_ssm", None)
+    monkeypatch.setitem(sys.modules, "mamba_ssm", module)
+    tokens = torch.arange(40).view(2, 20)
+    torch.manual_seed(0)
+    model = ByteLM(get_preset("smoke").model)
+    loss = model.loss(tokens)
+    use_published_mixers(model)
+    assert all(not isinstance(layer.mixer, MambaMixer) for layer in model.layers)
+    torch.testing.assert_close(model.loss(tokens), loss)
+
+    built.clear()
+    assert main([*step, "--peers", "mamba_ssm"]) == 0
+    rows = json.loads(capsys.readouterr().out)["steps"]
+    assert [row["system"] for row in rows] == ["M", "M by mamba-ssm"]
+    assert len(built) == 3

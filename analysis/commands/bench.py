@@ -4,6 +4,7 @@
     mambabyte bench stream --preset mamba_byte --streams 1 64 --json
     mambabyte bench stream --checkpoint runs/first --corpus path/to/folder
     mambabyte bench step --preset mamba_byte --patterns A MA --batch-size 4
+    mambabyte bench step --d-model 512 --n-layer 16 --peers mamba_ssm
     mambabyte bench scan --shapes 16,1024,384 --peers fused mamba_ssm --json
     mambabyte bench scan --device cpu --record data/measurements/scan-cpu.json
 
@@ -51,9 +52,14 @@ class Options:
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """bfloat16 on a GPU and float32 on a CPU when not given."""
     peers: tuple[str, ...] = ()
-    """fused, mamba_ssm, mambapy, chunked, sdpa, ...; the usual ones when none is named."""
+    """Of the scan: fused, mamba_ssm, mambapy, chunked, ...; the usual ones when none is named.
+    Of a training step: mamba_ssm, whose modules then take the place of the preset's SSM layers."""
     preset: str = "mamba_byte"
     """Which model is streamed or trained."""
+    d_model: int = 0
+    """Width of the model that is trained; the preset's own when 0."""
+    n_layer: int = 0
+    """Depth of the model that is trained; the preset's own when 0."""
     checkpoint: Path | None = None
     """Stream this trained model; without it, one of the preset with fresh weights."""
     corpus: str = "stdlib"
@@ -156,23 +162,30 @@ def bench_step(options: Options) -> int:
     from analysis.records import write_tables
     from analysis.step_profile import bench_steps, equal_sized, step_values
     from mambabyte.config import get_preset
+    from mambabyte.errors import UserError
     from mambabyte.provenance import provenance
 
     preset, device = get_preset(options.preset), pick_device(options.device)
+    if not set(options.peers) <= {"mamba_ssm"}:
+        raise UserError(f"--peers got {' '.join(options.peers)}: a step has the peer mamba_ssm "
+                        "alone")
+    model = replace(preset.model, d_model=options.d_model or preset.model.d_model,
+                    n_layer=options.n_layer or preset.model.n_layer)
     recipe = replace(preset.train, batch_size=options.batch_size or preset.train.batch_size,
                      context=options.context or preset.train.context)
     way = options.way or ("compile" if device.startswith("cuda") else "eager")
     say(f"{options.preset} on {device}, {way}: {recipe.batch_size} x {recipe.context} bytes a step")
-    frame, parts = bench_steps(equal_sized(preset.model, options.patterns), recipe, device, way,
-                               say=say)
+    frame, parts = bench_steps(equal_sized(model, options.patterns), recipe, device, way, say=say,
+                               published=bool(options.peers))
     if options.record:
         write_tables(
             options.record, {"steps": (STEPS_TABLE, steps_table(frame)),
                              "parts": (PARTS_TABLE, parts_table(parts))},
             study="throughput",
-            title=f"Training steps at the size of {options.preset}, windows of {recipe.context:,} "
-                  "bytes", about=STEPS_ABOUT, parameters={
-                "preset": options.preset, "device": device, "way": way,
+            title=f"Training steps at {model.n_layer} layers of width {model.d_model}, windows of "
+                  f"{recipe.context:,} bytes", about=STEPS_ABOUT, parameters={
+                "preset": options.preset, "d_model": model.d_model, "n_layer": model.n_layer,
+                "device": device, "way": way,
                 "batch_size": recipe.batch_size, "context": recipe.context},
             provenance=provenance(), values=step_values(frame))
     record = {"steps": frame.astype(object).where(frame.notna(), None).to_dict("records"),
