@@ -46,13 +46,13 @@ def indexed_scan(
 
 def _scan_inputs(p: Parameters, batch: int, length: int, grad: bool) -> list[Tensor]:
     """u, delta, A, B, C, D, z as a Mamba layer at initialisation makes them."""
-    generator = torch.Generator().manual_seed(length)
+    generator = torch.Generator(p.device).manual_seed(length)
     channels = p.d_model * get_preset(p.preset).model.expand
     bf16 = p.precision == "bf16" or (p.precision == "auto" and p.device.startswith("cuda"))
 
     def draw(*shape: int, stream: bool = True) -> Tensor:
-        values = torch.randn(*shape, generator=generator)
-        return values.to(p.device, torch.bfloat16 if bf16 and stream else torch.float32)
+        values = torch.randn(*shape, generator=generator, device=p.device)
+        return values.to(torch.bfloat16 if bf16 and stream else torch.float32)
 
     inputs = [
         draw(batch, length, channels), draw(batch, length, channels) - 4.6,  # dt about 0.01

@@ -126,6 +126,7 @@ def test_divergence_is_found_and_no_bad_checkpoint_is_written(corpus, tmp_path):
 
 # What dynamo asks of the embedding's output, it would not say outside of a test.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -98,6 +98,7 @@ def _public_raw_stream(device: int) -> int:
 
 # The public way builds a Python object for each call (several times the cost of the launch).
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 class Kernel:
@@ -199,9 +200,11 @@ class Kernel:
         With ``overlap`` the kernel may start before the one launched before it has ended, and waits
         for it itself (``griddepcontrol``; only on cards that have it).
 
-        The device of the kernel must be torch's current device, as it is inside an operator
-        (``torch.cuda.device(tensor.device)`` makes it so elsewhere).
+        ``stream`` belongs to the kernel's device, which need not be torch's current one.
         """
+        if _current_device() != self.device:  # the driver launches in the current context alone
+            with torch.cuda.device(self.device):
+                return self.launch(grid, block, shared_bytes, stream, *args, overlap=overlap)
         local = self._local
         try:
             buffer, extra = local.packed
