@@ -25,16 +25,19 @@ class Matched:
         return self.config.n_parameters / self.target - 1
 
 
-def match_parameters(config: ModelConfig, target: int, by: str = "mlp") -> Matched:
+def match_parameters(
+    config: ModelConfig, target: int, by: str = "mlp", multiple: int = 1
+) -> Matched:
     """``config`` with the width that brings its parameter count nearest to ``target``.
 
     ``by="mlp"`` keeps d_model and depth and sets the hidden width of the MLP in every block, so
     what a mixer saves goes into MLPs (an attention layer with its MLP is then what a bare SSM
-    layer is compared with, as in the field). ``by="d_model"`` keeps the MLP's ratio and sets
-    d_model, in steps that keep heads of even width. Raises UserError when no width reaches it.
+    layer is compared with, as in the field); hidden widths are multiples of ``multiple``.
+    ``by="d_model"`` keeps the MLP's ratio and sets d_model, in steps that keep heads of even
+    width. Raises UserError when no width reaches it.
     """
     if by == "mlp":
-        widths = [0, 1, 2]
+        widths = [0, multiple, 2 * multiple]
         sizes = [replace(config, mlp_ratio=w / config.d_model).n_parameters for w in widths]
         if target < sizes[0]:
             raise UserError(
@@ -44,7 +47,7 @@ def match_parameters(config: ModelConfig, target: int, by: str = "mlp") -> Match
         nearest = max(1, 1 + round((target - sizes[1]) / slope))
         if abs(sizes[0] - target) <= abs(sizes[1] + (nearest - 1) * slope - target):
             nearest = 0
-        return Matched(replace(config, mlp_ratio=nearest / config.d_model), target)
+        return Matched(replace(config, mlp_ratio=nearest * multiple / config.d_model), target)
     if by == "d_model":
         step = 2 * config.n_head
         widths = list(range(step, 64 * step + config.d_model * 4, step))
@@ -54,17 +57,20 @@ def match_parameters(config: ModelConfig, target: int, by: str = "mlp") -> Match
 
 
 def match_patterns(
-    base: ModelConfig, patterns: tuple[str, ...], *, target: int = 0, by: str = "mlp"
+    base: ModelConfig, patterns: tuple[str, ...], *, target: int = 0, by: str = "mlp",
+    device: str = "cpu",
 ) -> dict[str, Matched]:
     """Each pattern at the size ``target``; 0 means the size of the largest pattern as ``base`` is.
 
-    With ``by="mlp"`` the largest pattern then keeps its MLP and all others get wider ones.
+    With ``by="mlp"`` the largest pattern then keeps its MLP and all others get wider ones: on a GPU
+    in multiples of 8, as its matrix products are slow on rows that do not begin at 16 bytes.
     """
     if not patterns:
         raise UserError("no layer patterns are given: name at least one, such as M or MA")
     configs = {p: replace(base, layer_pattern=p) for p in patterns}
     target = target or max(c.n_parameters for c in configs.values())
-    return {p: match_parameters(c, target, by) for p, c in configs.items()}
+    multiple = 8 if device.startswith("cuda") else 1
+    return {p: match_parameters(c, target, by, multiple) for p, c in configs.items()}
 
 
 def systems_table(systems: dict[str, Matched], context: int) -> pd.DataFrame:

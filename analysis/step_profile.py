@@ -70,16 +70,13 @@ def equal_sized(config: ModelConfig, patterns: tuple[str, ...]) -> dict[str, Mod
     """Each pattern at the parameters of ``config``, whose own pattern comes first.
 
     Others get what their kernels are fastest at: heads 64 wide where they divide d_model, and an
-    MLP whose width is a multiple of 8, so that the parameters agree to a percent or so.
+    MLP whose width is a GPU's, so that the parameters agree to a percent or so.
     """
     heads = config.d_model // 64 if config.d_model % 64 == 0 else config.n_head
     base = replace(config, n_head=heads, n_kv_head=heads)
     wanted = tuple(dict.fromkeys((config.layer_pattern, *patterns)))
-    matched = match_patterns(base, wanted, target=config.n_parameters)
-    found = {p: m.config for p, m in matched.items()}
-    rounded = {p: replace(c, mlp_ratio=8 * round(c.mlp_hidden / 8) / c.d_model)
-               for p, c in found.items()}
-    return rounded | {config.layer_pattern: config}
+    matched = match_patterns(base, wanted, target=config.n_parameters, device="cuda")
+    return {p: m.config for p, m in matched.items()} | {config.layer_pattern: config}
 
 
 class _PublishedMixer(nn.Module):

@@ -100,7 +100,7 @@ class Parameters:
 PROFILES = {
     "quick": Parameters(),
     "full": Parameters(
-        device="cuda", d_model=192, n_head=6, forms=(),
+        device="cuda", d_model=192, n_head=3, forms=(),
         lengths=(128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
         batches=(1, 4, 16, 64), batch_length=1024, rounds=5, guard_seconds=1.0, threads=0,
         allocation_lengths=(128, 256, 512, 1024),

@@ -106,6 +106,17 @@ def test_matched_sizes_are_those_of_the_real_models(by):
     assert systems["M"].mismatch == 0 or by == "d_model"
 
 
+def test_a_gpu_gets_widths_that_its_matrix_products_like():
+    base = replace(SMALL, d_model=64, n_layer=6)
+    for device, multiple in (("cpu", 1), ("cuda", 8), ("cuda:1", 8)):
+        systems = match_patterns(base, ("M", "MA", "A"), device=device)
+        widths = [m.config.mlp_hidden for m in systems.values()]
+        assert all(w % multiple == 0 for w in widths), device
+        assert widths[-1] > widths[-2] > 0
+        assert max(abs(m.mismatch) for m in systems.values()) < 0.03
+    assert any(m.config.mlp_hidden % 8 for m in match_patterns(base, ("M", "MA", "A")).values())
+
+
 def test_matching_picks_the_nearest_width():
     for target in (20_000, 20_100, 20_155, 40_001):
         best = match_parameters(replace(SMALL, layer_pattern="A"), target)
