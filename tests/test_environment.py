@@ -1,10 +1,15 @@
-"""pyproject.toml, environment.yml and constraints.txt say the same thing."""
+"""pyproject.toml, environment.yml and constraints.txt say the same thing; threads that wait."""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,3 +38,16 @@ def test_version_is_one():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == __version__
+
+
+@pytest.mark.parametrize("asked", [None, "active"])
+def test_commands_do_not_spin_unless_asked_to(asked):
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    if asked:
+        environment["OMP_WAIT_POLICY"] = asked
+    # Set before torch is imported, which is when OpenMP reads it.
+    code = ("import sys, os, analysis.cli; assert 'torch' not in sys.modules; "
+            "print(os.environ['OMP_WAIT_POLICY'])")
+    got = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True,
+                         capture_output=True, check=True)
+    assert got.stdout.strip() == (asked or "passive")
