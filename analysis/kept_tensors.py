@@ -135,15 +135,19 @@ def convolves_in_one_kernel(config: ModelConfig, device: str, itemsize: int) -> 
             and native_conv.available(torch.float32))
 
 
+def low_rank_width(config: ModelConfig, device: str) -> int:
+    """Columns of x_proj's output before B and C."""
+    rank = 0 if config.dt_rank == "full" else config.dt_rank_value
+    return rank + (-rank % 8 if device == "cuda" else 0)  # zeros that put B and C on 16 bytes
+
+
 def _mamba_terms(
     config: ModelConfig, batch: int, length: int, itemsize: int, form: str, device: str
 ) -> list[tuple[str, str, int, int]]:
     d, D, N = config.d_model, config.d_inner, config.d_state
     tokens = batch * length
     full_rank = config.dt_rank == "full"
-    rank = 0 if full_rank else config.dt_rank_value
-    if device == "cuda":
-        rank += -rank % 8  # zeros that put B and C on 16 bytes
+    rank = low_rank_width(config, device)
     fused, half = form == "fused", itemsize != FLOAT32
     terms = [
         ("scan input", "u", tokens * D, itemsize if fused else FLOAT32),
