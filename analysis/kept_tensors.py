@@ -184,10 +184,12 @@ def _mamba_terms(
             terms.append(("gate", "z in float32", tokens * D, FLOAT32))
         if half and form != "chunked":
             terms.append(("scan input", "B and C in float32", 2 * tokens * N, FLOAT32))
+    small = D * (rank + 2 * N) + D * (rank or D)  # x_proj and dt_proj, as they are used
     if half:
-        x_width = rank + 2 * N
-        cast = 2 * D * d + D * config.d_conv + D * x_width + D * config.dt_rank_value + D * d
-        terms.append(("casts", "weights in bf16", cast, itemsize))
+        taps = 0 if one_kernel else D * config.d_conv
+        terms.append(("casts", "weights in bf16", 2 * D * d + taps + small + D * d, itemsize))
+    elif rank and rank != config.dt_rank_value:
+        terms.append(("casts", "small weights, padded", small, itemsize))
     chunk = config.scan_chunk or FORMS[form].chunk
     for name, elements, size in scan_terms(
             form, batch, length, D, N, chunk, device, itemsize):
