@@ -67,22 +67,26 @@ def upstream(*outputs: Tensor) -> list[Tensor]:
             for t in outputs]
 
 
-def results(mixer: Mixer, inputs: Inputs, rounding: torch.dtype | None = None) -> Inputs:
-    """y, tail, state and the gradient of every input, for the gradients of ``upstream``."""
+def results(
+    mixer: Mixer, inputs: Inputs, training: bool = False, rounding: torch.dtype | None = None
+) -> Inputs:
+    """y, tail, state and the gradient of every input, for the gradients of ``upstream``; in
+    ``training`` for that of y alone."""
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
     y, tail, state = mixer(*leaves.values())
     rounded = (y.to(rounding or y.dtype), tail.to(rounding or y.dtype), state.float())
     given = [g.to(t.dtype) for g, t in zip(upstream(*rounded), (y, tail, state), strict=True)]
-    gradients = torch.autograd.grad((y, tail, state), list(leaves.values()), given)
+    used = 1 if training else 3
+    gradients = torch.autograd.grad((y, tail, state)[:used], list(leaves.values()), given[:used])
     found = {"y": y.detach(), "tail": tail.detach(), "state": state.detach()}
     return found | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
 
 
-def definition(inputs: Inputs) -> Inputs:
+def definition(inputs: Inputs, training: bool = False) -> Inputs:
     """The same in float64, step by step, on the same rounded inputs."""
     exact = {name: t.double() for name, t in inputs.items()}
     return results(
-        lambda *given: composed(*given, form="sequential"), exact, inputs["xz"].dtype)
+        lambda *given: composed(*given, form="sequential"), exact, training, inputs["xz"].dtype)
 
 
 def assert_as_good(found: Inputs, composition: Inputs, exact: Inputs, dtype: torch.dtype) -> None:

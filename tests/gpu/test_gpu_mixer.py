@@ -36,15 +36,16 @@ CONFIG = ModelConfig(d_model=96, n_layer=1, dt_rank=12)  # a rank that is padded
 
 @pytest.mark.parametrize("dtype", list(mixer_cases.LIMIT))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_parity(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_parity(training: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     inputs = mixer_cases.make_inputs(*shape, dtype=dtype)
-    exact = mixer_cases.definition(inputs)
-    composition = mixer_cases.results(composed, inputs)
+    exact = mixer_cases.definition(inputs, training)
+    composition = mixer_cases.results(composed, inputs, training)
     poison(64)
-    found = mixer_cases.results(fused_mixer, inputs)
+    found = mixer_cases.results(fused_mixer, inputs, training)
     mixer_cases.assert_as_good(found, composition, exact, dtype)
     poison(64)
-    again = mixer_cases.results(fused_mixer, inputs)
+    again = mixer_cases.results(fused_mixer, inputs, training)
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 
