@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from analysis.kept_tensors import (
     Autocast,
     convolves_in_one_kernel,
+    low_rank_width,
     resolve_form,
     saved_terms,
     squares_in_float32,
@@ -93,8 +94,12 @@ def budget(
         if letter == "A":
             moments[f"layer {i}, attention backward"] = held + residual + 5 * tokens * d * itemsize
         elif form == "fused":
-            # dy, du, ddelta, dz, dB, dC and the partial sums of the last two.
-            sums = 2 * tokens * config.d_state * itemsize + FLOAT32 * partial_sums(
+            # dy, du, ddelta, dz, dB, dC and the partial sums of the last two. On CUDA there is
+            # room beside dB and dC for the gradient of the low-rank step.
+            columns = 2 * config.d_state
+            if device == "cuda":
+                columns += low_rank_width(config, device)
+            sums = columns * tokens * itemsize + FLOAT32 * partial_sums(
                 batch, length, D, config.d_state, device, itemsize)
             # And u in (L, D) order where torch's convolution left it in (D, L) order.
             torchs = device == "cpu" and not convolves_in_one_kernel(config, device, itemsize)

@@ -135,15 +135,19 @@ def convolves_in_one_kernel(config: ModelConfig, device: str, itemsize: int) -> 
             and native_conv.available(torch.float32))
 
 
+def low_rank_width(config: ModelConfig, device: str) -> int:
+    """Columns of x_proj's output before B and C."""
+    rank = 0 if config.dt_rank == "full" else config.dt_rank_value
+    return rank + (-rank % 8 if device == "cuda" else 0)  # zeros that put B and C on 16 bytes
+
+
 def _mamba_terms(
     config: ModelConfig, batch: int, length: int, itemsize: int, form: str, device: str
 ) -> list[tuple[str, str, int, int]]:
     d, D, N = config.d_model, config.d_inner, config.d_state
     tokens = batch * length
     full_rank = config.dt_rank == "full"
-    rank = 0 if full_rank else config.dt_rank_value
-    if device == "cuda":
-        rank += -rank % 8  # zeros that put B and C on 16 bytes
+    rank = low_rank_width(config, device)
     fused, half = form == "fused", itemsize != FLOAT32
     terms = [
         ("scan input", "u", tokens * D, itemsize if fused else FLOAT32),
@@ -180,10 +184,12 @@ def _mamba_terms(
             terms.append(("gate", "z in float32", tokens * D, FLOAT32))
         if half and form != "chunked":
             terms.append(("scan input", "B and C in float32", 2 * tokens * N, FLOAT32))
+    small = D * (rank + 2 * N) + D * (rank or D)  # x_proj and dt_proj, as they are used
     if half:
-        x_width = rank + 2 * N
-        cast = 2 * D * d + D * config.d_conv + D * x_width + D * config.dt_rank_value + D * d
-        terms.append(("casts", "weights in bf16", cast, itemsize))
+        taps = 0 if one_kernel else D * config.d_conv
+        terms.append(("casts", "weights in bf16", 2 * D * d + taps + small + D * d, itemsize))
+    elif rank and rank != config.dt_rank_value:
+        terms.append(("casts", "small weights, padded", small, itemsize))
     chunk = config.scan_chunk or FORMS[form].chunk
     for name, elements, size in scan_terms(
             form, batch, length, D, N, chunk, device, itemsize):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mambabyte.config import ModelConfig
 from mambabyte.ops import selective_scan
 from mambabyte.ops.causal_conv import causal_conv
+from mambabyte.ops.mixer import fused_mixer
 from mambabyte.ops.operator import MAX_STATES, fused_available
 from mambabyte.ops.step import MAX_TAPS, mamba_step
 
@@ -82,28 +83,46 @@ class MambaMixer(nn.Module):
         u, z = self.in_proj(x).chunk(2, dim=-1)  # each (B, L, D)
         u, tail = causal_conv(
             u, self.conv1d.weight.squeeze(1), self.conv1d.bias, tail, silu=True)
-        rank, d_state = self.dt_rank, self.A_log.shape[1]
-        x_proj, dt_proj = self.x_proj.weight, self.dt_proj.weight
-        if u.is_cuda and rank % 8:
-            # Zeros between delta's rows and those of B and C put all three on 16 bytes. Else the
-            # products take kernels of half the speed, and the scan copies B and C.
-            spare = -rank % 8
-            x_proj = torch.cat([F.pad(x_proj[:rank], (0, 0, 0, spare)), x_proj[rank:]])
-            dt_proj, rank = F.pad(dt_proj, (0, spare)), rank + spare
+        x_proj, dt_proj = self._small_projections()
+        rank, d_state = dt_proj.shape[1] if self.dt_rank else 0, self.A_log.shape[1]
         low_rank, B, C = F.linear(u, x_proj).split([rank, d_state, d_state], dim=-1)
         # The bias is added inside the scan, in float32: in bf16 it would round the step size.
         delta = F.linear(low_rank if rank else u, dt_proj)
         return u, delta, B, C, z, tail
 
+    def _small_projections(self) -> tuple[Tensor, Tensor]:
+        """Weights of x_proj (R + 2N, D) and dt_proj (D, R), R on a GPU a multiple of 8."""
+        x_proj, dt_proj, rank = self.x_proj.weight, self.dt_proj.weight, self.dt_rank
+        if x_proj.is_cuda and rank % 8:
+            # Zeros between delta's rows and those of B and C put all three on 16 bytes. Else the
+            # products take kernels of half the speed, and the scan copies B and C.
+            spare = -rank % 8
+            x_proj = torch.cat([F.pad(x_proj[:rank], (0, 0, 0, spare)), x_proj[rank:]])
+            dt_proj = F.pad(dt_proj, (0, spare))
+        return x_proj, dt_proj
+
     def forward(self, x: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
-        if x.shape[1] == 1 and state is not None and self._can_step(x):
-            return self.step(x, state)
+        if self._is_one_operator(x):
+            if state is None and x.is_cuda:
+                return self.from_start(x)
+            if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
+                return self.step(x, state)
         u, delta, B, C, z, tail = self.scan_inputs(x, None if state is None else state.tail)
         y, ssm = selective_scan(
             u, delta, -torch.exp(self.A_log.float()), B, C, self.D.float(), z,
             delta_bias=self.dt_proj.bias.float(), delta_softplus=True,
             initial_state=None if state is None else state.ssm,
             form=self.form, chunk_size=self.chunk,
+        )
+        return self.out_proj(y), MambaState(tail, ssm)
+
+    def from_start(self, x: Tensor) -> tuple[Tensor, MambaState]:
+        """``forward`` without a state, as one operator between the large projections. On a GPU."""
+        assert self.conv1d.bias is not None
+        y, tail, ssm = fused_mixer(
+            self.in_proj(x), self.conv1d.weight.squeeze(1), self.conv1d.bias,
+            *self._small_projections(), self.dt_proj.bias.float(),
+            -torch.exp(self.A_log.float()), self.D.float(),
         )
         return self.out_proj(y), MambaState(tail, ssm)
 
@@ -117,11 +136,14 @@ class MambaMixer(nn.Module):
         )
         return self.out_proj(y)[:, None], MambaState(tail, ssm)
 
-    def _can_step(self, x: Tensor) -> bool:
-        """Whether the fused step does what this layer is set to: the fused scan, no gradient."""
-        if torch.is_grad_enabled() or not self.dt_rank or self.form not in ("auto", "fused"):
+    def _is_one_operator(self, x: Tensor) -> bool:
+        """Whether the operators for a step and for a sequence do what this layer is set to: the
+        convolution, both small products and the fused scan, none of them changed by a subclass."""
+        if not self.dt_rank or self.form not in ("auto", "fused"):
             return False
         if x.dtype == torch.float64 or not 2 <= self.conv1d.kernel_size[0] <= MAX_TAPS:
+            return False
+        if type(self).scan_inputs is not MambaMixer.scan_inputs:
             return False
         return self.A_log.shape[1] <= MAX_STATES and fused_available(x.device)[0]
 

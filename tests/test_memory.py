@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from analysis import gpu_memory, memory
-from analysis.allocations import measure_peak, measure_saved
+from analysis.allocations import measure_peak, measure_saved, saved_storages
 from analysis.fit import ALLOWANCE_BYTES, fit, parse_memory
 from analysis.footprint import LIBRARY_BYTES, budget, state_bytes
-from analysis.kept_tensors import rms_norm_is_cast, saved_terms
+from analysis.kept_tensors import AUTOCASTS, Autocast, rms_norm_is_cast, saved_terms
 from analysis.scan_footprint import scan_terms, scan_workspace
 from analysis.scan_memory import full_tensors_frame, slices_frame
+from mambabyte import blocks
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
-from mambabyte.ops import FORMS, native_scan
+from mambabyte.ops import FORMS, causal_conv, native_scan
 from mambabyte.optim import role
 from mambabyte.stream import ByteStream
 
@@ -106,20 +110,53 @@ def test_a_step_that_did_not_fit_stays_in_the_table() -> None:
     assert found["peak, closed form, MB"].iloc[0] > 0
 
 
+@contextmanager
+def autocast_on_cuda() -> Iterator[None]:
+    """To bf16, and with no card either: torch.autocast would refuse."""
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)
+        torch.clear_autocast_cache()
+
+
 def test_what_autocast_on_cuda_takes_to_float32() -> None:
     """Asked of torch's dispatcher with tensors that have a device and no memory."""
-    before = torch.get_autocast_dtype("cuda")
-    with FakeTensorMode(), torch.no_grad():
+    with FakeTensorMode(), torch.no_grad(), autocast_on_cuda():
         x = torch.empty(2, 4, device="cuda", dtype=torch.bfloat16)
-        torch.set_autocast_dtype("cuda", torch.bfloat16)
-        torch.set_autocast_enabled("cuda", True)
-        try:
-            assert F.relu(x).dtype == torch.bfloat16
-            assert x.square().dtype == torch.float32
-            assert (F.rms_norm(x, (4,)).dtype == torch.float32) == rms_norm_is_cast()
-        finally:
-            torch.set_autocast_enabled("cuda", False)
-            torch.set_autocast_dtype("cuda", before)
+        assert F.relu(x).dtype == torch.bfloat16
+        assert x.square().dtype == torch.float32
+        assert (F.rms_norm(x, (4,)).dtype == torch.float32) == rms_norm_is_cast()
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
+@pytest.mark.parametrize("autocast", AUTOCASTS)
+@pytest.mark.parametrize("dt_rank", [8, 12, "full"])
+@pytest.mark.parametrize("composed", [False, True])
+def test_saved_bytes_of_a_layer_on_cuda_are_exact(
+    composed: bool, dt_rank: int | str, autocast: Autocast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By tensors that have a device and no memory. As one operator it keeps what its parts keep."""
+    for module in (blocks, causal_conv):
+        monkeypatch.setattr(module, "fused_available", lambda device: (True, ""))
+    if composed:
+        monkeypatch.setattr(blocks.MambaMixer, "_is_one_operator", lambda *_: False)
+    config = ModelConfig(d_model=48, n_layer=1, dt_rank=dt_rank, scan_form="fused")
+    with FakeTensorMode():
+        layer = blocks.MambaMixer(config)
+        for module in layer.modules():
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(p.shape, device="cuda")))
+        x = torch.empty(2, 20, config.d_model, device="cuda", requires_grad=True)
+        with autocast_on_cuda() if autocast == "bf16" else nullcontext():
+            counted = sum(size for _, size in saved_storages(lambda: layer(x, None)[0], layer))
+    terms = [t for t in saved_terms(config, 2, 20, autocast, "cuda") if t.layer == 0]
+    outside = [t for t in terms if t.part == "norm" and t.tensor != "output"]
+    assert counted == sum(t.bytes for t in terms) - sum(t.bytes for t in outside)
 
 
 def test_libraries_are_counted_on_cuda_alone() -> None:

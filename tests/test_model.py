@@ -207,3 +207,20 @@ def test_bad_recipes_and_presets():
         TrainConfig(lr=math.nan)
     with pytest.raises(UserError, match="'mamba' is unknown: choose one of mamba_byte"):
         get_preset("mamba")
+
+
+def test_a_layer_with_other_scan_inputs_has_them_in_every_call():
+    """Bytes one by one too, which the fused step would read without them."""
+
+    class Louder(MambaMixer):
+        def scan_inputs(self, x, tail):
+            u, delta, B, C, z, tail = super().scan_inputs(x, tail)
+            return u, delta, B, 3 * C, z, tail
+
+    layer, x = MambaMixer(SMALL), torch.randn(2, 5, SMALL.d_model)
+    layer.__class__ = Louder
+    with torch.no_grad():
+        whole, state = layer(x, None)[0], None
+        for t in range(x.shape[1]):
+            y, state = layer(x[:, t : t + 1], state)
+            assert relative_rms(y, whole[:, t : t + 1]) < 1e-5

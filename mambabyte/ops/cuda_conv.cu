@@ -144,7 +144,8 @@ template <class T, int V>
 __global__ void __launch_bounds__(128, BLOCKS) conv_backward(
     const T *dy, const T *dlast, const T *x, const float *weight, const float *bias, const T *tail,
     T *dx, T *dtail, float *partial, int64 dy_batch_stride, int64 dy_stride, int64 batch_stride,
-    int64 stride, int64 threads, int length, int channels, int steps, int silu) {
+    int64 stride, int64 dx_batch_stride, int64 dx_stride, int64 threads, int length, int channels,
+    int steps, int silu) {
     int64 id = blockIdx.x * (int64)blockDim.x + threadIdx.x;
     if (id >= threads) return;
     int packs = channels / V, segments = (length + steps - 1) / steps;
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(128, BLOCKS) conv_backward(
 
     x += b * batch_stride + d;
     dy += b * dy_batch_stride + d;
-    dx += b * length * (int64)channels + d;
+    dx += b * dx_batch_stride + d;
     int64 edge = b * (K - 1) * channels + d;
     if (tail) tail += edge;
     if (dlast) dlast += edge;
@@ -194,12 +195,12 @@ __global__ void __launch_bounds__(128, BLOCKS) conv_backward(
                 ahead[j] = fetch<T, V>(x + (t0 + j) * stride, true);
                 gradient[j] = fetch<T, V>(dy + (t0 + j) * dy_stride, true);
             }
-            T *to = dx + (int64)(t0 - K + 1) * channels;
+            T *to = dx + (t0 - K + 1) * dx_stride;
 #pragma unroll
             for (int j = 0; j < U; j++) {
                 float out[V];
                 walk.step(ahead[j], gradient[j], true, true, silu, out);
-                store_pack<T, V>(to + (int64)j * channels, out);
+                store_pack<T, V>(to + j * dx_stride, out);
             }
             continue;
         }
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(128, BLOCKS) conv_backward(
                 for (int v = 0; v < V; v++) out[v] += load(more.at[v]);
             }
             if (p >= start)
-                store_pack<T, V>(dx + (int64)p * channels, out);
+                store_pack<T, V>(dx + p * dx_stride, out);
             else if (p < 0 && start == 0 && dtail)
                 store_pack<T, V>(dtail + (int64)(p + K - 1) * channels, out);
         }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mambabyte.errors import UserError
 from mambabyte.ops.kernel import Kernel, Program, raw_stream
-from mambabyte.ops.operator import differentiable
+from mambabyte.ops.operator import differentiable, once_only
 
 MAX_TAPS = 8
 ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float"}
@@ -22,7 +22,7 @@ _THREADS = 128
 # Loads in flight a thread and blocks a multiprocessor in the backward: measured, as in _plan.
 _AHEAD, _BLOCKS = 4, 3
 _PARAMETERS = {
-    "conv_forward": "PPPPPPqqqiiii", "conv_backward": "PPPPPPPPPqqqqqiiii", "conv_sums": "PPPqii"}
+    "conv_forward": "PPPPPPqqqiiii", "conv_backward": "PPPPPPPPPqqqqqqqiiii", "conv_sums": "PPPqii"}
 
 
 def fused_causal_conv(
@@ -132,7 +132,7 @@ def _plan(tensors: tuple[Tensor, ...], backward: bool) -> tuple[int, int, int]:
     return width, steps, lanes * -(-length // steps)
 
 
-def _forward(
+def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
     batch, length, channels = x.shape
@@ -152,19 +152,23 @@ def _forward(
     return y, last
 
 
-def _backward(
+def backward(
     dy: Tensor, dlast: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None,
-    tail: Tensor | None, silu: bool,
+    tail: Tensor | None, silu: bool, dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, weight, bias, tail; empty for one that is None."""
+    """Gradients of x, weight, bias, tail; empty for one that is None.
+
+    ``dx`` is filled where it is given: rows of unit stride, which share no memory with dy's.
+    """
     batch, length, channels = x.shape
     taps, device = weight.shape[1], x.device.index
     x, dy, weight = _rows(x), _rows(dy), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     tail = None if tail is None else tail.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
-    width, steps, threads = _plan((x, dy, *(t for t in (tail, dlast) if t is not None)), True)
-    dx = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
+    if dx is None:
+        dx = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
+    width, steps, threads = _plan((x, dy, dx, *(t for t in (tail, dlast) if t is not None)), True)
     dtail = x.new_empty(0) if tail is None else torch.empty_like(tail)
     segments = -(-length // steps)
     partial = weight.new_empty(batch * segments, (taps + 1) * channels)
@@ -173,7 +177,7 @@ def _backward(
         (-(-threads // _THREADS), 1, 1), (_THREADS, 1, 1), 0, raw_stream(device),
         dy.data_ptr(), _pointer(dlast), x.data_ptr(), weight.data_ptr(), _pointer(bias),
         _pointer(tail), dx.data_ptr(), 0 if tail is None else dtail.data_ptr(), partial.data_ptr(),
-        dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), threads,
+        dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), dx.stride(0), dx.stride(1), threads,
         length, channels, steps, silu,
     )  # fmt: skip
     dweight, dbias = torch.empty_like(weight), weight.new_empty(channels)
@@ -201,8 +205,8 @@ _LIBRARY.define(
     "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dtail)",
     tags=_TAGS,
 )
-_LIBRARY.impl("causal_conv", _forward, "CUDA")
-_LIBRARY.impl("causal_conv_backward", _backward, "CUDA")
+_LIBRARY.impl("causal_conv", forward, "CUDA")
+_LIBRARY.impl("causal_conv_backward", backward, "CUDA")
 _conv = torch.ops.mambabyte.causal_conv.default
 _conv_backward = torch.ops.mambabyte.causal_conv_backward.default
 
@@ -249,19 +253,6 @@ class _Conv(torch.autograd.Function):
         return (*[gradient if needed else None for needed, gradient in wanted], None)
 
 
-class _ConvBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _conv_backward(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-        raise NotImplementedError(
-            "the fused causal convolution is differentiable once: use conv1d for second order"
-        )
-
-
 def _autocast(
     x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
@@ -273,5 +264,8 @@ def _autocast(
 
 
 _LIBRARY.impl("causal_conv", differentiable(_conv, _Conv), "Autograd")
-_LIBRARY.impl("causal_conv_backward", differentiable(_conv_backward, _ConvBackward), "Autograd")
+_LIBRARY.impl(
+    "causal_conv_backward",
+    once_only(_conv_backward, "the fused causal convolution", "conv1d"), "Autograd",
+)
 _LIBRARY.impl("causal_conv", _autocast, "AutocastCUDA")

@@ -35,7 +35,10 @@ struct Problem {
     i64 u_batch, u_time, delta_batch, delta_time, B_batch, B_time, C_batch, C_time, z_batch, z_time;
     i64 batch, length, channels, states, segment, segments, parts, pieces;
     i64 period;       // chunks after which another sequence begins, where several are folded into one
-    i64 chunk_bytes;  // from a chunk to the next one in a row-major bf16 array of the channels
+    // From a step of an output to the next one: of y, which is dense, or of du, ddelta and dz. The steps of a
+    // sequence follow those of the one before it.
+    i64 out_time;
+    i64 chunk_bytes;  // the same from chunk to chunk in bf16, in bytes
 };
 
 // What the backward reads besides the forward's inputs. dh_end may be null.
@@ -422,7 +425,7 @@ any_backward(Problem p, Upstream up, const float *checkpoints, const float *segm
         for (int j = CHUNK - 1; j >= 0; --j) {
             const i64 t = start + j;
             const bool valid = lane.active && t < lane.end;
-            const i64 at = (lane.batch * p.length + t) * p.channels + lane.channel;
+            const i64 at = (lane.batch * p.length + t) * p.out_time + lane.channel;
             float dy = read<T>(up.dout, lane.batch * up.dout_batch + t * up.dout_time + lane.channel,
                                valid);
             if (p.z) {
@@ -527,10 +530,11 @@ __device__ __forceinline__ void sum_rows(const RowSums &s, i64 block) {
     }
 }
 
-// dB, dC: (groups, rows, 2, NP) partial sums -> two (rows, states) outputs, by the first `blocks` blocks.
+// dB, dC: (groups, rows, 2, NP) partial sums -> two outputs of `states` columns, whose rows are `stride`
+// elements apart, by the first `blocks` blocks.
 template <typename T, int NP>
-__global__ void any_sums(const float *partial, i64 groups, i64 rows, i64 states, T *dB, T *dC, i64 blocks,
-                         RowSums others) {
+__global__ void any_sums(const float *partial, i64 groups, i64 rows, i64 states, T *dB, T *dC, i64 stride,
+                         i64 blocks, RowSums others) {
     if (blockIdx.x >= blocks) return sum_rows(others, blockIdx.x - blocks);
     const i64 index = i64(blockIdx.x) * blockDim.x + threadIdx.x, size = rows * 2 * NP;
     if (index >= size) return;
@@ -538,7 +542,7 @@ __global__ void any_sums(const float *partial, i64 groups, i64 rows, i64 states,
     if (n >= states) return;
     float sum = 0.f;
     for (i64 group = 0; group < groups; ++group) sum += partial[group * size + index];
-    put((which ? dC : dB) + row * states + n, sum);
+    put((which ? dC : dB) + row * stride + n, sum);
 }
 
 // =============================================================================================
@@ -1456,7 +1460,7 @@ tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::t
     before_next_kernel();
     l.fold<true>(p, g, A, (l.segment + 1) * p.parts, p.pieces, segment_g, segment_dt);
     // Where the lane's two channels of a row are in the outputs, in bytes.
-    i64 row = 2 * ((l.batch * p.length + l.begin + last + l.g) * p.channels + l.channel - l.g) + 4 * l.t;
+    i64 row = 2 * ((l.batch * p.length + l.begin + last + l.g) * p.out_time + l.channel - l.g) + 4 * l.t;
     partial_BC += ((l.group * p.batch + l.batch) * chunks + l.begin / CHUNK) * 64;
     u32 to_BC = opaque(u32((last / CHUNK + 2) * 64 + l.lane));  // two rounds ahead
 
@@ -1675,10 +1679,11 @@ tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::t
     if (l.segment == 0 && dh0) l.write_states(dh0, l.batch * p.channels + l.channel, g);
 }
 
-// Partial sums of tile_backward, (groups, batch, chunks, 2, 32 lanes, 4), to dB and dC. Lane 4 r + c
-// holds state r of steps 2c and 2c + 1 of its chunk, then state r + 8 of them.
+// Partial sums of tile_backward, (groups, batch, chunks, 2, 32 lanes, 4), to dB and dC, whose rows are
+// `stride` elements apart. Lane 4 r + c holds state r of steps 2c and 2c + 1 of its chunk, then state r + 8
+// of them.
 __global__ void tile_sums(const float4 *partial, i64 groups, i64 batch, i64 length, bf16 *dB, bf16 *dC,
-                          i64 blocks, RowSums others) {
+                          i64 stride, i64 blocks, RowSums others) {
     after_previous_kernel();
     if (blockIdx.x >= blocks) return sum_rows(others, blockIdx.x - blocks);
     const i64 chunks = (length + CHUNK - 1) / CHUNK, size = batch * chunks * 64;
@@ -1692,10 +1697,10 @@ __global__ void tile_sums(const float4 *partial, i64 groups, i64 batch, i64 leng
     const int lane = index & 31, c = lane & 3, r = lane >> 2;
     const i64 chunk = index / 64, b = chunk / chunks, t = chunk % chunks * CHUNK + 2 * c;
     if (t >= length) return;
-    bf16 *to = (index & 32 ? dC : dB) + (b * length + t) * 16 + r;
+    bf16 *to = (index & 32 ? dC : dB) + (b * length + t) * stride + r;
     put(to, sum.x);
     put(to + 8, sum.z);
     if (t + 1 >= length) return;
-    put(to + 16, sum.y);
-    put(to + 24, sum.w);
+    put(to + stride, sum.y);
+    put(to + stride + 8, sum.w);
 }

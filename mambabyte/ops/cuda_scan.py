@@ -22,7 +22,7 @@ from torch import Tensor
 from .kernel import Kernel, Program, encode_tiled, places_parameters, raw_stream
 
 CHUNK = 8  # steps between checkpoints, as in cuda_scan.cu
-_PROBLEM = "9P20q"
+_PROBLEM = "9P21q"
 _UPSTREAM = "2P2q"
 _MAP = 128  # bytes of a tensor map
 _MAPS = f"{6 * _MAP}s"
@@ -319,7 +319,8 @@ class _Scan:
     def plan_whole(self) -> Plan:
         return Plan(CHUNK * _ceil(self.length, CHUNK), 1, 1, 1)
 
-    def problem(self, plan: Plan) -> tuple[int, ...]:
+    def problem(self, plan: Plan, output: Tensor | None = None) -> tuple[int, ...]:
+        """``output`` is what the kernel writes a row a step of, if any."""
         rows = (self.u, self.delta, self.B, self.C, self.z)
         pointers = (*rows, self.A, self.D, self.bias, self.h0)
         strides = [
@@ -328,13 +329,15 @@ class _Scan:
             for s in ((0, 0) if x is None else (x.stride(0) * self.fold, x.stride(1)))
         ]
         sizes = (self.batch, self.length, self.channels, self.d_state)
+        out_time = 0 if output is None else output.stride(1)
         return (
             *map(_address, pointers),
             *strides,
             *sizes,
             *plan,
             self.period,
-            2 * CHUNK * self.channels,
+            out_time,
+            2 * CHUNK * out_time,
         )
 
     def blocks(self, warps: int, segments: int) -> int:
@@ -388,7 +391,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, 
         s.fold_sequences(s.blocks(warps, 1), resident)
         plan = s.plan_whole()
     states, dts = s.segment_buffers(plan)
-    problem = s.problem(plan)
+    problem = s.problem(plan, y)
     outputs = (_address(y), _address(final_state), _address(saved) if save else 0)
     if s.tile and segments > 1:
         s.carry(False, plan, (0, 0, 0, 0), states, dts)
@@ -408,9 +411,14 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, 
 
 
 def backward(
-    dy, dfinal_state, u, delta, A, B, C, D, z, delta_bias, initial_state, saved, delta_softplus
-):
-    """-> (du, ddelta, dA, dB, dC, dD, dz, dbias, dh0), None where the input was None."""
+    dy, dfinal_state, u, delta, A, B, C, D, z, delta_bias, initial_state, saved, delta_softplus,
+    into=None,
+):  # fmt: skip
+    """-> (du, ddelta, dA, dB, dC, dD, dz, dbias, dh0), None where the input was None.
+
+    ``into`` holds du, ddelta, dz, dB and dC to be filled, instead of new ones: columns of wider
+    dense tensors, one for the first three and one for the last two.
+    """
     batch, length, channels = u.shape
     d_state = A.shape[1]
 
@@ -419,10 +427,12 @@ def backward(
 
     rows = (dy, dfinal_state, u, delta, B, C, z, initial_state)  # what has a batch axis
     outputs = (
-        *(like(x, length, channels) for x in (u, delta, z)),
-        *(like(x, length, d_state) for x in (B, C)),
+        *(into or (
+            *(like(x, length, channels) for x in (u, delta, z)),
+            *(like(x, length, d_state) for x in (B, C)),
+        )),
         like(initial_state, channels, d_state, dtype=torch.float32),
-    )
+    )  # fmt: skip
     if saved.numel() > 0:
         sums = _backward(rows, A, D, delta_bias, saved, delta_softplus, outputs)
     else:
@@ -489,7 +499,7 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
         s.fold_sequences(s.blocks(warps, 1), resident)
         plan = s.plan_whole()
     states, dts = s.segment_buffers(plan)
-    problem = s.problem(plan)
+    problem = s.problem(plan, du)
     maps = s.maps(warps, dy) if s.tile else b""
     upstream = (_address(dy), _address(dh_end), dy.stride(0) * s.fold, dy.stride(1))
     padded_length = CHUNK * _ceil(s.length, CHUNK)
@@ -534,8 +544,8 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
     blocks = _ceil(values, 256)  # for dB and dC; the rest of the blocks add up dA, dD and dbias
     more_blocks = _ceil(width + 2 * s.channels, 32)
     _launch(
-        s.device, name, "P3q2Pq" + "3P3q3P", blocks + more_blocks, (256, 1), 0,
-        _address(partial_BC), *sizes, _address(dB), _address(dC), blocks,
+        s.device, name, "P3q2P2q" + "3P3q3P", blocks + more_blocks, (256, 1), 0,
+        _address(partial_BC), *sizes, _address(dB), _address(dC), dB.stride(1), blocks,
         *map(_address, partials), count, width, s.channels, *map(_address, sums),
         overlap=s.tile,
     )  # fmt: skip

@@ -338,19 +338,6 @@ class _Scan(torch.autograd.Function):
         return (*[gradient if needed else None for needed, gradient in wanted], None, None)
 
 
-class _ScanBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensors:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _scan_backward(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-        raise NotImplementedError(
-            "the fused selective scan is differentiable once: use form='chunked' for second order"
-        )
-
-
 def differentiable(operator: Any, function: Any) -> Any:
     """Kernel for the Autograd key: ``function`` where a gradient is wanted, else ``operator``."""
 
@@ -365,8 +352,28 @@ def differentiable(operator: Any, function: Any) -> Any:
     return call
 
 
+def once_only(operator: Any, what: str, instead: str) -> Any:
+    """Kernel for the Autograd key of an ``operator`` that is the backward of ``what``."""
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Tensors:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*args)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+            raise NotImplementedError(
+                f"{what} is differentiable once: use {instead} for second order")
+
+    return differentiable(operator, Backward)
+
+
 _LIBRARY.impl("selective_scan", differentiable(_scan, _Scan), "Autograd")
-_LIBRARY.impl("selective_scan_backward", differentiable(_scan_backward, _ScanBackward), "Autograd")
+_LIBRARY.impl(
+    "selective_scan_backward",
+    once_only(_scan_backward, "the fused selective scan", "form='chunked'"), "Autograd",
+)
 
 
 # ------------------------------------------------------------------------------------- autocast

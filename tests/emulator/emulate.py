@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 HERE = Path(__file__).parent
+TAPS = 4  # of the emulated convolution
 # The instruction that a piece of inline assembly is about -> its function in lanes.h. First match.
 INSTRUCTIONS = {
     r"^$": "nothing",

@@ -3,50 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from emulate import Emulator
+from emulate import TAPS
 from torch import Tensor
 
 from mambabyte.ops import cuda_conv
 from mambabyte.ops.causal_conv import causal_conv
 from mambabyte.smoke import relative_rms
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+    pytest.mark.usefixtures("convolution"),
+]
 LIMIT = {torch.float32: 1e-6, torch.bfloat16: 3e-3}
-TAPS = 4
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    folder = tmp_path_factory.mktemp("convolution")
-    given = f"#define TAPS {TAPS}\n#define AHEAD {cuda_conv._AHEAD}\n#define BLOCKS 1\n"
-    given += "#define __expf expf\n"
-    here = Path(cuda_conv.__file__).parent
-    sources = [(here / name).read_text() for name in ("cuda_types.cu", "cuda_conv.cu")]
-    (folder / "conv.cu").write_text(given + "\n".join(sources))
-    return Emulator(folder / "conv.cu", folder)
-
-
-@pytest.fixture(autouse=True)
-def _emulated(built: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    def kernel(name: str, dtype: torch.dtype, taps: int, width: int, device: object) -> object:
-        assert taps == TAPS
-        full = name if name == "conv_sums" else f"{name}<{cuda_conv.ELEMENTS[dtype]}, {width}>"
-
-        def launch(grid, block, shared, stream, *args) -> None:
-            built.launch(device, full, cuda_conv._PARAMETERS[name], grid[0], block[:2], shared,
-                         *args)
-
-        return SimpleNamespace(launch=launch)
-
-    monkeypatch.setattr(cuda_conv, "_kernel", kernel)
-    monkeypatch.setattr(cuda_conv, "_multiprocessors", lambda device: 1)
-    monkeypatch.setattr(cuda_conv, "raw_stream", lambda device: 0)
 
 
 def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -70,15 +42,15 @@ def test_parity(batch, length, channels, silu, dtype, carried) -> None:
     exact = [t.double().requires_grad_() for t in inputs]
     y, last = causal_conv(*exact)
     y = F.silu(y) if silu else y
-    found_y, found_last = cuda_conv._forward(x, weight, bias, tail, silu)
+    found_y, found_last = cuda_conv.forward(x, weight, bias, tail, silu)
     assert relative_rms(found_y, y.detach()) < LIMIT[dtype]
     assert torch.equal(found_last.double(), last.detach())
     upstream = ([y, last], [dy.double(), dlast.double()]) if carried else ([y], [dy.double()])
     true = torch.autograd.grad(upstream[0], exact, upstream[1])
-    found = cuda_conv._backward(dy, dlast, x, weight, bias, tail, silu)
+    found = cuda_conv.backward(dy, dlast, x, weight, bias, tail, silu)
     for name, one, two in zip(("x", "weight", "bias", "tail"), found, true, strict=False):
         assert relative_rms(one, two) < (1e-5 if one.dtype == torch.float32 else 3e-3), name
-    again = cuda_conv._backward(dy, dlast, x, weight, bias, tail, silu)
+    again = cuda_conv.backward(dy, dlast, x, weight, bias, tail, silu)
     assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True))
 
 
@@ -87,9 +59,9 @@ def test_what_is_not_a_number_stays_where_it_is() -> None:
     x, dy = made(1, 21, 4), made(1, 21, 4)
     weight = made(4, TAPS)
     x[0, 9, 2] = float("nan")
-    y, _ = cuda_conv._forward(x, weight, None, None, True)
+    y, _ = cuda_conv.forward(x, weight, None, None, True)
     assert y[0, :, 2].isnan().nonzero()[:, 0].tolist() == [9, 10, 11, 12]
     assert y[0, :, [0, 1, 3]].isfinite().all()
-    dx, *_ = cuda_conv._backward(dy, None, x, weight, None, None, True)
+    dx, *_ = cuda_conv.backward(dy, None, x, weight, None, None, True)
     assert dx[0, :, 2].isnan().nonzero()[:, 0].tolist() == list(range(6, 13))
     assert dx[0, :, [0, 1, 3]].isfinite().all()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-import struct
-from pathlib import Path
 
 import pytest
 import scan_cases
@@ -18,36 +16,6 @@ from mambabyte.ops import cuda_scan
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 make_inputs = functools.partial(scan_cases.make_inputs, device="cpu", dtype=torch.bfloat16)
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    source = Path(cuda_scan.__file__).with_name("cuda_scan.cu")
-    return Emulator(source, tmp_path_factory.mktemp("kernels"))
-
-
-def encode(
-    device: object, address: int, batch: int, length: int, channels: int, by_batch: int,
-    by_time: int, groups: int,
-) -> bytes:  # fmt: skip
-    """What lanes.h takes for a tensor map; refuses what the driver would."""
-    assert by_time > 0
-    assert by_batch > 0 or batch == 1
-    sizes, steps = (8, length, channels // 8, batch), (2 * by_time, 16, 2 * by_batch)
-    return struct.pack("<Q7Q4I", address, *sizes, *steps, 8, 8, groups, 1).ljust(128, b"\0")
-
-
-@pytest.fixture(params=["hopper", "older"])
-def emulator(
-    request: pytest.FixtureRequest, built: Emulator, monkeypatch: pytest.MonkeyPatch
-) -> Emulator:
-    monkeypatch.setattr(cuda_scan, "_launch", built.launch)
-    monkeypatch.setattr(cuda_scan, "_is_hopper", lambda device: request.param == "hopper")
-    monkeypatch.setattr(cuda_scan, "_takes_boxes", lambda device: request.param == "hopper")
-    monkeypatch.setattr(cuda_scan, "_encode", encode)
-    monkeypatch.setattr(cuda_scan, "_block_shared", lambda device: 227 << 10)
-    built.launched.clear()
-    return built
 
 
 def card(monkeypatch: pytest.MonkeyPatch, multiprocessors: int) -> None:

@@ -12,11 +12,13 @@ first byte past it.
 
 from __future__ import annotations
 
+import mixer_cases
 import pytest
 import torch
 from scan_cases import make_inputs, results
 
 from mambabyte.ops.cuda_conv import fused_causal_conv
+from mambabyte.ops.mixer import fused_mixer
 from mambabyte.ops.step import mamba_step, scan_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -42,6 +44,14 @@ def test_convolution(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     y, last = fused_causal_conv(x, weight, bias, tail)
     for gradient in torch.autograd.grad(y.sum() + last.sum(), (x, weight, bias, tail)):
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 37, 40, 8), (1, 1, 8, 8), (2, 20, 7, 3)])
+def test_mixer(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    inputs = mixer_cases.make_inputs(*shape, dtype=dtype)
+    for name, tensor in mixer_cases.results(fused_mixer, inputs).items():
+        assert tensor.isfinite().all(), name
 
 
 @pytest.mark.parametrize("channels", [40, 71])
