@@ -2,8 +2,8 @@
 
 ``torch.ops.mambabyte.mixer`` is the composition in :class:`mambabyte.blocks.MambaMixer` (the
 definition) of the same kernels: convolution with SiLU, two small products, gated scan. Forwards it
-saves nothing. Backwards each part leaves its gradients where the next product reads them, so that
-no pass over memory only adds two of them up or puts them side by side. They are columns of
+is no faster than that. Backwards each part leaves its gradients where the next product reads them,
+so that no pass over memory only adds two of them up or puts them side by side. They are columns of
 
 - ``d_rows`` (B, L, 3D): ddelta, later overwritten by dx | dz | du. The first two thirds are the
   gradient of xz; du takes up the gradient through ``x_proj`` within that product, in float32.
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops import cuda_conv
+from mambabyte.ops import cuda_conv, cuda_scan
 from mambabyte.ops.operator import MAX_STATES, Tensors, differentiable, once_only
 
 __all__ = ["fused_mixer"]
@@ -122,8 +122,6 @@ def forward(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
     dt_bias: Tensor, A: Tensor, D: Tensor, save: bool,
 ) -> Tensors:  # fmt: skip
-    from mambabyte.ops import cuda_scan
-
     x, z = xz.chunk(2, dim=-1)
     rank, states = dt_proj.shape[1], A.shape[1]
     u, tail = cuda_conv.forward(x, conv_weight, conv_bias, None, True)
@@ -141,8 +139,6 @@ def backward(
     conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
     u: Tensor, parts: Tensor, delta: Tensor, saved: Tensor,
 ) -> Tensors:  # fmt: skip
-    from mambabyte.ops import cuda_scan
-
     x, z = xz.chunk(2, dim=-1)
     widths = [dt_proj.shape[1], A.shape[1], A.shape[1]]
     low_rank, B, C = parts.split(widths, dim=-1)
@@ -185,8 +181,6 @@ def _forward_shapes(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
     dt_bias: Tensor, A: Tensor, D: Tensor, save: bool,
 ) -> Tensors:  # fmt: skip
-    from mambabyte.ops import cuda_scan
-
     batch, length, both = xz.shape
     channels, states = both // 2, A.shape[1]
     kept: list[tuple[int, ...]] = [(0,)] * 4
