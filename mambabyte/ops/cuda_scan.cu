@@ -1426,8 +1426,12 @@ tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::t
     const u32 both_at = opaque(Ring::STATES + doubled_row(l));
     const u32 along_at = opaque(Ring::STATES + matrix_row(l));
     const u32 saved_at = opaque(Ring::CHECKPOINTS + 256 * l.warp + 8 * l.lane);
-    // Mask i: lanes that own steps 2i and 2i + 1; lanes of their columns in a B operand.
-    const Masks owners(l.t), columns(l.g >> 1);
+    // Mask i: lanes that own steps 2i and 2i + 1; lanes of their columns in a B operand, used often
+    // enough for a register each.
+    const Masks owners(l.t);
+    u32 step[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) step[i] = opaque(l.g >> 1 == i ? ~0u : 0u);
     const u32 barriers = ring_room + Ring::BYTES + WARPS * TILE_ROOM;  // of even and of odd rounds
     const int length = int(l.end - l.begin), last = (length - 1) / CHUNK * CHUNK;
     const i64 chunks = (p.length + CHUNK - 1) / CHUNK;
@@ -1554,9 +1558,8 @@ tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::t
     __syncwarp();
     for (int at = last; at >= 0; at -= CHUNK) {
         // ---- forwards: h of the eight steps, y, the sums for dC
-        u32 own[4], step[4];
+        u32 own[4];
         owners.unpack(own);
-        columns.unpack(step);
         TileChannelSum for_C(now.dy);
         float h[9][4], a[8][4], dt[8], y[4] = {};
         get_steps(dt_from, dt);
@@ -1594,7 +1597,6 @@ tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::t
         for_C.store(stage + sums_to + 512);
 
         // ---- backwards, and the sums for dB
-        columns.unpack(step);
         TileChannelSum for_B(now.x);
         float v[4] = {}, through_decay[4] = {}, dys[8];
         get_steps(dt_from + 256, dys);
