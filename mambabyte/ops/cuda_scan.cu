@@ -1362,16 +1362,17 @@ tile_carry(Problem p, Upstream up, float *segment_x, float *segment_dt, i64 firs
 // Sums over a warp's channels, for dB and dC: weights[channel, step] state[channel, n, step].
 //
 // A lane's packed states, transposed with movmatrix, are an A operand: rows are states, k = 2t, 2t + 1
-// channels of one step, k = 2t + 8, 2t + 9 those of the step after next. The weights are the B operand,
-// with the eight steps as columns, all but 2i and 2i + 1 masked out, so that all even steps can share an
-// accumulator, and all odd ones another; columns of the other kind are dropped. The weights come in two
-// bf16 parts: of the factors only the state is rounded.
+// channels of one step, k = 2t + 8, 2t + 9 those of the step after next. The weights come in two bf16 parts,
+// so that of the factors only the state is rounded, and are the B operand: of even steps 2i the high part
+// is column 2i, the low part column 2i + 1, and the others are masked out, so that all even steps can share
+// an accumulator; odd steps 2i + 1 likewise have columns 2i and 2i + 1 of another one.
 struct TileChannelSum {
-    u32 high, low;  // weights
-    u32 s[2][4];    // operands of even and of odd steps
+    u32 of_even, of_odd;  // weights
+    u32 s[2][4];          // operands of even and of odd steps
     float even[4] = {}, odd[4] = {};
     __device__ __forceinline__ explicit TileChannelSum(const SplitPair &x)
-        : high(transpose_8x8(x.high)), low(transpose_8x8(x.low)) {}
+        : of_even(transpose_8x8(__byte_perm(x.high, x.low, 0x5410))),
+          of_odd(transpose_8x8(__byte_perm(x.high, x.low, 0x7632))) {}
     // The packed states of steps 2i, 2i + 1.
     __device__ __forceinline__ void take(int i, const u32 (&packed)[4]) {
         const int half = 2 * (i & 1);
@@ -1383,14 +1384,12 @@ struct TileChannelSum {
     }
     // Adds up what was taken of steps 2i .. 2i + 3.
     __device__ __forceinline__ void add(int i, const u32 (&step)[4]) {
-        mma(even, s[0][0], s[0][1], s[0][2], s[0][3], high & step[i], high & step[i + 1]);
-        mma(odd, s[1][0], s[1][1], s[1][2], s[1][3], high & step[i], high & step[i + 1]);
-        mma(even, s[0][0], s[0][1], s[0][2], s[0][3], low & step[i], low & step[i + 1]);
-        mma(odd, s[1][0], s[1][1], s[1][2], s[1][3], low & step[i], low & step[i + 1]);
+        mma(even, s[0][0], s[0][1], s[0][2], s[0][3], of_even & step[i], of_even & step[i + 1]);
+        mma(odd, s[1][0], s[1][1], s[1][2], s[1][3], of_odd & step[i], of_odd & step[i + 1]);
     }
     // Lane 4 r + c: state r of steps 2c and 2c + 1, state r + 8 of the same.
     __device__ __forceinline__ void store(u32 to) const {
-        store_shared(to, even[0], odd[1], even[2], odd[3]);
+        store_shared(to, even[0] + even[1], odd[0] + odd[1], even[2] + even[3], odd[2] + odd[3]);
     }
 };
 
