@@ -593,12 +593,8 @@ __device__ __forceinline__ void mma_k8(float (&d)[4], float a0, float a1, float 
         : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)),
           "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
-__device__ __forceinline__ void mma_k4(float (&d)[4], float a0, float a1, u32 b0) {
-    asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(b0));
-}
+// 1 where the mask's bits are set, else 0.
+__device__ __forceinline__ float ones(u32 mask) { return __uint_as_float(mask & 0x3f800000u); }
 
 __device__ __forceinline__ u32 transpose_8x8(u32 x) {
     u32 r;
@@ -1597,12 +1593,12 @@ tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::t
 
         // ---- backwards, and the sums for dB
         TileChannelSum for_B(now.x);
-        float v[4] = {}, through_decay[4] = {}, dys[8];
+        float v[4] = {}, through_decay[4] = {}, dys[8], d[4][2] = {};
         get_steps(dt_from + 256, dys);
         get_steps(dt_from, dt);  // again, rather than keeping it in registers
 #pragma unroll
         for (int i = 3; i >= 0; --i) {
-            float gh[2][4], d[2] = {};
+            float gh[2][4];
 #pragma unroll
             for (int odd = 1; odd >= 0; --odd) {
                 const int j = 2 * i + odd;
@@ -1616,7 +1612,7 @@ tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::t
                     g[k] = gh[odd][k] * a[j][k];
                     const float w = g[k] * h[j][k];  // d / d (dt A)
                     dA[k] = fmaf(w, dt[j], dA[k]);
-                    d[odd] = fmaf(w, A[k], d[odd]);
+                    d[i][odd] = fmaf(w, A[k], d[i][odd]);
                 }
             }
             u32 packed[4];
@@ -1626,7 +1622,8 @@ tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::t
             mma(v, packed[0], packed[1], packed[2], packed[3], now.along[0] & step[i],
                 now.along[1] & step[i]);
             // The lanes' sums over four states, added across t: ones in columns 2i and 2i + 1.
-            mma_k4(through_decay, d[0], d[1], step[i] & 0x3f800000u);
+            if (!(i & 1))
+                mma_k8(through_decay, d[i][0], d[i][1], d[i + 1][0], d[i + 1][1], ones(step[i]), ones(step[i + 1]));
         }
 
         // ---- outputs of the owner's two steps; the next chunk made ready
