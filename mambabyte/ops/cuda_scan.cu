@@ -597,12 +597,8 @@ __device__ __forceinline__ void mma_k8(float (&d)[4], float a0, float a1, float 
         : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)),
           "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
-__device__ __forceinline__ void mma_k4(float (&d)[4], float a0, float a1, u32 b0) {
-    asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(b0));
-}
+// 1 where the mask's bits are set, else 0.
+__device__ __forceinline__ float ones(u32 mask) { return __uint_as_float(mask & 0x3f800000u); }
 
 __device__ __forceinline__ u32 transpose_8x8(u32 x) {
     u32 r;
@@ -1366,16 +1362,17 @@ tile_carry(Problem p, Upstream up, float *segment_x, float *segment_dt, i64 firs
 // Sums over a warp's channels, for dB and dC: weights[channel, step] state[channel, n, step].
 //
 // A lane's packed states, transposed with movmatrix, are an A operand: rows are states, k = 2t, 2t + 1
-// channels of one step, k = 2t + 8, 2t + 9 those of the step after next. The weights are the B operand,
-// with the eight steps as columns, all but 2i and 2i + 1 masked out, so that all even steps can share an
-// accumulator, and all odd ones another; columns of the other kind are dropped. The weights come in two
-// bf16 parts: of the factors only the state is rounded.
+// channels of one step, k = 2t + 8, 2t + 9 those of the step after next. The weights come in two bf16 parts,
+// so that of the factors only the state is rounded, and are the B operand: of even steps 2i the high part
+// is column 2i, the low part column 2i + 1, and the others are masked out, so that all even steps can share
+// an accumulator; odd steps 2i + 1 likewise have columns 2i and 2i + 1 of another one.
 struct TileChannelSum {
-    u32 high, low;  // weights
-    u32 s[2][4];    // operands of even and of odd steps
+    u32 of_even, of_odd;  // weights
+    u32 s[2][4];          // operands of even and of odd steps
     float even[4] = {}, odd[4] = {};
     __device__ __forceinline__ explicit TileChannelSum(const SplitPair &x)
-        : high(transpose_8x8(x.high)), low(transpose_8x8(x.low)) {}
+        : of_even(transpose_8x8(__byte_perm(x.high, x.low, 0x5410))),
+          of_odd(transpose_8x8(__byte_perm(x.high, x.low, 0x7632))) {}
     // The packed states of steps 2i, 2i + 1.
     __device__ __forceinline__ void take(int i, const u32 (&packed)[4]) {
         const int half = 2 * (i & 1);
@@ -1387,14 +1384,12 @@ struct TileChannelSum {
     }
     // Adds up what was taken of steps 2i .. 2i + 3.
     __device__ __forceinline__ void add(int i, const u32 (&step)[4]) {
-        mma(even, s[0][0], s[0][1], s[0][2], s[0][3], high & step[i], high & step[i + 1]);
-        mma(odd, s[1][0], s[1][1], s[1][2], s[1][3], high & step[i], high & step[i + 1]);
-        mma(even, s[0][0], s[0][1], s[0][2], s[0][3], low & step[i], low & step[i + 1]);
-        mma(odd, s[1][0], s[1][1], s[1][2], s[1][3], low & step[i], low & step[i + 1]);
+        mma(even, s[0][0], s[0][1], s[0][2], s[0][3], of_even & step[i], of_even & step[i + 1]);
+        mma(odd, s[1][0], s[1][1], s[1][2], s[1][3], of_odd & step[i], of_odd & step[i + 1]);
     }
     // Lane 4 r + c: state r of steps 2c and 2c + 1, state r + 8 of the same.
     __device__ __forceinline__ void store(u32 to) const {
-        store_shared(to, even[0], odd[1], even[2], odd[3]);
+        store_shared(to, even[0] + even[1], odd[0] + odd[1], even[2] + even[3], odd[2] + odd[3]);
     }
 };
 
@@ -1430,8 +1425,12 @@ tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::t
     const u32 both_at = opaque(Ring::STATES + doubled_row(l));
     const u32 along_at = opaque(Ring::STATES + matrix_row(l));
     const u32 saved_at = opaque(Ring::CHECKPOINTS + 256 * l.warp + 8 * l.lane);
-    // Mask i: lanes that own steps 2i and 2i + 1; lanes of their columns in a B operand.
-    const Masks owners(l.t), columns(l.g >> 1);
+    // Mask i: lanes that own steps 2i and 2i + 1; lanes of their columns in a B operand, used often
+    // enough for a register each.
+    const Masks owners(l.t);
+    u32 step[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) step[i] = opaque(l.g >> 1 == i ? ~0u : 0u);
     const u32 barriers = ring_room + Ring::BYTES + WARPS * TILE_ROOM;  // of even and of odd rounds
     const int length = int(l.end - l.begin), last = (length - 1) / CHUNK * CHUNK;
     const i64 chunks = (p.length + CHUNK - 1) / CHUNK;
@@ -1558,9 +1557,8 @@ tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::t
     __syncwarp();
     for (int at = last; at >= 0; at -= CHUNK) {
         // ---- forwards: h of the eight steps, y, the sums for dC
-        u32 own[4], step[4];
+        u32 own[4];
         owners.unpack(own);
-        columns.unpack(step);
         TileChannelSum for_C(now.dy);
         float h[9][4], a[8][4], dt[8], y[4] = {};
         get_steps(dt_from, dt);
@@ -1598,14 +1596,13 @@ tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::t
         for_C.store(stage + sums_to + 512);
 
         // ---- backwards, and the sums for dB
-        columns.unpack(step);
         TileChannelSum for_B(now.x);
-        float v[4] = {}, through_decay[4] = {}, dys[8];
+        float v[4] = {}, through_decay[4] = {}, dys[8], d[4][2] = {};
         get_steps(dt_from + 256, dys);
         get_steps(dt_from, dt);  // again, rather than keeping it in registers
 #pragma unroll
         for (int i = 3; i >= 0; --i) {
-            float gh[2][4], d[2] = {};
+            float gh[2][4];
 #pragma unroll
             for (int odd = 1; odd >= 0; --odd) {
                 const int j = 2 * i + odd;
@@ -1619,7 +1616,7 @@ tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::t
                     g[k] = gh[odd][k] * a[j][k];
                     const float w = g[k] * h[j][k];  // d / d (dt A)
                     dA[k] = fmaf(w, dt[j], dA[k]);
-                    d[odd] = fmaf(w, A[k], d[odd]);
+                    d[i][odd] = fmaf(w, A[k], d[i][odd]);
                 }
             }
             u32 packed[4];
@@ -1629,7 +1626,8 @@ tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::t
             mma(v, packed[0], packed[1], packed[2], packed[3], now.along[0] & step[i],
                 now.along[1] & step[i]);
             // The lanes' sums over four states, added across t: ones in columns 2i and 2i + 1.
-            mma_k4(through_decay, d[0], d[1], step[i] & 0x3f800000u);
+            if (!(i & 1))
+                mma_k8(through_decay, d[i][0], d[i][1], d[i + 1][0], d[i + 1][1], ones(step[i]), ones(step[i + 1]));
         }
 
         // ---- outputs of the owner's two steps; the next chunk made ready
