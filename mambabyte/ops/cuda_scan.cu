@@ -1170,12 +1170,18 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, const float 
         float y0 = 0.f, y1 = 0.f;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            float first[4], second[4], sum[4] = {};
+            // The decays first: the special functions are what the forward waits for.
+            float decay[2][4], first[4], second[4], sum[4] = {};
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                decay[0][k] = exp2_approx(A[k] * dt[2 * i]);
+                decay[1][k] = exp2_approx(A[k] * dt[2 * i + 1]);
+            }
             outer(now.x.high, now.x.low, own[i], B, first, second);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-                first[k] = fmaf(exp2_approx(A[k] * dt[2 * i]), h[k], first[k]);
-                second[k] = fmaf(exp2_approx(A[k] * dt[2 * i + 1]), first[k], second[k]);
+                first[k] = fmaf(decay[0][k], h[k], first[k]);
+                second[k] = fmaf(decay[1][k], first[k], second[k]);
                 h[k] = second[k];
             }
             const float c[4] = {low_bf16(C[0]), high_bf16(C[0]), low_bf16(C[1]), high_bf16(C[1])};

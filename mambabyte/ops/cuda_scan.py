@@ -28,10 +28,10 @@ _MAP = 128  # bytes of a tensor map
 _MAPS = f"{6 * _MAP}s"
 _C_TYPE = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _ANY_WARPS = 4  # warps a block
-# Warps a block and blocks a multiprocessor: what the register files hold at 80, 80, 96 and 168
-# registers a thread.
-_FORWARD_SHAPES = ((24, 1), (12, 2), (4, 5))
-_BACKWARD_SHAPES = ((12, 1), (6, 2), (4, 3))
+# Warps a block and blocks a multiprocessor: what the register files hold at 80, 80, 128 and 96
+# registers a thread in the forward, 168 (192 for eight warps) in the backward.
+_FORWARD_SHAPES = ((24, 1), (12, 2), (8, 2), (4, 5))
+_BACKWARD_SHAPES = ((12, 1), (8, 1), (6, 2), (4, 3))
 _CARRY_WARPS = 4
 _CARRY_WANTED = 24  # warps a multiprocessor
 
@@ -112,6 +112,8 @@ def _tile_forward_shape(device: int, tiles: int, rows: int) -> tuple[int, int]:
     for warps, resident in _FORWARD_SHAPES[:-1]:
         blocks = _ceil(tiles, warps) * rows
         rounds = _ceil(blocks, _multiprocessors(device))
+        if warps == 8 and rounds > resident:
+            continue  # with 16 warps a multiprocessor the fewest: it pays in the only round alone
         busy = tiles * rows / (rounds * _multiprocessors(device) * warps)
         if busy >= 0.9 and _tile_forward_shared(warps) <= _block_shared(device):
             return warps, resident
