@@ -167,6 +167,19 @@ def test_study_without_a_run_breaks_the_build_and_marks_a_draft(world):
     assert "No finished run" in page
 
 
+def test_a_draft_computes_and_links_where_a_study_is_missing(world):
+    world.section("summary", "{{ (value('tiny.slope') / value('tiny.peak')) | fixed(1) }} "
+                  "{{ 1000 * value('tiny.slope') - 1 }} {{ -value('tiny.slope') }} "
+                  "{% if value('tiny.slope') > 1 %}much{% endif %} [see](#tiny-figure-times)")
+    page = world.build(draft=True)
+    assert page.count("[missing: tiny.slope]") >= 3
+    assert "much" not in page
+    world.run()
+    world.section("summary", "[see](#tiny-figure-absent)")
+    with pytest.raises(UserError, match="#tiny-figure-absent, which does not exist"):
+        world.build()
+
+
 def test_full_profile_speaks_before_quick_and_newer_before_older(world):
     def slope(value):
         return {"values": {"slope": {"value": value}}}
