@@ -153,6 +153,7 @@ def build(
     torch.manual_seed(seed)
     if config is None:
         assert ngram is not None
+        report(f"counting {len(text):,} bytes")
         counts = count(text, ngram.order, ngram.discount, device, continuation=ngram.continuation)
         return Fit(NgramLM(counts).eval(), 0, 0, 0, counts.n_bytes, {})
     if ngram is not None and ngram.guide_share:
@@ -171,6 +172,7 @@ def build(
             weight = _weight_on(model, NgramLM(part), bytes(data[len(data) - held :]))
             del part
             notes["ngram_weight"] = weight
+        report(f"counting {len(text):,} bytes")
         counts = count(text, ngram.order, ngram.discount, device, continuation=ngram.continuation)
         table_bytes = counts.n_bytes
         result = Mixture(model, counts, weight)
@@ -183,6 +185,7 @@ def _build_guided(
     report: Report,
 ) -> Fit:
     def counted(data: Tensor) -> Guide:
+        report(f"counting {len(data):,} bytes")
         return Guide(count(data, ngram.order, ngram.discount, text.device,
                            continuation=ngram.continuation))
 
@@ -309,6 +312,7 @@ def run_task(
         row |= {"held_out_accuracy": result.char_accuracy,
                 "held_out_bits_per_byte": result.bits_per_byte}
     for name, data in splits.items():
+        report(f"scoring {name}")
         result = score(fitted.model, data, characters)
         row |= {f"{name}_accuracy": result.char_accuracy,
                 f"{name}_bits_per_byte": result.bits_per_byte,
