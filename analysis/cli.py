@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args[0] not in COMMANDS:
         return _fail(f"there is no command {args[0]!r}: choose one of {', '.join(COMMANDS)}")
+    if hasattr(sys.stdout, "reconfigure"):  # text that a terminal's encoding lacks is shown as ?
+        sys.stdout.reconfigure(errors="replace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note  # type: ignore[assignment]
@@ -51,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader went away, as in `mambabyte generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _fail(f"no room left ({error.strerror}); what was finished is kept: make room and "
+                     "run it again, with --resume where it has it")
 
 
 def _fail(message: str) -> int:

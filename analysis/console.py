@@ -43,6 +43,13 @@ class Bar:
         if self._live:
             self._live.stop()
 
+    def stage(self, title: str) -> None:
+        """Go on to other work, shown from 0 under ``title``; nothing happens where it is shown."""
+        if title != self.title:
+            self.title, self._tenth = title, 0
+            if self._live:
+                self._live.update(self._task, description=title, completed=0.0, note="")
+
     def __call__(self, done: float, note: str = "", *, line: bool = False) -> None:
         """``done`` in [0, 1]; off a terminal a line is printed every tenth, or always if asked."""
         if self._live:

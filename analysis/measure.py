@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from analysis.records import write_record_file
 from analysis.results import load_run
 from analysis.studies import STUDIES, Study, get_study, profile_parameters, validate
 from mambabyte.errors import UserError
-from mambabyte.files import make_dir
+from mambabyte.files import check_file
 
 
 def run_notebook(study: Study, parameters: Mapping[str, Any], folder: Path) -> Path:
@@ -47,15 +48,22 @@ def measure(study: Study, parameters: Mapping[str, Any], out: Path, *, title: st
     """Run a study and keep it as the record ``out`` (a path that ends in .json).
 
     ``keep`` are patterns of the values, tables and figures that it is to hold, all when empty.
+    Raises UserError for an ``out`` that cannot be written, before anything runs, and for a pattern
+    that nothing fits, after: the finished run is then left beside ``out``.
     """
     if out.suffix != ".json":
         raise UserError(f"{out}: a record is a .json file")
-    make_dir(out.parent)  # fails now rather than after the run
+    check_file(out)  # fails now rather than after the run
     with tempfile.TemporaryDirectory() as temporary:
         folder = run_notebook(study, parameters, Path(temporary) / "run")
-        return write_record_file(folder, out.stem, title=title or study.title,
-                                 about=about or study.question, folder=out.parent,
-                                 keep=keep)
+        try:
+            return write_record_file(folder, out.stem, title=title or study.title,
+                                     about=about or study.question, folder=out.parent,
+                                     keep=keep)
+        except UserError as error:  # such as a pattern that nothing fits: the run took hours
+            kept = out.with_suffix(".run")
+            shutil.copytree(folder, kept, dirs_exist_ok=True)
+            raise UserError(f"{error}; what was measured is kept in {kept}") from None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -121,6 +121,9 @@ def validate(
             raise UserError(
                 f"{study.name} parameter {name}: got {value!r}, expected {_type_name(hints[name])}"
                 f", e.g. {_example(profile_parameters(study)[name])}") from None
+    if parameters.get("seed", 0) < 0:
+        raise UserError(f"{study.name} parameter seed: got {parameters['seed']}, expected 0 or "
+                        "more")
     # The dataclass may check more than types, e.g. that a size is positive.
     return _plain(make_parameters(study, parameters))
 

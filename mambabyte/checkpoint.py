@@ -19,6 +19,11 @@ from mambabyte.errors import UserError
 from mambabyte.files import whole_dir, write_json
 from mambabyte.model import ByteLM
 
+_OTHER = ("the file is missing, truncated or damaged; use another checkpoint, or delete this one "
+          "to resume from the one before")
+# what a resumed run needs of progress.json; "joules" may be null besides
+_PROGRESS = {"step": int, "seconds": int | float, "train": dict}
+
 
 def load_model(path: Path | str, device: str = "cpu") -> ByteLM:
     """The model of a checkpoint folder, or of the newest checkpoint in a run folder.
@@ -44,15 +49,23 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def load_config(folder: Path) -> ModelConfig:
+    """The model configuration of a checkpoint; UserError for a file that does not hold one."""
+    path = folder / "config.json"
+    values = _load_object(path)
+    unknown = sorted(values.keys() - {f.name for f in fields(ModelConfig)})
+    if unknown:
+        raise UserError(f"{path} has unknown fields {', '.join(unknown)}: the checkpoint is of "
+                        "another version of this package, or was edited")
     try:
-        values = json.loads((folder / "config.json").read_text())
-        known = {f.name for f in fields(ModelConfig)}
-        if set(values) - known:
-            raise UserError(f"{folder}/config.json has unknown fields "
-                            f"{', '.join(sorted(set(values) - known))}")
+        for f in fields(ModelConfig):
+            # Sizes go to torch as they are: a 3.5 would end there, far from its cause.
+            if isinstance(f.default, int) and f.name in values and not isinstance(
+                    values[f.name], int):
+                raise TypeError(f"{f.name} is {values[f.name]!r}, expected a whole number")
         return ModelConfig(**values)
-    except (OSError, json.JSONDecodeError, TypeError) as error:
-        raise UserError(f"{folder}/config.json cannot be read: {error}") from None
+    except TypeError as error:
+        raise UserError(f"{path} is not a model configuration ({error}): use another "
+                        "checkpoint") from None
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -98,14 +111,18 @@ def load_training(
     folder: Path, model: ByteLM, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """Restore model and optimizer from a checkpoint folder; returns its progress record."""
-    if load_config(folder) != model.config:
-        raise UserError(f"{folder} was trained with another model configuration: resume with the "
-                        "same preset and options, or choose another run folder")
+    saved, given = asdict(load_config(folder)), asdict(model.config)
+    changed = [f"{k} {saved[k]!r}, now {given[k]!r}" for k in given if saved[k] != given[k]]
+    if changed:
+        raise UserError(f"{folder} was trained with another model configuration "
+                        f"({'; '.join(changed[:3])}{'; ...' if len(changed) > 3 else ''}): resume "
+                        "with the same preset and options, or choose another run folder")
     load_weights(model, folder)
-    try:
-        progress = json.loads((folder / "progress.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder}/progress.json cannot be read: {error}") from None
+    path = folder / "progress.json"
+    progress = _load_object(path)
+    wrong = [key for key, kind in _PROGRESS.items() if not isinstance(progress.get(key), kind)]
+    if wrong:
+        raise UserError(f"{path} does not say {', '.join(wrong)} as it should: {_OTHER}")
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _load_tensors(folder / "optimizer.safetensors").items():
         index, _, key = name.partition(".")
@@ -123,13 +140,25 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _load_object(path: Path) -> dict[str, Any]:
+    """A JSON object; UserError for anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {_OTHER}") from None
+    except ValueError as error:  # no JSON, or no text at all
+        raise UserError(f"{path} cannot be read ({error}): {_OTHER}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, expected an object: {_OTHER}")
+    return values
+
+
 def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read ({first}): the file is missing or truncated; use "
-                        "another checkpoint") from None
+        raise UserError(f"{path} cannot be read ({first}): {_OTHER}") from None
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,11 @@ from mambabyte.ops import FORMS
 MIXERS = {"M": "selective SSM", "A": "causal attention"}
 
 
+def _at_least_zero(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise UserError(f"{name} is {value}: it must be a finite number, 0 or more")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of a byte-level language model.
@@ -63,20 +68,27 @@ class ModelConfig:
     scan_chunk: int | None = None
 
     def __post_init__(self) -> None:
-        letters = set(self.layer_pattern)
-        if not letters or letters - MIXERS.keys():
+        if not self.layer_pattern or set(self.layer_pattern) - MIXERS.keys():
             raise UserError(
-                f"layer_pattern {self.layer_pattern!r} has letters other than "
-                f"{', '.join(MIXERS)}: write M for an SSM layer and A for attention, e.g. MMMA"
+                f"layer_pattern is {self.layer_pattern!r}: write M for an SSM layer and A for "
+                "attention, at least one of them and nothing else, e.g. MMMA"
             )
         for name in ("vocab_size", "d_model", "n_layer", "d_state", "d_conv", "expand",
                      "n_head", "n_kv_head", "attention_window"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("mlp_ratio", "embed_std", "logit_softcap"):
+            _at_least_zero(name, getattr(self, name))
+        if not (math.isfinite(self.rope_base) and self.rope_base > 0):
+            raise UserError(f"rope_base is {self.rope_base}: it must be a finite number above 0")
+        if self.scan_chunk is not None and self.scan_chunk < 1:
+            raise UserError(f"scan_chunk is {self.scan_chunk}: it must be at least 1, or None for "
+                            "the form's own")
         if isinstance(self.dt_rank, int) and self.dt_rank < 1:
             raise UserError(f"dt_rank is {self.dt_rank}: give a positive rank, 'auto' or 'full'")
-        if not 0 < self.dt_min <= self.dt_max:
-            raise UserError(f"dt_min {self.dt_min} and dt_max {self.dt_max}: 0 < dt_min <= dt_max")
+        if not 0 < self.dt_min <= self.dt_max < math.inf:
+            raise UserError(f"dt_min {self.dt_min} and dt_max {self.dt_max}: they must be finite, "
+                            "with 0 < dt_min <= dt_max")
         if not 0 < self.rope_fraction <= 1:
             raise UserError(f"rope_fraction is {self.rope_fraction}: it must be in (0, 1]")
         if "A" in self.layers:
@@ -199,9 +211,11 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         for name in ("lr", "muon_lr", "weight_decay", "grad_clip", "max_seconds", "idle_watts"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{name} is {value}: it must be a finite number, 0 or more")
+            _at_least_zero(name, getattr(self, name))
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas are {self.betas}: both must be in [0, 1)")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}: it must be 0 or more")
         if not 0 <= self.warmup_fraction <= 1:
             raise UserError(f"warmup_fraction is {self.warmup_fraction}: it must be in [0, 1]")
         for first, full in (("first_context", "context"), ("first_batch_size", "batch_size")):

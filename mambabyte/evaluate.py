@@ -59,12 +59,15 @@ def byte_log_probs(
     return torch.cat(parts)
 
 
-def bits_per_byte(model: ByteModel, data: bytes | np.ndarray, window: int = 8192) -> float:
+def bits_per_byte(
+    model: ByteModel, data: bytes | np.ndarray, window: int = 8192,
+    report: Callable[[float], None] = lambda done: None,
+) -> float:
     """Mean -log2 p over the bytes of ``data``, each given all before it."""
     data = bytes(data)
     if not data:
         raise UserError("there is nothing to score: the text is empty")
-    log_probs = byte_log_probs(model, data, window)
+    log_probs = byte_log_probs(model, data, window, report)
     picked = log_probs[torch.arange(len(data)), torch.tensor(list(data))]
     return float(-picked.double().mean() / math.log(2))
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from mambabyte.errors import UserError
 
@@ -21,17 +25,43 @@ def cache_dir() -> Path:
     return Path(root) / "mambabyte"
 
 
+# What the machine says when it is not the program's fault: full, over quota or over the limit of a
+# file's size, read-only, forbidden, and a folder where a file should be or the reverse.
+_NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+                 errno.EISDIR, errno.ENOTDIR}
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """UserError where ``path`` cannot be written for want of room or right."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = getattr(error, "errno", None)
+        if isinstance(error, SafetensorError):  # has the machine's answer in its text alone
+            found = re.search(r"os error (\d+)", str(error))
+            code = int(found[1]) if found else None
+        if code not in _NOT_WRITABLE:
+            raise
+        raise UserError(f"cannot write {path}: {os.strerror(code)}; nothing of it was left there. "
+                        "Make room, or choose another place") from None
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that replaces it when the block ends without an error."""
-    make_dir(path.parent)
+    """A temporary path beside ``path`` that replaces it when the block ends without an error.
+
+    Raises UserError where it cannot be written: a folder of that name, no right, no room.
+    """
+    check_file(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+        with _writing(path):
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -42,11 +72,12 @@ def whole_dir(path: Path) -> Iterator[Path]:
     make_dir(path.parent)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        with _writing(path):
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -54,6 +85,14 @@ def whole_dir(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def check_file(path: Path) -> None:
+    """Make the folder of ``path``; UserError where a file cannot be written there. Worth asking
+    before a long computation whose result goes there."""
+    make_dir(path.parent)
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
 
 
 def make_dir(path: Path) -> None:

@@ -14,10 +14,12 @@ import importlib.util
 import inspect
 import os
 import sys
+import traceback
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,13 +112,16 @@ def check(path: Path, text: str = TINY_TEXT, contract: Contract = "distribution"
     try:
         spec = importlib.util.spec_from_file_location("submission_under_check", path)
         if spec is None or spec.loader is None or not path.is_file():
-            raise UserError(f"{path} is not a Python file")
+            raise UserError(f"{path} is not a Python file: give a submission, a file that ends in "
+                            ".py")
         submission = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(submission)
+        with _blamed(path, "importing it"):
+            spec.loader.exec_module(submission)
         if not callable(getattr(submission, "train", None)):
             raise UserError(f"{path} defines no function train(train_text, valid_text=None)")
-        inspect.signature(submission.train).bind(text, None)
-        model = submission.train(text)
+        with _blamed(path, "calling train(train_text, valid_text=None)"):
+            inspect.signature(submission.train).bind(text, None)
+            model = submission.train(text)
     finally:
         if before is None:
             del sys.modules["wikitext"]
@@ -125,13 +130,32 @@ def check(path: Path, text: str = TINY_TEXT, contract: Contract = "distribution"
     if not isinstance(model, module.CharModel):
         raise UserError(f"{path}: train returned {type(model).__name__}, which is no CharModel")
     met: set[Contract] = set()
-    model.reset()
-    for char in text[:20]:
-        met.add(_met(path, model.predict()))
-        model.observe(char)
+    with _blamed(path, "asking its model"):
+        model.reset()
+        for char in text[:20]:
+            met.add(_met(path, model.predict()))
+            model.observe(char)
     if len(met) != 1:
         raise UserError(f"{path}: predict() returns now a character, now a distribution")
     return met.pop()
+
+
+@contextmanager
+def _blamed(path: Path, doing: str) -> Iterator[None]:
+    """Whatever the submission raises as a UserError that names the line of its file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [str(f.lineno) for f in traceback.extract_tb(error.__traceback__)
+                 if Path(f.filename).resolve() == path.resolve()]
+        if isinstance(error, SyntaxError):
+            lines = [str(error.lineno)]
+        where = f", line {lines[-1]}" if lines else ""
+        what = error.msg if isinstance(error, SyntaxError) else str(error).partition("\n")[0]
+        raise UserError(f"{path}{where}: {doing} failed with {type(error).__name__}: "
+                        f"{what}") from error
 
 
 def _met(path: Path, got: Any) -> Contract:

@@ -34,6 +34,7 @@ from mambabyte.files import whole_file
 from mambabyte.text import START_BYTE
 
 V = 256
+MAX_ORDER = 255  # lengths of common prefixes are kept in a byte
 DISCOUNT = 0.5
 _WORD = 7  # bytes of a sort key in one int64, so that none is negative
 _ROWS = 4096  # contexts whose (V,) distributions are computed at a time
@@ -141,20 +142,27 @@ class NgramModel:
         tokens = torch.from_numpy(whole).to(self.device)
         return tokens[: len(tokens) - 1].unfold(0, width, 1) if width else tokens[:, None][:, :0]
 
-    def scores_by_order(self, data: bytes | np.ndarray) -> list[dict[str, float]]:
-        """Bits per byte and greedy byte accuracy on ``data`` of every order from 1 on."""
+    def scores_by_order(
+        self, data: bytes | np.ndarray, report: Callable[[float], None] = lambda done: None
+    ) -> list[dict[str, float]]:
+        """Bits per byte and greedy byte accuracy on ``data`` of every order from 1 on.
+
+        ``report`` is called with the share done.
+        """
         if not len(data):
             raise UserError("there is nothing to score: the text is empty")
         target = torch.tensor(bytearray(data), device=self.device).long()
         bits = torch.zeros(self.order, dtype=torch.float64, device=self.device)
         right = torch.zeros_like(bits)
-        rows = _ROWS // 4
+        rows, done = _ROWS // 4, 0
         for contexts, wanted in zip(self.contexts(data).split(rows), target.split(rows),
                                     strict=True):
             p = self.probabilities(contexts, orders=True)  # (order, rows, V)
             index = wanted.expand(self.order, -1)[:, :, None]
             bits -= p.gather(2, index)[:, :, 0].log2().sum(1)
             right += (p.argmax(2) == wanted).sum(1)
+            done += len(wanted)
+            report(done / len(target))
         return [{"order": i + 1, "bits_per_byte": float(bits[i]) / len(target),
                  "byte_accuracy": float(right[i]) / len(target)} for i in range(self.order)]
 
@@ -198,10 +206,10 @@ def count(
     Without ``continuation`` shorter contexts count occurrences too: plain absolute discounting.
     The work is sorting, on ``device``: by torch on a GPU, about 60 bytes of memory a byte of text
     at the peak; in C on the CPU where there is a compiler, else by torch too, five times slower.
-    Raises UserError for an empty text, an order below 1 or a discount outside (0, 1).
+    Raises UserError for an empty text, an order outside [1, 255] or a discount outside (0, 1).
     """
-    if order < 1:
-        raise UserError(f"order is {order}: it must be at least 1")
+    if not 1 <= order <= MAX_ORDER:
+        raise UserError(f"order is {order}: it must be from 1 to {MAX_ORDER}")
     if not 0 < discount < 1:
         raise UserError(f"discount is {discount}: it must be between 0 and 1")
     if not len(data):

@@ -205,15 +205,17 @@ class CharModel:
 
 
 def generate(
-    model: ByteModel, prompt: str = "", max_bytes: int = 256, temperature: float = 1.0,
+    model: ByteModel, prompt: str | bytes = "", max_bytes: int = 256, temperature: float = 1.0,
     top_k: int = 0, top_p: float = 1.0, seed: int = 0,
 ) -> Iterator[str]:
     """Yield text as it comes, whole characters only. Temperature 0 is greedy.
 
+    A prompt may be any bytes, UTF-8 or not: the model reads bytes.
+
     The same seed gives the same text on the same kind of device.
     """
     stream = ByteStream(model.eval())
-    stream.feed(prompt.encode("utf-8"))
+    stream.feed(prompt.encode("utf-8") if isinstance(prompt, str) else prompt)
     decoder = Utf8Stream()
     for data in stream.draw(max_bytes, temperature, top_k, top_p, seed):
         text = decoder.feed(data)

@@ -35,6 +35,7 @@ CAP_SECONDS = 300.0
 IDLE_WATTS = 50.0  # what the published figures subtract
 HELD_OUT_BYTES = 200_000  # end of the training text, for choices; then trained on by nobody
 _LOG_EVERY = 50
+_TELL_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,20 @@ def get_system(name: str) -> System:
     return SYSTEMS[name]
 
 
-def build(system: System, data: bytes | np.ndarray, device: str = "cpu", seed: int = 0) -> Fit:
+Report = Callable[[str], None]
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def build(
+    system: System, data: bytes | np.ndarray, device: str = "cpu", seed: int = 0,
+    report: Report = _silent,
+) -> Fit:
     """Train ``system`` on ``data``, all of it counted from this call on. Deterministic but for the
-    clock. A tiny corpus, or SMOKE_TEST_ONLY=1, selects the smoke configuration."""
+    clock. A tiny corpus, or SMOKE_TEST_ONLY=1, selects the smoke configuration. ``report`` gets a
+    line now and then while it trains."""
     began = time.perf_counter()
     data = np.frombuffer(bytes(data), np.uint8) if not isinstance(data, np.ndarray) else data
     if len(data) < 64:
@@ -141,14 +153,15 @@ def build(system: System, data: bytes | np.ndarray, device: str = "cpu", seed: i
     torch.manual_seed(seed)
     if config is None:
         assert ngram is not None
+        report(f"counting {len(text):,} bytes")
         counts = count(text, ngram.order, ngram.discount, device, continuation=ngram.continuation)
         return Fit(NgramLM(counts).eval(), 0, 0, 0, counts.n_bytes, {})
     if ngram is not None and ngram.guide_share:
-        return _build_guided(config, recipe, ngram, text, held, began)
+        return _build_guided(config, recipe, ngram, text, held, began, report)
 
     model = ByteLM(config).to(device)
     steps, notes = fit(model, model,
-                       Windows(text[: len(text) - held], recipe.context), recipe, began)
+                       Windows(text[: len(text) - held], recipe.context), recipe, began, report)
     result: ByteModel = model
     table_bytes = 0
     if ngram is not None:
@@ -159,6 +172,7 @@ def build(system: System, data: bytes | np.ndarray, device: str = "cpu", seed: i
             weight = _weight_on(model, NgramLM(part), bytes(data[len(data) - held :]))
             del part
             notes["ngram_weight"] = weight
+        report(f"counting {len(text):,} bytes")
         counts = count(text, ngram.order, ngram.discount, device, continuation=ngram.continuation)
         table_bytes = counts.n_bytes
         result = Mixture(model, counts, weight)
@@ -167,9 +181,11 @@ def build(system: System, data: bytes | np.ndarray, device: str = "cpu", seed: i
 
 
 def _build_guided(
-    config: ModelConfig, recipe: TrainConfig, ngram: Ngram, text: Tensor, held: int, began: float
+    config: ModelConfig, recipe: TrainConfig, ngram: Ngram, text: Tensor, held: int, began: float,
+    report: Report,
 ) -> Fit:
     def counted(data: Tensor) -> Guide:
+        report(f"counting {len(data):,} bytes")
         return Guide(count(data, ngram.order, ngram.discount, text.device,
                            continuation=ngram.continuation))
 
@@ -180,7 +196,7 @@ def _build_guided(
     windows = GuidedWindows(text[cut:end], guide, recipe.context)
     notes = {"seconds_before_training": time.perf_counter() - began,
              "hint_bytes": windows.n_bytes}
-    steps, more = fit(model, model.lm, windows, recipe, began)
+    steps, more = fit(model, model.lm, windows, recipe, began, report)
     del windows
     if ngram.recount:
         del guide
@@ -192,10 +208,11 @@ def _build_guided(
 
 def fit(
     model: ByteLM | GuidedLM, network: ByteLM, windows: Windows | GuidedWindows,
-    recipe: TrainConfig, began: float,
+    recipe: TrainConfig, began: float, report: Report = _silent,
 ) -> tuple[int, dict[str, Any]]:
     """Run the recipe; returns the steps done and notes. ``began``: perf_counter at the start, from
-    which ``max_seconds`` counts. Raises NonFiniteError when it diverges."""
+    which ``max_seconds`` counts. ``report`` gets a line every two seconds of steps issued, which
+    the device need not have ended. Raises NonFiniteError when it diverges."""
     if len(windows.text) < recipe.context + 1:
         raise UserError(f"context {recipe.context} does not fit into {len(windows.text)} bytes: "
                         "choose a shorter one or a larger corpus")
@@ -209,12 +226,16 @@ def fit(
                     window_starts(len(windows.text), recipe), recipe,
                     capture=on_cuda and recipe.step != "eager")
     model.train()
-    losses, done, first_log = [], 0, 0.0
+    losses, done, first_log, told = [], 0, 0.0, 0.0
     for done in range(1, recipe.n_steps + 1):
         elapsed = time.perf_counter() - began
         if recipe.max_seconds and elapsed >= recipe.max_seconds:
             done -= 1
             break
+        if elapsed >= told + _TELL_SECONDS:
+            told = elapsed
+            report(f"step {done} of {recipe.n_steps}, {elapsed:.0f} s"
+                   + (f" of at most {recipe.max_seconds:.0f}" if recipe.max_seconds else ""))
         step(schedule(done - 1, recipe, elapsed))
         # The host may run ahead of the device by a whole run: look at it now and then.
         if done % _LOG_EVERY == 0:
@@ -250,7 +271,7 @@ def _weight_on(model: ByteModel, counted: NgramLM, held: bytes) -> float:
 def run_task(
     system: System, train_data: bytes | np.ndarray, splits: dict[str, np.ndarray], *,
     device: str = "cpu", seed: int = 0, idle_watts: float = IDLE_WATTS,
-    characters: int = TASK_CHARACTERS, report: Callable[[str], None] = lambda line: None,
+    characters: int = TASK_CHARACTERS, report: Report = _silent,
 ) -> dict[str, Any]:
     """Train and score one system with one seed; returns the row of the result table.
 
@@ -263,7 +284,7 @@ def run_task(
         torch.cuda.reset_peak_memory_stats()
     meter = EnergyMeter(device, idle_watts)
     try:
-        fitted: Fit | None = build(system, train_data, device, seed)
+        fitted: Fit | None = build(system, train_data, device, seed, report)
         failure = None
         if on_cuda:
             torch.cuda.synchronize()
@@ -291,6 +312,7 @@ def run_task(
         row |= {"held_out_accuracy": result.char_accuracy,
                 "held_out_bits_per_byte": result.bits_per_byte}
     for name, data in splits.items():
+        report(f"scoring {name}")
         result = score(fitted.model, data, characters)
         row |= {f"{name}_accuracy": result.char_accuracy,
                 f"{name}_bits_per_byte": result.bits_per_byte,

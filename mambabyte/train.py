@@ -86,11 +86,13 @@ def train(
     device: str = "cpu",
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
+    report_scoring: Callable[[float], None] = lambda done: None,
     evaluate_bytes: int = 100_000,
 ) -> dict[str, Any]:
     """Train and return the result record, which is also in ``run``/result.json.
 
-    ``report`` is called every ``log_every`` steps. The loop ends at ``n_steps``, at
+    ``report`` is called every ``log_every`` steps, ``report_scoring`` with the share done while the
+    held-out text is scored at the end. The loop ends at ``n_steps``, at
     ``max_seconds`` or at Ctrl-C; each leaves a checkpoint that ``resume`` goes on from. A run is
     deterministic for a seed on one machine: batches depend on (seed, step) alone.
 
@@ -105,11 +107,15 @@ def train(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("no CUDA device is available: use --device cpu")
     sample_windows(corpus.train, config.context, 1, 0, 0)  # fails now if a window cannot fit
+    if model_config.vocab_size < 256:
+        raise UserError(f"vocab_size is {model_config.vocab_size}: text has bytes up to 255, so it "
+                        "must be at least 256")
     make_dir(run)
     checkpoints = run / "checkpoints"
     if (run / "config.json").exists() and not resume:
-        raise UserError(f"{run} holds a run already: give --resume to continue it, or another "
-                        "folder")
+        goes_on = ("to continue it" if any(checkpoints.glob("step_*"))
+                   else "to start it over, since it has no checkpoint yet")
+        raise UserError(f"{run} holds a run already: give --resume {goes_on}, or another folder")
 
     torch.manual_seed(config.seed)
     model = ByteLM(model_config)
@@ -125,7 +131,7 @@ def train(
         saved = checkpoint.load_training(checkpoint.find_checkpoint(run), model, optimizer)
         _refuse_other_recipe(run, saved["train"], config)
         step, seconds_before = saved["step"], saved["seconds"]
-        joules_before = saved["joules"] or 0.0
+        joules_before = saved.get("joules") or 0.0
     world.wait()  # all have seen whether there is a run already
     if world.first:
         write_json(run / "config.json", {"model": asdict(model_config), "train": asdict(config)})
@@ -232,9 +238,9 @@ def train(
         sharded = config.parallel == "sharded" and world.size > 1
         # What no device holds is scored on the first process's CPU.
         scored = checkpoint.load_model(run) if sharded and world.first else model
+        mine = len(valid) > 1 and (world.first or not sharded)
         result["valid_bits_per_byte"] = (
-            bits_per_byte(scored, valid) if len(valid) > 1 and (world.first or not sharded)
-            else None)
+            bits_per_byte(scored, valid, report=report_scoring) if mine else None)
         result["valid_bytes"] = len(valid)
         if world.first:
             write_json(run / "result.json", result)
@@ -268,7 +274,7 @@ def _read(
     if bad is not None:
         raise NonFiniteError(
             f"step {bad + 1}: the loss or the gradient norm is not finite (seen at a later step: "
-            "the step does not wait for the device). The weights of the last checkpoint are good. "
+            "the step does not wait for the device). Checkpoints written before it are good. "
             f"Scan form: {scan_form_in_use(model, model.device)}; lower lr, or find the layer "
             "with --train.step eager")
     headroom: dict[int, float] = {}
@@ -345,7 +351,7 @@ def train_step(
         where = _first_bad_layer(model, tokens, config)
         raise NonFiniteError(
             f"step {step + 1}: loss {loss_value}, gradient norm {norm_value}; first not finite in "
-            f"{where}. The weights of the last checkpoint are good. Scan form: "
+            f"{where}. Checkpoints written before it are good. Scan form: "
             f"{scan_form_in_use(model, tokens.device)}; lower lr, or train with scan form auto")
     optimizer.step()
     return loss_value, norm_value, max(headroom.values(), default=None)
@@ -387,11 +393,11 @@ def _drop_metrics_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:  # a line cut off by a kill
+        except ValueError:  # a line cut off by a kill
             continue
-        if record["step"] <= step:
+        if isinstance(record, dict) and record.get("step", math.inf) <= step:
             kept.append(line + "\n")
     path.write_text("".join(kept))

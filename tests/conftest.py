@@ -36,3 +36,11 @@ def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text((TEXT + MULTIBYTE) * 12, encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a short text, for studies that take a corpus by name."""
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("".join(f"line {i} of a small text, {i * i}.\n" for i in range(400)))
+    return str(path)

@@ -189,7 +189,8 @@ def test_overfits_a_tiny_corpus():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"layer_pattern": "MXA"}, "letters other than M, A"), ({"layer_pattern": ""}, "letters"),
+    [({"layer_pattern": "MXA"}, "write M for an SSM layer and A for attention"),
+     ({"layer_pattern": ""}, "at least one of them"),
      ({"n_head": 5, "layer_pattern": "A"}, "does not split into 5 heads"),
      ({"n_head": 6, "n_kv_head": 4, "layer_pattern": "A"}, "not a multiple"),
      ({"d_model": 0}, "d_model is 0"), ({"scan_form": "quick"}, "scan_form 'quick' is unknown"),

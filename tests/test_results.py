@@ -201,6 +201,24 @@ def test_style_repeats_colour_by_line_and_marker():
     assert len({look["marker"] for look in looks}) == 7
 
 
+def test_more_series_than_colours_stay_apart():
+    looks = [plots.look(i) for i in range(14)]
+    assert looks[7]["color"] == looks[0]["color"]
+    assert len({tuple(look.values()) for look in looks}) == 14
+    for first, again in zip(looks[:7], looks[7:], strict=True):
+        assert first["marker"] != again["marker"]
+
+
+def test_a_reference_line_can_be_named_at_either_end():
+    figure, axes = plots.new_figure()
+    plots.mark_line(axes, y=1.0, text="left")
+    plots.mark_line(axes, y=2.0, text="right", right=True)
+    figure.draw_without_rendering()
+    left, right = (text.get_window_extent() for text in axes.texts)
+    frame = axes.get_window_extent()
+    assert frame.x0 < left.x0 < left.x1 < right.x0 < right.x1 < frame.x1
+
+
 def test_missing_floats_can_be_said_to_be_unmeasured(tmp_path):
     frame = pd.DataFrame({"energy, J": [1.0, None], "error, relative": [0.1, math.nan]})
     write_frame(tmp_path / "f.parquet", not_measured(frame, "energy, J"))

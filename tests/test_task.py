@@ -242,3 +242,11 @@ def test_unknown_system_and_too_little_text():
         get_system("nope")
     with pytest.raises(UserError, match="at least 64"):
         build(get_system("ours"), TINY[:20])
+
+
+def test_training_says_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(task, "_TELL_SECONDS", 0.0)
+    lines = []
+    task.build(task.get_system("mamba_byte"), TEXT.encode(), report=lines.append)
+    assert lines == [line for line in lines if line.startswith("step ") and " of 2, " in line]
+    assert lines

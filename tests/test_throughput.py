@@ -15,6 +15,7 @@ from analysis.measure import main as measure_main
 from analysis.measure import measure as measure_study
 from analysis.plots import throughput as figures
 from analysis.records import load_record
+from analysis.results import load_run
 from analysis.studies import STUDIES
 from analysis.threads import threads
 from analysis.timing import (
@@ -259,6 +260,10 @@ def test_a_record_may_keep_a_part_of_a_run(tmp_path):
     assert set(part.values) == set(whole.values) == {"twice"}
     with pytest.raises(UserError, match=r"nothing called c\*: it has a, b, twice"):
         measure_study(study, {}, tmp_path / "none.json", keep=("c*",))
+    assert set(load_run(tmp_path / "none.run").tables) == {"a", "b"}  # what was measured is kept
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(UserError, match="it is a folder"):
+        measure_study(replace(study, notebook=tmp_path / "none"), {}, tmp_path / "folder.json")
 
 
 def test_the_recorded_scan_is_drawn_with_its_machine():

@@ -23,7 +23,7 @@ from analysis.claims import (
     arithmetic,
     behaviour,
     choices,
-    cost,
+    energy,
     experiments,
     gradient,
     hybrid,
@@ -31,6 +31,7 @@ from analysis.claims import (
     numerical,
     published,
     quality,
+    speed,
     trainings,
 )
 from analysis.claims.evidence import Evidence, gather
@@ -51,7 +52,7 @@ from mambabyte.errors import UserError
 __all__ = ["PROFILES", "Claims", "Parameters", "headline", "judge", "run"]
 
 CHECK_MODULES = (
-    arithmetic, behaviour, cost, gradient, hybrid, memory, numerical, published, quality)
+    arithmetic, behaviour, energy, gradient, hybrid, memory, numerical, published, quality, speed)
 EXPERIMENT_MODULES = (choices, experiments, trainings)
 NAMES = dict(zip(VERDICTS, ("holds", "caveat", "fails", "inconsistent", "open"), strict=True))
 
@@ -164,10 +165,11 @@ def _published(run: FirstRun | None) -> dict[str, tuple[float | int | None, str,
 
 
 def _row(claim: Claim, finding: Finding) -> dict[str, str | None]:
+    """In the order in which it is read: a page shows the first columns without scrolling."""
     return {
-        "id": claim.id, "document": claim.document, "where": claim.where, "claim": claim.claim,
-        "kind": claim.kind, "verdict": finding.verdict, "theirs": claim.theirs,
+        "claim": claim.claim, "verdict": finding.verdict, "theirs": claim.theirs,
         "ours": finding.ours, "reason": finding.reason, "source": finding.source,
+        "document": claim.document, "where": claim.where, "kind": claim.kind, "id": claim.id,
         "check": claim.check, "note": claim.note,
     }
 

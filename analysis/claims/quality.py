@@ -7,7 +7,6 @@ import math
 import pandas as pd
 
 from analysis.claims.choices import STEPS as CHOICE_STEPS
-from analysis.claims.cost import AS_WRITTEN, whole_run
 from analysis.claims.evidence import Source
 from analysis.claims.lab import Lab
 from analysis.claims.ledger import (
@@ -22,6 +21,7 @@ from analysis.claims.ledger import (
     near,
 )
 from analysis.claims.published import fast_hybrids, first_run
+from analysis.claims.recorded import AS_WRITTEN, whole_run
 
 
 @check

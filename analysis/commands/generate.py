@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ class Options:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """Run folder or checkpoint folder."""
     prompt: str = ""
-    """Text to go on from; - reads it from standard input."""
+    """Text to go on from; - reads it from standard input, whatever its bytes are."""
     bytes: int = 256
     """How many bytes to generate."""
     temperature: float = 1.0
@@ -41,13 +43,19 @@ def run(argv: list[str]) -> int:
     from mambabyte.errors import UserError
     from mambabyte.stream import generate
 
-    if options.bytes < 0 or options.temperature < 0 or options.top_k < 0:
-        raise UserError("--bytes, --temperature and --top-k must be 0 or more")
+    for name in ("bytes", "temperature", "top_k"):
+        value = getattr(options, name)
+        if not 0 <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be 0 or more")
+    if not -2**63 <= options.seed < 2**64:
+        raise UserError(f"--seed is {options.seed}: it must fit into 64 bits")
     if not 0 < options.top_p <= 1:
         raise UserError(f"--top-p is {options.top_p}: it must be in (0, 1]")
     model = load_model(options.checkpoint, pick_device(options.device))
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    sys.stdout.write(prompt)
+    # Bytes, since neither a pipe nor an argument need be UTF-8 and the model reads bytes anyway.
+    prompt = sys.stdin.buffer.read() if options.prompt == "-" else os.fsencode(options.prompt)
+    sys.stdout.write(prompt.decode("utf-8", "replace"))
+    sys.stdout.flush()
     for text in generate(model, prompt, options.bytes, options.temperature, options.top_k,
                          options.top_p, options.seed):
         sys.stdout.write(text)

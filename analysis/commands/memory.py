@@ -40,12 +40,14 @@ def run(argv: list[str]) -> int:
 
     from analysis.fit import fit, parse_memory
     from mambabyte.config import get_preset
+    from mambabyte.errors import UserError
 
     preset = get_preset(options.preset)
     model = replace(
         preset.model,
-        layer_pattern=options.layer_pattern or preset.model.layer_pattern,
-        scan_form=options.scan_form or preset.model.scan_form,
+        layer_pattern=(preset.model.layer_pattern if options.layer_pattern is None
+                       else options.layer_pattern),
+        scan_form=preset.model.scan_form if options.scan_form is None else options.scan_form,
     )
     recipe = replace(
         preset.train,
@@ -53,6 +55,9 @@ def run(argv: list[str]) -> int:
         context=preset.train.context if options.context is None else options.context,
     )
     room = None if options.device_memory is None else parse_memory(options.device_memory)
+    if room is not None and room < 10**6:  # a unit was forgotten, as in 40 for 40GB
+        raise UserError(f"--device-memory is {room} bytes, less than any device has: write the "
+                        "unit, e.g. 40GB or 40GiB")
     result = fit(model, recipe, room, device=options.device)
 
     lines = [f"{options.preset}: {model.n_parameters:,} parameters, layers {model.layers}, batch "

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from analysis.commands import parse, pick_device, print_result
-from analysis.console import say
+from analysis.console import Bar, say
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,17 @@ def run(argv: list[str]) -> int:
 
     from mambabyte.corpus import load_corpus
     from mambabyte.errors import UserError
+    from mambabyte.files import check_file
     from mambabyte.ngram import NgramModel, count
 
     if options.bytes < 1:
         raise UserError(f"--bytes is {options.bytes}: it must be at least 1")
     device, corpus = pick_device(options.device), load_corpus(options.corpus, say)
+    if options.save is not None:
+        check_file(options.save)  # now, and not after the counting
     began = time.perf_counter()
     if options.load is None:
+        say(f"counting {len(corpus.train):,} bytes to order {options.order}")
         model = count(corpus.train, options.order, options.discount, device,
                       continuation=options.continuation)
     else:
@@ -58,7 +62,8 @@ def run(argv: list[str]) -> int:
     seconds = time.perf_counter() - began
     if options.save is not None:
         model.save(options.save)
-    scores = model.scores_by_order(corpus.split(options.split)[: options.bytes])
+    with Bar("scoring") as bar:
+        scores = model.scores_by_order(corpus.split(options.split)[: options.bytes], bar)
     record: dict[str, Any] = {
         "corpus": corpus.name, "split": options.split, "bytes_counted": model.bytes_counted,
         "seconds": seconds, "table_bytes": model.n_bytes, "discount": model.discount,

@@ -13,6 +13,7 @@ says which version of the contract it met.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -62,8 +63,12 @@ def run(argv: list[str]) -> int:
         print_result({"file": options.name, "contract": met}, options.json,
                      [f"{options.name}: predict() returns a {met}; SMOKE PASS"])
         return 0
-    if options.seeds < 1 or options.characters < 1:
-        raise UserError("--seeds and --characters must be at least 1")
+    for name in ("seeds", "characters"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}: it must be at least 1")
+    if not 0 <= options.idle_watts < math.inf:
+        raise UserError(f"--idle-watts is {options.idle_watts}: it must be a finite number, 0 or "
+                        "more")
     system = get_system(options.name)
 
     from mambabyte.corpus import load_corpus
@@ -71,15 +76,22 @@ def run(argv: list[str]) -> int:
     from mambabyte.task import run_task
 
     device, corpus = pick_device(options.device), load_corpus(options.corpus, say)
-    rows = []
-    for seed in range(options.seeds):
-        row = run_task(system, corpus.train, {"valid": corpus.valid, "test": corpus.test},
-                       device=device, seed=seed, idle_watts=options.idle_watts,
-                       characters=options.characters, report=say)
-        rows.append({"system": options.name, "corpus": corpus.name, **row})
+    rows: list[dict[str, Any]] = []
+    interrupted = False
+    try:
+        for seed in range(options.seeds):
+            row = run_task(system, corpus.train, {"valid": corpus.valid, "test": corpus.test},
+                           device=device, seed=seed, idle_watts=options.idle_watts,
+                           characters=options.characters, report=say)
+            rows.append({"system": options.name, "corpus": corpus.name, **row})
+    except KeyboardInterrupt:  # the seeds that ended are results: minutes and kilojoules each
+        if not rows:
+            raise
+        say(f"interrupted; {len(rows)} of {options.seeds} seeds are done")
+        interrupted = True
     record = {"system": options.name, "corpus": corpus.name, "runs": rows, **provenance()}
     print_result(record, options.json, [_header(), *map(_line, rows)])
-    return 0
+    return 130 if interrupted else 0
 
 
 def _header() -> str:

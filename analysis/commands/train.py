@@ -85,10 +85,17 @@ def _train(options: Options, device: str, first: bool) -> int:
     say(f"{model.n_parameters / 1e6:.2f}M parameters, layers {model.layers}, context "
         f"{recipe.context}, batch {recipe.batch_size}, {recipe.n_steps} steps on {device}, "
         f"commit {provenance()['commit']}")
+    if options.resume and not any((options.out / "checkpoints").glob("step_*")):
+        say(f"{options.out} has no checkpoint to resume from: starting at the first step")
     with Bar("training") as bar:
+        def scoring(done: float) -> None:
+            bar.stage("scoring held-out text")
+            bar(done)
+
         record |= training.train(
             model, recipe, corpus, options.out, device=device, resume=options.resume,
             report=lambda p: bar(p.step / p.n_steps, training_note(p), line=True),
+            report_scoring=scoring,
         )
     record["run"] = options.out
     bits = record.get("valid_bits_per_byte")

@@ -75,9 +75,13 @@ def new_figure(
 
 
 def look(i: int) -> dict[str, Any]:
-    """Colour, line style and marker number ``i`` of the house cycle, as keyword arguments."""
-    cycle = mpl.rc_params_from_file(STYLE, use_default_template=False)["axes.prop_cycle"]
-    return dict(list(cycle)[i % len(cycle)])
+    """Colour, line style and marker number ``i`` of the house cycle, as keyword arguments.
+
+    After its end colours come again, each with another line style and marker.
+    """
+    cycle = list(mpl.rc_params_from_file(STYLE, use_default_template=False)["axes.prop_cycle"])
+    again, place = divmod(i, len(cycle))
+    return {**cycle[(place + 3 * again) % len(cycle)], "color": cycle[place]["color"]}
 
 
 def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -125,8 +129,14 @@ def label_lines(
                       fontweight="bold", annotation_clip=False)
 
 
-def mark_line(axes: Axes, *, x: float | None = None, y: float | None = None, text: str) -> None:
-    """A thin reference line with its meaning (a bound, a budget, a floor) above or on it."""
+def mark_line(
+    axes: Axes, *, x: float | None = None, y: float | None = None, text: str, right: bool = False
+) -> None:
+    """A thin reference line with its meaning (a bound, a budget, a floor) above or on it.
+
+    The text of a line across stands at the left; with ``right`` at the other end, for a figure
+    whose curves meet the line on the left.
+    """
     style: dict[str, Any] = {"color": INK, "linewidth": 1.1, "linestyle": (0, (5, 3)), "zorder": 1}
     words: dict[str, Any] = {"color": INK, "fontsize": 9.5, "textcoords": "offset points"}
     if x is not None:
@@ -138,8 +148,9 @@ def mark_line(axes: Axes, *, x: float | None = None, y: float | None = None, tex
             axes.set_title(title, loc="left", pad=_title_pad(axes))
     if y is not None:
         axes.axhline(y, **style)
-        axes.annotate(text, (0.0, y), xycoords=("axes fraction", "data"), xytext=(5, 4),
-                      va="bottom", ha="left", **words)
+        axes.annotate(text, (float(right), y), xycoords=("axes fraction", "data"),
+                      xytext=(-5 if right else 5, 4), va="bottom",
+                      ha="right" if right else "left", **words)
 
 
 def _title_pad(axes: Axes) -> float:

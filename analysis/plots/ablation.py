@@ -38,13 +38,14 @@ def curves(frame: pd.DataFrame, unigram_bits: float) -> Figure:
                 ax.plot(seed[column] / unit, seed["bits_per_byte"], color=look["color"],
                         linewidth=0.8, alpha=0.5, linestyle="-", marker="")
             mean = one.groupby("step")[[column, "bits_per_byte"]].mean()
-            ax.plot(mean[column] / unit, mean["bits_per_byte"], **look)
+            ax.plot(mean[column] / unit, mean["bits_per_byte"], label=pattern, **look)
             ends[pattern] = (mean[column].iloc[-1] / unit, mean["bits_per_byte"].iloc[-1],
                              look["color"])
         label_axes(ax, label, "held-out bits per byte" if ax is axes[0] else "bits per byte")
-        mark_line(ax, y=unigram_bits, text="byte frequencies")
+        mark_line(ax, y=unigram_bits, text="byte frequencies", right=True)
     axes[-1].autoscale_view()
     label_lines(axes[-1], ends)
+    axes[0].legend(loc="upper right")  # a narrow screen shows the first panel alone
     return figure
 
 
@@ -146,9 +147,10 @@ def tasks(frame: pd.DataFrame) -> Figure:
             mean = mine.pivot(index="step", columns="seed", values="accuracy").ffill().mean(axis=1)
             if len(mean):
                 ax.plot(mean.index, mean, label=pattern, **look)
-        mark_line(ax, y=float(some["chance"].iloc[0]), text="chance")
+        mark_line(ax, y=float(some["chance"].iloc[0]), text="chance", right=True)
         ax.set_ylim(0, 1.05)
-        label_axes(ax, "training step", "accuracy", f"{task}, {size}")
+        label_axes(ax, "training step", "accuracy",
+                   f"{task} {size} {'pairs' if task == 'recall' else 'symbols'}")
     axes[0][0].legend(loc="center right")
     return figure
 
@@ -161,8 +163,9 @@ def variants(frame: pd.DataFrame) -> Figure:
     for y, name in enumerate(names):
         points = some[some["variant"] == name]["difference_to_field"]
         ax.plot(points, [y] * len(points), linestyle="none", marker="o", color="#0072B2")
-        ax.annotate(f"{points.mean():+.3f}", (1.0, y), xycoords=("axes fraction", "data"),
-                    xytext=(6, 0), textcoords="offset points", va="center", annotation_clip=False)
+        change = f"{points.mean():+.3f}".replace("-", "−")
+        ax.annotate(change, (1.0, y), xycoords=("axes fraction", "data"), xytext=(6, 0),
+                    textcoords="offset points", va="center", annotation_clip=False)
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.axvline(0.0, color=INK, linewidth=0.9)

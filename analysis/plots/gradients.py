@@ -66,7 +66,8 @@ def step_bars(steps: pd.DataFrame, document_percent: float) -> Figure:
     axes.set_yscale("log")
     axes.set_xticks(range(len(forms)), forms)
     axes.set_xlim(-0.8, len(forms) - 0.5)
-    plots.mark_line(axes, y=document_percent, text=f"document: {document_percent:g} %")
+    plots.mark_line(axes, y=document_percent, text=f"document: {document_percent:g} %",
+                    right=True)
     plots.label_axes(axes, "scan form", "difference of the logits from step by step, %")
     axes.legend(loc="center right")
     return figure
@@ -85,6 +86,7 @@ def recall_lines(recall: pd.DataFrame) -> Figure:
                   color=looks[reach]["color"])
     left.set_xticks(range(len(reaches)), [str(reach) for reach in reaches])
     left.set_xlim(-0.5, len(reaches) - 0.5)
+    left.margins(y=0.1)  # the highest mark whole
     left.set_ylim(0, None)
     left.set_title("Symbols at any distance")
     plots.label_axes(left, "gradient reaches, steps", "training steps to learn")

@@ -27,7 +27,7 @@ from analysis.report.text import binary_bytes, html, plain
 from analysis.results import RUNS, Figure, Run, Table, list_runs
 from analysis.studies import STUDIES, Study
 from mambabyte.errors import UserError
-from mambabyte.files import make_dir, whole_dir, whole_file
+from mambabyte.files import check_file, whole_dir, whole_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
@@ -65,6 +65,7 @@ def build_report(
     """
     out, prose = Path(out), Path(prose)
     config = _load_config(prose / "report.toml")
+    check_file(out)  # the appendices are written first: not for a page that cannot be
     runs = list_runs(runs_root)
     ran = {run.study for run in runs}
     current = {name: study.sources_digest(Path(runs_root), Path(measurements))
@@ -78,8 +79,7 @@ def build_report(
     appendices = {f"{APPENDICES}/{r.folder.name}.html": page.appendix(r)
                   for r in page.shown if r.notebook}
     text = page.render()
-    check_page(text, appendices.keys())
-    make_dir(out.parent)
+    check_page(text, appendices.keys(), draft=draft)
     with whole_dir(out.parent / APPENDICES) as folder:
         for name, content in appendices.items():
             (folder / Path(name).name).write_text(content, encoding="utf-8")

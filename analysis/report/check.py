@@ -9,10 +9,11 @@ from html.parser import HTMLParser
 from mambabyte.errors import UserError
 
 
-def check_page(page: str, files: Collection[str]) -> None:
+def check_page(page: str, files: Collection[str], *, draft: bool = False) -> None:
     """UserError where an id is not unique, a link leads nowhere or something would be loaded.
 
-    ``files`` are the relative paths that links may name.
+    ``files`` are the relative paths that links may name. In a ``draft`` a link may lead to a part
+    of the page that is not there: its study has not been run.
     """
     found = _Links()
     found.feed(page)
@@ -23,7 +24,7 @@ def check_page(page: str, files: Collection[str]) -> None:
     ids = set(found.ids)
     for link in found.links:
         if link.startswith("#"):
-            if link[1:] not in ids:
+            if link[1:] not in ids and not draft:
                 raise UserError(f"a link in the report leads to {link}, which does not exist")
         elif not link.startswith(("https://", "http://")) and link not in files:
             raise UserError(f"a link in the report leads to {link!r}, which is no part of it")

@@ -164,8 +164,24 @@ class Prose:
         raise UserError(f"{name}: nothing is known by that name{nearest(name, among)}")
 
 
-def _gap(path: str) -> Text:
-    return Text(f"**[missing: {path}]**")
+class _Gap(Text):
+    """What a draft shows for a missing number; arithmetic and comparisons with it are gaps too."""
+
+    def _same(self, *others: Any) -> _Gap:
+        return self
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _same
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _same
+    __pow__ = __rpow__ = __neg__ = __abs__ = __round__ = _same
+
+    def _no(self, other: Any) -> bool:
+        return False
+
+    __lt__ = __le__ = __gt__ = __ge__ = _no
+
+
+def _gap(path: str) -> _Gap:
+    return _Gap(f"**[missing: {path}]**")
 
 
 def _example(field: str, t: int) -> float:
