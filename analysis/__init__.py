@@ -2,7 +2,9 @@
 
 import os
 
-# Threads of OpenMP, which torch uses on the CPU, spin while they wait for each other. Where other
-# work takes a core, each region then waits for a time slice of the system: training a tiny model
-# took 29 s for 0.1 s (LOG.md). OpenMP reads this once, when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Threads of GNU OpenMP, which torch has on the CPU under Linux, spin while they wait for each
+# other, for milliseconds. Where other work takes a core, every region then lasts a time slice of
+# the system: a step of a tiny model took 716 ms for 3. Spinning for microseconds keeps both cases
+# near their best (LOG.md). OpenMP reads this once, when torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from analysis.bench_peers import PEERS, Peer, Shape, make_inputs, peer_available, torch_form
 from analysis.ceilings import describe_machine, time_call
+from analysis.timing import captured
 from mambabyte.errors import UserError
 from mambabyte.smoke import relative_rms
 
@@ -91,33 +92,6 @@ class _Case:
 
     def run(self, direction: str) -> object:
         return self.forward() if direction == "forward" else self.forward_backward()
-
-
-# ---------------------------------------------------------------------------------------- timing
-
-
-class _Timer:
-    """Times one callable: a CUDA graph where it can be captured, else events, else the clock."""
-
-    def __init__(self, run: Callable[[], object], device: torch.device) -> None:
-        self.run, self.timing = run, "wall clock"
-        if device.type != "cuda":
-            return
-        self.timing = "eager"
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            run()
-        torch.cuda.current_stream(device).wait_stream(side)
-        torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self.kept = run()
-        except RuntimeError:  # something in it cannot be captured: time it as it is
-            torch.cuda.synchronize(device)
-            return
-        self.run, self.timing = graph.replay, "cuda graph"
 
 
 def _peak_bytes(case: _Case, direction: str, device: torch.device) -> float:
@@ -291,15 +265,16 @@ def _interleaved(
         flush = torch.empty(2 * max(size, 1 << 25), dtype=torch.uint8, device=device)
     timers, wanted = {}, {}
     for name, case in cases.items():
-        timers[name] = _Timer(functools.partial(case.run, direction), device)
-        time_call(timers[name].run, flush)
-        once = statistics.median(time_call(timers[name].run, flush) for _ in range(2))
+        run, how = captured(functools.partial(case.run, direction), device)
+        timers[name] = run, how
+        time_call(run, flush)
+        once = statistics.median(time_call(run, flush) for _ in range(2))
         wanted[name] = max(3, min(repeats, int(seconds_per_peer / max(once, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in timers}
     turns = max(wanted.values(), default=0)
     for turn in range(turns):
-        for name, timer in timers.items():
+        for name, (run, _) in timers.items():
             # spread the fewer samples of a slow peer over the whole run
             if turn * wanted[name] // turns != (turn - 1) * wanted[name] // turns:
-                samples[name].append(time_call(timer.run, flush))
-    return {name: (samples[name], timers[name].timing) for name in timers if samples[name]}
+                samples[name].append(time_call(run, flush))
+    return {name: (samples[name], how) for name, (_, how) in timers.items() if samples[name]}

@@ -90,7 +90,7 @@ def time_scans(
                 case.status = not_run.get(form, MEASURED)
                 cases.append(case)
     timed = measure([c for c in cases if c.status == MEASURED], rounds=p.rounds,
-                    guard_seconds=p.guard_seconds, device=p.device, report=report)
+                    guard_seconds=p.guard_seconds, device=p.device, report=report, capture=True)
     absent = pd.DataFrame([
         {**c.labels, "length": c.length, "ms": None, "ms_lower_quartile": None,
          "ms_upper_quartile": None, "rounds": 0, "status": c.status}

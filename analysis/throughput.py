@@ -180,7 +180,7 @@ def time_mixers(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
              {"mixer": name, "pass": direction, "batch": p.batch_size})
         for name, (kind, form) in kinds.items() for direction in PASSES for length in p.lengths]
     return not_measured(measure(cases, rounds=p.rounds, guard_seconds=p.guard_seconds,
-                                 device=p.device, report=report))
+                                 device=p.device, report=report, capture=True))
 
 
 def _make_mixer(

@@ -40,14 +40,14 @@ def test_version_is_one():
     assert project["version"] == __version__
 
 
-@pytest.mark.parametrize("asked", [None, "active"])
-def test_commands_do_not_spin_unless_asked_to(asked):
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    if asked:
-        environment["OMP_WAIT_POLICY"] = asked
+@pytest.mark.parametrize(("asked", "count"), [
+    ({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_commands_spin_for_microseconds_unless_asked_otherwise(asked, count):
+    environment = {k: v for k, v in os.environ.items()
+                   if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | asked
     # Set before torch is imported, which is when OpenMP reads it.
     code = ("import sys, os, analysis.cli; assert 'torch' not in sys.modules; "
-            "print(os.environ['OMP_WAIT_POLICY'])")
+            "print(os.environ.get('GOMP_SPINCOUNT'))")
     got = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True,
                          capture_output=True, check=True)
-    assert got.stdout.strip() == (asked or "passive")
+    assert got.stdout.strip() == str(count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from analysis.threads import threads
 from analysis.timing import (
     AllocationCounter,
     Case,
+    captured,
     crossover,
     exponent_table,
     fit_exponent,
@@ -99,8 +101,6 @@ def test_gradients_of_slices_are_quadratic_and_of_split_linear(cut, exponent):
 
 
 def case(series: str, length: int, seconds: float, log: list) -> Case:
-    import time
-
     def call() -> None:
         log.append((series, length))
         time.sleep(seconds)
@@ -120,6 +120,26 @@ def test_guard_ends_a_series_and_says_so():
     assert ("slow", 1000) not in log
     assert table["ms"].isna().sum() == 1
     assert table.set_index(["what", "length"])["ms"]["slow", 100] == pytest.approx(10, rel=0.8)
+
+
+def test_a_first_call_that_compiles_does_not_end_a_series():
+    calls: list = []
+
+    def compiling() -> None:
+        calls.append(len(calls))
+        time.sleep(0.1 if len(calls) == 1 else 0.0)
+
+    quick = case("s", 10, 1e-3, [])
+    slow_at_first = Case(("s",), 20, lambda: compiling, {"what": "s"})
+    table = measure([quick, slow_at_first, case("s", 40, 1e-3, [])], rounds=2,
+                    guard_seconds=0.05, least_seconds=0.0)
+    assert list(table["status"]) == ["measured"] * 3
+
+
+def test_on_a_cpu_nothing_is_captured():
+    def call() -> None: ...
+
+    assert captured(call, "cpu") == (call, "wall clock")
 
 
 def test_rounds_take_turns():
