@@ -127,16 +127,21 @@ def train(
         config.step != "auto" or device.startswith("cuda"))
     optimizer = make_optimizer(model, config, on_device=fast)
     step, seconds_before, joules_before = 0, 0.0, 0.0
+    digests = corpus.digest()
     if resume and any(checkpoints.glob("step_*")):
         saved = checkpoint.load_training(checkpoint.find_checkpoint(run), model, optimizer)
         _refuse_other_recipe(run, saved["train"], config)
+        # (A checkpoint from before this was kept does not say what it was trained on.)
+        if saved.get("text", digests["train"]) != digests["train"]:
+            raise UserError(f"{run} was trained on another text than {corpus.name} is now: resume "
+                            "with the corpus that it was started on, or choose another run folder")
         step, seconds_before = saved["step"], saved["seconds"]
         joules_before = saved.get("joules") or 0.0
     world.wait()  # all have seen whether there is a run already
     if world.first:
         write_json(run / "config.json", {"model": asdict(model_config), "train": asdict(config)})
         write_json(run / "provenance.json", {
-            **provenance(), "corpus": corpus.name, "corpus_sha256": corpus.digest(),
+            **provenance(), "corpus": corpus.name, "corpus_sha256": digests,
             "device": device, "processes": world.size})
         (run / "result.json").unlink(missing_ok=True)
         _drop_metrics_after(run / "metrics.jsonl", step)
@@ -165,7 +170,8 @@ def train(
 
     def save() -> None:
         checkpoint.save_training(checkpoints, model, optimizer, {
-            "step": step, "seconds": elapsed(), "joules": joules(), "train": asdict(config)})
+            "step": step, "seconds": elapsed(), "joules": joules(), "train": asdict(config),
+            "text": digests["train"]})
         if world.first:
             checkpoint.prune(checkpoints, config.keep_checkpoints)
         world.wait()

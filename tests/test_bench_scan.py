@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from analysis import bench_scan
 from analysis.bench_peers import PEERS, Peer, peer_available
 from analysis.bench_scan import COLUMNS, floor_seconds, run_bench
+from analysis.cli import main
 from mambabyte.errors import UserError
 
 MACHINE: dict[str, object] = {
@@ -80,3 +82,13 @@ def test_unknown_names_are_refused() -> None:
     with pytest.raises(UserError, match="dtype 'int8' is unknown"):
         run_bench(dtype="int8", device="cpu")
     assert peer_available("mamba_ssm", torch.device("cpu"))[0] is False
+
+
+def test_what_cannot_end_well_fails_before_it_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan = ["bench", "scan", "--device", "cpu"]
+    assert main([*scan, "--repeats", "0"]) == 2
+    assert "--repeats is 0" in capsys.readouterr().err
+    assert main([*scan, "--record", str(tmp_path)]) == 2
+    assert "it is a folder" in capsys.readouterr().err

@@ -165,6 +165,15 @@ def test_a_run_folder_is_not_overwritten(corpus, tmp_path):
         train(replace(MODEL, d_state=8), RECIPE, corpus, tmp_path / "run", resume=True)
 
 
+def test_another_text_is_not_resumed_on(corpus, tmp_path):
+    run, short = tmp_path / "run", replace(RECIPE, n_steps=2)
+    train(MODEL, short, corpus, run)
+    (tmp_path / "other").write_text("another text altogether. " * 200)
+    with pytest.raises(UserError, match="another text than other is now"):
+        train(MODEL, short, load_corpus(str(tmp_path / "other")), run, resume=True)
+    assert train(MODEL, short, corpus, run, resume=True)["steps"] == 2
+
+
 def test_context_longer_than_the_corpus(corpus, tmp_path):
     with pytest.raises(UserError, match="context 1000000 needs at least 1000001 bytes"):
         train(MODEL, replace(RECIPE, context=1_000_000), corpus, tmp_path / "run")

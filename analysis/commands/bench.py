@@ -87,7 +87,14 @@ class Options:
 
 
 def run(argv: list[str]) -> int:
+    from mambabyte.errors import UserError
+    from mambabyte.files import check_file
+
     options = parse(Options, argv, "bench", __doc__)
+    if options.repeats < 1:
+        raise UserError(f"--repeats is {options.repeats}: it must be at least 1")
+    if options.record:
+        check_file(options.record)  # now, and not after the measurement
     return {"scan": bench_scan, "stream": bench_stream, "step": bench_step}[options.what](options)
 
 
