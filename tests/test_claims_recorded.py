@@ -186,9 +186,13 @@ def test_few_large_steps_decide():
         assert (finding.verdict, finding.source) == (after, "run")
 
 
-def test_recorded_loop_decides():
-    for ratio, after in ((52.0, HOLDS), (90.0, CAVEAT), (400.0, FAILS)):
-        assert verdict("slower-50", on_gpu({"loop_over_attention": ratio})) == after
+@pytest.mark.parametrize(("published", "chunked", "after"), [
+    (200.0, 190.0, HOLDS), (200.0, 53.0, CAVEAT), (280.0, 270.0, CAVEAT), (20.0, 10.0, FAILS)])
+def test_recorded_torch_forms_decide(published, chunked, after):
+    assert verdict("slower-50") == OPEN
+    tables = training(published, A=4.0, M=2.6)
+    tables["training"].append({**tables["training"][0], "form": "chunked", "ms": chunked})
+    assert verdict("slower-50", on_gpu(tables=tables)) == after
 
 
 def test_a_bench_of_a_named_card_is_evidence_of_an_accelerator():
