@@ -32,6 +32,11 @@ _ANY_WARPS = 4  # warps a block
 # registers a thread in the forward, 168 (192 for eight warps) in the backward.
 _FORWARD_SHAPES = ((24, 1), (12, 2), (8, 2), (4, 5))
 _BACKWARD_SHAPES = ((12, 1), (8, 1), (6, 2), (4, 3))
+# Warps a multiprocessor that a plan aims at, and how many times those of whole sequences they must
+# be before it cuts them in time.
+_FORWARD_WANTED, _FORWARD_LEAST = 16, 3
+_BACKWARD_WANTED, _BACKWARD_LEAST = 12, 2
+_H200 = 132  # multiprocessors of an H100 or H200
 _CARRY_WARPS = 4
 _CARRY_WANTED = 24  # warps a multiprocessor
 
@@ -64,11 +69,11 @@ def partial_sums_shape(
 ) -> tuple[int, ...]:
     """Shape of the partial sums of dB and dC that ``backward`` makes, in fp32 elements.
 
-    For a card that holds the widest blocks (H100, H200); one with narrower blocks makes more.
+    For an H100 or H200; a card with room for narrower blocks only makes more.
     """
     padded = _padded_states(d_state)
     if _is_tile(length, dtype, channels, d_state):
-        width = 8 * _widest([warps for warps, _ in _BACKWARD_SHAPES], channels // 8)
+        width = 8 * _widest(_backward_shapes(batch, channels // 8, _H200), channels // 8)
     else:
         width = 128 // padded * _ANY_WARPS
     return (_ceil(channels, width), batch, CHUNK * _ceil(length, CHUNK), 2 * padded)
@@ -93,10 +98,17 @@ def _tile_backward_shared(warps: int, boxes: bool = False) -> int:
     return warps * (4096 + 1536) + 4 * stage + 16
 
 
-def _widest(warps: list[int], tiles: int) -> int:
+def _backward_shapes(sequences: int, tiles: int, multiprocessors: int) -> dict[int, int]:
+    """Warps a block -> blocks a multiprocessor. Eight warps alone on one are two thirds of what
+    it holds: they pay where whole sequences fill the card, not where the plan cuts for twelve."""
+    cut = _BACKWARD_WANTED * multiprocessors // (sequences * tiles) >= _BACKWARD_LEAST
+    return {warps: blocks for warps, blocks in _BACKWARD_SHAPES if not (cut and warps == 8)}
+
+
+def _widest(shapes: dict[int, int], tiles: int) -> int:
     """Of these warps a block, those with the fewest idle, then the widest: the fewest partial
     sums of dB and dC."""
-    return min(warps, key=lambda n: (-tiles % n, -n))
+    return min(shapes, key=lambda n: (-tiles % n, -n))
 
 
 @functools.cache
@@ -121,11 +133,12 @@ def _tile_forward_shape(device: int, tiles: int, rows: int) -> tuple[int, int]:
 
 
 @functools.cache
-def _tile_backward_shape(device: int, tiles: int) -> tuple[int, int]:
+def _tile_backward_shape(device: int, sequences: int, tiles: int) -> tuple[int, int]:
     """(warps a block, blocks a multiprocessor), of what fits."""
     limit = _block_shared(device)
-    shapes = dict(s for s in _BACKWARD_SHAPES if _tile_backward_shared(s[0]) <= limit)
-    warps = _widest(list(shapes), tiles)
+    found = _backward_shapes(sequences, tiles, _multiprocessors(device))
+    shapes = {n: blocks for n, blocks in found.items() if _tile_backward_shared(n) <= limit}
+    warps = _widest(shapes, tiles)
     return warps, shapes[warps]
 
 
@@ -286,7 +299,8 @@ class _Scan:
         hand-over is short, so one round of long segments is best; in the other one a few rounds
         keep the last one a small part."""
         multiprocessors = _multiprocessors(self.device)
-        if self.tile and wanted == 16 and self.length * self.warps >= 24 * multiprocessors * 2048:
+        work = self.length * self.warps
+        if self.tile and wanted == _FORWARD_WANTED and work >= 24 * multiprocessors * 2048:
             wanted = 24
         longest = self.length if self.tile else 1536
         steps, segments = _plan_segments(
@@ -382,7 +396,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, 
     shape = saved_shape(s.batch, s.length, s.channels, s.d_state, s.dtype)
     saved = s.new(*(shape if save else (0,)))
 
-    plan = s.plan(16, 3)
+    plan = s.plan(_FORWARD_WANTED, _FORWARD_LEAST)
     segments = plan.segments
     warps, resident = (
         _tile_forward_shape(s.device, s.channels // 8, s.batch * segments)
@@ -493,9 +507,11 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
     sums = s.new(s.channels, s.d_state), s.new(s.channels), s.new(s.channels)
 
     warps, resident = (
-        _tile_backward_shape(s.device, s.channels // 8) if s.tile else (_ANY_WARPS, None)
+        _tile_backward_shape(s.device, s.batch, s.channels // 8)
+        if s.tile
+        else (_ANY_WARPS, None)
     )
-    plan = s.plan(12, 2)
+    plan = s.plan(_BACKWARD_WANTED, _BACKWARD_LEAST)
     segments = plan.segments
     if s.foldable and segments == 1 and dh_end is None and _continuous(dy):
         s.fold_sequences(s.blocks(warps, 1), resident)

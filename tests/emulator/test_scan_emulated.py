@@ -48,6 +48,9 @@ def results(inputs: Inputs, save: bool = True, dy: torch.Tensor | None = None) -
         ((1, 140, 40), 8, ("tile_carry<false", "tile_forward<true, true, 4,", "tile_carry<true")),
         ((1, 43, 192), 1, ("tile_forward<true, true, 24, 1,",)),
         ((2, 43, 96), 1, ("tile_forward<true, true, 12, 2,",)),
+        # Eight warps a block where whole sequences fill the card, not where they are cut.
+        ((2, 43, 64), 1, ("tile_forward<true, true, 8, 2,", "tile_backward<true, true, 8, 1,")),
+        ((1, 140, 64), 8, ("tile_carry<true", "tile_backward<true, true, 4, 3,")),
     ],
 )
 def test_parity(
