@@ -133,10 +133,10 @@ def _fused_saved_shape(
 ) -> tuple[int, ...]:
     if device != "cuda":
         return native_scan.saved_shape(batch, length, channels, states)
-    from mambabyte.ops import cuda_scan
+    from mambabyte.ops import cuda_plan
 
     dtype = torch.bfloat16 if itemsize == 2 else torch.float32
-    return cuda_scan.saved_shape(batch, length, channels, states, dtype)
+    return cuda_plan.saved_shape(batch, length, channels, states, dtype)
 
 
 def scan_workspace(form: str, batch: int, length: int, channels: int, states: int, chunk: int,
@@ -182,7 +182,7 @@ def partial_sums(
     """Elements of the partial sums of dB and dC in the backward pass of the fused scan."""
     if device != "cuda":
         return 2 * batch * length * states * -(-channels // native_scan.GROUP)
-    from mambabyte.ops import cuda_scan
+    from mambabyte.ops import cuda_plan
 
     dtype = torch.bfloat16 if itemsize == 2 else torch.float32
-    return math.prod(cuda_scan.partial_sums_shape(batch, length, channels, states, dtype))
+    return math.prod(cuda_plan.partial_sums_shape(batch, length, channels, states, dtype))

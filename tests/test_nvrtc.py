@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mambabyte import ops
-from mambabyte.ops import cuda_conv, cuda_scan, cuda_step, cuda_stream, kernel, nvrtc
+from mambabyte.ops import cuda_conv, cuda_plan, cuda_scan, cuda_step, cuda_stream, kernel, nvrtc
 
 AVAILABLE, REASON = nvrtc.nvrtc_available()
 needs_nvrtc = pytest.mark.skipif(not AVAILABLE, reason=REASON)
@@ -93,7 +93,7 @@ def scan_kernels(monkeypatch: pytest.MonkeyPatch, hopper: bool) -> set[str]:
     monkeypatch.setattr(cuda_scan, "_is_hopper", lambda device: hopper)
     monkeypatch.setattr(cuda_scan, "_takes_boxes", lambda device: hopper)
     monkeypatch.setattr(cuda_scan, "_encode", lambda *_: bytes(128))
-    monkeypatch.setattr(cuda_scan, "_block_shared", lambda device: 227 << 10)
+    monkeypatch.setattr(cuda_plan, "block_shared", lambda device: 227 << 10)
     for dtype, length, channels, multiprocessors in (
         (torch.bfloat16, 8, 32, 132),
         (torch.bfloat16, 4096, 32, 132),
@@ -101,7 +101,7 @@ def scan_kernels(monkeypatch: pytest.MonkeyPatch, hopper: bool) -> set[str]:
         (torch.bfloat16, 64, 96, 1),
         (torch.float32, 4096, 32, 132),
     ):
-        monkeypatch.setattr(cuda_scan, "_multiprocessors", lambda device, n=multiprocessors: n)
+        monkeypatch.setattr(cuda_plan, "multiprocessors", lambda device, n=multiprocessors: n)
         u = torch.zeros(1, length, channels, dtype=dtype)
         B = torch.zeros(1, length, 16, dtype=dtype)
         A, D = torch.zeros(channels, 16), torch.zeros(channels)

@@ -1,7 +1,7 @@
-"""Fused selective scan on NVIDIA GPUs: plans and launches the kernels of ``cuda_scan.cu``.
+"""Fused selective scan on NVIDIA GPUs: launches ``cuda_scan.cu`` as ``cuda_plan`` cuts the work.
 
-Two families of kernels, chosen by :func:`_is_tile` alone: ``tile`` (bf16, 16 states, channels a
-multiple of 8, 16 steps or more; tensor cores) and ``any`` (every other case, all in fp32).
+Two families of kernels, chosen by :func:`cuda_plan.is_tile` alone: ``tile`` (bf16, 16 states,
+channels a multiple of 8, 16 steps or more; tensor cores) and ``any`` (every other case, in fp32).
 
 ``forward(save=True)`` keeps the state every 8 steps for the backward (4 bytes a step and channel in
 the tile family). With ``save=False`` nothing is kept, and a backward called with the empty tensor
@@ -14,132 +14,34 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import cuda_plan
+from .cuda_plan import (
+    ANY_WARPS,
+    CARRY_WARPS,
+    CHUNK,
+    Plan,
+    backward_shape,
+    backward_shared,
+    ceil_div,
+    forward_shape,
+    forward_shared,
+    is_tile,
+    padded_states,
+    plan_scan,
+    plan_whole,
+    saved_shape,
+)
 from .kernel import Kernel, Program, encode_tiled, places_parameters, raw_stream
 
-CHUNK = 8  # steps between checkpoints, as in cuda_scan.cu
 _PROBLEM = "9P21q"
 _UPSTREAM = "2P2q"
 _MAP = 128  # bytes of a tensor map
 _MAPS = f"{6 * _MAP}s"
 _C_TYPE = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_ANY_WARPS = 4  # warps a block
-# Warps a block and blocks a multiprocessor: what the register files hold at 80, 80, 128 and 96
-# registers a thread in the forward, 168 (192 for eight warps) in the backward.
-_FORWARD_SHAPES = ((24, 1), (12, 2), (8, 2), (4, 5))
-_BACKWARD_SHAPES = ((12, 1), (8, 1), (6, 2), (4, 3))
-# Warps a multiprocessor that a plan aims at, and how many times those of whole sequences they must
-# be before it cuts them in time.
-_FORWARD_WANTED, _FORWARD_LEAST = 16, 3
-_BACKWARD_WANTED, _BACKWARD_LEAST = 12, 2
-_H200 = 132  # multiprocessors of an H100 or H200
-_CARRY_WARPS = 4
-_CARRY_WANTED = 24  # warps a multiprocessor
-
-
-def _ceil(a: int, b: int) -> int:
-    return (a + b - 1) // b
-
-
-def _padded_states(d_state: int) -> int:
-    if not 1 <= d_state <= 64:
-        raise ValueError(f"the CUDA scan takes 1 to 64 states, not {d_state}")
-    return next(n for n in (4, 8, 16, 32, 64) if n >= d_state)
-
-
-def _is_tile(length: int, dtype: torch.dtype, channels: int, d_state: int) -> bool:
-    """The tile kernels round h to bf16 for dC; over a few steps only, that would show."""
-    return dtype == torch.bfloat16 and d_state == 16 and channels % 8 == 0 and length >= 16
-
-
-def saved_shape(
-    batch: int, length: int, channels: int, d_state: int, dtype: torch.dtype
-) -> tuple[int, ...]:
-    """Shape of the checkpoints that ``forward(save=True)`` returns, in fp32 elements."""
-    words = 8 if _is_tile(length, dtype, channels, d_state) else _padded_states(d_state)
-    return (batch, _ceil(length, CHUNK), channels, words)
-
-
-def partial_sums_shape(
-    batch: int, length: int, channels: int, d_state: int, dtype: torch.dtype
-) -> tuple[int, ...]:
-    """Shape of the partial sums of dB and dC that ``backward`` makes, in fp32 elements.
-
-    For an H100 or H200; a card with room for narrower blocks only makes more.
-    """
-    padded = _padded_states(d_state)
-    if _is_tile(length, dtype, channels, d_state):
-        width = 8 * _widest(_backward_shapes(batch, channels // 8, _H200), channels // 8)
-    else:
-        width = 128 // padded * _ANY_WARPS
-    return (_ceil(channels, width), batch, CHUNK * _ceil(length, CHUNK), 2 * padded)
-
-
-# ------------------------------------------------------------------------------------- planning
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _tile_forward_shared(warps: int) -> int:
-    """Bytes: eight stages of the ring, a room of each warp (see cuda_scan.cu)."""
-    return 8 * (warps * 528 + 512 + 16) + warps * 256
-
-
-def _tile_backward_shared(warps: int, boxes: bool = False) -> int:
-    """Bytes: sums and rooms of each warp, four stages of the ring, barriers (see cuda_scan.cu)."""
-    stage = warps * (512 + 256) + 512 + 128 if boxes else warps * (528 + 256) + 512 + 16
-    return warps * (4096 + 1536) + 4 * stage + 16
-
-
-def _backward_shapes(sequences: int, tiles: int, multiprocessors: int) -> dict[int, int]:
-    """Warps a block -> blocks a multiprocessor. Eight warps alone on one are two thirds of what
-    it holds: they pay where whole sequences fill the card, not where the plan cuts for twelve."""
-    cut = _BACKWARD_WANTED * multiprocessors // (sequences * tiles) >= _BACKWARD_LEAST
-    return {warps: blocks for warps, blocks in _BACKWARD_SHAPES if not (cut and warps == 8)}
-
-
-def _widest(shapes: dict[int, int], tiles: int) -> int:
-    """Of these warps a block, those with the fewest idle, then the widest: the fewest partial
-    sums of dB and dC."""
-    return min(shapes, key=lambda n: (-tiles % n, -n))
-
-
-@functools.cache
-def _block_shared(device: int) -> int:
-    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the limit
-    return properties.shared_memory_per_block_optin
-
-
-def _tile_forward_shape(device: int, tiles: int, rows: int) -> tuple[int, int]:
-    """(warps a block, blocks a multiprocessor) for ``rows`` times ``tiles`` warps. The warps of a
-    block keep step, so that none is left to run alone at the end: the widest block that keeps nine
-    tenths of the multiprocessors' warps busy, else the narrowest."""
-    for warps, resident in _FORWARD_SHAPES[:-1]:
-        blocks = _ceil(tiles, warps) * rows
-        rounds = _ceil(blocks, _multiprocessors(device))
-        if warps == 8 and rounds > resident:
-            continue  # with 16 warps a multiprocessor the fewest: it pays in the only round alone
-        busy = tiles * rows / (rounds * _multiprocessors(device) * warps)
-        if busy >= 0.9 and _tile_forward_shared(warps) <= _block_shared(device):
-            return warps, resident
-    return _FORWARD_SHAPES[-1]
-
-
-@functools.cache
-def _tile_backward_shape(device: int, sequences: int, tiles: int) -> tuple[int, int]:
-    """(warps a block, blocks a multiprocessor), of what fits."""
-    limit = _block_shared(device)
-    found = _backward_shapes(sequences, tiles, _multiprocessors(device))
-    shapes = {n: blocks for n, blocks in found.items() if _tile_backward_shared(n) <= limit}
-    warps = _widest(shapes, tiles)
-    return warps, shapes[warps]
 
 
 def _has_map(x: Tensor | None) -> bool:
@@ -163,31 +65,6 @@ def _encode(
     taken = encode_tiled(
         device, to, 9, 4, ctypes.c_void_p(address), sizes, steps, box, ones, 0, 0, 2, 0)
     return ctypes.string_at(to, _MAP) if taken else b""
-
-
-class Plan(NamedTuple):
-    """How a sequence is cut; see ``Problem`` in cuda_scan.cu."""
-
-    steps: int  # of a segment
-    segments: int
-    parts: int  # of a segment, for what it hands over
-    pieces: int  # parts of the sequence
-
-
-def _plan_segments(
-    warps: int, wanted_warps: int, least: int, length: int, longest: int
-) -> tuple[int, int]:
-    """(steps a segment, segments). A cut costs another pass over the input, so it takes place only
-    where one segment's warps are fewer than 1 / ``least`` of those the card wants at once; then it
-    gives that many, or a multiple of it where segments would exceed ``longest`` steps. Segments are
-    whole chunks, at least 64 steps, none empty."""
-    segments = wanted_warps // warps
-    if segments < least:
-        segments = 1
-    else:
-        segments = wanted_warps * max(1, length // (segments * longest)) // warps
-    steps = max(64, CHUNK * _ceil(_ceil(length, segments), CHUNK))
-    return steps, _ceil(length, steps)
 
 
 # ------------------------------------------------------------------------------------ launching
@@ -265,17 +142,17 @@ class _Scan:
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, initial_state, softplus):
         self.batch, self.length, self.channels = u.shape
         self.d_state, self.dtype, self.device = A.shape[1], u.dtype, u.device.index
-        self.tile = _is_tile(self.length, u.dtype, self.channels, self.d_state)
+        self.tile = is_tile(self.length, u.dtype, self.channels, self.d_state)
         self.softplus, self.gated = softplus, z is not None
         self.u, self.delta, self.B, self.C, self.z = (
             _rows(x, self.tile) for x in (u, delta, B, C, z)
         )
         self.A, self.D, self.bias = _weights(A), _weights(D), _weights(delta_bias)
         self.h0 = _weights(initial_state)
-        self.padded = _padded_states(self.d_state)
+        self.padded = padded_states(self.d_state)
         # Channels in a warp; warps that one segment gives.
         self.warp_channels = 8 if self.tile else 128 // self.padded
-        self.warps = self.batch * _ceil(self.channels, self.warp_channels)
+        self.warps = self.batch * ceil_div(self.channels, self.warp_channels)
         self.fold = 1  # sequences that are walked as one, of so many chunks each
         self.period = 0
         self.foldable = (
@@ -286,35 +163,16 @@ class _Scan:
     def fold_sequences(self, blocks: int, resident: int) -> None:
         """Walk several short sequences as one where one row of blocks a sequence is several rounds
         of the card: each round costs a start."""
-        at_once = resident * _multiprocessors(self.device)
-        rounds = _ceil(blocks, at_once)
+        at_once = resident * cuda_plan.multiprocessors(self.device)
+        rounds = ceil_div(blocks, at_once)
         for fold in range(min(rounds, self.batch), 1, -1):
-            if self.batch % fold == 0 and fold * _ceil(blocks // fold, at_once) <= rounds:
+            if self.batch % fold == 0 and fold * ceil_div(blocks // fold, at_once) <= rounds:
                 self.fold, self.period = fold, self.length // CHUNK
                 self.batch, self.length = self.batch // fold, self.length * fold
                 return
 
-    def plan(self, wanted: int, least: int) -> Plan:
-        """A plan for ``wanted`` warps a multiprocessor. In the tile family a long segment's
-        hand-over is short, so one round of long segments is best; in the other one a few rounds
-        keep the last one a small part."""
-        multiprocessors = _multiprocessors(self.device)
-        work = self.length * self.warps
-        if self.tile and wanted == _FORWARD_WANTED and work >= 24 * multiprocessors * 2048:
-            wanted = 24
-        longest = self.length if self.tile else 1536
-        steps, segments = _plan_segments(
-            self.warps, wanted * multiprocessors, least, self.length, longest
-        )
-        if not self.tile or segments == 1:
-            return Plan(steps, segments, 1, segments)
-        # A hand-over has fewer segments, and needs more warps for its latency.
-        parts = _CARRY_WANTED * multiprocessors // (self.warps * (segments - 1))
-        # (Long ones are walked in part only: less of all, the fewer they are.)
-        parts = max(1, min(parts, steps // 64)) if steps <= 1024 else 1
-        steps = CHUNK * parts * _ceil(steps, CHUNK * parts)
-        pieces = _ceil(self.length, steps // parts)
-        return Plan(steps, _ceil(self.length, steps), parts, pieces)
+    def plan(self, backward: bool) -> Plan:
+        return plan_scan(self.device, self.tile, self.warps, self.length, backward)
 
     def maps(self, warps: int, dy: Tensor) -> bytes:
         """The tensor maps of u, delta, z, dy, B and C for blocks of so many warps; empty where the
@@ -331,9 +189,6 @@ class _Scan:
                 x.stride(0) * self.fold, x.stride(1), groups)
             for x, groups in tensors]  # fmt: skip
         return b"".join(found) if all(found) else b""
-
-    def plan_whole(self) -> Plan:
-        return Plan(CHUNK * _ceil(self.length, CHUNK), 1, 1, 1)
 
     def problem(self, plan: Plan, output: Tensor | None = None) -> tuple[int, ...]:
         """``output`` is what the kernel writes a row a step of, if any."""
@@ -361,7 +216,7 @@ class _Scan:
 
     def groups(self, warps: int) -> int:
         """Blocks over the channels: each gives its own partial sums of dB and dC."""
-        return _ceil(self.channels, self.warp_channels * warps)
+        return ceil_div(self.channels, self.warp_channels * warps)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.u.new_empty(shape, dtype=dtype)
@@ -379,8 +234,8 @@ class _Scan:
         problem = self.problem(Plan(steps // parts, pieces, 1, pieces))
         flags = f"{_true(adjoint)}, {_true(adjoint and self.gated)}, {_true(self.softplus)}"
         _launch(
-            self.device, f"tile_carry<{flags}, {_CARRY_WARPS}>", _PROBLEM + _UPSTREAM + "2P2q",
-            self.blocks(_CARRY_WARPS, count), (32 * _CARRY_WARPS, 1), 0,
+            self.device, f"tile_carry<{flags}, {CARRY_WARPS}>", _PROBLEM + _UPSTREAM + "2P2q",
+            self.blocks(CARRY_WARPS, count), (32 * CARRY_WARPS, 1), 0,
             *problem, *upstream, _address(states), _address(dts), first, count,
         )  # fmt: skip
 
@@ -396,16 +251,16 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, 
     shape = saved_shape(s.batch, s.length, s.channels, s.d_state, s.dtype)
     saved = s.new(*(shape if save else (0,)))
 
-    plan = s.plan(_FORWARD_WANTED, _FORWARD_LEAST)
+    plan = s.plan(backward=False)
     segments = plan.segments
     warps, resident = (
-        _tile_forward_shape(s.device, s.channels // 8, s.batch * segments)
+        forward_shape(s.device, s.channels // 8, s.batch * segments)
         if s.tile
-        else (_ANY_WARPS, None)
+        else (ANY_WARPS, None)
     )
     if s.foldable and segments == 1:
         s.fold_sequences(s.blocks(warps, 1), resident)
-        plan = s.plan_whole()
+        plan = plan_whole(s.length)
     states, dts = s.segment_buffers(plan)
     problem = s.problem(plan, y)
     outputs = (_address(y), _address(final_state), _address(saved) if save else 0)
@@ -419,7 +274,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, 
             name = f"any_forward<{_C_TYPE[s.dtype]}, {s.padded}, {_true(s.softplus)}, {part}>"
         _launch(
             s.device, name, _PROBLEM + "5P", s.blocks(warps, segments - (part == "STATE_ONLY")),
-            (32 * warps, 1), _tile_forward_shared(warps) if s.tile else 0,
+            (32 * warps, 1), forward_shared(warps) if s.tile else 0,
             *problem, *outputs, _address(states), _address(dts),
             overlap=s.tile and segments > 1,
         )  # fmt: skip
@@ -452,8 +307,8 @@ def backward(
     if saved.numel() > 0:
         sums = _backward(rows, A, D, delta_bias, saved, delta_softplus, outputs)
     else:
-        steps = CHUNK * _ceil(_ceil(length, _ceil(8, batch)), CHUNK)
-        count, sums = _ceil(batch, 8), None  # sequences at a time
+        steps = CHUNK * ceil_div(ceil_div(length, ceil_div(8, batch)), CHUNK)
+        count, sums = ceil_div(batch, 8), None  # sequences at a time
         for first in range(0, batch, count):
             of, to = (_cut(xs, slice(first, first + count)) for xs in (rows, outputs))
             for more in _recompute(of, A, D, delta_bias, delta_softplus, to, steps):
@@ -507,20 +362,20 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
     sums = s.new(s.channels, s.d_state), s.new(s.channels), s.new(s.channels)
 
     warps, resident = (
-        _tile_backward_shape(s.device, s.batch, s.channels // 8)
+        backward_shape(s.device, s.batch, s.channels // 8)
         if s.tile
-        else (_ANY_WARPS, None)
+        else (ANY_WARPS, None)
     )
-    plan = s.plan(_BACKWARD_WANTED, _BACKWARD_LEAST)
+    plan = s.plan(backward=True)
     segments = plan.segments
     if s.foldable and segments == 1 and dh_end is None and _continuous(dy):
         s.fold_sequences(s.blocks(warps, 1), resident)
-        plan = s.plan_whole()
+        plan = plan_whole(s.length)
     states, dts = s.segment_buffers(plan)
     problem = s.problem(plan, du)
     maps = s.maps(warps, dy) if s.tile else b""
     upstream = (_address(dy), _address(dh_end), dy.stride(0) * s.fold, dy.stride(1))
-    padded_length = CHUNK * _ceil(s.length, CHUNK)
+    padded_length = CHUNK * ceil_div(s.length, CHUNK)
     partial_BC = s.new(s.groups(warps), s.batch, padded_length, 2 * s.padded)
     count = s.batch * segments
     partials = (
@@ -536,13 +391,13 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
     elif segments > 1:
         name = f"any_adjoint<{typed}, {_true(s.softplus)}>"
         _launch(
-            s.device, name, _PROBLEM + _UPSTREAM + "2P", s.blocks(_ANY_WARPS, segments - 1),
-            (32 * _ANY_WARPS, 1), 0, *problem, *upstream, _address(states), _address(dts),
+            s.device, name, _PROBLEM + _UPSTREAM + "2P", s.blocks(ANY_WARPS, segments - 1),
+            (32 * ANY_WARPS, 1), 0, *problem, *upstream, _address(states), _address(dts),
         )  # fmt: skip
     if s.tile:
         more = ", ".join(map(_true, (h0 is not None, s.fold > 1, bool(maps))))
         name = f"tile_backward<{flags}, {warps}, {resident}, {more}>"
-        shared = _tile_backward_shared(warps, bool(maps))
+        shared = backward_shared(warps, bool(maps))
     else:
         name, shared = f"any_backward<{typed}, {_true(s.softplus)}>", 0
     first, given = ((_MAPS, (maps,)) if maps else ("q", (0,))) if s.tile else ("", ())
@@ -559,8 +414,8 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
         name, values = f"any_sums<{typed}>", s.batch * s.length * 2 * s.padded
         sizes = (s.groups(warps), s.batch * s.length, s.d_state)
     width = s.channels * s.d_state
-    blocks = _ceil(values, 256)  # for dB and dC; the rest of the blocks add up dA, dD and dbias
-    more_blocks = _ceil(width + 2 * s.channels, 32)
+    blocks = ceil_div(values, 256)  # for dB and dC; the rest of the blocks add up dA, dD and dbias
+    more_blocks = ceil_div(width + 2 * s.channels, 32)
     _launch(
         s.device, name, "P3q2P2q" + "3P3q3P", blocks + more_blocks, (256, 1), 0,
         _address(partial_BC), *sizes, _address(dB), _address(dC), dB.stride(1), blocks,

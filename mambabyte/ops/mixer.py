@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops import cuda_conv, cuda_scan
+from mambabyte.ops import cuda_conv, cuda_plan, cuda_scan
 from mambabyte.ops.operator import MAX_STATES, Tensors, differentiable, once_only
 
 __all__ = ["fused_mixer"]
@@ -186,7 +186,7 @@ def _forward_shapes(
     kept: list[tuple[int, ...]] = [(0,)] * 4
     if save:
         row = (batch, length, channels)
-        saved = cuda_scan.saved_shape(batch, length, channels, states, xz.dtype)
+        saved = cuda_plan.saved_shape(batch, length, channels, states, xz.dtype)
         kept = [row, (batch, length, x_proj.shape[0]), row, saved]
     *in_dtype, saved = kept
     return (

@@ -14,7 +14,7 @@ import pytest
 import torch
 from emulate import TAPS, Emulator
 
-from mambabyte.ops import cuda_conv, cuda_scan
+from mambabyte.ops import cuda_conv, cuda_plan, cuda_scan
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "gpu"))
 
@@ -73,6 +73,6 @@ def emulator(
     monkeypatch.setattr(cuda_scan, "_is_hopper", lambda device: request.param == "hopper")
     monkeypatch.setattr(cuda_scan, "_takes_boxes", lambda device: request.param == "hopper")
     monkeypatch.setattr(cuda_scan, "_encode", encode)
-    monkeypatch.setattr(cuda_scan, "_block_shared", lambda device: 227 << 10)
+    monkeypatch.setattr(cuda_plan, "block_shared", lambda device: 227 << 10)
     built_scan.launched.clear()
     return built_scan

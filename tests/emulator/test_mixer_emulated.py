@@ -19,7 +19,7 @@ from analysis.allocations import saved_storages
 from analysis.kept_tensors import saved_terms
 from mambabyte.blocks import MambaMixer
 from mambabyte.config import ModelConfig
-from mambabyte.ops import cuda_conv, cuda_scan, mixer
+from mambabyte.ops import cuda_conv, cuda_plan, cuda_scan, mixer
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
@@ -94,7 +94,7 @@ def test_parity(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     *sizes, multiprocessors = shape
-    monkeypatch.setattr(cuda_scan, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(cuda_plan, "multiprocessors", lambda device: multiprocessors)
     inputs = mixer_cases.make_inputs(*sizes, TAPS, dtype=dtype, device="cpu")
     parts = mixer_cases.results(composed, inputs, training)
     found = operator(inputs, training)
@@ -112,7 +112,7 @@ def test_parity(
 def dispatched(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The operator, with what PyTorch knows of it, for tensors on the CPU."""
     monkeypatch.setattr(mixer, "_check", lambda *_: None)
-    monkeypatch.setattr(cuda_scan, "_multiprocessors", lambda device: 8)
+    monkeypatch.setattr(cuda_plan, "multiprocessors", lambda device: 8)
     with torch.library._scoped_library("mambabyte", "IMPL") as library:
         library.impl("mixer", mixer.forward, "CPU")
         library.impl("mixer_backward", mixer.backward, "CPU")

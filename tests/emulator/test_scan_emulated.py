@@ -11,7 +11,7 @@ import torch
 from emulate import Emulator, translate
 from scan_cases import NAMES, Inputs, assert_close
 
-from mambabyte.ops import cuda_scan
+from mambabyte.ops import cuda_plan, cuda_scan
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 make_inputs = functools.partial(scan_cases.make_inputs, device="cpu", dtype=torch.bfloat16)
@@ -20,7 +20,7 @@ Tensors = dict[str, torch.Tensor]
 
 def card(monkeypatch: pytest.MonkeyPatch, multiprocessors: int) -> None:
     """A small card has few segments and wide blocks, a large one many and narrow ones."""
-    monkeypatch.setattr(cuda_scan, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(cuda_plan, "multiprocessors", lambda device: multiprocessors)
 
 
 def weights(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
