@@ -157,8 +157,9 @@ def bench_stream(options: Options) -> int:
               **values, "provenance": provenance()}
     lines = [f"{row.way:20} {row.streams:5} streams {row.seen:8} seen {row.microseconds:10.1f} us "
              f"[{row.low:.1f}, {row.high:.1f}] {row.bytes_per_second:12.0f} bytes/s "
-             f"{row.joules_per_megabyte:8.1f} J/MB" for row in frame.itertuples()]
-    lines += [f"{VALUES[name][1]}: {value:.4g} {VALUES[name][0]}" for name, value in values.items()]
+             f"{_energy(row.joules_per_megabyte)}" for row in frame.itertuples()]
+    lines += [f"{VALUES[name][1]}: {_plain(value)} {VALUES[name][0]}"
+              for name, value in values.items()]
     print_result(record, options.json, lines)
     return 0
 
@@ -202,11 +203,21 @@ def bench_step(options: Options) -> int:
         lines.append(
             f"{row.system:8} {row.parameters:12,} parameters {row.ms:9.2f} ms [{row.low:.2f}, "
             f"{row.high:.2f}] x{row.times_first:.2f} {row.bytes_per_second:13,.0f} bytes/s "
-            f"{row.joules_per_megabyte:7.1f} J/MB")
+            f"{_energy(row.joules_per_megabyte)}")
         lines += [f"    {part.part:22} {part.ms:9.3f} ms {part.share:6.1%}"
                   for part in parts[parts["system"] == row.system].itertuples()]
     print_result(record, options.json, lines)
     return 0
+
+
+def _energy(joules_per_megabyte: float) -> str:
+    known = joules_per_megabyte == joules_per_megabyte  # not nan
+    return f"{joules_per_megabyte:8.1f} J/MB" if known else "energy not measured"
+
+
+def _plain(value: float) -> str:
+    """Four digits, but all of a large number's, never a power of ten."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def stream_table(frame: pd.DataFrame) -> pd.DataFrame:
