@@ -1,21 +1,39 @@
-"""Smoke mode's checks: a few steps of training prove little, so the parts are checked directly."""
+"""Smoke mode: when, with what model, and checks of the parts, as a few steps prove little."""
 
 from __future__ import annotations
 
 import math
+import os
+from dataclasses import asdict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from mambabyte.blocks import Block, MambaMixer
+from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.corpus import sample_windows
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.ops import selective_scan
 
+SMOKE_BYTES = 10_000  # fewer training bytes than this mean smoke mode
 # float32 scans agree with float64 to about 1e-7; a wrong recurrence is off by 1e-3 or more.
 SCAN_TOLERANCE = 1e-5
+
+
+def is_smoke(train_bytes: int) -> bool:
+    """Smoke mode: a tiny corpus, or SMOKE_TEST_ONLY=1 in the environment."""
+    return train_bytes < SMOKE_BYTES or os.environ.get("SMOKE_TEST_ONLY") == "1"
+
+
+def smoke_configs(config: ModelConfig, train_bytes: int) -> tuple[ModelConfig, TrainConfig]:
+    """The smoke configuration with the scan form of ``config``; context clamped to the corpus."""
+    preset = PRESETS["smoke"]
+    context = max(8, min(preset.train.context, train_bytes // 4))
+    model = ModelConfig(**{**asdict(preset.model), "scan_form": config.scan_form,
+                           "scan_chunk": config.scan_chunk})
+    return model, TrainConfig(**{**asdict(preset.train), "context": context})
 
 
 def relative_rms(value: torch.Tensor, reference: torch.Tensor) -> float:

@@ -28,8 +28,9 @@ from mambabyte.mixture import Mixture, NgramLM, best_weight
 from mambabyte.model import ByteLM, head_loss, without_state
 from mambabyte.ngram import DISCOUNT, count
 from mambabyte.optim import make_optimizer, schedule
+from mambabyte.smoke import is_smoke, smoke_configs
 from mambabyte.stream import ByteModel
-from mambabyte.train import NonFiniteError, is_smoke, smoke_configs
+from mambabyte.train import NonFiniteError
 
 CAP_SECONDS = 300.0
 IDLE_WATTS = 50.0  # what the published figures subtract

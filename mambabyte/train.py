@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mambabyte import checkpoint, distributed
-from mambabyte.config import PRESETS, ModelConfig, TrainConfig
+from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import Corpus, sample_windows
 from mambabyte.energy import EnergyMeter
 from mambabyte.errors import UserError
@@ -37,7 +37,6 @@ from mambabyte.optim import learning_rate, make_optimizer, schedule, set_rates
 from mambabyte.precision import autocast
 from mambabyte.provenance import provenance
 
-SMOKE_BYTES = 10_000  # fewer training bytes than this mean smoke mode
 LN2 = math.log(2)
 _AGREE_EVERY = 16  # steps after which several processes ask the first whether to stop, and the time
 
@@ -61,20 +60,6 @@ class Progress:
     bytes_seen: int
     headroom: float | None  # None without SSM layers
     joules: float | None  # None when not measured
-
-
-def is_smoke(train_bytes: int) -> bool:
-    """Smoke mode: a tiny corpus, or SMOKE_TEST_ONLY=1 in the environment."""
-    return train_bytes < SMOKE_BYTES or os.environ.get("SMOKE_TEST_ONLY") == "1"
-
-
-def smoke_configs(config: ModelConfig, train_bytes: int) -> tuple[ModelConfig, TrainConfig]:
-    """The smoke configuration with the scan form of ``config``; context clamped to the corpus."""
-    preset = PRESETS["smoke"]
-    context = max(8, min(preset.train.context, train_bytes // 4))
-    model = ModelConfig(**{**asdict(preset.model), "scan_form": config.scan_form,
-                           "scan_chunk": config.scan_chunk})
-    return model, TrainConfig(**{**asdict(preset.train), "context": context})
 
 
 def train(

@@ -21,8 +21,8 @@ from mambabyte.corpus import load_corpus
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.optim import decays, learning_rate, make_optimizer
-from mambabyte.smoke import smoke_check
-from mambabyte.train import NonFiniteError, is_smoke, smoke_configs, train, train_step
+from mambabyte.smoke import is_smoke, smoke_check, smoke_configs
+from mambabyte.train import NonFiniteError, train, train_step
 
 MODEL = ModelConfig(d_model=16, n_layer=2, layer_pattern="MA", d_state=4, n_head=2, n_kv_head=1)
 RECIPE = TrainConfig(context=24, batch_size=2, n_steps=8, lr=1e-2, log_every=2,

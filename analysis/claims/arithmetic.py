@@ -24,7 +24,7 @@ from analysis.flops import flops_per_byte
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.model import ByteLM
 from mambabyte.optim import learning_rate
-from mambabyte.train import SMOKE_BYTES, is_smoke
+from mambabyte.smoke import SMOKE_BYTES, is_smoke
 
 FINAL, ORIGINAL = PRESETS["mamba_byte"], PRESETS["mamba_byte_original"]
 CHUNK = 32

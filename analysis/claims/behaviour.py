@@ -13,7 +13,7 @@ from analysis.claims.lab import Lab
 from analysis.claims.ledger import CAVEAT, FAILS, HOLDS, Claim, Finding, check, sig
 from mambabyte.blocks import MambaMixer
 from mambabyte.model import ByteLM
-from mambabyte.train import SMOKE_BYTES, is_smoke
+from mambabyte.smoke import SMOKE_BYTES, is_smoke
 
 
 @check

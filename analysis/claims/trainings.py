@@ -26,8 +26,8 @@ from mambabyte.errors import UserError
 from mambabyte.evaluate import score
 from mambabyte.model import ByteLM, record_exponent_headroom
 from mambabyte.optim import make_optimizer
-from mambabyte.smoke import smoke_check
-from mambabyte.train import smoke_configs, train, train_step
+from mambabyte.smoke import smoke_check, smoke_configs
+from mambabyte.train import train, train_step
 
 FOX = "the quick brown fox jumps over the lazy dog. "
 FOX_STEPS = 80

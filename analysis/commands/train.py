@@ -63,18 +63,18 @@ def _train(options: Options, device: str, first: bool) -> int:
     """Train on ``device``; of several processes only the first one talks."""
     from mambabyte import train as training
     from mambabyte.provenance import provenance
+    from mambabyte.smoke import is_smoke, smoke_check, smoke_configs
 
     corpus = load_corpus(options.corpus, say)
     model, recipe = options.model, options.train
-    smoke = training.is_smoke(len(corpus.train))
+    smoke = is_smoke(len(corpus.train))
     record: dict[str, Any] = {}
     if smoke:
         import torch
 
         from mambabyte.model import ByteLM
-        from mambabyte.smoke import smoke_check
 
-        model, recipe = training.smoke_configs(model, len(corpus.train))
+        model, recipe = smoke_configs(model, len(corpus.train))
         say(f"SMOKE mode (train={len(corpus.train)} bytes) ctx={recipe.context}")
         torch.manual_seed(recipe.seed)
         record["smoke"] = smoke_check(ByteLM(model).to(device), corpus.train)
