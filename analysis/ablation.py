@@ -32,7 +32,7 @@ from analysis.learning import (
     learn_text,
     rate_multiplier,
 )
-from analysis.matching import Matched, match_patterns, systems_table
+from analysis.matching import GPU_WIDTHS, Matched, match_patterns, systems_table
 from analysis.pool import run_jobs
 from analysis.run_tables import (
     accuracy_by_position,
@@ -180,7 +180,7 @@ def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Res
 
 def _run(p: Parameters, report: Callable[[str], None]) -> Results:
     corpus = load_corpus(p.corpus, report)
-    systems = match_patterns(base_config(p), p.patterns, by=p.match, device=p.device)
+    systems = match_patterns(base_config(p), p.patterns, by=p.match, multiple=_multiple(p))
     table = systems_table(systems, p.context)
     flops = dict(zip(table["pattern"], table["train_flops_per_byte"], strict=True))
     windows = heldout_windows(corpus.valid, p.context, p.heldout_windows)
@@ -241,6 +241,10 @@ def check_flops(p: Parameters, systems: dict[str, Matched]) -> pd.DataFrame:
         for name, m in systems.items()], ignore_index=True)
 
 
+def _multiple(p: Parameters) -> int:
+    return GPU_WIDTHS if p.device.startswith("cuda") else 1
+
+
 def base_config(p: Parameters) -> ModelConfig:
     """The preset at the study's width and depth; attention looks back one training context."""
     return replace(
@@ -268,7 +272,7 @@ def run_tasks(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
     patterns: dict[str, str] = {}  # layers -> pattern, the first that gives them
     for pattern in p.patterns:
         patterns.setdefault(replace(base, layer_pattern=pattern).layers, pattern)
-    systems = match_patterns(base, tuple(patterns.values()), by=p.match, device=p.device)
+    systems = match_patterns(base, tuple(patterns.values()), by=p.match, multiple=_multiple(p))
     jobs = [(p, name, pattern, matched.config, seed)
             for name in p.tasks for pattern, matched in systems.items() for seed in p.task_seeds]
     rows = []

@@ -11,6 +11,8 @@ from analysis.footprint import state_bytes
 from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
 
+GPU_WIDTHS = 8  # a GPU's products are slow on rows of bf16 that do not begin at 16 bytes
+
 
 @dataclass(frozen=True)
 class Matched:
@@ -58,18 +60,17 @@ def match_parameters(
 
 def match_patterns(
     base: ModelConfig, patterns: tuple[str, ...], *, target: int = 0, by: str = "mlp",
-    device: str = "cpu",
+    multiple: int = 1,
 ) -> dict[str, Matched]:
     """Each pattern at the size ``target``; 0 means the size of the largest pattern as ``base`` is.
 
-    With ``by="mlp"`` the largest pattern then keeps its MLP and all others get wider ones: on a GPU
-    in multiples of 8, as its matrix products are slow on rows that do not begin at 16 bytes.
+    With ``by="mlp"`` the largest pattern then keeps its MLP and all others get wider ones, in
+    multiples of ``multiple``.
     """
     if not patterns:
         raise UserError("no layer patterns are given: name at least one, such as M or MA")
     configs = {p: replace(base, layer_pattern=p) for p in patterns}
     target = target or max(c.n_parameters for c in configs.values())
-    multiple = 8 if device.startswith("cuda") else 1
     return {p: match_parameters(c, target, by, multiple) for p, c in configs.items()}
 
 

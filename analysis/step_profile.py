@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from analysis.matching import match_patterns
+from analysis.matching import GPU_WIDTHS, match_patterns
 from analysis.timing import release
 from mambabyte.blocks import MambaMixer
 from mambabyte.config import ModelConfig, TrainConfig
@@ -75,7 +75,7 @@ def equal_sized(config: ModelConfig, patterns: tuple[str, ...]) -> dict[str, Mod
     heads = config.d_model // 64 if config.d_model % 64 == 0 else config.n_head
     base = replace(config, n_head=heads, n_kv_head=heads)
     wanted = tuple(dict.fromkeys((config.layer_pattern, *patterns)))
-    matched = match_patterns(base, wanted, target=config.n_parameters, device="cuda")
+    matched = match_patterns(base, wanted, target=config.n_parameters, multiple=GPU_WIDTHS)
     return {p: m.config for p, m in matched.items()} | {config.layer_pattern: config}
 
 
