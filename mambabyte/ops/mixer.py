@@ -23,6 +23,7 @@ from torch import Tensor
 from mambabyte.errors import UserError
 from mambabyte.ops import cuda_conv, cuda_plan, cuda_scan
 from mambabyte.ops.operator import MAX_STATES, Tensors, differentiable, once_only
+from mambabyte.ops.step import check_tensor
 
 __all__ = ["fused_mixer"]
 
@@ -82,11 +83,7 @@ def _check(
         ("A", A, (channels, states)),
         ("D", D, (channels,)),
     ):
-        if tensor.shape != shape or tensor.device != xz.device:
-            raise UserError(
-                f"{name} is {tuple(tensor.shape)} on {tensor.device}: expected {shape} on "
-                f"{xz.device}"
-            )
+        check_tensor(name, tensor, shape, xz)
     if not torch.is_autocast_enabled("cuda") and (
         xz.dtype not in cuda_conv.ELEMENTS or {x_proj.dtype, dt_proj.dtype} != {xz.dtype}
     ):

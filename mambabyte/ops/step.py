@@ -62,7 +62,7 @@ def mamba_step(
         ("A", A, (channels, states)),
         ("D", D, (channels,)),
     ):
-        _check(name, tensor, shape, x)
+        check_tensor(name, tensor, shape, x)
     weights = x_proj.dtype
     if any(w.dtype != weights for w in (conv_weight, dt_proj)) or weights not in _DTYPES:
         raise UserError("conv_weight, x_proj and dt_proj must share a dtype, x's or float32")
@@ -98,7 +98,7 @@ def scan_step(
         ("delta_bias", delta_bias, (channels,)),
         ("state", state, (batch, channels, states)),
     ):
-        _check(name, tensor, shape, u)
+        check_tensor(name, tensor, shape, u)
     return torch.ops.mambabyte.scan_step.default(
         u, delta, A, B, C, D, z, delta_bias, state, delta_softplus
     )
@@ -113,11 +113,12 @@ def _check_rows(x: Tensor, like: Tensor) -> tuple[int, int]:
     available, reason = fused_available(x.device)
     if not available:
         raise UserError(f"no fused step on {x.device}: {reason}; use the scan at length 1")
-    _check("its companion", like, tuple(x.shape), x)
+    check_tensor("its companion", like, tuple(x.shape), x)
     return x.shape[0], x.shape[1]
 
 
-def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+def check_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+    """UserError unless ``tensor`` is None or has that shape and is on the device of ``x``."""
     if tensor is None:
         return
     if tensor.shape != shape or tensor.device != x.device:
