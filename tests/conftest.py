@@ -44,3 +44,10 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
     path.write_text("".join(f"line {i} of a small text, {i * i}.\n" for i in range(400)))
     return str(path)
+
+
+@pytest.fixture
+def world(tmp_path: Path):
+    from tests.report_world import World
+
+    return World(tmp_path)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mambabyte.ops import native_build
 from mambabyte.ops import native_scan as native
+from tests.sanitized import run_sanitized
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_native = pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
@@ -111,16 +111,5 @@ int main(void) {
 @needs_native
 @pytest.mark.parametrize("checks", ["address,undefined", "thread"])
 def test_sanitizers(tmp_path: Path, checks: str) -> None:
-    """Odd shapes under gcc's or clang's checkers; leaks are the driver's own."""
-    (tmp_path / "driver.c").write_text(SANITIZED)
-    flags = [f for f in native_build.FLAGS if f not in ("-shared", "-fPIC", "-O3")]
-    command = ["cc", "-O1", "-g", *flags, "-march=native", f"-fsanitize={checks}"]
-    command += ["-fno-sanitize-recover=all", "-DSMALL_WORK=1", f"-I{native.SOURCE.parent}"]
-    program = str(tmp_path / "driver")
-    built = subprocess.run([*command, str(tmp_path / "driver.c"), "-o", program, "-lm"],
-                           capture_output=True, text=True)  # fmt: skip
-    if built.returncode:
-        pytest.skip(f"no sanitizer here: {built.stderr[-200:]}")
-    env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run([program], capture_output=True, text=True, env=env)
-    assert (done.returncode, done.stdout) == (0, "clean\n"), done.stderr[-2000:]
+    """Odd shapes under gcc's or clang's checkers."""
+    run_sanitized(tmp_path, SANITIZED, native.SOURCE.parent, checks, "-DSMALL_WORK=1")

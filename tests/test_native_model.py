@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -22,6 +21,7 @@ from mambabyte.model import ByteLM
 from mambabyte.native_model import NativeModel, supports
 from mambabyte.ops import native_build
 from mambabyte.stream import ByteStream, generate
+from tests.sanitized import run_sanitized
 
 pytestmark = pytest.mark.skipif(native_model._library() is None, reason="no native model here")
 
@@ -325,16 +325,5 @@ int main(void) {
 
 
 def test_sanitizers(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    """Odd shapes under gcc's or clang's checkers; leaks are the driver's own."""
-    (tmp_path / "driver.c").write_text(SANITIZED)
-    flags = [f for f in native_build.FLAGS if f not in ("-shared", "-fPIC", "-O3")]
-    command = ["cc", "-O1", "-g", *flags, "-march=native", "-fsanitize=address,undefined"]
-    command += ["-fno-sanitize-recover=all", f"-I{native_model.SOURCE.parent}"]
-    program = str(tmp_path / "driver")
-    built = subprocess.run([*command, str(tmp_path / "driver.c"), "-o", program, "-lm"],
-                           capture_output=True, text=True)  # fmt: skip
-    if built.returncode:
-        pytest.skip(f"no sanitizer here: {built.stderr[-200:]}")
-    env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run([program], capture_output=True, text=True, env=env)
-    assert (done.returncode, done.stdout) == (0, "clean\n"), done.stderr[-2000:]
+    """Odd shapes under gcc's or clang's checkers."""
+    run_sanitized(tmp_path, SANITIZED, native_model.SOURCE.parent, "address,undefined")
