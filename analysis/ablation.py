@@ -75,6 +75,8 @@ class Parameters:
     # True: a cosine to zero and one run a budget. False: a constant rate, one run for all.
     decay: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
+    # How a step of the compared systems is run, as TrainConfig.step; on a CPU always eager.
+    step: Literal["auto", "eager", "graph", "compile"] = "auto"
     max_seconds: float = 20.0  # of one run; 0 is no limit
     heldout_windows: int = 24
     characters: int = 300
@@ -128,9 +130,10 @@ _FULL = Parameters(
     # Heads of 64: attention's kernels are slower at 32 and at 48.
     corpus="wikitext103", device="cuda", threads=0, d_model=192, n_layer=4, n_head=3, n_kv_head=3,
     context=1024, batch_size=16, steps=1000, lr=1e-3, decay=True, seeds=(0, 1, 2, 3, 4),
-    max_seconds=0.0, heldout_windows=128, characters=10_000, streams=8, stream_bytes=60_000,
-    tasks=("recall 8", "recall 16", "copy 32"), task_symbols=32, task_layers=4, task_steps=1500,
-    task_seeds=(0, 1, 2),
+    # Captured alone, attention would be judged by what its elementwise operations move.
+    step="compile", max_seconds=0.0, heldout_windows=128, characters=10_000, streams=8,
+    stream_bytes=60_000, tasks=("recall 8", "recall 16", "copy 32"), task_symbols=32,
+    task_layers=4, task_steps=1500, task_seeds=(0, 1, 2),
     # The rounded state is a Python loop over the length: the quick profile shows it.
     variants=tuple(v for v in second.VARIANTS if v != "bf16 state"), variant_pattern="MMMA",
     variant_steps=400, variant_seeds=(0, 1, 2), pieces=1024, piece_train_bytes=20_000_000,
@@ -180,6 +183,11 @@ def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Res
 
 def _run(p: Parameters, report: Callable[[str], None]) -> Results:
     corpus = load_corpus(p.corpus, report)
+    text = None
+    if p.pieces:  # first: it may refuse the text, and what follows takes long
+        report(f"training {p.pieces} pieces on {p.piece_train_bytes:,} bytes of the training split")
+        vocabulary = sp.train_pieces(bytes(corpus.train[: p.piece_train_bytes]), p.pieces)
+        text = sp.encode_corpus(vocabulary, corpus, p.piece_train_bytes)
     systems = match_patterns(base_config(p), p.patterns, by=p.match, multiple=_multiple(p))
     table = systems_table(systems, p.context)
     flops = dict(zip(table["pattern"], table["train_flops_per_byte"], strict=True))
@@ -204,7 +212,7 @@ def _run(p: Parameters, report: Callable[[str], None]) -> Results:
                     learned[key] = _learn(p, systems[row.pattern].config, corpus, seed,
                                           int(row.steps), windows)
     comparisons = compare(learned, budgets, p.steps)
-    tokens, few = run_tokens(p, systems, learned, corpus, report)
+    tokens, few = run_tokens(p, systems, learned, corpus, text, report)
     report("characters, positions")
     trained = {(pattern, seed): learned[pattern, seed, p.steps].model.eval()
                for pattern in p.patterns for seed in p.seeds}
@@ -261,8 +269,9 @@ def _learn(
     p: Parameters, config: ModelConfig, corpus: Corpus, seed: int, steps: int,
     windows: torch.Tensor,
 ) -> Learned:
-    return learn_text(config, recipe(p, seed, steps), corpus.train, device=p.device, decay=p.decay,
-                      windows=windows, max_seconds=p.max_seconds)
+    return learn_text(
+        config, replace(recipe(p, seed, steps), step=p.step), corpus.train, device=p.device,
+        decay=p.decay, windows=windows, max_seconds=p.max_seconds)
 
 
 def run_tasks(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
@@ -343,18 +352,15 @@ def _variant_row(
 
 def run_tokens(
     p: Parameters, systems: dict[str, Matched], learned: Runs, corpus: Corpus,
-    report: Callable[[str], None],
+    text: sp.PieceText | None, report: Callable[[str], None],
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The same systems on subword pieces, and the second document's few large steps.
 
     Bits are per raw byte, beside those of the same system on bytes, which has seen the same number
     of raw bytes and reads the same held-out text as one stream. Both empty without pieces.
     """
-    if not p.pieces:
+    if text is None:
         return pd.DataFrame(), pd.DataFrame()
-    report(f"training {p.pieces} pieces on {p.piece_train_bytes:,} bytes of the training split")
-    vocabulary = sp.train_pieces(bytes(corpus.train[: p.piece_train_bytes]), p.pieces)
-    text = sp.encode_corpus(vocabulary, corpus, p.piece_train_bytes)
     per_step = p.context * p.batch_size
     rows = []
     jobs = [(p, text, pattern, matched.config, seed,
@@ -375,7 +381,7 @@ def run_tokens(
     few = pd.DataFrame()
     if p.few_steps:
         few = few_steps(
-            {name: get_preset(name).model for name in p.few_presets}, vocabulary, corpus,
+            {name: get_preset(name).model for name in p.few_presets}, text.pieces, corpus,
             steps=p.few_steps, tokens_per_step=p.few_tokens, context=p.context,
             train_bytes=p.piece_train_bytes, device=p.device, report=report)
     return pd.DataFrame(rows), few

@@ -42,6 +42,8 @@ class Scans:
     channels: int = 8
     states: int = 16
     seed: int = 0
+    # Where the forms run; the recurrence that they are held against runs on the CPU in float64.
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         check_forms(self.forms)
@@ -102,11 +104,12 @@ def later_loss_gradients(
 
 def whole_gradients(scan: Scan, tensors: list[Tensor], chunk: int, boundary: int,
                     weight: Tensor) -> dict[str, Tensor]:
-    """The same loss with the scan in one call, its own chunks and carries inside."""
+    """The same loss with the scan in one call, its own chunks and carries inside. On the CPU."""
     leaves = [t.clone().requires_grad_() for t in tensors]
     y, _ = scan(*leaves, chunk)
-    loss = (y[:, boundary:] * weight[:, boundary:].to(y.dtype)).sum()
-    return {f"d {n}": g for n, g in zip(INPUTS, torch.autograd.grad(loss, leaves), strict=True)}
+    loss = (y[:, boundary:] * weight[:, boundary:].to(y)).sum()
+    return {f"d {n}": g.cpu()
+            for n, g in zip(INPUTS, torch.autograd.grad(loss, leaves), strict=True)}
 
 
 def boundary_frame(p: Scans) -> pd.DataFrame:
@@ -121,7 +124,9 @@ def boundary_frame(p: Scans) -> pd.DataFrame:
     for boundary in range(p.chunk, p.length, p.chunk):
         reference = whole_gradients(sequential_scan, exact, 0, boundary, weight)
         for form, precision in [(f, d) for f in p.forms for d in ("float64", "float32")]:
-            tensors = [t.to(getattr(torch, precision)) for t in exact]
+            if form == "fused" and precision == "float64" and p.device != "cpu":
+                continue  # the kernels of a GPU are for training: float32 and below
+            tensors = [t.to(p.device, getattr(torch, precision)) for t in exact]
             found = whole_gradients(scan_of(form), tensors, p.chunk, boundary, weight)
             rows += _boundary_rows(form, precision, boundary, found, reference)
         cut = later_loss_gradients(sequential_scan, exact, 0, boundary, weight, detach=True)
@@ -161,7 +166,7 @@ def distance_frame(p: Scans) -> pd.DataFrame:
     size = reference.square().mean((0, 2)).sqrt()
     found = {}
     for form in p.forms:
-        tensors = [t.float() for t in exact]
+        tensors = [t.to(p.device, torch.float32) for t in exact]
         gradient = whole_gradients(scan_of(form), tensors, p.chunk, boundary, weight)["d u"]
         error = (gradient.double() - reference).square().mean((0, 2)).sqrt()
         found[form] = error[:boundary] / size[:boundary]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pandas as pd
+import torch
 
 from analysis.boundary_gradients import Scans, boundary_frame, distance_frame, gradcheck_frame
 from analysis.scan_against_step import DOCUMENT_DIFFERENCE, scan_against_step
@@ -40,6 +41,8 @@ class Parameters(Scans):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError("no CUDA device is available: set device to cpu")
         if not self.segments:
             raise UserError("no segments are given: name at least one")
         if min(self.draws, self.recall_steps, self.recall_seeds, *self.segments) < 1:
@@ -69,7 +72,10 @@ class Gradients:
 
 
 def run(p: Parameters, report: Callable[[str], None]) -> Gradients:
-    """Boundaries, distances, gradcheck, scan against step, recall. Seeded throughout."""
+    """Boundaries, distances, gradcheck, scan against step, recall. Seeded throughout.
+
+    The gradients at boundaries and by distance are those of ``p.device``; the rest is the CPU's.
+    """
     p = replace(p, forms=runnable(p.forms))
     with threads(1):
         report("gradients at every boundary")

@@ -25,6 +25,7 @@ from mambabyte.train import NonFiniteError, autocast, train_step
 
 LN2 = math.log(2)
 BLOCK = 20  # steps between two looks at the device
+COMPILED = 64  # most layers of different shape that a study compiles
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Learned:
     """A trained model, its held-out curve and its cost.
 
     ``curve`` is (step, bits per byte) from step 0 on; ``step_seconds`` is the median over steps,
-    so a pause of the machine does not count; ``joules`` is None where no counter was read.
+    so a pause of the machine does not count; ``joules`` is None where no counter was read. The
+    first BLOCK steps of a longer run, which compile and fill caches, cost what the later ones do.
     """
 
     model: ByteLM
@@ -65,21 +67,25 @@ def learn_text(
     ``decay`` follows the recipe's cosine to zero, otherwise the rate is constant after warm-up.
     ``windows`` (n, context + 1) are held-out bytes, scored ``evaluations`` times along the way
     and before the first step. ``max_seconds`` ends the run early. On CUDA the step is captured as
-    one graph, so that a system is not judged by its count of kernel launches.
+    one graph, so that a system is not judged by its count of kernel launches, unless
+    ``recipe.step`` is "eager"; "compile" compiles its layers too.
     """
     torch.manual_seed(recipe.seed)
     model = ByteLM(config).to(device)
     schedule = recipe if decay else constant_rate(recipe)
-    advance = _captured_steps if model.device.type == "cuda" else _steps
-    take = advance(model, train, recipe, schedule)
+    on_gpu = model.device.type == "cuda" and recipe.step != "eager"
+    take = (_captured_steps if on_gpu else _steps)(model, train, recipe, schedule)
     at = {round(recipe.n_steps * (i + 1) / evaluations) for i in range(evaluations)}
     curve = [] if windows is None else [(0, heldout_bits(model, windows))]
     seconds: list[float] = []
+    metered = BLOCK if recipe.n_steps > BLOCK else 0  # the step that the meter starts at
     meter = EnergyMeter(device)
     outside = 0.0  # joules spent on scoring
     began, step = time.perf_counter(), 0
     while step < recipe.n_steps:
-        end = min([s for s in at if s > step], default=recipe.n_steps)
+        if step == metered:
+            meter, outside = EnergyMeter(device), 0.0
+        end = min(s for s in {*at, metered, recipe.n_steps} if s > step)
         done = take(step, end, began + max_seconds if max_seconds else math.inf)
         seconds += done
         step += len(done)
@@ -92,10 +98,11 @@ def learn_text(
         if late:
             break
     energy = meter.read()
-    return Learned(
-        model, curve, step, float(np.median(seconds)),
-        None if energy.joules is None else energy.joules - outside, energy.source,
-        step < recipe.n_steps)
+    joules = None
+    if energy.joules is not None and step > metered:
+        joules = (energy.joules - outside) * step / (step - metered)
+    return Learned(model, curve, step, float(np.median(seconds)), joules, energy.source,
+                   step < recipe.n_steps)
 
 
 # take(first, end, deadline): does the steps from first to end, at most until the deadline (of
@@ -130,7 +137,7 @@ def _captured_steps(
     """The same steps as one CUDA graph. The time is that of a block of steps, spread over them:
     the first block holds the warm-up and the capture, and counts no more than any other."""
     optimizer = make_optimizer(model, recipe, on_device=True)
-    prepare(model, recipe, compiled=False)
+    prepare(model, recipe, compiled=recipe.step == "compile")
     text = torch.from_numpy(np.array(train)).to(model.device)
     step_once = FastStep(model, model.loss, optimizer, Windows(text, recipe.context),
                          window_starts(len(text), recipe), recipe)
@@ -139,8 +146,10 @@ def _captured_steps(
         seconds: list[float] = []
         for low in range(first, end, BLOCK):
             high, start = min(low + BLOCK, end), time.perf_counter()
-            for step in range(low, high):
-                step_once(rate_multiplier(step, schedule))
+            # torch stops compiling a function for the ninth time; all systems share one.
+            with torch._dynamo.config.patch(recompile_limit=COMPILED):
+                for step in range(low, high):
+                    step_once(rate_multiplier(step, schedule))
             bad = step_once.read()[2]
             if bad is not None:
                 raise NonFiniteError(f"step {bad + 1}: the loss or the gradient norm is not finite")
@@ -154,12 +163,17 @@ def _captured_steps(
 
 @torch.no_grad()
 def heldout_bits(model: ByteLM, windows: Tensor, batch: int = 32) -> float:
-    """Mean bits per byte of windows (n, context + 1), each scored from an empty state."""
-    device = model.embedding.weight.device
+    """Mean bits per byte of windows (n, context + 1), each scored from an empty state.
+
+    By the model as it is written: what training compiled is for its own shapes.
+    """
     nats = 0.0
-    with autocast(device, "auto"):
+    with autocast(model.device, "auto"):
         for part in windows.split(batch):
-            nats += model.loss(part.to(device)).item() * len(part)
+            tokens = part.to(model.device)
+            logits = model(tokens[:, :-1])[0].float()
+            nats += F.cross_entropy(
+                logits.flatten(0, 1), tokens[:, 1:].flatten()).item() * len(part)
     return nats / len(windows) / LN2
 
 

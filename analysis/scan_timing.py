@@ -75,27 +75,41 @@ def _call_scan(form: str, inputs: list[Tensor], backward: bool) -> None:
 def time_scans(
     p: Parameters, forms: tuple[str, ...], report: Callable[[str], None]
 ) -> pd.DataFrame:
-    """Every form, forward and forward+backward: all lengths at one batch, all batches at one
-    length."""
+    """Every form, forward and forward+backward, at every one of ``points``."""
     cases = []
-    points = [(p.batch_size, length) for length in p.lengths]
-    points += [(b, p.batch_length) for b in p.batches if (b, p.batch_length) not in points]
     not_run = {form: why for form in forms if (why := _unavailable(p, form))}
     for form in forms:
         for direction in PASSES:
-            for batch, length in points:
+            for batch, length in points(p):
                 series = (form, direction, batch if batch != p.batch_size else "lengths")
                 case = Case(series, length, partial(_make_scan, p, form, direction, batch, length),
                             {"form": form, "pass": direction, "batch": batch})
                 case.status = not_run.get(form, MEASURED)
                 cases.append(case)
     timed = measure([c for c in cases if c.status == MEASURED], rounds=p.rounds,
-                    guard_seconds=p.guard_seconds, device=p.device, report=report, capture=True)
+                    guard_seconds=p.guard_seconds, device=p.device, report=report, capture=True,
+                    energy_seconds=p.energy_seconds)
     absent = pd.DataFrame([
         {**c.labels, "length": c.length, "ms": None, "ms_lower_quartile": None,
-         "ms_upper_quartile": None, "rounds": 0, "status": c.status}
+         "ms_upper_quartile": None, "rounds": 0, "timed_as": None, "joules": None,
+         "status": c.status}
         for c in cases if c.status != MEASURED and c.labels["form"] in not_run])
-    return not_measured(pd.concat([timed, absent], ignore_index=True) if len(absent) else timed)
+    return per_byte(pd.concat([timed, absent], ignore_index=True) if len(absent) else timed)
+
+
+def points(p: Parameters) -> list[tuple[int, int]]:
+    """(batch, length): all lengths at one batch, and all batches at one length."""
+    along = [(p.batch_size, length) for length in p.lengths]
+    return along + [(b, p.batch_length) for b in p.batches if (b, p.batch_length) not in along]
+
+
+def per_byte(timed: pd.DataFrame) -> pd.DataFrame:
+    """With bytes a second and gross joules per megabyte (1e6 bytes) in place of joules a call."""
+    size = timed["batch"] * timed["length"]
+    return not_measured(timed.drop(columns=["joules", "status"]).assign(
+        bytes_per_second=size / timed["ms"].astype(float) * 1e3,
+        joules_per_megabyte=timed["joules"].astype(float) / size * 1e6,
+        status=timed["status"]))
 
 
 def _make_scan(

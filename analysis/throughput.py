@@ -29,6 +29,8 @@ from analysis.scan_timing import (
     PASSES,
     allocation_exponents,
     count_allocations,
+    per_byte,
+    points,
     time_scans,
 )
 from analysis.step_profile import Way, equal_sized, training_step
@@ -82,7 +84,7 @@ class Parameters:
     train_context: int = 256
     train_batch: int = 4
     train_steps: int = 4
-    train_seconds: float = 0.0  # least length of one energy reading; counters are slow
+    energy_seconds: float = 0.1  # least length of one reading of energy; a GPU's counter is slow
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     def __post_init__(self) -> None:
@@ -106,7 +108,7 @@ PROFILES = {
         allocation_lengths=(128, 256, 512, 1024),
         mixer_forms=("auto", "chunked", "sequential"),
         stream_positions=(0, 1024, 4096, 16384, 65536), stream_steps=50,
-        train_context=1024, train_batch=16, train_steps=5, train_seconds=3.0),
+        train_context=1024, train_batch=16, train_steps=5, energy_seconds=0.5),
 }
 
 
@@ -145,11 +147,10 @@ def _run(p: Parameters, forms: tuple[str, ...], report: Callable[[str], None]) -
     mixers = time_mixers(p, report)
     report("allocations")
     allocations = count_allocations(p, forms)
-    by_length = scans[scans["batch"] == p.batch_size]
     exponents = pd.concat([
-        exponent_table(by_length.rename(columns={"form": "what"}), ("what", "pass")),
-        exponent_table(mixers.rename(columns={"mixer": "what"}), ("what", "pass")),
-    ], ignore_index=True)
+        exponent_table(frame[frame["batch"] == p.batch_size].rename(columns={name: "what"}),
+                       ("what", "pass"))
+        for frame, name in ((scans, "form"), (mixers, "mixer"))], ignore_index=True)
     report("streaming")
     streaming = time_streaming(p)
     report("training steps")
@@ -171,26 +172,29 @@ def model_config(p: Parameters, pattern: str = "M", form: str = "auto") -> Model
 
 
 def time_mixers(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
-    """One SSM mixer a form, and one causal attention mixer, at every length."""
+    """One SSM mixer a form, and one causal attention mixer, at the points of ``time_scans``."""
     mixers = {f"SSM ({form})": (MambaMixer, form) for form in p.mixer_forms}
     kinds: dict[str, tuple[type[nn.Module], str]] = {
         **mixers, "attention": (AttentionMixer, "auto")}
     cases = [
-        Case((name, direction), length, partial(_make_mixer, p, kind, form, direction, length),
-             {"mixer": name, "pass": direction, "batch": p.batch_size})
-        for name, (kind, form) in kinds.items() for direction in PASSES for length in p.lengths]
-    return not_measured(measure(cases, rounds=p.rounds, guard_seconds=p.guard_seconds,
-                                 device=p.device, report=report, capture=True))
+        Case((name, direction, batch if batch != p.batch_size else "lengths"), length,
+             partial(_make_mixer, p, kind, form, direction, batch, length),
+             {"mixer": name, "pass": direction, "batch": batch})
+        for name, (kind, form) in kinds.items() for direction in PASSES
+        for batch, length in points(p)]
+    return per_byte(measure(
+        cases, rounds=p.rounds, guard_seconds=p.guard_seconds, device=p.device, report=report,
+        capture=True, energy_seconds=p.energy_seconds))
 
 
 def _make_mixer(
-    p: Parameters, kind: type[nn.Module], form: str, direction: str, length: int
+    p: Parameters, kind: type[nn.Module], form: str, direction: str, batch: int, length: int
 ) -> Callable[[], None]:
     torch.manual_seed(0)
     pattern = "A" if kind is AttentionMixer else "M"
     mixer = kind(model_config(p, pattern, form)).to(p.device)
     backward = direction == PASSES[1]
-    x = torch.randn(p.batch_size, length, p.d_model, device=p.device, requires_grad=backward)
+    x = torch.randn(batch, length, p.d_model, device=p.device, requires_grad=backward)
 
     def call() -> None:
         with torch.set_grad_enabled(backward), autocast(torch.device(p.device), p.precision):
@@ -208,7 +212,8 @@ def find_crossovers(p: Parameters, mixers: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for direction in PASSES:
-        one = mixers[(mixers["pass"] == direction) & mixers["ms"].notna()]
+        one = mixers[(mixers["pass"] == direction) & mixers["ms"].notna()
+                     & (mixers["batch"] == p.batch_size)]
         wide = one.pivot(index="length", columns="mixer", values="ms").astype(float)
         for name in (c for c in wide if c != "attention"):
             both = wide[[name, "attention"]].dropna()
@@ -270,7 +275,8 @@ def time_streaming(p: Parameters) -> pd.DataFrame:
     held = {key: sum(t.numel() * t.element_size() for layer in state for t in layer
                      if isinstance(t, Tensor)) for key, (_, state) in states.items()}
     keys = zip(timed["system"], timed["bytes_seen"], strict=True)
-    return not_measured(timed.drop(columns="length").assign(state_bytes=[held[k] for k in keys]))
+    timed = timed.drop(columns=["length", "timed_as", "joules"])
+    return not_measured(timed.assign(state_bytes=[held[k] for k in keys]))
 
 
 # ----------------------------------------------------------------------------------- training
@@ -280,7 +286,7 @@ def time_training(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
     """Whole training steps (forward, backward, clip, AdamW) of parameter-matched patterns.
 
     Patterns with SSM layers are timed with each of ``training_forms``. Joules per megabyte
-    (1e6 bytes) come from an energy counter over at least ``train_seconds``, else None.
+    (1e6 bytes) come from an energy counter over at least ``energy_seconds``, else None.
     """
     base = replace(model_config(p), attention_window=p.train_context)
     cuda = p.device.startswith("cuda")
@@ -296,27 +302,28 @@ def time_training(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
                 runs.append((pattern, form, replace(config, scan_form=form)))
     recipe = TrainConfig(context=p.train_context, batch_size=p.train_batch, precision=p.precision)
     way: Way = "graph" if cuda else "eager"  # as training does
-    timed: list[Case] = []
-    meters: dict[int, Callable[[], object]] = {}
-    for i, (pattern, form, config) in enumerate(runs):
+    timed = []
+    for pattern, form, config in runs:
         step, _ = training_step(config, recipe, p.device, way)
-        meters[i] = step
         timed.append(Case((pattern, form), p.train_context, partial(_constant, step),
                           {"pattern": pattern, "form": form}))
     frame = measure(timed, rounds=p.train_steps, guard_seconds=30 * p.guard_seconds,
-                    device=p.device, least_seconds=0.0, report=report)
-    for i, (row, (_, _, config)) in enumerate(zip(frame.to_dict("records"), runs, strict=True)):
-        size = p.train_batch * p.train_context
-        joules, source = _joules_per_step(p, meters[i], row["ms"])
+                    device=p.device, least_seconds=0.0, report=report,
+                    energy_seconds=p.energy_seconds)
+    source = EnergyMeter(p.device).source
+    size = p.train_batch * p.train_context
+    for row, (_, _, config) in zip(frame.to_dict("records"), runs, strict=True):
+        joules = row["joules"]
         rows.append({
             **row, "batch": p.train_batch, "n_parameters": config.n_parameters,
             "bytes_per_second": size / row["ms"] * 1e3 if row["ms"] else None,
             "flops_per_second": flops_per_byte(config, p.train_context) * size / row["ms"] * 1e3
             if row["ms"] else None,
-            "joules_per_megabyte": joules / size * 1e6 if joules is not None else None,
+            "joules_per_megabyte": joules / size * 1e6 if pd.notna(joules) else None,
             "energy_source": source,
         })
-    return not_measured(pd.DataFrame(rows).rename(columns={"length": "context"}))
+    return not_measured(pd.DataFrame(rows).drop(columns=["timed_as", "joules"])
+                        .rename(columns={"length": "context"}))
 
 
 def steps_at(p: Parameters, batch: int, contexts: tuple[int, ...]) -> pd.DataFrame:
@@ -335,22 +342,3 @@ def steps_at(p: Parameters, batch: int, contexts: tuple[int, ...]) -> pd.DataFra
 
 def _constant(call: Callable[[], object]) -> Callable[[], object]:
     return call
-
-
-def _joules_per_step(
-    p: Parameters, step: Callable[[], object], ms: float | None
-) -> tuple[float | None, str]:
-    meter = EnergyMeter(p.device)
-    first = meter.read()
-    if first.joules is None or not ms:
-        return None, first.source
-    steps = max(1, round(p.train_seconds / (ms / 1e3)))
-    if p.device.startswith("cuda"):
-        torch.cuda.synchronize(p.device)
-    meter = EnergyMeter(p.device)
-    for _ in range(steps):
-        step()
-    if p.device.startswith("cuda"):
-        torch.cuda.synchronize(p.device)
-    joules = meter.read().joules
-    return (None if joules is None else joules / steps), meter.source

@@ -23,11 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from analysis.frames import not_measured
+from mambabyte.energy import EnergyMeter
 from mambabyte.errors import UserError
 
 MEASURED = "measured"
 SAY_SECONDS = 2.0  # between lines of progress
 LONG = 0.2  # seconds: a call in which what memory takes does not show
+CHUNK_SECONDS = 0.01  # between two looks at a counter of energy
+COUNTER_WAIT = 2.0  # seconds: longer than any counter stands still
 
 
 @dataclass
@@ -44,21 +47,25 @@ class Case:
     labels: dict[str, Any]
     seconds: list[float] = field(default_factory=list)
     status: str = MEASURED
+    timed_as: str | None = None
+    joules: float | None = None
 
 
 def measure(
     cases: Sequence[Case], *, rounds: int, guard_seconds: float, device: str = "cpu",
     least_seconds: float = 2e-3, report: Callable[[str], None] = lambda line: None,
-    capture: bool = False,
+    capture: bool = False, energy_seconds: float = 0.0,
 ) -> pd.DataFrame:
-    """Time every case; one row each with labels, length, ms (median), quartiles and status.
+    """Time every case; one row each with labels, length, ms (median), quartiles, joules a call, how
+    it was timed (``captured``'s word, None without ``capture``) and status.
 
     Two calls come first. They warm up and feed the guard: when the next case of the series is
     predicted to take more than ``guard_seconds`` a call (in proportion to the length), the series
-    ends there. With ``capture`` a short call on a GPU is timed as one captured graph (see
-    ``captured``), which leaves the host's part out. A call shorter than ``least_seconds`` is
-    repeated inside one timing. Out of memory ends a series too. ``ms`` is None for what was not
-    measured.
+    ends there. With ``capture`` a call on a GPU is timed as one captured graph where it can be
+    (see ``captured``), which leaves the host's part out; the guard goes by what it takes without.
+    A call shorter than ``least_seconds`` is repeated inside one timing. Out of memory ends a
+    series too. After the rounds each case runs for ``energy_seconds`` more beside the machine's
+    counter of energy (see ``joules_of``). ``ms`` and ``joules`` are None for what was not measured.
     """
     if rounds < 1:
         raise UserError(f"rounds is {rounds}: it must be at least 1")
@@ -85,16 +92,18 @@ def measure(
             took = _time(call, 1, device)  # compiles, fills caches
             if took < guard_seconds or took > 4 * predicted:
                 took = min(took, _time(call, 1, device))
-            if capture and took < LONG:
-                call = captured(call, device)[0]
+            past.append((case.length, took))
+            plain = call
+            if capture:
+                call, case.timed_as = captured(plain, device)
+            if call is not plain:
                 took = min(_time(call, 1, device), _time(call, 1, device))
         except (torch.OutOfMemoryError, MemoryError):
             case.status = stopped[case.series] = "out of memory"
             continue
         finally:
-            call = None  # type: ignore[assignment]
+            call = plain = None  # type: ignore[assignment]
             _make_room(device)
-        past.append((case.length, took))
         first[i], inner[i] = took, max(1, min(50, int(least_seconds / max(took, 1e-7))))
     rng = np.random.default_rng(0)
     alive = [i for i, case in enumerate(cases) if case.status == MEASURED]
@@ -107,13 +116,51 @@ def measure(
             # Memory is taken outside the clock, where taking it would show.
             if inner[i] > 1 or (device != "cpu" and first[i] < LONG):
                 call()
-            if capture and first[i] < LONG:
+            if capture:
                 call = captured(call, device)[0]
             cases[i].seconds.append(_time(call, inner[i], device))
             call = None  # type: ignore[assignment]
             _make_room(device)
         report(f"round {number + 1} of {rounds}: {len(alive)} points")
+    if energy_seconds and EnergyMeter(device).read().joules is not None:
+        for done, i in enumerate(alive):
+            if time.perf_counter() - said > SAY_SECONDS:
+                said = time.perf_counter()
+                report(f"energy: {done} of {len(alive)} points")
+            call = cases[i].make()
+            if capture:
+                call = captured(call, device)[0]
+            cases[i].joules = joules_of(call, energy_seconds, device)
+            call = None  # type: ignore[assignment]
+            _make_room(device)
     return pd.DataFrame([_row(case) for case in cases])
+
+
+def joules_of(call: Callable[[], object], seconds: float, device: str) -> float | None:
+    """Gross joules of one call; None without a counter, or with one that stands still.
+
+    A counter may move only ten times a second, so calls are counted from one of its moves to
+    another, at least ``seconds`` later. The device does nothing else in between.
+    """
+    meter = EnergyMeter(device)
+    before = meter.read().gross_joules
+    if before is None:
+        return None
+    chunk = max(1, int(CHUNK_SECONDS / max(_time(call, 1, device), 1e-7)))
+    calls, first = 0, None
+    began = time.perf_counter()
+    while True:
+        _time(call, chunk, device)
+        calls += chunk
+        now, spent = meter.read().gross_joules, time.perf_counter() - began
+        if now is not None and now != before:
+            if first is None:
+                first, began = (now, calls), time.perf_counter()
+            elif spent >= seconds:
+                return (now - first[0]) / (calls - first[1])
+            before = now
+        elif spent > seconds + COUNTER_WAIT:
+            return None
 
 
 def captured(
@@ -148,7 +195,8 @@ def _row(case: Case) -> dict[str, Any]:
         np.quantile(case.seconds, [0.25, 0.5, 0.75]) * 1e3 if case.seconds else [None] * 3
     )
     return {**case.labels, "length": case.length, "ms": median, "ms_lower_quartile": low,
-            "ms_upper_quartile": high, "rounds": len(case.seconds), "status": case.status}
+            "ms_upper_quartile": high, "rounds": len(case.seconds), "timed_as": case.timed_as,
+            "joules": case.joules, "status": case.status}
 
 
 def _predict(past: list[tuple[int, float]], length: int) -> float:

@@ -30,7 +30,7 @@ def _show_steps(p: study.Parameters, batch: int, context: int) -> pd.DataFrame:
 
     lengths = tuple(context // 2**n for n in (3, 2, 1, 0) if context // 2**n >= SHORTEST)
     # An energy counter moves a few times a second: a reading over less says nothing.
-    found = study.steps_at(replace(p, train_seconds=max(p.train_seconds, 1.0)), batch, lengths)
+    found = study.steps_at(replace(p, energy_seconds=max(p.energy_seconds, 1.0)), batch, lengths)
     display(figures.training_steps(found))
     ratio = found.pivot(index="context", columns="pattern", values="ms").dropna().astype(float)
     for length, row in ratio.iterrows():

@@ -25,6 +25,7 @@ from analysis.plots import (
 # seven forms are drawn; the others, which coincide with some of these, are in the data.
 FORMS = ("fused", "chunked", "sequential", "indexed loop", "document_chunked", "associative",
          "corrected_cumsum")
+MIXERS = ("SSM (auto)", "attention")
 PASSES = ("forward", "forward+backward")
 
 
@@ -73,13 +74,26 @@ def allocations(frame: pd.DataFrame) -> Figure:
 
 def mixer_time(mixers: pd.DataFrame, crossovers: pd.DataFrame) -> Figure:
     """SSM and attention mixers against length; the line marks where operations are equal."""
-    order = _present(("SSM (auto)", "attention"), mixers["mixer"])
+    order = _present(MIXERS, mixers["mixer"])
+    some = mixers[mixers["batch"] == mixers["batch"].mode().iloc[0]]
     figure, axes = new_figure(1, 2, size=(10.0, 4.4), sharey=True)
     for ax, direction in zip(axes, PASSES, strict=True):
-        _lines(ax, mixers[mixers["pass"] == direction], "mixer", "ms", order)
+        _lines(ax, some[some["pass"] == direction], "mixer", "ms", order)
         mark_line(ax, x=float(crossovers["crossover_in_operations"].iloc[0]),
                   text="equal operations")
         label_axes(ax, "length, bytes", "time of a call, ms", direction)
+    return figure
+
+
+def energy(scans: pd.DataFrame, mixers: pd.DataFrame) -> Figure:
+    """Gross joules per megabyte against length, forward with backward: scan forms, and mixers."""
+    figure, axes = new_figure(1, 2, size=(10.0, 4.4))
+    panels = (("scan alone", scans, "form", FORMS), ("whole mixer", mixers, "mixer", MIXERS))
+    for ax, (title, frame, name, order) in zip(axes, panels, strict=True):
+        some = frame[(frame["batch"] == frame["batch"].mode().iloc[0])
+                     & (frame["pass"] == PASSES[1])]
+        _lines(ax, some, name, "joules_per_megabyte", _present(order, some[name])[:7])
+        label_axes(ax, "length, bytes", "joules per megabyte (gross)", title)
     return figure
 
 
