@@ -14,10 +14,12 @@ matplotlib.
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +97,8 @@ class Run:
 
 
 class Recorder:
-    """Collects the results of one run and writes them whole.
+    """Collects the results of one run and writes them whole. In a notebook, figures and tables
+    appear where they are recorded.
 
     ``run_dir`` "" is interactive use: the folder is ``reports/runs/interactive/STUDY``, replaced
     by each run. Recording a name again replaces it, so a notebook cell can be run twice.
@@ -126,8 +129,12 @@ class Recorder:
         one is dropped.
         """
         name = check_name("table", name)
-        self._tables[name] = Table(name, _text("table", name, "caption", caption),
-                                   flat(f"table {name!r}", frame))
+        table = Table(name, _text("table", name, "caption", caption),
+                      flat(f"table {name!r}", frame))
+        self._tables[name] = table
+        _show_words("", table.caption)
+        _show({"text/html": table.frame.to_html(index=False, max_rows=60, na_rep=""),
+               "text/plain": table.frame.to_string(index=False, max_rows=60)})
 
     def figure(
         self, name: str, figure: MplFigure, *, title: str, caption: str, alt: str,
@@ -146,6 +153,8 @@ class Recorder:
                  for k, v in (("title", title), ("caption", caption), ("alt", alt))}
         svg = _svg(figure, f"{self.study}.{name}")
         self._figures[name] = Figure(name, svg=svg, data=numbers, **texts)
+        _show_words(texts["title"], texts["caption"])
+        _show({"image/svg+xml": svg, "text/plain": texts["alt"]})
 
     def finish(self) -> Path:
         """Writes the run folder and returns it; until then nothing is on disk."""
@@ -241,6 +250,19 @@ def _load_figure(folder: Path, entry: Mapping[str, str]) -> Figure:
     return Figure(name, entry["title"], entry["caption"], entry["alt"],
                   (folder / f"{name}.svg").read_text(encoding="utf-8"),
                   read_frame(folder / f"{name}.parquet"))
+
+
+def _show(bundle: dict[str, str]) -> None:
+    """Display output of several types in a notebook's cell; elsewhere nothing happens."""
+    shell = sys.modules.get("IPython")
+    if shell is not None and hasattr(shell.get_ipython(), "kernel"):
+        shell.display.display(bundle, raw=True)
+
+
+def _show_words(title: str, caption: str) -> None:
+    bold = f"<b>{html.escape(title)}.</b> " if title else ""
+    _show({"text/html": f"<p>{bold}{html.escape(caption)}</p>",
+           "text/plain": f"{title}. {caption}" if title else caption})
 
 
 def _svg(figure: MplFigure, salt: str) -> str:
