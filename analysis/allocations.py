@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from analysis.kept_tensors import Autocast
+from analysis.kept_tensors import STREAM_DTYPE, Autocast
 from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
 
@@ -76,10 +76,10 @@ def saved_storages(
 
 
 def autocast_to(device: str, autocast: Autocast) -> AbstractContextManager[Any]:
-    """torch.autocast to bf16, or nothing for fp32."""
+    """torch.autocast to bf16 or fp16, or nothing for fp32."""
     if autocast == "fp32":
         return nullcontext()
-    return torch.autocast(device, dtype=torch.bfloat16)
+    return torch.autocast(device, dtype=STREAM_DTYPE[autocast])
 
 
 def build_model(config: ModelConfig, checkpointing: bool = False, device: str = "cpu") -> ByteLM:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from analysis.kept_tensors import (
+    STREAM_DTYPE,
     Autocast,
     convolves_in_one_kernel,
     low_rank_width,
@@ -58,7 +59,8 @@ def budget(
     (backward).
     """
     form = resolve_form(config, device)
-    itemsize = 2 if autocast == "bf16" else FLOAT32
+    dtype = STREAM_DTYPE[autocast]
+    itemsize = dtype.itemsize
     tokens, D, d = batch * length, config.d_inner, config.d_model
     n_bytes = config.n_parameters * FLOAT32
     terms = saved_terms(config, batch, length, autocast, device, checkpointing)
@@ -100,7 +102,7 @@ def budget(
             if device == "cuda":
                 columns += low_rank_width(config, device)
             sums = columns * tokens * itemsize + FLOAT32 * partial_sums(
-                batch, length, D, config.d_state, device, itemsize)
+                batch, length, D, config.d_state, device, dtype)
             # And u in (L, D) order where torch's convolution left it in (D, L) order.
             torchs = device == "cpu" and not convolves_in_one_kernel(config, device, itemsize)
             copied = stream if torchs and batch > 1 else 0

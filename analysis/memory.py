@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import pandas as pd
+import torch
 
 from analysis.allocations import measure_peak, measure_saved
 from analysis.footprint import LIBRARY_BYTES, budget, state_bytes
 from analysis.footprint_tables import budgets_frame, devices_frame, state_frame, terms_frame
-from analysis.gpu_memory import beside_closed_form, measure_on_cuda, recorded_frame
+from analysis.gpu_memory import gpu_frame
 from analysis.kept_tensors import AUTOCASTS, Autocast, saved_terms
 from analysis.scan_footprint import FLOAT32, scan_workspace
 from analysis.scan_memory import full_tensors_frame, kept_without_concatenation, slices_frame
@@ -51,8 +53,9 @@ class Parameters:
     slice_lengths: tuple[int, ...] = (128, 512, 2048)
     # Layers of the document's original step (64 x 2048) that are counted on shapes alone.
     counted_layers: int = 4
-    # Also measure peaks with the allocator of this machine's GPU.
-    cuda: bool = False
+    # Kept bytes and peaks by the allocator of this machine's GPU: "auto" where there is one. The
+    # other machines show those that are recorded.
+    cuda: Literal["auto", "on", "off"] = "off"
 
     def __post_init__(self) -> None:
         check_forms(self.forms)
@@ -71,13 +74,11 @@ class Parameters:
                             "must be 1 or more")
 
 
-_FULL = Parameters(patterns=("M", "A", "MA", "MMMA"), batch=4, context=256, d_model=192,
-                   n_layer=4, slice_lengths=(128, 256, 512, 1024, 2048, 4096, 8192))
-
 PROFILES = {
     "quick": Parameters(),
-    "full": _FULL,
-    "gpu": replace(_FULL, cuda=True),
+    "full": Parameters(patterns=("M", "A", "MA", "MMMA"), batch=4, context=256, d_model=192,
+                       n_layer=4, slice_lengths=(128, 256, 512, 1024, 2048, 4096, 8192),
+                       cuda="auto"),
 }
 
 
@@ -95,6 +96,7 @@ class Memory:
     devices: pd.DataFrame  # what fits where
     document: pd.DataFrame  # the document's statements in numbers
     cuda: pd.DataFrame  # closed form against a GPU's allocator: this machine's, or a record's
+    gpu: str  # whose allocator that was
 
 
 def run(p: Parameters, report: Callable[[str], None]) -> Memory:
@@ -107,10 +109,12 @@ def run(p: Parameters, report: Callable[[str], None]) -> Memory:
         report("counting what slices in a loop allocate")
         slices = slices_frame(p.slice_lengths)
         report("the document's configurations")
+        on_gpu = p.cuda == "on" or (p.cuda == "auto" and torch.cuda.is_available())
+        gpu, cuda = gpu_frame(on_gpu, report)
         return Memory(
             saved, peaks, full_tensors_frame(), terms_frame(), budgets_frame(p.forms),
             state_frame(), slices, devices_frame(p.forms), _document_frame(p.counted_layers),
-            beside_closed_form(measure_on_cuda(report)) if p.cuda else recorded_frame())
+            cuda, gpu)
 
 
 def _worst_error(frame: pd.DataFrame) -> float:

@@ -243,7 +243,7 @@ def test_peaks_by_an_allocator_decide():
     def record(mb: float, checkpointing: bool = False) -> Evidence:
         rows = [{"layers": "MMMM", "d_model": 192, "form": "document_chunked", "batch": batch,
                  "context": context, "autocast": "bf16", "checkpointing": checkpointing,
-                 "measured peak (MB)": mb} for batch, context in ((64, 2048), (16, 1024))]
+                 "peak, measured, MB": mb} for batch, context in ((64, 2048), (16, 1024))]
         made = run_of("memory", tables={"cuda": rows}, device="cuda", provenance={
             "machine": {"gpus": [{"name": "a GPU"}]}})
         return Evidence((), (made,))

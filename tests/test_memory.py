@@ -18,7 +18,13 @@ from analysis import gpu_memory, memory
 from analysis.allocations import measure_peak, measure_saved, saved_storages
 from analysis.fit import ALLOWANCE_BYTES, fit, parse_memory
 from analysis.footprint import LIBRARY_BYTES, budget, state_bytes
-from analysis.kept_tensors import AUTOCASTS, Autocast, rms_norm_is_cast, saved_terms
+from analysis.kept_tensors import (
+    AUTOCASTS,
+    STREAM_DTYPE,
+    Autocast,
+    rms_norm_is_cast,
+    saved_terms,
+)
 from analysis.scan_footprint import scan_terms, scan_workspace
 from analysis.scan_memory import full_tensors_frame, slices_frame
 from mambabyte import blocks
@@ -47,7 +53,7 @@ def random_case(seed: int) -> tuple[ModelConfig, int, int, str, bool]:
         scan_form=list(FORMS)[seed % len(FORMS)],
         scan_chunk=rng.choice([None, 1, 2, 5, 8]))
     return (config, rng.choice([1, 2, 5]), rng.choice([2, 7, 16, 33]),
-            rng.choice(["fp32", "bf16"]), rng.random() < 0.2)
+            rng.choice(AUTOCASTS), rng.random() < 0.2)
 
 
 @pytest.mark.parametrize("seed", range(91))
@@ -86,7 +92,7 @@ def test_peak_within_five_percent(
 
 def test_closed_form_against_the_recorded_gpu() -> None:
     found = gpu_memory.recorded_frame()
-    assert len(found) == len(gpu_memory.cuda_cases())
+    assert set(found["outcome"]) == {gpu_memory.FITS}
     assert (found["kept, closed form / measured"] - 1).abs().max() < 0.02
     assert (found["peak, closed form / measured"] - 1).abs().max() < 0.05
     # Without the libraries' workspaces the smallest steps would be far off.
@@ -103,18 +109,20 @@ def test_a_recorded_row_of_no_case_is_an_error() -> None:
 
 
 def test_a_step_that_did_not_fit_stays_in_the_table() -> None:
-    row = gpu_memory.case_columns(*gpu_memory.cuda_cases()[0]) | dict.fromkeys(gpu_memory.MEASURED)
+    row = gpu_memory.case_columns(*gpu_memory.cuda_cases()[0])
+    row |= {**dict.fromkeys(gpu_memory.MEASURED), "outcome": gpu_memory.TOO_LARGE}
     found = gpu_memory.beside_closed_form(pd.DataFrame([row]))
+    assert found["outcome"].tolist() == ["out of memory"]
     assert found["peak, measured, MB"].isna().all()
     assert found["peak, closed form / measured"].isna().all()
     assert found["peak, closed form, MB"].iloc[0] > 0
 
 
 @contextmanager
-def autocast_on_cuda() -> Iterator[None]:
-    """To bf16, and with no card either: torch.autocast would refuse."""
+def autocast_on_cuda(autocast: Autocast = "bf16") -> Iterator[None]:
+    """With no card either, where torch.autocast would refuse."""
     before = torch.get_autocast_dtype("cuda")
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_dtype("cuda", STREAM_DTYPE[autocast])
     torch.set_autocast_enabled("cuda", True)
     try:
         yield
@@ -152,7 +160,7 @@ def test_saved_bytes_of_a_layer_on_cuda_are_exact(
             for name, p in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.empty(p.shape, device="cuda")))
         x = torch.empty(2, 20, config.d_model, device="cuda", requires_grad=True)
-        with autocast_on_cuda() if autocast == "bf16" else nullcontext():
+        with nullcontext() if autocast == "fp32" else autocast_on_cuda(autocast):
             counted = sum(size for _, size in saved_storages(lambda: layer(x, None)[0], layer))
     terms = [t for t in saved_terms(config, 2, 20, autocast, "cuda") if t.layer == 0]
     outside = [t for t in terms if t.part == "norm" and t.tensor != "output"]
@@ -284,3 +292,28 @@ def test_workspace_of_the_published_form_is_above_that_of_split() -> None:
     size = (1, 1024, 16, 16, 32)
     assert scan_workspace("document_chunked", *size)[1] > 10 * scan_workspace(
         "corrected_cumsum", *size)[1]
+
+
+def test_the_full_profile_measures_where_a_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory.PROFILES["full"].cuda == "auto"
+    assert set(memory.PROFILES) == {"quick", "full"}
+    recorded = gpu_memory.recorded_frame()
+    asked = []
+    monkeypatch.setattr(memory, "gpu_frame",
+                        lambda measure, report: (asked.append(measure), ("a GPU", recorded))[1])
+    small = memory.Parameters(forms=("chunked",), patterns=("M",), autocasts=("fp32",),
+                              slice_lengths=(64, 128), counted_layers=1)
+    for has_gpu, cuda in ((True, "auto"), (False, "auto"), (True, "off"), (False, "on")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        memory.run(replace(small, cuda=cuda), lambda _: None)
+    assert asked == [True, False, False, True]
+
+
+def test_cases_of_a_gpu_have_names_of_their_own() -> None:
+    names = [tuple(gpu_memory.case_columns(*case).values()) for case in gpu_memory.cuda_cases()]
+    assert len(set(names)) == len(names)
+    layers, forms = {name[0] for name in names}, {name[2] for name in names}
+    assert layers == {"MMMM", "MMMA", "AAAA", "MMMAMMMAM"}
+    assert forms == {*memory.SCAN_FORMS, "none"}
+    assert {(name[0], name[6]) for name in names} == {(one, c) for one in layers
+                                                      for c in (False, True)}

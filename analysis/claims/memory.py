@@ -56,7 +56,7 @@ def allocator_peak(
                 & (rows["layers"] == PUBLISHED.layers) & (rows["batch"] == recipe.batch_size)
                 & (rows["context"] == recipe.context) & (rows["autocast"] == "bf16")
                 & (rows["checkpointing"] == checkpointing)]
-    return (float(rows["measured peak (MB)"].iloc[0]) / 1e3, found) if len(rows) else None
+    return (float(rows["peak, measured, MB"].iloc[0]) / 1e3, found) if len(rows) else None
 
 
 def _beside(measured: tuple[float, Source] | None) -> tuple[str, str]:
