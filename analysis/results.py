@@ -43,6 +43,8 @@ RECORD = "run.json"
 FORMAT = 1
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*\Z")
+_PATH = re.compile(r'\bd="M[^"]*"')  # of an SVG
+_DIGITS = re.compile(r"(\.\d\d)\d+")
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,8 @@ def _svg(figure: MplFigure, salt: str) -> str:
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+    # A hundredth of a point is finer than a screen; a map of many cells is half as large.
+    return _PATH.sub(lambda path: _DIGITS.sub(r"\1", path[0]), buffer.getvalue())
 
 
 def check_name(kind: str, name: Any) -> str:
