@@ -95,7 +95,7 @@ PROFILES = {
     "quick": Parameters(),
     "full": Parameters(
         low_precision_forms=tuple(form for form in ANY_CHUNK if form != "fused"),
-        chunks=(2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256),
+        chunks=(2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256),
         decays=tuple(float(f"{10 ** (k / 5):.2g}") for k in range(-10, 7)),  # 0.01 to 16
         length=256, fraction_lengths=(*range(2, 65), 96, 128, 192, 256, 512, 1024, 2048),
         crossings=(60.0, 80.0, 87.0, 88.0, 89.0, 90.0, 95.0, 104.0, 120.0, 500.0),
@@ -222,6 +222,7 @@ def headline(found: Overflow) -> dict[str, tuple[float | str | None, str, str]]:
 
     return {
         "float32_bound": (document["overflow_at"], "nats", "cumulated log-decay that overflows"),
+        "float16_bound": (log_max("float16"), "nats", "the same in float16"),
         "fastest_decay": (document["fastest_decay"], "nats a step", "dt_max * N at the start"),
         "fastest_counted": (document["fastest_counted"], "nats a step", "the same, on text"),
         "chunk_exponent": (document["chunk_exponent"], "nats", "32 steps of it"),
