@@ -101,12 +101,16 @@ def slug(words: str) -> str:
 
 
 def inside_bound(errors: pd.DataFrame, forms: Sequence[str]) -> pd.DataFrame:
-    """The float32 cells of constant decay whose chunk is within their form's analytic bound."""
+    """The float32 cells of constant decay whose chunk is within their form's analytic bound.
+
+    "of the bound" is the chunk's share of it.
+    """
     chosen = errors[(errors["kind"] == "constant") & (errors["precision"] == "float32")
                     & errors["form"].isin(forms)]
     bounds = [boundary(form, decay) for form, decay in
               zip(chosen["form"], chosen["decay"], strict=True)]
-    return chosen[chosen["chunk"] <= np.array(bounds)]
+    shares = chosen.assign(**{"of the bound": chosen["chunk"] / np.array(bounds)})
+    return shares[shares["of the bound"] <= 1]
 
 
 def errors_by_decay(errors: pd.DataFrame) -> pd.DataFrame:

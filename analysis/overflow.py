@@ -12,14 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
 from analysis.bounds import first_overflow, log_max
 from analysis.error_map import PRECISIONS, Grid, error_map
 from analysis.error_tables import (
-    LOUD,
     NEVER,
     SOUND,
     errors_by_decay,
@@ -282,8 +280,6 @@ def _right_inside(errors: pd.DataFrame) -> dict[str, tuple[float | str | None, s
     sound = [form for form, group in single.groupby("form", sort=False)
              if group[["value", "gradient"]].isin(SOUND).all(axis=None)]
     kept = inside["value"].isin(SOUND)
-    # An exponent just below the bound, times an input above 1, is past the end of float32.
-    lost = inside[inside["value"].isin(LOUD)]
     silent = inside[kept & (inside["gradient"] == "silent")]
     return {
         "sound_forms": (", ".join(map(str, sound)) or "none", "",
@@ -291,10 +287,10 @@ def _right_inside(errors: pd.DataFrame) -> dict[str, tuple[float | str | None, s
         "inside_cells": (len(inside), "cells", "within the bound of " + ", ".join(TRICKS)
                          + ", float32, constant decay"),
         "inside_wrong": (int((~kept).sum()), "cells", "of these: value wrong"),
+        # An exponential just inside, times an input above 1, is past the end of float32.
         "inside_wrong_from": (
-            float((lost["chunk"] * lost["decay"]
-                   / np.where(lost["form"] == "centred", 2.0, 1.0)).min()) if len(lost) else None,
-            "nats", "smallest exponent at which one of these is inf or nan"),
+            None if kept.all() else float(inside.loc[~kept, "of the bound"].min()), "",
+            "smallest of their chunks as a share of the bound"),
         "inside_silent": (len(silent), "cells",
                           "of these: value right, gradient off by more than 1 %"),
         "inside_silent_from": (float(silent["decay"].min()) if len(silent) else None,
@@ -313,8 +309,9 @@ def _by_precision(verdict: pd.DataFrame) -> dict[str, tuple[float | str | None, 
             row = rows.loc[(precision, form)] if (precision, form) in rows.index else None
             for column in columns:
                 name = f"{slug(precision)}_{form}_{column.replace(' ', '_')}"
-                found[name] = (None if row is None else row[column],
-                               "" if "error" in column else "cells",
+                count = "error" not in column
+                found[name] = (None if row is None else int(row[column]) if count
+                               else float(row[column]), "cells" if count else "",
                                f"{column}, {form}, {precision}" if row is not None
                                else "not in this run")
     return found

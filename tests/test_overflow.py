@@ -12,6 +12,7 @@ import torch
 
 from analysis import bounds, error_map, error_tables, exponents, overflow
 from analysis.plots import overflow as figures
+from analysis.records import MEASUREMENTS, load_record
 from analysis.scans import ANY_CHUNK, scan_of
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
@@ -277,6 +278,21 @@ def test_a_training_that_ended_early_has_a_panel_of_the_first_steps() -> None:
     assert len(figures.headroom_lines(followed[followed["form"] == "auto"], 88.7).axes) == 1
 
 
+def test_the_record_of_the_map_is_of_the_full_profile() -> None:
+    run = load_record(MEASUREMENTS / "cpu-overflow-map.json").run
+    full = overflow.PROFILES["full"]
+    for name in ("precisions", "kinds", "chunks", "decays", "low_precision_forms", "length"):
+        kept = run.parameters[name]
+        assert (tuple(kept) if isinstance(kept, list) else kept) == getattr(full, name), name
+    assert set(run.tables) == {"errors", "first", "verdicts"}
+    errors = run.tables["errors"].frame
+    assert set(errors["form"]) == set(full.forms)
+    assert set(errors["precision"]) == set(error_map.PRECISIONS)
+    # Every cell of the map is a number of the table.
+    cells = sum(run.tables["verdicts"].frame["cells"])
+    assert errors[[error_tables.column_of(d) for d in full.decays]].size == 2 * cells
+
+
 def test_less_than_half_a_schedule_is_not_carried_on() -> None:
     recipe = replace(PRESETS["mamba_byte"].train, n_steps=4, warmup_fraction=0.0)
 
@@ -336,6 +352,13 @@ def test_what_is_said_of_the_inside_of_the_bound(errors: pd.DataFrame) -> None:
     inside = error_tables.inside_bound(errors, overflow.TRICKS)
     assert said["inside_cells"][0] == len(inside)
     assert said["inside_wrong"][0] == 0
+    assert said["inside_wrong_from"][0] is None
+    spoiled = errors.copy()
+    edge = inside["of the bound"].idxmax()
+    spoiled.loc[edge, "value"] = "inf"
+    said_then = overflow._right_inside(spoiled)
+    assert said_then["inside_wrong"][0] == 1
+    assert said_then["inside_wrong_from"][0] == inside["of the bound"].max() < 1
     assert said["inside_silent_from"][0] == 12.8
 
 

@@ -202,7 +202,8 @@ def headroom_lines(followed: pd.DataFrame, bound: float) -> Figure:
     figure, grid = plots.new_figure(
         1, 2 if short else 1, squeeze=False, **({"width_ratios": (3, 2)} if short else {}))
     whole = grid[0, 0]
-    _headroom(whole, lines, bound, right=bool(short))
+    end = max(line.iloc[-1] for line in lines.values() if line.index[-1] == longest)
+    _headroom(whole, lines, bound, right=end > 1.5 * bound)  # where no curve crosses the words
     plots.label_lines(whole, {
         _trained(name): (lines[name].index[-1], lines[name].iloc[-1], look["color"])
         for name, look in plots.looks(names).items() if name not in short})
