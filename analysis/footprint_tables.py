@@ -87,15 +87,15 @@ def state_frame() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def devices_frame(forms: Sequence[str], what: Literal["batch", "context"]) -> pd.DataFrame:
+def device_frames(forms: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What fits each common device: mamba_byte by form, its 3:1 hybrid, and attention.
 
-    The largest batch at context 1024, or the largest context at batch 16, with and without
+    The largest batch at context 1024, and the largest context at batch 16, with and without
     activation checkpointing; and what the document's original step needs. Attention sees the
     whole context.
     """
     train = PRESETS["mamba_byte"].train
-    rows = []
+    batches, contexts = [], []
     for pattern, form in _systems(forms):
         model = replace(PRESETS["mamba_byte"].model, scan_form=form, layer_pattern=pattern,
                         attention_window=LARGEST)
@@ -106,13 +106,15 @@ def devices_frame(forms: Sequence[str], what: Literal["batch", "context"]) -> pd
                                checkpointing=checkpointing)
                 found = {gb: fit(model, recipe, int(gb * GB), checkpointing=checkpointing)
                          for gb in DEVICES_GB}
-                rows.append({
+                row = {
                     "pattern": pattern, "form": form if "M" in pattern else "none",
                     "autocast": autocast, "checkpointing": checkpointing,
-                    "64 x 2048 needs, GB": original.required_bytes / GB,
-                    **{f"{what} on {gb} GB": fits.largest_batch if what == "batch"
-                       else fits.largest_context for gb, fits in found.items()}})
-    return pd.DataFrame(rows)
+                    "64 x 2048 needs, GB": original.required_bytes / GB}
+                batches.append(row | {
+                    f"batch on {gb} GB": fits.largest_batch for gb, fits in found.items()})
+                contexts.append(row | {
+                    f"context on {gb} GB": fits.largest_context for gb, fits in found.items()})
+    return pd.DataFrame(batches), pd.DataFrame(contexts)
 
 
 def _systems(forms: Sequence[str]) -> list[tuple[str, str]]:

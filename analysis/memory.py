@@ -17,7 +17,7 @@ import torch
 
 from analysis.allocations import measure_peak, measure_saved
 from analysis.footprint import LIBRARY_BYTES, budget, state_bytes
-from analysis.footprint_tables import budgets_frame, devices_frame, state_frame, terms_frame
+from analysis.footprint_tables import budgets_frame, device_frames, state_frame, terms_frame
 from analysis.gpu_memory import gpu_frame, libraries_frame
 from analysis.kept_tensors import AUTOCASTS, Autocast, saved_terms
 from analysis.scan_footprint import FLOAT32, scan_workspace
@@ -122,9 +122,8 @@ def run(p: Parameters, report: Callable[[str], None]) -> Memory:
         return Memory(
             saved, peaks, full_tensors_frame(), five_to_seven_frame(), terms_frame(),
             budgets_frame(p.forms),
-            state_frame(), slices, devices_frame(p.forms, "batch"),
-            devices_frame(p.forms, "context"), _document_frame(p.counted_layers),
-            cuda, libraries_frame(cuda), gpu)
+            state_frame(), slices, *device_frames(p.forms), _document_frame(p.counted_layers), cuda,
+            libraries_frame(cuda), gpu)
 
 
 def _worst_error(frame: pd.DataFrame) -> float:
