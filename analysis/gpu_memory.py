@@ -1,10 +1,14 @@
-"""Training steps on a GPU, kept bytes and peak by CUDA's allocator, beside the closed form.
+r"""Training steps on a GPU, kept bytes and peak by CUDA's allocator, beside the closed form.
 
 Where there is no GPU, what one has recorded is held against the closed form as it is today
 (``recorded_frame``): of the record's table the columns that name the case and those that were
 measured are read, the closed form beside them is computed anew. The record is made by
 
-    python -m analysis.measure memory data/measurements/h200-memory.json --profile full
+    python -m analysis.measure memory data/measurements/h200-memory.json --profile full \
+        --keep cuda --keep '*cuda*' --keep 'librar*'
+
+One constant of the closed form, LIBRARY_BYTES, was read off such a record. How much of the
+agreement that makes is the question of ``libraries_frame``.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import torch
 from torch import nn
 
 from analysis.allocations import autocast_to, build_model
-from analysis.footprint import budget
+from analysis.footprint import LIBRARY_BYTES, budget
 from analysis.frames import not_measured
 from analysis.kept_tensors import Autocast, resolve_form, saved_terms
 from analysis.records import DATA, load_record, machine_name
@@ -167,6 +171,36 @@ def beside_closed_form(measured: pd.DataFrame) -> pd.DataFrame:
 def recorded_frame() -> pd.DataFrame:
     """The record RECORDED beside the closed form of today; columns of ``beside_closed_form``."""
     return beside_closed_form(load_record(DATA / RECORDED).run.tables["cuda"].frame)
+
+
+def libraries_frame(found: pd.DataFrame) -> pd.DataFrame:
+    """The one fitted constant, from some of the cases ``found``, judged by the others.
+
+    In turn it is fitted to the smaller half of the steps, to every second one, and to all scan
+    forms but one (attention counts as a form); the errors are those of the peaks left out, with
+    the constant that was fitted and with none.
+    """
+    cases = found[found["outcome"] == FITS]
+    bare = cases["peak, closed form, MB"] - LIBRARY_BYTES / MB
+    measured = cases["peak, measured, MB"].astype(float)
+    rank = bare.rank(method="first")
+    splits = [("smaller half", "larger half", rank <= len(cases) / 2),
+              ("every second by size", "the others", rank % 2 == 1)]
+    for form in dict.fromkeys(cases["form"]):
+        name = "attention alone" if form == "none" else form
+        splits.append((f"all but {name}", name, cases["form"] != form))
+    rows = []
+    for fitted, judged, mask in splits:
+        # Least squares of the relative error.
+        weight = 1 / measured[mask] ** 2
+        constant = ((measured - bare)[mask] * weight).sum() / weight.sum()
+        rows.append({
+            "fitted to": fitted, "steps fitted": int(mask.sum()), "constant, MB": constant,
+            "judged by": judged, "steps judged": int((~mask).sum()),
+            "largest error of their peaks":
+                ((bare + constant) / measured - 1)[~mask].abs().max(),
+            "the same with no constant": (bare / measured - 1)[~mask].abs().max()})
+    return pd.DataFrame(rows)
 
 
 def gpu_frame(measure: bool, report: Callable[[str], None]) -> tuple[str, pd.DataFrame]:
