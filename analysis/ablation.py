@@ -160,7 +160,7 @@ class Results:
     comparisons: pd.DataFrame  # bits per byte of every run at every budget
     paired: pd.DataFrame  # differences to the reference over seeds
     positions: pd.DataFrame  # by position in a long stream
-    accuracy: pd.DataFrame  # greedy character accuracy by position in the scored stream
+    accuracy: pd.DataFrame  # greedy character accuracy by position in the scored stream, means
     unigram_bits: float  # held-out bits per byte of the training split's byte frequencies
     tasks: pd.DataFrame
     variants: pd.DataFrame

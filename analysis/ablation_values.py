@@ -38,6 +38,7 @@ def headline(r: Results) -> Headline:
                          "of byte frequencies alone: what is reached without any context"),
         "ssm_char_accuracy": (_get(accuracy, "M"), "", "greedy next-character accuracy, M"),
         "reference_char_accuracy": (_get(accuracy, reference), "", "the same of the reference"),
+        **_lead_values(r.accuracy, reference),
         "state_ratio": (float(state[reference] / state.min()), "times",
                         "state of the reference over the smallest, after one context"),
         "flop_ratio_low": (float(products.min()), "", "closed form over counter, smallest"),
@@ -95,6 +96,17 @@ def _piece_values(tokens: pd.DataFrame) -> Headline:
                 float(rows[column].mean()) if len(rows) else None, "bits/byte",
                 f"{pattern} {what}, per raw byte, mean over seeds")
     return values
+
+
+def _lead_values(accuracy: pd.DataFrame, reference: str) -> Headline:
+    """Accuracy of the SSM minus the reference's at the two ends of the scored stream."""
+    lead = None
+    if {"M", reference} <= set(accuracy):
+        lead = accuracy["M"] - accuracy[reference]
+    return {
+        f"lead_{name}": (None if lead is None else float(lead.iloc[i]), "",
+                         f"accuracy of M minus {reference} in the {name} characters of a stream")
+        for i, name in ((0, "first"), (-1, "last"))}
 
 
 def _get(series: pd.Series, key: str) -> float | None:

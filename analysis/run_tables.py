@@ -124,16 +124,21 @@ def positions_table(
 def accuracy_by_position(
     scores: Mapping[tuple[str, int, int], Score], context: int
 ) -> pd.DataFrame:
-    """Share of characters predicted right by position in one stream; bins double from context."""
+    """Share of characters predicted right by position in one stream, a column a pattern, the mean
+    over seeds; bins double from ``context`` on."""
     rows = []
-    for (pattern, seed, _), scored in scores.items():
+    for (pattern, _, _), scored in scores.items():
         low, high = 0, context
         while low < len(scored.hits):
             part = scored.hits[low:high]
-            rows.append({"pattern": pattern, "seed": seed, "first_character": low,
-                         "last_character": low + len(part) - 1, "accuracy": float(part.mean())})
+            rows.append({"pattern": pattern, "first character": low,
+                         "last character": low + len(part) - 1, "accuracy": float(part.mean())})
             low, high = high, 2 * high
-    return pd.DataFrame(rows)
+    if not rows:
+        return pd.DataFrame()
+    return pd.DataFrame(rows).pivot_table(
+        index=["first character", "last character"], columns="pattern", values="accuracy",
+        sort=False).rename_axis(columns=None).reset_index()
 
 
 def unigram_bits(train: np.ndarray, windows: Tensor) -> float:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from analysis import ablation, learning
+from analysis.ablation_values import _lead_values
 from analysis.budgets import COMPARISONS, budget_steps, compare
 from analysis.learning import (
     Learned,
@@ -21,10 +22,11 @@ from analysis.learning import (
     position_bits,
 )
 from analysis.pairs import paired_difference, paired_table
-from analysis.run_tables import unigram_bits
+from analysis.run_tables import accuracy_by_position, unigram_bits
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus
 from mambabyte.errors import UserError
+from mambabyte.evaluate import Score
 from mambabyte.model import ByteLM
 from mambabyte.optim import learning_rate
 
@@ -270,3 +272,19 @@ def test_captured_steps_are_the_steps_one_by_one() -> None:
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     difference = (weights[0] - weights[1]).norm() / weights[0].norm()
     assert difference < 1e-5, difference
+
+
+def test_accuracy_by_position_is_a_mean_over_seeds():
+    def scored(*hits: int) -> Score:
+        return Score(1.0, 0.5, len(hits), len(hits), np.array(hits, bool))
+
+    frame = accuracy_by_position(
+        {("M", 0, 9): scored(1, 1, 0, 0, 1), ("M", 1, 9): scored(1, 0, 0, 0, 1),
+         ("A", 0, 9): scored(0, 0, 0, 0, 1)}, context=2)
+    assert frame["first character"].tolist() == [0, 2, 4]
+    assert frame["last character"].tolist() == [1, 3, 4]
+    assert frame["M"].tolist() == [0.75, 0.0, 1.0]
+    lead = _lead_values(frame, "A")
+    assert (lead["lead_first"][0], lead["lead_last"][0]) == (0.75, 0.0)
+    assert _lead_values(frame.drop(columns="M"), "A")["lead_first"][0] is None
+    assert accuracy_by_position({}, 2).empty
