@@ -108,6 +108,15 @@ def test_figures_keep_their_ids_apart_and_take_the_pages_colours():
     assert "fill:var(--blue);stroke:var(--ink)" in first
 
 
+def test_coordinates_are_kept_to_a_hundredth():
+    svg = SVG.replace("M0 0L1 1", "M 1.23456 -0.001234 L 10.000001 7.5").replace(
+        "<text>", '<text x="3.14159" transform="translate(1.23456 2)">')
+    safe = str(inline_svg(svg, "f", "t", "a"))
+    assert 'd="M 1.23 -0 L 10 7.5"' in safe
+    assert 'x="3.14"' in safe
+    assert "translate(1.23456 2)" in safe  # a transform may scale: it stays exact
+
+
 def test_page_knows_every_colour_of_the_house():
     house = {plots.BLUE, plots.VERMILION, plots.GREEN, plots.PURPLE, plots.ORANGE, plots.SKY,
              plots.BLACK, plots.INK, plots.MUTED, plots.GRID, plots.PAPER, plots.PANEL,

@@ -303,8 +303,10 @@ def _provenance(run: Run) -> list[tuple[str, Any]]:
 
 def _figure(macros: Any, name: str, figure: Figure, machine: str) -> Markup:
     anchor = f"{name}-figure-{figure.name}"
+    narrow = inline_svg(figure.narrow, f"{anchor}-narrow", figure.title, figure.alt) \
+        if figure.narrow else ""
     return macros.figure(
-        anchor, figure, inline_svg(figure.svg, anchor, figure.title, figure.alt),
+        anchor, figure, inline_svg(figure.svg, anchor, figure.title, figure.alt), narrow,
         tables.table(figure.data, f"data of {figure.title}"), len(figure.data), machine)
 
 
