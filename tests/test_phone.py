@@ -70,6 +70,15 @@ def test_panels_stand_in_one_column_with_axes_of_their_own():
                for ax in narrow.axes)
 
 
+def test_words_break_between_words_only():
+    figure, axes = plots.new_figure(2, 3)
+    for ax in axes.flat:
+        plots.label_axes(ax, "log-decay per step, nats", "time, ms", "a_name_that_cannot_be_broken")
+    for ax in phone_layout(figure).axes:
+        assert ax.get_title(loc="left") == "a_name_that_cannot_be_broken"
+        assert ax.get_xlabel().split() == ["log-decay", "per", "step,", "nats"]
+
+
 def test_crowded_ticks_are_turned():
     figure, ax = plots.new_figure(size=(12.0, 4.0))
     ax.set_xticks(range(20), [f"{i:,}" for i in range(1000, 1020)])

@@ -20,6 +20,7 @@ from analysis.plots import title_pad
 WIDTH = 4.5  # inches: 324 points, what a screen of 360 px leaves beside the margins
 MANY = 4  # more panels than this stand two in a row
 HEIGHT = 3.1  # inches of a panel alone in its row
+SMALLEST = 9.5  # points of any word
 _CHUNKY = 0.8  # of the height, for panels of which there are many
 
 
@@ -90,8 +91,12 @@ def _fit_words(axes: Axes, right: float) -> None:
 
 def _wrap(text: Text, length: float, room: float) -> None:
     if length > room:
-        letters = int(len(text.get_text()) * room / length) - 2  # letters differ in width
-        text.set_text(textwrap.fill(text.get_text(), max(letters, 8)))
+        letters = max(int(len(text.get_text()) * room / length) - 2, 8)  # they differ in width
+        longest = max(map(len, text.get_text().split()))
+        text.set_text(textwrap.fill(text.get_text(), letters, break_long_words=False,
+                                    break_on_hyphens=False))
+        if longest > letters:  # one word is too long for the line
+            text.set_fontsize(max(text.get_fontsize() * letters / longest, SMALLEST))
 
 
 def _turn_crowded_ticks(axes: Axes) -> None:

@@ -97,17 +97,18 @@ def _name(axes: Axes, systems: pd.DataFrame) -> None:
     for row, spot, (x, y) in zip(rows, spots, where, strict=True):
         low = row["validation accuracy"] < FLOOR
         text = str(row["system"])
-        text += f": {row['validation accuracy']:.2f} (below)" if low else ""
-        width = 5.4 * len(text)
+        text += f":\n{row['validation accuracy']:.2f} (below)" if low else ""
+        width = 5.4 * max(map(len, text.splitlines()))
 
         def box(dx: float, dy: float, x: float = x, y: float = y, width: float = width) -> Box:
             start = x + dx if dx > 0 else x + dx - width
             return (start, y + dy - 6, start + width, y + dy + 6)
 
-        places = [p for p in _PLACES if p[1] > 0] if low else _PLACES
+        places = [p for p in _PLACES if p[1] > 13] if low else _PLACES  # two lines, all above
         inside = [p for p in places if left < box(*p)[0] and box(*p)[2] < right]
-        free = [p for p in inside if not any(_meet(box(*p), other) for other in taken)]
-        dx, dy = (free or inside or places)[0]
+        # the first that meets nothing, or else the least
+        dx, dy = min(inside or places,
+                     key=lambda p: sum(_meet(box(*p), other) for other in taken))
         taken.append(box(dx, dy))
         axes.annotate(text, spot, xytext=(dx, dy), textcoords="offset points", fontsize=9,
                       color=plots.INK, va="center", ha="left" if dx > 0 else "right",
