@@ -96,7 +96,7 @@ def _wrap(text: Text, length: float, room: float) -> None:
         text.set_text(textwrap.fill(text.get_text(), letters, break_long_words=False,
                                     break_on_hyphens=False))
         if longest > letters:  # one word is too long for the line
-            text.set_fontsize(max(text.get_fontsize() * letters / longest, SMALLEST))
+            text.set_fontsize(max(float(text.get_fontsize()) * letters / longest, SMALLEST))
 
 
 def _turn_crowded_ticks(axes: Axes) -> None:

@@ -107,8 +107,8 @@ def _name(axes: Axes, systems: pd.DataFrame) -> None:
         places = [p for p in _PLACES if p[1] > 13] if low else _PLACES  # two lines, all above
         inside = [p for p in places if left < box(*p)[0] and box(*p)[2] < right]
         # the first that meets nothing, or else the least
-        dx, dy = min(inside or places,
-                     key=lambda p: sum(_meet(box(*p), other) for other in taken))
+        met = [sum(_meet(box(*p), other) for other in taken) for p in inside or places]
+        dx, dy = (inside or places)[met.index(min(met))]
         taken.append(box(dx, dy))
         axes.annotate(text, spot, xytext=(dx, dy), textcoords="offset points", fontsize=9,
                       color=plots.INK, va="center", ha="left" if dx > 0 else "right",
