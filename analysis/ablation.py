@@ -145,8 +145,7 @@ PROFILES = {
     # The second document's four systems at its own widths, matched in parameters.
     "full_hybrid": replace(
         _FULL, preset="hybrid_3_1", patterns=("A", "MA", "MMA", "MMMA"), d_model=512, n_layer=9,
-        n_head=8, n_kv_head=4, steps=400, decay=False, seeds=(0, 1, 2), characters=2000, streams=2,
-        stream_bytes=16_384, tasks=(), variants=(), pieces=0,
+        n_head=8, n_kv_head=4, steps=400, decay=False, streams=2, tasks=(), variants=(), pieces=0,
         few_steps=0),
 }
 

@@ -7,6 +7,7 @@ C kernel takes for itself is not seen.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from analysis.kept_tensors import Autocast
+from analysis.kept_tensors import STREAM_DTYPE, Autocast
 from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
 
@@ -76,10 +77,10 @@ def saved_storages(
 
 
 def autocast_to(device: str, autocast: Autocast) -> AbstractContextManager[Any]:
-    """torch.autocast to bf16, or nothing for fp32."""
+    """torch.autocast to bf16 or fp16, or nothing for fp32."""
     if autocast == "fp32":
         return nullcontext()
-    return torch.autocast(device, dtype=torch.bfloat16)
+    return torch.autocast(device, dtype=STREAM_DTYPE[autocast])
 
 
 def build_model(config: ModelConfig, checkpointing: bool = False, device: str = "cpu") -> ByteLM:
@@ -111,7 +112,12 @@ def measure_peak(
 
     step()  # caches fill and kernels compile
     model.zero_grad(set_to_none=True)
-    return max(accumulate(_memory_events(step)))
+    return peak_bytes(step)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Most bytes that ``work`` holds at a time on the CPU, above what was there before."""
+    return max(accumulate(_memory_events(work)))
 
 
 def allocated_bytes(work: Callable[[], object]) -> int:
@@ -123,7 +129,14 @@ def _memory_events(work: Callable[[], object]) -> list[int]:
     """Bytes of each allocation (positive) and release (negative) on the CPU, in order."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
+    # Cycles that ``work`` leaves are collected here: in a later profile, which knows their bytes,
+    # they would count as released. What was there before is frozen, which makes that quick.
+    gc.freeze()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            work()
+    finally:
+        gc.collect()
+        gc.unfreeze()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]

@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -30,10 +29,10 @@ from analysis.threads import threads
 from mambabyte.errors import UserError
 from mambabyte.ops.sequential import sequential_scan
 
-# "bf16 inputs": u, delta, B and C rounded to bfloat16, all arithmetic in float32.
-PRECISIONS = (*DTYPES, "bf16 inputs")
+# u, delta, B and C rounded to that type, all arithmetic in float32.
+ROUNDED_INPUTS = {"bf16 inputs": torch.bfloat16, "fp16 inputs": torch.float16}
+PRECISIONS = (*DTYPES, *ROUNDED_INPUTS)
 KINDS = ("constant", "data-dependent")
-THRESHOLDS = (1e-6, 1e-3, SILENT)
 
 
 @dataclass(frozen=True)
@@ -212,10 +211,11 @@ def cell(
 
 
 def _rounded(exact: list[Tensor], precision: str) -> list[Tensor]:
-    if precision != "bf16 inputs":
+    """The inputs in the precision's arithmetic; A and the state come in it whole."""
+    if precision in DTYPES:
         return [t.to(DTYPES[precision]) for t in exact]
     u, delta, A, B, C, state = exact
-    u, delta, B, C = (t.bfloat16() for t in (u, delta, B, C))
+    u, delta, B, C = (t.to(ROUNDED_INPUTS[precision]) for t in (u, delta, B, C))
     return [t.float() for t in (u, delta, A, B, C, state)]
 
 
@@ -255,47 +255,3 @@ def outcome(error: float) -> str:
     if math.isinf(error):
         return "inf"
     return "silent" if error > SILENT else "rough" if error > 1e-3 else "right"
-
-
-def first_chunks(errors: pd.DataFrame, kind: str = "constant") -> pd.DataFrame:
-    """For each form, precision and decay: the first chunk size at which each thing happens.
-
-    Words, since a chunk may be "not up to 128". "bound, steps" is the analytic one.
-    """
-    rows = []
-    chosen = errors[errors["kind"] == kind]
-    for (precision, form, decay), group in chosen.groupby(
-            ["precision", "form", "decay"], sort=False):
-        group = group.sort_values("chunk")
-        row: dict[str, object] = {"precision": precision, "form": form, "decay": decay}
-        for part in ("value", "gradient"):
-            error = group[f"{part} error"].to_numpy()
-            chunk = group["chunk"].to_numpy()
-            tests = {f"> {t:g}": ~(error <= t) for t in THRESHOLDS}
-            tests |= {"inf": np.isinf(error), "nan": np.isnan(error)}
-            for name, hit in tests.items():
-                row[f"{part} {name}"] = (str(chunk[hit][0]) if hit.any()
-                                         else f"not up to {chunk.max()}")
-        bound = boundary(str(form), float(decay), str(precision))
-        row["bound, steps"] = f"{bound:.1f}" if math.isfinite(bound) else "none"
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def verdicts(errors: pd.DataFrame) -> pd.DataFrame:
-    """One row a precision and form: in how many cells it fails and how, and what is worst."""
-    rows = []
-    for (precision, form), group in errors.groupby(["precision", "form"], sort=False):
-        loud = group["value"].isin(["inf", "nan"]) | group["gradient"].isin(["inf", "nan"])
-        silent = ~loud & ((group["value"] == "silent") | (group["gradient"] == "silent"))
-        trap = group["value"].isin(["right", "rough"]) & group["gradient"].isin(["inf", "nan"])
-        finite = group[~loud]
-        rows.append({
-            "precision": precision, "form": form, "cells": len(group),
-            "loud": int(loud.sum()), "silent": int(silent.sum()),
-            "right value, gradient lost": int(trap.sum()),
-            "worst finite value error": finite["value error"].max(),
-            "worst finite gradient error": finite["gradient error"].max(),
-            "value error against the definition": group.loc[
-                ~loud, "value error against the definition"].max()})
-    return pd.DataFrame(rows)

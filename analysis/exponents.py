@@ -20,6 +20,9 @@ from mambabyte.optim import learning_rate, make_optimizer
 from mambabyte.train import NonFiniteError, autocast, train_step
 
 CHUNK = 32  # steps over which the exponents of a model are cumulated, as in the document
+COUNTED_WINDOWS, COUNTED_BYTES = 2, 128  # the text on which the untrained model is looked at
+LEAST_SHARE = 0.5  # of a schedule: a line through less of it is not carried on to its end
+TOO_SHORT = "too short to extrapolate"
 
 
 def ssm_layers(model: nn.Module) -> list[MambaMixer]:
@@ -88,7 +91,7 @@ def _untrained(corpus_name: str, seed: int, length: int, batch: int) -> tuple[By
 
 def initial_exponents(corpus_name: str, seed: int) -> dict[str, float]:
     """Of the untrained mamba_byte model on text: the largest per-step and per-chunk exponent."""
-    model, tokens = _untrained(corpus_name, seed, 128, 2)
+    model, tokens = _untrained(corpus_name, seed, COUNTED_BYTES, COUNTED_WINDOWS)
     found = {}
     for name, chunk in (("step", 1), ("chunk", CHUNK)):
         with torch.no_grad(), record_exponent_headroom(model, chunk) as seen:
@@ -153,7 +156,8 @@ def extrapolate(followed: pd.DataFrame, train: TrainConfig) -> pd.DataFrame:
     """The largest exponent at the end of ``train``'s schedule, by form and layer.
 
     A line over the sum of learning rates through the measured points, carried on to the sum of
-    the whole schedule. A line is a guess: the slope of the last half is given too.
+    the whole schedule, as words. A line is a guess: the slope of the last half is given too, and
+    less than half of the schedule (LEAST_SHARE) is too short for one.
     """
     total = sum(learning_rate(step, train) for step in range(train.n_steps))
     rows = []
@@ -161,12 +165,12 @@ def extrapolate(followed: pd.DataFrame, train: TrainConfig) -> pd.DataFrame:
         x = group["learning, sum of rates"].to_numpy()
         y = group["largest exponent in 32 steps"].to_numpy()
         half = len(x) // 2
-        slope, last = _slope(x, y), _slope(x[half:], y[half:])
+        ends = [y[-1] + _slope(x[part:], y[part:]) * (total - x[-1]) for part in (0, half)]
+        words = [f"{end:.1f}" if x[-1] / total >= LEAST_SHARE else TOO_SHORT for end in ends]
         rows.append({
             "form": form, "layer": layer, "share of the schedule's learning": x[-1] / total,
             "first": y[0], "last measured": y[-1],
-            "at the end, by a line": y[-1] + slope * (total - x[-1]),
-            "at the end, by the last half": y[-1] + last * (total - x[-1]),
+            "at the end, by a line": words[0], "at the end, by the last half": words[1],
             "bound of float32": log_max()})
     return pd.DataFrame(rows)
 

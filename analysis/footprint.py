@@ -1,10 +1,16 @@
-"""The bytes of one training step and of a streaming state, in closed form."""
+"""The bytes of one training step and of a streaming state, in closed form.
+
+Every term is derived from the formulas but one, LIBRARY_BYTES, which was measured.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from analysis.kept_tensors import (
+    STREAM_DTYPE,
     Autocast,
     convolves_in_one_kernel,
     low_rank_width,
@@ -16,10 +22,12 @@ from analysis.scan_footprint import FLOAT32, partial_sums, scan_workspace
 from mambabyte.config import ModelConfig
 from mambabyte.ops import FORMS
 
-# What the matrix libraries hold inside torch's allocator, measured: the intercept of the peaks
-# recorded on an H200 (data/measurements/h200-memory.json, torch 2.11). 67 MB of it are cuBLAS
-# workspaces of 32 MiB, one for the thread of the forward pass and one for that of the backward
-# pass (torch's default on Hopper; 8 MiB each on earlier cards). The rest has no explanation yet.
+# What the matrix libraries hold inside torch's allocator. This one number is not derived: it was
+# read off the peaks recorded on an H200 (data/measurements/h200-memory.json, torch 2.11), so these
+# peaks alone cannot confirm it; analysis.gpu_memory.libraries_frame fits it to some of them and
+# judges the others. 67 MB of it are cuBLAS workspaces of 32 MiB, one for the thread of the forward
+# pass and one for that of the backward pass (torch's default on Hopper; 8 MiB each on earlier
+# cards). The rest has no explanation yet.
 LIBRARY_BYTES = 92 * 10**6
 
 
@@ -55,10 +63,11 @@ def budget(
     output of the last norm and the logits are alive as variables, and going backward), the scan
     of each layer going forward and going backward, the MLP and the attention going backward, and
     the optimizer's step. Layers after the one at hand are not yet there (forward) or no longer
-    (backward).
+    (backward). A checkpointed layer goes forward a second time, in the backward pass.
     """
     form = resolve_form(config, device)
-    itemsize = 2 if autocast == "bf16" else FLOAT32
+    dtype = STREAM_DTYPE[autocast]
+    itemsize = dtype.itemsize
     tokens, D, d = batch * length, config.d_inner, config.d_model
     n_bytes = config.n_parameters * FLOAT32
     terms = saved_terms(config, batch, length, autocast, device, checkpointing)
@@ -69,14 +78,16 @@ def budget(
            for i in range(config.n_layer)]
     stays = [sum(t.bytes for t in terms if t.layer == i) for i in range(config.n_layer)]
 
-    # Gradients appear from the head down; all of them exist at the end.
-    moments: dict[str, int] = {
-        "loss, forward": kept + tokens * config.vocab_size * FLOAT32 + (
+    # Bytes of activations and workspace, and of the gradients of weights: these appear from the
+    # head down, and all of them exist at the end.
+    moments: dict[str, tuple[int, int]] = {
+        "loss, forward": (kept + tokens * config.vocab_size * FLOAT32 + (
             0 if itemsize == FLOAT32 else
-            tokens * (d * FLOAT32 + config.vocab_size * itemsize)),
-        "loss, backward": kept + 2 * tokens * config.vocab_size * FLOAT32,
-        "optimizer step": n_bytes,
+            tokens * (d * FLOAT32 + config.vocab_size * itemsize)), 0),
+        "loss, backward": (kept + 2 * tokens * config.vocab_size * FLOAT32, 0),
+        "optimizer step": (0, n_bytes),
     }
+    above = _gradients_above(config)
     chunk = config.scan_chunk or FORMS[form].chunk
     forward, backward = scan_workspace(form, batch, length, D, config.d_state, chunk)
     stream = tokens * D * itemsize
@@ -85,14 +96,21 @@ def budget(
         # again from its input, which its norm keeps in any case.
         held = sum(stays[:i]) + per_layer[i]
         residual = tokens * d * FLOAT32
+        done = above[i]  # and of this layer what lies behind the moment
         if config.mlp_hidden:
+            done += 2 * d * config.mlp_hidden * FLOAT32
             # d(x^2) = grad * (2 * x^1): the gradient, both factors and the product, all at once.
             wide = squares_in_float32(config, itemsize, device)
             hidden = tokens * config.mlp_hidden
-            moments[f"layer {i}, MLP backward"] = held + residual + hidden * (
-                4 * (FLOAT32 if wide else itemsize) - itemsize)
+            moments[f"layer {i}, MLP backward"] = (held + residual + hidden * (
+                4 * (FLOAT32 if wide else itemsize) - itemsize), done)
+        done += (D if letter == "M" else d) * d * FLOAT32  # out_proj
         if letter == "A":
-            moments[f"layer {i}, attention backward"] = held + residual + 5 * tokens * d * itemsize
+            # The gradients of output, q, k and v; the input of out_proj is gone. The kernel that
+            # CUDA takes in half precision sums the gradient of q in float32.
+            summed = FLOAT32 if device == "cuda" and itemsize != FLOAT32 else 0
+            moments[f"layer {i}, attention backward"] = (
+                held - mlp[i] + residual + tokens * d * (3 * itemsize + summed), done)
         elif form == "fused":
             # dy, du, ddelta, dz, dB, dC and the partial sums of the last two. On CUDA there is
             # room beside dB and dC for the gradient of the low-rank step.
@@ -100,36 +118,46 @@ def budget(
             if device == "cuda":
                 columns += low_rank_width(config, device)
             sums = columns * tokens * itemsize + FLOAT32 * partial_sums(
-                batch, length, D, config.d_state, device, itemsize)
+                batch, length, D, config.d_state, device, dtype)
             # And u in (L, D) order where torch's convolution left it in (D, L) order.
             torchs = device == "cpu" and not convolves_in_one_kernel(config, device, itemsize)
             copied = stream if torchs and batch > 1 else 0
+            if device == "cpu" and dtype == torch.float16:
+                # The C code reads bf16 and float32: u, delta, z, dy, B and C are copied, and the
+                # gradients of the first three are made in float32 and then cast.
+                copied = FLOAT32 * tokens * (7 * D + 2 * config.d_state)
             moments[f"layer {i}, scan backward"] = (
-                held - mlp[i] + residual + 3 * stream + copied + sums)
+                held - mlp[i] + residual + 3 * stream + copied + sums, done)
         else:
             # Not yet there, or gone: y, silu(z), the input of out_proj, and the MLP's.
             after = 2 * tokens * D * FLOAT32 + stream + mlp[i]
-            moments[f"layer {i}, scan forward"] = held - after + 2 * stream + forward
+            again = (residual, above[i]) if checkpointing else (0, 0)
+            moments[f"layer {i}, scan forward"] = (
+                held - after + 2 * stream + forward + again[0], again[1])
             grads = residual + 3 * tokens * D * FLOAT32  # dy, dz, the skip's du
-            moments[f"layer {i}, scan backward"] = held - after + grads + backward
+            moments[f"layer {i}, gate backward"] = (held - mlp[i] - stream + grads, done)
+            moments[f"layer {i}, scan backward"] = (held - after + grads + backward, done)
     libraries = LIBRARY_BYTES if device == "cuda" else 0
-    moment = max(moments, key=lambda name: moments[name])
-    late = moment == "optimizer step"
-    done = int(moment.split()[1].rstrip(",")) if moment.startswith("layer") else None
-    gradients = n_bytes if late else _gradients_above(config, done, moment)
+    moment = max(moments, key=lambda name: sum(moments[name]))
+    taken, gradients = moments[moment]
+    left = 0 if moment == "optimizer step" else kept
     return Budget(
         form, autocast, n_bytes, gradients, _optimizer_bytes(config, optimizer),
-        0 if late else kept, moments[moment] - (0 if late else kept), libraries, moment)
+        left, taken - left, libraries, moment)
 
 
-def _gradients_above(config: ModelConfig, layer: int | None, moment: str) -> int:
-    """Bytes of the gradients that exist while the backward pass is at ``layer``, its own too."""
-    if layer is None or "forward" in moment:
-        return 0
+def _gradients_above(config: ModelConfig) -> list[int]:
+    """Bytes of the gradients that exist when the backward pass comes to each layer."""
     groups = config.parameter_groups()
-    ends = groups["embedding"] + groups.get("head", 0)
-    per_layer = (config.n_parameters - ends) * FLOAT32 / config.n_layer
-    return int(ends * FLOAT32 + per_layer * (config.n_layer - layer))
+    parts = {"M": sum(n for name, n in groups.items() if name.startswith("ssm")),
+             "A": groups["attention"]}
+    each = {letter: n / max(config.layers.count(letter), 1) + (groups["mlp"] + groups["norm"])
+            / config.n_layer for letter, n in parts.items()}
+    # A tied head has its gradient first. The rows of an embedding of its own come last of all.
+    found: list[float] = [groups.get("head", groups["embedding"])]
+    for letter in reversed(config.layers):
+        found.append(found[-1] + each[letter])
+    return [int(n * FLOAT32) for n in reversed(found[:-1])]
 
 
 def _optimizer_bytes(config: ModelConfig, optimizer: str) -> int:

@@ -16,8 +16,11 @@ from mambabyte.config import ModelConfig
 from mambabyte.ops import FORMS, default_form, native_conv
 from mambabyte.ops.causal_conv import FUSED_TAPS
 
-Autocast = Literal["fp32", "bf16"]
-AUTOCASTS: tuple[Autocast, ...] = ("fp32", "bf16")
+Autocast = Literal["fp32", "bf16", "fp16"]
+# What the streams of a layer are under each state; "fp32" is no autocast.
+STREAM_DTYPE: dict[Autocast, torch.dtype] = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCASTS: tuple[Autocast, ...] = tuple(STREAM_DTYPE)
 INT64 = 8  # bytes
 
 
@@ -46,7 +49,8 @@ def saved_terms(
     then a block keeps its input alone. Raises UserError for a form without a closed form.
     """
     form = resolve_form(config, device)
-    itemsize = 2 if autocast == "bf16" else FLOAT32
+    dtype = STREAM_DTYPE[autocast]
+    itemsize = dtype.itemsize
     tokens = batch * length
     d, V = config.d_model, config.vocab_size
     found: list[Term] = []
@@ -57,14 +61,14 @@ def saved_terms(
         readers = 1 if letter == "M" else 3
         rows = [("norm", *t) for t in _norm_terms(config, tokens, device, itemsize, readers)]
         if letter == "M":
-            rows += _mamba_terms(config, batch, length, itemsize, form, device)
+            rows += _mamba_terms(config, batch, length, dtype, form, device)
         else:
             rows += _attention_terms(config, batch, length, itemsize, device)
         if config.mlp_hidden:
             rows += [("mlp", *t) for t in _norm_terms(config, tokens, device, itemsize, 1)]
             rows += [("mlp", *t) for t in _mlp_terms(config, tokens, device, itemsize)]
             if itemsize != FLOAT32:
-                rows.append(("casts", "weights in bf16", 2 * d * config.mlp_hidden, itemsize))
+                rows.append(("casts", "weights, cast", 2 * d * config.mlp_hidden, itemsize))
         found += [Term(i, *row) for row in rows]
     head = [("head", *t) for t in _norm_terms(config, tokens, device, itemsize, 1)]
     if config.embed_norm:
@@ -73,7 +77,7 @@ def saved_terms(
     if config.logit_softcap:
         head.append(("head", "tanh of the logits", tokens * V, itemsize))
     if itemsize != FLOAT32:
-        head.append(("casts", "weights in bf16", V * d, itemsize))
+        head.append(("casts", "weights, cast", V * d, itemsize))
     head += [
         ("head", "log-softmax", tokens * V, FLOAT32),
         # Flattened targets are a copy, but for a batch of one a view of the bytes.
@@ -142,9 +146,9 @@ def low_rank_width(config: ModelConfig, device: str) -> int:
 
 
 def _mamba_terms(
-    config: ModelConfig, batch: int, length: int, itemsize: int, form: str, device: str
+    config: ModelConfig, batch: int, length: int, dtype: torch.dtype, form: str, device: str
 ) -> list[tuple[str, str, int, int]]:
-    d, D, N = config.d_model, config.d_inner, config.d_state
+    d, D, N, itemsize = config.d_model, config.d_inner, config.d_state, dtype.itemsize
     tokens = batch * length
     full_rank = config.dt_rank == "full"
     rank = low_rank_width(config, device)
@@ -187,12 +191,12 @@ def _mamba_terms(
     small = D * (rank + 2 * N) + D * (rank or D)  # x_proj and dt_proj, as they are used
     if half:
         taps = 0 if one_kernel else D * config.d_conv
-        terms.append(("casts", "weights in bf16", 2 * D * d + taps + small + D * d, itemsize))
+        terms.append(("casts", "weights, cast", 2 * D * d + taps + small + D * d, itemsize))
     elif rank and rank != config.dt_rank_value:
         terms.append(("casts", "small weights, padded", small, itemsize))
     chunk = config.scan_chunk or FORMS[form].chunk
     for name, elements, size in scan_terms(
-            form, batch, length, D, N, chunk, device, itemsize):
+            form, batch, length, D, N, chunk, device, dtype):
         terms.append(("scan input" if name in PER_CHANNEL else "scan", name, elements, size))
     return terms
 
@@ -220,5 +224,5 @@ def _attention_terms(
     if length > config.attention_window:
         terms.append(("attention", "window mask", length * length, itemsize))
     if itemsize != FLOAT32:
-        terms.append(("casts", "weights in bf16", 2 * d * d + 2 * d * kv, itemsize))
+        terms.append(("casts", "weights, cast", 2 * d * d + 2 * d * kv, itemsize))
     return terms

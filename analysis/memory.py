@@ -9,17 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import pandas as pd
+import torch
 
 from analysis.allocations import measure_peak, measure_saved
 from analysis.footprint import LIBRARY_BYTES, budget, state_bytes
-from analysis.footprint_tables import budgets_frame, devices_frame, state_frame, terms_frame
-from analysis.gpu_memory import beside_closed_form, measure_on_cuda, recorded_frame
+from analysis.footprint_tables import budgets_frame, device_frames, state_frame, terms_frame
+from analysis.gpu_memory import gpu_frame, libraries_frame
 from analysis.kept_tensors import AUTOCASTS, Autocast, saved_terms
 from analysis.scan_footprint import FLOAT32, scan_workspace
-from analysis.scan_memory import full_tensors_frame, kept_without_concatenation, slices_frame
+from analysis.scan_memory import (
+    five_to_seven_frame,
+    full_tensors_frame,
+    kept_without_concatenation,
+    slices_frame,
+)
 from analysis.scans import check_forms, runnable
 from analysis.threads import threads
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
@@ -51,8 +58,9 @@ class Parameters:
     slice_lengths: tuple[int, ...] = (128, 512, 2048)
     # Layers of the document's original step (64 x 2048) that are counted on shapes alone.
     counted_layers: int = 4
-    # Also measure peaks with the allocator of this machine's GPU.
-    cuda: bool = False
+    # Kept bytes and peaks by the allocator of this machine's GPU: "auto" where there is one. The
+    # other machines show those that are recorded.
+    cuda: Literal["auto", "on", "off"] = "off"
 
     def __post_init__(self) -> None:
         check_forms(self.forms)
@@ -71,13 +79,11 @@ class Parameters:
                             "must be 1 or more")
 
 
-_FULL = Parameters(patterns=("M", "A", "MA", "MMMA"), batch=4, context=256, d_model=192,
-                   n_layer=4, slice_lengths=(128, 256, 512, 1024, 2048, 4096, 8192))
-
 PROFILES = {
     "quick": Parameters(),
-    "full": _FULL,
-    "gpu": replace(_FULL, cuda=True),
+    "full": Parameters(patterns=("M", "A", "MA", "MMMA"), batch=4, context=256, d_model=192,
+                       n_layer=4, slice_lengths=(128, 256, 512, 1024, 2048, 4096, 8192),
+                       cuda="auto"),
 }
 
 
@@ -88,13 +94,17 @@ class Memory:
     saved: pd.DataFrame  # closed form against count, each form, pattern and autocast state
     peaks: pd.DataFrame  # closed form against the profiler
     full_tensors: pd.DataFrame  # (B, L, D, N) tensors that each form keeps
+    five_to_seven: pd.DataFrame  # those of the document's form alive at each moment
     terms: pd.DataFrame  # each tensor of one layer of the document's original step
     budgets: pd.DataFrame  # categories, document's two configurations, every form
     state: pd.DataFrame  # streaming state against KV cache
     slices: pd.DataFrame  # bytes that the backward pass of slices allocates
-    devices: pd.DataFrame  # what fits where
+    devices: pd.DataFrame  # the largest batch that fits each common device
+    device_contexts: pd.DataFrame  # the largest context that does
     document: pd.DataFrame  # the document's statements in numbers
     cuda: pd.DataFrame  # closed form against a GPU's allocator: this machine's, or a record's
+    libraries: pd.DataFrame  # the closed form's one fitted constant, judged by other steps
+    gpu: str  # whose allocator that was
 
 
 def run(p: Parameters, report: Callable[[str], None]) -> Memory:
@@ -107,10 +117,13 @@ def run(p: Parameters, report: Callable[[str], None]) -> Memory:
         report("counting what slices in a loop allocate")
         slices = slices_frame(p.slice_lengths)
         report("the document's configurations")
+        on_gpu = p.cuda == "on" or (p.cuda == "auto" and torch.cuda.is_available())
+        gpu, cuda = gpu_frame(on_gpu, report)
         return Memory(
-            saved, peaks, full_tensors_frame(), terms_frame(), budgets_frame(p.forms),
-            state_frame(), slices, devices_frame(p.forms), _document_frame(p.counted_layers),
-            beside_closed_form(measure_on_cuda(report)) if p.cuda else recorded_frame())
+            saved, peaks, full_tensors_frame(), five_to_seven_frame(), terms_frame(),
+            budgets_frame(p.forms),
+            state_frame(), slices, *device_frames(p.forms), _document_frame(p.counted_layers), cuda,
+            libraries_frame(cuda), gpu)
 
 
 def _worst_error(frame: pd.DataFrame) -> float:
@@ -121,6 +134,8 @@ def _worst_error(frame: pd.DataFrame) -> float:
 def headline(found: Memory) -> dict[str, tuple[float | bool | None, str, str]]:
     """The study's answer in named values: name -> (value, unit, about)."""
     document = found.document.set_index("key")["ours"]
+    libraries = found.libraries.set_index("fitted to")
+    alive = found.five_to_seven["closed form, full tensors"]
     budgets = found.budgets[(found.budgets["autocast"] == "bf16")
                             & ~found.budgets["checkpointing"]]
     peak = budgets.set_index(["configuration", "form"])["peak, GB"]
@@ -136,7 +151,20 @@ def headline(found: Memory) -> dict[str, tuple[float | bool | None, str, str]]:
             float((found.cuda["kept, closed form / measured"].dropna() - 1).abs().max()), "",
             "the same of the bytes kept"),
         "cuda_cases": (len(found.cuda), "", "cases measured on a GPU"),
-        "libraries_mb": (LIBRARY_BYTES / MB, "MB", "held by the matrix libraries on a GPU"),
+        "libraries_mb": (LIBRARY_BYTES / MB, "MB", "held by the matrix libraries on a GPU, the "
+                         "one constant that was read off the measurements"),
+        "libraries_fitted_mb": (libraries.loc["smaller half", "constant, MB"], "MB",
+                                "the same fitted to the smaller half of the steps"),
+        "libraries_larger_error": (
+            libraries.loc["smaller half", "largest error of their peaks"], "",
+            "largest error of the peak of the larger half with that constant"),
+        "libraries_low_mb": (libraries["constant, MB"].min(), "MB", "least constant of any fit"),
+        "libraries_high_mb": (libraries["constant, MB"].max(), "MB", "largest of any fit"),
+        "libraries_left_out_error": (
+            libraries["largest error of their peaks"].max(), "",
+            "largest error of the peak of steps that had no part in the fit, over all fits"),
+        "libraries_none_error": (libraries["the same with no constant"].max(), "",
+                                 "largest error of the peak without any constant"),
         "worst_saved_error": (_worst_error(found.saved), "",
                               "largest |predicted / counted - 1| of the kept bytes"),
         "worst_peak_error": (_worst_error(found.peaks), "",
@@ -145,6 +173,11 @@ def headline(found: Memory) -> dict[str, tuple[float | bool | None, str, str]]:
         "kept_per_layer": (document["kept_per_layer"], "", "full tensors kept per layer"),
         "live_per_layer": (document["live_per_layer"], "",
                            "full tensors alive in a layer at the peak of its backward pass"),
+        "with_log_decay": (alive[1], "", "such tensors with log_decay, until the layer's forward "
+                           "pass ends"),
+        "with_gradients": (alive[3], "", "such tensors with the gradients of b and log_decay"),
+        "live_measured": (found.five_to_seven["measured, full tensors"].iloc[-1], "",
+                          "full tensors at the peak of the backward pass, by the profiler"),
         "scan_kept_before_gb": (document["scan_kept_before_gb"], "GB",
                                 "full tensors kept, four layers, 64 x 2048"),
         "kept_before_gb": (document["kept_before_gb"], "GB", "all kept, float32, 64 x 2048"),
@@ -185,7 +218,7 @@ def _config(p: Parameters, form: str, pattern: str) -> ModelConfig:
 
 
 def _cases(p: Parameters) -> list[tuple[str, str, Autocast, bool]]:
-    """(form, pattern, autocast, checkpointing) of every step whose saved tensors are counted."""
+    """(form, pattern, autocast, checkpointing) of every step that is counted and profiled."""
     cases: list[tuple[str, str, Autocast, bool]] = []
     for pattern in p.patterns:
         for form in runnable(p.forms) if "M" in pattern else ("sequential",):
@@ -210,16 +243,16 @@ def _saved_frame(p: Parameters) -> pd.DataFrame:
 
 def _peaks_frame(p: Parameters) -> pd.DataFrame:
     rows = []
-    for form in runnable(p.forms):
-        for autocast in p.autocasts:
-            config = _config(p, form, "M")
-            step = budget(config, p.batch, p.context, autocast)
-            predicted = step.peak - step.weights - step.optimizer
-            measured = measure_peak(config, p.batch, p.context, autocast)
-            rows.append({
-                "form": form, "autocast": autocast, "worst moment": step.worst_moment,
-                "predicted, B": predicted, "profiled, B": measured,
-                "predicted / profiled": predicted / measured})
+    for form, pattern, autocast, checkpointing in _cases(p):
+        config = _config(p, form, pattern)
+        step = budget(config, p.batch, p.context, autocast, checkpointing=checkpointing)
+        predicted = step.peak - step.weights - step.optimizer
+        measured = measure_peak(config, p.batch, p.context, autocast, checkpointing)
+        rows.append({
+            "form": form if "M" in pattern else "none", "pattern": pattern, "autocast": autocast,
+            "checkpointing": checkpointing, "worst moment": step.worst_moment,
+            "predicted, B": predicted, "profiled, B": measured,
+            "predicted / profiled": predicted / measured})
     return pd.DataFrame(rows)
 
 

@@ -72,7 +72,7 @@ def write_record_file(
         "figures": [{"name": f.name, "title": f.title, "caption": f.caption, "alt": f.alt,
                      "svg": f.svg, "narrow": f.narrow, **_frame(f.data)}
                     for f in run.figures.values() if f.name in wanted],
-    })
+    }, indent=0)  # spaces before every cell would be most of a large record
     load_record(path)  # a record that cannot be read back is not one
     return path
 

@@ -1,7 +1,8 @@
 """Draws the figures of measurement records again, from their numbers, after a plot changed.
 
 ``python -m analysis.redraw data/measurements/h200-ablation.json ...`` replaces the drawings and
-nothing else: numbers, words and provenance stay as they were measured.
+nothing else: numbers, words and provenance stay as they were measured. A figure whose record does
+not hold all that it draws (the maps of the overflow study) stays as it is.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import bounds
-from analysis.plots import ablation, overflow, throughput
+from analysis import bounds, scan_against_step
+from analysis.plots import ablation, gradients, overflow, throughput
 from analysis.records import load_record
 from analysis.results import Run, draw
 from mambabyte.errors import UserError
@@ -27,23 +29,40 @@ def _curves(run: Run) -> Figure | None:
     found = run.values.get("unigram_bits")
     if found is None or not isinstance(found.value, float):
         return None
-    return ablation.curves(run.figures["curves"].data, found.value)
+    return ablation.curves(_data(run, "curves"), found.value)
+
+
+def _data(run: Run, name: str) -> pd.DataFrame:
+    return run.figures[name].data
 
 
 # study.figure -> the drawing, from the record's data of that figure and what else it needs.
 DRAWINGS: dict[str, Callable[[Run], Figure | None]] = {
     "ablation.curves": _curves,
     "ablation.differences": lambda run: ablation.differences(
-        run.figures["differences"].data, run.tables["paired"].frame),
-    "ablation.state": lambda run: ablation.quality_and_state(run.figures["state"].data),
-    "ablation.drift": lambda run: ablation.drift(run.figures["drift"].data),
-    "ablation.tasks": lambda run: ablation.tasks(run.figures["tasks"].data),
-    "ablation.variants": lambda run: ablation.variants(run.figures["variants"].data),
-    "overflow.pairs": lambda run: overflow.pair_shares(run.figures["pairs"].data),
+        _data(run, "differences"), run.tables["paired"].frame),
+    "ablation.state": lambda run: ablation.quality_and_state(_data(run, "state")),
+    "ablation.drift": lambda run: ablation.drift(_data(run, "drift")),
+    "ablation.tasks": lambda run: ablation.tasks(_data(run, "tasks")),
+    "ablation.variants": lambda run: ablation.variants(_data(run, "variants")),
+    "overflow.pairs": lambda run: overflow.pair_shares(_data(run, "pairs")),
     "overflow.headroom": lambda run: overflow.headroom_lines(
-        run.figures["headroom"].data, bounds.log_max()),
-    "throughput.streaming": lambda run: throughput.streaming(run.figures["streaming"].data),
-    "throughput.training": lambda run: throughput.training(run.figures["training"].data),
+        _data(run, "headroom"), bounds.log_max()),
+    "gradients.boundaries": lambda run: gradients.boundary_lines(_data(run, "boundaries")),
+    "gradients.distances": lambda run: gradients.distance_lines(_data(run, "distances")),
+    "gradients.steps": lambda run: gradients.step_bars(
+        _data(run, "steps"), scan_against_step.DOCUMENT_DIFFERENCE),
+    "gradients.recall": lambda run: gradients.recall_lines(_data(run, "recall")),
+    "throughput.scan_time": lambda run: throughput.scan_time(_data(run, "scan_time")),
+    "throughput.allocations": lambda run: throughput.allocations(_data(run, "allocations")),
+    "throughput.mixers": lambda run: throughput.mixer_time(
+        _data(run, "mixers"), run.tables["crossovers"].frame),
+    "throughput.batch": lambda run: throughput.batch_time(
+        _data(run, "batch"), _data(run, "mixers"), run.parameters["batch_length"]),
+    "throughput.energy": lambda run: throughput.energy(
+        _data(run, "scan_time"), _data(run, "mixers")),
+    "throughput.streaming": lambda run: throughput.streaming(_data(run, "streaming")),
+    "throughput.training": lambda run: throughput.training(_data(run, "training")),
 }
 
 

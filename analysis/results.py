@@ -15,10 +15,12 @@ matplotlib.
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +44,8 @@ RECORD = "run.json"
 FORMAT = 1
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*\Z")
+_PATH = re.compile(r'\bd="M[^"]*"')  # of an SVG
+_DIGITS = re.compile(r"(\.\d\d)\d+")
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ class Run:
 
 
 class Recorder:
-    """Collects the results of one run and writes them whole.
+    """Collects the results of one run and writes them whole. In a notebook, figures and tables
+    appear where they are recorded.
 
     ``run_dir`` "" is interactive use: the folder is ``reports/runs/interactive/STUDY``, replaced
     by each run. Recording a name again replaces it, so a notebook cell can be run twice.
@@ -128,8 +133,12 @@ class Recorder:
         one is dropped.
         """
         name = check_name("table", name)
-        self._tables[name] = Table(name, _text("table", name, "caption", caption),
-                                   flat(f"table {name!r}", frame))
+        table = Table(name, _text("table", name, "caption", caption),
+                      flat(f"table {name!r}", frame))
+        self._tables[name] = table
+        _show_words("", table.caption)
+        _show({"text/html": table.frame.to_html(index=False, max_rows=60, na_rep=""),
+               "text/plain": table.frame.to_string(index=False, max_rows=60)})
 
     def figure(
         self, name: str, figure: MplFigure, *, title: str, caption: str, alt: str,
@@ -148,6 +157,8 @@ class Recorder:
                  for k, v in (("title", title), ("caption", caption), ("alt", alt))}
         svg, narrow = draw(figure, f"{self.study}.{name}")
         self._figures[name] = Figure(name, svg=svg, data=numbers, narrow=narrow, **texts)
+        _show_words(texts["title"], texts["caption"])
+        _show({"image/svg+xml": svg, "text/plain": texts["alt"]})
 
     def finish(self) -> Path:
         """Writes the run folder and returns it; until then nothing is on disk."""
@@ -256,6 +267,19 @@ def draw(figure: MplFigure, salt: str) -> tuple[str, str]:
     return _svg(figure, salt), _svg(phone_layout(figure), f"{salt}.narrow")
 
 
+def _show(bundle: dict[str, str]) -> None:
+    """Display output of several types in a notebook's cell; elsewhere nothing happens."""
+    shell = sys.modules.get("IPython")
+    if shell is not None and hasattr(shell.get_ipython(), "kernel"):
+        shell.display.display(bundle, raw=True)
+
+
+def _show_words(title: str, caption: str) -> None:
+    bold = f"<b>{html.escape(title)}.</b> " if title else ""
+    _show({"text/html": f"<p>{bold}{html.escape(caption)}</p>",
+           "text/plain": f"{title}. {caption}" if title else caption})
+
+
 def _svg(figure: MplFigure, salt: str) -> str:
     """SVG whose bytes depend on the figure alone: no date, ids salted by the figure's name."""
     import matplotlib as mpl
@@ -263,7 +287,8 @@ def _svg(figure: MplFigure, salt: str) -> str:
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+    # A hundredth of a point is finer than a screen; a map of many cells is half as large.
+    return _PATH.sub(lambda path: _DIGITS.sub(r"\1", path[0]), buffer.getvalue())
 
 
 def check_name(kind: str, name: Any) -> str:

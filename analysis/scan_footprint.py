@@ -18,7 +18,7 @@ pairwise          3 + T: b, exp(cs), h, and T weights a step, as segment_sum; la
                   the weights before and after the mask.
 associative       2 + 3 log2 T: each doubling keeps a, and a and h as shifted.
 
-The cast to bf16 of autocast changes none of these: the scan runs in float32.
+The casts of autocast change none of these: the scan runs in float32.
 """
 
 from __future__ import annotations
@@ -50,18 +50,19 @@ PER_CHANNEL = ("delta u", "delta, folded", "delta u, folded", "B and C, folded",
 
 def scan_terms(
     form: str, batch: int, length: int, channels: int, states: int, chunk: int,
-    device: str = "cpu", itemsize: int = FLOAT32,
+    device: str = "cpu", dtype: torch.dtype = torch.float32,
 ) -> list[tuple[str, int, int]]:
     """(tensor, elements, itemsize) that one scan keeps for its backward pass.
 
     Counts what the form itself makes; its inputs belong to the layer (see analysis.kept_tensors).
-    ``itemsize`` is that of the streams, 2 under bf16 autocast; it matters to the fused form alone.
+    ``dtype`` is that of the streams, bfloat16 under bf16 autocast; it matters to the fused form
+    alone.
     """
     wide = channels * states
     full = batch * length * wide
     token = batch * length * channels
     if form == "fused":
-        shape = _fused_saved_shape(batch, length, channels, states, device, itemsize)
+        shape = _fused_saved_shape(batch, length, channels, states, device, dtype)
         return [("state checkpoints", math.prod(shape), FLOAT32)]
     if form == "sequential":
         return [
@@ -129,13 +130,12 @@ def _repair_terms(
 
 
 def _fused_saved_shape(
-    batch: int, length: int, channels: int, states: int, device: str, itemsize: int
+    batch: int, length: int, channels: int, states: int, device: str, dtype: torch.dtype
 ) -> tuple[int, ...]:
     if device != "cuda":
         return native_scan.saved_shape(batch, length, channels, states)
     from mambabyte.ops import cuda_plan
 
-    dtype = torch.bfloat16 if itemsize == 2 else torch.float32
     return cuda_plan.saved_shape(batch, length, channels, states, dtype)
 
 
@@ -177,12 +177,11 @@ def scan_workspace(form: str, batch: int, length: int, channels: int, states: in
 
 
 def partial_sums(
-    batch: int, length: int, channels: int, states: int, device: str, itemsize: int
+    batch: int, length: int, channels: int, states: int, device: str, dtype: torch.dtype
 ) -> int:
     """Elements of the partial sums of dB and dC in the backward pass of the fused scan."""
     if device != "cuda":
         return 2 * batch * length * states * -(-channels // native_scan.GROUP)
     from mambabyte.ops import cuda_plan
 
-    dtype = torch.bfloat16 if itemsize == 2 else torch.float32
     return math.prod(cuda_plan.partial_sums_shape(batch, length, channels, states, dtype))

@@ -10,17 +10,24 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.allocations import allocated_bytes, saved_storages
+from analysis.allocations import allocated_bytes, peak_bytes, saved_storages
 from analysis.frames import not_measured
 from analysis.scan_footprint import FLOAT32, PER_CHANNEL, scan_terms, scan_workspace
+from analysis.scans import runnable
 from mambabyte.ops import FORMS, selective_scan
 from mambabyte.ops.cumsum import document_chunked_scan
 
-CHANNELS, STATES, CHUNK = 16, 16, 32  # of the scans that are counted here
+# Of the scans that are counted here. The C code keeps its states padded to 32 channels.
+CHANNELS, STATES, CHUNK = 32, 16, 32
+LENGTH = 2048  # the document's original context
 
 
-def full_tensors_frame(length: int = 256) -> pd.DataFrame:
-    """Tensors of B L D N float32 elements that a scan of each form keeps, and needs besides."""
+def full_tensors_frame(length: int = LENGTH) -> pd.DataFrame:
+    """Tensors of B L D N float32 elements that a scan of each form keeps, and needs besides.
+
+    Of the fused form it is the states that it leaves every few steps; they are counted where its
+    C code can be compiled.
+    """
     size = (1, length, CHANNELS, STATES)
     full = math.prod(size) * FLOAT32
     rows = []
@@ -29,14 +36,43 @@ def full_tensors_frame(length: int = 256) -> pd.DataFrame:
         kept = sum(n * itemsize for name, n, itemsize in terms if name not in PER_CHANNEL)
         forward, backward = scan_workspace(form, *size, CHUNK)
         counted = None
-        if form != "fused":
+        if form in runnable((form,)):
             counted = _wide_bytes(partial(_scan_loss, form, _scan_inputs(length))) / full
         rows.append({
-            "form": form, "kept, full tensors": kept / full if form != "fused" else 0.0,
+            "form": form, "kept, full tensors": kept / full,
             "counted, full tensors": counted,
             "forward workspace, full tensors": forward / full,
             "backward workspace, full tensors": backward / full})
     return not_measured(pd.DataFrame(rows), "counted, full tensors")
+
+
+def five_to_seven_frame(
+    length: int = LENGTH, channels: int = 32, states: int = 32
+) -> pd.DataFrame:
+    """Full tensors of the document's scan alive at each moment: the way from 5 to 7 and above.
+
+    With many channels and states the rest is small: y, and the gradients of the inputs.
+    """
+    full = length * channels * states * FLOAT32
+    inputs = _scan_inputs(length, channels, states)
+    forward, backward = (n / full for n in scan_workspace(
+        "document_chunked", 1, length, channels, states, CHUNK))
+    kept = sum(n * itemsize for name, n, itemsize in scan_terms(
+        "document_chunked", 1, length, channels, states, CHUNK) if name not in PER_CHANNEL) / full
+    loss = partial(_scan_loss, "document_chunked", inputs)
+    counted = _wide_bytes(loss, (channels, states)) / full
+    rows = [
+        ("kept for the backward pass: b, exp(log_decay - cs), exp(cs), bracket, h", kept, counted),
+        ("and log_decay, until the forward pass of the layer ends", kept + 1, None),
+        ("peak of the forward pass: and of one chunk cs, inner and h C", kept + forward,
+         peak_bytes(loss) / full),
+        ("backward pass: kept, and the gradients of b and log_decay, each of full length",
+         kept + 2, None),
+        ("peak of the backward pass: and a third, of the slice at hand; less the last chunk",
+         kept + backward, peak_bytes(partial(_gradients, loss, inputs)) / full),
+    ]
+    return not_measured(pd.DataFrame(rows, columns=[
+        "moment", "closed form, full tensors", "measured, full tensors"]))
 
 
 def kept_without_concatenation(length: int = 256) -> float:
@@ -64,12 +100,12 @@ def slices_frame(lengths: Sequence[int]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _scan_inputs(length: int) -> list[Tensor]:
+def _scan_inputs(length: int, channels: int = CHANNELS, states: int = STATES) -> list[Tensor]:
     """u, delta, A, B, C of one sequence with gentle decay, each wanting a gradient."""
     generator = torch.Generator().manual_seed(0)
-    stream, states = (1, length, CHANNELS), (1, length, STATES)
+    stream, columns = (1, length, channels), (1, length, states)
     u, delta, A, B, C = (torch.randn(shape, generator=generator) for shape in (
-        stream, stream, (CHANNELS, STATES), states, states))
+        stream, stream, (channels, states), columns, columns))
     return [t.requires_grad_() for t in (u, delta.sigmoid() * 0.01, -A.exp(), B, C)]
 
 
@@ -94,7 +130,10 @@ def _loss_without_concatenation(inputs: list[Tensor]) -> Tensor:
     return total
 
 
-def _wide_bytes(loss: Callable[[], Tensor]) -> int:
-    """Bytes of the saved tensors that end in (CHANNELS, STATES), with batch or time before."""
+def _wide_bytes(loss: Callable[[], Tensor], wide: tuple[int, int] = (CHANNELS, STATES)) -> int:
+    """Bytes of the saved tensors that end in ``wide``, channels and states in either order.
+
+    Batch or time come before; the fused form leaves its states as (B, L / TILE, N, D).
+    """
     return sum(size for shape, size in saved_storages(loss)
-               if len(shape) > 2 and shape[-2:] == (CHANNELS, STATES))
+               if len(shape) > 2 and shape[-2:] in (wide, wide[::-1]))

@@ -84,6 +84,8 @@ class Parameters:
     train_context: int = 256
     train_batch: int = 4
     train_steps: int = 4
+    # As TrainConfig.step; on a CPU always eager.
+    train_step: Literal["auto", "eager", "graph", "compile"] = "auto"
     energy_seconds: float = 0.1  # least length of one reading of energy; a GPU's counter is slow
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
@@ -108,7 +110,8 @@ PROFILES = {
         allocation_lengths=(128, 256, 512, 1024),
         mixer_forms=("auto", "chunked", "sequential"),
         stream_positions=(0, 1024, 4096, 16384, 65536), stream_steps=50,
-        train_context=1024, train_batch=16, train_steps=5, energy_seconds=0.5),
+        train_context=1024, train_batch=16, train_steps=5,
+        train_step="compile", energy_seconds=0.5),
 }
 
 
@@ -301,7 +304,7 @@ def time_training(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
             if form == "auto" or pattern == "M":
                 runs.append((pattern, form, replace(config, scan_form=form)))
     recipe = TrainConfig(context=p.train_context, batch_size=p.train_batch, precision=p.precision)
-    way: Way = "graph" if cuda else "eager"  # as training does
+    way: Way = "eager" if not cuda else "graph" if p.train_step == "auto" else p.train_step
     timed = []
     for pattern, form, config in runs:
         step, _ = training_step(config, recipe, p.device, way)
@@ -315,7 +318,7 @@ def time_training(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
     for row, (_, _, config) in zip(frame.to_dict("records"), runs, strict=True):
         joules = row["joules"]
         rows.append({
-            **row, "batch": p.train_batch, "n_parameters": config.n_parameters,
+            **row, "step": way, "batch": p.train_batch, "n_parameters": config.n_parameters,
             "bytes_per_second": size / row["ms"] * 1e3 if row["ms"] else None,
             "flops_per_second": flops_per_byte(config, p.train_context) * size / row["ms"] * 1e3
             if row["ms"] else None,

@@ -29,6 +29,7 @@ from mambabyte.errors import UserError
 MEASURED = "measured"
 SAY_SECONDS = 2.0  # between lines of progress
 LONG = 0.2  # seconds: a call in which what memory takes does not show
+GRAPH = "cuda graph"
 CHUNK_SECONDS = 0.01  # between two looks at a counter of energy
 COUNTER_WAIT = 2.0  # seconds: longer than any counter stands still
 
@@ -64,7 +65,7 @@ def measure(
     ends there. With ``capture`` a call on a GPU is timed as one captured graph where it can be
     (see ``captured``), which leaves the host's part out; the guard goes by what it takes without.
     A call shorter than ``least_seconds`` is repeated inside one timing. Out of memory ends a
-    series too. After the rounds each case runs for ``energy_seconds`` more beside the machine's
+    series too. In the last round each case runs for ``energy_seconds`` more beside the machine's
     counter of energy (see ``joules_of``). ``ms`` and ``joules`` are None for what was not measured.
     """
     if rounds < 1:
@@ -107,32 +108,25 @@ def measure(
         first[i], inner[i] = took, max(1, min(50, int(least_seconds / max(took, 1e-7))))
     rng = np.random.default_rng(0)
     alive = [i for i, case in enumerate(cases) if case.status == MEASURED]
+    metered = energy_seconds > 0 and EnergyMeter(device).read().joules is not None
     for number in range(rounds):
         for done, i in enumerate(rng.permutation(alive)):
             if time.perf_counter() - said > SAY_SECONDS:
                 said = time.perf_counter()
                 report(f"round {number + 1} of {rounds}: {done} of {len(alive)} points")
-            call = cases[i].make()
-            # Memory is taken outside the clock, where taking it would show.
-            if inner[i] > 1 or (device != "cpu" and first[i] < LONG):
-                call()
+            call, graph = cases[i].make(), False
             if capture:
-                call = captured(call, device)[0]
+                call, how = captured(call, device)
+                graph = how == GRAPH
+            # Memory is taken outside the clock, where taking it would show; a graph has its own.
+            if not graph and (inner[i] > 1 or (device != "cpu" and first[i] < LONG)):
+                call()
             cases[i].seconds.append(_time(call, inner[i], device))
+            if metered and number == rounds - 1:
+                cases[i].joules = joules_of(call, energy_seconds, device)
             call = None  # type: ignore[assignment]
             _make_room(device)
         report(f"round {number + 1} of {rounds}: {len(alive)} points")
-    if energy_seconds and EnergyMeter(device).read().joules is not None:
-        for done, i in enumerate(alive):
-            if time.perf_counter() - said > SAY_SECONDS:
-                said = time.perf_counter()
-                report(f"energy: {done} of {len(alive)} points")
-            call = cases[i].make()
-            if capture:
-                call = captured(call, device)[0]
-            cases[i].joules = joules_of(call, energy_seconds, device)
-            call = None  # type: ignore[assignment]
-            _make_room(device)
     return pd.DataFrame([_row(case) for case in cases])
 
 
@@ -187,7 +181,7 @@ def captured(
     def replay(_kept: object = kept) -> None:
         graph.replay()
 
-    return replay, "cuda graph"
+    return replay, GRAPH
 
 
 def _row(case: Case) -> dict[str, Any]:
@@ -250,6 +244,15 @@ class Exponent:
     first_length: int | None
     last_length: int | None
 
+    @property
+    def reading(self) -> str:
+        """What the interval says of a cost's growth; "undecided" where it is wider than 1."""
+        if self.low is None or self.high is None or self.high - self.low > 1:
+            return "undecided"
+        if self.low > 1:
+            return "faster than linear"
+        return "slower than linear" if self.high < 1 else "linear"
+
 
 def fit_exponent(lengths: Sequence[float], costs: Sequence[float], level: float = 0.95) -> Exponent:
     """Least squares of log cost on log length; the interval needs three points or more.
@@ -281,7 +284,7 @@ def exponent_table(
     for key, group in frame[frame[cost].notna()].groupby(list(by), sort=False):
         tail = group.sort_values("length").tail(longest)
         fit = fit_exponent(tail["length"].tolist(), tail[cost].astype(float).tolist())
-        rows.append({**dict(zip(by, key, strict=True)), **vars(fit)})
+        rows.append({**dict(zip(by, key, strict=True)), **vars(fit), "reading": fit.reading})
     return not_measured(pd.DataFrame(rows))
 
 

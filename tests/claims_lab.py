@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +17,7 @@ from analysis.results import Run, Table, Value
 
 LEDGER = load_ledger()
 BY_ID = {claim.id: claim for claim in LEDGER.claims}
-CHEAP = ("formula", "overflow", "gradient", "kept", "selectivity")
+CHEAP = ("formula", "overflow", "gradient", "kept", "selectivity", "operations", "fox_text")
 
 # What the experiments give, so that the tests of judgement need not run them.
 TYPICAL = {
@@ -35,6 +36,7 @@ TYPICAL = {
     "operations.calls": 363, "operations.in_float32": 1, "operations.backward_exponent": 1.95,
     "operations.built_from_both": 1, "operations.all_of_torch": 1,
     "operations.split_exponent": 1.0, "operations.bytes_per_element": 99,
+    "operations.bytes_published": 1923, "operations.bytes_cut_once": 341,
     "streaming.state_bytes_16": 116736, "streaming.state_bytes_512": 116736,
     "streaming.bytes_moved_16": 5.1e6, "streaming.bytes_moved_512": 5.1e6,
     "streaming.calls_per_byte": 1, "streaming.step_error": 9e-7, "streaming.tail_inputs": 3,
@@ -49,6 +51,9 @@ TYPICAL = {
     "fox.steps_to_their_loss": 9, "fox.accuracy": 0.997, "fox.headroom": 62.9,
     "fox_published.last_loss": 0.69, "fox_published.accuracy": 0.997,
     "fox_published.parallel_loss": 0.6621, "fox_published.streamed_loss": 0.6633,
+    "fox_no_scan.last_loss": 0.69, "fox_no_scan.accuracy": 0.997,
+    "fox_text.entropy": 3.048, "fox_text.uniform": 3.332,
+    "fox_text.accuracy_1": 0.711, "fox_text.accuracy_2": 0.978,
     "fox_fast.headroom": 72.8, "fox_fast.dt_high": 0.21,
     "smoke.steps": 2, "smoke.context": 64, "smoke.batch": 2, "smoke.seconds": 0.04,
     "smoke.published_passes_check": 0,
@@ -86,3 +91,24 @@ def run_of(study: str, values: dict | None = None, tables: dict | None = None,
         folder=Path(name), study=study, parameters={"device": device}, run_id=name,
         values={k: Value(v) for k, v in (values or {}).items()},
         tables={k: Table(k, "", pd.DataFrame(v)) for k, v in (tables or {}).items()}, **entries)
+
+
+def training(ms: float, joules: float | None = None, **other: float) -> dict[str, list[dict]]:
+    rows = [{"pattern": "M", "form": "document_chunked", "batch": 16, "context": 1024, "ms": ms,
+             "joules_per_megabyte": joules}]
+    rows += [{"pattern": p, "form": "auto", "batch": 16, "context": 1024, "ms": v,
+              "joules_per_megabyte": None} for p, v in other.items()]
+    return {"training": rows}
+
+
+def on_gpu(values: dict | None = None, tables: dict | None = None, study: str = "throughput"):
+    return Evidence((run_of(study, values, tables, device="cuda"),))
+
+
+def task(*rows: dict) -> Evidence:
+    """A record of whole runs; what a row lacks is as on a good day."""
+    good = {"system": "mamba_byte_as_written", "seconds": 200.0, "joules": 15e3, "steps": 4000,
+            "valid_accuracy": 0.7, "failure": None}
+    record = run_of("task", name="gpu-task")
+    frame = pd.DataFrame([{**good, **row} for row in rows])
+    return Evidence((), (replace(record, tables={"runs": Table("runs", "", frame)}),))

@@ -152,7 +152,7 @@ def test_a_figure_is_there_for_wide_screens_and_for_narrow_ones(world):
     assert re.search(r'class="drawing wide"><svg [^>]*viewBox="0 0 500 300"', page)
     assert re.search(r'class="drawing narrow"><svg [^>]*viewBox="0 0 324 300"', page)
     (folder / "figures" / "times.narrow.svg").unlink()  # a run of an older version
-    assert 'class="drawing"><svg' in world.build()
+    assert re.search(r'class="scroll drawing"[^>]*><svg', world.build())
 
 
 def test_prose_places_figures_once(world):
@@ -225,7 +225,9 @@ def test_record_keeps_nan_and_not_measured_apart(tmp_path):
     frame = load_record(path).run.tables["times"].frame
     assert math.isnan(frame["time, ms"][1])
     assert frame["energy, J"][0] is None
-    json.loads(path.read_text(), parse_constant=pytest.fail)  # strict JSON
+    text = path.read_text()
+    json.loads(text, parse_constant=pytest.fail)  # strict JSON
+    assert "\n " not in text  # a line a cell and no spaces before it, or it would grow by half
 
 
 @pytest.mark.parametrize(("change", "match"), [

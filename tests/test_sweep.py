@@ -17,6 +17,7 @@ from rich.console import Console
 
 from analysis import executors, sweep
 from analysis.progress import LiveProgress, PlainProgress, printable
+from analysis.report.appendix import notebook_html
 from analysis.results import list_runs
 from analysis.studies import Study
 from analysis.sweep import run_sweep
@@ -55,6 +56,12 @@ CELLS = (
     'if mode != "forgetful":\n'
     '    recorder = Recorder("tiny", {"n": n, "sizes": sizes, "mode": mode}, run_dir)\n'
     '    recorder.value("total", total)\n'
+    "    import pandas as pd\n"
+    "    from matplotlib.figure import Figure\n"
+    '    frame = pd.DataFrame({"n": [n]})\n'
+    '    recorder.table("counts", frame, caption="What was <counted>.")\n'
+    '    recorder.figure("line", Figure(), title="A line", caption="It is flat.", alt="Flat.",\n'
+    "                    data=frame)\n"
     "    recorder.finish()",
 )
 
@@ -136,6 +143,19 @@ def test_finished_run_knows_where_it_came_from(swept, registry):
     assert run.seconds > 0
     assert run.parameters == {"n": 3, "sizes": [1, 2], "mode": "ok"}
     assert run.values["total"].value == 3
+
+
+def test_executed_notebook_and_appendix_show_what_is_recorded(swept):
+    _, rows, _ = swept
+    path = rows["ok"].folder / "notebook.ipynb"
+    outputs = [o["data"] for c in json.loads(path.read_text())["cells"]
+               for o in c.get("outputs", []) if "data" in o]
+    assert sum("image/svg+xml" in data for data in outputs) == 1
+    page = notebook_html(path)
+    assert page.count("<svg") == 1
+    assert "<b>A line.</b> It is flat." in page
+    assert "What was &lt;counted&gt;." in page
+    assert page.count("<table") == 1
 
 
 def test_executed_notebook_shows_no_path_of_this_machine(swept):

@@ -27,6 +27,7 @@ from analysis.claims import (
     experiments,
     gradient,
     hybrid,
+    kernels,
     memory,
     numerical,
     published,
@@ -52,7 +53,8 @@ from mambabyte.errors import UserError
 __all__ = ["PROFILES", "Claims", "Parameters", "headline", "judge", "run"]
 
 CHECK_MODULES = (
-    arithmetic, behaviour, energy, gradient, hybrid, memory, numerical, published, quality, speed)
+    arithmetic, behaviour, energy, gradient, hybrid, kernels, memory, numerical, published,
+    quality, speed)
 EXPERIMENT_MODULES = (choices, experiments, trainings)
 NAMES = dict(zip(VERDICTS, ("holds", "caveat", "fails", "inconsistent", "open"), strict=True))
 

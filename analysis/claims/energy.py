@@ -21,9 +21,11 @@ from analysis.claims.ledger import (
 from analysis.claims.published import first_run
 from analysis.claims.recorded import (
     PUBLISHED,
-    scan_ratio,
+    joined,
+    scan_cost,
     step_ms,
     training_step,
+    watts_of,
     whole_run,
 )
 
@@ -84,8 +86,8 @@ def energy_range(lab: Lab, claim: Claim) -> Finding:
                                      f"when it was stopped after {own.steps_done} steps.")
     if whole is not None and whole[0]["joules"].notna().all():
         rows, source = whole
-        watts = float((rows["joules"].astype(float) / rows["seconds"].astype(float)).mean())
-        ours, how = watts * step_ms(rows) / 1e3 * steps, "idle power subtracted"
+        seconds = step_ms(rows) / 1e3 * steps
+        ours, how = watts_of(rows) * seconds, _idle(lab, source, watts_of(rows), seconds)
     elif found is not None and pd.notna(found[0].get("joules_per_megabyte")):
         ours = float(found[0]["joules_per_megabyte"]) * trained_bytes(FINAL.train) / 1e6
         source, how = found[1], "gross"
@@ -101,15 +103,27 @@ def energy_range(lab: Lab, claim: Claim) -> Finding:
                    source.text)
 
 
+def _idle(lab: Lab, source: Source, watts: float, seconds: float) -> str:
+    """What was subtracted for an idle card, and what another subtraction would give."""
+    assumed = source.parameters.get("idle_watts")
+    if assumed is None:
+        return "idle power subtracted"
+    words = f"an assumed {float(assumed):g} W of idle power subtracted"
+    seen = lab.parameter("task", "idle_measured_watts")
+    if seen is None:
+        return words
+    other = (watts + float(assumed) - float(seen.what)) * seconds / 1e3
+    return f"{words} ({other:.0f} kJ with the {float(seen.what):g} W that an idle card drew)"
+
+
 @check
 def training_is_cheap(lab: Lab, claim: Claim) -> Finding:
     """Joules of all 4000 steps as written over the baseline's whole run, on one machine."""
     whole, base, own = whole_run(lab), lab.task("modded_nanogpt"), first_run(lab)
     if whole is not None and base is not None and base.machine == whole[1].machine:
         rows, source = whole
-        watts = float((rows["joules"].astype(float) / rows["seconds"].astype(float)).mean())
-        ours = watts * step_ms(rows) / 1e3 * FINAL.train.n_steps
-        theirs, where = float(base.what["joules"].astype(float).mean()), source.text
+        ours = watts_of(rows) * step_ms(rows) / 1e3 * FINAL.train.n_steps
+        theirs, where = float(base.what["joules"].astype(float).mean()), joined(source, base)
     elif own is not None:
         ours, where = own.watts * own.ms_per_step / 1e3 * FINAL.train.n_steps, own.source
         theirs = min(float(r["joules"]) for r in lab.fact("leaderboard", "modded_nanogpt"))
@@ -150,13 +164,12 @@ def third_of_baseline(lab: Lab, claim: Claim) -> Finding:
 def third_from_overhead(lab: Lab, claim: Claim) -> Finding:
     share, low, high = claim.numbers
     inside = share * low <= 1 / 3 <= share * high
-    measured = scan_ratio(lab)
-    if measured is None:
+    cost = scan_cost(lab)
+    if cost is None:
         verdict, more, source = HOLDS if inside else FAILS, "", "arithmetic on the stated numbers"
     else:
-        ratio, size, where = measured
-        verdict = (HOLDS if low <= ratio <= high else CAVEAT) if inside else FAILS
-        more, source = f"; the factor measured at {size} is {ratio:.0f}", where.text
+        verdict = (HOLDS if low <= cost.ratio <= high else CAVEAT) if inside else FAILS
+        more, source = f"; the factor measured at {cost.size} is {cost.ratio:.0f}", cost.source
     return Finding(verdict, f"{share * low:.0%} to {share * high:.0%}", f"{share:.0%} times "
                    f"{low:g} to {high:g} is {share * low:.0%} to {share * high:.0%}, if both use "
                    f"the card equally well{more}.", source)

@@ -33,6 +33,7 @@ class Source:
     what: Any
     name: str  # the run's identity or the record's name
     machine: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # of that run
 
     @property
     def text(self) -> str:
@@ -53,48 +54,83 @@ class Evidence:
     ) -> Source | None:
         """The first of ``names`` that a run of ``study`` has measured; ``like`` are parameters that
         the run must have had, ``most`` the parameter by which the largest run speaks first."""
-        runs = self._of(study, accelerator)
-        if most:  # a stable sort: of two equal runs the one that the report's rule prefers
-            runs = sorted(runs, key=lambda run: -float(run.parameters.get(most) or 0))
-        for run in runs:
-            if any(run.parameters.get(key) != value for key, value in (like or {}).items()):
-                continue
+        for run in self._of(study, accelerator, like, most):
             for name in names:
                 found = run.values.get(name)
                 if found is not None and found.value is not None:
-                    return Source(found.value, _name(run), _machine(run))
+                    return _source(found.value, run)
         return None
 
-    def table(self, study: str, name: str, accelerator: bool = False) -> Source | None:
-        """A table of a run of ``study``, or the table behind a figure."""
-        for run in self._of(study, accelerator):
+    def each(
+        self, study: str, *names: str, accelerator: bool = False,
+        like: Mapping[str, Any] | None = None,
+    ) -> list[Source]:
+        """Every run of ``study`` that has measured all of ``names``: its values by name."""
+        found = []
+        for run in self._of(study, accelerator, like):
+            values = {n: v.value for n in names
+                      if (v := run.values.get(n)) is not None and v.value is not None}
+            if len(values) == len(names):
+                found.append(_source(values, run))
+        return found
+
+    def table(
+        self, study: str, name: str, accelerator: bool = False,
+        like: Mapping[str, Any] | None = None, most: str = "",
+    ) -> Source | None:
+        """A table of a run of ``study``, or the table behind a figure; chosen as a value is."""
+        for run in self._of(study, accelerator, like, most):
             if name in run.tables:
-                return Source(run.tables[name].frame, _name(run), _machine(run))
+                return _source(run.tables[name].frame, run)
             if name in run.figures:
-                return Source(run.figures[name].data, _name(run), _machine(run))
+                return _source(run.figures[name].data, run)
+        return None
+
+    def parameter(self, study: str, name: str) -> Source | None:
+        """A parameter that a run of ``study`` had, as far as it was given."""
+        for run in self._of(study, False):
+            if run.parameters.get(name) is not None:
+                return _source(run.parameters[name], run)
         return None
 
     def task(self, system: str) -> Source | None:
         """Rows of whole runs of ``system`` under the public task's rules, one a seed, in the words
         of ``mambabyte task``. A run that a fault of the program ended says nothing of the system.
         """
-        for run in self.records:
-            for table in run.tables.values():
-                frame = table.frame.rename(columns=_TASK_WORDS)
-                if not {"system", "seconds", "joules"} <= set(frame.columns):
-                    continue
-                if run.study == "task" and "runs" in run.tables and table.name != "runs":
-                    continue  # means over seeds
-                rows = frame[frame["system"] == system]
-                if "failure" in rows:
-                    rows = rows[~rows["failure"].fillna("").astype(str).str.startswith("crashed")]
-                if len(rows):
-                    return Source(rows, _name(run), _machine(run))
+        return next((found for run in self.records if (found := _task_of(run, system))), None)
+
+    def tasks(self, *systems: str) -> list[Source] | None:
+        """The same of several systems: from one record where one has them all."""
+        for found in [[_task_of(run, s) for s in systems] for run in self.records] + [
+                [self.task(s) for s in systems]]:
+            whole = [source for source in found if source is not None]
+            if len(whole) == len(systems):
+                return whole
         return None
 
-    def _of(self, study: str, accelerator: bool) -> list[Run]:
-        mine = [r for r in (*self.runs, *self.records) if r.study == study]
+    def _of(
+        self, study: str, accelerator: bool, like: Mapping[str, Any] | None = None, most: str = "",
+    ) -> list[Run]:
+        mine = [r for r in (*self.runs, *self.records) if r.study == study
+                and all(r.parameters.get(key) == value for key, value in (like or {}).items())]
+        if most:  # a stable sort: of two equal runs the one that the report's rule prefers
+            mine.sort(key=lambda run: -float(run.parameters.get(most) or 0))
         return [r for r in mine if _on_accelerator(r)] if accelerator else mine
+
+
+def _task_of(run: Run, system: str) -> Source | None:
+    for table in run.tables.values():
+        frame = table.frame.rename(columns=_TASK_WORDS)
+        if not {"system", "seconds", "joules"} <= set(frame.columns):
+            continue
+        if run.study == "task" and "runs" in run.tables and table.name != "runs":
+            continue  # means over seeds
+        rows = frame[frame["system"] == system]
+        if "failure" in rows:
+            rows = rows[~rows["failure"].fillna("").astype(str).str.startswith("crashed")]
+        if len(rows):
+            return _source(rows, run)
+    return None
 
 
 def gather(runs_root: Path | str = "", measurements: Path | str = MEASUREMENTS) -> Evidence:
@@ -154,8 +190,8 @@ def _decode(value: Any) -> Any:
     return _WORDS.get(value, value) if isinstance(value, str) else value
 
 
-def _name(run: Run) -> str:
-    return run.run_id or run.folder.name
+def _source(what: Any, run: Run) -> Source:
+    return Source(what, run.run_id or run.folder.name, _machine(run), run.parameters)
 
 
 def _on_accelerator(run: Run) -> bool:

@@ -234,7 +234,8 @@ def kept(settings: Settings) -> dict[str, float]:
 
 @experiment
 def operations(settings: Settings) -> dict[str, float]:
-    """Operations of one published scan under bf16 autocast, and growth of its backward pass."""
+    """Operations of one published scan under bf16 autocast, the growth of its backward pass, and
+    the bytes that it and a scan of a sequence that is cut once move for a state element."""
     mixer = _mixer("document_chunked")
     x = torch.randn(1, 1024, mixer.in_proj.in_features, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", dtype=torch.bfloat16), _Operations() as forward, torch.no_grad():
@@ -249,7 +250,9 @@ def operations(settings: Settings) -> dict[str, float]:
         "all_of_torch": float(all(hasattr(torch.ops.aten, name) for name in forward.names)),
         "backward_exponent": math.log2(long.allocated / short.allocated) / 2,
         "split_exponent": math.log2(split[1].allocated / split[0].allocated) / 2,
-        "bytes_per_element": _moved_per_element(),
+        "bytes_per_element": _moved_per_element("document_chunked", backward=False),
+        "bytes_published": _moved_per_element("document_chunked"),
+        "bytes_cut_once": _moved_per_element("corrected_cumsum"),
     }
 
 
@@ -261,11 +264,15 @@ def _mixer(form: str) -> MambaMixer:
     return mixer
 
 
-def _moved_per_element() -> float:
-    """Bytes read and written per (b, t, d, n) by the forward pass of the published scan."""
-    inputs = [t.detach() for t in scan_inputs(1024, 8, 16)]
+def _moved_per_element(form: str, backward: bool = True) -> float:
+    """Bytes read and written per (b, t, d, n) by a scan over 1024 bytes."""
+    inputs = scan_inputs(1024, 8, 16)
+    if not backward:
+        inputs = [t.detach() for t in inputs]
     with _Operations() as counter:
-        selective_scan(*inputs, form="document_chunked", chunk_size=CHUNK)
+        y, _ = selective_scan(*inputs, form=form, chunk_size=CHUNK)
+        if backward:
+            torch.autograd.grad(y.sum(), inputs)
     return counter.bytes_moved / (1024 * 8 * 16)
 
 

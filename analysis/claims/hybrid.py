@@ -56,6 +56,31 @@ def equal_ratio(lab: Lab, claim: Claim) -> Finding:
 
 
 @check
+def same_architecture(lab: Lab, claim: Claim) -> Finding:
+    """SSM-1, of which the results are, beside the submission, under which they are told."""
+    ssm_1, submitted = (layers(p) for p in ("MA", "MMMA"))
+    counts = [_with_pieces(n) / 1e6 for n in ("ssm_1", "hybrid_3_1")]
+    return Finding(HOLDS if ssm_1 == submitted else CAVEAT, f"{ssm_1} and {submitted}",
+                   f"SSM-1 has {ssm_1.count('M')} SSM layers of {len(ssm_1)} and {counts[0]:.1f} M "
+                   f"parameters, the submission {submitted.count('M')} and {counts[1]:.1f} M: what "
+                   "is said of one rests on the other.")
+
+
+@check
+def ahead_or_closer(lab: Lab, claim: Claim) -> Finding:
+    """To be best of all is to be ahead of attention; to come closer to it is to be behind."""
+    best, submitted = claim.numbers
+    baseline = float(lab.fact("same_competition", "baseline_bpb"))
+    verdict = INCONSISTENT if best <= baseline else CAVEAT
+    return Finding(verdict, f"{best - baseline:+.2f} and {submitted - baseline:+.2f} bits from "
+                   f"{baseline:.4f}", "If attention is among the seven, SSM-1 is ahead of it; and "
+                   "at equal steps, where speed is no handicap, a kernel changes nothing. Both can "
+                   "be true only of two baselines: the ablation's own, and the competition's with "
+                   f"{baseline:.4f}, to which {best:.4f} and {submitted:.4f} stand as said here.",
+                   str(lab.fact("same_competition", "source")))
+
+
+@check
 def times_slower(lab: Lab, claim: Claim) -> Finding:
     ssm, attention = claim.numbers[1:]
     ratio = ssm / attention
@@ -173,8 +198,10 @@ def hardware(lab: Lab, claim: Claim) -> Finding:
     verdict = HOLDS if claim.number in memory and architecture in claim.theirs else FAILS
     return Finding(verdict, f"{architecture}, {' or '.join(f'{m:.0f}' for m in memory)} GB",
                    f"An RTX 5090 is a {architecture} card with {memory[0]:.0f} GB (the laptop part "
-                   f"{memory[-1]:.0f} GB); Ada with 16 GB names another card, so what was measured "
-                   "is not known.", f"data sheet: {lab.fact('rtx_5090', 'source')}")
+                   f"{memory[-1]:.0f} GB); {claim.theirs} names another card. The submission's "
+                   f"own files say {lab.fact('second_submission', 'hardware')} alone, so the card "
+                   "is not known.", f"data sheet: {lab.fact('rtx_5090', 'source')}; "
+                   f"{lab.fact('second_submission', 'source')}")
 
 
 @check

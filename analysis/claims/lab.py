@@ -82,13 +82,31 @@ class Lab:
         given, of the run with the largest parameter ``most``; None where there is none."""
         return self.evidence.value(study, *names, accelerator=accelerator, like=like, most=most)
 
-    def table(self, study: str, name: str, accelerator: bool = False) -> Source | None:
-        """A recorded table of another study; None where there is none."""
-        return self.evidence.table(study, name, accelerator)
+    def each(
+        self, study: str, *names: str, accelerator: bool = False,
+        like: Mapping[str, Any] | None = None,
+    ) -> list[Source]:
+        """Every run of another study that has measured all of ``names``: its values by name."""
+        return self.evidence.each(study, *names, accelerator=accelerator, like=like)
+
+    def table(
+        self, study: str, name: str, accelerator: bool = False,
+        like: Mapping[str, Any] | None = None, most: str = "",
+    ) -> Source | None:
+        """A recorded table of another study, chosen as a value is; None where there is none."""
+        return self.evidence.table(study, name, accelerator, like, most)
+
+    def parameter(self, study: str, name: str) -> Source | None:
+        """A parameter of a run of another study; None where none was given it."""
+        return self.evidence.parameter(study, name)
 
     def task(self, system: str) -> Source | None:
         """Whole runs of a system under the public task's rules; None where none is recorded."""
         return self.evidence.task(system)
+
+    def tasks(self, *systems: str) -> list[Source] | None:
+        """Whole runs of several systems, of one record where one has them all."""
+        return self.evidence.tasks(*systems)
 
     def undecided(self, study: str, what: str, ours: str | None = None) -> Finding:
         """The finding of a check whose run is missing: it says what to run."""

@@ -123,6 +123,17 @@ def _crossing(lab: Lab) -> str:
     return "" if crossed is None else f", and is past it from step {crossed.what:.0f}"
 
 
+def _own_ending(lab: Lab) -> str:
+    """Words on how training with the published form itself ended where it was followed, or none."""
+    followed = _followed(lab)
+    crossed, ending = followed("document_crossed"), followed("document_ending")
+    if crossed is None or ending is None:
+        return ""
+    end = str(ending.what).split(",")[0]  # what was lost first follows the comma
+    return (f" Trained with the published form itself it is past the bound at step "
+            f"{crossed.what:.0f} and ends so: {end}.")
+
+
 @check
 def step_bound(lab: Lab, claim: Claim) -> Finding:
     start, trained = lab["initial.dt_high"], lab["fox_fast.dt_high"]
@@ -155,7 +166,7 @@ def chunks_do_not_overflow(lab: Lab, claim: Claim) -> Finding:
     worst = float(recorded.what) if recorded else start
     verdict = FAILS if margin <= 1 or worst >= limit or lost else HOLDS if margin > 3 else CAVEAT
     trained = "" if recorded is None else (
-        f" In training it is seen at {worst:.0f}{_crossing(lab)}.")
+        f" In training it is seen at {worst:.0f}{_crossing(lab)}.{_own_ending(lab)}")
     author = "" if lost is None else (
         f" The authors' own run is lost between steps {lost.last_finite_step:.0f} and "
         f"{lost.first_lost_step:.0f}.")
@@ -197,7 +208,8 @@ def benign(lab: Lab, claim: Claim) -> Finding:
     if lost_run is not None:
         ours = "" if recorded is None else (
             f" Ours, trained with a scan that does not mind, needs an exponent of "
-            f"{float(recorded.what):.0f} where float32 ends at {limit:.1f}{_crossing(lab)}.")
+            f"{float(recorded.what):.0f} where float32 ends at {limit:.1f}{_crossing(lab)}."
+            f"{_own_ending(lab)}")
         return Finding(FAILS, f"nan by step {lost_run.first_lost_step:.0f}", "The authors' own run "
                        f"of this configuration has a finite loss at step "
                        f"{lost_run.last_finite_step:.0f} and nan at step "
@@ -233,7 +245,8 @@ def benign(lab: Lab, claim: Claim) -> Finding:
         reason += f"; it is first seen past the bound at step {crossed.what:.0f}"
     if own:
         reason += f"; trained with the published formula it reaches {float(own.what):.1f}"
-    reason += f". Ten times the learning rate takes ours to {fast:.1f} in 80 steps."
+    reason += (f".{_own_ending(lab)} Ten times the learning rate takes ours to {fast:.1f} in 80 "
+               "steps.")
     return Finding(verdict, f"{worst:.0f} of {limit:.0f}", reason, recorded.text)
 
 

@@ -229,14 +229,42 @@ def batch_first_carry(lab: Lab, claim: Claim) -> Finding:
 # -------------------------------------------------------------------------- the second document
 
 
+def _fits_the_review(lab: Lab, lines: tuple[float, ...]) -> bool:
+    """Whether the scan and the class have, in the published file, the lines that were quoted of the
+    reviewed one: first and last of each."""
+    first, last, class_first, class_last = lines
+    quoted = (last - first + 1, class_first - last - 1, class_last - class_first + 1)
+    return quoted == tuple(lab.fact("second_script", name) for name in (
+        "scan_lines", "lines_between", "class_lines"))
+
+
+def _same_file(lab: Lab, claim: Claim) -> str:
+    """A sentence on the reviewed file where the claim has the quoted lines."""
+    return " By the lines that the author quotes of it, the file that was reviewed is this one." \
+        if len(claim.numbers) == 4 and _fits_the_review(lab, claim.numbers) else ""
+
+
+@check
+def quoted_lines(lab: Lab, claim: Claim) -> Finding:
+    first, last, class_first, class_last = (int(n) for n in claim.numbers)
+    fits = _fits_the_review(lab, claim.numbers)
+    scan, between, whole = (lab.fact("second_script", name) for name in (
+        "scan_lines", "lines_between", "class_lines"))
+    return Finding(HOLDS if fits else FAILS, f"{scan}, {between} and {whole} lines", f"In the "
+                   f"published script the loop over time steps has {scan} lines, {between} follow "
+                   f"before HybridBlock, which has {whole}; {first}-{last} and {class_first}-"
+                   f"{class_last} {'fit that to the line' if fits else 'do not fit that'}.",
+                   str(lab.fact("second_script", "source")))
+
+
 @check
 def script_name(lab: Lab, claim: Claim) -> Finding:
     named, audited = claim.theirs.split(" and ")
     stored = str(lab.fact("second_script", "name"))
     verdict = HOLDS if named == audited == stored else INCONSISTENT
     return Finding(verdict, stored, f"The credits name {named}, the review read {audited}; the "
-                   f"published folder holds {stored}. Which of them gave 3.3168 is not said.",
-                   str(lab.fact("second_script", "source")))
+                   f"published folder holds {stored}.{_same_file(lab, claim)} Which of them gave "
+                   "3.3168 is not said.", str(lab.fact("second_script", "source")))
 
 
 @check
@@ -255,7 +283,7 @@ def pure_neural(lab: Lab, claim: Claim) -> Finding:
     return Finding(FAILS if extra else HOLDS, ", ".join(extra or parts), "Read in the published "
                    f"script: {', '.join(parts)}. "
                    f"{'It has ' + ', '.join(extra) if extra else 'None of the three is in it'}; "
-                   "whether the scored run used this file is not shown.",
+                   f"whether the scored run used this file is not shown.{_same_file(lab, claim)}",
                    str(lab.fact("second_script", "source")))
 
 

@@ -16,14 +16,20 @@ PARTS = {
     "workspace at the peak, libraries": (plots.ORANGE, ".."),
 }
 PATTERNS = {"M": "SSM (M)", "A": "attention, full KV cache (A)", "MMMA": "hybrid 3:1 (MMMA)"}
+SIZE = (5.2, 3.8)  # inches: on a phone the words are still as large as those around the figure
 
 
 def budget_bars(budgets: pd.DataFrame, configuration: str, devices_gb: tuple[int, ...]) -> Figure:
-    """Peak bytes of one training step by category, a bar for each scan form and autocast state."""
+    """Peak bytes of one training step by category: two bars a scan form, fp32 above bf16.
+
+    Names stand at the left and totals at the right of the axes, where no device's line is.
+    """
     rows = budgets[(budgets["configuration"] == configuration) & ~budgets["checkpointing"]]
-    rows = rows.iloc[::-1].reset_index(drop=True)
-    figure, axes = plots.new_figure(size=(8.4, 0.38 * len(rows) + 1.6))
-    y = np.arange(len(rows))
+    forms = list(dict.fromkeys(rows["form"]))[::-1]
+    figure, axes = plots.new_figure(size=(SIZE[0], 0.62 * len(forms) + 1.7))
+    # The first autocast state of a form is its upper bar.
+    y = np.array([forms.index(f) for f in rows["form"]]) + 0.2 - 0.4 * rows.groupby(
+        "form").cumcount().to_numpy()
     left = np.zeros(len(rows))
     widths = {
         "weights, gradients, AdamW":
@@ -33,57 +39,70 @@ def budget_bars(budgets: pd.DataFrame, configuration: str, devices_gb: tuple[int
     }
     for name, (colour, hatch) in PARTS.items():
         width = widths[name].to_numpy()
-        axes.barh(y, width, left=left, color=colour, hatch=hatch, edgecolor="white", label=name,
-                  linewidth=0.6)
+        axes.barh(y, width, 0.36, left=left, color=colour, hatch=hatch, edgecolor="white",
+                  label=name, linewidth=0.6)
         left = left + width
-    for i, total in enumerate(left):  # on paper of its own, so that no device's line crosses it
-        axes.text(total + left.max() * 0.015, i, f"{total:.3g}", va="center", fontsize=9.5,
-                  color=plots.INK, bbox={"facecolor": plots.PAPER, "edgecolor": "none", "pad": 1.5})
-    shown = [gb for gb in devices_gb if gb < left.max() * 1.12]
-    for gb in shown:
-        plots.mark_line(axes, x=gb, text=f"{gb} GB device")
-    axes.set_yticks(y, [f"{f}, {a}" for f, a in zip(rows["form"], rows["autocast"], strict=True)])
-    axes.set_xlim(0, left.max() * 1.12)
+    for height, total, autocast in zip(y, left, rows["autocast"], strict=True):
+        axes.annotate(f"{autocast}  {total:.3g} GB", (1.0, height), xytext=(5, 0), va="center",
+                      xycoords=("axes fraction", "data"), textcoords="offset points",
+                      fontsize=9.5, color=plots.INK, annotation_clip=False)
+    # As far as a device that holds every step, unless the steps would be too small to see.
+    limit = max([1.05 * left.max(), *(1.04 * gb for gb in devices_gb if gb < 2 * left.max())])
+    named = limit
+    for gb in sorted(devices_gb, reverse=True):
+        if gb < limit and (named - gb > 0.2 * limit or named == limit):
+            plots.mark_line(axes, x=gb, text=f"{gb} GB")
+            named = gb
+    axes.set_yticks(range(len(forms)), forms)
+    axes.set_xlim(0, limit)
     axes.grid(axis="y", visible=False)
-    plots.label_axes(axes, f"bytes of one training step at {configuration}, GB", "scan form")
-    figure.legend(loc="outside lower center", ncols=3)
+    plots.label_axes(axes, "bytes, GB; dashed: memory of a device", "scan form")
+    axes.set_ylabel("")  # the names say what they are
+    figure.legend(loc="outside lower left", ncols=1)
     return figure
 
 
 def state_lines(state: pd.DataFrame) -> Figure:
     """Bytes of the streaming state over the bytes seen: constant, or growing for ever."""
-    figure, axes = plots.new_figure()
-    ends = {}
+    figure, axes = plots.new_figure(size=SIZE)
     for pattern, look in plots.looks(list(PATTERNS)).items():
         rows = state[state["pattern"] == pattern]
         axes.plot(rows["bytes seen"], rows["state, B"], **look)
-        ends[PATTERNS[pattern]] = (rows["bytes seen"].iloc[-1], rows["state, B"].iloc[-1],
-                                   look["color"])
+        _name_line(axes, rows["bytes seen"], rows["state, B"], PATTERNS[pattern], look["color"],
+                   above=pattern != "MMMA")
     _bytes_against(axes, state["bytes seen"], "bytes seen", "streaming state, bytes")
-    plots.label_lines(axes, ends)
     return figure
 
 
 def slice_lines(slices: pd.DataFrame) -> Figure:
     """Bytes that one backward pass allocates over the length: quadratic against linear."""
-    figure, axes = plots.new_figure()
+    figure, axes = plots.new_figure(size=SIZE)
     names = list(dict.fromkeys(slices["how"]))
-    ends = {}
-    for name, look in plots.looks(names).items():
+    for i, (name, look) in enumerate(plots.looks(names).items()):
         rows = slices[slices["how"] == name]
-        x = rows["length, steps"].to_numpy(float)
-        y = rows["allocated in backward, B"].to_numpy(float)
-        axes.plot(x, y, **look)
-        ends[name] = (x[-1], y[-1], look["color"])
+        axes.plot(rows["length, steps"], rows["allocated in backward, B"], **look)
+        _name_line(axes, rows["length, steps"], rows["allocated in backward, B"], name,
+                   look["color"], above=i == 0)
     _bytes_against(axes, slices["length, steps"], "length, steps",
                    "allocated in one backward pass, bytes")
-    plots.label_lines(axes, ends)
     return figure
+
+
+def _name_line(
+    axes: Axes, x: pd.Series, y: pd.Series, name: str, colour: str, above: bool
+) -> None:
+    """The name of a line that does not fall: left of and above its end, or right of and below
+    its middle. Nothing crosses it there, and no room beside the axes is needed."""
+    at = len(x) - 1 if above else (len(x) - 1) // 2
+    axes.annotate(name, (x.iloc[at], y.iloc[at]), xytext=(-10, 2) if above else (8, -5),
+                  textcoords="offset points", ha="right" if above else "left",
+                  va="bottom" if above else "top", color=colour, fontsize=10, fontweight="bold")
 
 
 def _bytes_against(axes: Axes, x: pd.Series, x_label: str, y_label: str) -> None:
     """Both axes in powers of two, the upright one in bytes."""
     axes.set_yscale("log", base=2)
-    plots.log2_axis(axes, "x", sorted(x.unique()))
+    values = sorted(x.unique())
+    plots.log2_axis(axes, "x", values[::-(-len(values) // 6)][::-1])
     plots.tick_bytes(axes.yaxis)
     plots.label_axes(axes, x_label, y_label)

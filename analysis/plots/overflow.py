@@ -2,88 +2,121 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch, PathPatch
+from matplotlib.path import Path
 
 from analysis import plots
 
-# What a cell shows -> colour and hatching, from harmless to lost.
-OUTCOMES = {
-    "right, within 0.1 %": ("#f2f4f7", ""),
-    "off by 0.1 to 1 %": (plots.SKY, ""),
-    "silent: finite, off by more than 1 %": (plots.ORANGE, "////"),
-    "value right, gradient inf or nan": (plots.PURPLE, "...."),
-    "loud: inf or nan": (plots.VERMILION, "xxxx"),
-}
-_LEVEL = {"right": 0, "rough": 1, "silent": 2}
+# Outcomes of a cell (analysis.error_map.outcome) -> what the legend says, colour, hatching; from
+# harmless to lost.
+LOOKS = (
+    (("right",), "right, within 0.1 %", "#f2f4f7", ""),
+    (("rough",), "off by 0.1 to 1 %", plots.SKY, ""),
+    (("silent",), "silent: finite, off by more than 1 %", plots.ORANGE, "////"),
+    (("inf", "nan"), "loud: inf or nan", plots.VERMILION, "xxxx"),
+)
+PARTS = ("value", "gradient")
+_COLUMNS = 4
 
 
-def error_maps(
-    errors: pd.DataFrame, forms: Sequence[str], boundary: Callable[[str, float], float],
-    kind: str = "constant", precision: str = "float32",
-) -> Figure:
-    """One map a form: chunk size against decay, what came out, and the analytic bound over it."""
-    columns = 3
-    rows = -(-len(forms) // columns)
+def error_maps(cells: pd.DataFrame, boundary: Callable[[str, float], float]) -> Figure:
+    """Chunk size against decay, two maps a form, of its value and of its worst gradient.
+
+    ``cells`` of one precision and kind of decay; ``boundary`` is the analytic bound drawn over
+    the maps.
+    """
+    panels = [(form, part) for form in dict.fromkeys(cells["form"]) for part in PARTS]
+    rows = -(-len(panels) // _COLUMNS)
     figure, grid = plots.new_figure(
-        rows, columns, size=(10.0, 2.9 * rows + 0.9), sharey=True)
-    chosen = errors[(errors["kind"] == kind) & (errors["precision"] == precision)]
-    cells = np.atleast_2d(grid).ravel()
-    for axes, form in zip(cells, forms, strict=False):
-        _map(axes, chosen[chosen["form"] == form], partial(boundary, form))
-        axes.set_title(form)
-    for axes in cells[len(forms):]:
+        rows, _COLUMNS, size=(10.0, 1.55 * rows + 1.1), sharex=True, sharey=True, squeeze=False)
+    chunks = np.unique(cells["chunk"].to_numpy(float))
+    for axes, (form, part) in zip(grid.ravel(), panels, strict=False):
+        _map(axes, cells[cells["form"] == form], part, chunks, partial(boundary, form))
+        axes.set_title(f"{form}\n{part}", fontsize=9.5, pad=4)
+    for axes in grid.ravel()[len(panels):]:
         axes.set_visible(False)
-    for i, axes in enumerate(cells[:len(forms)]):
-        plots.label_axes(axes, "log-decay per step, nats", "chunk size, steps")
-        axes.tick_params(labelbottom=True)
-        if i % columns:
-            axes.set_ylabel("")
-        if i < len(forms) - columns:
-            axes.set_xlabel("")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("chunk, steps", fontsize=9.5)
+        axes.tick_params(left=True)
+    for i, axes in enumerate(grid.ravel()[:len(panels)]):
+        if i + _COLUMNS >= len(panels):
+            axes.set_xlabel("log-decay, nats a step", fontsize=9.5)
+            axes.tick_params(labelbottom=True, bottom=True)
     handles = [Patch(facecolor=c, hatch=h, edgecolor="white" if h else plots.MUTED, label=name)
-               for name, (c, h) in OUTCOMES.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+               for _, name, c, h in LOOKS]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure
 
 
-def _level(row: pd.Series) -> int:
-    value, gradient = row["value"], row["gradient"]
-    if value in ("inf", "nan"):
-        return 4
-    if gradient in ("inf", "nan"):
-        return 3
-    return max(_LEVEL[value], _LEVEL[gradient])
-
-
-def _map(axes: plots.Axes, rows: pd.DataFrame, bound: Callable[[float], float]) -> None:
-    levels = rows.assign(level=rows.apply(_level, axis=1)).pivot_table(
-        index="chunk", columns="decay", values="level", aggfunc="max")
-    decay, chunk = levels.columns.to_numpy(float), levels.index.to_numpy(float)
-    x, y = _edges(decay), _edges(chunk)
-    looks = list(OUTCOMES.values())
-    for (row, column), level in np.ndenumerate(levels.to_numpy()):
-        colour, hatch = looks[int(level)]
-        left, bottom = float(x[column]), float(y[row])
-        width, height = float(x[column + 1]) - left, float(y[row + 1]) - bottom
-        axes.add_patch(Rectangle((left, bottom), width, height, facecolor=colour, hatch=hatch,
-                                 edgecolor="white", linewidth=0.4))
-    line = np.geomspace(x[0], x[-1], 80)
+def _map(
+    axes: plots.Axes, rows: pd.DataFrame, part: str, chunks: np.ndarray,
+    bound: Callable[[float], float],
+) -> None:
+    """One map. A form that has no chunks, and so one row, fills the height."""
+    outcomes = rows.pivot(index="chunk", columns="decay", values=part)
+    x, y = _edges(outcomes.columns.to_numpy(float)), _edges(chunks)
+    across = y if len(outcomes) == len(chunks) else y[[0, -1]]
+    cells = outcomes.to_numpy(object)
+    for names, _, colour, hatch in LOOKS:
+        boxes = _boxes(np.isin(cells.astype(str), names), x, across)
+        if boxes:  # one path of few boxes: a fine map need not be a large file
+            axes.add_patch(PathPatch(Path.make_compound_path(*boxes), facecolor=colour,
+                                     hatch=hatch, edgecolor="white", linewidth=0))
+    line = np.geomspace(x[0], x[-1], 40)
     limits = np.array([bound(v) for v in line])
-    if np.isfinite(limits).any():
-        axes.plot(line, limits, color=plots.BLACK, linestyle="--", linewidth=1.6, marker="")
+    seen = (limits > y[0] / 2) & (limits < y[-1] * 2)
+    if seen.any():
+        axes.plot(line[seen], limits[seen], color=plots.BLACK, linestyle="--", linewidth=1.4,
+                  marker="")
     axes.set_xscale("log")
     axes.set_yscale("log", base=2)
     axes.set_xlim(x[0], x[-1])
     axes.set_ylim(y[0], y[-1])
     axes.grid(False)
-    axes.set_yticks(chunk, [f"{v:g}" for v in chunk])
-    axes.yaxis.set_minor_locator(plots.mpl.ticker.NullLocator())
+    ticks = [v for v in chunks if np.log2(v) % 2 == 0] or list(chunks)
+    axes.set_yticks(ticks, [f"{v:g}" for v in ticks])
+    axes.set_xticks([v for v in (0.01, 0.1, 1.0, 10.0) if x[0] <= v <= x[-1]])
+    plots.tick_with(axes.xaxis, "{:g}".format)
+    axes.tick_params(labelsize=9, bottom=False, left=False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(plots.mpl.ticker.NullLocator())
+
+
+def _boxes(cells: np.ndarray, x: np.ndarray, y: np.ndarray) -> list[Path]:
+    """The set cells as few rectangles; ``cells`` (rows, columns) bool, ``x`` and ``y`` the edges.
+    """
+    rows, columns = _blocks(cells), [(c, d, a, b) for a, b, c, d in _blocks(cells.T)]
+    boxes = []
+    for bottom, top, left, right in min(rows, columns, key=len):
+        corners = [(x[left], y[bottom]), (x[right], y[bottom]), (x[right], y[top]),
+                   (x[left], y[top])]
+        boxes.append(Path([*corners, corners[0]], closed=True))
+    return boxes
+
+
+def _blocks(cells: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """Runs of set cells along the rows, joined where the next row has the same run: first row,
+    row after the last, first column, column after the last."""
+    spans: list[set[tuple[int, int]]] = []
+    for row in cells:
+        steps = np.diff(np.concatenate([[0], row.astype(int), [0]]))
+        spans.append({(int(a), int(b)) for a, b in zip(
+            (steps == 1).nonzero()[0], (steps == -1).nonzero()[0], strict=True)})
+    blocks = []
+    for i, row_spans in enumerate(spans):
+        for span in sorted(row_spans - (spans[i - 1] if i else set())):
+            end = i
+            while end < len(spans) and span in spans[end]:
+                end += 1
+            blocks.append((i, end, *span))
+    return blocks
 
 
 def _edges(centres: np.ndarray) -> np.ndarray:
@@ -158,18 +191,47 @@ def pair_shares(pairs: pd.DataFrame) -> Figure:
 
 def headroom_lines(followed: pd.DataFrame, bound: float) -> Figure:
     """The largest exponent of a chunk of 32 while a model trains, a line each form, and the bound.
+
+    Where a curve ends in the first half of the longest, a second panel shows the first steps.
     """
-    figure, axes = plots.new_figure()
-    ends = {}
     names = list(dict.fromkeys(followed["form"]))
-    for name, look in plots.looks(names).items():
-        rows = followed[followed["form"] == name]
-        line = rows.groupby("step")["largest exponent in 32 steps"].max()
-        axes.plot(line.index, line, markevery=max(1, len(line) // 10), **look)
-        ends["stable (auto)" if name == "auto" else name] = (
-            line.index[-1], line.iloc[-1], look["color"])
-    axes.set_ylim(0, max(bound * 1.1, followed["largest exponent in 32 steps"].max() * 1.05))
-    plots.mark_line(axes, y=bound, text="float32 overflows")
-    plots.label_axes(axes, "training step", "largest cumulated log-decay, nats")
-    plots.label_lines(axes, ends)
+    lines = {name: followed[followed["form"] == name].groupby("step")[
+        "largest exponent in 32 steps"].max() for name in names}
+    longest = max(int(line.index[-1]) for line in lines.values())
+    short = [name for name, line in lines.items() if line.index[-1] < longest / 2]
+    figure, grid = plots.new_figure(
+        1, 2 if short else 1, squeeze=False, **({"width_ratios": (3, 2)} if short else {}))
+    whole = grid[0, 0]
+    end = max(line.iloc[-1] for line in lines.values() if line.index[-1] == longest)
+    _headroom(whole, lines, bound, right=end > 1.5 * bound)  # where no curve crosses the words
+    plots.label_lines(whole, {
+        _trained(name): (lines[name].index[-1], lines[name].iloc[-1], look["color"])
+        for name, look in plots.looks(names).items() if name not in short})
+    if short:
+        early = grid[0, 1]
+        last = max(int(lines[name].index[-1]) for name in short)
+        limit = min(50 * math.ceil(1.5 * last / 50), longest)
+        _headroom(early, {name: line[line.index <= limit] for name, line in lines.items()}, bound)
+        for name in short:
+            early.plot(lines[name].index[-1], lines[name].iloc[-1], "x", color=plots.INK,
+                       markersize=9, label="ended here" if name == short[0] else None)
+        whole.set_title("all steps")
+        early.set_title(f"the first {limit} steps")
+        early.legend(loc="lower right")
     return figure
+
+
+def _trained(form: str) -> str:
+    return "stable (auto)" if form == "auto" else form
+
+
+def _headroom(
+    axes: plots.Axes, lines: dict[str, pd.Series], bound: float, right: bool = False
+) -> None:
+    """``lines``: form -> largest exponent by step; ``right``: where the bound is named."""
+    for (name, line), look in zip(lines.items(), plots.looks(list(lines)).values(), strict=True):
+        axes.plot(line.index, line, markevery=max(1, len(line) // 10), label=_trained(name), **look)
+    top = max(line.max() for line in lines.values())
+    axes.set_ylim(0, max(bound * 1.1, top * 1.05))
+    plots.mark_line(axes, y=bound, text="float32 overflows", right=right)
+    plots.label_axes(axes, "training step", "largest cumulated log-decay, nats")

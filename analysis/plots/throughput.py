@@ -34,18 +34,19 @@ def _present(order: Sequence[str], names: pd.Series) -> list[str]:
     return [n for n in order if n in found] + [n for n in found if n not in order]
 
 
-def _lines(axes: Axes, frame: pd.DataFrame, name: str, value: str, order: Sequence[str]) -> None:
-    """A line a name over length on log axes, each named at its right end."""
+def _lines(axes: Axes, frame: pd.DataFrame, name: str, value: str, order: Sequence[str],
+           x: str = "length") -> None:
+    """A line a name over ``x`` on log axes, each named at its right end."""
     ends = {}
     style = looks(order)
     for key in order:
-        one = frame[(frame[name] == key) & frame[value].notna()].sort_values("length")
+        one = frame[(frame[name] == key) & frame[value].notna()].sort_values(x)
         if one.empty:
             continue
         y = one[value].astype(float)
-        axes.plot(one["length"], y, **style[key])
-        ends[key] = (float(one["length"].iloc[-1]), float(y.iloc[-1]), style[key]["color"])
-    log2_axis(axes, "x", sorted(frame["length"].unique()))
+        axes.plot(one[x], y, **style[key])
+        ends[key] = (float(one[x].iloc[-1]), float(y.iloc[-1]), style[key]["color"])
+    log2_axis(axes, "x", sorted(frame[x].unique()))
     axes.set_yscale("log")
     axes.tick_params(axis="x", rotation=45)
     label_lines(axes, ends)
@@ -85,6 +86,18 @@ def mixer_time(mixers: pd.DataFrame, crossovers: pd.DataFrame) -> Figure:
     return figure
 
 
+def batch_time(scans: pd.DataFrame, mixers: pd.DataFrame, length: int) -> Figure:
+    """Time of a window of ``length`` against the batch, both passes: scan forms, and mixers."""
+    figure, axes = new_figure(1, 2, size=(10.0, 4.4))
+    panels = (("scan alone", scans, "form", FORMS), ("whole mixer", mixers, "mixer", MIXERS))
+    for ax, (title, frame, name, order) in zip(axes, panels, strict=True):
+        some = frame[(frame["length"] == length) & (frame["pass"] == PASSES[1])]
+        some = some.assign(window=some["ms"].astype(float) / some["batch"])
+        _lines(ax, some, name, "window", _present(order, some[name])[:7], x="batch")
+        label_axes(ax, f"batch, windows of {length:,} bytes", "time of a window, ms", title)
+    return figure
+
+
 def energy(scans: pd.DataFrame, mixers: pd.DataFrame) -> Figure:
     """Gross joules per megabyte against length, forward with backward: scan forms, and mixers."""
     figure, axes = new_figure(1, 2, size=(10.0, 4.4))
@@ -111,7 +124,8 @@ def streaming(frame: pd.DataFrame) -> Figure:
         axes[1].plot(x, one["state_bytes"], label=name, **style[name])
     for ax in axes:
         ax.set_xticks(range(len(seen)), [f"{s:,}" for s in seen])
-    axes[0].set_ylim(bottom=0, top=1.3 * float(frame["ms"].astype(float).max()))
+    axes[0].set_yscale("log")
+    tick_with(axes[0].yaxis, lambda ms: f"{ms:g}")
     axes[1].set_yscale("log", base=2)
     tick_bytes(axes[1].yaxis)
     label_axes(axes[0], "bytes seen before", "latency of one byte, ms")

@@ -83,8 +83,8 @@ def _output(output: dict[str, Any], prefix: str) -> str:
     data = output.get("data", {})
     if "image/svg+xml" in data:
         try:
-            svg = inline_svg("".join(data["image/svg+xml"]), prefix, "figure",
-                             "The figure of this cell; the report describes it.")
+            alt = "".join(data.get("text/plain", "")) or "The report describes it."
+            svg = inline_svg("".join(data["image/svg+xml"]), prefix, "figure of this cell", alt)
             return f'<div class="scroll figure">{svg}</div>'
         except UserError:
             pass  # shown as whatever else the cell has

@@ -66,7 +66,8 @@ def inline_svg(svg: str, prefix: str, title: str, alt: str) -> Markup:
     body = "".join(_element(child, prefix) for child in root)
     return Markup(  # every part below is escaped or made of checked characters
         f'<svg class="plot" role="img" aria-labelledby="{prefix}-t {prefix}-d" '
-        f'viewBox="0 0 {width:g} {height:g}" style="max-width:{1.5 * width:.0f}px">'
+        f'viewBox="0 0 {width:g} {height:g}" '
+        f'style="--width:{width:.0f}px;max-width:{1.5 * width:.0f}px">'
         f'<title id="{prefix}-t">{html(title)}</title>'
         f'<desc id="{prefix}-d">{html(alt)}</desc>{body}</svg>')
 

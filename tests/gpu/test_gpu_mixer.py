@@ -13,7 +13,7 @@ from scan_cases import poison, relative_rms
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from analysis.allocations import saved_storages
+from analysis.allocations import autocast_to, saved_storages
 from analysis.kept_tensors import AUTOCASTS, Autocast, saved_terms
 from mambabyte.blocks import MambaMixer
 from mambabyte.config import ModelConfig
@@ -183,7 +183,7 @@ def test_it_takes_no_more_memory_than_the_composition() -> None:
 def test_a_layer_keeps_what_the_closed_form_says(config: ModelConfig, autocast: Autocast) -> None:
     layer, x = made(config)
     x.requires_grad_()
-    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast == "bf16"):
+    with autocast_to("cuda", autocast):
         kept = sum(size for _, size in saved_storages(lambda: layer(x, None)[0], layer))
     terms = [t for t in saved_terms(config, *x.shape[:2], autocast, "cuda") if t.layer == 0]
     outside = [t for t in terms if t.part == "norm" and t.tensor != "output"]

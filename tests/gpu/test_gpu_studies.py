@@ -1,0 +1,50 @@
+"""What studies rest on where there is a GPU: captured timings, energy, compiled training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from analysis.learning import heldout_windows, learn_text
+from analysis.timing import Case, measure
+from mambabyte.config import ModelConfig, TrainConfig
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+
+
+def test_a_captured_call_is_timed_without_the_host_and_has_its_energy():
+    x = torch.randn(512, 512, device="cuda")
+
+    def many_small() -> None:
+        y = x
+        for _ in range(50):
+            y = torch.relu(y)
+
+    def timed(capture: bool) -> dict:
+        case = Case(("relu",), 512, lambda: many_small, {})
+        frame = measure([case], rounds=3, guard_seconds=1.0, device="cuda", capture=capture,
+                        energy_seconds=0.3 if capture else 0.0)
+        return frame.to_dict("records")[0]
+
+    captured, eager = timed(True), timed(False)
+    assert captured["timed_as"] == "cuda graph"
+    assert captured["ms"] < eager["ms"]
+    watts = captured["joules"] / (captured["ms"] / 1e3)
+    assert 20 < watts < 2000  # a GPU's, idle or flat out, or the counter was read wrongly
+
+
+def test_a_compiled_comparison_learns_what_the_captured_one_does():
+    text = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 400, np.uint8)
+    windows = heldout_windows(text, 64, 8)
+    recipe = TrainConfig(context=64, batch_size=8, n_steps=60, lr=3e-3)
+    found = {}
+    for step in ("graph", "compile"):
+        config = ModelConfig(d_model=64, n_layer=2, layer_pattern="MA", n_head=2, n_kv_head=2)
+        found[step] = learn_text(
+            config, TrainConfig(**{**vars(recipe), "step": step}), text, device="cuda",
+            windows=windows)
+        assert found[step].joules is None or found[step].joules > 0
+    graph, compiled = (found[s].curve[-1][1] for s in ("graph", "compile"))
+    assert compiled < found["graph"].curve[0][1] - 1
+    assert abs(graph - compiled) < 0.2
