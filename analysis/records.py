@@ -70,7 +70,7 @@ def write_record_file(
         "tables": [{"name": t.name, "caption": t.caption, **_frame(t.frame)}
                    for t in run.tables.values() if t.name in wanted],
         "figures": [{"name": f.name, "title": f.title, "caption": f.caption, "alt": f.alt,
-                     "svg": f.svg, **_frame(f.data)}
+                     "svg": f.svg, "narrow": f.narrow, **_frame(f.data)}
                     for f in run.figures.values() if f.name in wanted],
     }, indent=0)  # spaces before every cell would be most of a large record
     load_record(path)  # a record that cannot be read back is not one
@@ -121,7 +121,8 @@ def load_record(path: Path) -> Record:
             tables={check_name("table", t["name"]): Table(t["name"], t["caption"], _unframe(t))
                     for t in data.get("tables", [])},
             figures={check_name("figure", f["name"]): Figure(f["name"], f["title"], f["caption"],
-                                                            f["alt"], f["svg"], _unframe(f))
+                                                            f["alt"], f["svg"], _unframe(f),
+                                                            f.get("narrow", ""))
                      for f in data.get("figures", [])},
             provenance=data["provenance"], run_id=path.stem, seconds=data.get("seconds"),
             sources=data.get("sources", ""),

@@ -5,6 +5,7 @@ A run folder holds::
     run.json            study, parameters, values, captions, provenance, status, error
     tables/NAME.parquet one file a table
     figures/NAME.svg    one file a figure, the same bytes for the same data
+    figures/NAME.narrow.svg the same figure laid out for a phone
     figures/NAME.parquet    the numbers behind the figure
     notebook.ipynb, log.txt, stderr.txt   batch runs only: the executed notebook, what it printed
 
@@ -71,6 +72,7 @@ class Figure:
     alt: str
     svg: str
     data: pd.DataFrame
+    narrow: str = ""  # SVG for a phone; older runs have none
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,8 @@ class Recorder:
             raise UserError(f"figure {name!r} has no data: give the DataFrame that it draws")
         texts = {k: _text("figure", name, k, v)
                  for k, v in (("title", title), ("caption", caption), ("alt", alt))}
-        svg = _svg(figure, f"{self.study}.{name}")
-        self._figures[name] = Figure(name, svg=svg, data=numbers, **texts)
+        svg, narrow = draw(figure, f"{self.study}.{name}")
+        self._figures[name] = Figure(name, svg=svg, data=numbers, narrow=narrow, **texts)
         _show_words(texts["title"], texts["caption"])
         _show({"image/svg+xml": svg, "text/plain": texts["alt"]})
 
@@ -180,6 +182,8 @@ class Recorder:
             write_frame(folder / "tables" / f"{table.name}.parquet", table.frame)
         for figure in self._figures.values():
             (folder / "figures" / f"{figure.name}.svg").write_text(figure.svg, encoding="utf-8")
+            (folder / "figures" / f"{figure.name}.narrow.svg").write_text(
+                figure.narrow, encoding="utf-8")
             write_frame(folder / "figures" / f"{figure.name}.parquet", figure.data)
         write_record(folder, {
             "study": self.study,
@@ -249,9 +253,18 @@ def _load_table(folder: Path, entry: Mapping[str, str]) -> Table:
 
 def _load_figure(folder: Path, entry: Mapping[str, str]) -> Figure:
     name = check_name("figure", entry["name"])
+    narrow = folder / f"{name}.narrow.svg"
     return Figure(name, entry["title"], entry["caption"], entry["alt"],
                   (folder / f"{name}.svg").read_text(encoding="utf-8"),
-                  read_frame(folder / f"{name}.parquet"))
+                  read_frame(folder / f"{name}.parquet"),
+                  narrow.read_text(encoding="utf-8") if narrow.is_file() else "")
+
+
+def draw(figure: MplFigure, salt: str) -> tuple[str, str]:
+    """A figure's SVG, and that of its layout for a phone; ``salt`` names it, for its ids."""
+    from analysis.plots.phone import phone_layout  # needs matplotlib; reading does not
+
+    return _svg(figure, salt), _svg(phone_layout(figure), f"{salt}.narrow")
 
 
 def _show(bundle: dict[str, str]) -> None:

@@ -144,6 +144,17 @@ def test_every_figure_has_words_and_data(world):
     assert ">nan<" in figure
 
 
+def test_a_figure_is_there_for_wide_screens_and_for_narrow_ones(world):
+    folder = world.run()
+    (folder / "figures" / "times.narrow.svg").write_text(
+        (folder / "figures" / "times.svg").read_text().replace("0 0 500 300", "0 0 324 300"))
+    page = world.build()
+    assert re.search(r'class="drawing wide"><svg [^>]*viewBox="0 0 500 300"', page)
+    assert re.search(r'class="drawing narrow"><svg [^>]*viewBox="0 0 324 300"', page)
+    (folder / "figures" / "times.narrow.svg").unlink()  # a run of an older version
+    assert re.search(r'class="scroll drawing"[^>]*><svg', world.build())
+
+
 def test_prose_places_figures_once(world):
     world.run()
     world.section("tiny", "Before.\n\n{{ figure('tiny.times') }}\n\nAfter.")

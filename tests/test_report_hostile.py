@@ -12,12 +12,13 @@ import pytest
 
 from analysis import plots
 from analysis.frames import write_frame
+from analysis.records import write_record_file
 from analysis.report.appendix import notebook_html, safe_html
 from analysis.report.check import check_page
 from analysis.report.svg import THEME, inline_svg
 from analysis.results import write_record
 from mambabyte.errors import UserError
-from tests.report_world import PROVENANCE, SVG
+from tests.report_world import PROVENANCE, SVG, write_run
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = (
@@ -43,11 +44,46 @@ class Elements(HTMLParser):
 
 @pytest.mark.parametrize("evil", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_strings_cannot_inject_or_break(world, evil):
-    world.run()
-    failed = world.run("tiny-2", status="failed", error="boom", parameters={"n": 4})
-    world.section("tiny", "Best: {{ value('tiny.best') }} end.")
-    harmless = Elements(world.build()).found
+    harmless = Elements(harmless_page(world)).found
+    page = hostile_page(world, evil)
+    found = Elements(page).found
+    assert {tag for tag, _ in found} <= {tag for tag, _ in harmless}
+    assert [tag for tag, _ in found].count("script") == 1
+    assert not [a for _, a in found if any(k.startswith("on") for k in a)]
+    # Links go where the harmless page's go, or to the parts that a failed run adds.
+    extra = {a.get("href") for _, a in found} - {a.get("href") for _, a in harmless}
+    assert all(link.startswith("#") for link in extra)
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\u200e\u200f\x00-\x08\x0b-\x1f]", page)
+    assert page.encode("utf-8")
+    assert page.rstrip().endswith("</html>")
 
+
+def harmless_page(world) -> str:
+    """A report with a run, a failed run, a record and a ledger."""
+    folder = world.run()
+    write_record_file(folder, "tiny-record", title="A record", about="What it is.",
+                      folder=world.measurements)
+    world.run("tiny-2", status="failed", error="boom", parameters={"n": 4})
+    world.section("tiny", "Best: {{ value('tiny.best') }} end.")
+    claims(world, "a claim")
+    return world.build()
+
+
+def claims(world, words: str) -> None:
+    """A ledger of one claim whose every cell is ``words``."""
+    folder = world.runs / "claims-1"
+    if not folder.exists():
+        write_run(world.runs, "claims-1", study="claims",
+                  tables=[{"name": "times", "caption": "Claims."}])
+    cell = words.encode("utf-8", "replace").decode()  # Parquet itself refuses lone surrogates
+    write_frame(folder / "tables" / "times.parquet", pd.DataFrame([dict.fromkeys(
+        ("claim", "verdict", "theirs", "ours", "reason", "source", "document", "kind", "id"),
+        cell)]))
+
+
+def hostile_page(world, evil: str) -> str:
+    """The same report with ``evil`` wherever a run, a record or a ledger has words."""
+    claims(world, evil)
     change(world.runs / "tiny-1", {
         "values": {"slope": {"value": 0.5, "unit": evil, "about": evil},
                    "best": {"value": evil}, "joules": {"value": None}, "peak": {"value": 1}},
@@ -60,18 +96,16 @@ def test_hostile_strings_cannot_inject_or_break(world, evil):
     cell = evil.encode("utf-8", "replace").decode()  # Parquet itself refuses lone surrogates
     write_frame(world.runs / "tiny-1" / "tables" / "times.parquet",
                 pd.DataFrame({"length, bytes": [1, 2], f"a {cell}": [cell, "b"]}))
-    change(failed, {"error": evil, "parameters": {evil: evil}, "provenance": {"date": evil}})
-    page = world.build()
-    found = Elements(page).found
-    assert {tag for tag, _ in found} <= {tag for tag, _ in harmless}
-    assert [tag for tag, _ in found].count("script") == 1
-    assert not [a for _, a in found if any(k.startswith("on") for k in a)]
-    # Links go where the harmless page's go, or to the parts that a failed run adds.
-    extra = {a.get("href") for _, a in found} - {a.get("href") for _, a in harmless}
-    assert all(link.startswith("#") for link in extra)
-    assert not re.search("[\u202a-\u202e\u2066-\u2069\u200e\u200f\x00-\x08\x0b-\x1f]", page)
-    assert page.encode("utf-8")
-    assert page.rstrip().endswith("</html>")
+    change(world.runs / "tiny-2", {
+        "error": evil, "parameters": {evil: evil}, "provenance": {"date": evil}})
+    path = world.measurements / "tiny-record.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record |= {"title": evil, "about": evil}
+    record["provenance"] = {**PROVENANCE, "date": evil, "machine": {"cpu": evil}}
+    record["figures"][0] |= {"title": evil, "caption": evil, "alt": evil}
+    record["tables"][0]["caption"] = evil
+    path.write_text(json.dumps(record), encoding="utf-8")
+    return world.build()
 
 
 def change(folder: Path, entries: dict) -> None:
@@ -106,6 +140,15 @@ def test_figures_keep_their_ids_apart_and_take_the_pages_colours():
     assert 'clip-path="url(#one-p)"' in first
     assert 'href="#one-m"' in first
     assert "fill:var(--blue);stroke:var(--ink)" in first
+
+
+def test_coordinates_are_kept_to_a_hundredth():
+    svg = SVG.replace("M0 0L1 1", "M 1.23456 -0.001234 L 10.000001 7.5").replace(
+        "<text>", '<text x="3.14159" transform="translate(1.23456 2)">')
+    safe = str(inline_svg(svg, "f", "t", "a"))
+    assert 'd="M 1.23 -0 L 10 7.5"' in safe
+    assert 'x="3.14"' in safe
+    assert "translate(1.23456 2)" in safe  # a transform may scale: it stays exact
 
 
 def test_page_knows_every_colour_of_the_house():

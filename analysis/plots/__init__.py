@@ -49,6 +49,9 @@ class StudyFigure(Figure):
     twice.
     """
 
+    # What a plot does once more when its panels have another size: see analysis.plots.phone.
+    again: Callable[[Sequence[Axes]], None] | None = None
+
     def _repr_svg_(self) -> str:
         buffer = io.StringIO()
         self.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -97,7 +100,7 @@ def label_axes(axes: Axes, x: str, y: str, title: str = "") -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if title:
-        axes.set_title(title, pad=_title_pad(axes))
+        axes.set_title(title, pad=title_pad(axes))
 
 
 def label_lines(
@@ -145,7 +148,7 @@ def mark_line(
                       va="bottom", ha="center", label=_ABOVE, **words)
         title = axes.get_title(loc="left")
         if title:
-            axes.set_title(title, loc="left", pad=_title_pad(axes))
+            axes.set_title(title, loc="left", pad=title_pad(axes))
     if y is not None:
         axes.axhline(y, **style)
         axes.annotate(text, (float(right), y), xycoords=("axes fraction", "data"),
@@ -153,7 +156,7 @@ def mark_line(
                       ha="right" if right else "left", **words)
 
 
-def _title_pad(axes: Axes) -> float:
+def title_pad(axes: Axes) -> float:
     """Points between axes and title: more where a reference line is named in between."""
     return 22.0 if any(text.get_label() == _ABOVE for text in axes.texts) else 10.0
 

@@ -60,9 +60,13 @@ def differences(comparisons: pd.DataFrame, paired: pd.DataFrame) -> Figure:
              if paired[paired["comparison"] == c]["mean"].notna().any()]
     style = _styles(comparisons["pattern"])
     patterns = [p for p in style if p != reference]
-    figure, axes = new_figure(1, len(kinds), size=(3.4 * len(kinds), 3.8), sharey=True,
+    columns = 2 if len(kinds) % 2 == 0 else min(len(kinds), 3)
+    rows = -(-len(kinds) // columns)
+    figure, axes = new_figure(rows, columns, size=(3.6 * columns, 3.6 * rows), sharey=True,
                               squeeze=False)
-    for ax, kind in zip(axes[0], kinds, strict=True):
+    for ax in axes.flat[len(kinds):]:
+        ax.set_visible(False)
+    for i, (ax, kind) in enumerate(zip(axes.flat, kinds, strict=False)):
         some = comparisons[comparisons["comparison"] == kind]
         wide = some.pivot(index="seed", columns="pattern", values="bits_per_byte").astype(float)
         for x, pattern in enumerate(patterns):
@@ -79,7 +83,7 @@ def differences(comparisons: pd.DataFrame, paired: pd.DataFrame) -> Figure:
         ax.set_xlim(-0.6, len(patterns) - 0.4)
         mark_line(ax, y=0.0, text=f"as good as {reference}")
         label_axes(ax, "layer pattern",
-                   f"bits per byte minus those of {reference}" if ax is axes[0][0]
+                   f"bits per byte minus those of {reference}" if i % columns == 0
                    else "difference, bits", f"equal {kind}")
     return figure
 

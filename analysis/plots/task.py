@@ -46,6 +46,7 @@ def pareto(points: pd.DataFrame, systems: pd.DataFrame, target: float) -> Figure
     right.set_ylabel("")
     figure.legend(handles=_legend(points), loc="outside lower center", ncols=4)
     _name(left, systems)
+    figure.again = lambda panels: _name(panels[0], systems)  # type: ignore[attr-defined]
     return figure
 
 
@@ -73,7 +74,9 @@ def _systems(axes: Axes, systems: pd.DataFrame) -> None:
 
 
 # Where a name may stand, in points from its point: (x, y), x > 0 to the right of it.
-_PLACES = ((10, 0), (-10, 0), (8, 13), (-8, 13), (8, -13), (-8, -13), (8, 26), (-8, 26), (8, -26))
+_PLACES = ((10, 0), (-10, 0), (8, 13), (-8, 13), (8, -13), (-8, -13), (8, 26), (-8, 26), (8, -26),
+           (-8, -26), (8, 39), (-8, 39), (-8, -39))
+_NAMED = "name"  # marks these names in the drawing
 Box = tuple[float, float, float, float]  # left, bottom, right, top, in points
 
 
@@ -81,6 +84,8 @@ def _name(axes: Axes, systems: pd.DataFrame) -> None:
     """Names beside the points, at the first place where they lie on no point and no other name."""
     figure = axes.get_figure(root=True)
     assert figure is not None
+    for old in [text for text in axes.texts if text.get_label() == _NAMED]:
+        old.set_visible(False)  # remove() of a copied figure asks the original
     scale = 72.0 / figure.dpi
     figure.draw_without_rendering()  # the layout must be final
     extent = axes.get_window_extent()
@@ -92,22 +97,24 @@ def _name(axes: Axes, systems: pd.DataFrame) -> None:
     for row, spot, (x, y) in zip(rows, spots, where, strict=True):
         low = row["validation accuracy"] < FLOOR
         text = str(row["system"])
-        text += f": {row['validation accuracy']:.2f} (below)" if low else ""
-        width = 5.4 * len(text)
+        text += f":\n{row['validation accuracy']:.2f} (below)" if low else ""
+        width = 5.4 * max(map(len, text.splitlines()))
 
         def box(dx: float, dy: float, x: float = x, y: float = y, width: float = width) -> Box:
             start = x + dx if dx > 0 else x + dx - width
             return (start, y + dy - 6, start + width, y + dy + 6)
 
-        places = [p for p in _PLACES if p[1] > 0] if low else _PLACES
-        free = [p for p in places if left < box(*p)[0] and box(*p)[2] < right
-                and not any(_meet(box(*p), other) for other in taken)]
-        dx, dy = (free or places)[0]
+        places = [p for p in _PLACES if p[1] > 13] if low else _PLACES  # two lines, all above
+        inside = [p for p in places if left < box(*p)[0] and box(*p)[2] < right]
+        # the first that meets nothing, or else the least
+        met = [sum(_meet(box(*p), other) for other in taken) for p in inside or places]
+        dx, dy = (inside or places)[met.index(min(met))]
         taken.append(box(dx, dy))
         axes.annotate(text, spot, xytext=(dx, dy), textcoords="offset points", fontsize=9,
                       color=plots.INK, va="center", ha="left" if dx > 0 else "right",
                       annotation_clip=False, zorder=4, in_layout=False,
-                      bbox={"facecolor": plots.PAPER, "edgecolor": "none", "pad": 0.6})
+                      bbox={"facecolor": plots.PAPER, "edgecolor": "none", "pad": 0.6},
+                      label=_NAMED)
 
 
 def _meet(one: Box, other: Box) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from analysis.report import tables
 from analysis.report.appendix import code_styles, notebook_html
 from analysis.report.check import check_page
 from analysis.report.example import worked_example
+from analysis.report.ledger import is_ledger, ledger
+from analysis.report.machines import Machines
+from analysis.report.names import layer_patterns, scan_forms
 from analysis.report.prose import Prose, Sources
 from analysis.report.select import Selection, advice, select
 from analysis.report.svg import inline_svg
-from analysis.report.text import binary_bytes, html, plain
+from analysis.report.text import html, plain
 from analysis.results import RUNS, Figure, Run, Table, list_runs
 from analysis.studies import STUDIES, Study
 from mambabyte.errors import UserError
@@ -108,7 +112,7 @@ class _Page:
         self._sections, self._registry, self._draft = sections, registry, draft
         others = [run for some in selection.others.values() for run in some]
         self.shown: list[Run] = [*selection.headline.values(), *others, *selection.failed]
-        self._machines = _machines([*self.shown, *(r.run for r in records.values())])
+        self._machines = self._all_machines()
         self._templates = Environment(
             loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
             finalize=lambda v: v if isinstance(v, Markup) else html(plain(v)),
@@ -117,6 +121,7 @@ class _Page:
         self._templates.globals.update(style=self._style(), id_of_machine=self._machine_id)
         macros: Any = self._templates.get_template("blocks.html.j2").module
         self._blocks: dict[str, Markup] = {}
+        self._links = self._anchors()
         for name, run in selection.headline.items():
             self._add_blocks(macros, name, run, "")
         for name, record in records.items():
@@ -125,6 +130,7 @@ class _Page:
             Sources(selection.headline, {n: r.run for n, r in records.items()},
                     selection.problems, draft), self._blocks)
         self._blocks["table.example.table"] = self._example(macros)
+        self._blocks |= _names(macros)
 
     def render(self) -> str:
         script = (TEMPLATES / "page.js").read_text(encoding="utf-8").strip()
@@ -133,22 +139,22 @@ class _Page:
         front = [self._section(n) for n in config.front]
         studies = [self._study(n) for n in self._study_names()]
         back = [self._section(n) for n in config.back]
-        return self._templates.get_template("report.html.j2").render(
+        return unique_labels(self._templates.get_template("report.html.j2").render(
             config=config, script=Markup(script), script_digest=Markup(digest),
             front=front, studies=studies, back=back, draft=self._draft,
             stale=sorted(self._selection.stale), failed=[self._failed(r) for r in
                                                          self._selection.failed],
-            machines=[{"id": i, "name": machine_name(run), "table": self._machine_table(run, i)}
-                      for i, run in self._machines.values()],
-        )
+            machines=[{"id": m.id, "name": m.name, "table": tables.pairs(m.rows(), m.name)}
+                      for m in self._machines.found.values()],
+        ))
 
     def appendix(self, run: Run) -> str:
         """The page of one run's executed notebook."""
         if run.notebook is None:
             raise UserError(f"{run.folder} has no notebook")
-        return self._templates.get_template("appendix.html.j2").render(
+        return unique_labels(self._templates.get_template("appendix.html.j2").render(
             title=self._title(run.study), run=run, body=notebook_html(run.notebook),
-            code_styles=Markup(code_styles()))
+            code_styles=Markup(code_styles())))
 
     def _study_names(self) -> list[str]:
         # A record may belong to no study: what was measured is shown all the same.
@@ -243,7 +249,8 @@ class _Page:
         for figure in run.figures.values():
             self._blocks[f"figure.{name}.{figure.name}"] = _figure(macros, name, figure, machine)
         for table in run.tables.values():
-            self._blocks[f"table.{name}.{table.name}"] = _table(macros, name, table, machine, kind)
+            self._blocks[f"table.{name}.{table.name}"] = _table(macros, name, table, machine, kind,
+                                                               self._links)
 
     def _example(self, macros: Any) -> Markup:
         frame = pd.DataFrame([
@@ -256,35 +263,28 @@ class _Page:
         return _table(macros, "example", table, "", "")
 
     def _machine_id(self, run: Run) -> str:
-        return self._machines[_machine_key(run)][0]
+        return self._machines.id_of(run)
 
-    def _machine_table(self, run: Run, machine_id: str) -> Markup:
-        machine = run.provenance.get("machine")
-        rows: list[tuple[str, Any]] = []
-        for key, value in (machine.items() if isinstance(machine, dict) else ()):
-            if key == "gpus" and isinstance(value, list):
-                rows += [("GPU", ", ".join(f"{k} {plain(v)}" for k, v in gpu.items())
-                          if isinstance(gpu, dict) else gpu) for gpu in value]
-            elif key.endswith("_bytes") and isinstance(value, int):
-                rows.append((key.removesuffix("_bytes"), binary_bytes(value)))
+    def _all_machines(self) -> Machines:
+        machines = Machines()
+        for run in self.shown:
+            title = self._title(run.study)
+            if run.status == "failed":
+                machines.add(run, f"{title} (failed)", "failed-runs")
             else:
-                rows.append((key.replace("_", " "), value))
-        return tables.pairs(rows, machine_id)
+                machines.add(run, title, run.study)
+        for name, record in self._records.items():
+            machines.add(record.run, name, f"record-{name}")
+        return machines
+
+    def _anchors(self) -> dict[str, str]:
+        """Where the page shows a run or record that a ledger names as its source."""
+        anchors = {run.run_id or run.folder.name: run.study
+                   for run in self._selection.headline.values()}
+        return anchors | {name: f"record-{name}" for name in self._records}
 
     def _style(self) -> Markup:
         return Markup((TEMPLATES / "page.css").read_text(encoding="utf-8").strip())
-
-
-def _machine_key(run: Run) -> str:
-    return json.dumps(run.provenance.get("machine"), sort_keys=True, default=str)
-
-
-def _machines(runs: Iterable[Run]) -> dict[str, tuple[str, Run]]:
-    """Each machine once, in order of appearance: key -> (id, a run that took place on it)."""
-    found: dict[str, tuple[str, Run]] = {}
-    for run in runs:
-        found.setdefault(_machine_key(run), (f"machine-{len(found) + 1}", run))
-    return found
 
 
 def _provenance(run: Run) -> list[tuple[str, Any]]:
@@ -303,15 +303,49 @@ def _provenance(run: Run) -> list[tuple[str, Any]]:
 
 def _figure(macros: Any, name: str, figure: Figure, machine: str) -> Markup:
     anchor = f"{name}-figure-{figure.name}"
+    narrow = inline_svg(figure.narrow, f"{anchor}-narrow", figure.title, figure.alt) \
+        if figure.narrow else ""
     return macros.figure(
-        anchor, figure, inline_svg(figure.svg, anchor, figure.title, figure.alt),
+        anchor, figure, inline_svg(figure.svg, anchor, figure.title, figure.alt), narrow,
         tables.table(figure.data, f"data of {figure.title}"), len(figure.data), machine)
 
 
-def _table(macros: Any, name: str, table: Table, machine: str, kind: str) -> Markup:
+def _table(
+    macros: Any, name: str, table: Table, machine: str, kind: str,
+    links: Mapping[str, str] | None = None,
+) -> Markup:
     folded = len(table.frame) > OPEN_ROWS and not kind
     limit = len(table.frame) if kind else tables.MAX_ROWS
+    content = ledger(table.frame, links or {}) if kind and is_ledger(table.frame) else \
+        tables.table(table.frame, table.caption, kind=kind, max_rows=limit)
     return macros.table(
-        f"{name}-table-{table.name}", table,
-        tables.table(table.frame, table.caption, kind=kind, max_rows=limit),
-        folded, len(table.frame), machine)
+        f"{name}-table-{table.name}", table, content, folded, len(table.frame), machine)
+
+
+def _names(macros: Any) -> dict[str, Markup]:
+    """Tables of what the names in figures mean."""
+    forms = Table("forms", "Scan forms by their names in figures.", scan_forms())
+    patterns = Table("patterns", "Layer patterns by their names in figures.", layer_patterns())
+    return {f"table.names.{t.name}": macros.table(
+        f"names-table-{t.name}", t, tables.table(t.frame, t.caption), False, len(t.frame), "")
+        for t in (forms, patterns)}
+
+
+_REGION = re.compile(r'(role="region" tabindex="0" aria-label=")([^"]*)"')
+
+
+def unique_labels(page: str) -> str:
+    """The page with a number behind every name of a region that another has too: who jumps from
+    region to region by name must be able to tell them apart."""
+    seen: Counter[str] = Counter()
+
+    def numbered(match: re.Match[str]) -> str:
+        label = match[2]
+        seen[label] += 1
+        while seen[label] > 1 and f"{label} ({seen[label]})" in seen:
+            seen[label] += 1
+        name = f"{label} ({seen[label]})" if seen[label] > 1 else label
+        seen[name] += name != label
+        return f'{match[1]}{name}"'
+
+    return _REGION.sub(numbered, page)

@@ -31,9 +31,10 @@ def to_html(text: str, *, prefix: str = "", top: int = 0) -> Markup:
         if token.type == "heading_open" and prefix:
             token.attrSet("id", f"{prefix}-{slug(tokens[i + 1].content)}")
     page = parser.renderer.render(tokens, parser.options, {})
-    # A table wider than the page scrolls in its own box.
+    # A table wider than the page scrolls in its own box, and so does code.
     page = page.replace("<table>", '<div class="scroll" role="region" tabindex="0" '
                         'aria-label="table"><table>').replace("</table>", "</table></div>")
+    page = page.replace("<pre>", '<pre tabindex="0">')
     return Markup(page)
 
 

@@ -36,6 +36,9 @@ _PROPERTIES = _words(
     "font font-size font-weight font-style text-anchor stop-color stop-opacity")
 _LOCAL_URL = re.compile(r"url\(\s*['\"]?#([\w.:-]+)['\"]?\s*\)")
 _PNG = "data:image/png;base64,"
+# A hundredth of a pixel is enough: a third of the page's bytes are digits beyond.
+_COORDINATES = _words("d points x y")
+_LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")
 
 # Colours of style.mplstyle -> variables that the page defines for light and dark.
 THEME = {
@@ -63,8 +66,9 @@ def inline_svg(svg: str, prefix: str, title: str, alt: str) -> Markup:
     body = "".join(_element(child, prefix) for child in root)
     return Markup(  # every part below is escaped or made of checked characters
         f'<svg class="plot" role="img" aria-labelledby="{prefix}-t {prefix}-d" '
-        f'viewBox="0 0 {width:g} {height:g}" style="min-width:{width:.0f}px;'
-        f'max-width:{1.5 * width:.0f}px"><title id="{prefix}-t">{html(title)}</title>'
+        f'viewBox="0 0 {width:g} {height:g}" '
+        f'style="--width:{width:.0f}px;max-width:{1.5 * width:.0f}px">'
+        f'<title id="{prefix}-t">{html(title)}</title>'
         f'<desc id="{prefix}-d">{html(alt)}</desc>{body}</svg>')
 
 
@@ -107,6 +111,8 @@ def _attribute(element: str, key: str, value: str, prefix: str) -> tuple[str, st
         return "id", f"{prefix}-{value}"
     if key == "style":
         return "style", _style(value, prefix)
+    if key in _COORDINATES:
+        value = _LONG_NUMBER.sub(lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), value)
     paint = _paint(value, prefix)
     return None if paint is None else (key, paint)
 

@@ -38,11 +38,15 @@ def table(frame: pd.DataFrame, label: str, *, kind: str = "", max_rows: int = MA
 
 
 def pairs(rows: list[tuple[str, Any]], label: str) -> Markup:
-    """A table of two columns: name, value."""
-    body = "".join(f'<tr><th scope="row">{html(name)}</th><td>{html(plain(value))}</td></tr>'
+    """A table of two columns: name, value. Markup passes as it is."""
+    body = "".join(f'<tr><th scope="row">{html(name)}</th><td>{_words(value)}</td></tr>'
                    for name, value in rows)
     return Markup(f'<div class="scroll" role="region" tabindex="0" aria-label="{html(label)}">'
                   f'<table class="pairs"><tbody>{body}</tbody></table></div>')
+
+
+def _words(value: Any) -> Markup:
+    return value if isinstance(value, Markup) else html(plain(value))
 
 
 def _unit_kept(name: str) -> str:

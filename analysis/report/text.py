@@ -13,6 +13,8 @@ NOT_MEASURED = "not measured"
 # Characters that reorder or hide what follows them. This report is in one direction, so they are
 # spelled out: a reader sees that something odd is there.
 _BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})(?!\.?\w)")
+_POWER = re.compile(r"(\d)\s*[x×*]\s*10\^\{?([+-]?\d{1,3})\}?")
 _ODD = re.compile(f"[{_BIDI}\ufeff\u2028\u2029\ufff9-\ufffb]")
 
 
@@ -78,6 +80,12 @@ def binary_bytes(value: float, digits: int = 3) -> str:
             return f"{number(float(f'{value:.{digits}g}'), digits)} {unit}"
         value /= 1024
     raise AssertionError("not reached")
+
+
+def powers(text: str) -> str:
+    """Numbers in a text in one style: 1.22e+39 and 1.22 x 10^39 -> ``1.22 × 10³⁹``."""
+    text = _EXPONENT.sub(lambda m: f"{m[1]} × 10{_superscript(int(m[2]))}", text)
+    return _POWER.sub(lambda m: f"{m[1]} × 10{_superscript(int(m[2]))}", text)
 
 
 def slug(text: str) -> str:

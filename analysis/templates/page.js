@@ -12,17 +12,20 @@ function compare(a, b) {
   if (typeof a === typeof b) return a < b ? -1 : a > b ? 1 : 0;
   return typeof a === "number" ? -1 : 1;
 }
+// A claim is a table body of its own; in other tables a row is one.
 for (const table of document.querySelectorAll("table.ledger")) {
-  const body = table.tBodies[0];
+  const claims = table.classList.contains("claims");
+  const items = () => [...(claims ? table.tBodies : table.tBodies[0].rows)];
+  const cells = (item) => (claims ? item.rows[0] : item).cells;
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
     const sort = () => {
       const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
       heads.forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", sign === 1 ? "ascending" : "descending");
-      const rows = [...body.rows];
-      rows.sort((a, b) => sign * compare(key(a.cells[column]), key(b.cells[column])));
-      body.append(...rows);
+      const sorted = items();
+      sorted.sort((a, b) => sign * compare(key(cells(a)[column]), key(cells(b)[column])));
+      (claims ? table : table.tBodies[0]).append(...sorted);
     };
     head.classList.add("sortable");
     head.tabIndex = 0;
@@ -31,21 +34,44 @@ for (const table of document.querySelectorAll("table.ledger")) {
       if (event.key === "Enter" || event.key === " ") { event.preventDefault(); sort(); }
     });
   });
-  const label = document.createElement("label");
+  const bar = document.createElement("div");
   const input = document.createElement("input");
   const count = document.createElement("span");
-  label.className = "filter";
-  input.type = "search";
-  input.addEventListener("input", () => {
+  const selects = new Map();
+  const show = () => {
     const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
     let shown = 0;
-    for (const row of body.rows) {
-      const text = row.textContent.toLowerCase();
-      row.hidden = !words.every((word) => text.includes(word));
-      shown += row.hidden ? 0 : 1;
+    for (const item of items()) {
+      const text = item.textContent.toLowerCase();
+      item.hidden = !words.every((word) => text.includes(word)) ||
+        [...selects].some(([name, select]) => select.value && select.value !== item.dataset[name]);
+      shown += item.hidden ? 0 : 1;
     }
-    count.textContent = ` ${shown} of ${body.rows.length} rows`;
-  });
-  label.append("Show rows with ", input, count);
-  table.closest(".scroll").before(label);
+    count.textContent = `${shown} of ${items().length} rows`;
+  };
+  const add = (words, control, event) => {
+    const label = document.createElement("label");
+    label.append(words, control);
+    control.addEventListener(event, show);
+    bar.append(label);
+  };
+  bar.className = "filter";
+  input.type = "search";
+  count.setAttribute("role", "status");
+  add("Show rows with ", input, "input");
+  for (const name of claims ? ["verdict", "kind", "document"] : []) {
+    const values = [...new Set(items().map((item) => item.dataset[name]).filter(Boolean))];
+    if (values.length < 2) continue;
+    const select = document.createElement("select");
+    select.append(new Option("all", ""), ...values.map((value) => new Option(value, value)));
+    selects.set(name, select);
+    add(`${name} `, select, "change");
+  }
+  bar.append(count);
+  (table.closest(".scroll") ?? table).before(bar);
 }
+// A link from elsewhere to a claim that a filter hides would lead nowhere.
+window.addEventListener("hashchange", () => {
+  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  if (target) target.hidden = false;
+});
