@@ -21,6 +21,20 @@ def not_measured(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
     return frame.assign(**changed)
 
 
+def in_words(
+    frame: pd.DataFrame, column: str, none: str | pd.Series, form: str = "{:,.0f}"
+) -> pd.DataFrame:
+    """A copy in which None of a column reads as what it means there, the rest as written numbers.
+
+    For what was looked for and did not happen, which "not measured" would deny. ``none`` is a word
+    for all rows, or one a row.
+    """
+    words = none if isinstance(none, pd.Series) else pd.Series(none, index=frame.index)
+    return frame.assign(**{column: [
+        word if pd.isna(value) else form.format(value)
+        for value, word in zip(frame[column], words, strict=True)]})
+
+
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
     """Parquet that keeps None and NaN apart: the first was not measured, the second was NaN."""
     import pyarrow as pa

@@ -9,7 +9,7 @@ import pandas as pd
 from torch import Tensor
 
 from analysis.budgets import COMPARISONS, Runs, step_costs
-from analysis.frames import not_measured
+from analysis.frames import in_words, not_measured
 from analysis.learning import position_bits
 from analysis.pairs import paired_table
 from mambabyte.evaluate import Score
@@ -139,6 +139,16 @@ def accuracy_by_position(
     return pd.DataFrame(rows).pivot_table(
         index=["first character", "last character"], columns="pattern", values="accuracy",
         sort=False).rename_axis(columns=None).reset_index()
+
+
+def paired_in_words(paired: pd.DataFrame) -> pd.DataFrame:
+    """The table of differences with "few seeds" in place of an interval that was not made of them;
+    a difference that was not measured stays so."""
+    why = pd.Series("few seeds", index=paired.index, dtype=object).where(
+        paired["mean"].notna(), None)
+    for column in ("low", "high"):
+        paired = in_words(paired, column, why, "{:.4f}")
+    return paired
 
 
 def unigram_bits(train: np.ndarray, windows: Tensor) -> float:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.flops import flops_per_byte, layer_flops_crossover
-from analysis.frames import not_measured
+from analysis.frames import in_words, not_measured
 from analysis.matching import match_patterns
 from analysis.records import DATA, load_record, machine_name
 from analysis.scan_timing import (
@@ -231,6 +231,12 @@ def find_crossovers(p: Parameters, mixers: pd.DataFrame) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     return not_measured(frame.assign(
         crossover_in_operations=layer_flops_crossover(model_config(p))))
+
+
+def crossovers_in_words(crossovers: pd.DataFrame) -> pd.DataFrame:
+    """The same with "not by N" where attention is still the faster one at the longest length N."""
+    longest = "not by " + crossovers["longest_length"].map("{:,}".format)
+    return in_words(crossovers, "crossover_length", longest)
 
 
 # ---------------------------------------------------------------------------------- streaming

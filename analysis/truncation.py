@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from analysis.frames import in_words
 from mambabyte.blocks import AttentionState, LayerState, MambaState
 from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
@@ -124,3 +125,11 @@ def train_recall(
         optimizer.step()
         losses.append(loss.item())
     return model, losses
+
+
+def learning_frame(recall: pd.DataFrame) -> pd.DataFrame:
+    """One row a training: steps to learn, "never" where it did not, and accuracy over all
+    distances."""
+    runs = recall.groupby(["task", "gradient reaches, steps", "seed"], as_index=False).agg(
+        {"steps to learn": "first", "accuracy": "mean"})
+    return in_words(runs, "steps to learn", "never")

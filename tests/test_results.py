@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from analysis import plots, results
-from analysis.frames import not_measured, read_frame, write_frame
+from analysis.frames import in_words, not_measured, read_frame, write_frame
 from analysis.results import Recorder, list_runs, load_run
 from mambabyte.errors import UserError
 
@@ -233,3 +233,10 @@ def test_missing_floats_can_be_said_to_be_unmeasured(tmp_path):
 def test_powers_of_two_stay_short():
     assert [plots._power_of_two(v) for v in (0.5, 32, 4096, 65536, 2**20, 3 * 2**20)] == \
         ["0.5", "32", "4,096", "64 Ki", "1 Mi", "3 Mi"]
+
+
+def test_what_did_not_happen_has_a_word():
+    frame = pd.DataFrame({"at": [1200.0, None], "n": [1, 2]})
+    assert in_words(frame, "at", "never")["at"].tolist() == ["1,200", "never"]
+    why = pd.Series(["x", None], dtype=object)
+    assert in_words(frame, "at", why)["at"].tolist() == ["1,200", None]  # not measured stays so

@@ -19,15 +19,18 @@ from analysis.records import load_record
 from analysis.results import load_run
 from analysis.studies import STUDIES
 from analysis.threads import threads
+from analysis.throughput import crossovers_in_words
 from analysis.timing import (
     AllocationCounter,
     Case,
+    Exponent,
     captured,
     crossover,
     exponent_table,
     fit_exponent,
     measure,
 )
+from mambabyte.energy import Energy
 from mambabyte.errors import UserError
 
 LENGTHS = [64, 128, 256, 512, 1024]
@@ -312,3 +315,36 @@ def test_measure_refuses_unknown_parameters_before_it_runs(tmp_path, capsys, giv
                          "--set", given])
     assert code == 2
     assert answer in capsys.readouterr().err
+
+
+def test_a_crossing_that_did_not_happen_says_by_when():
+    frame = pd.DataFrame({"crossover_length": [None, 512.0], "longest_length": [2048, 2048]})
+    assert crossovers_in_words(frame)["crossover_length"].tolist() == ["not by 2,048", "512"]
+
+
+@pytest.mark.parametrize(("low", "high", "reading"), [
+    (0.9, 1.1, "linear"), (1.1, 1.9, "faster than linear"), (0.7, 0.9, "slower than linear"),
+    (0.4, 1.6, "undecided"), (None, None, "undecided")])
+def test_an_exponent_says_what_its_interval_allows(low, high, reading):
+    assert Exponent(1.0, low, high, 4, 1, 2).reading == reading
+
+
+def test_joules_are_counted_between_moves_of_the_counter(monkeypatch):
+    class Slow:  # 100 W, a counter that moves ten times a second
+        source = "a counter"
+
+        def read(self):
+            joules = 10.0 * int(10 * time.perf_counter())
+            return Energy(joules, joules, 0.0, 0.0, self.source)
+
+    monkeypatch.setattr(timing, "EnergyMeter", lambda device: Slow())
+    found = timing.joules_of(lambda: time.sleep(0.005), 0.4, "cpu")
+    assert found == pytest.approx(0.5, rel=0.35)  # 100 W for 5 ms and what sleeping adds
+
+    class Still(Slow):
+        def read(self):
+            return Energy(1.0, 1.0, 0.0, 0.0, self.source)
+
+    monkeypatch.setattr(timing, "EnergyMeter", lambda device: Still())
+    monkeypatch.setattr(timing, "COUNTER_WAIT", 0.05)
+    assert timing.joules_of(lambda: time.sleep(0.001), 0.01, "cpu") is None
