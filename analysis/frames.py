@@ -30,9 +30,9 @@ def in_words(
     for all rows, or one a row.
     """
     words = none if isinstance(none, pd.Series) else pd.Series(none, index=frame.index)
-    return frame.assign(**{column: [
-        word if pd.isna(value) else form.format(value)
-        for value, word in zip(frame[column], words, strict=True)]})
+    said = [word if pd.isna(value) else form.format(value)
+            for value, word in zip(frame[column], words, strict=True)]
+    return frame.assign(**{column: pd.Series(said, index=frame.index, dtype=object)})
 
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
