@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -155,6 +156,11 @@ def _boundary_rows(
     return rows
 
 
+def shown_distances(boundary: int) -> list[int]:
+    """Distances 1 to ``boundary``: all at first, then fewer and fewer, below a hundred of them."""
+    return sorted({round(float(d)) for d in np.geomspace(1, boundary, 96)})
+
+
 def distance_frame(p: Scans) -> pd.DataFrame:
     """Gradient of u at each distance before the last boundary: its size, and each form's error.
 
@@ -171,7 +177,7 @@ def distance_frame(p: Scans) -> pd.DataFrame:
         error = (gradient.double() - reference).square().mean((0, 2)).sqrt()
         found[form] = error[:boundary] / size[:boundary]
     rows = []
-    for distance in range(1, boundary + 1):
+    for distance in shown_distances(boundary):
         at = boundary - distance
         row: dict[str, object] = {"distance, steps": distance,
                                   "size of the gradient of u": float(size[at])}

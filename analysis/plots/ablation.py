@@ -76,8 +76,10 @@ def differences(comparisons: pd.DataFrame, paired: pd.DataFrame) -> Figure:
                     color=look["color"], marker=look["marker"])
             row = paired[(paired["comparison"] == kind) & (paired["pattern"] == pattern)].iloc[0]
             ax.plot([x - 0.3, x + 0.3], [row["mean"]] * 2, color=look["color"], marker="")
-            if pd.notna(row["low"]):
-                ax.plot([x, x], [row["low"], row["high"]], color=look["color"], marker="",
+            # A table that was written for readers has words where there is no interval.
+            low, high = (pd.to_numeric(row[end], errors="coerce") for end in ("low", "high"))
+            if pd.notna(low):
+                ax.plot([x, x], [low, high], color=look["color"], marker="",
                         linestyle="-")
         ax.set_xticks(range(len(patterns)), patterns)
         ax.set_xlim(-0.6, len(patterns) - 0.4)

@@ -35,8 +35,8 @@ def _present(order: Sequence[str], names: pd.Series) -> list[str]:
 
 
 def _lines(axes: Axes, frame: pd.DataFrame, name: str, value: str, order: Sequence[str],
-           x: str = "length") -> None:
-    """A line a name over ``x`` on log axes, each named at its right end."""
+           x: str = "length", named: bool = True) -> None:
+    """A line a name over ``x`` on log axes, each named at its right end if ``named``."""
     ends = {}
     style = looks(order)
     for key in order:
@@ -44,12 +44,23 @@ def _lines(axes: Axes, frame: pd.DataFrame, name: str, value: str, order: Sequen
         if one.empty:
             continue
         y = one[value].astype(float)
-        axes.plot(one[x], y, **style[key])
+        axes.plot(one[x], y, **style[key], label=key)
         ends[key] = (float(one[x].iloc[-1]), float(y.iloc[-1]), style[key]["color"])
     log2_axis(axes, "x", sorted(frame[x].unique()))
     axes.set_yscale("log")
     axes.tick_params(axis="x", rotation=45)
-    label_lines(axes, ends)
+    if named:
+        label_lines(axes, ends)
+
+
+def _legend(figure: Figure) -> Figure:
+    """One legend of all panels below them, for lines that end too early to be named at an end."""
+    handles = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
+    return figure
 
 
 def scan_time(scans: pd.DataFrame) -> Figure:
@@ -58,9 +69,10 @@ def scan_time(scans: pd.DataFrame) -> Figure:
     some = scans[scans["batch"] == batch]
     figure, axes = new_figure(1, 2, size=(10.0, 4.4), sharey=True)
     for ax, direction in zip(axes, PASSES, strict=True):
-        _lines(ax, some[some["pass"] == direction], "form", "ms", _present(FORMS, some["form"])[:7])
+        _lines(ax, some[some["pass"] == direction], "form", "ms", _present(FORMS, some["form"])[:7],
+               named=False)
         label_axes(ax, "length, bytes", "time of a call, ms", direction)
-    return figure
+    return _legend(figure)
 
 
 def allocations(frame: pd.DataFrame) -> Figure:
@@ -79,11 +91,11 @@ def mixer_time(mixers: pd.DataFrame, crossovers: pd.DataFrame) -> Figure:
     some = mixers[mixers["batch"] == mixers["batch"].mode().iloc[0]]
     figure, axes = new_figure(1, 2, size=(10.0, 4.4), sharey=True)
     for ax, direction in zip(axes, PASSES, strict=True):
-        _lines(ax, some[some["pass"] == direction], "mixer", "ms", order)
+        _lines(ax, some[some["pass"] == direction], "mixer", "ms", order, named=False)
         mark_line(ax, x=float(crossovers["crossover_in_operations"].iloc[0]),
                   text="equal operations")
         label_axes(ax, "length, bytes", "time of a call, ms", direction)
-    return figure
+    return _legend(figure)
 
 
 def batch_time(scans: pd.DataFrame, mixers: pd.DataFrame, length: int) -> Figure:
