@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -139,10 +141,18 @@ def test_segments_that_all_fall_short_leave_the_far_task_unmeasured(text_file: o
     p = gradients.Parameters(
         forms=("sequential", "document_chunked"), length=16, chunk=8, channels=2, states=2,
         corpus=str(text_file), draws=1, segments=(2, 4), recall_steps=1, recall_seeds=1)
-    values = gradients.headline(gradients.run(p, lambda line: None))
+    found = gradients.run(p, lambda line: None)
+    values = gradients.headline(found)
     assert values["far_full"][0] is None
     assert values["far_cut"][0] is None
     assert values["shortest_segment"][0] == 2
+    # One seed that never learned leaves no mean: of the others alone it would flatter.
+    whole = found.recall["gradient reaches, steps"] == 4
+    learned = pd.Series([100.0, 200.0], dtype=object)
+    for last, mean in ((learned, 150.0), (learned.replace(200.0, None), None)):
+        two = pd.concat([found.recall[whole].head(1)] * 2).assign(**{"steps to learn": last.array})
+        changed = replace(found, recall=pd.concat([two, found.recall[~whole]]))
+        assert gradients.headline(changed)["steps_to_learn_full"][0] == mean
 
 
 def test_bad_input() -> None:

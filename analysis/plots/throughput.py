@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -55,11 +56,11 @@ def _lines(axes: Axes, frame: pd.DataFrame, name: str, value: str, order: Sequen
 
 def _legend(figure: Figure) -> Figure:
     """One legend of all panels below them, for lines that end too early to be named at an end."""
-    handles = {}
+    handles: dict[str, Artist] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
+    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=4)
     return figure
 
 
@@ -155,8 +156,8 @@ def training(frame: pd.DataFrame) -> Figure:
     values = some["bytes_per_second"].astype(float) / 1e3
     for i, value in enumerate(values):
         ax.barh(i, value, color=look(0)["color"], height=0.6)
-        ax.annotate(f"{value:,.1f}", (value, i), xytext=(4, 0), textcoords="offset points",
-                    va="center")
+        ax.annotate(f"{value:,.0f}" if value >= 100 else f"{value:.1f}", (value, i),
+                    xytext=(4, 0), textcoords="offset points", va="center")
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.set_xlim(right=1.15 * float(values.max()))
