@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.plots import INK, label_axes, label_lines, looks, mark_line, new_figure, tick_bytes
@@ -20,6 +21,12 @@ def _styles(patterns: pd.Series) -> dict[str, dict[str, Any]]:
     found = set(patterns)
     styles = looks([*ORDER, *sorted(found - set(ORDER))])
     return {name: look for name, look in styles.items() if name in found}
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    """The names of one panel below all of them, where no line runs through."""
+    handles, _ = axes.get_legend_handles_labels()
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
 
 def curves(frame: pd.DataFrame, unigram_bits: float) -> Figure:
@@ -45,7 +52,7 @@ def curves(frame: pd.DataFrame, unigram_bits: float) -> Figure:
         mark_line(ax, y=unigram_bits, text="byte frequencies", right=True)
     axes[-1].autoscale_view()
     label_lines(axes[-1], ends)
-    axes[0].legend(loc="upper right")  # a narrow screen shows the first panel alone
+    _legend_below(figure, axes[0])
     return figure
 
 
@@ -156,7 +163,7 @@ def tasks(frame: pd.DataFrame) -> Figure:
         ax.set_ylim(0, 1.05)
         label_axes(ax, "training step", "accuracy",
                    f"{task} {size} {'pairs' if task == 'recall' else 'symbols'}")
-    axes[0][0].legend(loc="center right")
+    _legend_below(figure, axes[0][0])
     return figure
 
 
