@@ -78,6 +78,9 @@ def headline(r: Results) -> Headline:
         **_piece_values(r.tokens),
         "few_steps": (None if last is None else int(last["step"].iloc[0]), "steps",
                       "large steps with the second document's choices"),
+        "few_steps_tokens": (None if last is None else
+                             int(last["tokens"].iloc[0] / last["step"].iloc[0]), "tokens",
+                             "of one of these steps; the second document's has 524,288"),
         "few_steps_best_bits": (None if last is None else float(last["bits_per_raw_byte"].min()),
                                 "bits/byte", "best system after them, at full learning rate"),
     }

@@ -144,7 +144,8 @@ def test_leaderboard_entries_show_our_runs():
 
 def test_few_large_steps_decide():
     for bits, after in ((2.0, HOLDS), (3.9, INCONSISTENT)):
-        recorded = on_gpu({"few_steps_best_bits": bits}, study="ablation")
+        recorded = on_gpu({"few_steps_best_bits": bits, "few_steps_tokens": 16384},
+                          study="ablation")
         finding = claims.judge(BY_ID["lowest-in-five"], lab(recorded))
         assert (finding.verdict, finding.source) == (after, "run")
 

@@ -262,13 +262,14 @@ def five_steps(lab: Lab, claim: Claim) -> Finding:
     five, more, none = (lab["second_steps.bits_5"], lab["second_steps.bits_40"],
                         lab["counts.bits_0"])
     large = lab.value("ablation", "few_steps_best_bits")
-    if large is not None:
+    tokens = lab.value("ablation", "few_steps_tokens")
+    if large is not None and tokens is not None:
         best = float(large.what)
         verdict = HOLDS if best <= claim.number * 1.1 else INCONSISTENT
-        return Finding(verdict, f"{best:.2f} after 5 large steps", "With steps of the published "
-                       "size, at full learning rate and on pieces, the best of their systems is at "
-                       f"{best:.2f} bits a raw byte after five; a small hybrid here at {five:.2f}.",
-                       large.text)
+        return Finding(verdict, f"{best:.2f} after 5 steps", "With all of their choices, steps of "
+                       f"{tokens.what:,} tokens, the full learning rate and pieces, the best of "
+                       f"their systems is at {best:.2f} bits a raw byte after five; a small hybrid "
+                       f"here at {five:.2f}.", large.text)
     verdict = HOLDS if five <= claim.number * 1.1 else INCONSISTENT
     return Finding(verdict, f"{five:.2f} after 5 steps, {more:.2f} after 40", f"A small hybrid "
                    f"with the document's choices is at {five:.2f} bits a byte after five steps "
