@@ -119,7 +119,7 @@ def test_the_figure_shows_every_point_and_names_every_system(tmp_path):
     found = task.run(task.Parameters(), folder=tmp_path)
     figure = figures.pareto(found.points, found.systems, 0.7)
     left, right = figure.axes
-    names = {text.get_text() for text in left.texts}
+    names = {" ".join(text.get_text().split()) for text in left.texts}
     assert {"ours", "nano_ssm_500", "modded_nanogpt", "mamba_byte: 0.25 (below)"} <= names
     drawn = sum(line.get_marker() in {"o", "s", "D"} for line in right.lines)
     assert drawn == found.points[task.HELD_OUT].notna().sum() == 5

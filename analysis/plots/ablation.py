@@ -84,9 +84,9 @@ def differences(comparisons: pd.DataFrame, paired: pd.DataFrame) -> Figure:
             row = paired[(paired["comparison"] == kind) & (paired["pattern"] == pattern)].iloc[0]
             ax.plot([x - 0.3, x + 0.3], [row["mean"]] * 2, color=look["color"], marker="")
             # A table that was written for readers has words where there is no interval.
-            low, high = (pd.to_numeric(row[end], errors="coerce") for end in ("low", "high"))
+            low = pd.to_numeric(row["low"], errors="coerce")
             if pd.notna(low):
-                ax.plot([x, x], [low, high], color=look["color"], marker="",
+                ax.plot([x, x], [low, float(row["high"])], color=look["color"], marker="",
                         linestyle="-")
         ax.set_xticks(range(len(patterns)), patterns)
         ax.set_xlim(-0.6, len(patterns) - 0.4)

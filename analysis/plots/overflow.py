@@ -84,7 +84,7 @@ def _map(
     axes.set_yticks(ticks, [f"{v:g}" for v in ticks])
     axes.set_xticks([v for v in (0.01, 0.1, 1.0, 10.0) if x[0] <= v <= x[-1]])
     plots.tick_with(axes.xaxis, "{:g}".format)
-    axes.tick_params(labelsize=9, bottom=False, left=False)
+    axes.tick_params(labelsize=9.5, bottom=False, left=False)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(plots.mpl.ticker.NullLocator())
 

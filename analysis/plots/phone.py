@@ -28,6 +28,8 @@ def phone_layout(figure: Figure) -> Figure:
     """A copy of ``figure``, laid out again; the original stays as it is."""
     narrow: Figure = copy.deepcopy(figure)
     panels = [axes for axes in narrow.axes if axes.get_visible()]
+    if not panels:
+        return narrow
     columns = 2 if len(panels) > MANY else 1
     rows = -(-len(panels) // columns)
     was_rows = max((axes.get_subplotspec().get_gridspec().nrows  # type: ignore[union-attr]
