@@ -43,6 +43,11 @@ class Record:
         return self.run.study
 
 
+def write_record_json(path: Path, data: Mapping[str, Any]) -> None:
+    """A record as it stands on disk: spaces before every cell would be most of a large one."""
+    write_json(path, data, indent=0)
+
+
 def write_record_file(
     run_folder: Path | str, name: str, *, title: str, about: str, folder: Path = MEASUREMENTS,
     keep: Sequence[str] = (),
@@ -61,7 +66,7 @@ def write_record_file(
             raise UserError(f"the run has nothing called {pattern}: it has {', '.join(names)}")
     wanted = {name for pattern in keep or ("*",) for name in filter_names(names, pattern)}
     path = folder / f"{name}.json"
-    write_json(path, {
+    write_record_json(path, {
         "format": FORMAT, "study": run.study, "title": title, "about": about,
         "parameters": run.parameters, "sources": run.sources, "seconds": run.seconds,
         "provenance": run.provenance,
@@ -72,7 +77,7 @@ def write_record_file(
         "figures": [{"name": f.name, "title": f.title, "caption": f.caption, "alt": f.alt,
                      "svg": f.svg, "narrow": f.narrow, **_frame(f.data)}
                     for f in run.figures.values() if f.name in wanted],
-    }, indent=0)  # spaces before every cell would be most of a large record
+    })
     load_record(path)  # a record that cannot be read back is not one
     return path
 
@@ -85,7 +90,7 @@ def write_tables(
 ) -> Path:
     """A record without a notebook: tables, name -> (caption, frame), and values, name -> (value,
     unit, about)."""
-    write_json(path, {
+    write_record_json(path, {
         "format": FORMAT, "study": study, "title": title, "about": about,
         "parameters": dict(parameters), "sources": "", "seconds": seconds,
         "provenance": dict(provenance), "figures": [],

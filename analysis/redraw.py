@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 
 from analysis import bounds, scan_against_step
 from analysis.plots import ablation, gradients, overflow, throughput
-from analysis.records import load_record
+from analysis.records import load_record, write_record_json
 from analysis.results import Run, draw
+from analysis.run_tables import differences_table
 from mambabyte.errors import UserError
-from mambabyte.files import write_json
 
 
 def _curves(run: Run) -> Figure | None:
@@ -40,7 +40,8 @@ def _data(run: Run, name: str) -> pd.DataFrame:
 DRAWINGS: dict[str, Callable[[Run], Figure | None]] = {
     "ablation.curves": _curves,
     "ablation.differences": lambda run: ablation.differences(
-        _data(run, "differences"), run.tables["paired"].frame),
+        _data(run, "differences"), differences_table(
+            _data(run, "differences"), run.parameters["patterns"], run.parameters["reference"])),
     "ablation.state": lambda run: ablation.quality_and_state(_data(run, "state")),
     "ablation.drift": lambda run: ablation.drift(_data(run, "drift")),
     "ablation.tasks": lambda run: ablation.tasks(_data(run, "tasks")),
@@ -78,7 +79,7 @@ def redraw(path: Path) -> list[str]:
             entry["svg"], entry["narrow"] = draw(figure, name)
             drawn.append(entry["name"])
     if drawn:
-        write_json(path, data)
+        write_record_json(path, data)
     return drawn
 
 

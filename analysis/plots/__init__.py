@@ -18,6 +18,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.style
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -101,6 +102,16 @@ def label_axes(axes: Axes, x: str, y: str, title: str = "") -> None:
     axes.set_ylabel(y)
     if title:
         axes.set_title(title, pad=title_pad(axes))
+
+
+def legend_below(figure: Figure) -> None:
+    """One legend of all panels below them, each name once: for lines that cross each other or end
+    too early to be named at an end."""
+    handles: dict[str, Artist] = {}
+    for axes in figure.axes:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=4)
 
 
 def label_lines(

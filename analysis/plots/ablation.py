@@ -6,10 +6,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plots import INK, label_axes, label_lines, looks, mark_line, new_figure, tick_bytes
+from analysis.plots import (
+    INK,
+    label_axes,
+    label_lines,
+    legend_below,
+    looks,
+    mark_line,
+    new_figure,
+    tick_bytes,
+)
 
 ORDER = ("M", "MMMA", "MMA", "MA", "A")
 COSTS = (("step", "training step", 1.0), ("seconds", "training time, seconds", 1.0),
@@ -21,12 +29,6 @@ def _styles(patterns: pd.Series) -> dict[str, dict[str, Any]]:
     found = set(patterns)
     styles = looks([*ORDER, *sorted(found - set(ORDER))])
     return {name: look for name, look in styles.items() if name in found}
-
-
-def _legend_below(figure: Figure, axes: Axes) -> None:
-    """The names of one panel below all of them, where no line runs through."""
-    handles, _ = axes.get_legend_handles_labels()
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
 
 def curves(frame: pd.DataFrame, unigram_bits: float) -> Figure:
@@ -52,7 +54,7 @@ def curves(frame: pd.DataFrame, unigram_bits: float) -> Figure:
         mark_line(ax, y=unigram_bits, text="byte frequencies", right=True)
     axes[-1].autoscale_view()
     label_lines(axes[-1], ends)
-    _legend_below(figure, axes[0])
+    legend_below(figure)
     return figure
 
 
@@ -83,10 +85,8 @@ def differences(comparisons: pd.DataFrame, paired: pd.DataFrame) -> Figure:
                     color=look["color"], marker=look["marker"])
             row = paired[(paired["comparison"] == kind) & (paired["pattern"] == pattern)].iloc[0]
             ax.plot([x - 0.3, x + 0.3], [row["mean"]] * 2, color=look["color"], marker="")
-            # A table that was written for readers has words where there is no interval.
-            low = pd.to_numeric(row["low"], errors="coerce")
-            if pd.notna(low):
-                ax.plot([x, x], [low, float(row["high"])], color=look["color"], marker="",
+            if pd.notna(row["low"]):
+                ax.plot([x, x], [row["low"], row["high"]], color=look["color"], marker="",
                         linestyle="-")
         ax.set_xticks(range(len(patterns)), patterns)
         ax.set_xlim(-0.6, len(patterns) - 0.4)
@@ -163,7 +163,7 @@ def tasks(frame: pd.DataFrame) -> Figure:
         ax.set_ylim(0, 1.05)
         label_axes(ax, "training step", "accuracy",
                    f"{task} {size} {'pairs' if task == 'recall' else 'symbols'}")
-    _legend_below(figure, axes[0][0])
+    legend_below(figure)
     return figure
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -13,6 +12,7 @@ from analysis.plots import (
     INK,
     label_axes,
     label_lines,
+    legend_below,
     log2_axis,
     look,
     looks,
@@ -54,16 +54,6 @@ def _lines(axes: Axes, frame: pd.DataFrame, name: str, value: str, order: Sequen
         label_lines(axes, ends)
 
 
-def _legend(figure: Figure) -> Figure:
-    """One legend of all panels below them, for lines that end too early to be named at an end."""
-    handles: dict[str, Artist] = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=4)
-    return figure
-
-
 def scan_time(scans: pd.DataFrame) -> Figure:
     """Time a call of every form against length, forward and with backward."""
     batch = scans["batch"].mode().iloc[0]
@@ -73,7 +63,8 @@ def scan_time(scans: pd.DataFrame) -> Figure:
         _lines(ax, some[some["pass"] == direction], "form", "ms", _present(FORMS, some["form"])[:7],
                named=False)
         label_axes(ax, "length, bytes", "time of a call, ms", direction)
-    return _legend(figure)
+    legend_below(figure)
+    return figure
 
 
 def allocations(frame: pd.DataFrame) -> Figure:
@@ -96,7 +87,8 @@ def mixer_time(mixers: pd.DataFrame, crossovers: pd.DataFrame) -> Figure:
         mark_line(ax, x=float(crossovers["crossover_in_operations"].iloc[0]),
                   text="equal operations")
         label_axes(ax, "length, bytes", "time of a call, ms", direction)
-    return _legend(figure)
+    legend_below(figure)
+    return figure
 
 
 def batch_time(scans: pd.DataFrame, mixers: pd.DataFrame, length: int) -> Figure:
