@@ -1,7 +1,7 @@
 """The report in a real browser: it runs clean, loads nothing, fits every screen, every link works.
 
 Needs Chromium (``chromium``, ``google-chrome`` or the variable CHROME); skipped where there is
-none. The browser is driven over a pipe with its own protocol, so nothing else is needed.
+none.
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
-import os
-import shutil
-import subprocess
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,10 +23,9 @@ from analysis.records import load_records
 from analysis.report import build_report
 from analysis.results import Recorder, update_record
 from analysis.studies import Study
+from tests.chromium import CHROME, Browser
 from tests.test_report_hostile import HOSTILE, harmless_page, hostile_page
 
-CHROME = os.environ.get("CHROME") or next(filter(None, map(shutil.which, (
-    "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
 pytestmark = pytest.mark.skipif(
     CHROME is None, reason="no Chromium found: install one or set CHROME to its path")
 
@@ -44,99 +40,7 @@ THIN = """document.querySelectorAll("tbody").forEach((body) => {
     document.querySelectorAll("svg.plot > g").forEach((g) => g.remove());"""
 # A notebook may begin with any heading, or have none: it is shown as it was written.
 APPENDIX_STYLE = ("page-has-heading-one", "heading-order")
-DIALOG = "Page.javascriptDialogOpening"
 LONG = "averyveryverylongwordthatnobodywouldbreak" * 8
-
-
-class Browser:
-    """A headless Chromium with one page, spoken to in its DevTools protocol over two pipes."""
-
-    def __init__(self, profile: Path) -> None:
-        to_browser, self._write = os.pipe()
-        self._read, from_browser = os.pipe()
-
-        def hand_over() -> None:  # the protocol wants descriptors 3 and 4
-            low = os.dup(to_browser), os.dup(from_browser)
-            os.dup2(low[0], 3)
-            os.dup2(low[1], 4)
-
-        self._process = subprocess.Popen(
-            [CHROME, "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu",
-             "--disable-dev-shm-usage", "--hide-scrollbars", f"--user-data-dir={profile}"],
-            preexec_fn=hand_over, close_fds=False, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL)
-        os.close(to_browser)
-        os.close(from_browser)
-        self._number, self._buffer = 0, b""
-        self.events: list[dict] = []
-        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self._session = None
-        self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)[
-            "sessionId"]
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            self.ask(f"{domain}.enable")
-
-    def ask(self, method: str, **parameters) -> dict:
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": parameters}
-        if getattr(self, "_session", None):
-            message["sessionId"] = self._session
-        os.write(self._write, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._next()
-            if answer.get("id") == self._number:
-                assert "error" not in answer, answer
-                return answer["result"]
-            self.events.append(answer)
-
-    def open(self, path: Path, width: int, theme: str = "light", scripts: bool = True) -> None:
-        self.events.clear()
-        self.ask("Emulation.setScriptExecutionDisabled", value=not scripts)
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=800,
-                 deviceScaleFactor=1, mobile=width < 600)
-        self.ask("Emulation.setEmulatedMedia", media="",
-                 features=[{"name": "prefers-color-scheme", "value": theme}])
-        self.ask("Page.navigate", url=path.as_uri())
-        while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
-            self.events.append(self._next())
-            if self.events[-1].get("method") == DIALOG:  # waits for an answer, and so would we
-                self.ask("Page.handleJavaScriptDialog", accept=False)
-
-    def run(self, script: str):
-        answer = self.ask("Runtime.evaluate", expression=script, returnByValue=True,
-                          awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def screenshot(self, path: Path, full: bool = True) -> None:
-        data = self.ask("Page.captureScreenshot", captureBeyondViewport=full)["data"]
-        path.write_bytes(base64.b64decode(data))
-
-    def complaints(self) -> list[str]:
-        """Console messages, exceptions, log entries (a blocked load among them), dialogs."""
-        return [json.dumps(e) for e in self.events if e.get("method") in (
-            "Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded", DIALOG)]
-
-    def requests(self) -> list[str]:
-        return [e["params"]["request"]["url"] for e in self.events
-                if e.get("method") == "Network.requestWillBeSent"]
-
-    def close(self) -> None:
-        os.close(self._write)  # the browser ends with its pipe
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        os.close(self._read)
-
-    def _next(self) -> dict:
-        while b"\0" not in self._buffer:
-            block = os.read(self._read, 1 << 16)
-            assert block, "the browser ended"
-            self._buffer += block
-        message, _, self._buffer = self._buffer.partition(b"\0")
-        return json.loads(message)
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ from analysis.claims import (
     numerical,
     published,
     quality,
+    rivals,
     speed,
     trainings,
 )
@@ -53,8 +54,8 @@ from mambabyte.errors import UserError
 __all__ = ["PROFILES", "Claims", "Parameters", "headline", "judge", "run"]
 
 CHECK_MODULES = (
-    arithmetic, behaviour, energy, gradient, hybrid, kernels, memory, numerical, published,
-    quality, speed)
+    arithmetic, behaviour, energy, gradient, hybrid, kernels, memory, numerical, published, quality,
+    rivals, speed)
 EXPERIMENT_MODULES = (choices, experiments, trainings)
 NAMES = dict(zip(VERDICTS, ("holds", "caveat", "fails", "inconsistent", "open"), strict=True))
 
