@@ -13,11 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mambabyte import distributed
 from mambabyte.config import ModelConfig
+from mambabyte.config.files import whole_dir, write_json
 from mambabyte.errors import UserError
-from mambabyte.files import whole_dir, write_json
-from mambabyte.model import ByteLM
+from mambabyte.model import ByteLM, distributed
 
 _OTHER = ("the file is missing, truncated or damaged; use another checkpoint, or delete this one "
           "to resume from the one before")

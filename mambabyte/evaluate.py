@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mambabyte.corpus.utf8 import START_BYTE, first_characters
 from mambabyte.errors import UserError
-from mambabyte.greedy import Windows, greedy_codes
 from mambabyte.stream import ByteModel, ByteStream, CharModel
-from mambabyte.text import START_BYTE, first_characters
+from mambabyte.stream.greedy import Windows, greedy_codes
 
 TASK_CHARACTERS = 60_000  # the public task scores these many characters of a split
 _WINDOWS = {"cpu": 512, "cuda": 2048}  # bytes; a call costs as much as some 100, or some 10,000

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from mambabyte.errors import UserError
 from mambabyte.stream import CharModel
+from mambabyte.task import build, get_system
 
 Contract = Literal["distribution", "character"]
 CONTRACT_VARIABLE = "MAMBABYTE_PREDICT"  # says which, where the abstract class does not
@@ -69,11 +70,36 @@ def submit(name: str, train_text: str, base: type) -> Any:
     """Train the system called ``name`` on the GPU if there is one, as the harness asks."""
     import torch
 
-    from mambabyte.task import build, get_system
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fitted = build(get_system(name), train_text.encode("utf-8"), device)
     return adapt(CharModel(fitted.model), base)
+
+
+SUBMISSION = '''"""Submission to the public task: the system "{name}" of mambabyte.task."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+from wikitext import CharModel
+
+if importlib.util.find_spec("mambabyte") is None:  # not installed: the checkout that wrote this
+    sys.path.insert(0, {root!r})
+
+from mambabyte.harness import submit
+
+
+def train(train_text: str, valid_text: str | None = None) -> CharModel:
+    """Train on ``train_text`` alone; the validation text is not looked at."""
+    return submit("{name}", train_text, CharModel)
+'''
+
+
+def submission(name: str) -> str:
+    """Text of a submission file for the system called ``name``; UserError for an unknown one."""
+    get_system(name)
+    return SUBMISSION.format(name=name, root=str(Path(__file__).resolve().parents[1]))
 
 
 def stand_in(contract: Contract) -> types.ModuleType:

@@ -48,6 +48,6 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def world(tmp_path: Path):
-    from tests.report_world import World
+    from tests.helpers.report_world import World
 
     return World(tmp_path)

@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-STYLE = Path(__file__).resolve().parent.parent / "style.mplstyle"
+STYLE = Path(__file__).resolve().parent / "style.mplstyle"
 
 # Colours by name, the okabe_ito set as matplotlib has it.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = (

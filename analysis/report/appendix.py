@@ -15,9 +15,9 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from analysis.report.markdown import to_html
-from analysis.report.svg import inline_svg
-from analysis.report.text import clean, html
+from analysis.report.html.markdown import to_html
+from analysis.report.html.svg import inline_svg
+from analysis.report.html.text import clean, html
 from mambabyte.errors import UserError
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")

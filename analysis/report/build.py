@@ -16,25 +16,25 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from analysis.records import MEASUREMENTS, Record, load_records, machine_name
-from analysis.report import tables
 from analysis.report.appendix import code_styles, notebook_html
-from analysis.report.check import check_page
 from analysis.report.example import worked_example
+from analysis.report.html import tables
+from analysis.report.html.check import check_page
+from analysis.report.html.svg import inline_svg
+from analysis.report.html.text import html, plain
 from analysis.report.ledger import is_ledger, ledger
 from analysis.report.machines import Machines
 from analysis.report.names import layer_patterns, scan_forms
 from analysis.report.prose import Prose, Sources
 from analysis.report.select import Selection, advice, select
-from analysis.report.svg import inline_svg
-from analysis.report.text import html, plain
-from analysis.results import RUNS, Figure, Run, Table, list_runs
+from analysis.runs.folders import RUNS, Figure, Run, Table, list_runs
+from analysis.runs.records import MEASUREMENTS, Record, load_records, machine_name
 from analysis.studies import STUDIES, Study
+from mambabyte.config.files import check_file, whole_dir, whole_file
 from mambabyte.errors import UserError
-from mambabyte.files import check_file, whole_dir, whole_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
+TEMPLATES = Path(__file__).resolve().parent / "templates"
 APPENDICES = "appendices"
 OPEN_ROWS = 16  # a longer table is folded, unless it belongs to a ledger
 LEDGERS = ("claims",)  # studies whose tables are the point and may be sorted and filtered

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from analysis.report.text import html, plain, powers, slug
+from analysis.report.html.text import html, plain, powers, slug
 
 FIRST = ("claim", "verdict", "theirs", "ours")  # columns of the first row, the rest is below
 CHOICES = ("verdict", "kind", "document")  # what the page's script offers as drop-downs

@@ -8,9 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from analysis.records import machine_name
-from analysis.report.text import html, number, plain
-from analysis.results import Run
+from analysis.report.html.text import html, number, plain
+from analysis.runs.folders import Run
+from analysis.runs.records import machine_name
 
 _COUNTED = ("gpus", "cpu", "cpu_count", "memory_bytes")  # shown by name, the rest as it is
 

@@ -26,10 +26,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
 from analysis.report.example import worked_example
-from analysis.report.markdown import to_html
+from analysis.report.html.markdown import to_html
+from analysis.report.html.text import binary_bytes, fixed, number, plain
 from analysis.report.select import advice
-from analysis.report.text import binary_bytes, fixed, number, plain
-from analysis.results import Run, Value
+from analysis.runs.folders import Run, Value
 from mambabyte.errors import UserError, nearest
 
 _SLOT = re.compile(r"<p>\[\[([\w.-]+)\]\]</p>\n?")  # where a figure or table goes

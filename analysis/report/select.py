@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from analysis.results import Run
+from analysis.runs.folders import Run
 
 
 @dataclass

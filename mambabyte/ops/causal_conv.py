@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from mambabyte.ops.cuda_conv import fused_causal_conv
-from mambabyte.ops.native_conv import TAPS, available, native_causal_conv
-from mambabyte.ops.operator import fused_available
+from mambabyte.ops.conv.cpu import TAPS, available, native_causal_conv
+from mambabyte.ops.conv.cuda import fused_causal_conv
+from mambabyte.ops.scan.operator import fused_available
 
 FUSED_TAPS = range(2, 9)
 FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -13,12 +13,12 @@ from scan_cases import poison, relative_rms
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from analysis.allocations import autocast_to, saved_storages
-from analysis.kept_tensors import AUTOCASTS, Autocast, saved_terms
-from mambabyte.blocks import MambaMixer
+from analysis.measure.allocations import autocast_to, saved_storages
+from analysis.theory.kept_tensors import AUTOCASTS, Autocast, saved_terms
 from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
-from mambabyte.ops.mixer import fused_mixer
+from mambabyte.model.block import MambaMixer
+from mambabyte.ops.mamba.fused import fused_mixer
 
 # What torch itself warns of depends on the machine.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

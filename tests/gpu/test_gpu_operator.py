@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mambabyte.ops import default_form, selective_scan
-from mambabyte.ops import operator as fused
 from mambabyte.ops.compat import selective_scan_fn
+from mambabyte.ops.scan import operator as fused
 
 # What torch itself warns of depends on the machine.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

@@ -17,9 +17,9 @@ import pytest
 import torch
 from scan_cases import make_inputs, results
 
-from mambabyte.ops.cuda_conv import fused_causal_conv
-from mambabyte.ops.mixer import fused_mixer
-from mambabyte.ops.step import mamba_step, scan_step
+from mambabyte.ops.conv.cuda import fused_causal_conv
+from mambabyte.ops.mamba.fused import fused_mixer
+from mambabyte.ops.mamba.step import mamba_step, scan_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 

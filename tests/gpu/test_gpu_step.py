@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mambabyte.errors import UserError
 from mambabyte.ops.causal_conv import causal_conv
-from mambabyte.ops.cuda_conv import fused_causal_conv
-from mambabyte.ops.cuda_step import MOST_READS
-from mambabyte.ops.step import mamba_step, scan_step
+from mambabyte.ops.conv.cuda import fused_causal_conv
+from mambabyte.ops.mamba.cuda import MOST_READS
+from mambabyte.ops.mamba.step import mamba_step, scan_step
 
 # What torch itself warns of depends on the machine.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

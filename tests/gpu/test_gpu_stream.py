@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mambabyte import cuda_model
 from mambabyte.config import PRESETS, ModelConfig
-from mambabyte.cuda_model import CudaModel
 from mambabyte.evaluate import byte_log_probs, score, score_streaming
 from mambabyte.model import ByteLM
-from mambabyte.ops.cuda_stream import StreamState
+from mambabyte.ops.stream.cuda import StreamState
 from mambabyte.stream import ByteStream, CharModel, advance_of, generate, sample_byte
+from mambabyte.stream import cuda as cuda_model
+from mambabyte.stream.cuda import CudaModel
 
 # What torch itself warns of depends on the machine.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

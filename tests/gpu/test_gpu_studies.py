@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.learning import heldout_windows, learn_text
-from analysis.timing import Case, measure
+from analysis.measure.timing import Case, measure
+from analysis.studies.ablation.learning import heldout_windows, learn_text
 from mambabyte.config import ModelConfig, TrainConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

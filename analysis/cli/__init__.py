@@ -1,0 +1,82 @@
+"""The command line: ``mambabyte COMMAND``. Errors the user can fix are one line and status 2."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from mambabyte import __version__
+from mambabyte.errors import UserError
+
+# command -> (module, what it does); a module is imported when its command runs, not before.
+COMMANDS = {
+    "train": ("analysis.cli.models.train", "train a model on a corpus, or resume a run"),
+    "eval": ("analysis.cli.models.evaluate", "bits per byte and accuracy of a checkpoint"),
+    "generate": ("analysis.cli.models.generate", "stream text from a checkpoint"),
+    "memory": ("analysis.cli.models.memory", "will a training step fit, and what would?"),
+    "corpus": ("analysis.cli.models.corpus", "fetch, build or look at a corpus"),
+    "study": ("analysis.cli.studies.study", "run one study with other parameters"),
+    "sweep": ("analysis.cli.studies.sweep", "run the studies, or a grid, skipping what is done"),
+    "report": ("analysis.cli.studies.report", "render the HTML report from the run folders"),
+    "ngram": ("analysis.cli.models.ngram", "count, score and save a byte n-gram model"),
+    "task": ("analysis.cli.models.task", "a named system under the rules of the public task"),
+    "bench": ("analysis.cli.studies.bench", "time the scan, streaming, or training steps"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status (0 only on success)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"mambabyte {__version__}")
+        return 0
+    if args[0] not in COMMANDS:
+        return _fail(f"there is no command {args[0]!r}: choose one of {', '.join(COMMANDS)}")
+    if hasattr(sys.stdout, "reconfigure"):  # text that a terminal's encoding lacks is shown as ?
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _note  # type: ignore[assignment]
+            run: Callable[[list[str]], int] = importlib.import_module(COMMANDS[args[0]][0]).run
+            return run(args[1:])
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader went away, as in `mambabyte generate | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _fail(f"no room left ({error.strerror}); what was finished is kept: make room and "
+                     "run it again, with --resume where it has it")
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _note(message: Warning | str, *where: object) -> None:
+    """A warning as one line, without the source line that Python adds for programmers."""
+    print(f"note: {message}", file=sys.stderr)
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join([
+        "usage: mambabyte COMMAND [options]", "",
+        "Byte-level selective state-space language models: train, score, stream, study.", "",
+        *lines, "", "mambabyte COMMAND --help shows the options of a command and an example.",
+    ])
+

@@ -1,0 +1,1 @@
+"""Commands on models: train, eval, generate, memory, corpus, ngram, task."""

@@ -1,0 +1,77 @@
+"""Count a Kneser-Ney byte n-gram model, and score it by order.
+
+    mambabyte ngram --corpus stdlib --order 12
+    mambabyte ngram --corpus path/to/folder --order 14 --discount 0.85 --save kn.safetensors
+    mambabyte ngram --load kn.safetensors --split test --json
+
+The row of order n uses the counts of the whole model up to contexts of n - 1 bytes: orders below
+the highest count distinct bytes before them, as Kneser-Ney has it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from analysis.cli.console import Bar, say
+from analysis.cli.options import parse, pick_device, print_result
+
+
+@dataclass(frozen=True)
+class Options:
+    corpus: str = "stdlib"
+    """stdlib, wikitext103, a folder with wiki.*.raw, or a text file."""
+    order: int = 12
+    discount: float = 0.5
+    continuation: bool = True
+    """Count distinct bytes before shorter contexts; without it plain absolute discounting."""
+    split: Literal["valid", "test"] = "valid"
+    bytes: int = 60_000
+    """How many bytes of the split to score, from its start."""
+    save: Path | None = None
+    """Write the model to this file."""
+    load: Path | None = None
+    """Score the model of this file instead of counting."""
+    device: str = "auto"
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(argv: list[str]) -> int:
+    options = parse(Options, argv, "ngram", __doc__)
+
+    from mambabyte.config.files import check_file
+    from mambabyte.corpus import load_corpus
+    from mambabyte.errors import UserError
+    from mambabyte.task.ngram import NgramModel, count
+
+    if options.bytes < 1:
+        raise UserError(f"--bytes is {options.bytes}: it must be at least 1")
+    device, corpus = pick_device(options.device), load_corpus(options.corpus, say)
+    if options.save is not None:
+        check_file(options.save)  # now, and not after the counting
+    began = time.perf_counter()
+    if options.load is None:
+        say(f"counting {len(corpus.train):,} bytes to order {options.order}")
+        model = count(corpus.train, options.order, options.discount, device,
+                      continuation=options.continuation)
+    else:
+        model = NgramModel.load(options.load, device)
+    seconds = time.perf_counter() - began
+    if options.save is not None:
+        model.save(options.save)
+    with Bar("scoring") as bar:
+        scores = model.scores_by_order(corpus.split(options.split)[: options.bytes], bar)
+    record: dict[str, Any] = {
+        "corpus": corpus.name, "split": options.split, "bytes_counted": model.bytes_counted,
+        "seconds": seconds, "table_bytes": model.n_bytes, "discount": model.discount,
+        "orders": scores}
+    what = "counted" if options.load is None else "loaded; counted from"
+    print_result(record, options.json, [
+        f"{what} {model.bytes_counted:,} bytes in {seconds:.1f} s, {model.n_bytes / 1e6:.1f} MB of "
+        "tables",
+        f"{'order':>5} {'bits/byte':>9} {'accuracy':>8}   ({options.split} of {corpus.name})",
+        *(f"{s['order']:5} {s['bits_per_byte']:9.4f} {s['byte_accuracy']:8.4f}" for s in scores)])
+    return 0

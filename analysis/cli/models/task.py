@@ -1,0 +1,133 @@
+"""Run a named system under the rules of the public task, or look at one.
+
+    mambabyte task list
+    mambabyte task run ours --corpus path/to/folder --seeds 3
+    mambabyte task run nano_plus_ngram --corpus path/to/folder --json
+    mambabyte task export ours --out ours.py
+    mambabyte task check ours.py
+
+``run`` trains from scratch, once a seed: training bytes in, 300 seconds at most, energy read from
+the GPU's counter minus a stated idle baseline, then 60,000 characters of the validation and test
+splits. ``export`` writes a submission file of the system for the public harness. ``check`` imports
+such a file as the public harness does, trains it on 485 bytes and says which version of the
+contract it met.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from analysis.cli.console import say
+from analysis.cli.options import parse, pick_device, print_result
+
+
+@dataclass(frozen=True)
+class Options:
+    action: Annotated[Literal["run", "list", "export", "check"], tyro.conf.Positional] = "list"
+    name: Annotated[str, tyro.conf.Positional] = ""
+    """System to run or export, or submission file to check."""
+    corpus: str = "stdlib"
+    """stdlib, wikitext103, a folder with wiki.*.raw, or a text file."""
+    seeds: int = 1
+    """How many runs, with seeds 0, 1, ..."""
+    characters: int = 60_000
+    """How many characters of each split to score."""
+    idle_watts: float = 50.0
+    """Power subtracted from the measured energy; the published figures subtract 50."""
+    contract: Literal["distribution", "character"] = "distribution"
+    """For check: the version of the harness to stand in for, where it is not installed."""
+    out: str = ""
+    """For export: the file to write; standard output if not given."""
+    device: str = "auto"
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(argv: list[str]) -> int:
+    options = parse(Options, argv, "task", __doc__)
+
+    from mambabyte.errors import UserError
+    from mambabyte.task import SYSTEMS, get_system
+
+    if options.action == "list":
+        about = {name: system.about for name, system in SYSTEMS.items()}
+        print_result(about, options.json, [f"{name:24} {text}" for name, text in about.items()])
+        return 0
+    if not options.name:
+        raise UserError("which? give a system to run (see mambabyte task list) or a file to check")
+    if options.action == "export":
+        from mambabyte.config.files import whole_file
+        from mambabyte.harness import submission
+
+        text = submission(options.name)
+        if not options.out:
+            print(text, end="")
+            return 0
+        with whole_file(Path(options.out)) as part:
+            part.write_text(text, encoding="utf-8")
+        print_result({"file": options.out, "system": options.name}, options.json,
+                     [f"{options.out}: the system {options.name}; mambabyte task check "
+                      f"{options.out} runs it as the harness does"])
+        return 0
+    if options.action == "check":
+        from mambabyte.harness import check
+
+        met = check(Path(options.name), contract=options.contract)
+        print_result({"file": options.name, "contract": met}, options.json,
+                     [f"{options.name}: predict() returns a {met}; SMOKE PASS"])
+        return 0
+    for name in ("seeds", "characters"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}: it must be at least 1")
+    if not 0 <= options.idle_watts < math.inf:
+        raise UserError(f"--idle-watts is {options.idle_watts}: it must be a finite number, 0 or "
+                        "more")
+    system = get_system(options.name)
+
+    from mambabyte.config.provenance import provenance
+    from mambabyte.corpus import load_corpus
+    from mambabyte.task import run_task
+
+    device, corpus = pick_device(options.device), load_corpus(options.corpus, say)
+    rows: list[dict[str, Any]] = []
+    interrupted = False
+    try:
+        for seed in range(options.seeds):
+            row = run_task(system, corpus.train, {"valid": corpus.valid, "test": corpus.test},
+                           device=device, seed=seed, idle_watts=options.idle_watts,
+                           characters=options.characters, report=say)
+            rows.append({"system": options.name, "corpus": corpus.name, **row})
+    except KeyboardInterrupt:  # the seeds that ended are results: minutes and kilojoules each
+        if not rows:
+            raise
+        say(f"interrupted; {len(rows)} of {options.seeds} seeds are done")
+        interrupted = True
+    record = {"system": options.name, "corpus": corpus.name, "runs": rows, **provenance()}
+    print_result(record, options.json, [_header(), *map(_line, rows)])
+    return 130 if interrupted else 0
+
+
+def _header() -> str:
+    return (f"{'seed':>4} {'J':>8} {'s':>7} {'valid acc':>9} {'b/byte':>7} {'test acc':>9} "
+            f"{'b/byte':>7} {'params':>10} {'bytes seen':>12} {'peak MiB':>9}")
+
+
+def _line(row: dict[str, Any]) -> str:
+    if row["failure"]:
+        return f"{row['seed']:4} {row['failure']}"
+
+    def cell(key: str, width: int, form: str, scale: float = 1) -> str:
+        value = row.get(key)
+        return f"{'-' if value is None else format(value * scale, form):>{width}}"
+
+    return " ".join([
+        cell("seed", 4, "d"), cell("joules", 8, ".0f"), cell("seconds", 7, ".1f"),
+        cell("valid_accuracy", 9, ".4f"), cell("valid_bits_per_byte", 7, ".4f"),
+        cell("test_accuracy", 9, ".4f"), cell("test_bits_per_byte", 7, ".4f"),
+        cell("n_parameters", 10, ",d"), cell("bytes_seen", 12, ",d"),
+        cell("peak_memory_bytes", 9, ".0f", 2**-20)])

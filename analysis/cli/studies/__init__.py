@@ -1,0 +1,1 @@
+"""Commands on studies: study, sweep, report, bench."""

@@ -1,0 +1,1 @@
+"""Measuring: time, bytes, exponents, the machine's ceilings, statistics."""

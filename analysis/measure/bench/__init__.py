@@ -1,0 +1,1 @@
+"""Benchmarks of whole operators, steps and streams."""

@@ -1,0 +1,247 @@
+"""Training steps of several systems in one run, and where the time of each goes.
+
+Every system takes the same windows; rounds are interleaved, so a slow minute meets all of them.
+The parts are self times by torch's profiler, summed over what an operator's or a kernel's name
+says it belongs to, so that they add up to the step. On CUDA they are the times of kernels, inside
+a captured step too, and what the step takes beyond them is a part of its own: the gaps.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from analysis.measure.timing import release
+from analysis.theory.matching import GPU_WIDTHS, match_patterns
+from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.energy import EnergyMeter
+from mambabyte.errors import UserError
+from mambabyte.model import ByteLM
+from mambabyte.model.block import MambaMixer
+from mambabyte.train import train_step
+from mambabyte.train.captured import FastStep, Windows, prepare, window_starts
+from mambabyte.train.optim import make_optimizer
+
+Way = Literal["eager", "graph", "compile"]
+_STEPS = 1 << 14  # starts drawn for a captured step: more than a benchmark ever takes
+
+# The first pattern that is found in a name of an operator (CPU) or a kernel (CUDA) names its part.
+PARTS: tuple[tuple[str, str], ...] = (
+    ("norms", r"^triton_.*norm"),
+    ("other compiled code", r"^triton_"),
+    ("scan", r"selective_scan|_Scan|(tile|any)_(forward|backward|adjoint|carry|sums)"),
+    ("convolution", r"conv|_Conv"),
+    ("attention", r"scaled_dot_product|sdpa|flash|fmha|efficient_attention|fort_native"),
+    ("matrix products",
+     r"::(mm|addmm|bmm|baddbmm|matmul|linear)$|MmBackward|gemm|nvjet|cutlass|cublas|splitK"),
+    ("optimizer", r"Optimizer|_foreach|_fused_adam|multi_tensor|lerp|addcdiv|addcmul|::sqrt|::div"),
+    ("loss", r"softmax|nll_loss|cross_entropy"),
+    ("norms", r"norm|GammaBeta"),
+    ("embedding's gradient", r"embedding|radix_sort|[Ss]catter"),
+    ("activations", r"silu|gelu|relu|tanh|sigmoid|softplus"),
+    ("copies", r"copy|cat$|contiguous|_to_copy|clone|fill_|zero|Memset|Memcpy|FillFunctor"),
+)
+OTHER, GAPS = "everything else", "between kernels"
+PUBLISHED = "{} by mamba-ssm"  # a system with that project's modules
+
+
+def part_of(name: str) -> str:
+    """The part of a step that an operator or kernel belongs to, by its name.
+
+    What torch.compile fused carries the names of all it was made of; with a norm among them it
+    counts as the norm's.
+    """
+    return next((part for part, pattern in PARTS if re.search(pattern, name)), OTHER)
+
+
+def equal_sized(config: ModelConfig, patterns: tuple[str, ...]) -> dict[str, ModelConfig]:
+    """Each pattern at the parameters of ``config``, whose own pattern comes first.
+
+    Others get what their kernels are fastest at: heads 64 wide where they divide d_model, and an
+    MLP whose width is a GPU's, so that the parameters agree to a percent or so.
+    """
+    heads = config.d_model // 64 if config.d_model % 64 == 0 else config.n_head
+    base = replace(config, n_head=heads, n_kv_head=heads)
+    wanted = tuple(dict.fromkeys((config.layer_pattern, *patterns)))
+    matched = match_patterns(base, wanted, target=config.n_parameters, multiple=GPU_WIDTHS)
+    return {p: m.config for p, m in matched.items()} | {config.layer_pattern: config}
+
+
+class _PublishedMixer(nn.Module):
+    """mamba-ssm's own module in place of ours, with our weights. Training from the first byte."""
+
+    def __init__(self, mixer: MambaMixer, config: ModelConfig) -> None:
+        super().__init__()
+        from mamba_ssm import Mamba
+
+        self.mamba = Mamba(config.d_model, d_state=config.d_state, d_conv=config.d_conv,
+                           expand=config.expand, dt_rank=config.dt_rank_value)
+        self.mamba.load_state_dict(mixer.state_dict())
+
+    @torch.compiler.disable  # its kernels are no operators that torch could trace
+    def forward(self, x: Tensor, state: None) -> tuple[Tensor, None]:
+        return self.mamba(x), state
+
+
+def use_published_mixers(model: ByteLM) -> None:
+    """Swap every SSM mixer of a model for mamba-ssm's module, which runs on GPUs alone."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        raise UserError("mamba_ssm is not installed: leave --peers out, or install it first")
+    for layer in model.layers:
+        if isinstance(layer.mixer, MambaMixer):
+            layer.mixer = _PublishedMixer(layer.mixer, model.config)
+
+
+def bench_steps(
+    configs: dict[str, ModelConfig], recipe: TrainConfig, device: str, way: Way,
+    rounds: int = 7, seconds: float = 0.0, say: Callable[[str], None] = lambda line: None,
+    published: bool = False,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(steps, parts). With ``published`` the first system is also timed with mamba-ssm's modules.
+ ``seconds`` is how long each system runs in all rounds together; 0 is one
+    second on the CPU and one a round on a GPU, whose counter of energy may be a tenth of one old.
+
+    steps: a row a system, with ms (median over rounds and quartiles), bytes/s, gross joules per
+    megabyte (nan where the machine does not count them) and peak memory (nan on the CPU).
+    parts: (system, part, ms, share), largest first. On the CPU the parts are scaled to the clock's
+    total, which takes out what the profiler costs; ``ms`` of a part on CUDA is the kernels' own.
+    """
+    if way != "eager" and not device.startswith("cuda"):
+        raise UserError(f"--way {way} captures CUDA graphs: use eager on {device}")
+    size = recipe.batch_size * recipe.context
+    seconds = seconds or (float(rounds) if device.startswith("cuda") else 1.0)
+    steppers: dict[str, Callable[[], Any]] = {}
+    rows: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
+    changes: dict[str, Callable[[ByteLM], None]] = {}
+    if published:
+        first = next(iter(configs))
+        configs = configs | {PUBLISHED.format(first): configs[first]}
+        changes[PUBLISHED.format(first)] = use_published_mixers
+    for name, config in configs.items():
+        steppers[name], peak = training_step(config, recipe, device, way, changes.get(name))
+        rows.append({"system": name, "parameters": config.n_parameters, "peak_bytes": peak})
+        say(f"{name}: {config.n_parameters:,} parameters, ready")
+    took: dict[str, list[float]] = {name: [] for name in configs}
+    joules = dict.fromkeys(configs, 0.0)
+    counts: dict[str, int] = {}
+    for name, stepper in steppers.items():
+        counts[name] = max(1, round(seconds / rounds / _clock(stepper, 2, device)))
+    for number in range(rounds):
+        for name, stepper in steppers.items():
+            meter = EnergyMeter(device)
+            took[name].append(_clock(stepper, counts[name], device))
+            gross = meter.read().gross_joules
+            joules[name] += float("nan") if gross is None else gross
+        say(f"round {number + 1} of {rounds}")
+    for row in rows:
+        name = row["system"]
+        low, _, high = statistics.quantiles(took[name], n=4)
+        median = statistics.median(took[name])
+        row |= {"ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high,
+                "bytes_per_second": size / median,
+                "joules_per_megabyte": joules[name] / (rounds * counts[name] * size) * 1e6}
+        row["times_first"] = row["ms"] / rows[0]["ms"]
+        parts += _parts(name, steppers[name], device, row["ms"])
+    return pd.DataFrame(rows), pd.DataFrame(parts)
+
+
+def step_values(frame: pd.DataFrame) -> dict[str, tuple[float, str, str]]:
+    """Milliseconds a step and joules per megabyte of every system: name -> (value, unit, about)."""
+    values = {}
+    for row in frame.to_dict("records"):
+        name = row["system"].lower().replace(" ", "_")
+        values[f"ms_{name}"] = (row["ms"], "ms", f"a step of {row['system']}, median")
+        if row["joules_per_megabyte"] == row["joules_per_megabyte"]:  # not nan
+            values[f"joules_{name}"] = (
+                row["joules_per_megabyte"], "J/MB", f"training {row['system']}, gross")
+    return values
+
+
+def training_step(
+    config: ModelConfig, recipe: TrainConfig, device: str, way: Way,
+    change: Callable[[ByteLM], None] | None = None,
+) -> tuple[Callable[[], Any], float]:
+    """A call that takes one step on random bytes, warmed up, and its peak memory in bytes (nan on
+    the CPU). A step that is not eager is captured: it runs on a GPU alone. ``change`` is done to
+    the new model first."""
+    torch.manual_seed(0)
+    cuda = device.startswith("cuda")
+    if cuda:
+        release(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    model = ByteLM(config)
+    if change is not None:
+        change(model)
+    model.to(device).train()
+    recipe = replace(recipe, step=way, n_steps=_STEPS, first_context=0, first_batch_size=0)
+    optimizer = make_optimizer(model, recipe, on_device=way != "eager")
+    text = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8)
+    if way == "eager":
+        tokens = text[: recipe.batch_size * (recipe.context + 1)].long()
+        tokens = tokens.view(recipe.batch_size, -1).to(device)
+
+        def step() -> Any:
+            return train_step(model, optimizer, tokens, recipe, 0)  # reads the loss, so it waits
+    else:
+        if way == "compile":
+            torch._dynamo.reset()  # each system has its own shapes
+        prepare(model, recipe, compiled=way == "compile")
+        windows = Windows(text.to(device), recipe.context)
+        fast = FastStep(model, model.loss, optimizer, windows,
+                        window_starts(len(text), recipe), recipe)
+
+        def step() -> Any:
+            fast(1.0)
+    for _ in range(2 if way == "eager" else 5):
+        step()
+    return step, torch.cuda.max_memory_allocated(device) - before if cuda else float("nan")
+
+
+def _clock(step: Callable[[], Any], count: int, device: str) -> float:
+    """Seconds a step."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(count):
+        step()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - began) / count
+
+
+def _parts(
+    system: str, step: Callable[[], Any], device: str, ms: float, steps: int = 3
+) -> list[dict[str, Any]]:
+    cuda = device.startswith("cuda")
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        _clock(step, steps, device)
+    spent: dict[str, float] = defaultdict(float)
+    for event in profiler.key_averages():
+        if (event.device_type == DeviceType.CPU) == cuda:
+            continue  # on CUDA the host's rows repeat the time of the kernels that they launched
+        micro = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if micro:
+            spent[part_of(event.key)] += micro / 1e3 / steps
+    total = sum(spent.values())
+    if cuda:
+        spent[GAPS] = max(0.0, ms - total)
+    else:
+        spent = {part: value * ms / total for part, value in spent.items()}
+    whole = sum(spent.values())
+    return [{"system": system, "part": part, "ms": value, "share": value / whole}
+            for part, value in sorted(spent.items(), key=lambda item: -item[1])]

@@ -1,0 +1,156 @@
+"""Streaming a model: bytes a second against streams and bytes seen, scoring time, joules.
+
+``run_bench`` takes every way there is on the device: one call of the model a byte through torch,
+the stream that ``mambabyte generate`` and ``eval`` use, and on a GPU the one-launch kernel with
+several streams at once. Bytes are drawn greedily and fed back, so every byte waits for the one
+before, except in scoring, where they are given.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+
+from mambabyte.energy import EnergyMeter
+from mambabyte.errors import UserError
+from mambabyte.evaluate import score, score_streaming
+from mambabyte.model import ByteLM
+from mambabyte.stream import ByteStream, CharModel, advance_of
+from mambabyte.stream.cuda import CudaModel
+
+TORCH, BYTE, DRAW, KERNEL = (
+    "torch, a call a byte", "stream, a byte fed", "stream, bytes drawn", "kernel, bytes drawn")
+COLUMNS = {
+    "way": "what was timed",
+    "streams": "texts that go on at the same time",
+    "seen": "bytes each had seen before",
+    "microseconds": "a byte of every stream, median",
+    "low": "first quartile",
+    "high": "third quartile",
+    "bytes_per_second": "of all streams together",
+    "joules_per_megabyte": "gross, by the machine's own counter",
+}
+VALUES = {  # unit, and what it is
+    "scoring_seconds": ("s", "scoring the text, byte after byte"),
+    "window_seconds": ("s", "scoring the same text in parallel windows"),
+    "different_hits": ("characters", "predicted right by one of the two ways only"),
+    "accuracy": ("", "share of characters predicted right, streaming"),
+    "scored_characters": ("characters", "that the text had, of those asked for"),
+}
+SECONDS = 0.6  # of each case, all its repeats together
+REPEATS = 5
+
+
+def run_bench(
+    model: ByteLM, text: bytes, streams: Sequence[int] = (1, 8, 64, 512),
+    seen: Sequence[int] = (100, 1000, 10_000, 100_000, 1_000_000), characters: int = 60_000,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """Rows with COLUMNS, and VALUES of scoring the first ``characters`` characters of ``text``.
+
+    What a machine does not count is nan. The speed of scoring depends on the model: each place
+    where it thinks of a character of several bytes is asked about again.
+    """
+    if not text:
+        raise UserError("there is no text to stream: give a corpus with a validation split")
+    device = str(model.device)
+    rows = []
+
+    def case(way: str, count: int, before: int, step: Callable[[int], object]) -> None:
+        rows.append({"way": way, "streams": count, "seen": before, **_time(step, count, device)})
+        say(f"{way}, {count} streams, {before} bytes seen: {rows[-1]['microseconds']:.1f} us")
+
+    for count in streams:
+        case(TORCH, count, 1, functools.partial(_by_calls, model, count))
+        advance = advance_of(model)
+        if isinstance(advance, CudaModel):
+            case(KERNEL, count, 1, functools.partial(_by_kernel, advance, count))
+    stream = ByteStream(model)
+    done = 1
+    for before in sorted(seen):
+        while done < before:
+            piece = text[: min(len(text), 1 << 16, before - done)]
+            stream.feed(piece)
+            done += len(piece)
+        case(BYTE, 1, before, functools.partial(_by_feeding, stream))
+        case(DRAW, 1, before, functools.partial(_by_drawing, stream))
+    return pd.DataFrame(rows, columns=list(COLUMNS)), (
+        _scoring(model, text, characters, say) if characters else {})
+
+
+def _scoring(
+    model: ByteLM, text: bytes, characters: int, say: Callable[[str], None]
+) -> dict[str, float]:
+    chars = CharModel(model)
+    ways = {"scoring_seconds": functools.partial(score_streaming, chars),
+            "window_seconds": functools.partial(score, model)}
+    values, hits = {}, []
+    for name, way in ways.items():
+        way(text, min(characters, 2000))  # compiles, fills caches
+        start = time.perf_counter()
+        hits.append(way(text, characters).hits)  # on the CPU: it has waited
+        values[name] = time.perf_counter() - start
+        say(f"{VALUES[name][1]}: {values[name]:.2f} s")
+    values["different_hits"] = float((hits[0] != hits[1]).sum())
+    values["accuracy"] = float(hits[0].mean())
+    values["scored_characters"] = float(len(hits[0]))
+    return values
+
+
+def _time(step: Callable[[int], object], count: int, device: str) -> dict[str, float]:
+    """``step(n)`` advances ``count`` streams by n bytes; repeats of a suitable n are timed."""
+
+    def once(n: int) -> float:
+        start = time.perf_counter()
+        step(n)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    once(2)
+    trial = once(8) / 8
+    n = max(4, round(SECONDS / REPEATS / trial))
+    meter = EnergyMeter(device)
+    samples = [once(n) / n for _ in range(REPEATS)]
+    joules = meter.read().gross_joules
+    low, _, high = statistics.quantiles(samples, n=4)
+    median = statistics.median(samples)
+    return {
+        "microseconds": 1e6 * median, "low": 1e6 * low, "high": 1e6 * high,
+        "bytes_per_second": count / median,
+        "joules_per_megabyte": float("nan") if joules is None
+        else joules / (n * REPEATS * count) * 1e6,
+    }
+
+
+@torch.inference_mode()
+def _by_calls(model: ByteLM, count: int, length: int) -> None:
+    tokens = torch.zeros(count, 1, dtype=torch.long, device=model.device)
+    state: Any = None
+    for _ in range(length):
+        logits, state = model(tokens, state)
+        tokens = logits[:, -1:].argmax(-1)
+
+
+@torch.inference_mode()
+def _by_kernel(model: CudaModel, count: int, length: int) -> None:
+    streamer = model.streamer
+    log_probs = torch.zeros(count, 256, device=streamer.device)
+    streamer.draw(log_probs, streamer.new_state(count), length, temperature=0.0)
+
+
+def _by_feeding(stream: ByteStream, length: int) -> None:
+    stream = stream.fork()
+    for _ in range(length):
+        stream.feed(b"e")
+
+
+def _by_drawing(stream: ByteStream, length: int) -> None:
+    for _ in stream.fork().draw(length, temperature=0):
+        pass

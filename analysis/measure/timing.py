@@ -1,0 +1,341 @@
+"""Timing on a machine that others use too: interleaved rounds, medians, and a guard a point.
+
+Every case is timed once a round, in an order that changes from round to round, so a slow minute
+spreads over all of them instead of bending one curve. What is reported is the median and the
+quartiles over rounds.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from analysis.runs.frames import not_measured
+from mambabyte.energy import EnergyMeter
+from mambabyte.errors import UserError
+
+MEASURED = "measured"
+SAY_SECONDS = 2.0  # between lines of progress
+LONG = 0.2  # seconds: a call in which what memory takes does not show
+GRAPH = "cuda graph"
+CHUNK_SECONDS = 0.01  # between two looks at a counter of energy
+COUNTER_WAIT = 2.0  # seconds: longer than any counter stands still
+
+
+@dataclass
+class Case:
+    """One thing to time. ``make`` builds the inputs (not timed) and returns the timed call.
+
+    Cases of one ``series`` differ in ``length`` alone and are given in rising order; after the
+    guard has stopped a series, its longer cases are skipped.
+    """
+
+    series: tuple[Any, ...]
+    length: int
+    make: Callable[[], Callable[[], object]]
+    labels: dict[str, Any]
+    seconds: list[float] = field(default_factory=list)
+    status: str = MEASURED
+    timed_as: str | None = None
+    joules: float | None = None
+
+
+def measure(
+    cases: Sequence[Case], *, rounds: int, guard_seconds: float, device: str = "cpu",
+    least_seconds: float = 2e-3, report: Callable[[str], None] = lambda line: None,
+    capture: bool = False, energy_seconds: float = 0.0,
+) -> pd.DataFrame:
+    """Time every case; one row each with labels, length, ms (median), quartiles, joules a call, how
+    it was timed (``captured``'s word, None without ``capture``) and status.
+
+    Two calls come first. They warm up and feed the guard: when the next case of the series is
+    predicted to take more than ``guard_seconds`` a call (in proportion to the length), the series
+    ends there. With ``capture`` a call on a GPU is timed as one captured graph where it can be
+    (see ``captured``), which leaves the host's part out; the guard goes by what it takes without.
+    A call shorter than ``least_seconds`` is repeated inside one timing. Out of memory ends a
+    series too. In the last round each case runs for ``energy_seconds`` more beside the machine's
+    counter of energy (see ``joules_of``). ``ms`` and ``joules`` are None for what was not measured.
+    """
+    if rounds < 1:
+        raise UserError(f"rounds is {rounds}: it must be at least 1")
+    history: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
+    stopped: dict[tuple[Any, ...], str] = {}
+    inner: dict[int, int] = {}
+    first: dict[int, float] = {}  # seconds of a first call
+    said = time.perf_counter()
+    for i, case in enumerate(cases):
+        if time.perf_counter() - said > SAY_SECONDS:
+            said = time.perf_counter()
+            report(f"trying {i + 1} of {len(cases)} points: {' '.join(map(str, case.series))}, "
+                   f"length {case.length}")
+        if case.series in stopped:
+            case.status = stopped[case.series]
+            continue
+        past = history.setdefault(case.series, [])
+        if (predicted := _predict(past, case.length)) > guard_seconds:
+            case.status = stopped[case.series] = (
+                f"skipped: about {predicted:.1f} s a call, the guard is {guard_seconds:g} s")
+            continue
+        try:
+            call = case.make()
+            took = _time(call, 1, device)  # compiles, fills caches
+            if took < guard_seconds or took > 4 * predicted:
+                took = min(took, _time(call, 1, device))
+            past.append((case.length, took))
+            plain = call
+            if capture:
+                call, case.timed_as = captured(plain, device)
+            if call is not plain:
+                took = min(_time(call, 1, device), _time(call, 1, device))
+        except (torch.OutOfMemoryError, MemoryError):
+            case.status = stopped[case.series] = "out of memory"
+            continue
+        finally:
+            call = plain = None  # type: ignore[assignment]
+            _make_room(device)
+        first[i], inner[i] = took, max(1, min(50, int(least_seconds / max(took, 1e-7))))
+    rng = np.random.default_rng(0)
+    alive = [i for i, case in enumerate(cases) if case.status == MEASURED]
+    metered = energy_seconds > 0 and EnergyMeter(device).read().joules is not None
+    for number in range(rounds):
+        for done, i in enumerate(rng.permutation(alive)):
+            if time.perf_counter() - said > SAY_SECONDS:
+                said = time.perf_counter()
+                report(f"round {number + 1} of {rounds}: {done} of {len(alive)} points")
+            call, graph = cases[i].make(), False
+            if capture:
+                call, how = captured(call, device)
+                graph = how == GRAPH
+            # Memory is taken outside the clock, where taking it would show; a graph has its own.
+            if not graph and (inner[i] > 1 or (device != "cpu" and first[i] < LONG)):
+                call()
+            cases[i].seconds.append(_time(call, inner[i], device))
+            if metered and number == rounds - 1:
+                cases[i].joules = joules_of(call, energy_seconds, device)
+            call = None  # type: ignore[assignment]
+            _make_room(device)
+        report(f"round {number + 1} of {rounds}: {len(alive)} points")
+    return pd.DataFrame([_row(case) for case in cases])
+
+
+def joules_of(call: Callable[[], object], seconds: float, device: str) -> float | None:
+    """Gross joules of one call; None without a counter, or with one that stands still.
+
+    A counter may move only ten times a second, so calls are counted from one of its moves to
+    another, at least ``seconds`` later. The device does nothing else in between.
+    """
+    meter = EnergyMeter(device)
+    before = meter.read().gross_joules
+    if before is None:
+        return None
+    chunk = max(1, int(CHUNK_SECONDS / max(_time(call, 1, device), 1e-7)))
+    calls, first = 0, None
+    began = time.perf_counter()
+    while True:
+        _time(call, chunk, device)
+        calls += chunk
+        now, spent = meter.read().gross_joules, time.perf_counter() - began
+        if now is not None and now != before:
+            if first is None:
+                first, began = (now, calls), time.perf_counter()
+            elif spent >= seconds:
+                return (now - first[0]) / (calls - first[1])
+            before = now
+        elif spent > seconds + COUNTER_WAIT:
+            return None
+
+
+def captured(
+    call: Callable[[], object], device: str | torch.device
+) -> tuple[Callable[[], object], str]:
+    """What to time for ``call``, and how it is run: "cuda graph" (one launch for all of it, so that
+    the host costs nothing), "eager" where it cannot be captured, "wall clock" on a CPU."""
+    if torch.device(device).type != "cuda":
+        return call, "wall clock"
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            kept = call()  # the graph writes to it
+    except RuntimeError:  # something in it cannot be captured: time it as it is
+        torch.cuda.synchronize(device)
+        return call, "eager"
+
+    def replay(_kept: object = kept) -> None:
+        graph.replay()
+
+    return replay, GRAPH
+
+
+def _row(case: Case) -> dict[str, Any]:
+    low, median, high = (
+        np.quantile(case.seconds, [0.25, 0.5, 0.75]) * 1e3 if case.seconds else [None] * 3
+    )
+    return {**case.labels, "length": case.length, "ms": median, "ms_lower_quartile": low,
+            "ms_upper_quartile": high, "rounds": len(case.seconds), "timed_as": case.timed_as,
+            "joules": case.joules, "status": case.status}
+
+
+def _predict(past: list[tuple[int, float]], length: int) -> float:
+    """Seconds of a call at the next length if it grows in proportion; 0 before the first."""
+    if not past:
+        return 0.0
+    last_length, last = past[-1]
+    return last * length / max(last_length, 1)
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def _make_room(device: str) -> None:
+    """Give memory back where much of it is taken: doing so after every call took most of the time
+    of a study of hundreds of points."""
+    if device.startswith("cuda") and torch.cuda.memory_reserved(device) > (
+            torch.cuda.get_device_properties(device).total_memory // 4):
+        release(device)
+
+
+def release(device: str) -> None:
+    """Give cached memory of a GPU back."""
+    if device.startswith("cuda"):
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _time(call: Callable[[], object], inner: int, device: str) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    for _ in range(inner):
+        call()
+    _wait(device)
+    return (time.perf_counter() - began) / inner
+
+
+# --------------------------------------------------------------------------------- exponents
+
+
+@dataclass(frozen=True)
+class Exponent:
+    """Slope of log(cost) over log(length) with a 95 % interval (Student's t), None without one."""
+
+    exponent: float | None
+    low: float | None
+    high: float | None
+    points: int
+    first_length: int | None
+    last_length: int | None
+
+    @property
+    def reading(self) -> str:
+        """What the interval says of a cost's growth; "undecided" where it is wider than 1."""
+        if self.low is None or self.high is None or self.high - self.low > 1:
+            return "undecided"
+        if self.low > 1:
+            return "faster than linear"
+        return "slower than linear" if self.high < 1 else "linear"
+
+
+def fit_exponent(lengths: Sequence[float], costs: Sequence[float], level: float = 0.95) -> Exponent:
+    """Least squares of log cost on log length; the interval needs three points or more.
+
+    The residuals are taken as independent with one spread, which timings are only roughly; the
+    interval also holds the curvature of an overhead that has not died out.
+    """
+    x, y = np.asarray(lengths, float), np.asarray(costs, float)
+    if len(x) != len(y):
+        raise UserError(f"{len(x)} lengths and {len(y)} costs do not pair up")
+    if len(x) < 2:
+        return Exponent(None, None, None, len(x), None, None)
+    if (x <= 0).any() or (y <= 0).any():
+        raise UserError("an exponent is fitted to positive lengths and costs")
+    x_log, y_log = np.log(x), np.log(y)
+    fit = stats.linregress(x_log, y_log)
+    low = high = None
+    if len(x) > 2:
+        half = float(stats.t.ppf((1 + level) / 2, len(x) - 2) * fit.stderr)
+        low, high = float(fit.slope) - half, float(fit.slope) + half
+    return Exponent(float(fit.slope), low, high, len(x), int(x.min()), int(x.max()))
+
+
+def exponent_table(
+    frame: pd.DataFrame, by: Sequence[str], cost: str = "ms", longest: int = 4
+) -> pd.DataFrame:
+    """An exponent a group, fitted to its ``longest`` lengths: shorter ones are mostly overhead."""
+    rows = []
+    for key, group in frame[frame[cost].notna()].groupby(list(by), sort=False):
+        tail = group.sort_values("length").tail(longest)
+        fit = fit_exponent(tail["length"].tolist(), tail[cost].astype(float).tolist())
+        rows.append({**dict(zip(by, key, strict=True)), **vars(fit), "reading": fit.reading})
+    return not_measured(pd.DataFrame(rows))
+
+
+def crossover(
+    lengths: Sequence[float], first: Sequence[float], second: Sequence[float]
+) -> float | None:
+    """The length from which ``first`` stays the cheaper, linear in logs between measured points.
+
+    None when ``first`` is not the cheaper at the longest length; the shortest length when it is
+    the cheaper throughout.
+    """
+    ratio = np.log(np.asarray(first, float) / np.asarray(second, float))
+    x = np.log(np.asarray(lengths, float))
+    if not len(x) or ratio[-1] > 0:
+        return None
+    dearer = np.flatnonzero(ratio > 0)
+    if not len(dearer):
+        return float(np.exp(x[0]))
+    i = dearer[-1]
+    share = ratio[i] / (ratio[i] - ratio[i + 1])
+    return float(np.exp(x[i] + share * (x[i + 1] - x[i])))
+
+
+# ------------------------------------------------------------------------------- allocations
+
+
+class AllocationCounter(TorchDispatchMode):
+    """Counts, by operator, the calls and the bytes of every tensor that an operator makes anew.
+
+    A view makes nothing. The count is exact and the same on every machine; workspace inside an
+    operator is not seen. Backward passes run under the mode that is active when they start.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        name = str(func.overloadpacket)
+        self.calls[name] += 1
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and _storage(tensor) not in given:
+                self.bytes[name] += tensor.untyped_storage().nbytes()
+        return result
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,1 @@
+"""HTML of the report's parts: text, markdown, tables, figures."""

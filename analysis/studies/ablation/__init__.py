@@ -1,0 +1,1 @@
+"""Study: SSM, attention and hybrids at equal size and cost."""

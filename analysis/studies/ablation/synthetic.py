@@ -1,0 +1,150 @@
+"""Synthetic tasks that ask one thing of a sequence mixer: recall by key, and copying.
+
+Tokens are small integers, not text. Every sample is drawn anew from (seed, step), so there is no
+training set to memorise and accuracy is accuracy on unseen data. The loss and the accuracy count
+the answer positions alone; chance is stated beside every accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.errors import UserError
+from mambabyte.model import ByteLM
+from mambabyte.train.optim import learning_rate, make_optimizer
+
+IGNORE = -100  # positions that neither loss nor accuracy counts
+
+
+@dataclass(frozen=True)
+class Task:
+    """A generator of (inputs, targets) batches and what they ask."""
+
+    name: str
+    about: str
+    size: int  # pairs to recall, or symbols to copy
+    symbols: int
+    vocab_size: int
+    length: int  # inputs per sample
+    draw: Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of a guess that knows which symbols are possible and nothing else."""
+        return 1 / self.symbols
+
+    def batch(self, size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each (size, length) int64; targets are IGNORE but at answers."""
+        inputs, targets = self.draw(np.random.default_rng([seed, step]), size)
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def recall_task(pairs: int, symbols: int = 16) -> Task:
+    """Associative recall with many queries: ``pairs`` key-value pairs, then every key again.
+
+    A sample reads ``k v k v ... k v  k ? k ? ...`` with distinct keys and the queries in another
+    random order; the answer to a key is the value it came with, and is given after each query,
+    so a sample is 4 * pairs tokens. Keys and values are disjoint sets of ``symbols`` tokens each.
+    """
+    if not 1 <= pairs <= symbols:
+        raise UserError(f"recall of {pairs} pairs needs 1 to {symbols} pairs: keys are distinct")
+
+    def draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+        keys = rng.permuted(np.tile(np.arange(symbols), (size, 1)), axis=1)[:, :pairs]
+        values = rng.integers(symbols, 2 * symbols, (size, pairs))
+        order = rng.permuted(np.tile(np.arange(pairs), (size, 1)), axis=1)
+        rows = np.arange(size)[:, None]
+        shown = np.stack([keys, values], -1).reshape(size, -1)
+        asked = np.stack([keys[rows, order], values[rows, order]], -1).reshape(size, -1)
+        inputs = np.concatenate([shown, asked], 1)
+        targets = np.full_like(inputs, IGNORE)
+        targets[:, 2 * pairs :: 2] = values[rows, order]  # read off at the query key
+        return inputs, targets
+
+    return Task("recall", f"{pairs} key-value pairs, each asked for once", pairs, symbols,
+                2 * symbols, 4 * pairs, draw)
+
+
+def copy_task(size: int, symbols: int = 16) -> Task:
+    """Copying: ``size`` random symbols, a separator, then the same symbols in the same order."""
+    if size < 1:
+        raise UserError(f"a copy of {size} symbols: it must be at least 1")
+
+    def draw(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        text = rng.integers(0, symbols, (batch, size))
+        separator = np.full((batch, 1), symbols)
+        inputs = np.concatenate([text, separator, text[:, :-1]], 1)
+        targets = np.full_like(inputs, IGNORE)
+        targets[:, size:] = text
+        return inputs, targets
+
+    return Task("copy", f"{size} symbols repeated after a separator", size, symbols,
+                symbols + 1, 2 * size, draw)
+
+
+TASKS: dict[str, Callable[[int, int], Task]] = {"recall": recall_task, "copy": copy_task}
+
+
+def make_task(name: str, size: int, symbols: int = 16) -> Task:
+    if name not in TASKS:
+        raise UserError(f"task {name!r} is unknown: choose one of {', '.join(TASKS)}")
+    return TASKS[name](size, symbols)
+
+
+def parse_task(text: str, symbols: int = 16) -> Task:
+    """The task written as its kind and size, such as ``recall 4`` or ``copy 16``."""
+    kind, _, size = text.partition(" ")
+    if not size.isdigit():
+        raise UserError(f"task {text!r}: write a kind and a size, such as 'recall 4' or 'copy 16'")
+    return make_task(kind, int(size), symbols)
+
+
+@torch.no_grad()
+def accuracy(model: ByteLM, task: Task, samples: int, seed: int) -> float:
+    """Share of answers whose most probable symbol is right, on samples never trained on."""
+    device = model.embedding.weight.device
+    inputs, targets = task.batch(samples, seed, 2**31)  # a step that no training reaches
+    logits, _ = model(inputs.to(device))
+    asked = targets != IGNORE
+    return float((logits.argmax(-1).cpu() == targets)[asked].double().mean())
+
+
+def learn_task(
+    config: ModelConfig, task: Task, *, steps: int, batch: int = 32, lr: float = 3e-3,
+    seed: int = 0, device: str = "cpu", samples: int = 256, check_every: int = 0,
+) -> list[tuple[int, float]]:
+    """Train a model of ``config`` on ``task``; returns (step, accuracy) pairs, the last at the end.
+
+    The head sees the task's own vocabulary, and attention looks back over the whole sample.
+    Training stops early once an accuracy of 0.999 has been measured.
+    """
+    config = replace(config, vocab_size=task.vocab_size,
+                     attention_window=max(config.attention_window, task.length))
+    torch.manual_seed(seed)
+    model = ByteLM(config).to(device)
+    recipe = TrainConfig(lr=lr, n_steps=steps, weight_decay=0.0, context=task.length)
+    optimizer = make_optimizer(model, recipe)
+    curve: list[tuple[int, float]] = []
+    for step in range(steps):
+        inputs, targets = (t.to(device) for t in task.batch(batch, seed, step))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe)
+        optimizer.zero_grad(set_to_none=True)
+        logits, _ = model(inputs)
+        F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
+                        ignore_index=IGNORE).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        last = step + 1 == steps
+        if last or (check_every and (step + 1) % check_every == 0):
+            curve.append((step + 1, accuracy(model, task, samples, seed)))
+            if curve[-1][1] >= 0.999:
+                break
+    return curve

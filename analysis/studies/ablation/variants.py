@@ -1,0 +1,267 @@
+"""What the second document's code does that a reader would not expect, one choice at a time.
+
+The published script (github.com/openai/parameter-golf, commit 0c09a7b, record folder
+2026-03-31_MambaSSMHybrid) was read for these; none of its text is here. Starting from a hybrid
+with the choices of the Mamba paper, each variant changes one thing:
+
+- the step size comes from a full d_inner x d_inner projection, not from a rank-R one;
+- its bias and weight keep torch's default initialisation, so dt starts near softplus(0) = 0.69
+  where the paper draws it from [0.001, 0.1]: 7 to 690 times larger, and the slowest state
+  (A = -1) halves in ln 2 / 0.69 = 1.0 bytes instead of 7 to 690;
+- output projections start at zero, so every block starts as the identity;
+- the tied embedding starts at std 0.005 (0.02 in the first document) and trains at 0.05;
+- matrices train by Muon at 0.04; A_log is two-dimensional, so the script's rule "2-D goes to
+  Muon" catches it, although it holds decay rates and is no linear map;
+- the convolution's taps are three-dimensional, so the script's two rules (2-D: Muon; below 2-D:
+  Adam) both miss them: they are in no optimizer and stay as initialised;
+- the weights of dt, B and C, the embedding, the taps and A_log are stored in bfloat16, because
+  the script casts the model and then restores only its CastedLinear class and 1-D parameters;
+- the state is allocated in the activations' dtype. ``published_state_dtypes`` shows what becomes
+  of that.
+
+U-Net skips, residual mixing with the embedding and per-channel block scales of the script are
+not modelled here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from analysis.measure.exponents import ssm_layers, step_sizes
+from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.errors import UserError
+from mambabyte.model import ByteLM
+from mambabyte.model.block import MambaMixer, MambaState
+from mambabyte.ops.scan.recurrent import selective_scan_step
+from mambabyte.train import autocast
+from mambabyte.train.optim import decays
+
+PUBLISHED_MATRIX_LR = 0.04  # Muon
+PUBLISHED_EMBED_LR = 0.05
+PUBLISHED_EMBED_STD = 0.005
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One change to the baseline: of the model's configuration, its storage or its optimizer."""
+
+    about: str
+    model: dict[str, Any] = field(default_factory=dict)
+    embed_lr: float = 0.0  # 0: as all others
+    muon: bool = False  # 2-D parameters of the blocks, A_log left out
+    muon_a_log: bool = False
+    frozen_taps: bool = False
+    bf16_weights: bool = False
+    bf16_state: bool = False
+
+
+VARIANTS: dict[str, Variant] = {
+    "field": Variant("the Mamba paper's choices throughout, AdamW"),
+    "dt full rank": Variant("dt from a d_inner x d_inner projection", {"dt_rank": "full"}),
+    "dt torch init": Variant("dt starts near 0.69, not in [0.001, 0.1]", {"dt_init": "linear"}),
+    "zero out_proj": Variant("output projections start at zero", {"zero_init_out": True}),
+    "embedding std": Variant("tied embedding starts at std 0.005",
+                             {"embed_std": PUBLISHED_EMBED_STD}),
+    "embedding rate": Variant("tied embedding trains at 0.05", embed_lr=PUBLISHED_EMBED_LR),
+    "Muon": Variant("matrices by Muon at 0.04, A_log by AdamW", muon=True),
+    "Muon with A_log": Variant("matrices and A_log by Muon", muon=True, muon_a_log=True),
+    "frozen taps": Variant("convolution taps in no optimizer", frozen_taps=True),
+    "bf16 weights": Variant("dt, B, C, taps, embedding and A_log stored in bfloat16",
+                            bf16_weights=True),
+    "bf16 state": Variant("the state rounded to bfloat16 at every step", bf16_state=True),
+    "published": Variant(
+        "all of the script's choices (its state is float32 after one step)",
+        {"dt_rank": "full", "dt_init": "linear", "zero_init_out": True,
+         "embed_std": PUBLISHED_EMBED_STD},
+        embed_lr=PUBLISHED_EMBED_LR, muon=True, muon_a_log=True, frozen_taps=True,
+        bf16_weights=True),
+}
+
+
+def get_variant(name: str) -> Variant:
+    if name not in VARIANTS:
+        raise UserError(f"variant {name!r} is unknown: choose one of {', '.join(VARIANTS)}")
+    return VARIANTS[name]
+
+
+class _RoundedStateMixer(MambaMixer):
+    """A Mamba mixer whose state is rounded to bfloat16 after every step (a Python loop)."""
+
+    def forward(self, x: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
+        u, delta, B, C, z, tail = self.scan_inputs(x, None if state is None else state.tail)
+        A = -torch.exp(self.A_log.float())
+        dt = nn.functional.softplus(delta.float() + self.dt_proj.bias.float())
+        h = u.new_zeros(u.shape[0], *A.shape) if state is None else state.ssm
+        ys = []
+        for u_t, dt_t, B_t, C_t in zip(
+            u.float().unbind(1), dt.unbind(1), B.float().unbind(1), C.float().unbind(1),
+            strict=True,
+        ):
+            y_t, h = selective_scan_step(u_t, dt_t, A, B_t, C_t, h)
+            h = h.bfloat16().float()
+            ys.append(y_t)
+        y = torch.stack(ys, 1) + self.D.float() * u
+        return self.out_proj((y * nn.functional.silu(z)).to(u.dtype)), MambaState(tail, h)
+
+
+BF16_STORED = ("embedding.weight", "dt_proj.weight", "x_proj.weight", "conv1d.weight", "A_log")
+
+
+def build(base: ModelConfig, variant: Variant, seed: int, device: str = "cpu") -> ByteLM:
+    """A model of ``base`` with the variant's change, from the same random numbers for a seed."""
+    torch.manual_seed(seed)
+    model = ByteLM(replace(base, **variant.model))
+    if variant.bf16_state:
+        for mixer in ssm_layers(model):
+            mixer.__class__ = _RoundedStateMixer
+    if variant.bf16_weights:
+        round_weights(model)
+    return model.to(device)
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module) -> None:
+    """Round what the script stores in bfloat16; called after every step, it is that storage.
+
+    (Its arithmetic in those weights is bfloat16 too, under autocast; here it stays float32, so
+    this shows the cost of storage alone.)
+    """
+    for name, p in model.named_parameters():
+        if name.endswith(BF16_STORED):
+            p.copy_(p.bfloat16())
+
+
+def make_optimizers(
+    model: ByteLM, variant: Variant, recipe: TrainConfig
+) -> list[torch.optim.Optimizer]:
+    """AdamW as in mambabyte.train.optim, or Muon for block matrices and AdamW for the rest.
+
+    Each group carries its own peak rate as "peak". Muon is torch's, with the script's momentum
+    0.95 and its scale max(1, rows / columns)^0.5.
+    """
+    embedding, muon, rest = [], [], []
+    for name, p in model.named_parameters():
+        if name.endswith("conv1d.weight") and variant.frozen_taps:
+            continue
+        in_block = name.startswith("layers.") and p.ndim == 2
+        if name == "embedding.weight" and variant.embed_lr:
+            embedding.append(p)
+        elif variant.muon and in_block and (variant.muon_a_log or not name.endswith("A_log")):
+            muon.append(p)
+        else:
+            rest.append((name, p))
+    groups: list[dict[str, Any]] = [
+        {"params": [p for n, p in rest if decays(n, p)], "weight_decay": recipe.weight_decay},
+        {"params": [p for n, p in rest if not decays(n, p)], "weight_decay": 0.0},
+    ]
+    for group in groups:
+        group["peak"] = recipe.lr
+    if embedding:
+        groups.append({"params": embedding, "weight_decay": 0.0, "peak": variant.embed_lr})
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=recipe.betas)
+    ]
+    if muon:
+        optimizers.append(torch.optim.Muon(
+            [{"params": muon, "peak": PUBLISHED_MATRIX_LR}], lr=PUBLISHED_MATRIX_LR,
+            weight_decay=0.0, momentum=0.95, adjust_lr_fn="original"))
+    return optimizers
+
+
+def train_variant(
+    model: ByteLM, optimizers: list[torch.optim.Optimizer], variant: Variant,
+    recipe: TrainConfig, batches: Iterable[Tensor], multiplier: Callable[[int], float],
+) -> list[float]:
+    """Train on ``batches`` of (batch, context + 1); returns the loss of every step in nats.
+
+    ``multiplier(step)`` scales every group's peak rate. A loss that is not finite ends the run:
+    the rest is nan, a diverged variant is a result here.
+    """
+    losses: list[float] = []
+    for step, tokens in enumerate(batches):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * multiplier(step)
+            optimizer.zero_grad(set_to_none=True)
+        with autocast(tokens.device, recipe.precision):
+            loss = model.loss(tokens)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            break
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip or math.inf)
+        for optimizer in optimizers:
+            optimizer.step()
+        if variant.bf16_weights:
+            round_weights(model)
+    return losses
+
+
+def memory_half_life(model: ByteLM, tokens: Tensor) -> float:
+    """Bytes until the slowest state of a channel has decayed to half, the median over channels.
+
+    The decay of state n is exp(dt A_n) a byte, so the half-life is ln 2 / (dt |A|); dt is averaged
+    over ``tokens`` (B, L) for every channel of every SSM layer, and |A| is its smallest.
+    """
+    lives: list[Tensor] = []
+    for mixer, dt in zip(ssm_layers(model), step_sizes(model, tokens), strict=True):
+        slowest = mixer.A_log.detach().float().exp().amin(-1)  # |A|, (D,)
+        lives.append(math.log(2) / (dt.mean((0, 1)) * slowest))
+    return float(torch.cat(lives).median()) if lives else float("nan")
+
+
+def published_state_dtypes(steps: int = 2) -> pd.DataFrame:
+    """The dtype of the script's state before and after each step, by the same promotions.
+
+    The state starts in the activations' dtype (bfloat16), the decay comes from float32 ``A``, and
+    bfloat16 times float32 is float32: from the first step on the state is float32, so what looks
+    like a bfloat16 recurrence is not one.
+    """
+    activations = torch.ones(1, dtype=torch.bfloat16)
+    A = -torch.exp(torch.zeros(1, dtype=torch.bfloat16).float())
+    h = torch.zeros(1, dtype=activations.dtype)
+    rows = [{"after_step": 0, "decay": "", "state": str(h.dtype).removeprefix("torch.")}]
+    for step in range(1, steps + 1):
+        decay = torch.exp(A * activations)
+        h = decay * h + activations * activations
+        rows.append({"after_step": step, "decay": str(decay.dtype).removeprefix("torch."),
+                     "state": str(h.dtype).removeprefix("torch.")})
+    return pd.DataFrame(rows)
+
+
+def warmdown_multiplier(
+    step: int, elapsed_seconds: float, *, iterations: int, cap_seconds: float,
+    warmdown: int = 1200,
+) -> float:
+    """Learning-rate factor of the script's schedule before step ``step`` (from 0).
+
+    The last ``warmdown`` steps fall linearly to zero; with a wall-clock cap the steps that are
+    left are those that fit into it at the mean pace so far. A run of fewer steps than
+    ``warmdown`` is all warm-down: it never reaches its rate. Before the first step no pace is
+    known, so under a cap that step alone has factor 1.
+    """
+    if not cap_seconds:
+        start = max(iterations - warmdown, 0)
+        return max((iterations - step) / warmdown, 0.0) if step >= start else 1.0
+    needed = warmdown * elapsed_seconds / max(step, 1)
+    left = max(cap_seconds - elapsed_seconds, 0.0)
+    return left / max(needed, 1e-9) if left <= needed else 1.0
+
+
+def effective_steps(
+    step_seconds: float, *, iterations: int, cap_seconds: float = 0.0, warmdown: int = 1200
+) -> tuple[int, float]:
+    """Steps taken at a constant pace, and the sum of their learning-rate factors."""
+    total, step = 0.0, 0
+    while step < iterations and (not cap_seconds or step * step_seconds < cap_seconds):
+        total += warmdown_multiplier(step, step * step_seconds, iterations=iterations,
+                                     cap_seconds=cap_seconds, warmdown=warmdown)
+        step += 1
+    return step, total

@@ -1,0 +1,1 @@
+"""Study: which statements of the two documents hold."""

@@ -1,0 +1,214 @@
+"""What other studies have recorded: run folders of this machine and records of others.
+
+Only the files are read. A run whose sources have changed since is not evidence; which run speaks
+for a study follows the report's rule: full before quick, then the newest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.runs.folders import ROOT, RUNS, Figure, Run, Table, Value, list_runs
+from analysis.studies import STUDIES
+from analysis.studies.task.record import COLUMNS
+from mambabyte.errors import UserError
+
+MEASUREMENTS = ROOT / "data" / "measurements"
+PROFILES = ("full", "quick")
+_TASK_WORDS = {column: key for column, (key, factor) in COLUMNS.items() if factor == 1}
+_WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A number or a table and where it comes from."""
+
+    what: Any
+    name: str  # the run's identity or the record's name
+    machine: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # of that run
+
+    @property
+    def text(self) -> str:
+        return f"{self.name} ({self.machine})" if self.machine else self.name
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Runs that are done and up to date, and records of other machines."""
+
+    runs: tuple[Run, ...] = ()
+    records: tuple[Run, ...] = ()
+    stale: tuple[str, ...] = field(default=())  # studies whose only runs are out of date
+
+    def value(
+        self, study: str, *names: str, accelerator: bool = False,
+        like: Mapping[str, Any] | None = None, most: str = "",
+    ) -> Source | None:
+        """The first of ``names`` that a run of ``study`` has measured; ``like`` are parameters that
+        the run must have had, ``most`` the parameter by which the largest run speaks first."""
+        for run in self._of(study, accelerator, like, most):
+            for name in names:
+                found = run.values.get(name)
+                if found is not None and found.value is not None:
+                    return _source(found.value, run)
+        return None
+
+    def each(
+        self, study: str, *names: str, accelerator: bool = False,
+        like: Mapping[str, Any] | None = None,
+    ) -> list[Source]:
+        """Every run of ``study`` that has measured all of ``names``: its values by name."""
+        found = []
+        for run in self._of(study, accelerator, like):
+            values = {n: v.value for n in names
+                      if (v := run.values.get(n)) is not None and v.value is not None}
+            if len(values) == len(names):
+                found.append(_source(values, run))
+        return found
+
+    def table(
+        self, study: str, name: str, accelerator: bool = False,
+        like: Mapping[str, Any] | None = None, most: str = "",
+    ) -> Source | None:
+        """A table of a run of ``study``, or the table behind a figure; chosen as a value is."""
+        for run in self._of(study, accelerator, like, most):
+            if name in run.tables:
+                return _source(run.tables[name].frame, run)
+            if name in run.figures:
+                return _source(run.figures[name].data, run)
+        return None
+
+    def parameter(self, study: str, name: str) -> Source | None:
+        """A parameter that a run of ``study`` had, as far as it was given."""
+        for run in self._of(study, False):
+            if run.parameters.get(name) is not None:
+                return _source(run.parameters[name], run)
+        return None
+
+    def task(self, system: str) -> Source | None:
+        """Rows of whole runs of ``system`` under the public task's rules, one a seed, in the words
+        of ``mambabyte task``. A run that a fault of the program ended says nothing of the system.
+        """
+        return next((found for run in self.records if (found := _task_of(run, system))), None)
+
+    def tasks(self, *systems: str) -> list[Source] | None:
+        """The same of several systems: from one record where one has them all."""
+        for found in [[_task_of(run, s) for s in systems] for run in self.records] + [
+                [self.task(s) for s in systems]]:
+            whole = [source for source in found if source is not None]
+            if len(whole) == len(systems):
+                return whole
+        return None
+
+    def _of(
+        self, study: str, accelerator: bool, like: Mapping[str, Any] | None = None, most: str = "",
+    ) -> list[Run]:
+        mine = [r for r in (*self.runs, *self.records) if r.study == study
+                and all(r.parameters.get(key) == value for key, value in (like or {}).items())]
+        if most:  # a stable sort: of two equal runs the one that the report's rule prefers
+            mine.sort(key=lambda run: -float(run.parameters.get(most) or 0))
+        return [r for r in mine if _on_accelerator(r)] if accelerator else mine
+
+
+def _task_of(run: Run, system: str) -> Source | None:
+    for table in run.tables.values():
+        frame = table.frame.rename(columns=_TASK_WORDS)
+        if not {"system", "seconds", "joules"} <= set(frame.columns):
+            continue
+        if run.study == "task" and "runs" in run.tables and table.name != "runs":
+            continue  # means over seeds
+        rows = frame[frame["system"] == system]
+        if "failure" in rows:
+            rows = rows[~rows["failure"].fillna("").astype(str).str.startswith("crashed")]
+        if len(rows):
+            return _source(rows, run)
+    return None
+
+
+def gather(runs_root: Path | str = "", measurements: Path | str = MEASUREMENTS) -> Evidence:
+    """Reads the runs under ``runs_root`` ("" is the project's folder) and all records."""
+    done = [r for r in list_runs(runs_root or RUNS)
+            if r.status == "done" and r.study != "claims"]
+    current = {name: study.sources_digest() for name, study in STUDIES.items()
+               if name in {r.study for r in done}}
+    fresh = [r for r in done if not r.sources or current.get(r.study, r.sources) == r.sources]
+    fresh.sort(key=lambda r: str(r.provenance.get("date", "")), reverse=True)
+    fresh.sort(key=lambda r: PROFILES.index(r.profile) if r.profile in PROFILES else len(PROFILES))
+    stale = {r.study for r in done} - {r.study for r in fresh}
+    records = sorted(load_records(measurements), key=lambda r: str(r.provenance.get("date", "")),
+                     reverse=True)
+    return Evidence(tuple(fresh), tuple(records), tuple(sorted(stale)))
+
+
+def load_records(folder: Path | str) -> list[Run]:
+    """Records of ``folder`` as runs; a file of another shape is passed over."""
+    records = []
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path.name} cannot be read: {error}") from None
+        if isinstance(data, dict) and isinstance(data.get("study"), str):
+            records.append(_record(path, data))
+        for part in data if isinstance(data, list) else [data]:  # what ``mambabyte task`` prints
+            if isinstance(part, dict) and isinstance(part.get("runs"), list) and "system" in part:
+                records.append(_record(path, {**part, "study": "task", "tables": {
+                    "runs": part["runs"]}}))
+    return records
+
+
+def _record(path: Path, data: Mapping[str, Any]) -> Run:
+    tables = data.get("tables", [])
+    if isinstance(tables, dict):  # name -> list of rows
+        frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
+    else:
+        frames = {t["name"]: _rows(t) for t in tables}
+    return Run(
+        folder=path, study=data["study"], parameters=dict(data.get("parameters", {})),
+        values={n: Value(_decode(v["value"]), v.get("unit", ""), v.get("about", ""))
+                for n, v in data.get("values", {}).items()},
+        tables={n: Table(n, "", frame) for n, frame in frames.items()},
+        figures={f["name"]: Figure(f["name"], "", "", "", "", _rows(f))
+                 for f in data.get("figures", [])},
+        provenance=dict(data.get("provenance", data)), run_id=path.stem)
+
+
+def _rows(table: Mapping[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame([[_decode(v) for v in row] for row in table["rows"]],
+                        columns=table["columns"])
+
+
+def _decode(value: Any) -> Any:
+    return _WORDS.get(value, value) if isinstance(value, str) else value
+
+
+def _source(what: Any, run: Run) -> Source:
+    return Source(what, run.run_id or run.folder.name, _machine(run), run.parameters)
+
+
+def _on_accelerator(run: Run) -> bool:
+    if device := str(run.parameters.get("device", "")):
+        return device.startswith("cuda") or device in _gpus(run)  # a bench names the card
+    # A machine may have a GPU that the run did not use; a record was made for its machine's.
+    return run.folder.suffix == ".json" and bool(_gpus(run))
+
+
+def _gpus(run: Run) -> list[str]:
+    machine = run.provenance.get("machine")
+    gpus = machine.get("gpus", []) if isinstance(machine, dict) else []
+    return [str(g.get("name", g)) if isinstance(g, Mapping) else str(g) for g in gpus]
+
+
+def _machine(run: Run) -> str:
+    if _on_accelerator(run) and _gpus(run):
+        return _gpus(run)[0]
+    machine = run.provenance.get("machine", "")
+    return str(machine.get("cpu", "") if isinstance(machine, dict) else machine)

@@ -1,0 +1,186 @@
+"""Small paired trainings: one choice of the documents against its alternative, all else equal.
+
+The same seeds, windows and steps on both sides; what is compared is held-out bits per byte. A
+minute of training shows the start of learning and no more, and the findings say so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from analysis.studies.claims.lab import Lab, Settings, experiment
+from mambabyte.config import PRESETS, ModelConfig, TrainConfig
+from mambabyte.corpus import Corpus, load_corpus, sample_windows
+from mambabyte.model import ByteLM
+from mambabyte.model.block import MambaMixer
+from mambabyte.train import train_step
+from mambabyte.train.optim import make_optimizer
+
+STEPS = 150  # of the parts of a block; the tied head's comparison has its own
+CONTEXT, BATCH = 128, 8
+
+
+def small_model() -> ModelConfig:
+    """The first document's model, narrower and shallower."""
+    return replace(PRESETS["mamba_byte"].model, d_model=48, n_layer=2)
+
+
+class FixedMixer(MambaMixer):
+    """A Mamba mixer whose step sizes, B and C are learned but do not see the input: a classical
+    SSM. They come from the same projections, of one learned vector in place of the activations."""
+
+    def scan_inputs(
+        self, x: Tensor, tail: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        u, _, _, _, z, tail = super().scan_inputs(x, tail)
+        d_state = self.A_log.shape[1]
+        low_rank, B, C = self.x_proj(self.constant).split([self.dt_rank, d_state, d_state], dim=-1)
+        delta = F.linear(low_rank, self.dt_proj.weight)
+        batch, length, _ = u.shape
+        delta, B, C = (t.expand(batch, length, -1) for t in (delta, B, C))
+        return u, delta, B, C, z, tail
+
+
+def fix_transitions(model: ByteLM) -> None:
+    """Make every mixer's transitions independent of the input."""
+    for mixer in mixers_of(model):
+        mixer.__class__ = FixedMixer
+        mixer.constant = nn.Parameter(torch.randn(mixer.D.shape[0]))
+
+
+def open_gates(model: ByteLM) -> None:
+    """Take the output gate away: its input is held where SiLU gives about 1, whatever is read."""
+    for mixer in mixers_of(model):
+        with torch.no_grad():
+            mixer.in_proj.weight[mixer.D.shape[0]:] = 0
+        rows = torch.ones_like(mixer.in_proj.weight)
+        rows[mixer.D.shape[0]:] = 0
+        mixer.in_proj.weight.register_hook(lambda grad, rows=rows: grad * rows)
+        mixer.__class__ = UngatedMixer
+
+
+class UngatedMixer(MambaMixer):
+    """A Mamba mixer whose output is not gated."""
+
+    def scan_inputs(
+        self, x: Tensor, tail: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        u, delta, B, C, z, tail = super().scan_inputs(x, tail)
+        return u, delta, B, C, torch.full_like(z, 1.2784645), tail  # SiLU of it is 1
+
+
+def drop_convolution(model: ByteLM) -> None:
+    """Hold the convolution at the identity: no neighbour is seen."""
+    for mixer in mixers_of(model):
+        with torch.no_grad():
+            mixer.conv1d.weight.zero_()
+            mixer.conv1d.weight[..., -1] = 1
+        mixer.conv1d.weight.requires_grad_(False)
+
+
+def mixers_of(model: ByteLM) -> list[MambaMixer]:
+    return [m for m in model.modules() if isinstance(m, MambaMixer)]
+
+
+def _trained(
+    config: ModelConfig, corpus: Corpus, seed: int, stops: tuple[int, ...] = (STEPS,),
+    change: Callable[[ByteLM], None] = lambda model: None,
+) -> tuple[ByteLM, list[float]]:
+    """A model after the last of ``stops``, and its held-out bits per byte after each of them."""
+    recipe = TrainConfig(context=CONTEXT, batch_size=BATCH, n_steps=stops[-1], lr=3e-3,
+                         precision="fp32")
+    torch.manual_seed(seed)
+    model = ByteLM(config)
+    change(model)
+    optimizer = make_optimizer(model, recipe)
+    held_out = sample_windows(corpus.valid, CONTEXT, 32, seed, 0)
+    bits = []
+    for step in range(stops[-1]):
+        batch = sample_windows(corpus.train, CONTEXT, BATCH, seed, step)
+        train_step(model, optimizer, batch, recipe, step)
+        if step + 1 in stops:
+            with torch.no_grad():
+                bits.append(model.loss(held_out).item() / math.log(2))
+    return model, bits
+
+
+@experiment
+def tying(settings: Settings) -> dict[str, float]:
+    """The head tied to the embedding against a head of its own, after each of ``tied_steps``."""
+    corpus = load_corpus("stdlib")
+    config, stops = small_model(), settings.tied_steps
+    tied, own = (_trained(replace(config, tied_head=tied), corpus, settings.seed, stops)[1]
+                 for tied in (True, False))
+    return {
+        "early": tied[0] - own[0], "late": tied[-1] - own[-1],
+        "head_parameters": config.vocab_size * config.d_model,
+        **{f"tied_after_{stop}": bits for stop, bits in zip(stops, tied, strict=True)},
+        **{f"own_after_{stop}": bits for stop, bits in zip(stops, own, strict=True)},
+        **_two_gradients(config, corpus, settings.seed),
+    }
+
+
+def tied_table(lab: Lab) -> pd.DataFrame:
+    """The tied head's comparison, one row a stop: held-out bits per byte."""
+    rows = []
+    for stop in lab.settings.tied_steps:
+        tied, own = (lab[f"tying.{name}_after_{stop}"] for name in ("tied", "own"))
+        rows.append({"steps": stop, "tied head, bits/byte": tied, "own head, bits/byte": own,
+                     "tied minus own, bits/byte": tied - own})
+    return pd.DataFrame(rows)
+
+
+def _two_gradients(config: ModelConfig, corpus: Corpus, seed: int) -> dict[str, float]:
+    """The tied matrix's gradient as an embedding and as a head: sizes and their angle."""
+    torch.manual_seed(seed)
+    model = ByteLM(config)
+    tokens = sample_windows(corpus.train, CONTEXT, BATCH, seed, 0)
+    looked_up = model.embedding.weight.detach().clone().requires_grad_()
+    read_out = looked_up.detach().clone().requires_grad_()
+    hidden, _ = model.hidden(F.embedding(tokens[:, :-1], looked_up))
+    loss = F.cross_entropy(F.linear(hidden, read_out).flatten(0, 1), tokens[:, 1:].flatten())
+    a, b = torch.autograd.grad(loss, (looked_up, read_out))
+    return {"smaller_share": float(min(a.norm(), b.norm()) / (a.norm() + b.norm())),
+            "cosine": float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))}
+
+
+@experiment
+def gating(settings: Settings) -> dict[str, float]:
+    """What input-dependent transitions are worth on text, beside the block's other two parts."""
+    corpus = load_corpus("stdlib")
+    config = small_model()
+    parts: dict[str, Callable[[ByteLM], None]] = {
+        "selection": fix_transitions, "gate": open_gates, "convolution": drop_convolution}
+    model, (whole,) = _trained(config, corpus, settings.seed)
+    found = {"dt_spread": _step_spread(model, corpus, settings.seed)}
+    for name, change in parts.items():
+        _, (bits,) = _trained(config, corpus, settings.seed, change=change)
+        found[f"without_{name}"] = bits - whole
+    return found
+
+
+@torch.no_grad()
+def _step_spread(model: ByteLM, corpus: Corpus, seed: int) -> float:
+    """Largest over smallest step size that a channel takes on held-out text, median over channels.
+
+    What a state keeps over a byte is exp(A dt): a fixed transition has a ratio of 1.
+    """
+    seen: list[Tensor] = []
+
+    def hook(mixer: MambaMixer, args: tuple) -> None:
+        _, delta, *_ = mixer.scan_inputs(args[0], None)
+        dt = F.softplus(delta + mixer.dt_proj.bias)
+        seen.append(dt.amax((0, 1)) / dt.amin((0, 1)))
+
+    handles = [m.register_forward_pre_hook(hook) for m in mixers_of(model)]
+    model.loss(sample_windows(corpus.valid, CONTEXT, 4, seed, 1))
+    for handle in handles:
+        handle.remove()
+    return float(torch.cat(seen).median())

@@ -1,0 +1,232 @@
+"""Recorded times and comparisons that several checks read: steps, scans, trained systems, runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from analysis.studies.claims.checks.arithmetic import FINAL
+from analysis.studies.claims.evidence import Source
+from analysis.studies.claims.lab import Lab
+from mambabyte.config import get_preset
+
+PUBLISHED = "document_chunked"
+AS_WRITTEN = "mamba_byte_as_written"
+BOTH = "forward+backward"
+SIZE = FINAL.train.batch_size, FINAL.train.context
+SECOND = get_preset("ssm_1").model  # the second document's widths
+# The public baseline, and the same recipe and size with SSM layers.
+SCALE = {"A": "modded_nanogpt", "M": "nano_ssm", "MA": "nano_ssm_1_1"}
+
+
+def joined(*sources: Source | None) -> str:
+    """The names of several sources, each once."""
+    return "; ".join(dict.fromkeys(s.text for s in sources if s is not None))
+
+
+def mean(rows: pd.DataFrame, column: str) -> float:
+    return float(rows[column].dropna().astype(float).mean())
+
+
+def count_of(n: int, what: str) -> str:
+    """"one seed", "3 seeds"."""
+    return f"one {what}" if n == 1 else f"{n} {what}s"
+
+
+# -------------------------------------------------------------------------------- training steps
+
+
+def training_step(lab: Lab, pattern: str, form: str) -> tuple[pd.Series, Source] | None:
+    """The timed training step of the document's size on an accelerator: its row and source."""
+    found = lab.table("throughput", "training", accelerator=True)
+    if found is None:
+        return None
+    rows = found.what
+    size = rows["batch"] * rows["context"] == FINAL.train.batch_size * FINAL.train.context
+    rows = rows[size & (rows["pattern"] == pattern) & (rows["form"] == form) & rows["ms"].notna()]
+    return (rows.iloc[0], found) if len(rows) else None
+
+
+def compiled_steps(lab: Lab) -> dict[int, tuple[float, float, Source]]:
+    """Milliseconds of compiled steps of the document's model and of attention of its size on an
+    accelerator, by length of the windows."""
+    model = FINAL.model
+    like = {"way": "compile", "batch_size": FINAL.train.batch_size, "d_model": model.d_model,
+            "n_layer": model.n_layer}
+    found: dict[int, tuple[float, float, Source]] = {}
+    for source in lab.each("throughput", "ms_m", "ms_a", accelerator=True, like=like):
+        found.setdefault(int(source.parameters["context"]), (
+            float(source.what["ms_m"]), float(source.what["ms_a"]), source))
+    return dict(sorted(found.items()))
+
+
+def step_ms(rows: pd.DataFrame) -> float:
+    """Milliseconds a step: of the steps alone where that was taken, else of the whole run."""
+    if "ms_per_step" in rows and rows["ms_per_step"].notna().all():
+        return float(rows["ms_per_step"].astype(float).mean())
+    return 1e3 * float((rows["seconds"].astype(float) / rows["steps"].astype(float)).mean())
+
+
+def watts_of(rows: pd.DataFrame) -> float:
+    return float((rows["joules"].astype(float) / rows["seconds"].astype(float)).mean())
+
+
+# ------------------------------------------------------------------------------------- scans
+
+
+@dataclass(frozen=True)
+class ScanCost:
+    """The published scan beside a fused kernel, forward and backward, in milliseconds."""
+
+    published: float
+    kernel: float
+    name: str  # of the kernel
+    size: str
+    how: str  # the published scan's time was found
+    source: str
+
+    @property
+    def ratio(self) -> float:
+        return self.published / self.kernel
+
+    @property
+    def words(self) -> str:
+        return (f"At {self.size} the published scan takes {self.published:.3g} ms a layer forward "
+                f"and backward{self.how}, {self.name} {self.kernel:.2g}: {self.ratio:.0f} times as "
+                "long")
+
+
+def scan_times(lab: Lab, *forms: str) -> tuple[pd.Series, str, Source] | None:
+    """Milliseconds of scan forms, forward and backward, on an accelerator: at the document's size,
+    else its length, else the largest size that all were timed at."""
+    found = lab.table("throughput", "scan_time", accelerator=True)
+    if found is None:
+        return None
+    rows = found.what[(found.what["pass"] == BOTH) & found.what["ms"].notna()]
+    wide = rows.pivot_table(index=["batch", "length"], columns="form", values="ms", aggfunc="first")
+    if not set(forms) <= set(wide.columns):
+        return None
+    shared = wide[list(forms)].dropna().astype(float)
+    if shared.empty:
+        return None
+    at = max(shared.index, key=lambda i: (i == SIZE, i[1] == SIZE[1], i[0] * i[1]))
+    return shared.loc[at], f"{at[0]} x {at[1]}", found
+
+
+def kernel_times(lab: Lab) -> tuple[pd.DataFrame, Source] | None:
+    """Milliseconds of kernels, forward and backward, by ``mambabyte bench scan`` on an accelerator:
+    one row a size "batch x length x channels", a column each."""
+    found = lab.table("throughput", "bench", accelerator=True)
+    if found is None:
+        return None
+    rows = found.what[found.what["pass"] == BOTH]
+    wide = rows.pivot_table(index="batch x length x channels", columns="of", values="median (us)",
+                            aggfunc="first")
+    return wide.astype(float) / 1e3, found
+
+
+def _kernels_there(lab: Lab) -> tuple[dict[str, float], Source | None]:
+    """The kernels' milliseconds at the document's size."""
+    found = kernel_times(lab)
+    size = f"{SIZE[0]} x {SIZE[1]} x {FINAL.model.d_inner}"
+    if found is None or size not in found[0].index:
+        return {}, None
+    return found[0].loc[size].dropna().to_dict(), found[1]
+
+
+def scan_cost(lab: Lab) -> ScanCost | None:
+    """The published scan against mamba-ssm's kernel where that was timed, else against ours, at the
+    document's size: by a measurement, or by the difference of two steps. Else at another size."""
+    kernels, bench = _kernels_there(lab)
+    timed, steps = scan_times(lab, PUBLISHED, "fused"), _by_difference(lab, kernels.get("fused"))
+    own_size = f"{SIZE[0]} x {SIZE[1]}"
+    if timed is not None and (timed[1] == own_size or steps is None):
+        times, size, source = timed
+        published, ours, how = float(times[PUBLISHED]), float(times["fused"]), ""
+    elif steps is not None:
+        published, how, source = steps
+        ours, size = kernels["fused"], own_size
+    else:
+        return None
+    if "mamba_ssm" in kernels and size == own_size:
+        return ScanCost(published, kernels["mamba_ssm"], "mamba-ssm's kernel", size, how,
+                        joined(source, bench))
+    return ScanCost(published, ours, "a fused scan", size, how, source.text)
+
+
+def _by_difference(lab: Lab, fused_ms: float | None) -> tuple[float, str, Source] | None:
+    """Milliseconds of one published scan from captured steps with it and with the fused one, how
+    that was found, and where."""
+    whole, fused = training_step(lab, "M", PUBLISHED), training_step(lab, "M", "auto")
+    if whole is None or fused is None or fused_ms is None:
+        return None
+    slow, fast = float(whole[0]["ms"]), float(fused[0]["ms"])
+    layers = FINAL.model.n_layer
+    return ((slow - fast) / layers + fused_ms, f" (captured steps of {layers} layers take "
+            f"{slow:.1f} ms with it and {fast:.1f} with a fused one)", whole[1])
+
+
+# ---------------------------------------------------------------------------------- whole runs
+
+
+def whole_run(lab: Lab) -> tuple[pd.DataFrame, Source] | None:
+    """Finished runs of the first document's system as written, under the task's rules."""
+    found = lab.task(AS_WRITTEN)
+    if found is None:
+        return None
+    rows = found.what
+    if "failure" in rows:
+        rows = rows[rows["failure"].isna()]
+    return (rows, found) if len(rows) and "steps" in rows else None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Attention, SSM and 1:1 hybrid by the baseline's recipe, at its size and in as many steps."""
+
+    steps: int
+    runs: dict[str, Source]  # by pattern
+
+    def gap(self, pattern: str, column: str) -> float:
+        """A pattern minus attention, means over seeds."""
+        return mean(self.runs[pattern].what, column) - mean(self.runs["A"].what, column)
+
+    def seeds(self, *patterns: str) -> int:
+        """Of the pattern with the fewest."""
+        return min(len(self.runs[p].what) for p in patterns)
+
+    @property
+    def text(self) -> str:
+        return joined(*self.runs.values())
+
+
+def at_scale(lab: Lab, *columns: str, ending: str = "") -> Scale | None:
+    """Whole runs by the baseline's recipe, or its start with the ``ending`` "_500"; None unless all
+    took as many steps and measured ``columns``."""
+    found = lab.tasks(*(name + ending for name in SCALE.values()))
+    if found is None or any(c not in f.what or f.what[c].isna().any()
+                            for f in found for c in (*columns, "steps")):
+        return None
+    steps = {int(n) for f in found for n in f.what["steps"]}
+    return Scale(steps.pop(), dict(zip(SCALE, found, strict=True))) if len(steps) == 1 else None
+
+
+# ------------------------------------------------------------------------------------ ablation
+
+
+def second_widths(
+    lab: Lab, pattern: str, reference: str = "A"
+) -> tuple[list[float], Source] | None:
+    """Held-out bits a byte of a pattern minus those of another at equal steps, seed by seed, for
+    models of the second document's width and depth; None where it was not measured."""
+    found = lab.table("ablation", "runs", most="steps", like={
+        "d_model": SECOND.d_model, "n_layer": SECOND.n_layer})
+    if found is None:
+        return None
+    bits = found.what.pivot_table(index="seed", columns="pattern", values="heldout_bits_per_byte",
+                                  aggfunc="first")
+    if not {pattern, reference} <= set(bits.columns):
+        return None
+    gaps = (bits[pattern] - bits[reference]).dropna().astype(float)
+    return (gaps.tolist(), found) if len(gaps) else None

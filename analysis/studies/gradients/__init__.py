@@ -1,0 +1,1 @@
+"""Study: whether gradients cross chunk boundaries."""

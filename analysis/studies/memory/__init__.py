@@ -1,0 +1,1 @@
+"""Study: how many bytes one training step needs."""

@@ -1,0 +1,108 @@
+"""Figures of the memory study. Each takes a DataFrame of its results."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis import plots
+
+# Category -> colour and hatching: the hatching says what the colour says.
+PARTS = {
+    "weights, gradients, AdamW": (plots.BLACK, ""),
+    "activations kept": (plots.BLUE, "//"),
+    "workspace at the peak, libraries": (plots.ORANGE, ".."),
+}
+PATTERNS = {"M": "SSM (M)", "A": "attention, full KV cache (A)", "MMMA": "hybrid 3:1 (MMMA)"}
+SIZE = (5.2, 3.8)  # inches: on a phone the words are still as large as those around the figure
+
+
+def budget_bars(budgets: pd.DataFrame, configuration: str, devices_gb: tuple[int, ...]) -> Figure:
+    """Peak bytes of one training step by category: two bars a scan form, fp32 above bf16.
+
+    Names stand at the left and totals at the right of the axes, where no device's line is.
+    """
+    rows = budgets[(budgets["configuration"] == configuration) & ~budgets["checkpointing"]]
+    forms = list(dict.fromkeys(rows["form"]))[::-1]
+    figure, axes = plots.new_figure(size=(SIZE[0], 0.62 * len(forms) + 1.7))
+    # The first autocast state of a form is its upper bar.
+    y = np.array([forms.index(f) for f in rows["form"]]) + 0.2 - 0.4 * rows.groupby(
+        "form").cumcount().to_numpy()
+    left = np.zeros(len(rows))
+    widths = {
+        "weights, gradients, AdamW":
+            rows["weights, GB"] + rows["gradients, GB"] + rows["AdamW, GB"],
+        "activations kept": rows["activations, GB"],
+        "workspace at the peak, libraries": rows["workspace, GB"] + rows["libraries, GB"],
+    }
+    for name, (colour, hatch) in PARTS.items():
+        width = widths[name].to_numpy()
+        axes.barh(y, width, 0.36, left=left, color=colour, hatch=hatch, edgecolor="white",
+                  label=name, linewidth=0.6)
+        left = left + width
+    for height, total, autocast in zip(y, left, rows["autocast"], strict=True):
+        axes.annotate(f"{autocast}  {total:.3g} GB", (1.0, height), xytext=(5, 0), va="center",
+                      xycoords=("axes fraction", "data"), textcoords="offset points",
+                      fontsize=9.5, color=plots.INK, annotation_clip=False)
+    # As far as a device that holds every step, unless the steps would be too small to see.
+    limit = max([1.05 * left.max(), *(1.04 * gb for gb in devices_gb if gb < 2 * left.max())])
+    named = limit
+    for gb in sorted(devices_gb, reverse=True):
+        if gb < limit and (named - gb > 0.2 * limit or named == limit):
+            plots.mark_line(axes, x=gb, text=f"{gb} GB")
+            named = gb
+    axes.set_yticks(range(len(forms)), forms)
+    axes.set_xlim(0, limit)
+    axes.grid(axis="y", visible=False)
+    plots.label_axes(axes, "bytes, GB; dashed: memory of a device", "scan form")
+    axes.set_ylabel("")  # the names say what they are
+    figure.legend(loc="outside lower left", ncols=1)
+    return figure
+
+
+def state_lines(state: pd.DataFrame) -> Figure:
+    """Bytes of the streaming state over the bytes seen: constant, or growing for ever."""
+    figure, axes = plots.new_figure(size=SIZE)
+    for pattern, look in plots.looks(list(PATTERNS)).items():
+        rows = state[state["pattern"] == pattern]
+        axes.plot(rows["bytes seen"], rows["state, B"], **look)
+        _name_line(axes, rows["bytes seen"], rows["state, B"], PATTERNS[pattern], look["color"],
+                   above=pattern != "MMMA")
+    _bytes_against(axes, state["bytes seen"], "bytes seen", "streaming state, bytes")
+    return figure
+
+
+def slice_lines(slices: pd.DataFrame) -> Figure:
+    """Bytes that one backward pass allocates over the length: quadratic against linear."""
+    figure, axes = plots.new_figure(size=SIZE)
+    names = list(dict.fromkeys(slices["how"]))
+    for i, (name, look) in enumerate(plots.looks(names).items()):
+        rows = slices[slices["how"] == name]
+        axes.plot(rows["length, steps"], rows["allocated in backward, B"], **look)
+        _name_line(axes, rows["length, steps"], rows["allocated in backward, B"], name,
+                   look["color"], above=i == 0)
+    _bytes_against(axes, slices["length, steps"], "length, steps",
+                   "allocated in one backward pass, bytes")
+    return figure
+
+
+def _name_line(
+    axes: Axes, x: pd.Series, y: pd.Series, name: str, colour: str, above: bool
+) -> None:
+    """The name of a line that does not fall: left of and above its end, or right of and below
+    its middle. Nothing crosses it there, and no room beside the axes is needed."""
+    at = len(x) - 1 if above else (len(x) - 1) // 2
+    axes.annotate(name, (x.iloc[at], y.iloc[at]), xytext=(-10, 2) if above else (8, -5),
+                  textcoords="offset points", ha="right" if above else "left",
+                  va="bottom" if above else "top", color=colour, fontsize=10, fontweight="bold")
+
+
+def _bytes_against(axes: Axes, x: pd.Series, x_label: str, y_label: str) -> None:
+    """Both axes in powers of two, the upright one in bytes."""
+    axes.set_yscale("log", base=2)
+    values = sorted(x.unique())
+    plots.log2_axis(axes, "x", values[::-(-len(values) // 6)][::-1])
+    plots.tick_bytes(axes.yaxis)
+    plots.label_axes(axes, x_label, y_label)

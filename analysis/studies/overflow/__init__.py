@@ -1,0 +1,1 @@
+"""Study: where each form of the scan goes wrong."""

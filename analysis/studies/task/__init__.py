@@ -1,0 +1,1 @@
+"""Study: accuracy against energy under the public task's rules."""

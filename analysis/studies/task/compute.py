@@ -1,0 +1,189 @@
+"""Study: accuracy against energy under the public task's rules, from all records of it.
+
+Nothing is trained here. Every record that RECORDS matches is read: whole runs (tables with a
+column "system") and trials (a column "trial"). Runs of one system with the same changes and as many
+steps are seeds of one another, in whatever record; a run that crashed has no energy and is counted,
+not drawn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.runs.frames import not_measured
+from analysis.runs.records import DATA, load_record, machine_name
+from mambabyte.errors import UserError
+from mambabyte.task import SYSTEMS
+
+__all__ = ["PROFILES", "Parameters", "Task", "headline", "run"]
+
+RECORDS = "measurements/h200-task*.json"
+ENERGY = "energy (J, idle subtracted)"
+VALID, HELD_OUT = "validation accuracy", "held-out training text, accuracy"
+KINDS = ("SSM", "SSM and attention", "attention", "n-gram alone", "not known")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """``target`` is the accuracy whose price is asked for, ``cap`` the joules that may be spent."""
+
+    target: float = 0.70
+    cap: float = 5000.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target < 1:
+            raise UserError(f"target is {self.target}: an accuracy lies between 0 and 1")
+        if self.cap <= 0:
+            raise UserError(f"cap is {self.cap}: give joules above 0")
+
+
+PROFILES = {"quick": Parameters()}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the records hold."""
+
+    points: pd.DataFrame  # a row a run or trial that ended: what it is, energy, accuracies
+    systems: pd.DataFrame  # a row a system and its changes: means and ranges over seeds, cheapest
+    crashed: pd.DataFrame  # runs that crashed: system, record, failure
+    idle_watts: tuple[float, ...]  # what was subtracted, each value once
+    machines: tuple[str, ...]
+
+
+def run(
+    p: Parameters, report: Callable[[str], None] = lambda line: None, folder: Path = DATA
+) -> Task:
+    """Read the records under ``folder``. UserError where there is none."""
+    points: list[dict[str, Any]] = []
+    crashed: list[dict[str, Any]] = []
+    idle, machines = set(), set()
+    for path in sorted(folder.glob(RECORDS)):
+        record = load_record(path).run
+        machines.add(machine_name(record))
+        if "idle_watts" in record.parameters:
+            idle.add(float(record.parameters["idle_watts"]))
+        for table in record.tables.values():
+            single = "trial" in table.frame
+            if not single and not {"system", "seed", ENERGY} <= set(table.frame.columns):
+                continue  # means of the rows below, or about something else
+            for row in table.frame.to_dict("records"):
+                if row.get(ENERGY) is None:
+                    if row.get("failure"):
+                        crashed.append({"system": row["system"], "seed": row["seed"],
+                                        "record": path.stem, "failure": row["failure"]})
+                    continue
+                points.append({
+                    "system": row["trial" if single else "system"],
+                    "changed": row.get("changed") or None, "trial": single,
+                    # Those of the recipe, where the record says them: the clock may end a run.
+                    "steps": row.get("of") or row.get("steps"),
+                    "seed": row.get("seed"), **_kind(row),
+                    "energy (J)": row[ENERGY], "time (s)": row.get("time (s)"),
+                    VALID: row.get(VALID), HELD_OUT: row.get(HELD_OUT), "record": path.stem})
+        report(f"{path.stem}: {len(points)} runs and trials so far, {len(crashed)} crashed")
+    if not points:
+        raise UserError(f"no record of a run under {folder / RECORDS}")
+    frame = pd.DataFrame(points).assign(system=lambda f: _names(f)).drop(
+        columns=["changed", "steps"])
+    frame = not_measured(frame, "seed", VALID, HELD_OUT)
+    return Task(frame, _systems(frame), pd.DataFrame(
+        crashed, columns=["system", "seed", "record", "failure"]), tuple(sorted(idle)),
+        tuple(sorted(machines)))
+
+
+def _names(points: pd.DataFrame) -> pd.Series:
+    """The system, and what was changed where one system was run in several ways, be it that its
+    definition had another number of steps in an earlier record."""
+    names = []
+    by_system = dict(iter(points.groupby("system")))
+    for row in points.to_dict("records"):
+        group, name = by_system[row["system"]], row["system"]
+        if isinstance(row["changed"], str):
+            if group["changed"].nunique(dropna=False) > 1:
+                name = f"{name}, {_short(row['changed'])}"
+        elif (row["steps"] or 0) > 0 and group[group["changed"].isna()]["steps"].nunique() > 1:
+            name = f"{name}, {row['steps']:.0f} steps"
+        names.append(name)
+    return pd.Series(names)
+
+
+def _short(changed: str) -> str:
+    """{"train": {"n_steps": 700}} -> n_steps 700"""
+    parts = [f"{name} {value}" for group in json.loads(changed).values()
+             for name, value in group.items()]
+    return ", ".join(parts)
+
+
+def _kind(row: dict[str, Any]) -> dict[str, Any]:
+    """What mixes a row's network, and whether an n-gram model helps it.
+
+    A trial holds its configuration. A run names its system; ``nano_ssm_500`` is ``nano_ssm`` with
+    another number of steps.
+    """
+    given = json.loads(row.get("configuration") or "{}")
+    changed = json.loads(row.get("changed") or "{}")
+    name = str(row.get("system"))
+    known = max((s for s in SYSTEMS if name == s or name.startswith(f"{s}_")), key=len, default="")
+    if given:
+        layers, ngram = given["model"]["layer_pattern"], given.get("ngram") is not None
+    elif known:
+        system = SYSTEMS[known]
+        ngram = system.ngram is not None
+        if system.model is None:
+            return {"kind": "n-gram alone", "with n-gram": True}
+        layers = changed.get("model", {}).get("layer_pattern", system.model.layers)
+    else:
+        return {"kind": "not known", "with n-gram": None}
+    kind = {("M",): "SSM", ("A",): "attention", ("A", "M"): "SSM and attention"}[
+        tuple(sorted(set(layers)))]
+    return {"kind": kind, "with n-gram": ngram}
+
+
+def _systems(points: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds of whole runs with a validation accuracy, and the range, cheapest first."""
+    rows = []
+    whole = points[~points["trial"] & points[VALID].notna()]
+    for (name, kind, ngram), group in whole.groupby(
+            ["system", "kind", "with n-gram"], sort=False, dropna=False):
+        accuracy, joules = group[VALID].astype(float), group["energy (J)"].astype(float)
+        rows.append({
+            "system": name, "kind": kind, "with n-gram": ngram, "seeds": len(group),
+            "energy (J)": joules.mean(), "lowest energy (J)": joules.min(),
+            "highest energy (J)": joules.max(), VALID: accuracy.mean(),
+            "lowest accuracy": accuracy.min(), "highest accuracy": accuracy.max()})
+    frame = pd.DataFrame(rows).sort_values("energy (J)", kind="stable").reset_index(drop=True)
+    # Nothing that is cheaper is as good.
+    best_before = frame[VALID].cummax().shift(fill_value=0)
+    return frame.assign(**{"on the front": frame[VALID] > best_before})
+
+
+def headline(found: Task, p: Parameters) -> dict[str, tuple[float | int | str | None, str, str]]:
+    """The study's answer in named values: name -> (value, unit, about)."""
+    systems = found.systems
+    reach = systems[systems[VALID] >= p.target]
+    afford = systems[systems["energy (J)"] <= p.cap].sort_values(VALID)
+    pure = systems[(systems["kind"] == "SSM") & ~systems["with n-gram"].astype(bool)]
+    return {
+        "runs": (int((~found.points["trial"]).sum()), "runs", "whole runs that ended"),
+        "trials": (int(found.points["trial"].sum()), "trials", "single trials that ended"),
+        "crashed": (len(found.crashed), "runs", "that crashed and are not drawn"),
+        "idle_watts": (found.idle_watts[0] if len(found.idle_watts) == 1 else None, "W",
+                       "subtracted for the idle card"),
+        "cheapest": (None if reach.empty else str(reach["system"].iloc[0]), "",
+                     f"cheapest system with {p.target} on the validation split"),
+        "cheapest_joules": (None if reach.empty else float(reach["energy (J)"].iloc[0]), "J",
+                            "what it takes"),
+        "best_under_cap": (None if afford.empty else str(afford["system"].iloc[-1]), "",
+                           f"most accurate system within {p.cap:,.0f} J"),
+        "best_under_cap_accuracy": (None if afford.empty else float(afford[VALID].iloc[-1]), "",
+                                    "its accuracy, mean over seeds"),
+        "pure_ssm_accuracy": (None if pure.empty else float(pure[VALID].max()), "",
+                              "best network of SSM layers alone without an n-gram"),
+    }

@@ -1,0 +1,354 @@
+"""Study: time, bytes and joules of every scan form and mixer against length and batch.
+
+Which forms are linear in the length, and why not all of them are: taking a slice (or one step) of
+a tensor in a loop costs nothing forward, but the gradient of each slice is a tensor of the full
+length that is zero outside it. With L / T chunks that is (L / T) L elements written and added:
+quadratic. ``split`` and ``unbind`` cut once and their gradients are joined once: linear. The
+count of bytes that the backward pass allocates shows it without a clock.
+
+``python -m analysis.sweep.record throughput OUT.json`` makes a measurement record of the full
+profile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from analysis.measure.bench.steps import Way, equal_sized, training_step
+from analysis.measure.threads import threads
+from analysis.measure.timing import Case, crossover, exponent_table, measure
+from analysis.runs.frames import in_words, not_measured
+from analysis.runs.records import DATA, load_record, machine_name
+from analysis.studies.throughput.scans import (
+    INDEXED,
+    PASSES,
+    allocation_exponents,
+    count_allocations,
+    per_byte,
+    points,
+    time_scans,
+)
+from analysis.studies.throughput.values import headline
+from analysis.theory.flops import flops_per_byte, layer_flops_crossover
+from analysis.theory.matching import match_patterns
+from mambabyte.config import ModelConfig, TrainConfig, get_preset
+from mambabyte.energy import EnergyMeter
+from mambabyte.errors import UserError
+from mambabyte.model import ByteLM
+from mambabyte.model.block import AttentionMixer, LayerState, MambaMixer
+from mambabyte.ops import FORMS
+from mambabyte.stream import advance_of
+from mambabyte.train import autocast
+
+__all__ = ["PROFILES", "Parameters", "Results", "headline", "recorded_scan", "run"]
+
+# The scan against its peers on a GPU, by ``mambabyte bench scan`` on that machine.
+RECORDED = "measurements/h200-scan.json"
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What is timed. Defaults are the quick profile: a CPU and under a minute."""
+
+    device: str = "cpu"
+    threads: int = 1  # of torch on the CPU; 0 leaves torch's own choice
+    preset: str = "mamba_byte"
+    d_model: int = 32
+    d_state: int = 16
+    n_layer: int = 4
+    n_head: int = 2
+    lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
+    batch_size: int = 1
+    batches: tuple[int, ...] = (1, 4, 16)
+    batch_length: int = 128
+    # Empty: every form there is, and the second document's loop. The repairs of the trick cost
+    # what it costs (clamped, epsilon, centred) or a chunk times as much (all pairs).
+    forms: tuple[str, ...] = ("sequential", "chunked", "fused", "corrected_cumsum",
+                              "document_chunked", "document_cumsum", "associative", INDEXED)
+    mixer_forms: tuple[str, ...] = ("auto", "chunked")
+    rounds: int = 5
+    guard_seconds: float = 0.25
+    allocation_lengths: tuple[int, ...] = (64, 128, 256, 512)
+    stream_positions: tuple[int, ...] = (0, 256, 1024, 4096)
+    stream_steps: int = 60
+    stream_window: int = 1024
+    patterns: tuple[str, ...] = ("M", "MMMA", "MA", "A")
+    # Scan form of whole training steps: those beside "auto" show what the form is worth.
+    training_forms: tuple[str, ...] = ("auto", "chunked", "document_chunked")
+    train_context: int = 256
+    train_batch: int = 4
+    train_steps: int = 4
+    # As TrainConfig.step; on a CPU always eager.
+    train_step: Literal["auto", "eager", "graph", "compile"] = "auto"
+    energy_seconds: float = 0.1  # least length of one reading of energy; a GPU's counter is slow
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in self.forms:
+            if name not in FORMS and name != INDEXED:
+                raise UserError(f"scan form {name!r} is unknown: choose {', '.join(FORMS)} or "
+                                f"{INDEXED}")
+        if list(self.lengths) != sorted(set(self.lengths)) or not self.lengths:
+            raise UserError(f"lengths are {self.lengths}: give them in rising order, each once")
+        for name in ("mixer_forms", "allocation_lengths", "stream_positions"):
+            if not getattr(self, name):
+                raise UserError(f"{name} is empty: name at least one")
+
+
+PROFILES = {
+    "quick": Parameters(),
+    "full": Parameters(
+        device="cuda", d_model=192, n_head=3, forms=(),
+        lengths=(128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
+        batches=(1, 4, 16, 64), batch_length=1024, rounds=5, guard_seconds=1.0, threads=0,
+        allocation_lengths=(128, 256, 512, 1024),
+        mixer_forms=("auto", "chunked", "sequential"),
+        stream_positions=(0, 1024, 4096, 16384, 65536), stream_steps=50,
+        train_context=1024, train_batch=16, train_steps=5,
+        train_step="compile", energy_seconds=0.5),
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Tables of the study; None in a cell means that it was not measured."""
+
+    scans: pd.DataFrame  # every form, pass, length and batch
+    mixers: pd.DataFrame  # whole mixers
+    exponents: pd.DataFrame  # fitted to both
+    allocations: pd.DataFrame  # bytes that a backward pass makes, by form and length
+    allocation_exponents: pd.DataFrame  # of all bytes, and of the zero-filled ones
+    crossovers: pd.DataFrame  # the length from which an SSM mixer beats attention
+    streaming: pd.DataFrame  # latency of one byte against bytes seen
+    training: pd.DataFrame  # whole training steps: bytes/s, joules per megabyte
+
+
+def recorded_scan() -> tuple[pd.DataFrame, str]:
+    """The record RECORDED, a row a shape, peer and pass; and the machine and day it is from."""
+    found = load_record(DATA / RECORDED).run
+    return found.tables["bench"].frame, f"{machine_name(found)}, {found.provenance['date'][:10]}"
+
+
+def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Results:
+    """The whole study. Nothing is drawn and nothing is written."""
+    if p.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("no CUDA device is available: set device to cpu, or use the quick profile")
+    with threads(p.threads):
+        return _run(p, p.forms or (*FORMS, INDEXED), report)
+
+
+def _run(p: Parameters, forms: tuple[str, ...], report: Callable[[str], None]) -> Results:
+    report("scan forms")
+    scans = time_scans(p, forms, report)
+    report("mixers")
+    mixers = time_mixers(p, report)
+    report("allocations")
+    allocations = count_allocations(p, forms)
+    exponents = pd.concat([
+        exponent_table(frame[frame["batch"] == p.batch_size].rename(columns={name: "what"}),
+                       ("what", "pass"))
+        for frame, name in ((scans, "form"), (mixers, "mixer"))], ignore_index=True)
+    report("streaming")
+    streaming = time_streaming(p)
+    report("training steps")
+    training = time_training(p, report)
+    return Results(
+        scans=scans, mixers=mixers, exponents=exponents, allocations=allocations,
+        allocation_exponents=allocation_exponents(allocations),
+        crossovers=find_crossovers(p, mixers), streaming=streaming, training=training)
+
+
+# ------------------------------------------------------------------------------------- mixers
+
+
+def model_config(p: Parameters, pattern: str = "M", form: str = "auto") -> ModelConfig:
+    return replace(
+        get_preset(p.preset).model, d_model=p.d_model, d_state=p.d_state, n_layer=p.n_layer,
+        n_head=p.n_head, n_kv_head=p.n_head, layer_pattern=pattern, scan_form=form,
+        attention_window=2**30)
+
+
+def time_mixers(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
+    """One SSM mixer a form, and one causal attention mixer, at the points of ``time_scans``."""
+    mixers = {f"SSM ({form})": (MambaMixer, form) for form in p.mixer_forms}
+    kinds: dict[str, tuple[type[nn.Module], str]] = {
+        **mixers, "attention": (AttentionMixer, "auto")}
+    cases = [
+        Case((name, direction, batch if batch != p.batch_size else "lengths"), length,
+             partial(_make_mixer, p, kind, form, direction, batch, length),
+             {"mixer": name, "pass": direction, "batch": batch})
+        for name, (kind, form) in kinds.items() for direction in PASSES
+        for batch, length in points(p)]
+    return per_byte(measure(
+        cases, rounds=p.rounds, guard_seconds=p.guard_seconds, device=p.device, report=report,
+        capture=True, energy_seconds=p.energy_seconds))
+
+
+def _make_mixer(
+    p: Parameters, kind: type[nn.Module], form: str, direction: str, batch: int, length: int
+) -> Callable[[], None]:
+    torch.manual_seed(0)
+    pattern = "A" if kind is AttentionMixer else "M"
+    mixer = kind(model_config(p, pattern, form)).to(p.device)
+    backward = direction == PASSES[1]
+    x = torch.randn(batch, length, p.d_model, device=p.device, requires_grad=backward)
+
+    def call() -> None:
+        with torch.set_grad_enabled(backward), autocast(torch.device(p.device), p.precision):
+            y, _ = mixer(x, None)
+        if backward:
+            torch.autograd.grad(y.float().sum(), [x, *mixer.parameters()])
+
+    return call
+
+
+def find_crossovers(p: Parameters, mixers: pd.DataFrame) -> pd.DataFrame:
+    """The length from which each SSM mixer is cheaper than attention; by the clock and by count.
+
+    ``in_operations`` compares forward and backward operations of the two layers in closed form.
+    """
+    rows = []
+    for direction in PASSES:
+        one = mixers[(mixers["pass"] == direction) & mixers["ms"].notna()
+                     & (mixers["batch"] == p.batch_size)]
+        wide = one.pivot(index="length", columns="mixer", values="ms").astype(float)
+        for name in (c for c in wide if c != "attention"):
+            both = wide[[name, "attention"]].dropna()
+            at = crossover(both.index.tolist(), both[name].tolist(), both["attention"].tolist())
+            longest = both.index.max()
+            rows.append({
+                "mixer": name, "pass": direction, "crossover_length": at,
+                "longest_length": int(longest),
+                "ssm_over_attention_there": float(both.loc[longest, name]
+                                                  / both.loc[longest, "attention"]),
+            })
+    frame = pd.DataFrame(rows)
+    return not_measured(frame.assign(
+        crossover_in_operations=layer_flops_crossover(model_config(p))))
+
+
+def crossovers_in_words(crossovers: pd.DataFrame) -> pd.DataFrame:
+    """The same with "not by N" where attention is still the faster one at the longest length N."""
+    longest = "not by " + crossovers["longest_length"].map("{:,}".format)
+    return in_words(crossovers, "crossover_length", longest)
+
+
+# ---------------------------------------------------------------------------------- streaming
+
+
+@torch.inference_mode()
+def time_streaming(p: Parameters) -> pd.DataFrame:
+    """Latency of one more byte at batch 1 after so many bytes, and the state it carries.
+
+    Attention twice: with a cache of the last ``stream_window`` keys, and with all of them.
+    """
+    systems = {
+        "SSM": model_config(p, "M"),
+        f"attention, last {p.stream_window} keys":
+            replace(model_config(p, "A"), attention_window=p.stream_window),
+        "attention, all keys": model_config(p, "A"),
+    }
+    states: dict[tuple[str, int], tuple[ByteLM, list[LayerState]]] = {}
+    for name, config in systems.items():
+        torch.manual_seed(0)
+        model = ByteLM(config).to(p.device).eval()
+        seen, state = 1, model(torch.zeros(1, 1, dtype=torch.int64, device=p.device))[1]
+        for position in sorted(p.stream_positions):
+            while seen < position:
+                step = min(1024, position - seen)
+                part = torch.zeros(1, step, dtype=torch.int64, device=p.device)
+                state = model(part, state)[1]
+                seen += step
+            states[name, position] = (model, state)
+
+    def make(model: ByteLM, state: list[LayerState]) -> Callable[[], None]:
+        advance = advance_of(model)  # as generating and scoring byte by byte do
+
+        def call() -> None:
+            nonlocal state
+            state = advance(b"\0", state)[1]
+
+        return call
+
+    cases = [Case((name, position), position, partial(make, model, state),
+                  {"system": name, "bytes_seen": position})
+             for (name, position), (model, state) in states.items()]
+    timed = measure(cases, rounds=p.stream_steps, guard_seconds=p.guard_seconds, device=p.device,
+                    least_seconds=0.0)
+    held = {key: sum(t.numel() * t.element_size() for layer in state for t in layer
+                     if isinstance(t, Tensor)) for key, (_, state) in states.items()}
+    keys = zip(timed["system"], timed["bytes_seen"], strict=True)
+    timed = timed.drop(columns=["length", "timed_as", "joules"])
+    return not_measured(timed.assign(state_bytes=[held[k] for k in keys]))
+
+
+# ----------------------------------------------------------------------------------- training
+
+
+def time_training(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
+    """Whole training steps (forward, backward, clip, AdamW) of parameter-matched patterns.
+
+    Patterns with SSM layers are timed with each of ``training_forms``. Joules per megabyte
+    (1e6 bytes) come from an energy counter over at least ``energy_seconds``, else None.
+    """
+    base = replace(model_config(p), attention_window=p.train_context)
+    cuda = p.device.startswith("cuda")
+    # Odd widths of an MLP, which a CPU does not mind, would slow a GPU's matrix products.
+    systems = (equal_sized(base, p.patterns) if cuda else
+               {pattern: m.config for pattern, m in match_patterns(base, p.patterns).items()})
+    rows = []
+    runs = []
+    for pattern, config in systems.items():
+        for form in p.training_forms if "M" in pattern else ("auto",):
+            # Forms are compared on the pure SSM; other patterns run the default alone.
+            if form == "auto" or pattern == "M":
+                runs.append((pattern, form, replace(config, scan_form=form)))
+    recipe = TrainConfig(context=p.train_context, batch_size=p.train_batch, precision=p.precision)
+    way: Way = "eager" if not cuda else "graph" if p.train_step == "auto" else p.train_step
+    timed = []
+    for pattern, form, config in runs:
+        step, _ = training_step(config, recipe, p.device, way)
+        timed.append(Case((pattern, form), p.train_context, partial(_constant, step),
+                          {"pattern": pattern, "form": form}))
+    frame = measure(timed, rounds=p.train_steps, guard_seconds=30 * p.guard_seconds,
+                    device=p.device, least_seconds=0.0, report=report,
+                    energy_seconds=p.energy_seconds)
+    source = EnergyMeter(p.device).source
+    size = p.train_batch * p.train_context
+    for row, (_, _, config) in zip(frame.to_dict("records"), runs, strict=True):
+        joules = row["joules"]
+        rows.append({
+            **row, "step": way, "batch": p.train_batch, "n_parameters": config.n_parameters,
+            "bytes_per_second": size / row["ms"] * 1e3 if row["ms"] else None,
+            "flops_per_second": flops_per_byte(config, p.train_context) * size / row["ms"] * 1e3
+            if row["ms"] else None,
+            "joules_per_megabyte": joules / size * 1e6 if pd.notna(joules) else None,
+            "energy_source": source,
+        })
+    return not_measured(pd.DataFrame(rows).drop(columns=["timed_as", "joules"])
+                        .rename(columns={"length": "context"}))
+
+
+def steps_at(p: Parameters, batch: int, contexts: tuple[int, ...]) -> pd.DataFrame:
+    """Training steps of an SSM and an attention model of equal size at one batch and these
+    contexts: ``pattern``, ``context``, ``ms`` and ``joules_per_step``, None where not measured."""
+    frames = []
+    for context in contexts:
+        one = replace(p, patterns=("M", "A"), training_forms=("auto",), train_batch=batch,
+                      train_context=context)
+        frames.append(time_training(one, lambda line: None))
+    found = pd.concat(frames, ignore_index=True)
+    joules = [None if j is None else j * batch * context / 1e6
+              for j, context in zip(found["joules_per_megabyte"], found["context"], strict=True)]
+    return not_measured(found.assign(joules_per_step=pd.Series(joules, dtype=object)))
+
+
+def _constant(call: Callable[[], object]) -> Callable[[], object]:
+    return call

@@ -1,0 +1,41 @@
+"""Length and batch by slider: time and energy of a training step, SSM beside attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from analysis.studies.throughput import compute as study
+from analysis.studies.throughput import figures
+
+SHORTEST = 64
+
+
+def panel(p: study.Parameters) -> Any:
+    """Sliders for batch and longest context: a step is timed where they stand, on this machine."""
+    from ipywidgets import SelectionSlider, interactive
+
+    powers = [2**n for n in range(17)]
+    return interactive(
+        lambda batch, context: _show_steps(p, batch, context),
+        batch=SelectionSlider(options=powers[:8], value=p.train_batch, continuous_update=False),
+        context=SelectionSlider(options=powers[6:], value=p.train_context,
+                                continuous_update=False))
+
+
+def _show_steps(p: study.Parameters, batch: int, context: int) -> pd.DataFrame:
+    from IPython.display import display
+
+    lengths = tuple(context // 2**n for n in (3, 2, 1, 0) if context // 2**n >= SHORTEST)
+    # An energy counter moves a few times a second: a reading over less says nothing.
+    found = study.steps_at(replace(p, energy_seconds=max(p.energy_seconds, 1.0)), batch, lengths)
+    display(figures.training_steps(found))
+    ratio = found.pivot(index="context", columns="pattern", values="ms").dropna().astype(float)
+    for length, row in ratio.iterrows():
+        print(f"{length:,} bytes: SSM {row['M']:.1f} ms, attention {row['A']:.1f} ms, "
+              f"{row['M'] / row['A']:.2f} times")
+    if found["joules_per_step"].isna().all():
+        print(f"energy: {found['energy_source'].iloc[0]}")
+    return found

@@ -1,0 +1,1 @@
+"""Runs studies through papermill: one, a grid, here or on many machines."""

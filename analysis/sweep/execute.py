@@ -1,0 +1,213 @@
+"""One run of one notebook, in its own process: the only place that touches papermill.
+
+``python -m analysis.sweep.execute`` reads a Task as JSON on standard input. The run folder is
+written under a temporary name and renamed when complete; a run that is interrupted leaves nothing,
+a run that fails leaves a folder with the error, the notebook and what was printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from analysis.runs.folders import RECORD, update_record, write_record
+from mambabyte.config.files import make_dir
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT_PATH = 90  # a UNIX socket's path has room for 107 bytes
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything a worker needs, as plain values, so that it travels as JSON."""
+
+    study: str
+    notebook: str
+    parameters: dict[str, Any]
+    run_id: str
+    folder: str  # where the finished run goes
+    temporary: str  # where it is written; beside ``folder``
+    sources: str
+    profile: str
+    command: str
+    cwd: str  # relative paths in parameters mean the caller's folder
+
+    @property
+    def log(self) -> Path:
+        return Path(self.temporary) / "log.txt"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def execute(task: Task) -> None:
+    """Runs the notebook and puts the run folder in place, done or failed.
+
+    Raises only what is not the notebook's fault: an unwritable folder, an interruption.
+    """
+    os.chdir(task.cwd)
+    temporary = Path(task.temporary)
+    began = time.perf_counter()
+    make_dir(temporary)
+    try:
+        # Only what a study says is progress; what libraries write to stderr is kept beside it.
+        with (task.log.open("w", encoding="utf-8") as log,
+              (temporary / "stderr.txt").open("w", encoding="utf-8") as errors):
+            error = _papermill(task, log, errors)
+        if not error and not (temporary / RECORD).is_file():
+            error = "the notebook ended without recording a run: it must call Recorder.finish()"
+        _clean(temporary, task)
+        if error:
+            _record_failure(temporary, task, error)
+        _complete(temporary, task, time.perf_counter() - began)
+        folder = Path(task.folder)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _papermill(task: Task, log: TextIO, errors: TextIO) -> str:
+    """Executes the notebook into the temporary folder; returns the error's one line or ""."""
+    from nbclient.exceptions import DeadKernelError
+    from papermill import execute_notebook
+    from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
+
+    output = Path(task.temporary) / "notebook.ipynb"
+    with _quiet_jupyter() as manager:
+        try:
+            execute_notebook(
+                task.notebook, str(output),
+                # Relative, so that the executed notebook shows no path of this machine.
+                parameters={**task.parameters, "run_dir": os.path.relpath(task.temporary)},
+                kernel_name="python3", progress_bar=False, stdout_file=log, stderr_file=errors,
+                start_timeout=120, extra_arguments=["--HistoryManager.enabled=False"],
+                config=Config({"KernelManager": manager}),
+            )
+        except PapermillExecutionError as error:
+            return f"{error.ename}: {_first_line(error.evalue)}"
+        except DeadKernelError:
+            return "the kernel died (out of memory, or a crash in native code); see stderr.txt"
+        except Exception as error:  # a notebook that cannot even start is a failed run
+            return f"{type(error).__name__}: {_first_line(str(error))}"
+    return ""
+
+
+@contextmanager
+def _quiet_jupyter() -> Iterator[dict[str, str]]:
+    """An environment for kernels that reads and writes nothing of the user's.
+
+    Yields the kernel manager's options: sockets in a private folder instead of ports, which clash
+    when many kernels start at once. The folder must be named: the default is the working folder,
+    where two kernels would take each other's sockets.
+    """
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    # A kernel imports what it needs; the debugger's frozen-modules warning is only noise here.
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+    with tempfile.TemporaryDirectory(prefix="mb-", ignore_cleanup_errors=True) as folder:
+        os.environ["JUPYTER_RUNTIME_DIR"] = folder
+        os.environ["IPYTHONDIR"] = folder
+        short = os.name == "posix" and len(folder) <= SHORT_PATH
+        yield {"transport": "ipc", "ip": os.path.join(folder, "k")} if short else {}
+
+
+def _record_failure(temporary: Path, task: Task, error: str) -> None:
+    from mambabyte.config.provenance import provenance
+
+    for part in ("tables", "figures"):
+        shutil.rmtree(temporary / part, ignore_errors=True)
+    write_record(temporary, {
+        "study": task.study, "parameters": task.parameters, "status": "failed",
+        "error": _scrub(error, task), "provenance": provenance(),
+    })
+
+
+def _complete(temporary: Path, task: Task, seconds: float) -> None:
+    """What the sweep knows: identity, sources, duration and the command that repeats it."""
+    record = json.loads((temporary / RECORD).read_text(encoding="utf-8"))
+    update_record(
+        temporary, parameters=task.parameters, run_id=task.run_id, sources=task.sources,
+        profile=task.profile, seconds=round(seconds, 3),
+        provenance={**record["provenance"], "command": task.command},
+    )
+
+
+def _clean(temporary: Path, task: Task) -> None:
+    """Takes papermill's bookkeeping and this machine's paths out of notebook and log."""
+    notebook = temporary / "notebook.ipynb"
+    if notebook.is_file():
+        content = _strings(json.loads(notebook.read_text(encoding="utf-8")),
+                           lambda text: _scrub(text, task))
+        content["metadata"].pop("papermill", None)
+        for cell in content["cells"]:
+            for key in ("papermill", "execution"):
+                cell["metadata"].pop(key, None)
+        notebook.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n",
+                            encoding="utf-8")
+    for name in ("log.txt", "stderr.txt"):
+        path = temporary / name
+        path.write_text(_scrub(path.read_text(encoding="utf-8"), task), encoding="utf-8")
+
+
+def _scrub(text: str, task: Task) -> str:
+    text = text.replace(Path(task.temporary).name, task.run_id)
+    for folder in (task.cwd, str(ROOT)):
+        text = text.replace(folder.rstrip("/") + "/", "")
+    return text.replace(str(Path.home()), "~")
+
+
+def _strings(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_strings(v, change) for v in value]
+    if isinstance(value, dict):
+        return {k: _strings(v, change) for k, v in value.items()}
+    return value
+
+
+def _first_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0][:500] if lines else "(no message)"
+
+
+def _follow_parent() -> None:
+    """Ends this process when the sweep that started it is gone: no orphan disturbs a timing."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _stop(_signal: int, _frame: Any) -> None:
+    raise SystemExit(143)  # so that ``finally`` blocks shut the kernel down
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to handle
+    _follow_parent()
+    execute(Task(**json.load(sys.stdin)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Where a form of the scan overflows, by arithmetic: its bound on chunk and length.
+
+With a per-step log-decay of -x (x = |delta A|) and chunks of T steps the cumulated log-decay ends
+at -T x. Write F = ln(largest float): 88.72 in float32 and bfloat16, 11.09 in float16. Then, of the
+forms that make the weight exp(cs_t - cs_k) out of cumulated sums:
+
+==================  ========================  =====================================
+form                fails once                because
+==================  ========================  =====================================
+document_chunked    (T - 1) x > F             exp(-cs_{T-1}) is inf
+corrected_cumsum    T x > F                   exp(-cs_T) is inf
+centred             T x > 2 F                 either half of the chunk as above
+late_mask           (T - 1) x > F, backward   0 * inf in the gradient of the masked part
+clamped             T x > 80, silently        newest inputs weighted by exp(cs + 80)
+epsilon             T x > 23, silently (1 %)  newest inputs weighted by 1/(1 + 1e-12 exp(-cs))
+==================  ========================  =====================================
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from mambabyte.ops.scan.repairs import CLAMP, EPSILON
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SILENT = 1e-2  # relative error above which a finite result counts as wrong
+
+
+def log_max(dtype: str = "float32") -> float:
+    """ln of the largest number of the type that a form accumulates in."""
+    return math.log(torch.finfo(DTYPES.get(dtype, torch.float32)).max)
+
+
+def boundary(form: str, decay: float, dtype: str = "float32") -> float:
+    """The chunk length, in steps, above which ``form`` fails at a per-step log-decay -decay.
+
+    inf for a form without a bound. See the module's table; document_cumsum is document_chunked
+    with one chunk, the whole length.
+    """
+    limit = log_max(dtype)
+    steps = {
+        "document_chunked": limit / decay + 1,
+        "document_cumsum": limit / decay + 1,
+        "late_mask": limit / decay + 1,
+        "corrected_cumsum": limit / decay,
+        "centred": 2 * limit / decay + 1,
+        "clamped": min(CLAMP, limit - 1) / decay,
+        "epsilon": math.log(SILENT / EPSILON) / decay,
+    }
+    return steps.get(form, math.inf)
+
+
+def first_overflow(decay: float, dtype: str = "float32") -> int:
+    """First length at which the whole-sequence trick as published overflows at that decay."""
+    return math.floor(boundary("document_cumsum", decay, dtype)) + 1
+
+
+def share_past_bound(
+    length: int, states: int = 16, dt_min: float = 1e-3, dt_max: float = 1e-1,
+    limit: float | None = None,
+) -> float:
+    """Share of (channel, state) pairs whose whole-sequence exponent overflows at ``length``.
+
+    At initialisation A = -n for n = 1..N and dt is log-uniform in [dt_min, dt_max]. Pair (d, n)
+    overflows when (length - 1) n dt > F: the published exponent stops one step short. So the
+    share is the mean over n of P(dt > F / (n (length - 1))), each a ratio of logarithms.
+    """
+    limit = log_max() if limit is None else limit
+    if length < 2:
+        return 0.0
+    spread = math.log(dt_max / dt_min)
+    shares = [
+        min(1.0, max(0.0, math.log(dt_max * n * (length - 1) / limit) / spread))
+        for n in range(1, states + 1)
+    ]
+    return sum(shares) / states

@@ -1,0 +1,96 @@
+"""Where a number came from: machine, versions, commit, command, date."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("mambabyte", "torch", "triton", "numpy", "safetensors", "sentencepiece")
+
+
+@cache
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def memory_bytes() -> int | None:
+    """Physical memory, None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+@cache
+def commit() -> str:
+    """The commit of the checkout this package runs from, marked when the tree differs from it.
+
+    Where there is no checkout, as in a container, it is what $MAMBABYTE_COMMIT says.
+    """
+    root = Path(__file__).resolve().parents[2]
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("MAMBABYTE_COMMIT", "unknown (not a git checkout)")
+    return run.stdout.strip()
+
+
+@cache
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def machine() -> dict[str, object]:
+    """What the numbers were measured on. No host or user names."""
+    gpus = []
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            gpus.append({"name": p.name, "memory_bytes": p.total_memory,
+                         "multiprocessors": p.multi_processor_count})
+    return {
+        "cpu": cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": memory_bytes(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "gpus": gpus,
+    }
+
+
+def provenance() -> dict[str, object]:
+    """One record of where and when, for every run folder and measurement."""
+    name = Path(sys.argv[0]).name
+    command = ["mambabyte" if name == "cli.py" else name, *sys.argv[1:]]
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(command),
+        "commit": commit(),
+        "versions": versions(),
+        "machine": machine(),
+    }

@@ -1,0 +1,62 @@
+"""The forms of the selective scan by name, and what may be expected of each.
+
+``mambabyte.ops.scan`` computes them. What is marked ``study`` is there to be measured, not to
+train with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to compute the scan, and what may be expected of it."""
+
+    about: str
+    chunk: int = 0  # the chunk used when none is given; 0 where the form has none
+    study: bool = False  # wrong or fragile: a subject of study, refused for training
+
+
+FORMS: dict[str, Form] = {
+    "sequential": Form("the definition, one step after another"),
+    "chunked": Form("stable chunks, no exponent is ever positive", chunk=32),
+    "fused": Form("one native kernel forward, one backward (CPU or CUDA)"),
+    "corrected_cumsum": Form(
+        "chunked log-cumsum with the input's own decay removed; overflows on strong decay",
+        chunk=32, study=True,
+    ),
+    "document_chunked": Form(
+        "chunked log-cumsum as published: decays each input by its own step; overflows too",
+        chunk=32, study=True,
+    ),
+    "document_cumsum": Form(
+        "log-cumsum over the whole sequence as published: overflows after some 50 bytes",
+        study=True,
+    ),
+    "clamped": Form(
+        "log-cumsum with a clamped exponent: strong decay loses inputs and says nothing",
+        chunk=32, study=True,
+    ),
+    "epsilon": Form(
+        "log-cumsum with a small number in the denominator: loses inputs and says nothing",
+        chunk=32, study=True,
+    ),
+    "centred": Form(
+        "log-cumsum measured from the middle of the chunk: overflows at twice the decay",
+        chunk=32, study=True,
+    ),
+    "pairwise": Form(
+        "differences of cumulated sums for all pairs: strong decay loses the gradient of A",
+        chunk=32, study=True,
+    ),
+    "late_mask": Form(
+        "all pairs, masked after the exponential: right value, nan in the gradient",
+        chunk=32, study=True,
+    ),
+    "segment_sum": Form("all pairs of a chunk, each exponent summed by itself", chunk=32),
+    "associative": Form("pairs (decay, state) joined by doubling, no exponent", chunk=32),
+}
+
+# What "auto" means.
+AUTO_ABOUT = "fused where its kernels run, else the stable chunks"

@@ -1,0 +1,12 @@
+"""Byte corpora, and bytes as characters."""
+
+from mambabyte.corpus.corpora import (
+    SPLITS,
+    Corpus,
+    load_corpus,
+    sample_starts,
+    sample_windows,
+    write_raw,
+)
+
+__all__ = ["SPLITS", "Corpus", "load_corpus", "sample_starts", "sample_windows", "write_raw"]

@@ -1,0 +1,128 @@
+"""ByteLM: embedding, a pattern of mixers in pre-norm blocks, final norm, tied head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambabyte.config import ModelConfig
+from mambabyte.model.block import Block, LayerState, make_norm
+
+
+class _Embed(torch.autograd.Function):
+    """Rows of a table, with a gradient that is a product with the one-hot tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows = table.shape[0]
+        return F.embedding(tokens, table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (tokens,) = ctx.saved_tensors
+        rows = torch.arange(ctx.rows, device=tokens.device)
+        hot = (tokens.flatten() == rows[:, None]).to(torch.bfloat16)
+        return None, (hot @ grad.flatten(0, -2).to(torch.bfloat16)).to(grad.dtype)
+
+
+def embed(tokens: Tensor, table: Tensor) -> Tensor:
+    """Rows of ``table`` (V, d) for tokens of any shape (...): (..., d).
+
+    On a GPU, torch sorts the tokens for the gradient, which takes 20 launches and several times as
+    long as a product with their one-hot form. Under bf16 autocast it is that product, in bf16 with
+    sums in float32 as the gradient of every other matrix there; otherwise it is torch's.
+    """
+    bf16 = tokens.is_cuda and torch.is_autocast_enabled("cuda") and (
+        torch.get_autocast_dtype("cuda") == torch.bfloat16)
+    small = table.dtype == torch.float32 and len(table) <= 1024
+    if bf16 and torch.is_grad_enabled() and small:
+        return _Embed.apply(tokens, table)
+    return F.embedding(tokens, table)
+
+
+def without_state(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer from the first byte on; the state it ends in is not kept."""
+    return layer(x, None)[0]
+
+
+def head_loss(model: ByteLM, x: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the bytes ``targets`` (B, L), x (B, L, d_model) behind the
+    last layer."""
+    logits = model.logits(model.norm_f(x))
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+class ByteLM(nn.Module):
+    """A language model over bytes whose layers follow ``config.layer_pattern``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        # torch's default N(0, 1) through a tied head starts near a loss of 185, not ln(256).
+        nn.init.normal_(self.embedding.weight, std=config.embed_std)
+        self.layers = nn.ModuleList(Block(config, letter) for letter in config.layers)
+        self.norm_f = make_norm(config)
+        self.head = None if config.tied_head else nn.Linear(
+            config.d_model, config.vocab_size, bias=False)
+        if self.head is not None and config.zero_init_out:
+            nn.init.zeros_(self.head.weight)
+        # How training runs a layer and what is behind the last, and in which type the residual
+        # stream adds up; a fast step replaces them.
+        self.run_layer: Callable[[nn.Module, Tensor], Tensor] = without_state
+        self.run_head: Callable[..., Tensor] = head_loss
+        self.residual_dtype: torch.dtype | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def forward(
+        self, tokens: Tensor, state: list[LayerState] | None = None
+    ) -> tuple[Tensor, list[LayerState]]:
+        """Logits of the byte after each of ``tokens``, and the state to go on from.
+
+        tokens (B, L) integers; returns (B, L, V) and one state a layer. Feeding a sequence in
+        pieces, each with the state of the one before, gives what one call gives.
+        """
+        hidden, states = self.hidden(self.embedding(tokens), state)
+        return self.logits(hidden), states
+
+    def hidden(
+        self, x: Tensor, state: list[LayerState] | None = None
+    ) -> tuple[Tensor, list[LayerState]]:
+        """From embedded bytes (B, L, d_model) to what the head reads, of the same shape."""
+        x = self._stem(x)
+        states = []
+        for i, layer in enumerate(self.layers):
+            x, layer_state = layer(x, None if state is None else state[i])
+            states.append(layer_state)
+        return self.norm_f(x), states
+
+    def through_layers(self, x: Tensor) -> Tensor:
+        """For training: ``hidden`` from the first byte on, before the last norm, without the
+        states; layers as ``run_layer`` does."""
+        x = self._stem(x if self.residual_dtype is None else x.to(self.residual_dtype))
+        for layer in self.layers:
+            x = self.run_layer(layer, x)
+        return x
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],)) if self.config.embed_norm else x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, L, d_model) -> (B, L, V), capped where the configuration says so."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        logits = F.linear(hidden, weight)
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1]."""
+        x = self.through_layers(embed(tokens[:, :-1], self.embedding.weight))
+        return self.run_head(self, x, tokens[:, 1:])

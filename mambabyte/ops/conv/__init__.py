@@ -1,0 +1,1 @@
+"""The depthwise causal convolution with SiLU: native kernels of it."""

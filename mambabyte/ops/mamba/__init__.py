@@ -1,0 +1,1 @@
+"""What a Mamba layer does between its two large projections: in parallel, and one step of it."""

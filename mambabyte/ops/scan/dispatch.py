@@ -1,0 +1,152 @@
+"""The selective scan: one signature, several forms.
+
+A form is a function ``(u, delta, A, B, C, state, chunk) -> (y, final_state)`` on prepared
+inputs: delta positive, one floating dtype, the skip and the gate left to the caller.
+``mambabyte.config.scan_forms`` says what may be expected of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambabyte.config.scan_forms import FORMS
+from mambabyte.errors import UserError
+from mambabyte.ops.scan import operator
+from mambabyte.ops.scan.chunked import chunked_scan
+from mambabyte.ops.scan.cumsum import (
+    corrected_chunked_cumsum_scan,
+    document_chunked_scan,
+    document_cumsum_scan,
+)
+from mambabyte.ops.scan.recurrent import sequential_scan
+from mambabyte.ops.scan.repairs import (
+    associative_scan,
+    centred_cumsum_scan,
+    clamped_cumsum_scan,
+    epsilon_cumsum_scan,
+    late_mask_scan,
+    pairwise_scan,
+    segment_sum_scan,
+)
+
+Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+# The forms in torch; "fused" is the operator, which takes the unprepared inputs.
+SCANS: dict[str, Scan] = {
+    "sequential": sequential_scan,
+    "chunked": chunked_scan,
+    "corrected_cumsum": corrected_chunked_cumsum_scan,
+    "document_chunked": document_chunked_scan,
+    "document_cumsum": document_cumsum_scan,
+    "clamped": clamped_cumsum_scan,
+    "epsilon": epsilon_cumsum_scan,
+    "centred": centred_cumsum_scan,
+    "pairwise": pairwise_scan,
+    "late_mask": late_mask_scan,
+    "segment_sum": segment_sum_scan,
+    "associative": associative_scan,
+}
+
+
+def default_form(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """The form that "auto" means there: fused where its kernels run, else the stable chunks."""
+    return operator.default_form(torch.device(device), dtype)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    form: str = "auto",
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Selective scan of Mamba (arXiv:2312.00752, section 3), with state in and state out.
+
+    With ``dt = softplus(delta + delta_bias)`` (each part optional)::
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t
+        y_t = (C_t . h_t + D u_t) * silu(z_t)
+
+    Shapes: u, delta, z (B, L, D); A (D, N); B, C (B, L, N); D, delta_bias (D,);
+    initial_state (B, D, N), zero when None. Returns y (B, L, D) in u's dtype and the state after
+    the last step (B, D, N) in float32 (float64 when any input is float64). Gradients flow to
+    every input and through both results.
+
+    Raises UserError for shapes that do not agree, an unknown form, or a chunk size below 1.
+    """
+    if form == "auto":
+        fits = A.shape[-1] <= operator.MAX_STATES
+        form = default_form(u.device, u.dtype) if fits else "chunked"
+    if form not in FORMS:
+        raise UserError(f"scan form {form!r} is unknown: choose auto, {', '.join(FORMS)}")
+    _check_shapes(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if chunk_size is not None and chunk_size < 1:
+        raise UserError(f"chunk_size is {chunk_size}: it must be at least 1")
+
+    if form == "fused":
+        return operator.fused_scan(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
+
+    # Autocast would take the sum over states to bf16; a scan accumulates in float32 or better.
+    with torch.autocast(u.device.type, enabled=False):
+        dtype = torch.float32
+        for t in (u, delta, A, B, C, initial_state):
+            if t is not None:
+                dtype = torch.promote_types(dtype, t.dtype)
+        x, dt = u.to(dtype), delta.to(dtype)
+        if delta_bias is not None:
+            dt = dt + delta_bias.to(dtype)
+        if delta_softplus:
+            dt = F.softplus(dt)
+        if initial_state is None:
+            state = x.new_zeros(x.shape[0], x.shape[2], A.shape[1])
+        else:
+            state = initial_state.to(dtype)
+        y, final_state = SCANS[form](
+            x, dt, A.to(dtype), B.to(dtype), C.to(dtype), state, chunk_size or FORMS[form].chunk
+        )
+        if D is not None:
+            y = y + D.to(dtype) * x
+        if z is not None:
+            y = y * F.silu(z.to(dtype))
+        return y.to(u.dtype), final_state
+
+
+def _check_shapes(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
+) -> None:
+    if u.ndim != 3 or u.shape[1] < 1:
+        raise UserError(f"u has shape {tuple(u.shape)}: expected (batch, length >= 1, channels)")
+    if A.ndim != 2 or A.shape[0] != u.shape[2]:
+        raise UserError(
+            f"A has shape {tuple(A.shape)}: expected (channels, states) with {u.shape[2]} channels"
+        )
+    batch, length, channels = u.shape
+    states = A.shape[1]
+    if A.is_complex():
+        raise UserError("A is complex: only real A is supported, as in the Mamba models")
+    expected = {
+        "delta": (delta, (batch, length, channels)),
+        "B": (B, (batch, length, states)),
+        "C": (C, (batch, length, states)),
+        "D": (D, (channels,)),
+        "z": (z, (batch, length, channels)),
+        "delta_bias": (delta_bias, (channels,)),
+        "initial_state": (initial_state, (batch, channels, states)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise UserError(f"{name} has shape {tuple(tensor.shape)}: expected {shape}")

@@ -1,0 +1,1 @@
+"""A whole model, byte after byte, in one kernel."""

@@ -1,0 +1,340 @@
+"""Streaming a whole model of Mamba layers on the GPU in one launch: packs, plans, launches.
+
+The kernel is ``stream.cu``: a thread-block cluster steps through the bytes, with the weights
+in the shared memory of its blocks as far as they fit. It needs compute capability 9.0 or later.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambabyte.ops.build.kernel import Kernel, Program, raw_stream
+from mambabyte.ops.build.nvrtc import NvrtcError
+
+VOCABULARY = 256
+THREADS = 384
+CLUSTERS = (16, 8)  # blocks of a cluster, best first; 16 is more than every card grants
+STREAMS = (1, 2, 4, 8)  # streams of a cluster
+ACTIVATIONS = ("relu2", "gelu", "silu")
+_PARAMETERS = "PPPPPPPPPPQQiiifif"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes and kinds of a model of Mamba layers; names as in ModelConfig."""
+
+    layers: int
+    d_model: int
+    d_inner: int
+    states: int
+    rank: int
+    taps: int
+    hidden: int = 0
+    activation: str = "silu"
+    centered: bool = True  # a layer norm, not an RMS norm
+    eps: float = 1e-5
+    stem_eps: float | None = None  # of an RMS norm behind the embedding, if there is one
+    cap: float = 0.0
+
+
+class LayerWeights(NamedTuple):
+    """Weights of one layer as the model has them; a norm is (weight, bias), each (d_model,)."""
+
+    norm: tuple[Tensor, Tensor]
+    in_proj: Tensor  # (2 D, d_model)
+    conv_weight: Tensor  # (D, K)
+    conv_bias: Tensor  # (D,)
+    x_proj: Tensor  # (R + 2 N, D)
+    dt_proj: Tensor  # (D, R)
+    dt_bias: Tensor  # (D,)
+    A: Tensor  # (D, N), negative
+    D: Tensor  # (D,)
+    out_proj: Tensor  # (d_model, D)
+    mlp_norm: tuple[Tensor, Tensor] | None = None
+    up: Tensor | None = None  # (hidden, d_model)
+    down: Tensor | None = None  # (d_model, hidden)
+
+
+class StreamState(NamedTuple):
+    """What all layers remember of B streams, float32: O(1) in the bytes seen."""
+
+    tail: Tensor  # (layers, B, K - 1, D) last inputs of the convolutions
+    ssm: Tensor  # (layers, B, D, N)
+
+
+# --------------------------------------------------------------------------------------- packing
+
+
+def _split(x: Tensor, dim: int, blocks: int) -> Tensor:
+    """Cut a dimension into equal parts, zeros at the end: the blocks become the first dimension."""
+    size = -(-x.shape[dim] // blocks)
+    pad = [0] * (2 * x.ndim)
+    pad[2 * (x.ndim - 1 - dim) + 1] = size * blocks - x.shape[dim]
+    return F.pad(x, pad).unflatten(dim, (blocks, size)).movedim(dim, 0)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(blocks, ...) as (blocks, floats), their number rounded up to 4."""
+    return F.pad(x.flatten(1), (0, -x[0].numel() % 4))
+
+
+def _quads(x: Tensor) -> Tensor:
+    """(blocks, rows, columns): one quad of rows after another, each as 32 columns x 4 at a time."""
+    x = F.pad(x, (0, -x.shape[2] % 32, 0, -x.shape[1] % 4))
+    return x.unflatten(2, (-1, 32)).unflatten(1, (-1, 4)).permute(0, 1, 3, 4, 2)
+
+
+def _rows_of(x: Tensor, blocks: int) -> Tensor:
+    """(d_model, channels): each block's rows, channels in the blocks' order, padding as zeros."""
+    columns = _split(x, 1, blocks).transpose(0, 1).flatten(1)  # (d_model, channels and padding)
+    return _split(F.pad(columns, (0, -columns.shape[1] % 128)), 0, blocks)
+
+
+def _behind(norm: tuple[Tensor, Tensor], w: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a projection w (rows, d_model) with the norm before it multiplied in."""
+    weight, bias = (x.double() for x in norm)
+    return (w.double() * weight).float(), (w.double() @ bias).float()
+
+
+def pack(
+    layers: Sequence[LayerWeights], final_norm: tuple[Tensor, Tensor], head: Tensor, blocks: int
+) -> Tensor:
+    """Each block's share of the weights in the kernel's order: (blocks, floats) float32."""
+
+    def share(x: Tensor, dim: int = 0) -> Tensor:
+        return _split(x.float(), dim, blocks)
+
+    small, in_proj, up, down, out_proj = [], [], [], [], []
+    for w in layers:
+        weight, bias = _behind(w.norm, w.in_proj)
+        in_proj.append(_quads(torch.cat([share(half) for half in weight.chunk(2)], 1)))
+        small += [
+            torch.cat([share(half) for half in bias.chunk(2)], 1),
+            share(w.conv_weight), share(w.conv_bias), share(w.dt_bias), share(w.D),
+            share(w.A.double() * 1.4426950408889634),  # the kernel takes powers of 2
+            share(F.pad(w.dt_proj, (0, -w.dt_proj.shape[1] % 4))),
+        ]  # fmt: skip
+        if w.mlp_norm is not None and w.up is not None and w.down is not None:
+            weight, bias = _behind(w.mlp_norm, w.up)
+            small.append(share(bias))
+            up.append(_quads(share(weight)))
+            down.append(_rows_of(w.down.float(), blocks))
+        # 8 threads a row: channel 8 j + part of row r is at (j, r, part).
+        x_proj = share(w.x_proj, 1)
+        x_proj = F.pad(x_proj, (0, -x_proj.shape[2] % 8)).unflatten(2, (-1, 8))
+        small.append(x_proj.transpose(1, 2))
+        out_proj.append(_rows_of(w.out_proj.float(), blocks))
+    weight, bias = _behind(final_norm, head)
+    everything = [*small, share(bias), _quads(share(weight)), *in_proj, *up, *down, *out_proj]
+    return torch.cat([_flat(x) for x in everything], 1).contiguous()
+
+
+# -------------------------------------------------------------------------------------- planning
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One compiled kernel: how many blocks a cluster, streams a cluster, and what fits."""
+
+    shape: Shape
+    blocks: int
+    streams: int
+    resident: int  # floats of a block's weights in its shared memory; the rest stays in L2
+    work: int  # other floats of its shared memory
+    floats: int  # of a block's weights
+
+    @property
+    def shared_bytes(self) -> int:
+        return 4 * (self.resident + self.work)
+
+    def program(self) -> Program:
+        return _program(self)
+
+
+def _up(n: int, to: int = 4) -> int:
+    return -(-n // to) * to
+
+
+def plan(shape: Shape, blocks: int, streams: int, shared_bytes: int) -> Plan | None:
+    """The plan for a card with that much shared memory a block, or None where it does not fit."""
+    s, channels = shape, -(-shape.d_inner // blocks)
+    hidden, rows, model = -(-s.hidden // blocks), -(-s.d_model // blocks), -(-s.d_model // 32)
+    projected = s.rank + 2 * s.states
+    all_channels, all_hidden = (_up(blocks * n, 128) for n in (channels, hidden))
+    small = (
+        _up(2 * channels) + 3 * _up(channels) + _up(channels * s.taps) + _up(channels * s.states)
+        + channels * _up(s.rank) + _up(hidden) + projected * _up(channels, 8)
+    )  # fmt: skip
+    head = VOCABULARY // blocks
+    least = s.layers * small + head
+    floats = least + 32 * model * head + s.layers * (
+        32 * model * (_up(2 * channels) + _up(hidden)) + rows * (all_channels + all_hidden)
+    )
+    work = streams * (
+        blocks * _up(projected) + all_channels + all_hidden + 3 * VOCABULARY + s.d_model
+        + _up(projected)
+    )  # fmt: skip
+    work += 2 * _up(streams * channels) + _up(s.layers * streams * channels * s.states)
+    work += _up(s.layers * streams * (s.taps - 1) * channels) + 12 + _up(streams)
+    resident = min(floats, (shared_bytes // 4 - work) // 4 * 4)
+    return Plan(shape, blocks, streams, resident, work, floats) if resident >= least else None
+
+
+@functools.cache
+def _program(plan: Plan) -> Program:
+    s = plan.shape
+    whole = {
+        "CL": plan.blocks, "S": plan.streams, "T": THREADS, "LAYERS": s.layers, "DM": s.d_model,
+        "DI": s.d_inner, "N": s.states, "R": s.rank, "K": s.taps, "H": s.hidden,
+        "ACTIVATION": ACTIVATIONS.index(s.activation), "CENTERED": int(s.centered),
+        "STEM": int(s.stem_eps is not None), "RESIDENT": plan.resident, "BLOB": plan.floats,
+        "WORK": plan.work,
+    }  # fmt: skip
+    real = {"EPS": s.eps, "STEM_EPS": s.stem_eps or 0.0, "CAP": s.cap}
+    # One macro: names such as T or N of their own would reach into the compiler's own headers.
+    sizes = ", ".join(f"{name} = {value}" for name, value in whole.items())
+    sizes = f"constexpr int {sizes}; constexpr float " + ", ".join(
+        f"{name} = {float(value)!r}" for name, value in real.items()) + ";"
+    options = (f"-DSIZES={sizes}",)
+    return Program.from_file(
+        "build/types.cu", "stream/stream.cu", names=("stream_bytes",), options=options
+    )
+
+
+@functools.cache
+def _kernel(plan: Plan, device: int) -> Kernel:
+    kernel = plan.program().kernel("stream_bytes", device, _PARAMETERS)
+    kernel.allow_shared(plan.shared_bytes)
+    if plan.blocks > 8:
+        kernel.allow_large_clusters()
+    return kernel
+
+
+def _shared_limit(device: int) -> int:
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the limit
+    return properties.shared_memory_per_block_optin
+
+
+@functools.cache
+def _resident_clusters(shape: Shape, blocks: int, streams: int, device: int) -> int:
+    """How many such clusters run at a time on that device; 0 where none can."""
+    chosen = plan(shape, blocks, streams, _shared_limit(device))
+    if chosen is None:
+        return 0
+    return _kernel(chosen, device).resident_clusters(blocks, THREADS, chosen.shared_bytes)
+
+
+@functools.cache
+def cluster_blocks(shape: Shape, device: int) -> int:
+    """Blocks of a cluster for that model on that device; 0 where the kernel cannot run."""
+    if torch.cuda.get_device_capability(device)[0] < 9:
+        return 0
+    return next((n for n in CLUSTERS if _resident_clusters(shape, n, 1, device) > 0), 0)
+
+
+@functools.cache
+def _plan_for(shape: Shape, blocks: int, batch: int, device: int) -> Plan:
+    """As few streams a cluster as let all run at a time, or as many as there can be."""
+    shared = _shared_limit(device)
+    best = plan(shape, blocks, 1, shared)
+    for streams in STREAMS:
+        clusters = _resident_clusters(shape, blocks, streams, device)
+        if not clusters:
+            break
+        best = plan(shape, blocks, streams, shared)
+        if clusters * streams >= batch:
+            break
+    assert best is not None
+    return best
+
+
+# ------------------------------------------------------------------------------------- launching
+
+
+class CudaStreamer:
+    """Steps a model's streams on one device, with the weights as they are now.
+
+    embedding and head are (256, d_model). Raises NvrtcError where the device cannot run it; ask
+    ``cluster_blocks`` first.
+    """
+
+    def __init__(
+        self, shape: Shape, embedding: Tensor, layers: Sequence[LayerWeights],
+        final_norm: tuple[Tensor, Tensor], head: Tensor,
+    ) -> None:
+        self.shape, self.device = shape, embedding.device
+        self._index = embedding.device.index
+        self._blocks = cluster_blocks(shape, self._index)
+        if not self._blocks:
+            raise NvrtcError(f"no cluster of this model's blocks fits on {self.device}")
+        self._embedding = embedding.float().contiguous()
+        self._blob = pack(layers, final_norm, head, self._blocks)
+
+    def new_state(self, batch: int) -> StreamState:
+        """The state before the first byte."""
+        s = self.shape
+        zeros = functools.partial(torch.zeros, device=self.device, dtype=torch.float32)
+        return StreamState(
+            zeros(s.layers, batch, s.taps - 1, s.d_inner),
+            zeros(s.layers, batch, s.d_inner, s.states),
+        )
+
+    def feed(
+        self, tokens: Tensor, state: StreamState, all_positions: bool = False
+    ) -> tuple[Tensor, StreamState]:
+        """Advance by tokens (B, L) uint8, L at least 1.
+
+        Returns log-probabilities float32 of the byte after the last one, (B, 256), or after each
+        with ``all_positions``, (B, L, 256); and the new state.
+        """
+        batch, length = tokens.shape
+        shape = (batch, length, VOCABULARY) if all_positions else (batch, VOCABULARY)
+        log_probs = torch.empty(shape, device=self.device)
+        new = self._launch(state, log_probs, batch, length, tokens=tokens.contiguous(),
+                           every=all_positions)
+        return log_probs, new
+
+    def draw(
+        self, log_probs: Tensor, state: StreamState, length: int, temperature: float = 1.0,
+        top_k: int = 0, top_p: float = 1.0, seed: int = 0, position: int = 0,
+    ) -> tuple[Tensor, Tensor, StreamState]:
+        """Draw ``length`` bytes of each stream, each fed before the next one is drawn.
+
+        log_probs (B, 256) are those of the next byte. Temperature 0 takes the most probable one;
+        ``top_k`` 0 keeps all. Randomness is a function of (seed, position + i, stream), so drawing
+        in pieces gives the same bytes. Returns them (B, length) uint8, the log-probabilities after
+        the last one, and the new state.
+        """
+        batch = log_probs.shape[0]
+        drawn = torch.empty((batch, length), dtype=torch.uint8, device=self.device)
+        after = torch.empty((batch, VOCABULARY), device=self.device)
+        new = self._launch(
+            state, after, batch, length, first=log_probs.float().contiguous(), drawn=drawn,
+            seed=seed, position=position, temperature=temperature, top_k=top_k, top_p=top_p)
+        return drawn, after, new
+
+    def _launch(
+        self, state: StreamState, log_probs: Tensor, batch: int, length: int,
+        tokens: Tensor | None = None, first: Tensor | None = None, drawn: Tensor | None = None,
+        every: bool = False, seed: int = 0, position: int = 0, temperature: float = 0.0,
+        top_k: int = 0, top_p: float = 1.0,
+    ) -> StreamState:
+        tail, ssm = (t.float().contiguous() for t in state)
+        new = StreamState(torch.empty_like(tail), torch.empty_like(ssm))
+        chosen = _plan_for(self.shape, self._blocks, batch, self._index)
+        pointers = [0 if t is None else t.data_ptr() for t in (
+            self._blob, self._embedding, tokens, first, tail, ssm, new.tail, new.ssm, drawn,
+            log_probs)]
+        with torch.cuda.device(self.device):
+            _kernel(chosen, self._index).launch(
+                (chosen.blocks * -(-batch // chosen.streams), 1, 1), (THREADS, 1, 1),
+                chosen.shared_bytes, raw_stream(self._index), *pointers,
+                seed % 2**64, position, batch, length, int(every), temperature, top_k, top_p)
+        return new

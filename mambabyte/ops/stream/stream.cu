@@ -1,0 +1,689 @@
+// A whole model of Mamba layers, byte after byte, in one launch: at batch 1 all is latency.
+//
+// A cluster of CL blocks runs S streams. Every block has DI / CL channels of every layer, their
+// states, and its share of all weights: as much as fits in shared memory, the rest is read from L2,
+// one phase ahead of its use. Everything that the blocks tell each other goes into each other's
+// shared memory by st.async, which counts itself off at a barrier of the receiver: three exchanges
+// a layer, one for the logits, and no other barrier across the cluster.
+//
+//   x (all blocks) -> norm -> rows of in_proj -> convolution, SiLU -> parts of x_proj's sums
+//   => exchange => sums in a fixed order -> dt_proj, scan step, gate
+//   => exchange => y (all blocks) -> x + rows of out_proj => exchange => x; an MLP goes likewise
+//   after the last layer: norm -> rows of the head => exchange => every block draws the same byte
+//
+// Exchanges are kept small: a block takes in some 10 bytes a cycle, so parts of out_proj's sums,
+// CL d_model floats, took longer than a further exchange does.
+//
+// A buffer may be written again when all blocks have read it: an exchange starts in a block only
+// after it has everybody's part of the one before, which each sent after reading what came earlier.
+// So exchanges that follow each other use different buffers, and that is enough.
+//
+// SIZES are compile-time constants, given by cuda.py, which also packs the weights:
+//   CL, S, T (threads), LAYERS, DM (d_model), DI (d_inner), N (states), R (dt_rank), K (taps),
+//   H (hidden width of the MLP or 0), ACTIVATION, CENTERED (layer norm), STEM (norm after the
+//   embedding), EPS, STEM_EPS, CAP (of the logits or 0), RESIDENT (floats of a block's weights kept
+//   in shared memory), and BLOB and WORK, its own idea of the sizes below.
+// All arithmetic is float32.
+
+SIZES
+constexpr int V = 256;
+constexpr int WARPS = T / 32;
+constexpr unsigned ALL = 0xffffffffu;
+
+constexpr int parts(int n, int size) { return (n + size - 1) / size; }
+constexpr int up4(int n) { return parts(n, 4) * 4; }
+constexpr int power(int n) { return n <= 1 ? 1 : 2 * power(parts(n, 2)); }
+
+constexpr int DC = parts(DI, CL);                     // channels of a block
+constexpr int HC = parts(H ? H : 1, CL);              // hidden units of a block, if there is an MLP
+constexpr int G = power(N) < 16 ? power(N) : 16;      // threads that share a channel in the scan
+constexpr int PER = parts(N, G);                      // states a thread
+constexpr int RS = R <= 16 ? 1 : G;                   // and that share the sum of a step size
+constexpr int RD = parts(DM, CL);                     // rows of d_model of a block
+constexpr int XR = R + 2 * N, X4 = up4(XR);           // rows of x_proj
+constexpr int R4 = parts(R, 4);
+// Columns a lane has: of in_proj and the head (32 lanes), x_proj (8), out_proj and the MLP's (32
+// lanes, four columns at a time).
+constexpr int CI = parts(DM, 32), CX = parts(DC, 8), CO = parts(CL * DC, 128);
+constexpr int CH = parts(CL * HC, 128);
+// Rows of in_proj, the MLP and the head come in quads: a float4 is a column of four rows.
+constexpr int UQ = parts(2 * DC, 4), HQ = parts(HC, 4), VQ = V / CL / 4;
+
+// One block's weights, in floats. Those of the norms are in the projections behind them.
+constexpr int IN_BIAS = 0, CONV = up4(2 * DC), CONV_BIAS = CONV + up4(DC * K);
+constexpr int DT_BIAS = CONV_BIAS + up4(DC), SKIP = DT_BIAS + up4(DC), RATE = SKIP + up4(DC);
+constexpr int DT = RATE + up4(DC * N), UP_BIAS = DT + DC * R4 * 4;
+constexpr int XP = UP_BIAS + (H ? up4(HC) : 0), SMALL = XP + CX * XR * 8;
+constexpr int IN = UQ * CI * 128, OUT = RD * CO * 128, HEAD = VQ * CI * 128;
+constexpr int UP = H ? HQ * CI * 128 : 0, DOWN = H ? RD * CH * 128 : 0;
+constexpr int HEAD_BIAS = LAYERS * SMALL, HEAD_AT = HEAD_BIAS + V / CL, IN_AT = HEAD_AT + HEAD;
+constexpr int UP_AT = IN_AT + LAYERS * IN, DOWN_AT = UP_AT + LAYERS * UP;
+constexpr int OUT_AT = DOWN_AT + LAYERS * DOWN;
+static_assert(OUT_AT + LAYERS * OUT == BLOB, "the weights are packed in another layout");
+static_assert(HEAD_AT <= RESIDENT, "the small weights must be in shared memory");
+
+// Shared memory behind the resident weights, in floats.
+constexpr int PARTS = RESIDENT, Y = PARTS + CL * S * X4, HIDDEN = Y + S * CO * 128;
+constexpr int LOGIT = HIDDEN + (H ? S * CH * 128 : 0), PROB = LOGIT + S * V, KEPT = PROB + S * V;
+constexpr int X = KEPT + S * V, U = X + S * DM, GATE = U + up4(S * DC), LOW = GATE + up4(S * DC);
+constexpr int STATE = LOW + S * X4, TAIL = STATE + up4(LAYERS * S * DC * N);
+constexpr int BARS = TAIL + up4(LAYERS * S * (K - 1) * DC), BYTE = BARS + 12;
+constexpr int END = BYTE + up4(S);
+static_assert(END - RESIDENT == WORK, "shared memory is laid out otherwise");
+static_assert(DM % 4 == 0 && V % (4 * CL) == 0 && S <= 8 && S <= WARPS, "sizes do not fit");
+
+enum Exchange { PROJECTED, SCANNED, ADDED, ACTIVATED, LOGITS, EXCHANGES };
+
+// ------------------------------------------------------------------------------- between blocks
+
+inline unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
+
+// Where this block's address 0 of shared memory is seen in another block of the cluster.
+inline unsigned window(unsigned base, int block) {
+    unsigned there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(base), "r"(block));
+    return there - base;
+}
+
+inline void send(unsigned to, unsigned bar, float v) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to),
+        "f"(v), "r"(bar) : "memory");
+}
+
+inline void expect(unsigned bar, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+                 : "memory");
+}
+
+inline void wait(unsigned bar, unsigned parity) {
+    unsigned done;
+    do {
+        asm volatile(
+            "{\n .reg .pred p;\n"
+            " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+            " selp.u32 %0, 1, 0, p;\n}"
+            : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+    } while (!done);
+}
+
+inline void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;"
+                 ::: "memory");
+}
+
+// ------------------------------------------------------------------------------------ in a warp
+
+// Sums of each of VALUES (a power of 2, at most COUNT) over COUNT lanes: lane l has l % VALUES.
+template <int VALUES, int COUNT, int MASK = 1> inline float sums_over(const float (&a)[VALUES]) {
+    if constexpr (VALUES > 1) {
+        bool odd = threadIdx.x & MASK;
+        float half[VALUES / 2];
+#pragma unroll
+        for (int i = 0; i < VALUES / 2; i++) {
+            float give = odd ? a[2 * i] : a[2 * i + 1], keep = odd ? a[2 * i + 1] : a[2 * i];
+            half[i] = keep + __shfl_xor_sync(ALL, give, MASK);
+        }
+        return sums_over<VALUES / 2, COUNT, MASK * 2>(half);
+    } else {
+        float sum = a[0];
+#pragma unroll
+        for (int mask = MASK; mask < COUNT; mask *= 2) sum += __shfl_xor_sync(ALL, sum, mask);
+        return sum;
+    }
+}
+
+template <int COUNT> inline float sum_over(float x) {
+    float a[1] = {x};
+    return sums_over<1, COUNT>(a);
+}
+
+// Lane l gets x[32 j + l], centred where the norm is; returns what to multiply it by. Every warp
+// does so for itself.
+inline float normalise(float (&out)[CI], const float *x, bool centered, float eps) {
+    int lane = threadIdx.x % 32;
+    float sum = 0.f, square = 0.f;
+#pragma unroll
+    for (int j = 0; j < CI; j++) {
+        out[j] = 32 * j + lane < DM ? x[32 * j + lane] : 0.f;
+        sum += out[j];
+    }
+    float mean = centered ? sum_over<32>(sum) * (1.f / DM) : 0.f;
+#pragma unroll
+    for (int j = 0; j < CI; j++) {
+        out[j] = 32 * j + lane < DM ? out[j] - mean : 0.f;
+        square = fmaf(out[j], out[j], square);
+    }
+    return rsqrtf(sum_over<32>(square) * (1.f / DM) + eps);
+}
+
+template <int COLUMNS> inline void fetch(float4 (&to)[COLUMNS], const float4 *from) {
+#pragma unroll
+    for (int j = 0; j < COLUMNS; j++) to[j] = from[j * 32];
+}
+
+// Four rows times the streams, which are still to be scaled: lane l has row l % 4 of stream
+// l / 4 % S.
+inline float times_x(const float4 (&w)[CI], const float (&xn)[S][CI], const float (&scale)[S]) {
+    float sum[4 * S] = {};
+#pragma unroll
+    for (int j = 0; j < CI; j++)
+#pragma unroll
+        for (int s = 0; s < S; s++) {
+            sum[4 * s] = fmaf(w[j].x, xn[s][j], sum[4 * s]);
+            sum[4 * s + 1] = fmaf(w[j].y, xn[s][j], sum[4 * s + 1]);
+            sum[4 * s + 2] = fmaf(w[j].z, xn[s][j], sum[4 * s + 2]);
+            sum[4 * s + 3] = fmaf(w[j].w, xn[s][j], sum[4 * s + 3]);
+        }
+    float value = sums_over<4 * S, 32>(sum), mine = scale[0];
+#pragma unroll
+    for (int s = 1; s < S; s++)
+        if (threadIdx.x % 32 / 4 % S == s) mine = scale[s];
+    return value * mine;
+}
+
+// max(x, 0) + log(1 + e), e = exp(-|x|), by the series of 2 artanh(e / (2 + e)).
+inline float softplus(float x) {
+    float e = __expf(-fabsf(x)), r = __fdividef(e, 2.f + e), q = r * r;
+    float sum = fmaf(q, 1.f / 13.f, 1.f / 11.f);
+    sum = fmaf(q, fmaf(q, fmaf(q, fmaf(q, sum, 1.f / 9.f), 1.f / 7.f), 1.f / 5.f), 1.f / 3.f);
+    return fmaxf(x, 0.f) + 2.f * fmaf(r * q, sum, r);
+}
+
+inline float activate(float x) {
+    if (ACTIVATION == 0) return x > 0.f ? x * x : 0.f;
+    if (ACTIVATION == 1) return 0.5f * x * (1.f + erff(x * 0.70710678f));
+    return x * sigmoid(x);
+}
+
+// Element i of what all blocks sent, added in the order of the blocks (in four strands).
+inline float sum_blocks(const float *part, int stride) {
+    float sum[4] = {};
+#pragma unroll
+    for (int c = 0; c < CL; c++) sum[c % 4] += part[c * stride];
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// Philox 4x32-10 (Salmon et al. 2011): uniform in [0, 1) from (seed, position, stream).
+inline float uniform(unsigned long long seed, unsigned long long position, unsigned stream) {
+    unsigned c[4] = {(unsigned)position, (unsigned)(position >> 32), stream, 0u};
+    unsigned k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
+#pragma unroll
+    for (int round = 0; round < 10; round++) {
+        unsigned long long a = 0xD2511F53ull * c[0], b = 0xCD9E8D57ull * c[2];
+        unsigned n0 = (unsigned)(b >> 32) ^ c[1] ^ k0, n2 = (unsigned)(a >> 32) ^ c[3] ^ k1;
+        c[1] = (unsigned)b, c[3] = (unsigned)a, c[0] = n0, c[2] = n2;
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    return (c[0] >> 8) * 5.9604644775390625e-8f;
+}
+
+// Lane l has entries 8 l to 8 l + 7.
+inline void eight(float (&to)[8], const float *row) {
+    const float4 *from = (const float4 *)row + threadIdx.x % 32 * 2;
+    float4 a = from[0], b = from[1];
+    to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
+    to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
+}
+
+inline float largest(const float (&a)[8]) {
+    float m = a[0];
+#pragma unroll
+    for (int i = 1; i < 8; i++) m = fmaxf(m, a[i]);
+#pragma unroll
+    for (int mask = 1; mask < 32; mask *= 2) m = fmaxf(m, __shfl_xor_sync(ALL, m, mask));
+    return m;
+}
+
+// The first of the largest entries.
+inline int first_largest(const float *row) {
+    float a[8];
+    eight(a, row);
+    int key[8], most = -0x7fffffff;  // integers in the order of the floats
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        int bits = __float_as_int(a[i]);
+        key[i] = bits ^ (bits >> 31 & 0x7fffffff);
+        most = max(most, key[i]);
+    }
+    int m = __reduce_max_sync(ALL, most), mine = 0;
+#pragma unroll
+    for (int i = 7; i >= 0; i--)
+        if (key[i] == m) mine = i;
+    int lane = __ffs(__ballot_sync(ALL, most == m)) - 1;
+    return 8 * lane + __shfl_sync(ALL, mine, lane);
+}
+
+// Draws entry i with probability row[i] / sum of row; u is uniform in [0, 1).
+inline int draw(const float *row, float u) {
+    int lane = threadIdx.x % 32;
+    float a[8], before = 0.f;
+    eight(a, row);
+    float mine = 0.f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) mine += a[i];
+    float through = mine;  // sum over this lane's entries and all before
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        float other = __shfl_up_sync(ALL, through, step);
+        if (lane >= step) through += other;
+    }
+    before = __shfl_up_sync(ALL, through, 1);
+    if (lane == 0) before = 0.f;
+    float target = u * __shfl_sync(ALL, through, 31);
+    int found = -1, last = -1;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        before += a[i];
+        if (a[i] > 0.f) last = i;
+        if (found < 0 && a[i] > 0.f && before > target) found = i;
+    }
+    unsigned has = __ballot_sync(ALL, found >= 0);
+    unsigned any = __ballot_sync(ALL, last >= 0);
+    // Rounding can leave the target at the very end: then it is the last entry that is possible.
+    int where = has ? __ffs(has) - 1 : any ? 31 - __clz(any) : 0;
+    int at = __shfl_sync(ALL, has ? found : last, where);
+    return 8 * where + (at < 0 ? 0 : at);
+}
+
+// --------------------------------------------------------------------------------- the kernel
+
+// Grid CL * ceil(streams / S) blocks of T threads. `tokens` (streams, steps), or null: then each
+// byte is drawn from the log-probabilities after the byte before, the first from `first`
+// (streams, V), and written to `drawn` (streams, steps). `log_probs` is (streams, steps, V) where
+// `all` says so, else (streams, V) after the last byte. tail: (LAYERS, streams, K - 1, DI); state:
+// (LAYERS, streams, DI, N).
+extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) stream_bytes(
+    const float *blob, const float *embedding, const unsigned char *tokens, const float *first,
+    const float *tail_in, const float *state_in, float *tail_out, float *state_out,
+    unsigned char *drawn, float *log_probs, unsigned long long seed, unsigned long long position,
+    int streams, int steps, int all, float temperature, int top_k, float top_p) {
+    extern __shared__ __align__(16) float shared[];
+    int tid = threadIdx.x, lane = tid % 32, warp = __shfl_sync(ALL, tid / 32, 0);  // uniform
+    int rank = blockIdx.x % CL, base = blockIdx.x / CL * S;
+    const float *own = blob + (int64)rank * BLOB;
+    // A row, or quad of rows, of a matrix that is `size` floats from `at` on, for this lane.
+    auto fetch_row = [&](auto &to, int at, int size, int row) {
+        int first = at + row * (int)(sizeof(to) / 4 * 32) + 4 * lane;
+        if (at + size <= RESIDENT)
+            fetch(to, (const float4 *)(shared + first));
+        else
+            fetch(to, (const float4 *)(own + first));
+    };
+    float *x = shared + X, *u = shared + U, *gate = shared + GATE, *low = shared + LOW;
+    float *logit = shared + LOGIT;
+    float *prob = shared + PROB, *kept = shared + KEPT;
+    int *byte = (int *)(shared + BYTE);
+    unsigned bars = shared_address(shared + BARS), parities = 0;
+    auto wait_for = [&](Exchange e) {
+        wait(bars + 8 * e, parities >> e & 1);
+        parities ^= 1u << e;
+    };
+    auto expect_all = [&](Exchange e, int floats) {
+        if (tid == 0) expect(bars + 8 * e, 4 * floats);
+    };
+
+    // To the same address in every step-th block.
+    auto send_all = [&](unsigned to, Exchange e, auto value, int first_block, int step) {
+#pragma unroll
+        for (int block = first_block; block < CL; block += step) {
+            unsigned there = window(bars, block);
+            send(to + there, bars + 8 * e + there, value);
+        }
+    };
+
+    if (tid == 0) {
+        for (int e = 0; e < EXCHANGES; e++)
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bars + 8 * e) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    for (int i = tid; i < RESIDENT / 4; i += T) ((float4 *)shared)[i] = ((const float4 *)own)[i];
+    // In shared memory: state [layer][s][channel][n], tail [layer][s][tap][channel].
+    for (int i = tid; i < LAYERS * S * DC * N; i += T) {
+        int n = i % N, d = rank * DC + i / N % DC, b = base + i / (N * DC) % S;
+        int64 l = i / (N * DC * S);
+        bool there = d < DI && b < streams;
+        shared[STATE + i] = there ? state_in[((l * streams + b) * DI + d) * N + n] : 0.f;
+    }
+    for (int i = tid; i < LAYERS * S * (K - 1) * DC; i += T) {
+        int d = rank * DC + i % DC, k = i / DC % (K - 1), b = base + i / (DC * (K - 1)) % S;
+        int64 l = i / (DC * (K - 1) * S);
+        bool there = d < DI && b < streams;
+        shared[TAIL + i] = there ? tail_in[((l * streams + b) * (K - 1) + k) * DI + d] : 0.f;
+    }
+    for (int i = tid; i < LOGIT - Y; i += T) shared[Y + i] = 0.f;  // what is past the channels
+    if (!tokens)
+        for (int i = tid; i < S * V; i += T)
+            logit[i] = base + i / V < streams ? first[(int64)(base + i / V) * V + i % V] : 0.f;
+    __syncthreads();
+    cluster_barrier();
+
+    // Block s % CL writes stream s. One warp a stream; t is the byte that the logits follow.
+    auto write_log_probs = [&](int t) {
+        int b = base + warp;
+        if (warp >= S || warp % CL != rank || b >= streams) return;
+        float a[8], sum = 0.f;
+        eight(a, logit + warp * V);
+        float m = largest(a);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += __expf(a[i] - m);
+        float shift = m + __logf(sum_over<32>(sum));
+        float4 *to = (float4 *)(log_probs + ((int64)b * (all ? steps : 1) + (all ? t : 0)) * V);
+        to[2 * lane] = make_float4(a[0] - shift, a[1] - shift, a[2] - shift, a[3] - shift);
+        to[2 * lane + 1] = make_float4(a[4] - shift, a[5] - shift, a[6] - shift, a[7] - shift);
+    };
+
+    // Every block draws for itself, and so the same: from logit into byte.
+    auto choose = [&](int t) {
+        if (temperature == 0.f) {
+            if (warp < S) byte[warp] = first_largest(logit + warp * V);
+        } else {
+            bool filter = top_k > 0 || top_p < 1.f;
+            if (warp < S) {
+                float a[8], sum = 0.f;
+                eight(a, logit + warp * V);
+                float m = largest(a);
+#pragma unroll
+                for (int i = 0; i < 8; i++) sum += a[i] = __expf((a[i] - m) / temperature);
+                float scale = 1.f / sum_over<32>(sum);
+#pragma unroll
+                for (int i = 0; i < 8; i++) prob[warp * V + 8 * lane + i] = a[i] * scale;
+            }
+            if (filter) {
+                __syncthreads();
+                for (int i = tid; i < S * V; i += T) {
+                    const float4 *row = (const float4 *)(prob + i / V * V);
+                    float p = prob[i], above = 0.f;
+                    int rank_of = 0;
+#pragma unroll 2
+                    for (int j = 0; j < V; j += 4) {  // by probability, then by index
+                        float4 q = row[j / 4];
+                        bool a = q.x > p || (q.x == p && j < i % V);
+                        bool b = q.y > p || (q.y == p && j + 1 < i % V);
+                        bool c = q.z > p || (q.z == p && j + 2 < i % V);
+                        bool d = q.w > p || (q.w == p && j + 3 < i % V);
+                        rank_of += a + b + c + d;
+                        above += (a ? q.x : 0.f) + (b ? q.y : 0.f) + (c ? q.z : 0.f)
+                            + (d ? q.w : 0.f);
+                    }
+                    bool keep = (top_k == 0 || rank_of < top_k) && (rank_of == 0 || above < top_p);
+                    kept[i] = keep ? p : 0.f;
+                }
+                __syncthreads();
+            } else {
+                __syncwarp();
+            }
+            if (warp < S) {
+                float at = uniform(seed, position + t, base + warp);
+                byte[warp] = draw((filter ? kept : prob) + warp * V, at);
+            }
+        }
+        __syncwarp();
+        if (warp < S && rank == warp % CL && lane == 0 && base + warp < streams)
+            drawn[(int64)(base + warp) * steps + t] = (unsigned char)byte[warp];
+        __syncthreads();
+    };
+
+    // The embedding of the next byte is fetched a byte ahead where the bytes are known.
+    constexpr int MINE = parts(S * DM, T);
+    float coming[MINE];
+    auto embed = [&](int t) {
+#pragma unroll
+        for (int m = 0; m < MINE; m++) {
+            int i = tid + m * T, b = base + i / DM;
+            if (i >= S * DM) continue;
+            int now = !tokens ? byte[i / DM] : b < streams ? tokens[(int64)b * steps + t] : 0;
+            coming[m] = embedding[now * DM + i % DM];
+        }
+    };
+
+    float4 ahead[CI];  // of the next product with x, this warp's first quad
+    auto fetch_in = [&](int layer) {
+        if (warp < UQ) fetch_row(ahead, IN_AT + layer * IN, IN, warp);
+    };
+    fetch_in(0);
+    if (tokens) embed(0);
+
+    // x plus rows times `values` (S, 128 columns), for all blocks. The first row has been fetched.
+    auto add_rows = [&](auto &row, int at, int size, int values) {
+        constexpr int COLUMNS = sizeof(row) / sizeof(float4);
+        for (int r = warp; r < RD; r += WARPS) {
+            if (r != warp) fetch_row(row, at, size, r);
+            int i = min(rank * RD + r, DM - 1);
+            float sum[S], old = x[lane % S * DM + i];
+#pragma unroll
+            for (int s = 0; s < S; s++) {
+                float part[4] = {};
+#pragma unroll
+                for (int j = 0; j < COLUMNS; j++) {
+                    float4 v = ((float4 *)(shared + values))[(s * COLUMNS + j) * 32 + lane];
+                    part[0] = fmaf(row[j].x, v.x, part[0]), part[1] = fmaf(row[j].y, v.y, part[1]);
+                    part[2] = fmaf(row[j].z, v.z, part[2]), part[3] = fmaf(row[j].w, v.w, part[3]);
+                }
+                sum[s] = (part[0] + part[1]) + (part[2] + part[3]);
+            }
+            float value = old + sums_over<S, 32>(sum);
+            if (rank * RD + r < DM)
+                send_all(shared_address(x + lane % S * DM + i), ADDED, value, lane / S, 32 / S);
+        }
+        expect_all(ADDED, S * DM);
+    };
+
+    for (int t = 0; t < steps; t++) {
+        if (!tokens) {
+            choose(t);
+            embed(t);
+        }
+#pragma unroll
+        for (int m = 0; m < MINE; m++)
+            if (tid + m * T < S * DM) x[tid + m * T] = coming[m];
+        __syncthreads();
+        if (tokens && t + 1 < steps) embed(t + 1);
+        if (STEM) {
+            if (warp < S) {
+                float out[CI], scale = normalise(out, x + warp * DM, false, STEM_EPS);
+#pragma unroll
+                for (int j = 0; j < CI; j++)
+                    if (32 * j + lane < DM) x[warp * DM + 32 * j + lane] = out[j] * scale;
+            }
+            __syncthreads();
+        }
+
+#pragma unroll 1
+        for (int layer = 0; layer < LAYERS; layer++) {
+            const float *small = shared + layer * SMALL;
+            float xn[S][CI], scale[S];
+#pragma unroll
+            for (int s = 0; s < S; s++) scale[s] = normalise(xn[s], x + s * DM, CENTERED, EPS);
+
+            // in_proj, convolution and SiLU: the rows of u, then those of z
+            for (int q = warp; q < UQ; q += WARPS) {
+                if (q != warp) fetch_row(ahead, IN_AT + layer * IN, IN, q);
+                int r = 4 * q + lane % 4, s = lane / 4, c = min(r, DC - 1);
+                float *before = shared + TAIL + (layer * S + s % S) * (K - 1) * DC + c;
+                float old[K], sum = small[CONV_BIAS + c], w[K];
+#pragma unroll
+                for (int k = 0; k < K; k++) {
+                    if (k < K - 1) old[k] = before[k * DC];
+                    w[k] = small[CONV + c * K + k];
+                }
+#pragma unroll
+                for (int k = 0; k < K - 1; k++) sum = fmaf(w[k], old[k], sum);
+                float value = times_x(ahead, xn, scale) + small[IN_BIAS + min(r, 2 * DC - 1)];
+                sum = fmaf(w[K - 1], value, sum);
+                float out = r < DC ? sum : value;
+                out *= sigmoid(out);
+                if (s < S && r < DC) {
+                    u[s * DC + r] = out;
+#pragma unroll
+                    for (int k = 1; k < K - 1; k++) before[(k - 1) * DC] = old[k];
+                    before[(K - 2) * DC] = value;
+                } else if (s < S && r < 2 * DC) {
+                    gate[s * DC + r - DC] = out;
+                }
+            }
+            // x_proj: this block's part of every row, 8 threads a row
+            float w_x[CX];
+            auto fetch_x = [&](int item) {
+#pragma unroll
+                for (int j = 0; j < CX; j++)
+                    w_x[j] = small[XP + j * XR * 8 + min(item, XR * 8 - 1)];
+            };
+            fetch_x(tid);
+            __syncthreads();
+            for (int first = 32 * warp; first < XR * 8; first += T) {
+                int item = first + lane, row = item / 8, part = lane % 8;
+                if (first >= T) fetch_x(item);
+                float sum[S] = {};
+#pragma unroll
+                for (int j = 0; j < CX; j++)
+#pragma unroll
+                    for (int s = 0; s < S; s++) {
+                        int c = 8 * j + part;
+                        sum[s] = fmaf(w_x[j], c < DC ? u[s * DC + c] : 0.f, sum[s]);
+                    }
+                float value = sums_over<S, 8>(sum);
+                unsigned at = shared_address(shared + PARTS + (rank * S + part % S) * X4 + row);
+                if (row < XR) send_all(at, PROJECTED, value, part / S, 8 / S);
+            }
+            expect_all(PROJECTED, CL * S * XR);
+            if (tokens && layer == 0 && t > 0 && all) {  // the byte before: hidden in the wait
+                wait_for(LOGITS);
+                write_log_probs(t - 1);
+            }
+
+            // What does not depend on the exchange is fetched before waiting for it.
+            float4 w_out[CO], w_dt[R4];
+            if (warp < RD) fetch_row(w_out, OUT_AT + layer * OUT, OUT, warp);
+            float rate[PER], h[S][PER], now[S], open[S], dt_bias, skip;
+            auto fetch_channel = [&](int c, int g) {
+                dt_bias = small[DT_BIAS + c], skip = small[SKIP + c];
+#pragma unroll
+                for (int p = 0; p < PER; p++) rate[p] = small[RATE + c * N + min(p * G + g, N - 1)];
+#pragma unroll
+                for (int r = 0; r < R4; r++)
+                    if (RS == 1) w_dt[r] = ((const float4 *)(small + DT))[c * R4 + r];
+#pragma unroll
+                for (int s = 0; s < S; s++) {
+                    const float *from = shared + STATE + ((layer * S + s) * DC + c) * N;
+#pragma unroll
+                    for (int p = 0; p < PER; p++) h[s][p] = from[min(p * G + g, N - 1)];
+                    now[s] = u[s * DC + c], open[s] = gate[s * DC + c];
+                }
+            };
+            fetch_channel(min(tid / G, DC - 1), lane % G);
+            wait_for(PROJECTED);
+            for (int i = tid; i < S * X4; i += T) low[i] = sum_blocks(shared + PARTS + i, S * X4);
+            __syncthreads();
+
+            // dt_proj, softplus, scan step, skip, gate: G threads a channel
+            for (int first = 32 * warp; first < DC * G; first += T) {
+                int g = lane % G, c = min((first + lane) / G, DC - 1);
+                bool there = first + lane < DC * G;
+                if (first >= T) fetch_channel(c, g);
+#pragma unroll
+                for (int s = 0; s < S; s++) {
+                    const float *from = low + s * X4;
+                    float part[4] = {};
+                    if (RS == 1) {
+#pragma unroll
+                        for (int r = 0; r < R4; r++) {
+                            float4 v = ((const float4 *)from)[r];
+                            part[0] = fmaf(w_dt[r].x, v.x, part[0]);
+                            part[1] = fmaf(w_dt[r].y, v.y, part[1]);
+                            part[2] = fmaf(w_dt[r].z, v.z, part[2]);
+                            part[3] = fmaf(w_dt[r].w, v.w, part[3]);
+                        }
+                    } else {
+#pragma unroll
+                        for (int r = g; r < R; r += G)
+                            part[0] = fmaf(small[DT + c * R4 * 4 + r], from[r], part[0]);
+                    }
+                    float sum = (part[0] + part[1]) + (part[2] + part[3]);
+                    float dt = softplus(sum_over<RS>(sum) + dt_bias), y = 0.f;
+#pragma unroll
+                    for (int p = 0; p < PER; p++) {
+                        int n = p * G + g;
+                        if (n < N) {
+                            float next = fmaf(exp2f(dt * rate[p]), h[s][p],
+                                              dt * now[s] * from[R + n]);
+                            if (there)
+                                shared[STATE + ((layer * S + s) * DC + c) * N + n] = next;
+                            y = fmaf(from[R + N + n], next, y);
+                        }
+                    }
+                    y = fmaf(skip, now[s], sum_over<G>(y)) * open[s];
+                    if (there)
+                        send_all(shared_address(shared + Y + s * CO * 128 + rank * DC + c), SCANNED,
+                                 y, g, G);
+                }
+            }
+            expect_all(SCANNED, CL * S * DC);
+            if (H == 0 && layer + 1 < LAYERS) fetch_in(layer + 1);
+            if (H > 0 && warp < HQ) fetch_row(ahead, UP_AT + layer * UP, UP, warp);
+            wait_for(SCANNED);
+            add_rows(w_out, OUT_AT + layer * OUT, OUT, Y);
+            wait_for(ADDED);
+
+            if (H > 0) {
+                float4 w_down[CH];
+                if (warp < RD) fetch_row(w_down, DOWN_AT + layer * DOWN, DOWN, warp);
+#pragma unroll
+                for (int s = 0; s < S; s++) scale[s] = normalise(xn[s], x + s * DM, CENTERED, EPS);
+                for (int q = warp; q < HQ; q += WARPS) {
+                    if (q != warp) fetch_row(ahead, UP_AT + layer * UP, UP, q);
+                    int r = 4 * q + lane % 4, s = lane / 4 % S;
+                    float value = activate(times_x(ahead, xn, scale)
+                                           + small[UP_BIAS + min(r, HC - 1)]);
+                    unsigned at = shared_address(shared + HIDDEN + s * CH * 128 + rank * HC + r);
+                    if (r < HC) send_all(at, ACTIVATED, value, lane / (4 * S), 8 / S);
+                }
+                expect_all(ACTIVATED, CL * S * HC);
+                if (layer + 1 < LAYERS) fetch_in(layer + 1);
+                __syncthreads();  // every warp has seen ADDED before it can come again
+                wait_for(ACTIVATED);
+                add_rows(w_down, DOWN_AT + layer * DOWN, DOWN, HIDDEN);
+                wait_for(ADDED);
+            }
+        }
+
+        if (!tokens || all || t + 1 == steps) {
+            float xn[S][CI], scale[S];
+            for (int q = warp; q < VQ; q += WARPS) {
+                fetch_row(ahead, HEAD_AT, HEAD, q);
+                if (q == warp)
+#pragma unroll
+                    for (int s = 0; s < S; s++)
+                        scale[s] = normalise(xn[s], x + s * DM, CENTERED, EPS);
+                int r = 4 * q + lane % 4, s = lane / 4 % S;
+                float value = times_x(ahead, xn, scale) + shared[HEAD_BIAS + r];
+                if (CAP > 0.f)  // CAP tanh(value / CAP)
+                    value = CAP * (1.f - 2.f / (1.f + __expf(value * (2.f / CAP))));
+                unsigned at = shared_address(logit + s * V + rank * (V / CL) + r);
+                send_all(at, LOGITS, value, lane / (4 * S), 8 / S);
+            }
+            expect_all(LOGITS, S * V);
+        }
+        if (t + 1 < steps) fetch_in(0);
+        if (!tokens || t + 1 == steps) {
+            wait_for(LOGITS);
+            if (t + 1 == steps) write_log_probs(t);
+        }
+        // x is written next, and was read by the slowest warp for the head.
+        __syncthreads();
+    }
+
+    for (int i = tid; i < LAYERS * S * DC * N; i += T) {
+        int n = i % N, d = rank * DC + i / N % DC, b = base + i / (N * DC) % S;
+        int64 l = i / (N * DC * S);
+        if (d < DI && b < streams)
+            state_out[((l * streams + b) * DI + d) * N + n] = shared[STATE + i];
+    }
+    for (int i = tid; i < LAYERS * S * (K - 1) * DC; i += T) {
+        int d = rank * DC + i % DC, k = i / DC % (K - 1), b = base + i / (DC * (K - 1)) % S;
+        int64 l = i / (DC * (K - 1) * S);
+        if (d < DI && b < streams)
+            tail_out[((l * streams + b) * (K - 1) + k) * DI + d] = shared[TAIL + i];
+    }
+    cluster_barrier();  // nobody leaves while others may still send to it
+}

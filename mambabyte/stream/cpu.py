@@ -1,0 +1,264 @@
+"""A whole byte model in C on the CPU, byte after byte: ``ops/stream/model.c``, for batch 1.
+
+Through torch a byte of a small model costs forty calls of some microseconds each, many times the
+arithmetic. Here it is one call. Weights are read where the model has them, so that the next byte
+after an optimizer's step is the new model's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mambabyte.config import ModelConfig
+from mambabyte.errors import UserError
+from mambabyte.model import ByteLM
+from mambabyte.model.block import (
+    MLP,
+    AttentionMixer,
+    AttentionState,
+    Block,
+    LayerState,
+    MambaMixer,
+    MambaState,
+)
+from mambabyte.ops.build import c as native_build
+from mambabyte.ops.scan import cpu as native_scan
+
+SOURCE = Path(__file__).parent.parent / "ops/stream/model.c"
+Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
+MOST_BYTES = 16  # in one call; longer texts are faster in parallel
+_STALE = 2
+_PARTS = (ByteLM, Block, MambaMixer, AttentionMixer, MLP, nn.ModuleList, nn.Embedding, nn.Linear,
+          nn.Conv1d, nn.LayerNorm, nn.RMSNorm)  # fmt: skip
+_ACTIVATIONS = {"relu2": 0, "gelu": 1, "silu": 2}
+_MAMBA = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight",
+          "dt_proj.bias", "A_log", "D", "", "", "", "out_proj.weight")  # fmt: skip
+_ATTENTION = ("",) * 8 + ("q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight")
+_MLP = ("mlp_norm.weight", "mlp_norm.bias", "mlp.up_proj.weight", "mlp.out_proj.weight")
+_pack_model = struct.Struct("17q4d4q").pack
+_pack_call = struct.Struct("4q").pack
+
+
+class _Library(NamedTuple):
+    advance: Callable[[bytes, bytes, bytes, bytes, bytes], int]
+    keep: Callable[[bytes, bytes, int], None]
+    kept_size: Callable[[bytes], int]
+
+
+@functools.cache
+def _library() -> _Library | None:
+    if not native_scan.available()[0]:
+        return None  # the scan says why, in one line
+    loaded = native_build.load(SOURCE)
+    if isinstance(loaded, str):
+        warnings.warn(f"streaming through torch, not in C: {loaded}", RuntimeWarning, stacklevel=4)
+        return None
+    text = ctypes.c_char_p
+    loaded.advance.argtypes, loaded.advance.restype = [text] * 5, ctypes.c_int
+    loaded.keep.argtypes, loaded.keep.restype = [text, text, ctypes.c_void_p], None
+    loaded.kept_size.argtypes, loaded.kept_size.restype = [text], ctypes.c_int64
+    return _Library(loaded.advance, loaded.keep, loaded.kept_size)
+
+
+def supports(model: nn.Module) -> bool:
+    """Whether :class:`NativeModel` computes what ``model`` does.
+
+    A ByteLM of any pattern, norm, MLP and head, in float32 on the CPU, of at least 256 symbols,
+    with scan_form "auto" or "fused"; without hooks, foreign or parametrized parts, or autocast;
+    and a C compiler.
+    """
+    if type(model) is not ByteLM or model.config.vocab_size < 256:
+        return False
+    if model.config.scan_form not in ("auto", "fused") or torch.is_autocast_enabled("cpu"):
+        return False
+    if any(type(m) not in _PARTS or m._forward_hooks or m._forward_pre_hooks
+           for m in model.modules()):
+        return False
+    return (_as_configured(model) and all(map(_readable, model.parameters()))
+            and _library() is not None)
+
+
+def shortcut(model: Any, advance: Advance) -> Advance:
+    """``advance``, but in C for up to MOST_BYTES bytes where ``supports(model)``."""
+    if not supports(model):
+        return advance
+    native = NativeModel(model)
+
+    def either(data: bytes, state: Any) -> tuple[Tensor, Any]:
+        return native(data, state) if len(data) <= MOST_BYTES else advance(data, state)
+
+    return either
+
+
+def _parameter_names(config: ModelConfig) -> list[str]:
+    """Where the C structs ``model`` and ``layer`` have pointers; "" where a layer has nothing."""
+    head = "embedding.weight" if config.tied_head else "head.weight"
+    names = ["embedding.weight", head, "norm_f.weight", "norm_f.bias"]
+    for i, letter in enumerate(config.layers):
+        mixer = [name and f"mixer.{name}" for name in (_MAMBA if letter == "M" else _ATTENTION)]
+        mlp = list(_MLP) if config.mlp_hidden else [""] * len(_MLP)
+        names += [name and f"layers.{i}.{name}" for name in ("norm.weight", "norm.bias",
+                                                            *mixer, *mlp)]  # fmt: skip
+    return names
+
+
+def _new(*shape: int) -> Tensor:
+    """Memory for the C code to fill, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _as_configured(model: ByteLM) -> bool:
+    """Whether the mixers still have the form and the window that the configuration says."""
+    window = model.config.attention_window
+    return all(
+        m.window == window if isinstance(m, AttentionMixer) else m.form in ("auto", "fused")
+        for m in model.modules() if isinstance(m, AttentionMixer | MambaMixer))
+
+
+def _readable(x: Tensor) -> bool:
+    return x.dtype is torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+
+
+class NativeModel:
+    """``(data, state) -> (log p of the next byte, state)`` of a model that ``supports`` accepts.
+
+    States are those of ``ByteLM`` at batch 1, in and out; no state is ever written to.
+    """
+
+    def __init__(self, model: ByteLM) -> None:
+        library = _library()
+        assert library is not None
+        self._library = library
+        config = self.config = model.config
+        # Looked up anew in every call, as parameters may be replaced: a dict and a name each.
+        self._slots: list[tuple[Mapping[str, Tensor | None], str]] = []
+        for path in _parameter_names(config):
+            owner, _, name = path.rpartition(".")
+            self._slots.append((model.get_submodule(owner)._parameters if path else {}, name))
+        layer_norm = config.norm == "layer"
+        tiny = torch.finfo(torch.float32).eps
+        eps = model.norm_f.eps if isinstance(model.norm_f.eps, float) else tiny
+        self._shape = (
+            *(config.n_layer, config.d_model, config.vocab_size, not layer_norm),
+            *(config.embed_norm, config.mlp_hidden, _ACTIVATIONS[config.mlp_activation]),
+            *(config.d_inner, config.d_state, config.d_conv),
+            0 if config.dt_rank == "full" else config.dt_rank_value,
+            *(config.n_head if "A" in config.layers else 0, config.n_kv_head, config.head_dim),
+            *(config.attention_window, config.qk_norm),
+            max(1, round(config.head_dim // 2 * config.rope_fraction)),
+            *(eps, tiny, config.logit_softcap, config.rope_base),
+        )
+        self._letters = config.layers
+        self._tail = (1, config.d_conv - 1, config.d_inner)
+        self._ssm = (1, config.d_inner, config.d_state)
+        self._pack_states = struct.Struct(f"{7 * config.n_layer}q").pack
+        self._pointers: list[int] = []
+        self._words, self._layers, self._kept = b"", b"", torch.empty(0)
+
+    def __call__(
+        self, data: bytes, state: list[LayerState] | None
+    ) -> tuple[Tensor, list[LayerState]]:
+        """Advance by ``data``, a byte or more; log p is (V,) float32."""
+        pointers = [0 if (x := slot.get(name)) is None else x.data_ptr()
+                    for slot, name in self._slots]
+        if pointers != self._pointers:
+            self._follow(pointers)
+        length = len(data)
+        held: list[Tensor] = []  # what nobody else holds while C reads it
+        words: list[int] = []
+        after: list[LayerState] = []
+        position = 0
+        for i, letter in enumerate(self._letters):
+            before = None if state is None else state[i]
+            if letter == "M":
+                after.append(self._mamba(before, words, held))
+            else:
+                position = before.position if isinstance(before, AttentionState) else 0
+                after.append(self._attention(before, length, words, held))
+        result = _new(self.config.vocab_size)
+        states = self._pack_states(*words)
+        while True:
+            kept = self._kept  # held while C reads it, whoever replaces it meanwhile
+            call = _pack_call(length, position, result.data_ptr(), kept.data_ptr())
+            failed = self._library.advance(self._words, self._layers, states, call, data)
+            if failed == _STALE:
+                self._keep()
+            elif failed:
+                raise MemoryError("native model: no scratch memory")
+            else:
+                return result, after
+
+    def _mamba(
+        self, before: LayerState | None, words: list[int], held: list[Tensor]
+    ) -> MambaState:
+        """Append the C struct ``memory`` to ``words``; returns the state that C will fill."""
+        tail, ssm = _new(*self._tail), _new(*self._ssm)
+        if isinstance(before, MambaState):
+            first, second = _plain(before.tail), _plain(before.ssm)
+            held += first, second
+            words += first.data_ptr(), second.data_ptr()
+        else:
+            words += 0, 0
+        words += tail.data_ptr(), ssm.data_ptr(), 0, 0, 0
+        return MambaState(tail, ssm)
+
+    def _attention(
+        self, before: LayerState | None, length: int, words: list[int], held: list[Tensor]
+    ) -> AttentionState:
+        """As ``_mamba``."""
+        stored = position = 0
+        old = [0, 0, 0, 0]
+        if isinstance(before, AttentionState):
+            first, second = _plain_rows(before.k), _plain_rows(before.v)
+            held += first, second
+            stored, position = first.shape[2], before.position
+            old = [first.data_ptr(), second.data_ptr(), first.stride(1), second.stride(1)]
+        shape = (1, self.config.n_kv_head, stored + length, self.config.head_dim)
+        k, v = _new(*shape), _new(*shape)
+        words += *old[:2], k.data_ptr(), v.data_ptr(), stored, *old[2:]
+        start = max(0, stored + length - (self.config.attention_window - 1))
+        return AttentionState(k[:, :, start:], v[:, :, start:], position + length)
+
+    def _follow(self, pointers: list[int]) -> None:
+        """Note where the weights are."""
+        for slot, name in self._slots:
+            x = slot.get(name)
+            if x is not None and not _readable(x):
+                raise UserError(
+                    f"{name} is {x.dtype} on {x.device} now: a stream goes on as it began, with "
+                    "contiguous float32 on the CPU; begin another"
+                )
+        self._words = _pack_model(*self._shape, *pointers[:4])
+        size = (len(pointers) - 4) // len(self._letters)
+        words: list[int] = []
+        for i, letter in enumerate(self._letters):
+            words += letter != "M", *pointers[4 + i * size : 4 + (i + 1) * size]
+        self._layers = struct.pack(f"{len(words)}q", *words)
+        self._keep()
+        self._pointers = pointers
+
+    def _keep(self) -> None:
+        """Make the transposed parameters; a new tensor, as another thread may read the old one."""
+        size = self._library.kept_size(self._words)
+        kept = _new(len(self._letters) * size)
+        self._library.keep(self._words, self._layers, kept.data_ptr())
+        self._kept = kept
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
+
+
+def _plain_rows(x: Tensor) -> Tensor:
+    """(1, H, S, d) in float32 with the rows of a head one after another."""
+    one_by_one = x.stride(3) == 1 and x.stride(2) == x.shape[3]
+    return x if x.dtype is torch.float32 and one_by_one else x.float().contiguous()

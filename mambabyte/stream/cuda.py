@@ -1,0 +1,177 @@
+"""A whole byte model of Mamba layers on the GPU, byte after byte: ``ops/stream/stream.cu``.
+
+Through torch a byte of a small model costs some fifty launches; here many bytes are one launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mambabyte.errors import UserError
+from mambabyte.model import ByteLM
+from mambabyte.model.block import MLP, Block, MambaMixer, MambaState
+from mambabyte.ops.mamba.step import MAX_TAPS
+from mambabyte.ops.scan.operator import MAX_STATES, fused_available
+from mambabyte.ops.stream.cuda import (
+    VOCABULARY,
+    CudaStreamer,
+    LayerWeights,
+    Shape,
+    StreamState,
+    cluster_blocks,
+)
+
+Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
+MOST_BYTES = 256  # fed in one call; longer texts are faster in parallel
+PIECE = 4096  # bytes whose log-probabilities are fetched at a time
+_PARTS = (ByteLM, Block, MambaMixer, MLP, nn.ModuleList, nn.Embedding, nn.Linear, nn.Conv1d,
+          nn.LayerNorm, nn.RMSNorm)  # fmt: skip
+FIRST_DRAW, MOST_DRAW = 16, 256  # bytes drawn a launch: the first come soon, all come steadily
+
+
+def unsupported(model: nn.Module) -> str:
+    """Why :class:`CudaModel` cannot stream ``model``, in one line; empty where it can."""
+    if type(model) is not ByteLM:
+        return "only a ByteLM runs in one kernel"
+    config, device = model.config, model.device
+    if device.type != "cuda":
+        return f"the model is on {device}, not on a GPU"
+    available, reason = fused_available(device)
+    if not available:
+        return reason
+    if set(config.layers) != {"M"} or config.dt_rank == "full":
+        return "attention layers and full step-size projections have no kernel"
+    if config.vocab_size != VOCABULARY or config.d_model % 4:
+        return f"the kernel takes {VOCABULARY} symbols and a d_model that is a multiple of 4"
+    if not 2 <= config.d_conv <= MAX_TAPS or config.d_state > MAX_STATES:
+        return f"the kernel takes 2 to {MAX_TAPS} taps and up to {MAX_STATES} states"
+    if config.scan_form not in ("auto", "fused"):
+        return f"scan_form {config.scan_form!r} is not the kernel's"
+    if torch.is_autocast_enabled("cuda") or any(p.dtype is torch.float64
+                                                for p in model.parameters()):
+        return "the kernel computes in float32"
+    if any(type(m) not in _PARTS or m._forward_hooks or m._forward_pre_hooks
+           for m in model.modules()):
+        return "the model has hooks, or foreign or parametrized parts"
+    if not cluster_blocks(shape_of(model), device.index):
+        return "no cluster of thread blocks holds it: compute capability 9.0 or later is needed"
+    return ""
+
+
+def shape_of(model: ByteLM) -> Shape:
+    """What the kernel is compiled for."""
+    c = model.config
+    tiny = torch.finfo(model.embedding.weight.dtype).eps
+    eps = getattr(model.norm_f, "eps", None)
+    return Shape(
+        c.n_layer, c.d_model, c.d_inner, c.d_state, c.dt_rank_value, c.d_conv, c.mlp_hidden,
+        c.mlp_activation, c.norm == "layer", eps if isinstance(eps, float) else tiny,
+        tiny if c.embed_norm else None, c.logit_softcap,
+    )
+
+
+def shortcut(model: Any, advance: Advance) -> Advance:
+    """``advance``, but in one kernel for up to MOST_BYTES bytes where the model is supported."""
+    return advance if unsupported(model) else CudaModel(model, advance)
+
+
+class CudaModel:
+    """``(data, state) -> (log p of the next byte, state)`` of a model that is not ``unsupported``.
+
+    The weights are the model's at the time of construction. Arithmetic and states are float32,
+    also where the model's weights are not. States are values: none is ever written to.
+    """
+
+    def __init__(self, model: ByteLM, advance: Advance) -> None:
+        self._parallel, self._dtype = advance, model.embedding.weight.dtype
+        head = model.embedding if model.head is None else model.head
+        with torch.no_grad():
+            self.streamer = CudaStreamer(
+                shape_of(model), model.embedding.weight, [_weights(b) for b in model.layers],
+                _norm(model.norm_f, model.embedding.weight[0]), head.weight)
+        # Each byte as a tensor: feeding a single one copies nothing to the device.
+        self._bytes = torch.arange(256, device=model.device).to(torch.uint8)[:, None]
+
+    @torch.inference_mode()
+    def __call__(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
+        if len(data) > MOST_BYTES:
+            return self._parallel(data, self.for_model(state))
+        log_probs, state = self.streamer.feed(self._tokens(data), self.from_model(state))
+        return log_probs[0].cpu(), state
+
+    @torch.inference_mode()
+    def each(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
+        """Log p (L, 256) after each byte, on the CPU, and the state; strictly byte after byte."""
+        parts, state = [], self.from_model(state)
+        for start in range(0, len(data), PIECE):
+            tokens = self._tokens(data[start : start + PIECE])
+            log_probs, state = self.streamer.feed(tokens, state, all_positions=True)
+            parts.append(log_probs[0])
+        return torch.cat(parts).cpu(), state
+
+    @torch.inference_mode()
+    def draw(
+        self, log_probs: Tensor, state: Any, length: int, temperature: float, top_k: int,
+        top_p: float, seed: int,
+    ) -> Iterator[tuple[bytes, Tensor, Any]]:
+        """Draw ``length`` bytes in pieces: each with the log p (256,) and the state after it."""
+        state, done, piece = self.from_model(state), 0, FIRST_DRAW
+        after = log_probs.to(self.streamer.device)[None]
+        while done < length:
+            if log_probs.isnan().any():
+                raise UserError(
+                    "the model's probabilities are not numbers: its weights have gone nan")
+            piece = min(piece, length - done)
+            drawn, after, state = self.streamer.draw(
+                after, state, piece, temperature, top_k, top_p, seed, done)
+            done, piece = done + piece, min(2 * piece, MOST_DRAW)
+            log_probs = after[0].cpu()
+            yield bytes(drawn[0].tolist()), log_probs, state
+
+    def from_model(self, state: Any) -> StreamState:
+        """A model's list of layer states, stacked; None is the state before the first byte."""
+        if isinstance(state, StreamState):
+            return state
+        if state is None:
+            return self.streamer.new_state(1)
+        return StreamState(
+            torch.stack([s.tail.float() for s in state]), torch.stack([s.ssm for s in state]))
+
+    def for_model(self, state: Any) -> list[MambaState] | None:
+        """The inverse of ``from_model``."""
+        if not isinstance(state, StreamState):
+            return state
+        return [MambaState(tail.to(self._dtype), ssm)
+                for tail, ssm in zip(state.tail, state.ssm, strict=True)]
+
+    def _tokens(self, data: bytes) -> Tensor:
+        if len(data) == 1:
+            return self._bytes[data[0]][None]
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)[None].to(self._bytes.device)
+
+
+def _norm(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer or RMS norm over ``like`` (d_model,), which may have neither."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    return (torch.ones_like(like) if weight is None else weight,
+            torch.zeros_like(like) if bias is None else bias)
+
+
+def _weights(block: nn.Module) -> LayerWeights:
+    assert isinstance(block, Block)
+    assert isinstance(block.mixer, MambaMixer)
+    m, mlp = block.mixer, block.mlp
+    like = m.in_proj.weight[0]
+    conv_bias = torch.zeros_like(m.D) if m.conv1d.bias is None else m.conv1d.bias
+    return LayerWeights(
+        _norm(block.norm, like), m.in_proj.weight, m.conv1d.weight.squeeze(1), conv_bias,
+        m.x_proj.weight, m.dt_proj.weight, m.dt_proj.bias, -torch.exp(m.A_log.float()), m.D,
+        m.out_proj.weight,
+        None if block.mlp_norm is None else _norm(block.mlp_norm, like),
+        None if mlp is None else mlp.up_proj.weight,
+        None if mlp is None else mlp.out_proj.weight,
+    )

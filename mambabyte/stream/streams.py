@@ -1,0 +1,249 @@
+"""Streaming: one byte in, one distribution out, and the same over characters."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from mambabyte.corpus.utf8 import START_BYTE, Utf8Stream, continuation_range, utf8_length
+from mambabyte.errors import UserError
+from mambabyte.stream import cpu as native_model
+from mambabyte.stream import cuda as cuda_model
+
+
+class ByteModel(Protocol):
+    """What is streamed and scored: ByteLM, an n-gram model, or a mixture of the two.
+
+    ``model(tokens (B, L), state) -> (logits (B, L, V), state)``; the state is a value, None before
+    the first byte, whose tensors have the batch first. Logits may be log-probabilities.
+    """
+
+    training: bool
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]: ...
+
+    def eval(self) -> Self: ...
+
+    def train(self, mode: bool = True) -> Self: ...
+
+
+Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
+
+
+def advance_of(model: ByteModel) -> Advance:
+    """How a stream of ``model`` goes on: ``(data, state) -> (log p of the next byte, state)``.
+
+    ``data`` has a byte or more; log p is (V,) float32 on the CPU. What is returned may take a
+    faster way than ``model`` itself for a few bytes; it gives the same up to rounding.
+    """
+
+    @torch.inference_mode()
+    def advance(data: bytes, state: Any) -> tuple[Tensor, Any]:
+        logits, state = model(torch.tensor([list(data)], device=device), state)
+        return torch.log_softmax(logits[0, -1].float(), -1).cpu(), state
+
+    device = model.device
+    shortcuts = {"cpu": native_model.shortcut, "cuda": cuda_model.shortcut}
+    shortcut = shortcuts.get(device.type)
+    return advance if shortcut is None else shortcut(model, advance)
+
+
+class ByteStream:
+    """Log-probabilities of the next byte, one fed byte at a time; state is O(1) in their number.
+
+    ``log_probs`` is (V,) float32 on the CPU. A stream can be branched by ``fork``.
+    """
+
+    def __init__(self, model: ByteModel) -> None:
+        self._advance = advance_of(model)
+        self._state: Any = None
+        self.log_probs = torch.empty(0)
+        self.feed(bytes([START_BYTE]))
+
+    def feed(self, data: bytes) -> None:
+        """Advance by ``data`` in one call; nothing happens when it is empty."""
+        if data:
+            self.log_probs, self._state = self._advance(data, self._state)
+
+    def read(self, data: bytes) -> Tensor | None:
+        """Advance by ``data`` byte after byte; log p (L, V) before each of its bytes.
+
+        None, and nothing happens, where the model has no quick way to do so.
+        """
+        if not isinstance(self._advance, cuda_model.CudaModel) or not data:
+            return None
+        each, self._state = self._advance.each(data, self._state)
+        before = torch.cat([self.log_probs[None], each[:-1]])
+        self.log_probs = each[-1]
+        return before
+
+    def draw(
+        self, max_bytes: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[bytes]:
+        """Advance by bytes drawn from the model itself, yielded as they come; see ``generate``."""
+        if isinstance(self._advance, cuda_model.CudaModel):
+            pieces = self._advance.draw(
+                self.log_probs, self._state, max_bytes, temperature, top_k, top_p, seed)
+            for data, log_probs, state in pieces:
+                self.log_probs, self._state = log_probs, state
+                yield data
+            return
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(max_bytes):
+            byte = sample_byte(self.log_probs, temperature, top_k, top_p, generator)
+            self.feed(bytes([byte]))
+            yield bytes([byte])
+
+    def fork(self) -> ByteStream:
+        """An independent stream at the same place. States are values, so this copies nothing."""
+        other = object.__new__(ByteStream)
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def state_bytes(self) -> int:
+        """Bytes held by the state now."""
+        return sum(t.numel() * t.element_size() for t in tensors_of(self._state))
+
+
+def tensors_of(state: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples and lists."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, list | tuple):
+        for part in state:
+            yield from tensors_of(part)
+
+
+class CharModel:
+    """Next-character prediction: ``predict()`` strictly before each ``observe(char)``.
+
+    The distribution covers every single-byte character, and each longer one that matters: every
+    one that could be the most probable, and every one under a prefix of probability above
+    ``detail``. Its probability is the product over its whole UTF-8 sequence, for which the
+    model is run ahead from the present state.
+    """
+
+    def __init__(self, model: ByteModel, detail: float = 0.01) -> None:
+        self.model = model.eval()
+        self.detail = detail
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: the next character is the first of a text."""
+        self.seek(ByteStream(self.model))
+
+    def seek(self, stream: ByteStream) -> None:
+        """Go to the place of ``stream``, which must stand between two characters."""
+        self._stream = stream.fork()
+        self._ahead: dict[bytes, ByteStream] = {}  # streams already run ahead by these bytes
+
+    def predict(self) -> dict[str, float]:
+        """Probability of each character that may come next; the argmax is exact.
+
+        Insertion order is by code point among single bytes, then as found; it decides ties.
+        """
+        first = self._stream.log_probs.exp().tolist()
+        result = {chr(byte): first[byte] for byte in range(0x80)}
+        best = max(result.values())
+        # Longer characters by best-first search: a prefix's probability bounds what is under it,
+        # so once the bound falls below the best character found, no argmax is missed.
+        frontier = [(-first[byte], bytes([byte])) for byte in range(0xC2, 0xF5)]
+        heapq.heapify(frontier)
+        while frontier:
+            negative, prefix = heapq.heappop(frontier)
+            probability = -negative
+            if probability <= best and probability <= self.detail:
+                break
+            if len(prefix) == utf8_length(prefix[0]):
+                result[prefix.decode("utf-8")] = probability
+                best = max(best, probability)
+                continue
+            following = self._run_ahead(prefix).log_probs.exp().tolist()
+            for byte in continuation_range(prefix):
+                heapq.heappush(frontier, (-probability * following[byte], prefix + bytes([byte])))
+        return result
+
+    def observe(self, char: str) -> None:
+        """Advance by the character that came."""
+        data = char.encode("utf-8")
+        for known in range(len(data) - 1, 0, -1):  # reuse what was run ahead
+            if data[:known] in self._ahead:
+                self._stream = self._ahead[data[:known]]
+                data = data[known:]
+                break
+        self._ahead = {}
+        self._stream.feed(data)
+
+    def log_prob(self, char: str) -> float:
+        """Natural log of the probability of ``char`` coming next, over its UTF-8 sequence."""
+        data = char.encode("utf-8")
+        return sum(
+            float(self._run_ahead(data[:i]).log_probs[byte]) for i, byte in enumerate(data)
+        )
+
+    def greedy(self) -> str:
+        """The most probable next character, the first of equals."""
+        distribution = self.predict()
+        return max(distribution, key=distribution.__getitem__)
+
+    def _run_ahead(self, prefix: bytes) -> ByteStream:
+        if not prefix:
+            return self._stream
+        if prefix not in self._ahead:
+            stream = self._run_ahead(prefix[:-1]).fork()
+            stream.feed(prefix[-1:])
+            self._ahead[prefix] = stream
+        return self._ahead[prefix]
+
+
+def generate(
+    model: ByteModel, prompt: str | bytes = "", max_bytes: int = 256, temperature: float = 1.0,
+    top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+) -> Iterator[str]:
+    """Yield text as it comes, whole characters only. Temperature 0 is greedy.
+
+    A prompt may be any bytes, UTF-8 or not: the model reads bytes.
+
+    The same seed gives the same text on the same kind of device.
+    """
+    stream = ByteStream(model.eval())
+    stream.feed(prompt.encode("utf-8") if isinstance(prompt, str) else prompt)
+    decoder = Utf8Stream()
+    for data in stream.draw(max_bytes, temperature, top_k, top_p, seed):
+        text = decoder.feed(data)
+        if text:
+            yield text
+    rest = decoder.close()
+    if rest:
+        yield rest
+
+
+def sample_byte(
+    log_probs: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
+) -> int:
+    """Draw a byte from log_probs (V,) after temperature, top-k and nucleus (top-p) filters.
+
+    Symbols beyond the 256 bytes, where a model has them, are never drawn.
+    """
+    log_probs = log_probs[:256]
+    if temperature == 0:
+        return int(log_probs.argmax())
+    ordered, order = torch.softmax(log_probs / temperature, -1).sort(descending=True, stable=True)
+    total = ordered.cumsum(-1)
+    kept = min(top_k or len(total), len(total))
+    if top_p < 1:  # the smallest set that reaches top_p, the most probable one in any case
+        kept = max(1, min(kept, int((total - ordered < top_p).sum())))
+    # The inverse of the distribution function: a third of multinomial's time.
+    drawn = float(torch.rand(1, generator=generator)) * float(total[kept - 1])
+    if math.isnan(drawn):
+        raise UserError("the model's probabilities are not numbers: its weights have gone nan")
+    return int(order[min(int(torch.searchsorted(total[:kept], drawn, right=True)), kept - 1)])

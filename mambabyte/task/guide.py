@@ -1,0 +1,225 @@
+"""A byte model guided by an n-gram model: its network is trained on what counting leaves open.
+
+Counting 100 MB takes a second and knows the spelling of common words; a network needs most of a
+short training run to learn as much. So the network is given, before each byte, what the n-gram
+model says, and its logits are added to the n-gram's log-probabilities:
+
+    logits = network + gate * log p_ngram,      gate = 1 + w . hidden
+
+The network also reads p_ngram, the byte that came most often after the longest context seen
+before, and how long and how clear that context is.
+
+The counts that guide training must not include the text trained on, where they would know every
+answer: one part of the training text is counted, the other trained on, and both counted in the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambabyte.config import ModelConfig
+from mambabyte.corpus.utf8 import START_BYTE
+from mambabyte.model import ByteLM, embed
+from mambabyte.task.ngram import NgramModel, V
+
+_CLEAR = 4  # classes of how clear the longest context is
+_CHUNK = 1 << 22  # bytes of text looked up at a time
+_NODES = 1 << 20  # contexts tabulated at a time
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What the n-gram model says before a byte; leading axes as the bytes."""
+
+    log_p: Tensor  # (..., V) after the longest context seen more than once
+    best: Tensor  # (...) the most frequent byte after the longest context seen at all
+    kind: Tensor  # (...) its length and clearness, below ``Guide.n_kinds``
+
+
+class Guide:
+    """Hints from an n-gram model.
+
+    Most long contexts were seen once. They are left out of the distributions, since what they say
+    is in ``best`` and ``kind``: that makes the distributions few enough to be tabulated whole.
+    """
+
+    def __init__(self, ngram: NgramModel) -> None:
+        self.ngram = ngram
+        self._keep = _repeated(ngram)
+        self._best = [_best_symbol(lv.start, lv.symbol, lv.count) for lv in ngram.levels]
+
+    @property
+    def width(self) -> int:
+        """Bytes of context that a hint looks at."""
+        return self.ngram.order - 1
+
+    @property
+    def n_kinds(self) -> int:
+        return _CLEAR * self.ngram.order
+
+    @property
+    def n_bytes(self) -> int:
+        return self.ngram.n_bytes + sum(
+            len(keep) + 5 * len(best) for keep, (best, _) in zip(self._keep, self._best,
+                                                                strict=True))
+
+    def hint(self, contexts: Tensor) -> Hint:
+        """Hints after contexts (n, width), the newest byte last; log_p in float32."""
+        contexts = contexts.to(self.ngram.device, torch.int64)
+        log_p = self.ngram.probabilities(contexts, keep=self._keep).log().float()
+        return Hint(log_p, *self._longest(self.ngram.find(contexts)))
+
+    def tabulate(self) -> tuple[Tensor, list[Tensor]]:
+        """log p after every context kept, (rows, V) float16, and for every level the row of each
+        of its contexts, (U,) int32, -1 where it is not kept. 512 bytes a row."""
+        sizes = [int(keep.sum()) for keep in self._keep]
+        table = torch.empty(sum(sizes), V, dtype=torch.float16, device=self.ngram.device)
+        row_of: list[Tensor] = []
+        used = 0
+        for m, (level, keep) in enumerate(zip(self.ngram.levels, self._keep, strict=True)):
+            rows = torch.cumsum(keep, 0, dtype=torch.int32).add_(used - 1)
+            row_of.append(torch.where(keep, rows, -1))
+            for low in range(0, len(keep), _NODES):
+                node = low + keep[low : low + _NODES].nonzero()[:, 0]
+                if not len(node):
+                    continue
+                if m:
+                    p = table[row_of[m - 1][level.key[node] >> 8]].float().exp_()
+                else:
+                    p = torch.full((1, V), 1 / V, device=table.device)
+                here = torch.arange(len(node), device=table.device)
+                self.ngram.interpolate(level, p, here, node)
+                table[used : used + len(node)] = p.log_()
+                used += len(node)
+        return table, row_of
+
+    def along(self, text: Tensor, row_of: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """For every byte of ``text`` (L,) uint8: row of the table (int32), best byte, kind."""
+        device = self.ngram.device
+        pad = torch.full((self.width,), START_BYTE, dtype=torch.uint8, device=text.device)
+        whole = torch.cat([pad, text]).to(device)
+        rows = torch.zeros(len(text), dtype=torch.int32, device=device)
+        best, kind = (torch.empty(len(text), dtype=torch.uint8, device=device) for _ in range(2))
+        for low in range(0, len(text), _CHUNK):
+            high = min(low + _CHUNK, len(text))
+            contexts = whole[low : high + self.width - 1].unfold(0, self.width, 1)
+            found = self.ngram.find(contexts)
+            for node, row in zip(found, row_of, strict=True):
+                at = torch.where(node >= 0, row[node.clamp(min=0)], -1)
+                rows[low:high] = torch.where(at >= 0, at, rows[low:high])
+            best[low:high], kind[low:high] = self._longest(found)
+        return rows, best, kind
+
+    def _longest(self, found: list[Tensor]) -> tuple[Tensor, Tensor]:
+        best = torch.zeros(len(found[0]), dtype=torch.uint8, device=self.ngram.device)
+        kind = torch.zeros_like(best)
+        for m, (level, node) in enumerate(zip(self.ngram.levels, found, strict=True)):
+            at = node.clamp(min=0)
+            types, total = level.start[at + 1] - level.start[at], level.total[at]
+            symbol, top = (t[at] for t in self._best[m])
+            clear = torch.where(types == 1, (total > 1).int(), 2 + (5 * top >= 4 * total).int())
+            seen = node >= 0
+            best = torch.where(seen, symbol, best)
+            kind = torch.where(seen, (m * _CLEAR + clear).to(torch.uint8), kind)
+        return best, kind
+
+
+def _repeated(ngram: NgramModel) -> list[Tensor]:
+    """Of every level the contexts with a count above 1, and those without their oldest bytes."""
+    keep = [level.total > 1 for level in ngram.levels]
+    for m in range(len(keep) - 1, 0, -1):
+        keep[m - 1][ngram.levels[m].key[keep[m]] >> 8] = True
+    keep[0][:] = True
+    return keep
+
+
+def _best_symbol(start: Tensor, symbol: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Most frequent symbol of each context, the first of equals, and its count."""
+    contexts = len(start) - 1
+    owner = torch.repeat_interleave(
+        torch.arange(contexts, device=start.device), (start[1:] - start[:-1]).long())
+    packed = count.long() * V + (V - 1 - symbol.long())
+    top = torch.zeros(contexts, dtype=torch.int64, device=start.device)
+    top.scatter_reduce_(0, owner, packed, "amax")
+    return (V - 1 - top % V).to(torch.uint8), (top // V).int()
+
+
+class GuidedLM(nn.Module):
+    """A ByteLM with the hints of a guide; a byte model, whose state is the network's and the last
+    bytes. ``guide`` is exchanged for one that counted more once training is over."""
+
+    def __init__(self, config: ModelConfig, n_kinds: int) -> None:
+        super().__init__()
+        d = config.d_model
+        self.lm = ByteLM(config)
+        self.prior = nn.Linear(config.vocab_size, d, bias=False)
+        self.best = nn.Embedding(config.vocab_size, d)
+        self.kind = nn.Embedding(n_kinds, d)
+        for embedding in (self.best, self.kind):
+            nn.init.normal_(embedding.weight, std=config.embed_std)
+        self.gate = nn.Linear(d, 1)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.ones_(self.gate.bias)
+        self.guide: Guide | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    def embedded(self, tokens: Tensor, hint: Hint) -> Tensor:
+        """Input of the layers (B, L, d_model): the bytes, and what is said of the next ones."""
+        likely = torch.exp(0.5 * hint.log_p.float())  # of norm 1
+        return (embed(tokens, self.lm.embedding.weight) + self.prior(likely)
+                + embed(hint.best.long(), self.best.weight)
+                + embed(hint.kind.long(), self.kind.weight))
+
+    def combined(self, hidden: Tensor, hint: Hint) -> Tensor:
+        return self.lm.logits(hidden).float() + self.gate(hidden).float() * hint.log_p.float()
+
+    def loss(self, tokens: Tensor, log_p: Tensor, best: Tensor, kind: Tensor) -> Tensor:
+        """Mean cross-entropy in nats; tokens (B, L + 1), hints (B, L, ...) of tokens[:, 1:]."""
+        hint = Hint(log_p, best, kind)
+        x = self.lm.through_layers(self.embedded(tokens[:, :-1], hint))
+        logits = self.combined(self.lm.norm_f(x), hint)
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    def forward(self, tokens: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
+        """Logits (B, L, V) of the byte after each of ``tokens`` (B, L), and the state."""
+        assert self.guide is not None, "a guided model needs its guide"
+        width = self.guide.width
+        network, last = (None, None) if state is None else state
+        if last is None:
+            last = torch.full((len(tokens), width), START_BYTE, dtype=torch.uint8)
+        text = torch.cat([last.to(tokens.device), tokens.to(torch.uint8)], 1)
+        contexts = text[:, 1:].unfold(1, width, 1).flatten(0, 1)
+        parts = [self.guide.hint(c) for c in contexts.split(4096)]
+        log_p, best, kind = (
+            torch.cat([getattr(p, name) for p in parts]).to(tokens.device)
+            .unflatten(0, tokens.shape) for name in ("log_p", "best", "kind"))
+        hint = Hint(log_p, best, kind)
+        hidden, network = self.lm.hidden(self.embedded(tokens, hint), network)
+        return self.combined(hidden, hint), (network, text[:, text.shape[1] - width :].cpu())
+
+
+class GuidedWindows:
+    """Windows of a text with their hints: the arguments of ``GuidedLM.loss``."""
+
+    def __init__(self, text: Tensor, guide: Guide, context: int) -> None:
+        self.text = text
+        self._offsets = torch.arange(context + 1, device=text.device)
+        self._table, row_of = guide.tabulate()
+        self._along = guide.along(text, row_of)
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that the hints take."""
+        return sum(t.numel() * t.element_size() for t in (self._table, *self._along))
+
+    def __call__(self, starts: Tensor) -> tuple[Tensor, ...]:
+        positions = starts[:, None] + self._offsets
+        rows, best, kind = (t[positions[:, 1:]] for t in self._along)
+        return self.text[positions].long(), self._table[rows], best, kind

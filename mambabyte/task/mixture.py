@@ -1,0 +1,81 @@
+"""An n-gram model as a byte model: alone, or mixed with a neural one."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mambabyte.corpus.utf8 import START_BYTE
+from mambabyte.errors import UserError
+from mambabyte.stream import ByteModel
+from mambabyte.task.ngram import NgramModel
+
+
+class NgramLM(nn.Module):
+    """An n-gram model alone as a byte model: tokens and state in, log-probabilities and state out.
+
+    The state is the last ``order - 1`` bytes, (B, order - 1) uint8 on the CPU.
+    """
+
+    def __init__(self, ngram: NgramModel) -> None:
+        super().__init__()
+        self.ngram = ngram
+
+    @property
+    def device(self) -> torch.device:
+        return self.ngram.device
+
+    def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """tokens (B, L); returns log p of the byte after each, (B, L, V), and the state."""
+        batch, width = len(tokens), self.ngram.order - 1
+        if state is None:
+            state = torch.full((batch, width), START_BYTE, dtype=torch.uint8)
+        text = torch.cat([state.to(tokens.device), tokens.to(torch.uint8)], 1)
+        contexts = text[:, 1:].unfold(1, width, 1) if width else text[:, :, None][:, :, :0]
+        log_p = self.ngram.log_probs_after(contexts.flatten(0, 1)).unflatten(0, (batch, -1))
+        return log_p.to(tokens.device), text[:, text.shape[1] - width :].cpu()
+
+
+class Mixture(nn.Module):
+    """``weight * n-gram + (1 - weight) * model``, probabilities mixed linearly; a byte model."""
+
+    model: nn.Module
+
+    def __init__(self, model: ByteModel, ngram: NgramModel, weight: float = 0.5) -> None:
+        super().__init__()
+        if not 0 <= weight <= 1:
+            raise UserError(f"the n-gram's weight is {weight}: it must be in [0, 1]")
+        self.model = cast(nn.Module, model)
+        self.ngram, self.weight = NgramLM(ngram), weight
+
+    @property
+    def device(self) -> torch.device:
+        return cast(torch.device, self.model.device)
+
+    def forward(self, tokens: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
+        neural, ngram = (None, None) if state is None else state
+        logits, neural = self.model(tokens, neural)
+        counted, ngram = self.ngram(tokens, ngram)
+        log_p = mix(torch.log_softmax(logits.float(), -1), counted, self.weight)
+        return log_p, (neural, ngram)
+
+
+def mix(neural: Tensor, counted: Tensor, weight: float) -> Tensor:
+    """Log of the weighted mean of two distributions given as log-probabilities (..., V)."""
+    if weight in (0.0, 1.0):
+        return counted if weight else neural
+    return torch.logaddexp(neural + math.log1p(-weight), counted + math.log(weight))
+
+
+def best_weight(neural: Tensor, counted: Tensor) -> float:
+    """The n-gram's weight that makes held-out text most probable, in steps of 0.01.
+
+    ``neural`` and ``counted`` (L,) are the log-probabilities of the bytes that came.
+    """
+    grid = [i / 100 for i in range(101)]
+    losses = [-float(mix(neural.double(), counted.double(), w).mean()) for w in grid]
+    return grid[int(np.argmin(losses))]

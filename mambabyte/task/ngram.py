@@ -1,0 +1,345 @@
+"""Interpolated Kneser-Ney n-gram model over bytes, counted by sorting, exact at any order.
+
+Absolute discounting with continuation counts (Kneser & Ney 1995; Chen & Goodman 1998, "An
+Empirical Study of Smoothing Techniques for Language Modeling", section 4.1.6), one discount d for
+every order. For a context of m bytes, with c the count of byte w after it, summed to t over k
+distinct bytes::
+
+    p_m(w) = (c(w) - d) / t + d k / t * p_{m-1}(w),    p_{-1}(w) = 1 / V
+
+c is the number of occurrences at the longest context, and the number of distinct bytes seen before
+(context, w) at every shorter one. A context never seen leaves p_{m-1} as it is.
+
+Counting sorts the positions of the text once, by their reversed contexts: then every context of
+every length is one run of neighbours, and the length of the common prefix of two neighbours says
+where runs end. The contexts form a tree, in which a child has one older byte more: ``key`` is
+parent * 256 + that byte, sorted, so a context is found by one binary search a byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mambabyte.config.files import whole_file
+from mambabyte.corpus.utf8 import START_BYTE
+from mambabyte.errors import UserError
+from mambabyte.task import ngram_native
+
+V = 256
+MAX_ORDER = 255  # lengths of common prefixes are kept in a byte
+DISCOUNT = 0.5
+_WORD = 7  # bytes of a sort key in one int64, so that none is negative
+_ROWS = 4096  # contexts whose (V,) distributions are computed at a time
+
+
+@dataclass(frozen=True)
+class Level:
+    """All contexts of one length: U contexts, E distinct (context, byte) pairs."""
+
+    key: Tensor  # (U,) int64, sorted: index of the context without its oldest byte * 256 + that
+    start: Tensor  # (U + 1,) int32: pairs of context i are start[i] : start[i + 1]
+    total: Tensor  # (U,) int32, sum of its counts
+    symbol: Tensor  # (E,) uint8, ascending within a context
+    count: Tensor  # (E,) int32
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in vars(self).values())
+
+
+class NgramModel:
+    """Byte distributions from the last ``order - 1`` bytes; ``levels[m]`` has m bytes of context.
+
+    A text begins after ``order - 1`` start bytes, in counting and in use.
+    """
+
+    def __init__(self, levels: list[Level], discount: float, bytes_counted: int) -> None:
+        self.levels, self.discount, self.bytes_counted = levels, discount, bytes_counted
+
+    @property
+    def order(self) -> int:
+        return len(self.levels)
+
+    @property
+    def device(self) -> torch.device:
+        return self.levels[0].key.device
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that the tables take."""
+        return sum(level.n_bytes for level in self.levels)
+
+    def to(self, device: torch.device | str) -> NgramModel:
+        levels = [Level(**{k: t.to(device) for k, t in vars(lv).items()}) for lv in self.levels]
+        return NgramModel(levels, self.discount, self.bytes_counted)
+
+    # ------------------------------------------------------------------------------- lookup
+
+    def find(self, contexts: Tensor) -> list[Tensor]:
+        """Index of each context at every length, -1 where it was never seen.
+
+        ``contexts`` (B, order - 1) integers, the newest byte last. Returns ``order`` tensors (B,).
+        """
+        found = [torch.zeros(len(contexts), dtype=torch.int64, device=self.device)]
+        for m in range(1, self.order):
+            key = self.levels[m].key
+            wanted = found[-1] * V + contexts[:, -m]
+            at = torch.searchsorted(key, wanted).clamp_(max=len(key) - 1)
+            found.append(torch.where((key[at] == wanted) & (found[-1] >= 0), at, -1))
+        return found
+
+    def probabilities(
+        self, contexts: Tensor, orders: bool = False, keep: list[Tensor] | None = None
+    ) -> Tensor:
+        """Distributions (B, V) in float64 after ``contexts`` (B, order - 1), the newest byte last.
+
+        With ``orders`` those of every order from 1 on, (order, B, V). With ``keep``, one mask (U,)
+        a level, as if the contexts outside it had not been seen.
+        """
+        contexts = contexts.to(self.device, torch.int64)
+        p = torch.full((len(contexts), V), 1 / V, dtype=torch.float64, device=self.device)
+        every = []
+        for m, (level, node) in enumerate(zip(self.levels, self.find(contexts), strict=True)):
+            if keep is not None:
+                node = torch.where(keep[m][node.clamp(min=0)], node, -1)
+            row = (node >= 0).nonzero()[:, 0]
+            if len(row):
+                self.interpolate(level, p, row, node[row])
+            if orders:
+                every.append(p.clone())
+        return torch.stack(every) if orders else p
+
+    def interpolate(self, level: Level, p: Tensor, row: Tensor, node: Tensor) -> None:
+        """Turn p (B, V) of the shorter context into that of ``level`` in the rows given."""
+        begin, end = level.start[node].long(), level.start[node + 1].long()
+        length, total = end - begin, level.total[node].to(p.dtype)
+        p[row] *= (self.discount * length / total)[:, None].to(p.dtype)
+        pair, owner = _ragged(begin, length)
+        mass = (level.count[pair].to(p.dtype) - self.discount) / total[owner]
+        p[row[owner], level.symbol[pair].long()] += mass  # no two pairs have the same place
+
+    def log_probs(self, data: bytes | np.ndarray, history: bytes = b"") -> Tensor:
+        """Log-probabilities (L, V) float32 of every byte of ``data``, each given all before it."""
+        return self.log_probs_after(self.contexts(data, history))
+
+    def log_probs_after(self, contexts: Tensor) -> Tensor:
+        """Log-probabilities (B, V) float32 after ``contexts`` (B, order - 1), newest byte last."""
+        return torch.cat([self.probabilities(c).log().float() for c in contexts.split(_ROWS)])
+
+    def contexts(self, data: bytes | np.ndarray, history: bytes = b"") -> Tensor:
+        """The ``order - 1`` bytes before each byte of ``data``, a view (L, order - 1)."""
+        width = self.order - 1
+        text = _padded(np.frombuffer(history, np.uint8), width)[len(history):]
+        whole = np.concatenate([text, np.asarray(bytearray(data), dtype=np.uint8)])
+        tokens = torch.from_numpy(whole).to(self.device)
+        return tokens[: len(tokens) - 1].unfold(0, width, 1) if width else tokens[:, None][:, :0]
+
+    def scores_by_order(
+        self, data: bytes | np.ndarray, report: Callable[[float], None] = lambda done: None
+    ) -> list[dict[str, float]]:
+        """Bits per byte and greedy byte accuracy on ``data`` of every order from 1 on.
+
+        ``report`` is called with the share done.
+        """
+        if not len(data):
+            raise UserError("there is nothing to score: the text is empty")
+        target = torch.tensor(bytearray(data), device=self.device).long()
+        bits = torch.zeros(self.order, dtype=torch.float64, device=self.device)
+        right = torch.zeros_like(bits)
+        rows, done = _ROWS // 4, 0
+        for contexts, wanted in zip(self.contexts(data).split(rows), target.split(rows),
+                                    strict=True):
+            p = self.probabilities(contexts, orders=True)  # (order, rows, V)
+            index = wanted.expand(self.order, -1)[:, :, None]
+            bits -= p.gather(2, index)[:, :, 0].log2().sum(1)
+            right += (p.argmax(2) == wanted).sum(1)
+            done += len(wanted)
+            report(done / len(target))
+        return [{"order": i + 1, "bits_per_byte": float(bits[i]) / len(target),
+                 "byte_accuracy": float(right[i]) / len(target)} for i in range(self.order)]
+
+    # ------------------------------------------------------------------------------- files
+
+    def save(self, path: Path) -> None:
+        """Write the tables as safetensors: numbers alone, nothing that runs when loaded."""
+        tensors = {f"{m}.{name}": t.cpu().contiguous()
+                   for m, level in enumerate(self.levels) for name, t in vars(level).items()}
+        about = {"order": str(self.order), "discount": repr(self.discount),
+                 "bytes_counted": str(self.bytes_counted)}
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary, about)
+
+    @staticmethod
+    def load(path: Path, device: torch.device | str = "cpu") -> NgramModel:
+        """Read what ``save`` wrote. Raises UserError for a file that is not a whole model."""
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                levels = [Level(**{name: file.get_tensor(f"{m}.{name}")
+                                   for name in Level.__dataclass_fields__})
+                          for m in range(int(about["order"]))]
+                model = NgramModel(levels, float(about["discount"]), int(about["bytes_counted"]))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"{path} is no n-gram model ({str(error).splitlines()[0]}): expected "
+                            "a file written by NgramModel.save") from None
+        parents = 1
+        for m, level in enumerate(model.levels):
+            _check_level(path, m, level, parents)
+            parents = len(level.key)
+        return model.to(device)
+
+
+def count(
+    data: bytes | np.ndarray | Tensor, order: int = 12, discount: float = DISCOUNT,
+    device: torch.device | str = "cpu", *, continuation: bool = True,
+) -> NgramModel:
+    """Count ``data`` and return its Kneser-Ney model of n-grams of up to ``order`` bytes.
+
+    Without ``continuation`` shorter contexts count occurrences too: plain absolute discounting.
+    The work is sorting, on ``device``: by torch on a GPU, about 60 bytes of memory a byte of text
+    at the peak; in C on the CPU where there is a compiler, else by torch too, five times slower.
+    Raises UserError for an empty text, an order outside [1, 255] or a discount outside (0, 1).
+    """
+    if not 1 <= order <= MAX_ORDER:
+        raise UserError(f"order is {order}: it must be from 1 to {MAX_ORDER}")
+    if not 0 < discount < 1:
+        raise UserError(f"discount is {discount}: it must be between 0 and 1")
+    if not len(data):
+        raise UserError("there is nothing to count: the text is empty")
+    if not isinstance(data, Tensor):
+        data = torch.from_numpy(np.frombuffer(bytes(data), np.uint8).copy())
+    pad = torch.full((order - 1,), START_BYTE, dtype=torch.uint8)
+    text = torch.cat([pad.to(device), data.to(device)])
+
+    native = (text.device.type == "cpu" and order <= ngram_native.MAX_ORDER
+              and ngram_native.library() is not None)
+    common, symbol, older = _sorted_contexts(text, order, native)
+    keys = [torch.zeros(1, dtype=torch.int64, device=text.device)]
+    node = torch.zeros(len(common), dtype=torch.int32, device=text.device)  # of every position
+    for m in range(1, order):
+        new = common < m
+        at = new.nonzero()[:, 0]
+        keys.append(node[at].long() * V + older(m, at))
+        torch.cumsum(new, 0, dtype=torch.int32, out=node)
+        node -= 1
+    at = (common < order).nonzero()[:, 0]  # one position of each distinct n-gram
+    end = torch.cat([at[1:], at.new_tensor([len(common)])])
+    pair, counts = node[at].long() * V + symbol[at], (end - at).int()
+    del common, symbol, older, node, at, end
+
+    levels = [_level(keys[-1], pair, counts)]
+    if native:
+        del pair, counts
+        for m in range(order - 1, 0, -1):
+            longer = levels[-1]
+            start, total, symbols, counts = ngram_native.shorten(
+                keys[m], len(keys[m - 1]), longer.start, longer.symbol, longer.count, continuation)
+            levels.append(Level(keys[m - 1], start, total, symbols, counts))
+        return NgramModel(levels[::-1], discount, len(data))
+    for m in range(order - 1, -1, -1):
+        if m < order - 1:
+            levels.append(_level(keys[m], pair, counts))
+        if m:  # each distinct pair, seen from the context without its oldest byte, counts once
+            shorter = ((keys[m][pair >> 8] >> 8) << 8) | (pair & 255)
+            shorter, moved = shorter.sort()
+            pair, sizes = torch.unique_consecutive(shorter, return_counts=True)
+            if not continuation:
+                running = torch.cat([sizes.new_zeros(1), counts[moved].cumsum(0)])
+                ends = sizes.cumsum(0)
+                sizes = running[ends] - running[ends - sizes]
+            counts = sizes.int()
+    return NgramModel(levels[::-1], discount, len(data))
+
+
+def _sorted_contexts(
+    text: Tensor, order: int, native: bool
+) -> tuple[Tensor, Tensor, Callable[[int, Tensor], Tensor]]:
+    """Sort the positions by (newest context byte, ..., oldest, the byte itself).
+
+    Returns the number of leading key bytes that each position shares with the one before it in
+    that order, (L,) uint8, the byte itself, and a function (m, at) -> m-th newest context byte.
+    """
+    length = len(text) - order + 1
+
+    def column(rank: int) -> Tensor:  # byte of this rank in the key, for every position
+        back = order - 1 if rank == order - 1 else order - 2 - rank
+        return text[back : back + length]
+
+    if native:
+        position, common = ngram_native.sort_contexts(text, order)
+        return common, column(order - 1)[position], lambda m, at: column(m - 1)[position[at]]
+
+    words = [range(low, min(low + _WORD, order)) for low in range(0, order, _WORD)]
+
+    def pack(ranks: range) -> Tensor:
+        word = torch.zeros(length, dtype=torch.int64, device=text.device)
+        for rank in ranks:
+            word.mul_(V).add_(column(rank))
+        return word
+
+    place: Tensor | None = None
+    for ranks in reversed(words):  # least significant first; each sort keeps the one before
+        word = pack(ranks)
+        if place is not None:
+            word = word[place]
+        moved = word.sort(stable=True).indices
+        place = moved if place is None else place[moved]
+        del word, moved
+    assert place is not None
+
+    common = torch.zeros(length, dtype=torch.uint8, device=text.device)
+    same = torch.ones(length, dtype=torch.bool, device=text.device)
+    same[0] = False
+    for ranks in words:
+        word = pack(ranks)[place]
+        differs = torch.zeros_like(word)
+        torch.bitwise_xor(word[1:], word[:-1], out=differs[1:])
+        for rank in ranks:
+            same &= (differs >> (8 * (ranks[-1] - rank))) == 0
+            common += same
+    return common, column(order - 1)[place], lambda m, at: column(m - 1)[place[at]]
+
+
+def _level(key: Tensor, pair: Tensor, counts: Tensor) -> Level:
+    contexts = len(key)
+    lengths = torch.bincount(pair >> 8, minlength=contexts)
+    start = torch.zeros(contexts + 1, dtype=torch.int32, device=key.device)
+    torch.cumsum(lengths, 0, dtype=torch.int32, out=start[1:])
+    running = torch.cat([counts.new_zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    total = running[start[1:].long()] - running[start[:-1].long()]
+    return Level(key, start, total.int(), (pair & 255).to(torch.uint8), counts)
+
+
+def _ragged(begin: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices begin[i] ... begin[i] + length[i] - 1 of all i in a row, and the i of each."""
+    owner = torch.repeat_interleave(torch.arange(len(begin), device=begin.device), length)
+    shift = begin - (length.cumsum(0) - length)
+    return torch.arange(len(owner), device=begin.device) + shift[owner], owner
+
+
+def _padded(history: np.ndarray, width: int) -> np.ndarray:
+    """``width`` start bytes before ``history``."""
+    return np.concatenate([np.full(width, START_BYTE, np.uint8), history])
+
+
+def _check_level(path: Path, m: int, level: Level, parents: int) -> None:
+    """UserError unless the tables of this level fit together, so that no lookup leaves them."""
+    u, e = len(level.key), len(level.symbol)
+    start = level.start
+    sound = (
+        u >= 1 and len(start) == u + 1 and len(level.total) == u and len(level.count) == e
+        and int(start[0]) == 0 and int(start[-1]) == e and bool((start[1:] > start[:-1]).all())
+        and int(level.key[0]) >= 0 and int(level.key[-1]) < parents * V
+        and bool((level.key[1:] > level.key[:-1]).all()) and bool((level.count >= 1).all())
+        and bool((level.total >= 1).all())
+    )
+    if not sound:
+        raise UserError(f"{path} is no n-gram model: the tables of order {m + 1} do not agree")

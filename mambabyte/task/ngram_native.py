@@ -1,0 +1,66 @@
+"""The two loops of n-gram counting in C, for the CPU; ``ngram.c`` beside this file.
+
+Compiled on first use (``ops/build/c.py``). Where that is impossible ``library`` is None, and
+counting sorts with torch instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mambabyte.ops.build import c as native_build
+
+SOURCE = Path(__file__).with_name("ngram.c")
+MAX_ORDER = 16
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, None without a C compiler or a place to keep what it makes."""
+    loaded = native_build.load(SOURCE)
+    if isinstance(loaded, str):
+        return None
+    loaded.shorten.restype = ctypes.c_int64
+    return loaded
+
+
+def sort_contexts(text: Tensor, order: int) -> tuple[Tensor, Tensor]:
+    """Positions of ``text`` (uint8, on the CPU) sorted by their contexts, int32, and the leading
+    key bytes that each shares with the one before it, uint8."""
+    loaded = library()
+    assert loaded is not None
+    length = len(text) - order + 1
+    place = torch.empty(length, dtype=torch.int32)
+    common = torch.empty(length, dtype=torch.uint8)
+    text = text.contiguous()
+    failed = loaded.sort_contexts(_at(text), ctypes.c_int64(length), order,
+                                  torch.get_num_threads(), _at(place), _at(common))
+    if failed:
+        raise MemoryError(f"sorting {length} contexts needs {48 * length} bytes")
+    return place, common
+
+
+def shorten(
+    key: Tensor, contexts: int, start: Tensor, symbol: Tensor, count: Tensor, continuation: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """start, total, symbol and count of the ``contexts`` contexts one byte shorter than those
+    given, whose ``key`` says which each belongs to."""
+    loaded = library()
+    assert loaded is not None
+    child = torch.searchsorted(key, torch.arange(contexts + 1) * 256)
+    starts = torch.empty(contexts + 1, dtype=torch.int32)
+    totals = torch.empty(contexts, dtype=torch.int32)
+    symbols, counts = torch.empty_like(symbol), torch.empty_like(count)
+    made = loaded.shorten(
+        ctypes.c_int64(contexts), _at(child), _at(start), _at(symbol), _at(count),
+        int(continuation), _at(starts), _at(totals), _at(symbols), _at(counts))
+    return starts, totals, symbols[:made].clone(), counts[:made].clone()
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

@@ -1,0 +1,336 @@
+"""The public task: training bytes in, a character model out, under a cap of time and energy.
+
+A *system* is a named recipe from training bytes to a byte model. ``run_task`` trains one from
+scratch, measures it as the task does (the clock and the energy counter start with training and
+stop when the model is returned; an idle baseline is subtracted), and scores 60,000 characters of
+the held-out splits. What a system chooses by looking, it chooses on the end of its *training* text.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mambabyte.config import ModelConfig, TrainConfig, get_preset
+from mambabyte.energy import EnergyMeter
+from mambabyte.errors import UserError
+from mambabyte.evaluate import TASK_CHARACTERS, byte_log_probs, score
+from mambabyte.model import ByteLM, head_loss, without_state
+from mambabyte.stream import ByteModel
+from mambabyte.task.guide import Guide, GuidedLM, GuidedWindows
+from mambabyte.task.mixture import Mixture, NgramLM, best_weight
+from mambabyte.task.ngram import DISCOUNT, count
+from mambabyte.train import NonFiniteError
+from mambabyte.train.captured import FastStep, Windows, prepare, window_starts
+from mambabyte.train.optim import make_optimizer, schedule
+from mambabyte.train.smoke import is_smoke, smoke_configs
+
+CAP_SECONDS = 300.0
+IDLE_WATTS = 50.0  # what the published figures subtract
+HELD_OUT_BYTES = 200_000  # end of the training text, for choices; then trained on by nobody
+_LOG_EVERY = 50
+_TELL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Ngram:
+    """How a system uses an n-gram model."""
+
+    order: int = 12
+    discount: float = DISCOUNT
+    continuation: bool = True
+    weight: float | None = None  # None: chosen on held-out training text
+    # A guide of training, instead of mixed in afterwards: this share of the training text is
+    # counted to guide training on the rest. 0: no guide.
+    guide_share: float = 0.0
+    recount: bool = True  # all of the training text, once training is over; else keep the guide
+
+
+@dataclass(frozen=True)
+class System:
+    """A recipe: a network, an n-gram model, or both."""
+
+    about: str
+    model: ModelConfig | None
+    train: TrainConfig = field(default_factory=TrainConfig)
+    ngram: Ngram | None = None
+    allow_study_form: bool = False
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A trained byte model and what it took."""
+
+    model: ByteModel
+    steps: int
+    bytes_seen: int  # by the network
+    n_parameters: int  # of the network
+    ngram_bytes: int  # memory of the tables
+    notes: dict[str, Any]
+
+
+def _preset(name: str, ngram: Ngram | None = None, about: str = "", **train: Any) -> System:
+    preset = get_preset(name)
+    fast = replace(preset.train, time_aware=True, max_seconds=290.0, step="compile",
+                   precision="bf16_residual" if preset.model.norm == "rms_plain" else "auto")
+    return System(about or preset.about, preset.model, replace(fast, **train), ngram)
+
+
+def _as_written() -> System:
+    system = _preset("mamba_byte", about="mamba_byte with the scan exactly as the document has it")
+    assert system.model is not None
+    return replace(system, model=replace(system.model, scan_form="document_chunked"),
+                   train=replace(system.train, step="eager"), allow_study_form=True)
+
+
+def _guided(about: str, n_steps: int, **model: Any) -> System:
+    """The network of nano_plus_ngram, trained on what an n-gram model leaves open."""
+    nano = get_preset("nano_plus_ngram").model
+    ngram = Ngram(order=12, discount=0.7, guide_share=0.6)
+    return replace(_preset("nano_plus_ngram", ngram, about, n_steps=n_steps),
+                   model=replace(nano, **model))
+
+
+SYSTEMS: dict[str, System] = {
+    "mamba_byte": _preset("mamba_byte"),
+    "mamba_byte_as_written": _as_written(),
+    "modded_nanogpt": _preset("modded_nanogpt"),
+    "modded_nanogpt_500": _preset("modded_nanogpt", about="modded_nanogpt, 500 steps", n_steps=500),
+    "nano_plus_ngram": _preset("nano_plus_ngram", Ngram(weight=0.5)),
+    "nano_plus_ngram_chosen": _preset(
+        "nano_plus_ngram", Ngram(order=14, discount=0.85),
+        "nano_plus_ngram, order, discount and weight chosen on held-out training text"),
+    "hybrid_3_1": _preset("hybrid_3_1", n_steps=2000, lr=1e-3),
+    "ssm_1_1": _preset("ssm_1", n_steps=2000, lr=1e-3),
+    "nano_ssm": _preset("nano_ssm"),
+    "nano_ssm_3_1": _preset("nano_ssm_3_1"),
+    "nano_ssm_1_1": _preset("nano_ssm_1_1"),
+    "ngram": System("interpolated Kneser-Ney of order 12 alone", None, ngram=Ngram(weight=1.0)),
+    "ours": _guided("SSM and attention 1:1, d 256, 4 layers, guided by an n-gram in training",
+                    n_steps=950, layer_pattern="MA"),
+    "ours_attention": _guided("ours with attention alone", n_steps=700),
+}
+
+
+def get_system(name: str) -> System:
+    if name not in SYSTEMS:
+        raise UserError(f"system {name!r} is unknown: choose one of {', '.join(SYSTEMS)}")
+    return SYSTEMS[name]
+
+
+Report = Callable[[str], None]
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def build(
+    system: System, data: bytes | np.ndarray, device: str = "cpu", seed: int = 0,
+    report: Report = _silent,
+) -> Fit:
+    """Train ``system`` on ``data``, all of it counted from this call on. Deterministic but for the
+    clock. A tiny corpus, or SMOKE_TEST_ONLY=1, selects the smoke configuration. ``report`` gets a
+    line now and then while it trains."""
+    began = time.perf_counter()
+    data = np.frombuffer(bytes(data), np.uint8) if not isinstance(data, np.ndarray) else data
+    if len(data) < 64:
+        raise UserError(f"{len(data)} training bytes: expected at least 64")
+    config, recipe, ngram = system.model, replace(system.train, seed=seed), system.ngram
+    if is_smoke(len(data)):
+        if config is not None:
+            config, recipe = smoke_configs(config, len(data))
+        if ngram is not None:
+            ngram = replace(ngram, order=min(ngram.order, 5))
+    held = min(HELD_OUT_BYTES, len(data) // 10)
+    text = torch.from_numpy(np.array(data)).to(device)
+    torch.manual_seed(seed)
+    if config is None:
+        assert ngram is not None
+        report(f"counting {len(text):,} bytes")
+        counts = count(text, ngram.order, ngram.discount, device, continuation=ngram.continuation)
+        return Fit(NgramLM(counts).eval(), 0, 0, 0, counts.n_bytes, {})
+    if ngram is not None and ngram.guide_share:
+        return _build_guided(config, recipe, ngram, text, held, began, report)
+
+    model = ByteLM(config).to(device)
+    steps, notes = fit(model, model,
+                       Windows(text[: len(text) - held], recipe.context), recipe, began, report)
+    result: ByteModel = model
+    table_bytes = 0
+    if ngram is not None:
+        weight = ngram.weight
+        if weight is None:
+            part = count(text[: len(text) - held], ngram.order, ngram.discount, device,
+                         continuation=ngram.continuation)
+            weight = _weight_on(model, NgramLM(part), bytes(data[len(data) - held :]))
+            del part
+            notes["ngram_weight"] = weight
+        report(f"counting {len(text):,} bytes")
+        counts = count(text, ngram.order, ngram.discount, device, continuation=ngram.continuation)
+        table_bytes = counts.n_bytes
+        result = Mixture(model, counts, weight)
+    return Fit(result.eval(), steps, steps * recipe.batch_size * recipe.context,
+               config.n_parameters, table_bytes, notes)
+
+
+def _build_guided(
+    config: ModelConfig, recipe: TrainConfig, ngram: Ngram, text: Tensor, held: int, began: float,
+    report: Report,
+) -> Fit:
+    def counted(data: Tensor) -> Guide:
+        report(f"counting {len(data):,} bytes")
+        return Guide(count(data, ngram.order, ngram.discount, text.device,
+                           continuation=ngram.continuation))
+
+    cut = int(ngram.guide_share * len(text))
+    end = len(text) - held
+    guide = counted(text[:cut])
+    model = GuidedLM(config, guide.n_kinds).to(text.device)
+    windows = GuidedWindows(text[cut:end], guide, recipe.context)
+    notes = {"seconds_before_training": time.perf_counter() - began,
+             "hint_bytes": windows.n_bytes}
+    steps, more = fit(model, model.lm, windows, recipe, began, report)
+    del windows
+    if ngram.recount:
+        del guide
+        guide = counted(text[:end])
+    model.guide = guide
+    return Fit(model.eval(), steps, steps * recipe.batch_size * recipe.context,
+               sum(p.numel() for p in model.parameters()), model.guide.n_bytes, notes | more)
+
+
+def fit(
+    model: ByteLM | GuidedLM, network: ByteLM, windows: Windows | GuidedWindows,
+    recipe: TrainConfig, began: float, report: Report = _silent,
+) -> tuple[int, dict[str, Any]]:
+    """Run the recipe; returns the steps done and notes. ``began``: perf_counter at the start, from
+    which ``max_seconds`` counts. ``report`` gets a line every two seconds of steps issued, which
+    the device need not have ended. Raises NonFiniteError when it diverges."""
+    if len(windows.text) < recipe.context + 1:
+        raise UserError(f"context {recipe.context} does not fit into {len(windows.text)} bytes: "
+                        "choose a shorter one or a larger corpus")
+    if recipe.first_context or recipe.first_batch_size:
+        raise UserError("the task trains at one context and batch size: leave first_context and "
+                        "first_batch_size at 0")
+    on_cuda = network.device.type == "cuda"
+    prepare(network, recipe, compiled=recipe.step == "compile" and on_cuda)
+    optimizer = make_optimizer(model, recipe, on_device=True)
+    step = FastStep(model, model.loss, optimizer, windows,
+                    window_starts(len(windows.text), recipe), recipe,
+                    capture=on_cuda and recipe.step != "eager")
+    model.train()
+    losses, done, first_log, told = [], 0, 0.0, 0.0
+    for done in range(1, recipe.n_steps + 1):
+        elapsed = time.perf_counter() - began
+        if recipe.max_seconds and elapsed >= recipe.max_seconds:
+            done -= 1
+            break
+        if elapsed >= told + _TELL_SECONDS:
+            told = elapsed
+            report(f"step {done} of {recipe.n_steps}, {elapsed:.0f} s"
+                   + (f" of at most {recipe.max_seconds:.0f}" if recipe.max_seconds else ""))
+        step(schedule(done - 1, recipe, elapsed))
+        # The host may run ahead of the device by a whole run: look at it now and then.
+        if done % _LOG_EVERY == 0:
+            losses.append(_look(step))
+            if not first_log:
+                first_log, first_done = time.perf_counter(), done
+    if done % _LOG_EVERY:  # also where the clock ended the run: what was queued is done now
+        losses.append(_look(step))
+    notes: dict[str, Any] = {"losses_nats": losses}
+    if done > _LOG_EVERY:
+        notes["ms_per_step"] = 1e3 * (time.perf_counter() - first_log) / (done - first_done)
+        notes["seconds_to_first_log"] = first_log - began
+    del step, optimizer
+    network.run_layer, network.run_head = without_state, head_loss
+    return done, notes
+
+
+def _look(step: FastStep) -> float:
+    """The last loss; waits for the device. NonFiniteError if any before was not finite."""
+    loss, _, bad = step.read()
+    if bad is not None:
+        raise NonFiniteError(f"step {bad + 1}: the loss or the gradient norm is not finite")
+    return round(loss, 4)
+
+
+def _weight_on(model: ByteModel, counted: NgramLM, held: bytes) -> float:
+    picked = torch.tensor(bytearray(held)).long()
+    rows = torch.arange(len(held))
+    return best_weight(byte_log_probs(model, held)[rows, picked],
+                       byte_log_probs(counted, held)[rows, picked])
+
+
+def run_task(
+    system: System, train_data: bytes | np.ndarray, splits: dict[str, np.ndarray], *,
+    device: str = "cpu", seed: int = 0, idle_watts: float = IDLE_WATTS,
+    characters: int = TASK_CHARACTERS, report: Report = _silent,
+) -> dict[str, Any]:
+    """Train and score one system with one seed; returns the row of the result table.
+
+    ``splits``: name -> bytes to score, the first ``characters`` characters of each. Besides, the
+    held-out end of the training text is scored: the figure to choose by.
+    """
+    on_cuda = device.startswith("cuda")
+    if on_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    meter = EnergyMeter(device, idle_watts)
+    try:
+        fitted: Fit | None = build(system, train_data, device, seed, report)
+        failure = None
+        if on_cuda:
+            torch.cuda.synchronize()
+    except NonFiniteError as error:  # a result too: it is what the document's scan comes to
+        fitted, failure = None, str(error)
+    energy = meter.read()
+    row: dict[str, Any] = {
+        "about": system.about, "seed": seed, "device": device, "joules": energy.joules,
+        "gross_joules": energy.gross_joules, "idle_watts": idle_watts,
+        "energy_source": energy.source, "seconds": energy.seconds,
+        "within_cap": energy.seconds <= CAP_SECONDS, "failure": failure,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_cuda else None,
+        "model": None if system.model is None else asdict(system.model),
+        "train": asdict(system.train), "n_steps": system.train.n_steps,
+        "ngram": None if system.ngram is None else asdict(system.ngram),
+    }
+    if fitted is None:
+        return row
+    row |= {"steps": fitted.steps, "bytes_seen": fitted.bytes_seen,
+            "n_parameters": fitted.n_parameters, "ngram_bytes": fitted.ngram_bytes, **fitted.notes}
+    began = time.perf_counter()
+    held = np.asarray(train_data[len(train_data) - min(HELD_OUT_BYTES, len(train_data) // 10) :])
+    if system.ngram is None or system.ngram.guide_share:  # a mixture has counted it
+        result = score(fitted.model, _whole(held), characters)
+        row |= {"held_out_accuracy": result.char_accuracy,
+                "held_out_bits_per_byte": result.bits_per_byte}
+    for name, data in splits.items():
+        report(f"scoring {name}")
+        result = score(fitted.model, data, characters)
+        row |= {f"{name}_accuracy": result.char_accuracy,
+                f"{name}_bits_per_byte": result.bits_per_byte,
+                f"{name}_characters": result.characters}
+        report(f"{name}: {result.char_accuracy:.4f}, {result.bits_per_byte:.4f} bits/byte")
+    row["scoring_seconds"] = time.perf_counter() - began
+    del fitted
+    gc.collect()
+    if on_cuda:
+        torch.cuda.empty_cache()
+    return row
+
+
+def _whole(data: np.ndarray) -> bytes:
+    """``data`` from its first whole character on."""
+    skip = 0
+    while skip < len(data) and 0x80 <= data[skip] < 0xC0:
+        skip += 1
+    return bytes(data[skip:])
+

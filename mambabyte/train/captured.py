@@ -1,0 +1,152 @@
+"""A training step without gaps between launches: text on the device, the whole step one CUDA graph.
+
+``train.train_step`` is the definition: this computes the same, from the same windows of the text.
+What differs is where things are. The text is a tensor on the device; the starts of all windows of
+the run are drawn beforehand, from the same stream of random numbers, and an index on the device
+says which step it is; the learning rate is a tensor; clipping does not look at its norm; a loss
+that is not finite is remembered on the device and found at the next ``read``. So nothing waits for
+the host, and on CUDA the step can be captured and replayed with one launch.
+
+Without CUDA the same functions run one by one: that is what the tests compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mambabyte.config import TrainConfig
+from mambabyte.corpus import sample_starts
+from mambabyte.model import ByteLM, distributed, head_loss, without_state
+from mambabyte.model.block import AttentionMixer
+from mambabyte.train.optim import set_rates
+from mambabyte.train.precision import autocast
+
+WARM_UP = 3  # steps run one by one before the capture: they create the optimizer's state
+Loss = Callable[..., Tensor]
+
+
+def window_starts(length: int, config: TrainConfig, first_step: int = 0) -> Tensor:
+    """Starts of the windows of every step from ``first_step`` on, (steps, batch_size) int64."""
+    return torch.from_numpy(np.stack([
+        sample_starts(length, config.context, config.batch_size, config.seed, step)
+        for step in range(first_step, config.n_steps)]))
+
+
+class Windows:
+    """Gathers windows of sequences that run beside the text, on their device.
+
+    ``Windows(text)(starts)`` is what ``corpus.sample_windows`` returns for the same starts.
+    """
+
+    def __init__(self, text: Tensor, context: int) -> None:
+        self.text = text
+        self._offsets = torch.arange(context + 1, device=text.device)
+
+    def __call__(self, starts: Tensor) -> tuple[Tensor, ...]:
+        """starts (B,) -> tokens (B, context + 1) int64, in a tuple of arguments for the loss."""
+        return (self.text[self.positions(starts)].long(),)
+
+    def positions(self, starts: Tensor) -> Tensor:
+        return starts[:, None] + self._offsets
+
+
+class FastStep:
+    """Calls ``loss(*windows(starts))`` and the optimizer, step after step from ``first_step``.
+
+    The optimizer must have been made with ``on_device=True``.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer,
+        windows: Callable[[Tensor], tuple[Tensor, ...]], starts: Tensor, config: TrainConfig,
+        first_step: int = 0, capture: bool | None = None,
+    ) -> None:
+        self.model, self.loss, self.optimizer, self.windows = model, loss, optimizer, windows
+        self.config, self._world = config, distributed.current()
+        self.device = next(model.parameters()).device
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._starts = starts.to(self.device)
+        self._index = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._first_step, self._done = first_step, 0
+        self._loss = torch.zeros((), device=self.device)
+        self._norm = torch.zeros((), device=self.device)
+        self._bad = torch.full((1,), -1, dtype=torch.int64, device=self.device)
+        self._capture = self.device.type == "cuda" if capture is None else capture
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, share: float) -> None:
+        """One step at this share of the peak learning rates. Does not wait for the device."""
+        set_rates(self.optimizer, share)
+        if not self._capture:
+            self.optimizer.zero_grad(set_to_none=True)
+            self._step()
+        elif self._done < WARM_UP:
+            side = torch.cuda.Stream(self.device)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                self.optimizer.zero_grad(set_to_none=True)
+                self._step()
+            torch.cuda.current_stream(self.device).wait_stream(side)
+        else:
+            if self._graph is None:
+                self._graph = self._captured()
+            self._graph.replay()
+        self._done += 1
+
+    def read(self) -> tuple[float, float, int | None]:
+        """Loss in nats and gradient norm of the last step, and the first step (from 0) since the
+        beginning at which either was not finite, if any. Waits for the device."""
+        loss, norm, bad = torch.stack([
+            self._loss, self._norm, self._bad[0].to(self._loss.dtype)]).tolist()
+        return loss, norm, None if bad < 0 else self._first_step + int(bad)
+
+    def tokens(self) -> Tensor:
+        """The windows of the last step, (batch_size, context + 1)."""
+        return self.windows(self._starts[self._done - 1])[0]
+
+    def _step(self) -> None:
+        starts = self._starts.index_select(0, self._index)[0]
+        with autocast(self.device, self.config.precision):
+            loss = self.loss(*self.windows(starts))
+        loss.backward()
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        self._world.average([loss.detach(), *grads])
+        norm = nn.utils.get_total_norm(grads, foreach=True)
+        if self.config.grad_clip:
+            nn.utils.clip_grads_with_norm_(
+                self._parameters, self.config.grad_clip, norm, foreach=True)
+        self.optimizer.step()
+        with torch.no_grad():
+            self._loss.copy_(loss)
+            self._norm.copy_(norm)
+            wrong = ~(torch.isfinite(loss) & torch.isfinite(norm)) & (self._bad < 0)
+            self._bad.copy_(torch.where(wrong, self._index, self._bad))
+            self._index += 1
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        # Without gradients to add to, the captured backward writes them anew at every replay.
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        # Beside other processes a thread of NCCL's watches events, which "global" forbids.
+        mode = "global" if self._world.size == 1 else "thread_local"
+        with torch.cuda.graph(graph, capture_error_mode=mode):
+            self._step()
+        return graph
+
+
+def prepare(model: ByteLM, config: TrainConfig, compiled: bool) -> None:
+    """Ready a model on its device for training: rotary tables, residual type, compiled parts.
+
+    Layers of one kind share their compiled code: the time it takes does not grow with depth.
+    """
+    for module in model.modules():
+        if isinstance(module, AttentionMixer):
+            module.keep_rotary(config.context)
+    model.residual_dtype = torch.bfloat16 if config.precision == "bf16_residual" else None
+    model.run_layer = torch.compile(without_state, dynamic=False) if compiled else without_state
+    model.run_head = torch.compile(head_loss, dynamic=False) if compiled else head_loss
+

@@ -1,0 +1,80 @@
+"""The kernels of the convolution and of the scan, emulated in place of those on a GPU.
+
+The cases of the GPU tests serve the emulated kernels as well.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from emulate import TAPS, Emulator
+
+from mambabyte.ops.conv import cuda as cuda_conv
+from mambabyte.ops.scan import cuda as cuda_scan
+from mambabyte.ops.scan import plan as cuda_plan
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "gpu"))
+
+
+@pytest.fixture(scope="session")
+def built_convolution(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    folder = tmp_path_factory.mktemp("convolution")
+    given = f"#define TAPS {TAPS}\n#define AHEAD {cuda_conv._AHEAD}\n#define BLOCKS 1\n"
+    given += "#define __expf expf\n"
+    here = Path(cuda_conv.__file__).parent
+    sources = [(here.parent / name).read_text() for name in ("build/types.cu", "conv/conv.cu")]
+    (folder / "conv.cu").write_text(given + "\n".join(sources))
+    return Emulator(folder / "conv.cu", folder)
+
+
+@pytest.fixture
+def convolution(built_convolution: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(name: str, dtype: torch.dtype, taps: int, width: int, device: object) -> object:
+        assert taps == TAPS
+        full = name if name == "conv_sums" else f"{name}<{cuda_conv.ELEMENTS[dtype]}, {width}>"
+
+        def launch(grid, block, shared, stream, *args) -> None:
+            built_convolution.launch(
+                device, full, cuda_conv._PARAMETERS[name], grid[0], block[:2], shared, *args)
+
+        return SimpleNamespace(launch=launch)
+
+    monkeypatch.setattr(cuda_conv, "_kernel", kernel)
+    monkeypatch.setattr(cuda_conv, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(cuda_conv, "raw_stream", lambda device: 0)
+
+
+@pytest.fixture(scope="session")
+def built_scan(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    source = Path(cuda_scan.__file__).with_name("scan.cu")
+    return Emulator(source, tmp_path_factory.mktemp("kernels"))
+
+
+def encode(
+    device: object, address: int, batch: int, length: int, channels: int, by_batch: int,
+    by_time: int, groups: int,
+) -> bytes:  # fmt: skip
+    """What lanes.h takes for a tensor map; refuses what the driver would."""
+    assert by_time > 0
+    assert by_batch > 0 or batch == 1
+    sizes, steps = (8, length, channels // 8, batch), (2 * by_time, 16, 2 * by_batch)
+    return struct.pack("<Q7Q4I", address, *sizes, *steps, 8, 8, groups, 1).ljust(128, b"\0")
+
+
+@pytest.fixture(params=["hopper", "older"])
+def emulator(
+    request: pytest.FixtureRequest, built_scan: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> Emulator:
+    """The scan's kernels; how many multiprocessors there are is left to the test."""
+    monkeypatch.setattr(cuda_scan, "_launch", built_scan.launch)
+    monkeypatch.setattr(cuda_scan, "_is_hopper", lambda device: request.param == "hopper")
+    monkeypatch.setattr(cuda_scan, "_takes_boxes", lambda device: request.param == "hopper")
+    monkeypatch.setattr(cuda_scan, "_encode", encode)
+    monkeypatch.setattr(cuda_plan, "block_shared", lambda device: 227 << 10)
+    built_scan.launched.clear()
+    return built_scan

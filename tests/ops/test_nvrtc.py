@@ -1,0 +1,248 @@
+"""Run-time compilation without a GPU: every CUDA source compiles, and the cache survives harm."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from mambabyte import ops
+from mambabyte.ops.build import kernel, nvrtc
+from mambabyte.ops.conv import cuda as cuda_conv
+from mambabyte.ops.mamba import cuda as cuda_step
+from mambabyte.ops.scan import cuda as cuda_scan
+from mambabyte.ops.scan import plan as cuda_plan
+from mambabyte.ops.stream import cuda as cuda_stream
+
+AVAILABLE, REASON = nvrtc.nvrtc_available()
+needs_nvrtc = pytest.mark.skipif(not AVAILABLE, reason=REASON)
+
+ARCHS = ("sm_80", "sm_90", "sm_100")
+SCALE = "template <int N> __global__ void scale(float *x) { x[threadIdx.x] *= N; }"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", list(cuda_conv.ELEMENTS))
+def test_convolution_and_step_compile(arch: str, dtype: torch.dtype) -> None:
+    for program in (cuda_conv.program(dtype, 4), cuda_step.program(dtype)):
+        cubin = program.compile(arch)
+        assert cubin.image[:4] == b"\x7fELF"
+        assert set(cubin.lowered) == set(program.names)
+        assert all(mangled.encode() in cubin.image for mangled in cubin.lowered.values())
+
+
+STREAMED = [
+    cuda_stream.Shape(4, 192, 384, 16, 12, 4),
+    cuda_stream.Shape(2, 32, 64, 8, 2, 4, cap=15.0),
+    cuda_stream.Shape(3, 100, 200, 40, 70, 3, 275, "gelu", False, 1e-7, 1e-7),
+]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("blocks", cuda_stream.CLUSTERS)
+@pytest.mark.parametrize("shape", STREAMED, ids=str)
+def test_the_streaming_model_compiles(arch: str, blocks: int, shape: cuda_stream.Shape) -> None:
+    plan = cuda_stream.plan(shape, blocks, 2, 227 * 1024)
+    assert plan is not None
+    assert plan.shared_bytes <= 227 * 1024
+    assert plan.program().compile(arch).image[:4] == b"\x7fELF"  # its sizes are checked in there
+
+
+def test_a_model_whose_exchanges_do_not_fit_has_no_plan() -> None:
+    assert cuda_stream.plan(STREAMED[0], 16, 8, 130 * 1024) is None
+
+
+def test_every_weight_is_packed_once() -> None:
+    """Numbers 1 to n as weights: each is found once, in the slice of one block, beside zeros."""
+    shape, count = cuda_stream.Shape(2, 36, 72, 5, 3, 4, hidden=99), 0
+
+    def numbers(*size: int) -> torch.Tensor:
+        nonlocal count
+        first, count = count + 1, count + math.prod(size)
+        return torch.arange(first, count + 1.0).view(size)
+
+    d, inner, n, rank, hidden = 36, 72, 5, 3, 99
+    shared = torch.ones(d), torch.zeros(d)  # norms are multiplied in
+    layers = [
+        cuda_stream.LayerWeights(
+            shared, numbers(2 * inner, d), numbers(inner, 4), numbers(inner),
+            numbers(rank + 2 * n, inner), numbers(inner, rank), numbers(inner),
+            torch.zeros(inner, n), numbers(inner), numbers(d, inner), shared,
+            numbers(hidden, d), numbers(d, hidden))
+        for _ in range(2)
+    ]  # fmt: skip
+    blob = cuda_stream.pack(layers, shared, numbers(256, d), 16)
+    plan = cuda_stream.plan(shape, 16, 1, 227 * 1024)
+    assert plan is not None
+    assert blob.shape == (16, plan.floats)
+    found = blob[blob != 0].sort().values
+    assert torch.equal(found, torch.arange(1.0, count + 1))
+
+
+def scan_kernels(monkeypatch: pytest.MonkeyPatch, hopper: bool) -> set[str]:
+    """Names of the kernels that the scan launches, read off calls whose launches do nothing."""
+    names: set[str] = set()
+    monkeypatch.setattr(cuda_scan, "_launch", lambda device, name, *_, **__: names.add(name))
+    monkeypatch.setattr(cuda_scan, "_is_hopper", lambda device: hopper)
+    monkeypatch.setattr(cuda_scan, "_takes_boxes", lambda device: hopper)
+    monkeypatch.setattr(cuda_scan, "_encode", lambda *_: bytes(128))
+    monkeypatch.setattr(cuda_plan, "block_shared", lambda device: 227 << 10)
+    for dtype, length, channels, multiprocessors in (
+        (torch.bfloat16, 8, 32, 132),
+        (torch.bfloat16, 4096, 32, 132),
+        (torch.bfloat16, 64, 192, 1),  # few multiprocessors, so wide blocks fill them
+        (torch.bfloat16, 64, 96, 1),
+        (torch.float32, 4096, 32, 132),
+    ):
+        monkeypatch.setattr(cuda_plan, "multiprocessors", lambda device, n=multiprocessors: n)
+        u = torch.zeros(1, length, channels, dtype=dtype)
+        B = torch.zeros(1, length, 16, dtype=dtype)
+        A, D = torch.zeros(channels, 16), torch.zeros(channels)
+        inputs = (u, u, A, B, B, D, u, D, torch.zeros(1, channels, 16))
+        _, state, saved = cuda_scan.forward(*inputs, True, True)
+        cuda_scan.backward(u, state, *inputs, saved, True)
+    return names
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_scan_compiles(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = scan_kernels(monkeypatch, hopper=arch != "sm_80")
+    assert len(names) >= 12
+    cubin = kernel.Program.from_file("scan/scan.cu", names=sorted(names)).compile(arch)
+    assert cubin.image[:4] == b"\x7fELF"
+
+
+@needs_nvrtc
+def test_a_kernel_has_its_mangled_name_and_ptx_can_be_had() -> None:
+    cubin = nvrtc.compile_cubin(SCALE, arch="sm_90", names=("scale<3>", "scale<4>"))
+    assert len(set(cubin.lowered.values())) == 2
+    ptx = nvrtc.compile_cubin(SCALE, arch="compute_80", names=("scale<3>",))
+    assert b".target sm_80" in ptx.image
+
+
+@needs_nvrtc
+def test_a_compile_error_is_one_line_with_the_log_attached() -> None:
+    first = r"^bad.cu does not compile for sm_90: bad.cu\(1\)"
+    with pytest.raises(nvrtc.NvrtcError, match=first) as e:
+        nvrtc.compile_cubin("__global__ void f() { nothing; }", arch="sm_90", filename="bad.cu")
+    assert "\n" not in str(e.value)
+    assert "nothing" in e.value.log
+    with pytest.raises(nvrtc.NvrtcError):
+        nvrtc.compile_cubin(SCALE, arch="sm_1")
+
+
+@needs_nvrtc
+def test_the_cache_is_used_and_keyed_by_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = nvrtc.compile_cubin(SCALE, (), "sm_90", ("scale<3>",))
+    compiled = []
+
+    def count(*args: object) -> nvrtc.Cubin:
+        compiled.append(args)
+        return first
+
+    monkeypatch.setattr(nvrtc, "_compile", count)
+    assert nvrtc.compile_cubin(SCALE, (), "sm_90", ("scale<3>",)) == first
+    assert not compiled
+    nvrtc.compile_cubin(SCALE + " ", (), "sm_90", ("scale<3>",))
+    nvrtc.compile_cubin(SCALE, ("-DX=1",), "sm_90", ("scale<3>",))
+    nvrtc.compile_cubin(SCALE, (), "sm_80", ("scale<3>",))
+    nvrtc.compile_cubin(SCALE, (), "sm_90", ("scale<4>",))
+    monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: (99, 0))
+    nvrtc.compile_cubin(SCALE, (), "sm_90", ("scale<3>",))
+    assert len(compiled) == 5
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("damage", [b"", b"short", b"x" * 1000])
+def test_a_damaged_cache_is_compiled_again(damage: bytes) -> None:
+    first = nvrtc.compile_cubin(SCALE, arch="sm_90", names=("scale<3>",))
+    (entry,) = nvrtc.cache_folder().iterdir()
+    whole = entry.read_bytes()
+    entry.write_bytes(damage)
+    assert nvrtc.compile_cubin(SCALE, arch="sm_90", names=("scale<3>",)) == first
+    assert entry.read_bytes() == whole
+
+
+@needs_nvrtc
+def test_a_cache_that_cannot_be_written_only_costs_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert nvrtc.compile_cubin(SCALE, arch="sm_90", names=("scale<3>",)).image
+
+    def refuse(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "replace", refuse)
+    assert nvrtc.compile_cubin(SCALE, arch="sm_90", names=("scale<3>",)).image
+    assert list(nvrtc.cache_folder().iterdir()) == []  # no temporary file is left
+
+
+@needs_nvrtc
+def test_many_threads_compile_the_same_source() -> None:
+    found: list[nvrtc.Cubin] = []
+
+    def work() -> None:
+        found.append(nvrtc.compile_cubin(SCALE, arch="sm_90", names=("scale<7>",)))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert len(list(nvrtc.cache_folder().iterdir())) == 1
+
+
+def test_a_missing_nvrtc_is_one_line_that_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for cached in (nvrtc._nvrtc, nvrtc.nvrtc_version, nvrtc.supported_archs):
+        cached.cache_clear()
+    monkeypatch.setattr(nvrtc, "_nvrtc_candidates", lambda: iter(["/nowhere/libnvrtc.so"]))
+    available, reason = nvrtc.nvrtc_available()
+    with pytest.raises(nvrtc.NvrtcError) as error:
+        nvrtc.compile_cubin(SCALE, arch="sm_90")
+    nvrtc._nvrtc.cache_clear()
+    assert not available
+    assert "pip install nvidia-cuda-nvrtc" in reason
+    assert "\n" not in reason
+    assert "/nowhere/libnvrtc.so" in error.value.log
+
+
+def test_sources_use_no_headers_and_are_packaged() -> None:
+    folder = Path(ops.__file__).parent
+    sources = sorted(folder.rglob("*.cu"))
+    names = {"conv.cu", "scan.cu", "step.cu", "stream.cu"}
+    assert names <= {path.name for path in sources}
+    for path in sources:
+        assert not re.search(r"^\s*#\s*include", path.read_text(), re.MULTILINE), path.name
+
+
+def test_a_thread_without_a_context_is_given_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(kernel, "_make_context_current", made.append)
+
+    def function(answer: int) -> int:
+        return answer if made else kernel._INVALID_CONTEXT
+
+    assert kernel._in_context(3, function, 0) == 0
+    assert made == [3]
+    assert kernel._in_context(3, function, 1) == 1  # another failure is handed on
+    assert made == [3]

@@ -1,0 +1,311 @@
+"""The report in a real browser: it runs clean, loads nothing, fits every screen, every link works.
+
+Needs Chromium (``chromium``, ``google-chrome`` or the variable CHROME); skipped where there is
+none.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis import plots
+from analysis.report import build_report
+from analysis.runs.folders import Recorder, update_record
+from analysis.runs.records import load_records
+from analysis.studies import Study
+from analysis.studies.claims.compute import count
+from analysis.studies.claims.figures import verdict_bars
+from analysis.studies.claims.ledger import VERDICTS, load_ledger
+from tests.helpers.chromium import CHROME, Browser
+from tests.report.test_report_hostile import HOSTILE, harmless_page, hostile_page
+
+pytestmark = pytest.mark.skipif(
+    CHROME is None, reason="no Chromium found: install one or set CHROME to its path")
+
+WIDTHS = (360, 1280)
+THEMES = ("light", "dark")
+OPEN_ALL = "document.querySelectorAll('details').forEach((d) => { d.open = true; })"
+# Rows and curves are alike: axe takes minutes for all of them.
+THIN = """document.querySelectorAll("tbody").forEach((body) => {
+        [...body.rows].slice(3).forEach((row) => row.remove()); });
+    document.querySelectorAll("table.claims").forEach((table) => {
+        [...table.tBodies].slice(9).forEach((body) => body.remove()); });
+    document.querySelectorAll("svg.plot > g").forEach((g) => g.remove());"""
+# A notebook may begin with any heading, or have none: it is shown as it was written.
+APPENDIX_STYLE = ("page-has-heading-one", "heading-order")
+LONG = "averyveryverylongwordthatnobodywouldbreak" * 8
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    """A report with all that one can hold: prose, figures, ledger, failed runs, an appendix."""
+    root = tmp_path_factory.mktemp("report")
+    (root / "tiny.py").write_text("")
+    notebook = {"cells": [
+        {"cell_type": "markdown", "source": "# Notebook\n\n$$\nh_t = a_t h_{t-1}\n$$"},
+        {"cell_type": "code", "source": "print('x' * 400)", "metadata": {}, "outputs": [
+            {"output_type": "stream", "text": "x" * 400}]}]}
+    (root / "tiny.ipynb").write_text(json.dumps(notebook))
+    study = Study("tiny", "Tiny", "Is it small?", root / "tiny.ipynb", "tiny", root)
+    wide = pd.DataFrame({f"column {i}, ms": [float(i)] * 3 for i in range(20)})
+    for name, number in (("tiny-1", 3), ("tiny-2", 4)):
+        figure, axes = plots.new_figure()
+        axes.plot([1, 2, 3], [number, 2, 3])
+        plots.label_axes(axes, "length, bytes", "time, ms")
+        recorder = Recorder("tiny", {"n": number, "word": LONG}, str(root / "runs" / name))
+        recorder.value("best", LONG)
+        recorder.table("wide", wide, caption=f"Wide. {LONG}")
+        recorder.figure("time", figure, title=LONG, caption=LONG, alt="A line.", data=wide)
+        (recorder.finish() / "notebook.ipynb").write_text(json.dumps(notebook))
+        update_record(root / "runs" / name, sources=study.sources_digest(), run_id=name)
+    update_record(root / "runs" / "tiny-2", status="failed", error=LONG)
+    claims = Recorder("claims", {}, str(root / "runs" / "claims-1"))
+    claims.table("claims", pd.DataFrame({
+        "claim": ["fits in 40 GB", "overflows at 50", "is exact"],
+        "ours": pd.Series([121.0, 3.5, None], dtype=object),
+        "verdict": ["holds", "does not hold", "not decidable"],
+        "kind": ["memory", "memory", "numerical"], "reason": [LONG, "It does.", "No run."],
+        "id": ["fits", "overflows", "exact"]}), caption="Claims.")
+    claims.finish()
+    sections = root / "prose" / "sections"
+    sections.mkdir(parents=True)
+    (sections / "summary.md").write_text(
+        f"# Found\n\n$$\n{' + '.join(['x_{i}^2'] * 40)}\n$$\n\n"
+        f"[evidence](#tiny-figure-time) {LONG}\n\n"
+        f"| a | b |\n|---|---|\n| {LONG} | {LONG} |\n\n```\n{LONG}\n```\n")
+    (root / "prose" / "report.toml").write_text(
+        f'title = "A title with {LONG}"\nfront = ["summary"]\n')
+    return build_report(root / "runs", root / "out" / "report.html", prose=root / "prose",
+                        measurements=root / "none", registry={"tiny": study})
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def pages(report) -> list[Path]:
+    return [report, *sorted((report.parent / "appendices").glob("*.html"))]
+
+
+@pytest.mark.parametrize("theme", THEMES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_runs_clean_loads_nothing_and_fits(browser, pages, width, theme):
+    assert len(pages) == 3
+    for page in pages:
+        browser.open(page, width, theme)
+        # Nothing may be wider than the screen, folded parts included.
+        overflow = browser.run("""(() => {
+            document.querySelectorAll("details").forEach((d) => { d.open = true; });
+            return document.documentElement.scrollWidth - window.innerWidth;
+        })()""")
+        assert overflow <= 0
+        assert browser.complaints() == []
+        assert browser.requests() == [page.as_uri()]
+
+
+def test_links_and_anchors_resolve(browser, pages):
+    for page in pages:
+        browser.open(page, 1280)
+        assert browser.run("""[...document.querySelectorAll("a[href]")].filter((a) =>
+            a.hash && a.pathname === location.pathname && !document.getElementById(
+                decodeURIComponent(a.hash.slice(1)))).map((a) => a.href)""") == []
+        files = browser.run("""[...document.querySelectorAll("a[href]")].map((a) =>
+            a.getAttribute("href")).filter((href) => !href.startsWith("#"))""")
+        assert all((page.parent / name).is_file() for name in files)
+
+
+def test_dark_is_dark_and_figures_follow(browser, report):
+    def shades(theme: str) -> list[float]:
+        browser.open(report, 1280, theme)
+        return browser.run("""["body", "svg.plot text"].map((s) => {
+            const style = getComputedStyle(document.querySelector(s));
+            const colour = s === "body" ? style.backgroundColor : style.fill;
+            return colour.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0) / 765;
+        })""")
+    assert shades("light") == [pytest.approx(1.0), pytest.approx(0.13, abs=0.08)]
+    assert shades("dark") == [pytest.approx(0.09, abs=0.05), pytest.approx(0.9, abs=0.08)]
+
+
+def test_readable_without_scripts(browser, report):
+    browser.open(report, 1280, scripts=False)
+    rows = browser.ask("Runtime.evaluate", returnByValue=True,
+                       expression="document.querySelectorAll('table.ledger tbody').length")
+    browser.ask("Emulation.setScriptExecutionDisabled", value=False)
+    assert rows["result"].get("value", 3) == 3
+    assert browser.run("document.querySelectorAll('.filter').length") == 0
+    assert browser.run("document.querySelectorAll('table.ledger tbody').length") == 3
+    assert "It does." in browser.run("document.querySelector('#claim-overflows').textContent")
+
+
+SHOWN = """[...document.querySelectorAll("table.ledger tbody")]
+    .filter((body) => !body.hidden).map((body) => body.rows[0].cells[0].textContent)"""
+
+
+def test_ledger_filters_and_sorts(browser, report):
+    browser.open(report, 1280)
+    assert browser.run(f"""(() => {{
+        const input = document.querySelector(".filter input");
+        input.value = "hold not";
+        input.dispatchEvent(new Event("input"));
+        return {SHOWN};
+    }})()""") == ["overflows at 50"]
+    choose = """((place, value) => {
+        const select = document.querySelectorAll(".filter select")[place];
+        select.value = value;
+        select.dispatchEvent(new Event("change"));
+    })"""
+    browser.open(report, 1280)
+    assert browser.run("""[...document.querySelectorAll(".filter select")].map((s) =>
+        s.labels[0].firstChild.data.trim() + s.options.length)""") == ["verdict4", "kind3"]
+    browser.run(f"{choose}(1, 'memory')")
+    assert browser.run(SHOWN) == ["fits in 40 GB", "overflows at 50"]
+    browser.run(f"{choose}(0, 'holds')")
+    assert browser.run(SHOWN) == ["fits in 40 GB"]
+    assert browser.run("document.querySelector('.filter [role=status]').textContent") == \
+        "1 of 3 rows"
+    order = """(() => {
+        const table = document.querySelector("table.ledger");
+        table.tHead.rows[0].cells[2].click();
+        return [...table.tBodies].map((body) => body.rows[0].cells[2].textContent);
+    })()"""
+    assert browser.run(order) == ["3.5", "121", "not measured"]
+    assert browser.run(order) == ["not measured", "121", "3.5"]
+
+
+def test_parts_have_names_for_screen_readers(browser, pages):
+    for page in pages:
+        browser.open(page, 1280)
+        assert browser.run("document.documentElement.lang") == "en"
+        assert browser.run("document.title").strip()
+        assert browser.run("""[...document.querySelectorAll("svg, img, .scroll")].filter((e) => {
+            const label = e.getAttribute("aria-label") ?? e.getAttribute("alt")
+                ?? (e.getAttribute("aria-labelledby") ?? "").split(" ").map((id) =>
+                    document.getElementById(id)?.textContent ?? "").join("");
+            return !label.trim();
+        }).length""") == 0
+        assert browser.run("""[...document.querySelectorAll("thead th, tbody th")].filter((th) =>
+            !th.scope && !th.closest(".cell")).map((th) => th.outerHTML).slice(0, 3)""") in (
+                [], ["<th>a</th>", "<th>b</th>"])
+        levels = browser.run("""[...document.querySelectorAll("h1, h2, h3, h4, h5, h6")].map(
+            (h) => Number(h.tagName[1]))""")
+        assert levels[:1] in ([], [1])
+        assert all(b - a <= 1 for a, b in pairwise(levels))
+
+
+def accessibility(browser) -> list[str]:
+    """What axe-core finds on the open page, everything unfolded; skipped where it is missing."""
+    package = importlib.util.find_spec("axe_core_python")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("axe-core-python is not installed")
+    axe = Path(package.submodule_search_locations[0], "axe.min.js").read_text(encoding="utf-8")
+    browser.run(OPEN_ALL)
+    browser.run(axe + "; 0")
+    return browser.run("""axe.run(document, {resultTypes: ["violations"]}).then((r) =>
+        r.violations.filter((v) => v.impact !== "minor").map((v) =>
+            v.id + ": " + v.nodes.slice(0, 3).map((n) => n.html.slice(0, 150)).join(" | ")))""")
+
+
+@pytest.mark.parametrize("theme", THEMES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_accessibility_checker_finds_nothing(browser, report, width, theme):
+    browser.open(report, width, theme)
+    assert accessibility(browser) == []
+
+
+def test_accessibility_checker_finds_nothing_in_appendices(browser, pages):
+    for page in pages[1:]:
+        browser.open(page, 1280)
+        assert [f for f in accessibility(browser) if not f.startswith(APPENDIX_STYLE)] == []
+
+
+def test_prints_on_paper(browser, report):
+    browser.open(report, 1280)
+    pdf = base64.b64decode(browser.ask("Page.printToPDF")["data"])
+    assert pdf.startswith(b"%PDF")
+    assert len(pdf) > 10_000
+    browser.ask("Emulation.setEmulatedMedia", media="print")
+    shown = browser.run("""["details.fold > .scroll", ".drawing.narrow", "table.ledger tbody"].map(
+        (s) => document.querySelector(s).checkVisibility({contentVisibilityAuto: true}))""")
+    assert shown == [False, False, True]  # folded parts stay closed
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Path:
+    """The project's own sections, records and claims; no study has run, the numbers are gaps."""
+    root = tmp_path_factory.mktemp("real")
+    recorder = Recorder("claims", {}, str(root / "runs" / "claims-1"))
+    ledger = pd.DataFrame([
+        {"claim": c.claim, "verdict": VERDICTS[i % len(VERDICTS)], "theirs": c.theirs,
+         "ours": c.theirs, "reason": c.note or c.claim, "source": "computed here",
+         "document": c.document, "where": c.where, "kind": c.kind, "id": c.id}
+        for i, c in enumerate(load_ledger().claims)])
+    counts = count(ledger)
+    recorder.table("ledger", ledger, caption="Every statement.")
+    recorder.table("evidence", counts, caption="What was read.")
+    recorder.figure("verdicts", verdict_bars(counts), title="Verdicts", caption="By kind.",
+                    alt="Bars.", data=counts)
+    recorder.finish()
+    return build_report(root / "runs", root / "out" / "report.html", draft=True)
+
+
+@pytest.mark.parametrize("theme", THEMES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_projects_own_pages_fit_and_run_clean(browser, real, width, theme):
+    browser.open(real, width, theme)
+    # Records and ledger are there, no figure is cut, and its words can be read.
+    assert browser.run("document.querySelectorAll('.record').length") == len(load_records())
+    cut, small = browser.run("""(() => {
+        const cut = [], small = [];
+        for (const svg of document.querySelectorAll("svg.plot")) {
+            const box = svg.getBoundingClientRect(), drawing = svg.closest(".drawing");
+            // A record made before phones had drawings of their own scrolls in a box.
+            if (box.width === 0 || drawing.classList.contains("scroll")) continue;
+            const scale = box.width / svg.viewBox.baseVal.width;
+            if (drawing.scrollWidth > drawing.clientWidth + 1) cut.push(drawing.parentElement.id);
+            for (const text of svg.querySelectorAll("text")) {  // 7 px: exponents
+                const size = parseFloat(text.style.fontSize);
+                if (size > 7 && size * scale < 8.9) small.push(text.textContent);
+            }
+        }
+        return [cut, small.slice(0, 5)];
+    })()""")
+    assert (cut, small) == ([], [])
+    assert browser.run("document.querySelectorAll('.drawing.narrow').length") > 20
+    assert browser.run("""[...document.querySelectorAll("table.claims")].filter((table) =>
+        table.scrollWidth > table.parentElement.clientWidth + 1).length""") == 0
+    browser.run(OPEN_ALL)
+    assert browser.run("document.documentElement.scrollWidth - window.innerWidth") <= 0
+    assert browser.complaints() == []
+    assert browser.requests() == [real.as_uri()]
+    if (width, theme) in ((360, "dark"), (1280, "light")):  # each width and each theme once
+        browser.run(THIN)
+        assert accessibility(browser) == []
+
+
+@pytest.mark.parametrize("evil", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_strings_do_nothing_in_a_browser(browser, world, evil):
+    count = """[...document.querySelectorAll("*")].map((e) => e.localName).filter((n) =>
+        ["script", "img", "iframe", "object", "embed", "link", "style", "form"].includes(n))"""
+    harmless_page(world)
+    browser.open(world.out, 360)
+    harmless = browser.run(count)
+    hostile_page(world, evil)
+    browser.open(world.out, 360)
+    assert browser.run(count) == harmless
+    assert browser.run("""[...document.querySelectorAll("*")].some((e) =>
+        [...e.attributes].some((a) => a.name.startsWith("on")))""") is False
+    browser.run(OPEN_ALL)
+    assert browser.run("document.documentElement.scrollWidth - window.innerWidth") <= 0
+    assert browser.complaints() == []
+    assert browser.requests() == [world.out.as_uri()]

@@ -1,0 +1,129 @@
+"""Figures for a phone: as wide as its screen, every panel and every word on it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pandas as pd
+import pytest
+
+from analysis import plots
+from analysis.plots.phone import WIDTH, phone_layout
+from analysis.runs.folders import draw
+from analysis.runs.records import load_record, write_record_file
+from analysis.studies.ablation import figures as ablation
+from analysis.studies.throughput import figures as throughput
+from analysis.sweep.redraw import redraw
+from mambabyte.config.files import write_json
+from tests.helpers.report_world import write_run
+
+
+def panels(count: int, **subplots):
+    figure, axes = plots.new_figure(1, count, size=(3.5 * count, 4.0), **subplots)
+    for i, ax in enumerate(axes):
+        ax.plot([1, 1000], [1, 2], label=f"curve {i}")
+        plots.label_axes(ax, "length of what is read, bytes", "time, ms" if i == 0 else "time, s",
+                         f"panel {i} with a rather long title")
+    plots.label_lines(axes[-1], {"the last curve": (1000, 2, plots.BLUE)})
+    figure.legend(loc="outside lower center", ncols=4)
+    return figure
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_everything_is_on_the_screen(count):
+    figure = panels(count) if count > 1 else one_panel()
+    before = words(figure)
+    narrow = phone_layout(figure)
+    narrow.draw_without_rendering()
+    assert narrow.get_figwidth() == WIDTH
+    page = narrow.bbox
+    texts = [t for ax in narrow.axes for t in
+             (*ax.texts, ax.xaxis.label, ax.yaxis.label, ax._left_title,
+              *ax.get_yticklabels()) if t.get_text() and t.get_visible()]
+    texts += [t for legend in narrow.legends for t in legend.get_texts()]
+    for text in texts:
+        box = text.get_window_extent()
+        assert box.x0 >= page.x0 - 1, text
+        assert box.x1 <= page.x1 + 1, text
+    assert words(figure) == before  # the wide one stays as it is
+
+
+def words(figure) -> list[str]:
+    """Size and words of the drawing."""
+    return re.findall(r'viewBox="[^"]+"|>([^<>]+)</text>', figure._repr_svg_())
+
+
+def one_panel():
+    figure, ax = plots.new_figure()
+    ax.barh(["a rather long name of a scan form", "another"], [1, 2])
+    plots.label_axes(ax, "bytes of one training step at 64 x 2048 and then some, GB", "scan form")
+    return figure
+
+
+def test_panels_stand_in_one_column_with_axes_of_their_own():
+    narrow = phone_layout(panels(3, sharey=True))
+    narrow.draw_without_rendering()
+    tops = [ax.get_position().y1 for ax in narrow.axes]
+    assert tops == sorted(tops, reverse=True)
+    assert len({round(ax.get_position().x0, 3) for ax in narrow.axes}) == 1
+    assert all(any(t.get_visible() and t.get_text() for t in ax.get_yticklabels())
+               for ax in narrow.axes)
+
+
+def test_words_break_between_words_only():
+    figure, axes = plots.new_figure(2, 3)
+    for ax in axes.flat:
+        plots.label_axes(ax, "log-decay per step, nats", "time, ms", "a_name_that_cannot_be_broken")
+    for ax in phone_layout(figure).axes:
+        assert ax.get_title(loc="left") == "a_name_that_cannot_be_broken"
+        assert ax.get_xlabel().split() == ["log-decay", "per", "step,", "nats"]
+
+
+def test_crowded_ticks_are_turned():
+    figure, ax = plots.new_figure(size=(12.0, 4.0))
+    ax.set_xticks(range(20), [f"{i:,}" for i in range(1000, 1020)])
+    turned = phone_layout(figure).axes[0].get_xticklabels()
+    assert {label.get_rotation() for label in turned} == {90}
+    assert {label.get_rotation() for label in ax.get_xticklabels()} == {0}
+
+
+def test_drawings_are_the_same_bytes_and_tell_their_ids_apart():
+    first, second = (draw(panels(2), "tiny.times") for _ in range(2))
+    assert first == second
+    wide, narrow = (set(re.findall(r'clip-path="url\(#(\w+)\)"', svg)) for svg in first)
+    assert wide
+    assert not wide & narrow
+
+
+def test_a_record_is_drawn_again_from_its_numbers(tmp_path):
+    frame = pd.DataFrame({"system": ["SSM", "SSM"], "bytes_seen": [0, 256], "ms": [0.1, 0.2],
+                          "state_bytes": [64, 64]})
+    svg, narrow = draw(throughput.streaming(frame), "throughput.streaming")
+    folder = write_run(tmp_path, "t-1", study="throughput")
+    (folder / "figures" / "times.parquet").rename(folder / "figures" / "streaming.parquet")
+    (folder / "figures" / "times.svg").rename(folder / "figures" / "streaming.svg")
+    frame.to_parquet(folder / "figures" / "streaming.parquet")
+    record = json.loads((folder / "run.json").read_text())
+    record["figures"][0]["name"] = "streaming"
+    write_json(folder / "run.json", record)
+    path = write_record_file(folder, "r", title="t", about="a", folder=tmp_path)
+    before = json.loads(path.read_text())
+    assert before["figures"][0]["narrow"] == ""
+    assert redraw(path) == ["streaming"]
+    after = json.loads(path.read_text())
+    assert (after["figures"][0].pop("svg"), after["figures"][0].pop("narrow")) == (svg, narrow)
+    del before["figures"][0]["svg"], before["figures"][0]["narrow"]
+    assert after == before  # the numbers and words are untouched
+    assert load_record(path).run.figures["streaming"].narrow == narrow
+
+
+def test_four_comparisons_stand_two_by_two():
+    kinds = ["steps", "wall-clock", "FLOPs", "joules"]
+    points = pd.DataFrame([{"comparison": k, "pattern": p, "seed": 0, "bits_per_byte": 2.0}
+                           for k in kinds for p in "MA"])
+    paired = pd.DataFrame([{"comparison": k, "pattern": "M", "reference": "A", "mean": 0.0,
+                            "low": None} for k in kinds])
+    figure = ablation.differences(points, paired)
+    assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == (2, 2)
+    assert figure.get_figwidth() * 72 <= 792  # points: what the page's column shows whole

@@ -1,0 +1,264 @@
+"""The report: its numbers, its words, its page."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from analysis.runs.records import load_record, load_records, write_record_file
+from mambabyte.errors import UserError
+from tests.helpers.report_world import PROVENANCE, write_run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# --- numbers in the prose ---------------------------------------------------------------------
+
+def test_prose_takes_its_numbers_from_runs(world):
+    world.run()
+    world.section("summary", "A {{ value('tiny.slope') | sig(2) }} B {{ value('tiny.slope') }} "
+                  "C {{ value('tiny.peak') | bytes }} D {{ value('tiny.slope') | percent }} "
+                  "E {{ value('tiny.best') }} F {{ unit('tiny.slope') }} "
+                  "G {{ parameter('tiny.n') }} "
+                  "H {{ value('tiny.joules', missing='not measured') }} "
+                  "{% if not measured('tiny.joules') %}I{% endif %}")
+    page = world.build()
+    assert ("A 0.51 B 0.5123 C 3 MiB D 51.2\u202f% E chunked F ms/byte G 3 H not measured I"
+            in page)
+
+
+@pytest.mark.parametrize(("words", "match"), [
+    ("{{ value('tiny.slop') }}", r"tiny\.slop is not among .*did you mean slope"),
+    ("{{ value('tny.slope') }}", r"tny: nothing is known.*did you mean tiny"),
+    ("{{ value('tiny.joules') }}", "was not measured: write value"),
+    ("{{ value('slope') }}", "write 'study.name'"),
+    ("{{ figure('tiny.absent') }}", r"there is no figure 'tiny\.absent'"),
+    ("{{ parameter('tiny.m') }}", "no parameter 'm'"),
+    ("{{ nothing }}", "nothing"),
+    ("{{ value('tiny.slope') | wrong }}", r"summary\.md line 1: .*wrong"),
+    ("{% if %}", r"sections/summary\.md line 1"),
+    ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ("[away](#nowhere)", "#nowhere, which does not exist"),
+    ("[away](missing.html)", "missing.html"),
+    (r"$\foo$", r"unknown command \\foo"),
+    (r"$\frac{1}{$", "cannot be read"),
+])
+def test_what_is_wrong_in_the_prose_breaks_the_build(world, words, match):
+    world.run()
+    world.section("summary", words)
+    with pytest.raises(UserError, match=match) as error:
+        world.build()
+    assert "\n" not in str(error.value)
+    assert not world.out.exists()
+
+
+def test_stale_run_breaks_the_build_and_marks_a_draft(world, tmp_path):
+    world.run()
+    world.build()
+    (tmp_path / "tiny.py").write_text("x = 2\n")
+    world.out.unlink()
+    with pytest.raises(UserError, match=r"tiny: its sources changed .*`mambabyte sweep tiny`"):
+        world.build()
+    assert not world.out.exists()
+    assert "out of date" in world.build(draft=True)
+    world.run("tiny-2")
+    assert "out of date" not in world.build()
+
+
+def test_study_without_a_run_breaks_the_build_and_marks_a_draft(world):
+    with pytest.raises(UserError, match="tiny: it has not been run: run `mambabyte sweep tiny`"):
+        world.build()
+    page = world.build(draft=True)
+    assert "[missing: tiny.slope]" in page
+    assert "No finished run" in page
+
+
+def test_a_draft_computes_and_links_where_a_study_is_missing(world):
+    world.section("summary", "{{ (value('tiny.slope') / value('tiny.peak')) | fixed(1) }} "
+                  "{{ 1000 * value('tiny.slope') - 1 }} {{ -value('tiny.slope') }} "
+                  "{% if value('tiny.slope') > 1 %}much{% endif %} [see](#tiny-figure-times)")
+    page = world.build(draft=True)
+    assert page.count("[missing: tiny.slope]") >= 3
+    assert "much" not in page
+    world.run()
+    world.section("summary", "[see](#tiny-figure-absent)")
+    with pytest.raises(UserError, match="#tiny-figure-absent, which does not exist"):
+        world.build()
+
+
+def test_full_profile_speaks_before_quick_and_newer_before_older(world):
+    def slope(value):
+        return {"values": {"slope": {"value": value}}}
+
+    world.run("tiny-1", **slope(1))
+    world.run("tiny-2", **slope(2), provenance={**PROVENANCE, "date": "2026-02-02"})
+    assert "It is 2 ms" in world.build()
+    world.run("tiny-3", **slope(3), profile="full")
+    assert "It is 3 ms" in world.build()
+    world.run("tiny-4", **slope(4), profile="", parameters={"n": 9})
+    page = world.build()
+    assert "It is 3 ms" in page
+    assert "Runs with other parameters" in page
+    assert "tiny-4" in page
+
+
+def test_missing_configuration_is_a_clear_error(world):
+    world.run()
+    world.config('front = ["absent"]')
+    with pytest.raises(UserError, match="names the section 'absent'"):
+        world.build()
+    world.config("colour = 1")
+    with pytest.raises(UserError, match="colour"):
+        world.build()
+    (world.prose / "report.toml").unlink()
+    with pytest.raises(UserError, match="there is no"):
+        world.build()
+
+
+# --- the page ---------------------------------------------------------------------------------
+
+def test_same_input_same_bytes(world):
+    world.run()
+    world.run("tiny-2", status="failed", error="boom", parameters={"n": 4})
+    first = world.build()
+    assert first == world.build()
+    assert len(first) > 5000
+
+
+def test_every_figure_has_words_and_data(world):
+    world.run()
+    page = world.build()
+    figure = re.search(r'<figure id="tiny-figure-times">.*?</figure>', page, re.S)[0]
+    assert 'role="img"' in figure
+    assert re.search(r"<title [^>]*>Time over length</title>", figure)
+    assert re.search(r"<desc [^>]*>A rising line.</desc>", figure)
+    assert "<figcaption>It grows.</figcaption>" in figure
+    assert "Data of this figure (2 rows)" in figure
+    assert '<th scope="col"' in figure
+    assert "not measured" in figure
+    assert ">nan<" in figure
+
+
+def test_a_figure_is_there_for_wide_screens_and_for_narrow_ones(world):
+    folder = world.run()
+    (folder / "figures" / "times.narrow.svg").write_text(
+        (folder / "figures" / "times.svg").read_text().replace("0 0 500 300", "0 0 324 300"))
+    page = world.build()
+    assert re.search(r'class="drawing wide"><svg [^>]*viewBox="0 0 500 300"', page)
+    assert re.search(r'class="drawing narrow"><svg [^>]*viewBox="0 0 324 300"', page)
+    (folder / "figures" / "times.narrow.svg").unlink()  # a run of an older version
+    assert re.search(r'class="scroll drawing"[^>]*><svg', world.build())
+
+
+def test_prose_places_figures_once(world):
+    world.run()
+    world.section("tiny", "Before.\n\n{{ figure('tiny.times') }}\n\nAfter.")
+    page = world.build()
+    assert page.count('<figure id="tiny-figure-times">') == 1
+    assert page.index("Before.") < page.index("<figure") < page.index("After.")
+
+
+def test_page_loads_nothing(world):
+    world.run()
+    page = world.build()
+    assert not re.search(r"<(link|iframe|object|embed|base)\b", page)
+    assert not re.search(r"\b(src|srcset|poster)=", page)
+    assert "@import" not in page
+    assert "url(http" not in page
+    assert "default-src 'none'" in page
+
+
+def test_failed_runs_are_shown_as_failed(world):
+    world.run()
+    world.run("tiny-2", status="failed", error="ValueError: boom", parameters={"n": 4}, values={},
+              tables=[], figures=[])
+    page = world.build()
+    failed = page[page.index('id="failed-runs"'):]
+    assert "ValueError: boom" in failed
+    assert "tiny-2" in failed
+    # Once the same parameters have run well, the failure is no news.
+    world.run("tiny-3", parameters={"n": 4})
+    assert 'id="failed-runs"' not in world.build()
+
+
+def test_failed_headline_says_so(world):
+    world.run(status="failed", error="ValueError: boom")
+    with pytest.raises(UserError, match=r"tiny-1 failed \(ValueError: boom\): run `mambabyte"):
+        world.build()
+
+
+def test_ledger_is_a_run_whose_tables_can_be_filtered(world):
+    world.run()
+    world.section("tiny", "Words.")
+    write_run(world.runs, "claims-1", study="claims")
+    page = world.build()
+    ledger = page[page.index('<section id="claims"'):]
+    assert '<table class="ledger">' in ledger
+    assert '<table class="ledger">' not in page[:page.index('<section id="claims"')]
+
+
+def test_records_are_marked_with_their_machine(world):
+    machine = {"cpu": "Server CPU", "gpus": [{"name": "NVIDIA H200", "memory_bytes": 1}]}
+    folder = world.run("tiny-1", provenance={**PROVENANCE, "machine": machine})
+    write_record_file(folder, "h200-tiny", title="On a GPU", about="The same, faster.",
+                      folder=world.measurements)
+    (folder / "run.json").unlink()
+    world.run("tiny-2")
+    world.section("summary", "{{ record('h200-tiny.slope') | sig(2) }} {{ value('tiny.slope') }}")
+    page = world.build()
+    record = re.search(r'<section class="record" id="record-h200-tiny">.*?</section>', page,
+                       re.S)[0]
+    assert "measured on NVIDIA H200" in record
+    assert 'id="h200-tiny-figure-times"' in record
+    assert "0.51 0.5123" in page
+    assert page.count("<h3 id=\"machine-") == 2
+
+
+def test_record_keeps_nan_and_not_measured_apart(tmp_path):
+    folder = write_run(tmp_path, "tiny-1")
+    path = write_record_file(folder, "r", title="t", about="a", folder=tmp_path / "m")
+    frame = load_record(path).run.tables["times"].frame
+    assert math.isnan(frame["time, ms"][1])
+    assert frame["energy, J"][0] is None
+    text = path.read_text()
+    json.loads(text, parse_constant=pytest.fail)  # strict JSON
+    assert "\n " not in text  # a line a cell and no spaces before it, or it would grow by half
+
+
+@pytest.mark.parametrize(("change", "match"), [
+    (lambda d: d["provenance"].pop("machine"), "does not say its machine"),
+    (lambda d: d.update(format=7), "format 7"),
+    (lambda d: d["tables"][0]["rows"].append([1]), "not 3 cells"),
+    (lambda d: d.pop("title"), "not a measurement record"),
+    (lambda d: d["figures"][0].update(name='"><script>'), "figure name"),
+])
+def test_bad_record_is_a_clear_error(tmp_path, change, match):
+    folder = write_run(tmp_path, "tiny-1")
+    path = write_record_file(folder, "r", title="t", about="a", folder=tmp_path / "m")
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=match):
+        load_records(tmp_path / "m")
+
+
+def test_records_of_the_project_can_be_read():
+    load_records()
+
+
+def test_report_imports_neither_torch_nor_a_study(world):
+    world.run()
+    code = (
+        "import sys; from analysis.report import build_report\n"
+        "from analysis.studies import STUDIES\n"
+        "try: build_report(sys.argv[1], sys.argv[2], draft=True)\n"
+        "finally: print(sorted({'torch', 'matplotlib', 'papermill',"
+        " *(s.module for s in STUDIES.values())} & sys.modules.keys()))")
+    run = subprocess.run([sys.executable, "-c", code, str(world.runs), str(world.out)],
+                         capture_output=True, text=True, cwd=ROOT, check=False)
+    assert run.stdout.strip() == "[]", run.stderr

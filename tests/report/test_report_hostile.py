@@ -1,0 +1,204 @@
+"""What is in a run folder or a notebook cannot inject into the report, nor break it."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis import plots
+from analysis.report.appendix import notebook_html, safe_html
+from analysis.report.html.check import check_page
+from analysis.report.html.svg import THEME, inline_svg
+from analysis.runs.folders import write_record
+from analysis.runs.frames import write_frame
+from analysis.runs.records import write_record_file
+from mambabyte.errors import UserError
+from tests.helpers.report_world import PROVENANCE, SVG, write_run
+
+ROOT = Path(__file__).resolve().parents[2]
+HOSTILE = (
+    "<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "</style></svg></table>",
+    "&lt;b&gt; &amp;", "{{ 7 * 7 }} {% raw %}", "[x](javascript:alert(1)) ![i](http://e.test/i)",
+    "w" * 400, "a\x00b\x07c\x1b[31m", "\u202eevil\u202c \u200f", "\ud800", "`code` **bold** $x$",
+    "]]><!--", "' onmouseover='alert(1)", "[[figure.tiny.times]]",
+)
+
+
+class Elements(HTMLParser):
+    """Every element with its attributes, and the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+@pytest.mark.parametrize("evil", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_strings_cannot_inject_or_break(world, evil):
+    harmless = Elements(harmless_page(world)).found
+    page = hostile_page(world, evil)
+    found = Elements(page).found
+    assert {tag for tag, _ in found} <= {tag for tag, _ in harmless}
+    assert [tag for tag, _ in found].count("script") == 1
+    assert not [a for _, a in found if any(k.startswith("on") for k in a)]
+    # Links go where the harmless page's go, or to the parts that a failed run adds.
+    extra = {a.get("href") for _, a in found} - {a.get("href") for _, a in harmless}
+    assert all(link.startswith("#") for link in extra)
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\u200e\u200f\x00-\x08\x0b-\x1f]", page)
+    assert page.encode("utf-8")
+    assert page.rstrip().endswith("</html>")
+
+
+def harmless_page(world) -> str:
+    """A report with a run, a failed run, a record and a ledger."""
+    folder = world.run()
+    write_record_file(folder, "tiny-record", title="A record", about="What it is.",
+                      folder=world.measurements)
+    world.run("tiny-2", status="failed", error="boom", parameters={"n": 4})
+    world.section("tiny", "Best: {{ value('tiny.best') }} end.")
+    claims(world, "a claim")
+    return world.build()
+
+
+def claims(world, words: str) -> None:
+    """A ledger of one claim whose every cell is ``words``."""
+    folder = world.runs / "claims-1"
+    if not folder.exists():
+        write_run(world.runs, "claims-1", study="claims",
+                  tables=[{"name": "times", "caption": "Claims."}])
+    cell = words.encode("utf-8", "replace").decode()  # Parquet itself refuses lone surrogates
+    write_frame(folder / "tables" / "times.parquet", pd.DataFrame([dict.fromkeys(
+        ("claim", "verdict", "theirs", "ours", "reason", "source", "document", "kind", "id"),
+        cell)]))
+
+
+def hostile_page(world, evil: str) -> str:
+    """The same report with ``evil`` wherever a run, a record or a ledger has words."""
+    claims(world, evil)
+    change(world.runs / "tiny-1", {
+        "values": {"slope": {"value": 0.5, "unit": evil, "about": evil},
+                   "best": {"value": evil}, "joules": {"value": None}, "peak": {"value": 1}},
+        "tables": [{"name": "times", "caption": evil}],
+        "figures": [{"name": "times", "title": evil, "caption": evil, "alt": evil}],
+        "parameters": {"n": evil},
+        "provenance": {**PROVENANCE, "command": evil, "versions": {evil: evil},
+                       "machine": {"cpu": evil, evil: evil, "gpus": [{"name": evil}]}},
+    })
+    cell = evil.encode("utf-8", "replace").decode()  # Parquet itself refuses lone surrogates
+    write_frame(world.runs / "tiny-1" / "tables" / "times.parquet",
+                pd.DataFrame({"length, bytes": [1, 2], f"a {cell}": [cell, "b"]}))
+    change(world.runs / "tiny-2", {
+        "error": evil, "parameters": {evil: evil}, "provenance": {"date": evil}})
+    path = world.measurements / "tiny-record.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record |= {"title": evil, "about": evil}
+    record["provenance"] = {**PROVENANCE, "date": evil, "machine": {"cpu": evil}}
+    record["figures"][0] |= {"title": evil, "caption": evil, "alt": evil}
+    record["tables"][0]["caption"] = evil
+    path.write_text(json.dumps(record), encoding="utf-8")
+    return world.build()
+
+
+def change(folder: Path, entries: dict) -> None:
+    write_record(folder, {**json.loads((folder / "run.json").read_text()), **entries})
+
+
+def test_hostile_svg_is_disarmed():
+    evil = SVG.replace(
+        "<text>", '<script>alert(1)</script><foreignObject><b/></foreignObject>'
+        '<g onload="alert(1)" style="fill: url(http://e.test/x); background: red"/>'
+        '<use xlink:href="http://e.test/x.svg#a"/><image href="http://e.test/i.png"/>'
+        '<a xlink:href="javascript:alert(1)"><path d="M0 0"/></a>'
+        "<style>@import url(http://e.test/s.css);</style>"
+        '<g fill="url(  http://e.test )"/><set attributeName="href" to="x"/><text>')
+    safe = str(inline_svg(evil, "f", "title", "alt"))
+    assert "e.test" not in safe
+    assert not re.search(r"script|onload|foreignObject|<a |<style|<set|background", safe)
+
+
+@pytest.mark.parametrize("bad", [
+    "", "<svg", "<html/>", "<!DOCTYPE svg [<!ENTITY a 'b'>]><x>&a;</x>"])
+def test_unreadable_figure_is_a_clear_error(bad):
+    with pytest.raises(UserError, match="run its study again"):
+        inline_svg(bad, "f", "t", "a")
+
+
+def test_figures_keep_their_ids_apart_and_take_the_pages_colours():
+    first, second = (str(inline_svg(SVG, p, "t", "a")) for p in ("one", "two"))
+    ids = set(re.findall(r' id="([^"]+)"', first))
+    assert ids == {"one-t", "one-d", "one-p", "one-m"}
+    assert not ids & set(re.findall(r' id="([^"]+)"', second))
+    assert 'clip-path="url(#one-p)"' in first
+    assert 'href="#one-m"' in first
+    assert "fill:var(--blue);stroke:var(--ink)" in first
+
+
+def test_coordinates_are_kept_to_a_hundredth():
+    svg = SVG.replace("M0 0L1 1", "M 1.23456 -0.001234 L 10.000001 7.5").replace(
+        "<text>", '<text x="3.14159" transform="translate(1.23456 2)">')
+    safe = str(inline_svg(svg, "f", "t", "a"))
+    assert 'd="M 1.23 -0 L 10 7.5"' in safe
+    assert 'x="3.14"' in safe
+    assert "translate(1.23456 2)" in safe  # a transform may scale: it stays exact
+
+
+def test_page_knows_every_colour_of_the_house():
+    house = {plots.BLUE, plots.VERMILION, plots.GREEN, plots.PURPLE, plots.ORANGE, plots.SKY,
+             plots.BLACK, plots.INK, plots.MUTED, plots.GRID, plots.PAPER, plots.PANEL,
+             *(plots.look(i)["color"] for i in range(7))}
+    assert {c.lower().replace("#", "") for c in house} == {c.replace("#", "") for c in THEME}
+    css = (ROOT / "analysis" / "report" / "templates" / "page.css").read_text()
+    for theme in re.findall(r":root \{(.*?)\}", css, re.S):
+        assert all(f"--{name}:" in theme for name in THEME.values())
+
+
+def test_notebook_output_is_disarmed(tmp_path):
+    cells = [
+        {"cell_type": "markdown", "source": "# T\n<script>x</script> ![i](http://e.test/i.png)"},
+        {"cell_type": "code", "source": "print('<b>')", "metadata": {}, "outputs": [
+            {"output_type": "stream", "text": "\x1b[31mred\x1b[0m <i>"},
+            {"output_type": "error", "traceback": ["<script>boom</script>"]},
+            {"output_type": "display_data", "data": {"image/png": "bm90IGEgcG5n"}},
+            {"output_type": "display_data", "data": {"text/html": "<script>x</script>"
+                                                     "<table onclick=x><td>1</td></table>"}},
+            {"output_type": "display_data", "data": {"image/svg+xml": SVG}},
+        ]},
+    ]
+    (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
+    page = str(notebook_html(tmp_path / "n.ipynb"))
+    found = Elements(page).found
+    assert not {"script", "i", "img"} & {tag for tag, _ in found}
+    assert not [a for _, a in found if "onclick" in a]
+    assert "red &lt;i&gt;" in page
+    assert {"svg", "table", "td"} <= {tag for tag, _ in found}
+    (tmp_path / "bad.ipynb").write_text("{")
+    with pytest.raises(UserError, match="not a readable notebook"):
+        notebook_html(tmp_path / "bad.ipynb")
+
+
+def test_html_outputs_are_closed_properly():
+    assert safe_html("<table><tr><td>a<b>b</td></table></div><style>x</style>") == \
+        "<table><tr><td>a<b>b</b></td></tr></table>"
+
+
+def test_appendix_is_written_and_linked(world):
+    folder = world.run()
+    (folder / "notebook.ipynb").write_text(json.dumps({"cells": [
+        {"cell_type": "code", "source": "1 + 1", "metadata": {}, "outputs": []}]}))
+    assert 'href="appendices/tiny-1.html"' in world.build()
+    other = world.run("tiny-2", parameters={"n": 5}, profile="")
+    (other / "notebook.ipynb").write_text('{"cells": []}')
+    assert '<a href="appendices/tiny-2.html">tiny-2</a>' in world.build()
+    appendix = (world.out.parent / "appendices" / "tiny-1.html").read_text()
+    assert "default-src 'none'" in appendix
+    assert "script" not in appendix.replace("script-src", "")
+    check_page(appendix, [])

@@ -1,0 +1,112 @@
+"""Parts of the report: numbers, tables, formulas, headings, the check of links, colours."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from analysis.report.example import A, worked_example
+from analysis.report.html import tables, text
+from analysis.report.html.check import check_page
+from analysis.report.html.markdown import formula, to_html
+from mambabyte.errors import UserError
+from mambabyte.ops.scan.recurrent import sequential_scan
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_worked_example_is_the_recurrence():
+    steps = worked_example()
+    columns = {k: torch.tensor([[[getattr(s, k)] for s in steps]], dtype=torch.float64)
+               for k in ("u", "delta", "B", "C")}  # (1, 5, 1)
+    y, state = sequential_scan(
+        columns["u"], columns["delta"], torch.tensor([[A]], dtype=torch.float64), columns["B"],
+        columns["C"], torch.zeros(1, 1, 1, dtype=torch.float64))
+    skip = 0.5 * columns["u"]
+    expected = (y + skip).flatten().tolist()
+    assert [s.y for s in steps] == pytest.approx(expected, rel=1e-12)
+    assert steps[-1].h == pytest.approx(state.item(), rel=1e-12)
+    assert len(steps) == 5
+    assert steps[0].h == 0.5  # by hand: h = 0 + 0.5 * 1 * 1
+    assert steps[1].h == pytest.approx(0.5 * math.exp(-0.5) + 1.0)
+
+
+@pytest.mark.parametrize(("value", "expected"), [
+    (12345, "12,345"), (0, "0"), (4.0, "4"), (0.5, "0.5"), (1234.5678, "1,235"),
+    (0.0132, "0.0132"), (1.5e-7, "1.5 × 10⁻⁷"), (-2.5, "\u22122.5"), (math.inf, "∞"),
+    (math.nan, "nan"), (123456789.0, "1.235 × 10⁸"), (True, "yes"), (None, "not measured"),
+    ([1, "a"], "1, a"),
+])
+def test_numbers_for_people(value, expected):
+    assert text.plain(value) == expected
+
+
+def test_binary_bytes():
+    assert [text.binary_bytes(v) for v in (0, 1023, 1536, 5 * 2**30)] == \
+        ["0 B", "1,020 B", "1.5 KiB", "5 GiB"]
+
+
+def test_columns_align_their_decimals():
+    page = str(tables.table(pd.DataFrame({"x": ["a", "b"], "y": [0.5, 12.25]}), "t"))
+    assert ">0.50<" in page
+    assert ">12.25<" in page
+
+
+def test_long_tables_say_what_is_left_out():
+    page = str(tables.table(pd.DataFrame({"x": range(500)}), "t"))
+    assert "The first 400 of 500 rows" in page
+    assert page.count("<tr>") == 401
+
+
+def test_formulas_are_mathml_and_money_is_not():
+    assert "<msub>" in to_html("State $h_t$ grows")
+    assert "<math" not in to_html("5 $ or 6 $ and $5 more")
+    assert "display=\"block\"" in to_html("$$\nh_t = a\n$$")
+    assert "$h$" in to_html("`$h$`")
+    assert "<math" in formula("x^2")
+
+
+def test_headings_fit_below_the_section():
+    assert re.findall(r"<(h\d) id=\"([^\"]+)\"", to_html("# A b\n\n## C", prefix="p", top=3)) == \
+        [("h3", "p-a-b"), ("h4", "p-c")]
+
+
+@pytest.mark.parametrize(("page", "match"), [
+    ('<p id="a"><p id="a">', "two parts with the id 'a'"),
+    ('<a href="#b">x</a>', "#b"),
+    ('<img src="x.png">', "would load"),
+    ('<link href="x.css">', "would load"),
+])
+def test_page_check_can_fail(page, match):
+    with pytest.raises(UserError, match=match):
+        check_page(page, [])
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i: i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_colours_can_be_read(theme):
+    css = (ROOT / "analysis" / "report" / "templates" / "page.css").read_text()
+    block = re.findall(r":root \{(.*?)\}", css, re.S)[theme]
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
+    for name in ("ink", "quiet", "link", "fail"):  # text: WCAG AA
+        assert contrast(colours[name], colours["paper"]) >= 4.5, name
+    for name in ("ink", "quiet", "link"):
+        assert contrast(colours[name], colours["panel"]) >= 4.5, name
+    assert contrast(colours["warn-ink"], colours["warn"]) >= 4.5
+    for name in ("blue", "vermilion", "green", "purple", "orange", "sky", "axis"):  # graphics
+        assert contrast(colours[name], colours["paper"]) >= 3, name

@@ -1,0 +1,53 @@
+"""pyproject.toml, environment.yml and constraints.txt say the same thing; threads that wait."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_environment_yml_equals_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = list(project["dependencies"])
+    for extra in project["optional-dependencies"].values():
+        wanted += extra
+    lines = (ROOT / "environment.yml").read_text().splitlines()
+    pip = [line.strip()[2:] for line in lines if line.startswith("      - ")]
+    assert pip[-1] == "-e ."
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()
+                if "==" in line)
+    expected = []
+    for requirement in dict.fromkeys(wanted):  # two extras may want the same
+        name = re.match(r"[A-Za-z0-9_.-]+", requirement).group()
+        expected.append(f"{requirement},=={pins[name]}" if name in pins else requirement)
+    assert sorted(pip[:-1]) == sorted(expected)
+    python = project["requires-python"]
+    assert f"  - python{python}" in lines
+
+
+def test_version_is_one():
+    from mambabyte import __version__
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == __version__
+
+
+@pytest.mark.parametrize(("asked", "count"), [
+    ({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_commands_spin_for_microseconds_unless_asked_otherwise(asked, count):
+    environment = {k: v for k, v in os.environ.items()
+                   if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | asked
+    # Set before torch is imported, which is when OpenMP reads it.
+    code = ("import sys, os, analysis.cli; assert 'torch' not in sys.modules; "
+            "print(os.environ.get('GOMP_SPINCOUNT'))")
+    got = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True,
+                         capture_output=True, check=True)
+    assert got.stdout.strip() == str(count)

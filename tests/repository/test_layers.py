@@ -1,0 +1,113 @@
+"""The layer rule: the folder says the layer, imports point down only, in functions too."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# From the ground up; a file may import its own layer and those before it.
+CORE = ("errors", "config", "corpus", "energy", "ops", "model", "stream", "evaluate", "checkpoint",
+        "train", "task", "harness")
+TOOLS = ("plots", "runs", "theory", "measure", "studies", "sweep", "report", "cli")
+LAYERS = tuple(f"mambabyte.{n}" for n in CORE) + tuple(f"analysis.{n}" for n in TOOLS)
+
+# No module does two of these: compute (DataFrames out), plot (DataFrames in), report (files in).
+NOT_IN_CORE = {"analysis", "pandas", "matplotlib", "papermill", "scipy", "jinja2", "nbformat"}
+NOT_IN_FIGURES = {"torch", "mambabyte.model", "mambabyte.train", "mambabyte.ops", "analysis.sweep",
+                  "analysis.report"}
+NOT_IN_REPORT = {"torch", "mambabyte.model", "mambabyte.train", "mambabyte.ops", "analysis.plots"}
+NOT_IN_COMPUTING = {"matplotlib", "papermill", "jinja2", "analysis.plots"}
+MAX_ENTRIES = 12
+FILES = sorted([*ROOT.glob("mambabyte/**/*.py"), *ROOT.glob("analysis/**/*.py")])
+
+
+def module_of(path: Path, root: Path = ROOT) -> str:
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path, root: Path = ROOT) -> set[str]:
+    """Every module imported anywhere in a file, those in functions too, with imported names."""
+    package = module_of(path, root).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def offending(path: Path, forbidden: set[str]) -> set[str]:
+    return {i for i in imports(path) for f in forbidden if i == f or i.startswith(f + ".")}
+
+
+def layer_of(module: str) -> int | None:
+    name = ".".join(module.split(".")[:2])
+    return LAYERS.index(name) if name in LAYERS else None
+
+
+def upward(path: Path, root: Path = ROOT) -> set[str]:
+    own = layer_of(module_of(path, root))
+    return {i for i in imports(path, root)
+            if own is not None and (rank := layer_of(i)) is not None and rank > own}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_point_down(path):
+    assert not upward(path)
+
+
+def test_every_folder_is_a_layer():
+    for package in ("mambabyte", "analysis"):
+        found = {f"{package}.{p.stem}" for p in (ROOT / package).iterdir()
+                 if p.name not in ("__init__.py", "__main__.py", "__pycache__")}
+        assert found == {name for name in LAYERS if name.startswith(package)}
+
+
+def test_no_folder_is_crowded():
+    for top in ("mambabyte", "analysis", "tests"):
+        for folder in [ROOT / top, *(p for p in (ROOT / top).rglob("*") if p.is_dir())]:
+            if "__pycache__" in folder.parts:
+                continue
+            entries = [p.name for p in folder.iterdir()
+                       if p.name not in ("__init__.py", "conftest.py", "__pycache__")]
+            assert len(entries) <= MAX_ENTRIES, (folder, sorted(entries))
+
+
+def test_core_imports_nothing_above_it():
+    for path in ROOT.glob("mambabyte/**/*.py"):
+        assert not offending(path, NOT_IN_CORE), path
+
+
+def test_figures_only_plot():
+    for path in [*ROOT.glob("analysis/plots/*.py"), *ROOT.glob("analysis/studies/*/figures.py")]:
+        if path.name != "sliders.py":
+            assert not offending(path, NOT_IN_FIGURES), path
+
+
+def test_report_only_reads():
+    for path in ROOT.glob("analysis/report/**/*.py"):
+        assert not offending(path, NOT_IN_REPORT), path
+
+
+def test_computing_neither_plots_nor_reports():
+    for folder in ("theory", "measure", "studies"):
+        for path in (ROOT / "analysis" / folder).rglob("*.py"):
+            if path.name not in ("figures.py", "panel.py"):
+                assert not offending(path, NOT_IN_COMPUTING), path
+
+
+def test_the_rule_can_fail(tmp_path):
+    bad = tmp_path / "mambabyte" / "ops" / "bad.py"
+    bad.parent.mkdir(parents=True)
+    bad.write_text("def f():\n    from ..model import lm\n    import analysis.plots\n")
+    assert upward(bad, tmp_path) >= {"mambabyte.model", "mambabyte.model.lm", "analysis.plots"}
+    assert imports(bad, tmp_path) >= {"analysis.plots"}

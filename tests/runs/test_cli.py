@@ -1,0 +1,317 @@
+"""The command line as people meet it: help with examples, one-line errors, exit codes, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from analysis.cli import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ("the quick brown fox jumps over the lazy dog. " * 11)[:485]
+
+
+def mambabyte(*args, **kw):
+    """Run the command as a user does, in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "analysis.cli", *map(str, args)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120, **kw)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.txt"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture
+def run(tiny, tmp_path, capsys):
+    """A finished smoke run."""
+    folder = tmp_path / "run"
+    assert main(["train", "--corpus", str(tiny), "--out", str(folder)]) == 0
+    capsys.readouterr()
+    return folder
+
+
+def error_line(capsys, *args):
+    """The one line that a refused command prints; its status must not be 0."""
+    assert main(list(map(str, args))) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in err
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"mambabyte {command}" in capsys.readouterr().out.replace("usage: ", "", 1).split(
+        "options", 1)[0].split("\n", 1)[1]
+
+
+def test_usage_and_version(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in COMMANDS)
+    assert main([]) == 2
+    assert main(["--version"]) == 0
+
+
+def test_smoke_mode_from_the_shell(tiny, tmp_path):
+    start = time.perf_counter()
+    done = mambabyte("train", "--corpus", tiny, "--out", tmp_path / "run", "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["steps"] == 2
+    assert record["smoke"]["scan_output_error"] < 1e-5
+    assert record["energy_source"]
+    assert "SMOKE mode (train=436 bytes) ctx=64" in done.stderr
+    assert "step 2/2" in done.stderr
+    assert record["seconds"] < 5
+    assert time.perf_counter() - start < 60
+
+
+def test_without_a_compiler_a_line_says_so_and_smoke_passes(tiny, tmp_path):
+    nowhere = {k: v for k, v in os.environ.items() if k != "CC"}
+    nowhere |= {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = mambabyte("train", "--corpus", tiny, "--out", tmp_path / "run", env=nowhere)
+    assert done.returncode == 0, done.stderr
+    assert "SMOKE PASS" in done.stdout
+    notes = [line for line in done.stderr.splitlines() if "not used" in line]
+    assert len(notes) == 1
+    assert notes[0].startswith("note: fused selective scan not used on cpu: no C compiler")
+
+
+def test_smoke_mode_fails_when_the_scan_is_wrong(tiny, tmp_path, capsys):
+    line = error_line(capsys, "train", "--corpus", tiny, "--out", tmp_path / "run",
+                      "--model.scan-form", "document_chunked")
+    assert "does not compute the recurrence" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_eval_modes_agree_and_generate_is_utf8(run, tiny, capsys):
+    results = []
+    for mode in ("parallel", "streaming"):
+        assert main(["eval", str(run), "--corpus", str(tiny), "--mode", mode, "--json"]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[0]["char_accuracy"] == results[1]["char_accuracy"]
+    assert results[0]["bits_per_byte"] == pytest.approx(results[1]["bits_per_byte"], rel=1e-5)
+    assert main(["generate", str(run), "--bytes", "30", "--prompt", "é"]) == 0
+    assert capsys.readouterr().out.startswith("é")
+
+
+def test_generate_reads_standard_input_and_survives_a_closed_pipe(run):
+    done = mambabyte("generate", run, "--prompt", "-", "--bytes", "5", input="from stdin")
+    assert done.returncode == 0
+    assert done.stdout.startswith("from stdin")
+    piped = subprocess.run(
+        f"{sys.executable} -m analysis.cli generate {run} --bytes 3000 | head -c 10",
+        shell=True, cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=120)
+    assert "Traceback" not in piped.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["trian"], "there is no command 'trian'"),
+        (["train", "--preset", "mamba", "--out", "x"], "preset 'mamba' is unknown"),
+        (["train", "--corpus", "{tiny}"], "no run folder was given"),
+        (["train", "--corpus", "{tmp}/none.txt", "--out", "{tmp}/r"], "neither stdlib"),
+        (["train", "--corpus", "{empty}", "--out", "{tmp}/r"], "is empty"),
+        (["train", "--corpus", "{tmp}", "--out", "{tmp}/r"], "lacks wiki.train.raw"),
+        (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--train.context", "9999999"],
+         "context 9999999 needs"),
+        (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--model.layer-pattern", "MXA"],
+         "write M for an SSM layer and A for attention"),
+        (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--train.betas", "0.9", "2"],
+         "betas are (0.9, 2.0)"),
+        (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--train.seed", "-1"], "seed is -1"),
+        (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--model.mlp-ratio", "-2"],
+         "mlp_ratio is -2.0"),
+        (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--model.embed-std", "-1"],
+         "embed_std is -1.0"),
+        (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--model.rope-base", "0"],
+         "rope_base is 0.0"),
+        (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--model.dt-max", "inf"],
+         "they must be finite"),
+        (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--model.scan-form", "chunked",
+          "--model.scan-chunk", "-4"], "scan_chunk is -4"),
+        (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--model.vocab-size", "100"],
+         "it must be at least 256"),
+        (["memory", "--device-memory", "40"], "write the unit, e.g. 40GB"),
+        (["memory", "--layer-pattern", ""], "layer_pattern is ''"),
+        (["ngram", "--corpus", "{text}", "--order", "256"], "from 1 to 255"),
+        (["ngram", "--corpus", "{text}", "--order", "2", "--save", "{tmp}"], "it is a folder"),
+        (["report", "--out", "{tmp}"], "it is a folder"),
+        (["task", "run", "ngram", "--corpus", "{text}", "--idle-watts", "nan"],
+         "--idle-watts is nan"),
+        (["study", "overflow", "--set", "seed=-1", "--root", "{tmp}/r"], "expected 0 or more"),
+        (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--model.scan-form",
+          "document_cumsum"], "subject of study"),
+        (["train", "--corpus", "{text}", "--out", "/proc/run"], "cannot write to /proc/run"),
+        (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--device", "tpu"], "is unknown"),
+        (["eval", "{tmp}"], "holds no checkpoint"),
+        (["generate", "{tmp}/nowhere"], "holds no checkpoint"),
+        (["corpus", "{tmp}/none"], "neither stdlib"),
+    ],
+)
+def test_bad_input_is_one_clear_line(args, message, tiny, text_file, tmp_path, capsys):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    places = {"tmp": tmp_path, "tiny": tiny, "empty": empty, "text": text_file}
+    assert message in error_line(capsys, *(str(a).format(**places) for a in args))
+    assert not (tmp_path / "r").exists()
+
+
+def test_checkpoint_faults_are_one_clear_line(run, capsys):
+    from mambabyte.checkpoint import find_checkpoint
+
+    weights = find_checkpoint(run) / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-100])
+    assert "truncated" in error_line(capsys, "eval", run)
+    weights.write_bytes(data)
+    config = weights.parent / "config.json"
+    config.write_text(config.read_text().replace('"d_state": 8', '"d_state": 9'))
+    assert "another shape" in error_line(capsys, "generate", run)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[1, 2]", b"", b'{"d_model": 3.5}'])
+def test_a_damaged_configuration_is_one_clear_line(content, run, capsys):
+    from mambabyte.checkpoint import find_checkpoint
+
+    path = find_checkpoint(run) / "config.json"
+    path.write_bytes(content)
+    line = error_line(capsys, "eval", run)
+    assert str(path) in line
+    assert "use another checkpoint" in line
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[1, 2]", b"{}", b'{"step": "x"}'])
+def test_damaged_progress_is_one_clear_line(content, run, tiny, capsys):
+    from mambabyte.checkpoint import find_checkpoint
+
+    path = find_checkpoint(run) / "progress.json"
+    path.write_bytes(content)
+    line = error_line(capsys, "train", "--corpus", tiny, "--out", run, "--resume")
+    assert str(path) in line
+
+
+def test_damaged_metrics_do_not_stop_a_resumed_run(run, tiny, capsys):
+    (run / "metrics.jsonl").write_bytes(b'{"a": 1}\n[2]\n\xff\xfe\n{"step": 1}\n{"st')
+    assert main(["train", "--corpus", str(tiny), "--out", str(run), "--resume"]) == 0
+    assert (run / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_resume_says_what_differs_and_where_there_is_nothing(text_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    args = ["train", "--corpus", text_file, "--out", folder, "--preset", "smoke",
+            "--train.n-steps", "1"]
+    assert main([*map(str, args), "--resume"]) == 0
+    assert "no checkpoint to resume from: starting at the first step" in capsys.readouterr().err
+    line = error_line(capsys, *args, "--resume", "--model.d-state", "4")
+    assert "(d_state 8, now 4)" in line
+    shutil.rmtree(folder / "checkpoints")
+    assert "give --resume to start it over" in error_line(capsys, *args)
+
+
+@pytest.mark.parametrize("args", [["--temperature", "nan"], ["--temperature", "inf"],
+                                  ["--top-p", "nan"], ["--seed", str(2**70)], ["--bytes", "-1"]])
+def test_generate_refuses_numbers_that_mean_nothing(args, run, capsys):
+    assert f"{args[0]} is {args[1]}" in error_line(capsys, "generate", run, *args)
+
+
+def test_generate_reads_any_bytes_and_writes_to_any_terminal(run):
+    command = [sys.executable, "-m", "analysis.cli", "generate", run, "--bytes", "5", "--prompt"]
+    done = subprocess.run([*command, "-"], cwd=ROOT, capture_output=True, timeout=120,
+                          input=b"bad \xff utf-8 \xe2\x82")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode().startswith("bad \ufffd utf-8 \ufffd")
+    done = subprocess.run([*command, b"bad \xff"], cwd=ROOT, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    done = mambabyte("generate", run, "--prompt", "é", "--bytes", "5",
+                     env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("?")
+
+
+def test_no_room_is_one_clear_line_and_leaves_no_file(text_file, tmp_path):
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); " \
+        "import sys; from analysis.cli import main; sys.exit(main(sys.argv[1:]))"
+    out = tmp_path / "out"
+    for args in (["ngram", "--order", "5", "--save", out / "kn.safetensors"],
+                 ["train", "--preset", "smoke", "--out", out / "run"]):
+        done = subprocess.run(
+            [sys.executable, "-c", limited, *map(str, args), "--corpus", str(text_file)],
+            cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "File too large; nothing of it was left there" in done.stderr
+    assert [p.name for p in out.iterdir()] == ["run"]
+    assert not list((out / "run" / "checkpoints").iterdir())
+
+
+def test_task_keeps_the_seeds_that_ended_before_ctrl_c(tiny, monkeypatch, capsys):
+    import mambabyte.task
+
+    real = mambabyte.task.run_task
+
+    def second_is_interrupted(*args, seed, **kw):
+        if seed:
+            raise KeyboardInterrupt
+        return real(*args, seed=seed, **kw)
+
+    monkeypatch.setattr(mambabyte.task, "run_task", second_is_interrupted)
+    args = ["task", "run", "ngram", "--corpus", str(tiny), "--characters", "9", "--seeds", "3"]
+    assert main([*args, "--json"]) == 130
+    out, err = capsys.readouterr()
+    assert [row["seed"] for row in json.loads(out)["runs"]] == [0]
+    assert "1 of 3 seeds" in err
+
+
+@pytest.mark.parametrize(("code", "message"), [
+    ("raise ValueError('boom')", "line 1: importing it failed with ValueError: boom"),
+    ("def train(", "line 1: importing it failed with SyntaxError"),
+    ("def train(text): return 3", "failed with TypeError: too many positional arguments"),
+    ("def train(text, valid=None):\n    return 1 / 0", "line 2: calling train"),
+])
+def test_a_submission_that_fails_is_named_with_its_line(code, message, tmp_path, capsys):
+    path = tmp_path / "submission.py"
+    path.write_text(code)
+    assert message in error_line(capsys, "task", "check", path)
+
+
+def test_ctrl_c_keeps_what_was_done_and_resumes(text_file, tmp_path):
+    folder = tmp_path / "run"
+    args = ["train", "--corpus", str(text_file), "--out", str(folder), "--preset", "smoke",
+            "--train.n-steps", "100000", "--train.log-every", "5", "--train.max-seconds", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "analysis.cli", *args], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    for line in process.stderr:
+        if "step 10/" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopped by interrupt" in out
+    assert "Traceback" not in err
+    steps = int(out.split()[0])
+    assert steps >= 10
+    saved = json.loads(next(folder.glob("checkpoints/*/progress.json")).read_text())
+    assert saved["step"] == steps
+    again = mambabyte(*args, "--resume", "--train.max-seconds", "0.01")
+    assert again.returncode == 0, again.stderr
+    assert f"{steps} steps" in again.stdout

@@ -1,0 +1,308 @@
+"""Sweeps over a tiny study: what is done is skipped, what failed stays visible, nothing is half."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from analysis.sweep import executors, run as sweep
+from analysis.sweep.progress import LiveProgress, PlainProgress, printable
+from analysis.report.appendix import notebook_html
+from analysis.runs.folders import list_runs
+from analysis.studies import Study
+from analysis.sweep.run import run_sweep
+from mambabyte.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+STUDY = '''
+import os, time
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Parameters:
+    n: int = 3
+    sizes: tuple[int, ...] = (1, 2)
+    mode: str = "ok"
+
+PROFILES = {"quick": Parameters(), "full": Parameters(n=30)}
+
+def run(p, report):
+    for i in range(p.n):
+        report(f"step {i}")
+    if p.mode == "slow":
+        time.sleep(60)
+    if p.mode == "fail":
+        raise ValueError("<b>broken</b>\\nsecond line")
+    if p.mode == "die":
+        os._exit(9)
+    return sum(p.sizes)
+'''
+CELLS = (
+    'n = 3\nsizes = [1, 2]\nmode = "ok"\nrun_dir = ""',
+    "from tiny_study import Parameters, run\n"
+    "from analysis.runs.folders import Recorder\n"
+    "total = run(Parameters(n=n, sizes=tuple(sizes), mode=mode), print)",
+    'if mode != "forgetful":\n'
+    '    recorder = Recorder("tiny", {"n": n, "sizes": sizes, "mode": mode}, run_dir)\n'
+    '    recorder.value("total", total)\n'
+    "    import pandas as pd\n"
+    "    from matplotlib.figure import Figure\n"
+    '    frame = pd.DataFrame({"n": [n]})\n'
+    '    recorder.table("counts", frame, caption="What was <counted>.")\n'
+    '    recorder.figure("line", Figure(), title="A line", caption="It is flat.", alt="Flat.",\n'
+    "                    data=frame)\n"
+    "    recorder.finish()",
+)
+
+
+class Events:
+    """A Progress that remembers."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, ...]] = []
+
+    def started(self, run, position, total):
+        self.seen.append(("started", run, f"{position}/{total}"))
+
+    def line(self, run, text):
+        self.seen.append(("line", run, text))
+
+    def finished(self, run, status, note):
+        self.seen.append(("finished", run, status, note))
+
+    def close(self):
+        self.seen.append(("closed",))
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "tiny_study.py").write_text(STUDY)
+    cells = [{"cell_type": "code", "id": f"c{i}", "source": source, "outputs": [],
+              "execution_count": None, "metadata": {"tags": ["parameters"]} if i == 0 else {}}
+             for i, source in enumerate(CELLS)]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    (folder / "tiny.ipynb").write_text(json.dumps({
+        "cells": cells, "nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": kernel}}))
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(str(folder))
+    patch.setenv("PYTHONPATH", str(folder))
+    yield {"tiny": Study("tiny", "Tiny", "Is it?", folder / "tiny.ipynb", "tiny_study", folder)}
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def swept(registry, tmp_path_factory):
+    """One sweep of a grid in which one run ends well and the others each in their own way."""
+    root = tmp_path_factory.mktemp("runs")
+    events = Events()
+    rows = run_sweep(grid={"mode": ["ok", "fail", "die", "forgetful"]}, root=root,
+                     executor="local", workers=2, progress=events, registry=registry)
+    return root, {row.parameters["mode"]: row for row in rows}, events
+
+
+def test_each_combination_has_a_row(swept):
+    _, rows, _ = swept
+    assert {mode: row.status for mode, row in rows.items()} == {
+        "ok": "done", "fail": "failed", "die": "failed", "forgetful": "failed"}
+    assert rows["fail"].error == "ValueError: <b>broken</b>"
+    assert "kernel died" in rows["die"].error
+    assert "Recorder.finish()" in rows["forgetful"].error
+
+
+def test_failed_runs_are_visible_with_notebook_and_log(swept):
+    root, rows, _ = swept
+    runs = {run.parameters["mode"]: run for run in list_runs(root)}
+    assert {run.status for run in runs.values()} == {"done", "failed"}
+    failed = runs["fail"]
+    assert failed.error == rows["fail"].error
+    assert failed.notebook is not None
+    assert "second line" in failed.notebook.read_text()
+    assert (failed.folder / "log.txt").read_text().splitlines() == ["step 0", "step 1", "step 2"]
+    assert not failed.values
+
+
+def test_finished_run_knows_where_it_came_from(swept, registry):
+    root, rows, _ = swept
+    run = next(r for r in list_runs(root) if r.status == "done")
+    assert run.folder.name == run.run_id == rows["ok"].run_id
+    assert run.sources == registry["tiny"].sources_digest()
+    assert run.profile == "quick"
+    assert run.provenance["command"] == "mambabyte study tiny"
+    assert run.seconds > 0
+    assert run.parameters == {"n": 3, "sizes": [1, 2], "mode": "ok"}
+    assert run.values["total"].value == 3
+
+
+def test_executed_notebook_and_appendix_show_what_is_recorded(swept):
+    _, rows, _ = swept
+    path = rows["ok"].folder / "notebook.ipynb"
+    outputs = [o["data"] for c in json.loads(path.read_text())["cells"]
+               for o in c.get("outputs", []) if "data" in o]
+    assert sum("image/svg+xml" in data for data in outputs) == 1
+    page = notebook_html(path)
+    assert page.count("<svg") == 1
+    assert "<b>A line.</b> It is flat." in page
+    assert "What was &lt;counted&gt;." in page
+    assert page.count("<table") == 1
+
+
+def test_executed_notebook_shows_no_path_of_this_machine(swept):
+    root, rows, _ = swept
+    text = (rows["ok"].folder / "notebook.ipynb").read_text()
+    assert str(ROOT) not in text
+    assert ".tmp" not in text
+    assert "papermill" not in text
+    assert not [p.name for p in root.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_progress_is_forwarded(swept):
+    _, rows, events = swept
+    name = rows["ok"].run_id
+    mine = [e for e in events.seen if len(e) > 1 and e[1] == name]
+    assert mine[0][0] == "started"
+    assert ("line", name, "step 1") in mine
+    assert mine[-1][:3] == ("finished", name, "done")
+    assert {e[2] for e in events.seen if e[0] == "started"} == {f"{i}/4" for i in range(1, 5)}
+    assert events.seen[-1] == ("closed",)
+
+
+def test_finished_runs_are_skipped_and_failed_ones_tried_again(swept, registry):
+    root, rows, _ = swept
+    stamp = (rows["ok"].folder / "run.json").stat().st_mtime_ns
+    events = Events()
+    again = run_sweep(grid={"mode": ["ok", "fail"]}, root=root, progress=events,
+                      registry=registry)
+    assert [row.status for row in again] == ["skipped", "failed"]
+    assert (rows["ok"].folder / "run.json").stat().st_mtime_ns == stamp
+    assert ("started", rows["ok"].run_id, "1/2") not in events.seen
+
+
+def test_wrong_input_stops_before_anything_runs(registry, tmp_path):
+    for arguments, match in [
+        ({"names": ["tyni"]}, r"did you mean tiny\?"),
+        ({"overrides": {"sizs": 1}}, r"did you mean sizes\?"),
+        ({"grid": {"n": ["1", "x"]}}, "expected int"),
+        ({"grid": {"n": []}}, "no values for n"),
+        ({"grid": {"n": [1]}, "overrides": {"n": 1}}, "n is given twice"),
+        ({"profile": "deep"}, "no profile 'deep'"),
+        ({"executor": "cloud"}, "no executor 'cloud'"),
+        ({"executor": "local", "workers": 0}, "workers is 0"),
+    ]:
+        with pytest.raises(UserError, match=match):
+            run_sweep(root=tmp_path / "runs", registry=registry, progress=Events(), **arguments)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("name", "package"), [("dask", "distributed"), ("slurm", "submitit")])
+def test_missing_package_says_what_to_install(monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        executors.make_executor(name)
+
+
+def test_same_point_twice_is_one_run(registry, tmp_path):
+    tasks = sweep.plan(list(registry.values()), "quick", {}, {"n": ["3", 3, "4"]}, tmp_path)
+    assert [task.parameters["n"] for task in tasks] == [3, 4]
+
+
+def test_a_study_of_results_comes_last_and_follows_them(registry, swept, monkeypatch):
+    root, rows, _ = swept
+    tiny = registry["tiny"]
+    judge = dataclasses.replace(tiny, name="judge", reads_runs=True)
+    ran: list[list[str]] = []
+
+    def run(tasks, pool, progress, force, before, total):
+        ran.append([f"{task.study} {before} of {total}" for task in tasks])
+        return [rows["ok"]] * len(tasks)
+
+    monkeypatch.setattr(sweep, "_run", run)
+    run_sweep(root=root, progress=Events(), registry={"judge": judge, "tiny": tiny})
+    assert ran == [["tiny 0 of 2"], ["judge 1 of 2"]]
+
+
+def test_interrupted_sweep_leaves_nothing_half_and_no_process(registry, swept, tmp_path):
+    code = (
+        "import signal, sys; from pathlib import Path; from analysis.studies import Study;"
+        "from analysis.sweep.run import run_sweep; f = Path(sys.argv[1]);"
+        # Where the tests run in the background of a script, processes begin deaf to Ctrl-C.
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "run_sweep(overrides={'mode': 'slow'}, root=sys.argv[2], registry={'tiny':"
+        " Study('tiny', 'T', 'Q', f / 'tiny.ipynb', 'tiny_study', f)})"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(registry["tiny"].root), str(tmp_path)],
+        stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{registry['tiny'].root}"})
+    try:
+        lines = iter(process.stderr.readline, "")
+        assert any("step 2" in line for line in lines)
+        # A second sweep in the same folder would remove this one's unfinished run.
+        with pytest.raises(UserError, match="another sweep"):
+            run_sweep(root=tmp_path, registry=registry, progress=Events())
+        process.send_signal(signal.SIGINT)
+        assert "KeyboardInterrupt" in process.stderr.read()
+        assert process.wait(20) != 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+    assert not _still_running(tmp_path)
+
+
+def test_leftovers_of_a_killed_sweep_are_removed(registry, swept, tmp_path):
+    left = tmp_path / ".tiny-000000000000.1.tmp"
+    left.mkdir()
+    (left / "run.json").write_text("{")
+    with sweep._only_sweep(tmp_path):
+        sweep._remove_leftovers(tmp_path)
+    assert not left.exists()
+
+
+def test_what_a_study_prints_cannot_drive_the_terminal(capsys):
+    assert printable("a\x1b[2Jb\r\nc\x07") == "a [2Jb  c"
+    PlainProgress().line("run", "a\x1b[2Jb")
+    assert capsys.readouterr().err == "      run | a [2Jb\n"
+
+
+def test_live_display_shows_the_last_words_and_keeps_what_ended():
+    screen = io.StringIO()
+    live = LiveProgress(Console(file=screen, force_terminal=True, width=100))
+    live.started("tiny-1", 1, 2)
+    live.line("tiny-1", "step [red]7")
+    table = live._render()
+    assert [next(iter(c.cells)) for c in table.columns][1:3] == ["1/2", "tiny-1"]
+    assert next(iter(table.columns[4].cells)).plain == "step [red]7"
+    live.finished("tiny-1", "failed", "ValueError: [bold]x")
+    live.close()
+    assert not live._render().columns
+    assert "ValueError: [bold]x" in screen.getvalue()
+
+
+def _still_running(folder: Path) -> list[str]:
+    """Command lines that name the folder, after a moment to end."""
+    for _ in range(50):
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if str(folder) in words:
+                found.append(words)
+        if not found:
+            return []
+        time.sleep(0.1)
+    return found

@@ -1,0 +1,329 @@
+"""The whole model in C: equal to ByteLM in float64, its states, weights changed in between."""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mambabyte.config import ModelConfig, get_preset
+from mambabyte.errors import UserError
+from mambabyte.model import ByteLM
+from mambabyte.ops.build import c as native_build
+from mambabyte.stream import ByteStream, generate
+from mambabyte.stream import cpu as native_model
+from mambabyte.stream.cpu import NativeModel, supports
+from tests.helpers.sanitized import run_sanitized
+
+pytestmark = pytest.mark.skipif(native_model._library() is None, reason="no native model here")
+
+DATA = bytes(torch.randint(256, (41,), generator=torch.Generator().manual_seed(1)).tolist())
+ODD = ModelConfig(d_model=36, n_layer=3, d_state=5, d_conv=3, n_head=6, n_kv_head=2,
+                  attention_window=7, embed_std=1.0)  # fmt: skip
+CONFIGS = {
+    "mamba_byte": replace(get_preset("mamba_byte").model, embed_std=0.5),
+    "smoke": replace(get_preset("smoke").model, embed_std=1.0),
+    "odd": ODD,
+    "one tap, one state": replace(ODD, d_conv=1, d_state=1, dt_rank=1),
+    "full step size, MLP": replace(ODD, dt_rank="full", norm="rms", mlp_ratio=1.7,
+                                   logit_softcap=3.0),
+    "attention": replace(ODD, layer_pattern="A", mlp_ratio=2.0, mlp_activation="gelu"),
+    "window of one": replace(ODD, layer_pattern="MA", attention_window=1),
+    "hybrid": replace(ODD, layer_pattern="MMA", norm="rms_plain", qk_norm=True, embed_norm=True,
+                      rope_fraction=0.5, tied_head=False, mlp_ratio=1.0, mlp_activation="silu"),
+}  # fmt: skip
+
+
+def make(config: ModelConfig) -> ByteLM:
+    """A model in which every parameter matters."""
+    model = ByteLM(config).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+@torch.inference_mode()
+def definition(model: ByteLM, data: bytes) -> Tensor:
+    """Log p (L, V) by the sequential scan in float64."""
+    exact = ByteLM(replace(model.config, scan_form="sequential"))
+    exact.load_state_dict(model.state_dict())
+    for module in exact.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.eps = torch.finfo(torch.float32).eps  # the default depends on the dtype
+    return torch.log_softmax(exact.double()(torch.tensor([list(data)]))[0][0], -1)
+
+
+def step_by_step(model: ByteLM, data: bytes, state=None, sizes=(1,)):  # type: ignore[no-untyped-def]
+    """Log p after every piece, and the state."""
+    native, rows, at, i = NativeModel(model), [], 0, 0
+    while at < len(data):
+        piece = data[at : at + sizes[i % len(sizes)]]
+        log_p, state = native(piece, state)
+        rows.append(log_p)
+        at, i = at + len(piece), i + 1
+    return torch.stack(rows), state
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_the_definition(name: str) -> None:
+    model = make(CONFIGS[name])
+    exact = definition(model, DATA)
+    got, _ = step_by_step(model, DATA)
+    with torch.inference_mode():
+        torchs = torch.log_softmax(model(torch.tensor([list(DATA)]))[0][0], -1)
+    error, theirs = ((x.double() - exact).abs().max().item() for x in (got, torchs))
+    assert error < max(4e-6, 2 * theirs)
+    assert exact.std() > 0.1  # otherwise any model would do
+
+
+@settings(deadline=None, max_examples=15)
+@given(sizes=st.lists(st.integers(1, 16), min_size=1, max_size=4), cut=st.integers(1, 40),
+       name=st.sampled_from(["odd", "hybrid", "window of one"]))
+def test_pieces_and_states_of_the_parallel_model(sizes: list[int], cut: int, name: str) -> None:
+    """parallel -> native in pieces -> parallel, as one parallel call."""
+    model = make(CONFIGS[name])
+    tokens = torch.tensor([list(DATA)])
+    with torch.inference_mode():
+        whole, _ = model(torch.cat([tokens, tokens[:, :5]], 1))
+        _, state = model(tokens[:, :cut])
+        if cut < len(DATA):
+            rows, state = step_by_step(model, DATA[cut:], state, sizes)
+            wanted = torch.log_softmax(whole[0, len(DATA) - 1], -1)
+            torch.testing.assert_close(rows[-1], wanted, rtol=1e-5, atol=1e-5)
+        after, _ = model(tokens[:, :5], state)
+    torch.testing.assert_close(after[0], whole[0, len(DATA) :], rtol=1e-5, atol=1e-5)
+
+
+def test_states_are_values() -> None:
+    model = make(CONFIGS["hybrid"])
+    native = NativeModel(model)
+    _, state = native(DATA[:9], None)
+    before = [[t.clone() for t in layer[:2]] for layer in state]
+    first, _ = native(b"a", state)
+    native(b"b", state)
+    again, _ = native(b"a", state)
+    assert torch.equal(first, again)
+    for layer, kept in zip(state, before, strict=True):
+        assert all(torch.equal(t, k) for t, k in zip(layer[:2], kept, strict=True))
+
+
+@pytest.mark.parametrize("how", ["optimizer", "data", "replaced"])
+def test_weights_changed_in_between_count(how: str) -> None:
+    model = make(replace(ODD, embed_std=0.1))
+    native = NativeModel(model)
+    _, state = native(DATA[:5], None)
+    for mixer in (layer.mixer for layer in model.layers):
+        for p in (mixer.A_log, mixer.conv1d.weight, mixer.dt_proj.weight, mixer.in_proj.weight):
+            before = native(b"x", state)[0]
+            with torch.no_grad():
+                if how == "optimizer":
+                    p += 0.3
+                elif how == "data":
+                    p.data.add_(0.3)  # leaves no trace in the version counter
+                elif p is mixer.A_log:
+                    mixer.A_log = nn.Parameter(p + 0.3)
+                else:
+                    p.data = p.data + 0.3
+                logits, _ = model(torch.tensor([[ord("x")]]), state)
+            after = native(b"x", state)[0]
+            assert (after - before).abs().max() > 1e-4
+            torch.testing.assert_close(after, torch.log_softmax(logits[0, -1], -1),
+                                       rtol=1e-5, atol=1e-5)  # fmt: skip
+    model.double()
+    with pytest.raises(UserError, match=r"float64 on cpu now"):
+        native(b"x", state)
+
+
+def test_what_it_does_not_do_goes_through_torch() -> None:
+    model = make(ODD)
+    assert supports(model)
+    assert not supports(make(replace(ODD, scan_form="chunked")))
+    assert not supports(make(replace(ODD, vocab_size=255)))
+    assert not supports(make(ODD).double())
+    assert not supports(nn.Sequential(model))
+    other = make(ODD)
+    nn.utils.parametrizations.weight_norm(other.layers[0].mixer.in_proj)
+    assert not supports(other)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not supports(model)
+    seen: list[int] = []
+    hook = model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    assert not supports(model)
+    ByteStream(model).feed(b"ab")
+    assert len(seen) == 2
+    hook.remove()
+    assert supports(model)
+    for name, value in (("window", 8), ("form", "chunked")):  # set on a part after it was made
+        changed = make(replace(ODD, layer_pattern="A" if name == "window" else "M"))
+        part = next(m for m in changed.modules() if hasattr(m, name))
+        setattr(part, name, value)
+        assert not supports(changed), name
+
+
+def test_defaults_of_torch_do_not_reach_the_c_code() -> None:
+    model = make(ODD)
+    expected, _ = step_by_step(model, DATA[:9])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found, _ = step_by_step(model, DATA[:9])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+def test_streams_and_text_profit_and_do_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(CONFIGS["hybrid"])
+    calls: list[int] = []
+    advance = native_model._library().advance
+
+    def counted(*words):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        return advance(*words)
+
+    library = native_model._library()._replace(advance=counted)
+    monkeypatch.setattr(native_model, "_library", lambda: library)
+    fast = "".join(generate(model, "naïve", 40, seed=5))
+    stream = ByteStream(model)
+    stream.feed(DATA)  # longer than what goes byte by byte
+    stream.feed(DATA[:7])
+    assert len(calls) >= 40
+    monkeypatch.setattr(native_model, "_library", lambda: None)
+    assert fast == "".join(generate(model, "naïve", 40, seed=5))
+    slow = ByteStream(model)
+    slow.feed(DATA + DATA[:7])
+    torch.testing.assert_close(stream.log_probs, slow.log_probs, rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_compiler_one_line_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_build, "load", lambda source: "no luck")
+    with pytest.warns(RuntimeWarning, match="streaming through torch, not in C: no luck"):
+        assert native_model._library.__wrapped__() is None
+
+
+def test_threads_and_a_fork() -> None:
+    model = make(CONFIGS["mamba_byte"])
+    wanted, _ = step_by_step(model, DATA)
+    native, got = NativeModel(model), {}
+
+    def run(i: int) -> None:
+        state, rows = None, []
+        for byte in DATA:
+            log_p, state = native(bytes([byte]), state)
+            rows.append(log_p)
+        got[i] = torch.stack(rows)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(got[i], wanted) for i in range(3))
+    child = os.fork()
+    if child == 0:
+        run(9)
+        os._exit(0 if torch.equal(got[9], wanted) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_byte_costs_the_same_after_many() -> None:
+    model = make(CONFIGS["smoke"])
+    native = NativeModel(model)
+
+    def fastest(state) -> float:  # type: ignore[no-untyped-def]
+        times = []
+        for _ in range(200):
+            start = time.perf_counter()
+            native(b"a", state)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    _, early = native(b"a", None)
+    late = early
+    for _ in range(3000):
+        _, late = native(b"a", late)
+    assert fastest(late) < 2 * fastest(early)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names an x86 processor")
+def test_code_for_processors_without_wide_vectors(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Vectors of 16 bytes and no fused multiply-add: the path that aarch64 takes as well."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native_build, "TUNING", (["-march=x86-64"],))
+    library = native_model._library.__wrapped__()
+    assert library is not None
+    assert library.advance is not native_model._library().advance
+    monkeypatch.setattr(native_model, "_library", lambda: library)
+    for name in ("odd", "hybrid", "full step size, MLP"):
+        test_equals_the_definition(name)
+
+
+SANITIZED = """
+#include "model.c"
+#include <stdio.h>
+static real *data(int64_t n, real lo) {
+  real *p = malloc((n ? n : 1) * sizeof *p);
+  for (int64_t i = 0; i < n; i++) p[i] = lo + (real)((i * 7919) % 101) / 101;
+  return p;
+}
+static void once(int64_t w, int64_t D, int64_t N, int64_t K, int64_t R, int64_t hidden,
+                 int64_t heads, int64_t kv, int64_t window, int64_t length, int64_t activation) {
+  const int64_t d = w / heads, V = 261;
+  model m = {.layers = 2, .width = w, .vocabulary = V, .norm_kind = NORM_LAYER, .hidden = hidden,
+    .activation = activation, .channels = D, .states = N, .taps = K, .rank = R, .heads = heads,
+    .kv_heads = kv, .head_width = d, .window = window, .normed_heads = 1, .turning = 1,
+    .norm_eps = 1e-5, .tiny_eps = 1e-7, .cap = 3, .rotary_base = 100, .embedding = data(V * w, -.5),
+    .norm = data(w, 0), .norm_bias = data(w, 0)};
+  m.head = m.embedding;
+  layer l = {.norm = data(w, 0), .norm_bias = data(w, 0), .in_proj = data(2 * D * w, -.5),
+    .conv = data(D * K, -.5), .conv_bias = data(D, 0), .x_proj = data((R + 2 * N) * D, -.5),
+    .dt_proj = data(D * (R ? R : D), -.5), .dt_bias = data(D, -.5), .A_log = data(D * N, 0),
+    .D = data(D, 0), .q_proj = data(w * w, -.5), .k_proj = data(kv * d * w, -.5),
+    .v_proj = data(kv * d * w, -.5), .mlp_norm = data(w, 0), .mlp_norm_bias = data(w, 0),
+    .mlp_up = data(hidden * w, -.5), .mlp_out = data(hidden * w, -.5)};
+  layer layers[2] = {l, l};
+  layers[0].out_proj = data(D * w, -.5);
+  layers[1].out_proj = data(w * w, -.5);
+  layers[1].kind = ATTENTION;
+  real *kept = malloc(2 * kept_size(&m) * sizeof *kept);
+  keep(&m, layers, kept);
+  unsigned char *bytes = malloc(length);
+  memset(bytes, 255, length);
+  call c = {length, 0, data(V, 0), kept};
+  memory s[2] = {{0}, {0}};
+  for (int round = 0; round < 3; round++) {
+    const int64_t rows = s[1].stored + length;
+    s[0].first_out = data((K - 1) * D, 0), s[0].second_out = data(D * N, 0);
+    s[1].first_out = data(kv * rows * d, 0), s[1].second_out = data(kv * rows * d, 0);
+    if (advance(&m, layers, s, &c, bytes)) abort();
+    s[0].first_in = s[0].first_out, s[0].second_in = s[0].second_out;
+    s[1].first_in = s[1].first_out, s[1].second_in = s[1].second_out;
+    s[1].stored = rows, s[1].k_stride = s[1].v_stride = rows * d;
+    c.position += length;
+  }
+  for (int64_t i = 0; i < V; i++) if (!(c.log_probs[i] <= 0)) abort();
+  layers[0].A_log[0] += 1;
+  if (advance(&m, layers, s, &c, bytes) != 2) abort();
+}
+int main(void) {
+  once(6, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0);
+  once(36, 72, 5, 3, 3, 61, 6, 2, 4, 5, 1);
+  once(64, 129, 16, 4, 0, 0, 2, 2, 100, 16, 2);
+  once(48, 33, 17, 2, 7, 19, 4, 1, 3, 2, 2);
+  puts("clean");
+}
+"""
+
+
+def test_sanitizers(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Odd shapes under gcc's or clang's checkers."""
+    run_sanitized(tmp_path, SANITIZED, native_model.SOURCE.parent, "address,undefined")

@@ -1,0 +1,314 @@
+"""The claims ledger: its rows, its arithmetic done again, its evidence and its shape."""
+
+from __future__ import annotations
+
+import ast
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from analysis.runs.folders import write_record
+from analysis.runs.staleness import source_files
+from analysis.studies.claims import compute as claims
+from analysis.studies.claims import evidence as evidence_module
+from analysis.studies.claims.checks.memory import PUBLISHED, full_tensor, kept
+from analysis.studies.claims.checks.published import first_run
+from analysis.studies.claims.evidence import Evidence, gather, load_records
+from analysis.studies.claims.figures import VERDICTS as DRAWN
+from analysis.studies.claims.figures import verdict_bars
+from analysis.studies.claims.lab import EXPERIMENTS, Lab, Settings
+from analysis.studies.claims.ledger import (
+    CHECKS,
+    CLAIMS,
+    DOCUMENTS,
+    KINDS,
+    OPEN,
+    VERDICTS,
+    Claim,
+    Finding,
+    load_ledger,
+)
+from mambabyte.config import PRESETS
+from mambabyte.config.files import write_json
+from mambabyte.errors import UserError
+from tests.helpers.claims_lab import BY_ID, CHEAP, LEDGER, TYPICAL, lab, run_of
+
+# --------------------------------------------------------------------------------- the rows
+
+
+def test_ledger_is_complete():
+    assert len(LEDGER.claims) >= 80
+    assert {c.document for c in LEDGER.claims} == set(DOCUMENTS)
+    assert {c.kind for c in LEDGER.claims} == set(KINDS)
+    assert len({c.claim for c in LEDGER.claims}) == len(LEDGER.claims)
+
+
+def test_every_check_exists_and_every_check_is_used():
+    assert {c.check for c in LEDGER.claims} == CHECKS.keys()
+
+
+def test_open_statements_say_what_would_decide():
+    for claim in LEDGER.claims:
+        if claim.check == "open-statement":
+            assert claim.note, claim.id
+
+
+@pytest.mark.parametrize(("row", "match"), [
+    ('id="a"\ndocument="first"\nwhere="x"\nclaim="y"\nkind="z"\ncheck="c"', "kind 'z'"),
+    ('id="a"\ndocument="third"\nwhere="x"\nclaim="y"\nkind="memory"\ncheck="c"', "document"),
+    ('id="a"\ndocument="first"\nwhere="x"\nkind="memory"\ncheck="c"', "claim is missing"),
+    ('id="a"\ndocument="first"\nwhere="x"\nclaim="y"\nkind="memory"\ncheck="c"\nverdict="holds"',
+     "unknown entries verdict"),
+    ('id="a"\ndocument="first"\nwhere="x"\nclaim="y"\nkind="memory"\ncheck="c"\nnumbers=["4"]',
+     "finite numbers"),
+])
+def test_bad_row_is_refused(tmp_path, row, match):
+    path = tmp_path / "claims.toml"
+    path.write_text(f"[[claim]]\n{row}\n")
+    with pytest.raises(UserError, match=match):
+        load_ledger(path)
+
+
+def test_doubled_id_is_refused(tmp_path):
+    row = '[[claim]]\nid="a"\ndocument="first"\nwhere="x"\nclaim="y"\nkind="memory"\ncheck="c"\n'
+    path = tmp_path / "claims.toml"
+    path.write_text(row * 2)
+    with pytest.raises(UserError, match="twice"):
+        load_ledger(path)
+
+
+def test_file_that_is_no_ledger_is_refused(tmp_path):
+    path = tmp_path / "claims.toml"
+    path.write_text("claims = 3")
+    with pytest.raises(UserError, match="not a ledger"):
+        load_ledger(path)
+
+
+def test_unknown_check_is_refused():
+    with pytest.raises(UserError, match="does not exist"):
+        claims.judge(replace(BY_ID["parameters"], check="nothing"), lab())
+
+
+def test_unknown_verdict_is_refused():
+    with pytest.raises(UserError, match="verdict"):
+        Finding("perhaps", None, "because")
+
+
+def test_digest_of_the_study_follows_the_ledger_and_its_checks():
+    followed = {path.name for path in source_files(["analysis.studies.claims.compute"])}
+    assert {CLAIMS, "arithmetic.py", "trainings.py", "ledger.py"} <= followed
+
+
+def test_no_verdict_is_returned_without_looking():
+    """A check whose every return is the same constant verdict would not be a check."""
+    allowed = {"open_statement", "leader_energy", "best_of_runs"}  # cannot be had
+    for module in claims.CHECK_MODULES:
+        for node in ast.parse(Path(module.__file__).read_text()).body:
+            if not (isinstance(node, ast.FunctionDef)
+                    and "check" in map(ast.unparse, node.decorator_list)):
+                continue
+            returned = [n.args[0] for n in ast.walk(node) if isinstance(n, ast.Call)
+                        and isinstance(n.func, ast.Name) and n.func.id == "Finding"]
+            constant = {a.id for a in returned if isinstance(a, ast.Name) and a.id.isupper()}
+            others = [a for a in returned if not (isinstance(a, ast.Name) and a.id.isupper())]
+            helper = any(isinstance(n, ast.Call) and ast.unparse(n.func) in ("_count",)
+                         for n in ast.walk(node))
+            assert others or helper or len(constant) > 1 or node.name in allowed, node.name
+
+
+# ---------------------------------------------------------------------------- judged as a whole
+
+
+def test_every_claim_gets_a_finding():
+    room = lab()
+    for claim in LEDGER.claims:
+        finding = claims.judge(claim, room)
+        assert finding.verdict in VERDICTS
+        assert finding.reason.strip().endswith((".", ")")), claim.id
+        assert finding.source
+        assert "nan" not in f"{finding.ours} {finding.reason}".split(), claim.id
+
+
+def test_missing_runs_are_named():
+    for claim in ("wall-clock", "overhead-2-4", "eval-cheap", "speed-not-quality", "floor-risk"):
+        finding = claims.judge(BY_ID[claim], lab())
+        assert finding.verdict == OPEN
+        assert "run study" in finding.reason
+        assert finding.source.startswith("study ")
+
+
+def test_typical_numbers_are_those_of_the_experiments():
+    """The experiments that take no time give the numbers that the other tests assume."""
+    torch.set_num_threads(1)
+    for name in CHEAP:
+        for quantity, value in EXPERIMENTS[name](Settings()).items():
+            typical = TYPICAL.get(f"{name}.{quantity}")
+            if typical is not None and abs(typical) > 1e-4:
+                assert value == pytest.approx(typical, rel=0.15), f"{name}.{quantity}"
+
+
+# ------------------------------------------------------------------ the arithmetic, done again
+
+
+def ours(claim: str) -> str:
+    return str(claims.judge(BY_ID[claim], lab()).ours)
+
+
+def test_counts_by_hand():
+    d, n, r, layers = 384, 16, 12, 4
+    block = 192 * 2 * d + d * 4 + d + d * (r + 2 * n) + r * d + d + d * n + d + d * 192 + 2 * 192
+    assert ours("parameters") == f"{256 * 192 + layers * block + 2 * 192:,}" == "1,057,152"
+    assert ours("tokens-64m") == f"{16 * 1024 * 4000 / 1e6:.1f} M" == "65.5 M"
+    assert ours("tokens-197m") == f"{64 * 2048 * 1500 / 1e6:.1f} M"
+    assert ours("product-7e13") == f"{16 * 1024 * 4000 * 1057152:.3g}"
+    assert ours("exp-26") == f"{math.exp(-26):.3g}"
+    assert ours("chunk-bound-26") == f"{32 * 0.1 * 16:.1f}"
+    assert ours("exp-inner-range") == f"[1, {math.exp(31 * 1.6):.3g}]"
+    assert ours("slower-ratio") == f"{37 / 0.7:.1f}"
+
+
+def test_attention_and_ssm_parameters_by_hand():
+    d, inner, n = 512, 1024, 16
+    attention = d * d + d * d + 2 * d * 256
+    ssm = (d * 2 * inner + inner * 4 + inner + inner * inner + inner + inner * n + inner
+           + 2 * inner * n + inner * d)
+    assert ours("fewer-parameters") == f"{ssm:,} against {attention:,}"
+
+
+def test_bytes_by_hand():
+    before, after = PRESETS["mamba_byte_original"].train, PRESETS["mamba_byte"].train
+    one = 64 * 2048 * 384 * 16 * 4
+    assert full_tensor(before) == one == 8 * full_tensor(after)
+    assert ours("product-64") == f"{5 * one * 4 / 1e9:.1f} GB"
+    # Five full tensors and delta u, in four layers, whatever autocast does.
+    scan = 4 * (5 * one + 64 * 2048 * 384 * 4)
+    assert kept(before, "fp32", "scan") == pytest.approx(scan, rel=0.02)
+    assert kept(before, "bf16", "scan") == pytest.approx(kept(before, "fp32", "scan"), rel=0.02)
+    assert PUBLISHED.scan_form == "document_chunked"
+
+
+def test_layers_by_hand():
+    assert "MMMAMMMAM" in ours("six-three")
+    assert ours("ssm-1-ratio") == f"{5 / 4:.2f}:1"
+
+
+# --------------------------------------------------------------------------------- the evidence
+
+
+def write_run(root: Path, name: str, study: str, date: str, values: dict, sources: str = "",
+              profile: str = "quick") -> None:
+    folder = root / name
+    folder.mkdir(parents=True)
+    write_record(folder, {
+        "study": study, "parameters": {}, "status": "done", "run_id": name, "sources": sources,
+        "profile": profile, "values": {k: {"value": v} for k, v in values.items()},
+        "provenance": {"date": date, "machine": {"cpu": "a CPU", "gpus": []}}})
+
+
+def test_gather_prefers_full_then_newest_and_drops_stale(tmp_path, monkeypatch):
+    write_run(tmp_path, "a", "made-up", "2026-01-01", {"x": 1.0})
+    write_run(tmp_path, "b", "made-up", "2026-02-01", {"x": 2.0})
+    write_run(tmp_path, "c", "made-up", "2025-01-01", {"x": 3.0}, profile="full")
+    write_run(tmp_path, "d", "throughput", "2026-01-01", {"x": 4.0}, sources="another digest")
+    write_run(tmp_path, "e", "claims", "2026-01-01", {"x": 5.0})
+    found = gather(tmp_path, tmp_path)
+    assert [r.run_id for r in found.runs] == ["c", "b", "a"]
+    assert found.stale == ("throughput",)
+    value = found.value("made-up", "missing", "x")
+    assert value is not None
+    assert (value.what, value.text) == (3.0, "c (a CPU)")
+    finding = claims.judge(BY_ID["eval-cheap"], lab(found))
+    assert "out of date" in finding.reason
+
+
+def test_unmeasured_value_is_no_evidence():
+    found = Evidence((run_of("ablation", {"drift_ssm": None}),))
+    assert found.value("ablation", "drift_ssm") is None
+
+
+def test_records_of_every_shape_are_read(tmp_path):
+    machine = {"machine": {"cpu": "a CPU", "gpus": [{"name": "a GPU"}]}}
+    write_json(tmp_path / "a.json", {
+        "format": 1, "study": "throughput", "parameters": {"device": "cuda"},
+        "values": {"x": {"value": "inf"}}, "provenance": machine,
+        "tables": [{"name": "t", "caption": "c", "columns": ["k"], "rows": [[1], [None]]}]})
+    write_json(tmp_path / "b.json", {
+        "study": "overflow", "parameters": {}, **machine, "tables": {"t": [{"k": 1}]}})
+    write_json(tmp_path / "c.json", [1, 2])
+    write_json(tmp_path / "d.json", {
+        "system": "ours", "runs": [{"system": "ours", "seconds": 1.0, "joules": 2.0}], **machine})
+    records = load_records(tmp_path)
+    assert [r.study for r in records] == ["throughput", "overflow", "task"]
+    found = Evidence((), tuple(records))
+    value = found.value("throughput", "x", accelerator=True)
+    assert value is not None
+    assert value.what == math.inf
+    assert value.text == "a (a GPU)"
+    assert found.table("overflow", "t", accelerator=True) is not None
+    whole = found.task("ours")
+    assert whole is not None
+    assert whole.what["joules"].tolist() == [2.0]
+    assert found.task("another") is None
+
+
+def test_broken_record_is_named(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(UserError, match=r"a\.json"):
+        load_records(tmp_path)
+
+
+# ------------------------------------------------------------------------------- the study's shape
+
+
+def test_laboratory_measures_once_and_refuses_unknown_names(monkeypatch):
+    calls = []
+    monkeypatch.setitem(EXPERIMENTS, "made_up", lambda settings: calls.append(1) or {"x": 1.0})
+    room = Lab()
+    assert room["made_up.x"] + room["made_up.x"] == 2.0
+    assert calls == [1]
+    with pytest.raises(UserError, match="quantity"):
+        room["made_up.y"]
+    with pytest.raises(UserError, match="experiment"):
+        room["nothing.x"]
+    with pytest.raises(UserError, match="fact"):
+        room.fact("nothing", "x")
+
+
+def test_claim_with_wrong_numbers_is_named():
+    claim = Claim("a", "first", "x", "y", "memory", "c", numbers=(1.0, 2.0, 3.0))
+    for attribute in ("number", "range"):
+        with pytest.raises(UserError, match="claim 'a'"):
+            getattr(claim, attribute)
+
+
+def test_parameters_are_checked():
+    with pytest.raises(UserError, match="initial_seeds"):
+        claims.Parameters(initial_seeds=0)
+    for steps in ((), (0, 5), (9, 5), (5, 5)):
+        with pytest.raises(UserError, match="tied_steps"):
+            claims.Parameters(tied_steps=steps)
+
+
+def test_run_counts_and_figure(tmp_path, monkeypatch):
+    """The whole study with given numbers: every row judged, counted and drawn."""
+    monkeypatch.setattr(claims, "Lab", lambda settings, evidence, facts, report: lab(evidence))
+    monkeypatch.setattr(evidence_module, "MEASUREMENTS", tmp_path)
+    found = claims.run(claims.Parameters(runs_root=str(tmp_path)))
+    assert len(found.ledger) == len(LEDGER.claims)
+    assert list(found.ledger)[:4] == ["claim", "verdict", "theirs", "ours"]  # seen unscrolled
+    assert found.counts["all"].sum() == len(LEDGER.claims)
+    assert set(VERDICTS) <= set(found.counts.columns)
+    assert set(DRAWN) == set(VERDICTS)
+    values = {name: value for name, (value, _, _) in claims.headline(found).items()}
+    assert sum(values[f"n_{n}"] for n in claims.NAMES.values()) == values["n_claims"]
+    assert values["n_claims_first"] + values["n_claims_second"] == values["n_claims"]
+    assert verdict_bars(found.counts).axes
+    assert found.tied["tied minus own, bits/byte"].tolist() == pytest.approx([0.46, 0.3])
+    assert values["first_run_lost"] is None  # not measured, where no such run is known
+    known = claims.headline(replace(found, first_run=first_run(lab(facts=LEDGER.facts))))
+    assert (known["first_run_lost"][0], known["first_run_finite"][0]) == (300.0, 200.0)
+    missing = found.ledger[found.ledger["source"] == "not measured"]["ours"]
+    assert any(v is None for v in missing)

@@ -1,0 +1,375 @@
+"""Where the forms overflow, how it shows, and that the studied forms fail as they should."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from analysis.measure import exponents
+from analysis.measure.scans import ANY_CHUNK, scan_of
+from analysis.runs.records import MEASUREMENTS, load_record
+from analysis.studies.overflow import compute as overflow
+from analysis.studies.overflow import error_map, error_tables, figures
+from analysis.theory import bounds
+from mambabyte.config import PRESETS, ModelConfig, TrainConfig
+from mambabyte.errors import UserError
+from mambabyte.ops.scan import repairs
+from mambabyte.ops.scan.dispatch import SCANS
+from mambabyte.ops.scan.recurrent import sequential_scan
+
+REPAIRS = [name for name, scan in SCANS.items()
+           if scan.__module__ == repairs.__name__]
+SMALL = overflow.Parameters(
+    forms=tuple(f for f in ANY_CHUNK if f not in ("sequential", "fused")), low_precision_forms=(),
+    precisions=("float32",), kinds=("constant",), chunks=(8, 32, 64),
+    decays=(0.02, 0.4, 1.6, 12.8), length=64)
+
+
+def inputs(decay: float, length: int) -> list[torch.Tensor]:
+    return error_map.inputs([decay], length, 2, 2, "constant", 0)
+
+
+def finite(form: str, decay: float, chunk: int, dtype: torch.dtype = torch.float32) -> bool:
+    tensors = [t.to(dtype) for t in inputs(decay, chunk)]
+    y, state = scan_of(form)(*tensors, chunk)
+    return bool(torch.isfinite(y).all() and torch.isfinite(state).all())
+
+
+@pytest.fixture(scope="module")
+def errors() -> pd.DataFrame:
+    return error_map.error_map(SMALL, lambda line: None)
+
+
+def test_every_repair_is_a_form() -> None:
+    written = {scan for name, scan in vars(repairs).items() if name.endswith("_scan")}
+    assert written == {SCANS[name] for name in REPAIRS}
+    assert len(written) == 7
+
+
+@pytest.mark.parametrize("name", REPAIRS)
+@pytest.mark.parametrize("chunk", [0, 1, 8, 64])
+def test_repairs_are_exact_where_nothing_is_repaired(name: str, chunk: int) -> None:
+    exact = inputs(0.02, 37)
+    found = error_map.results_of(scan_of(name), exact, chunk, 0)
+    reference = error_map.results_of(sequential_scan, exact, 0, 0)
+    tolerance = 1e-9 if name == "epsilon" else 1e-12
+    for key in reference:
+        assert error_map.relative_errors(found[key], reference[key]).max() < tolerance, key
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.8, 1.6, 5.0])
+@pytest.mark.parametrize("form", ["document_chunked", "corrected_cumsum", "centred"])
+def test_boundary_is_where_it_is_measured(form: str, decay: float) -> None:
+    bound = bounds.boundary(form, decay)
+    inside, outside = math.floor(bound * 0.94), math.ceil(bound * 1.04) + 1
+    assert finite(form, decay, inside)
+    assert not finite(form, decay, outside)
+
+
+def test_the_published_exponent_stops_one_step_short() -> None:
+    decay = 10.0  # 8 steps are 80 nats, 9 are 90
+    assert finite("corrected_cumsum", decay, 8)
+    assert not finite("corrected_cumsum", decay, 9)
+    assert finite("document_chunked", decay, 9)
+    assert not finite("document_chunked", decay, 10)
+
+
+def test_boundary_of_half_precision() -> None:
+    assert bounds.log_max("float16") == pytest.approx(11.09, abs=0.01)
+    assert bounds.log_max("bfloat16") == pytest.approx(88.72, abs=0.01)
+    assert not finite("corrected_cumsum", 1.6, 8, torch.float16)
+    assert finite("corrected_cumsum", 1.6, 6, torch.float16)
+
+
+def test_loud_and_silent_failures(errors: pd.DataFrame) -> None:
+    verdicts = error_tables.verdicts(errors).set_index("form")
+    for form in ("chunked", "segment_sum", "associative"):
+        assert verdicts.loc[form, ["loud", "silent"]].tolist() == [0, 0], form
+    for form in ("document_chunked", "corrected_cumsum", "centred"):
+        assert verdicts.loc[form, "loud"] > 0, form
+    for form in ("clamped", "epsilon"):
+        assert verdicts.loc[form, "loud"] == 0
+        assert verdicts.loc[form, "silent"] > 0
+    assert verdicts.loc["late_mask", "right value, gradient lost"] > 0
+
+
+def test_late_mask_has_the_value_of_pairwise_and_no_gradient() -> None:
+    tensors = [t.float() for t in inputs(3.0, 64)]
+    value, _ = scan_of("late_mask")(*tensors, 64)
+    same, _ = scan_of("pairwise")(*tensors, 64)
+    assert torch.equal(value, same)
+    lost = error_map.results_of(scan_of("late_mask"), tensors, 64, 0)
+    kept = error_map.results_of(scan_of("pairwise"), tensors, 64, 0)
+    assert lost["d delta"].isnan().any()
+    assert kept["d delta"].isfinite().all()
+
+
+def test_differences_of_sums_lose_the_gradient_of_a_strong_decay(errors: pd.DataFrame) -> None:
+    # Far inside the bound of pairwise, which has none, and of the corrected form at chunk 4.
+    exact = inputs(12.0, 4)
+    reference = error_map.results_of(sequential_scan, exact, 0, 0)
+    single = [t.float() for t in exact]
+
+    def error(form: str) -> float:
+        found = error_map.results_of(scan_of(form), single, 4, 0)
+        return float(error_map.relative_errors(found["d A"], reference["d A"]).max())
+
+    assert error("pairwise") > 1e-3
+    assert error("corrected_cumsum") > 1e-3
+    for form in ("segment_sum", "associative", "chunked"):
+        assert error(form) < 1e-5, form
+
+
+def test_the_published_form_is_another_recurrence(errors: pd.DataFrame) -> None:
+    cell = errors[(errors["form"] == "document_chunked") & (errors["chunk"] == 8)
+                  & (errors["decay"] == 0.4)].iloc[0]
+    assert cell["value error"] < 1e-5
+    assert cell["value error against the definition"] > 0.05
+
+
+def test_gradient_of_a_by_row_is_that_of_the_row_alone() -> None:
+    exact = error_map.inputs([0.1, 0.7], 12, 2, 3, "data-dependent", 3)
+    together = error_map.results_of(sequential_scan, exact, 0, 5)["d A"]
+    u, delta, A, B, C, state = exact
+    for i in range(2):
+        alone = error_map.results_of(
+            sequential_scan, [t[i : i + 1] for t in (u, delta)] + [A] + [
+                t[i : i + 1] for t in (B, C, state)], 0, 5)["d A"]
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+def test_share_past_bound() -> None:
+    assert bounds.share_past_bound(56) == 0
+    assert bounds.share_past_bound(57) > 0
+    g = torch.Generator().manual_seed(0)
+    dt = 1e-3 * 100 ** torch.rand(200_000, generator=g, dtype=torch.float64)
+    n = torch.arange(1, 17)
+    for length in (64, 256, 1024):
+        drawn = ((length - 1) * dt[:, None] * n > bounds.log_max()).double().mean()
+        assert bounds.share_past_bound(length) == pytest.approx(float(drawn), abs=2e-3)
+    assert bounds.share_past_bound(10**9) == 1
+
+
+def test_the_documents_lengths() -> None:
+    assert bounds.first_overflow(0.8) == 112  # the document: about 50
+    assert bounds.first_overflow(1.6) == 57
+
+
+def test_crossing_the_bound_loses_every_weight(text_file: object) -> None:
+    found = exponents.cross_the_bound(str(text_file), 0, (80.0, 120.0)).set_index(
+        ["form", "exponent of 32 steps"])
+    share = found["weights lost after the step, share"]
+    assert share["document_chunked", 80.0] == 0
+    assert share["document_chunked", 120.0] == 1
+    assert share["chunked", 120.0] == 0
+    assert found.loc[("document_chunked", 120.0), "with checks"].startswith("stops: step 1")
+    assert found.loc[("chunked", 120.0), "with checks"] == "goes on"
+
+
+def test_training_is_followed_and_stops_where_it_fails(text_file: object) -> None:
+    config = ModelConfig(d_model=16, n_layer=1, scan_form="corrected_cumsum", dt_min=0.2,
+                         dt_max=0.8)
+    train = TrainConfig(context=48, batch_size=2, n_steps=100, allow_study_form=True)
+    frame, ending = exponents.follow_training(config, train, str(text_file), 4, 2)
+    assert ending.startswith("step 1: loss nan")
+    assert frame["step"].tolist() == [0]
+    assert frame["largest exponent in 32 steps"].iloc[0] > bounds.log_max()
+    # Lost between two records: the lost batch is recorded by the stable form.
+    slow = replace(config, dt_min=0.15, dt_max=0.165, d_state=16)
+    frame, ending = exponents.follow_training(
+        slow, replace(train, lr=0.05, warmup_fraction=0.0), str(text_file), 60, 50)
+    assert ending.startswith("step ")
+    assert frame["step"].iloc[-1] == int(ending.split()[1].rstrip(":")) - 1
+    assert frame["largest exponent in 32 steps"].iloc[-1] > bounds.log_max()
+    assert math.isfinite(frame["loss, nats"].iloc[-1])
+    frame, ending = exponents.follow_training(
+        replace(config, scan_form="auto"), train, str(text_file), 4, 2)
+    assert ending == "trained 4 steps"
+    assert frame["step"].tolist() == [0, 2, 4]
+    assert exponents.extrapolate(frame, PRESETS["mamba_byte"].train)["layer"].tolist() == [0]
+
+
+def test_first_chunks_reads_the_map(errors: pd.DataFrame) -> None:
+    first = error_tables.first_chunks(errors)
+    assert set(first["kind"]) == {"constant"}
+    first = first.set_index(["form", "of", "first chunk with"])
+    assert first.loc[("corrected_cumsum", "value", "nan"), "1.6"] == "64"
+    assert first.loc[("corrected_cumsum", "value", "nan"), "0.02"] == "never"
+    assert first.loc[("corrected_cumsum", "all", "bound, steps"), "1.6"] == "55.5"
+    # Each gradient by itself: that of A is lost at the smallest chunk, that of C never silently.
+    assert first.loc[("pairwise", "gradient of A", "error > 0.01"), "12.8"] == "8"
+    assert ("pairwise", "gradient of C", "error > 0.01") not in first.index
+    assert ("chunked", "value", "nan") not in first.index
+
+
+def test_first_chunks_of_both_kinds_and_every_gradient() -> None:
+    p = replace(SMALL, forms=("corrected_cumsum",), kinds=error_map.KINDS, decays=(12.8,))
+    first = error_tables.first_chunks(error_map.error_map(p, lambda line: None))
+    lost = first[first["first chunk with"] == "nan"].set_index(["kind", "of"])["12.8"]
+    for kind in error_map.KINDS:  # the initial state is weighed by exp(cs) alone
+        assert set(lost[kind].index) == {"value", *(f"gradient of {n}" for n in (
+            "u", "delta", "A", "B", "C"))}
+        assert lost[kind].astype(int).min() >= 8
+
+
+def test_rounded_inputs_keep_float32_arithmetic() -> None:
+    p = replace(SMALL, forms=("sequential",), low_precision_forms=("sequential",),
+                precisions=("bf16 inputs", "fp16 inputs", "float16"), decays=(0.4,))
+    found = error_map.error_map(p, lambda line: None).set_index("precision")["value error"]
+    # 11 bits of a number against 8, and either sum in float32: the fp16 inputs are 2^-11 off.
+    assert 2 * found["fp16 inputs"] < found["bf16 inputs"] < 1e-2
+    assert 1e-5 < found["fp16 inputs"] < 1e-3
+    exact = inputs(0.4, 8)
+    rounded = error_map._rounded(exact, "fp16 inputs")
+    assert {t.dtype for t in rounded} == {torch.float32}
+    assert torch.equal(rounded[0], exact[0].half().float())
+
+
+def test_the_map_as_a_table_and_its_counts(errors: pd.DataFrame) -> None:
+    table = error_tables.errors_by_decay(errors).set_index(["form", "of", "chunk"])
+    cell = errors[(errors["form"] == "pairwise") & (errors["chunk"] == 8)
+                  & (errors["decay"] == 12.8)].iloc[0]
+    assert table.loc[("pairwise", "gradient", 8), "12.8"] == pytest.approx(
+        cell["gradient error"], rel=0.05)
+    assert math.isnan(table.loc[("corrected_cumsum", "value", 64), "12.8"])
+    assert len(table) == 2 * len(errors) / len(SMALL.decays)
+    counts = error_tables.outcome_counts(errors).set_index(["form", "of"])
+    assert (counts[list(error_tables.OUTCOMES)].sum(axis=1) == counts["cells"]).all()
+    assert counts.loc[("pairwise", "value"), "right"] == counts.loc[("pairwise", "value"), "cells"]
+    assert counts.loc[("pairwise", "gradient"), "silent"] > 0
+
+
+def test_maps_are_of_value_and_gradient_and_of_every_form() -> None:
+    p = replace(SMALL, low_precision_forms=("sequential", "pairwise"), kinds=error_map.KINDS,
+                forms=(*SMALL.forms, "sequential"), precisions=("float32", "bf16 inputs"))
+    found = error_tables.maps(error_map.error_map(p, lambda line: None))
+    assert set(found) == {"map", "map_data_dependent", "map_bf16_inputs"}
+    for cells in found.values():
+        drawn = figures.error_maps(cells, bounds.boundary)
+        titles = {axes.get_title(loc="left") for axes in drawn.axes if axes.get_visible()}
+        assert titles == {f"{form}\n{part}" for form in set(cells["form"])
+                          for part in ("value", "gradient")}
+    assert "associative" in set(found["map"]["form"])
+
+
+def test_cells_are_drawn_where_they_are() -> None:
+    cells = np.array([[1, 1, 0], [1, 1, 0], [0, 1, 1]], dtype=bool)
+    for some in (cells, cells.T, ~cells, np.ones_like(cells)):
+        drawn = np.zeros(some.shape, dtype=int)
+        for box in figures._boxes(some, np.arange(4.0), np.arange(4.0)):
+            (left, bottom), (right, top) = box.vertices.min(0), box.vertices.max(0)
+            drawn[int(bottom):int(top), int(left):int(right)] += 1
+        assert (drawn == some).all()
+
+
+def test_a_training_that_ended_early_has_a_panel_of_the_first_steps() -> None:
+    followed = pd.DataFrame([
+        {"form": form, "step": step, "layer": 0, "largest exponent in 32 steps": 50.0 + step / 4}
+        for form, steps in (("auto", 1000), ("corrected_cumsum", 150))
+        for step in range(0, steps + 1, 50)])
+    whole, early = figures.headroom_lines(followed, 88.7).axes
+    assert early.lines[0].get_xdata().max() == 250
+    # Named at its end only where it reaches the end.
+    named = {text.get_text() for text in whole.texts}
+    assert "stable (auto)" in named
+    assert "corrected_cumsum" not in named
+    assert len(figures.headroom_lines(followed[followed["form"] == "auto"], 88.7).axes) == 1
+
+
+def test_the_record_of_the_map_is_of_the_full_profile() -> None:
+    run = load_record(MEASUREMENTS / "cpu-overflow-map.json").run
+    full = overflow.PROFILES["full"]
+    for name in ("precisions", "kinds", "chunks", "decays", "low_precision_forms", "length"):
+        kept = run.parameters[name]
+        assert (tuple(kept) if isinstance(kept, list) else kept) == getattr(full, name), name
+    assert set(run.tables) == {"errors", "first", "verdicts"}
+    errors = run.tables["errors"].frame
+    assert set(errors["form"]) == set(full.forms)
+    assert set(errors["precision"]) == set(error_map.PRECISIONS)
+    # Every cell of the map is a number of the table.
+    cells = sum(run.tables["verdicts"].frame["cells"])
+    assert errors[[error_tables.column_of(d) for d in full.decays]].size == 2 * cells
+
+
+def test_less_than_half_a_schedule_is_not_carried_on() -> None:
+    recipe = replace(PRESETS["mamba_byte"].train, n_steps=4, warmup_fraction=0.0)
+
+    def ends(share: float) -> str:
+        total = sum(exponents.learning_rate(step, recipe) for step in range(4))
+        followed = pd.DataFrame({
+            "form": "auto", "layer": 0, "learning, sum of rates": [0.0, share * total],
+            "largest exponent in 32 steps": [50.0, 60.0]})
+        return str(exponents.extrapolate(followed, recipe)["at the end, by a line"].iloc[0])
+
+    assert ends(0.07) == exponents.TOO_SHORT
+    assert float(ends(0.5)) == pytest.approx(70.0, abs=0.1)
+
+
+def test_the_full_profile_uses_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(overflow.PROFILES) == {"quick", "full"}
+    full = overflow.PROFILES["full"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (overflow.settle(full).device, overflow.settle(full).d_model) == ("cpu", 64)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    settled = overflow.settle(full)
+    own = PRESETS["mamba_byte"]
+    assert (settled.device, settled.d_model, settled.n_layer, settled.batch, settled.context) == (
+        "cuda", own.model.d_model, own.model.n_layer, own.train.batch_size, own.train.context)
+    assert settled.trained_steps == (4000, 1200, 600)
+    # What was asked for stays.
+    assert overflow.settle(replace(full, batch=2, trained_steps=(5, 5, 5))).batch == 2
+    assert overflow.settle(replace(full, trained_steps=(5, 5, 5))).trained_steps == (5, 5, 5)
+    assert overflow.settle(overflow.PROFILES["quick"]) == overflow.PROFILES["quick"]
+
+
+def test_a_run_without_float32_has_no_count_of_its_cells(text_file: object) -> None:
+    p = overflow.Parameters(
+        forms=("corrected_cumsum",), low_precision_forms=("corrected_cumsum",),
+        precisions=("bfloat16",), kinds=("constant",), chunks=(4, 8), decays=(0.4,), length=8,
+        corpus=str(text_file), fraction_lengths=(4,), crossings=(60.0,),
+        trained_forms=("auto",), trained_steps=(1,))
+    values = overflow.headline(overflow.run(p, lambda line: None))
+    assert values["map_cells"][0] is None
+    assert values["clamped_loud"][0] is None
+    assert values["trained_steps"][0] == 1
+    assert values["stable_crossed"][0] is None
+    assert values["bfloat16_corrected_cumsum_cells"][0] == 2
+    assert values["bfloat16_sequential_silent"][0] is None
+    assert values["sound_forms"][0] == "none"
+
+
+def test_a_training_below_the_bound_never_crossed_it(text_file: object) -> None:
+    p = replace(SMALL, corpus=str(text_file), trained_forms=("auto",), trained_steps=(1,))
+    _, endings = overflow.follow_forms(p, lambda line: None)
+    assert endings[overflow.CROSSED].tolist() == ["never"]
+
+
+def test_what_is_said_of_the_inside_of_the_bound(errors: pd.DataFrame) -> None:
+    said = overflow._right_inside(errors)
+    assert said["sound_forms"][0] == "chunked, segment_sum, associative"
+    inside = error_tables.inside_bound(errors, overflow.TRICKS)
+    assert said["inside_cells"][0] == len(inside)
+    assert said["inside_wrong"][0] == 0
+    assert said["inside_wrong_from"][0] is None
+    spoiled = errors.copy()
+    edge = inside["of the bound"].idxmax()
+    spoiled.loc[edge, "value"] = "inf"
+    said_then = overflow._right_inside(spoiled)
+    assert said_then["inside_wrong"][0] == 1
+    assert said_then["inside_wrong_from"][0] == inside["of the bound"].max() < 1
+    assert said["inside_silent_from"][0] == 12.8
+
+
+def test_bad_input() -> None:
+    for bad in ({"forms": ("nothing",)}, {"precisions": ("fp8",)}, {"kinds": ("odd",)},
+                {"decays": (0.0,)}, {"chunks": (0,)}, {"device": "tpu"},
+                {"trained_forms": ("auto",), "trained_steps": (1, 2)}, {"forms": ()}, {"kinds": ()},
+                {"precisions": ()}, {"crossings": ()}, {"crossings": (0.0,)},
+                {"fraction_lengths": ()}, {"fraction_lengths": (0,)}, {"every": 0}):
+        with pytest.raises(UserError):
+            overflow.Parameters(**bad)

@@ -1,0 +1,138 @@
+"""Accuracy against energy: what is read from the records, and what is drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from analysis.runs.staleness import source_files
+from analysis.studies.task import compute as task
+from analysis.studies.task import figures
+from mambabyte.errors import UserError
+
+COLUMNS = ["system", "seed", task.ENERGY, "time (s)", task.VALID, task.HELD_OUT, "changed",
+           "failure"]
+
+
+def write_record(folder: Path, name: str, rows: list[list], trials: list[list] = (), idle=50.0,
+                 columns: list[str] = COLUMNS):
+    """A record of runs, with the table of means that the task's own records have."""
+    tables = [
+        {"name": "systems", "caption": "means", "columns": ["system", "runs", task.ENERGY],
+         "rows": [["ours", 3, 1.0]]},
+        {"name": "runs", "caption": "runs", "columns": columns, "rows": rows},
+        {"name": "trials", "caption": "trials",
+         "columns": ["trial", task.ENERGY, task.VALID, task.HELD_OUT, "configuration"],
+         "rows": list(trials)}]
+    (folder / "measurements").mkdir(exist_ok=True)
+    (folder / "measurements" / f"{name}.json").write_text(json.dumps({
+        "format": 1, "study": "task", "title": "t", "about": "a",
+        "parameters": {"idle_watts": idle}, "values": {}, "figures": [], "tables": tables,
+        "provenance": {"date": "2026-01-01", "commit": "c", "command": "x", "versions": {"a": "1"},
+                       "machine": {"gpus": [{"name": "Card"}]}}}))
+
+
+ROWS = [
+    ["ours", 0, 3000.0, 10.0, 0.71, 0.72, None, None],
+    ["ours", 1, 3200.0, 10.0, 0.73, 0.74, None, None],
+    ["ours", 2, None, None, None, None, None, "crashed: no card"],
+    ["nano_ssm_500", 0, 4000.0, 9.0, 0.64, 0.65, '{"train": {"n_steps": 500}}', None],
+    ["modded_nanogpt", 0, 15000.0, 30.0, 0.70, 0.71, None, None],
+]
+
+
+def test_runs_are_means_over_seeds_and_crashes_are_counted(tmp_path):
+    write_record(tmp_path, "h200-task", ROWS)
+    found = task.run(task.Parameters(), folder=tmp_path)
+    systems = found.systems.set_index("system")
+    assert list(systems.index) == ["ours", "nano_ssm_500", "modded_nanogpt"]
+    ours = systems.loc["ours"]
+    assert (ours["seeds"], ours["energy (J)"]) == (2, 3100.0)
+    assert ours[task.VALID] == pytest.approx(0.72)
+    assert (ours["lowest accuracy"], ours["highest accuracy"]) == (0.71, 0.73)
+    assert systems["on the front"].tolist() == [True, False, False]
+    assert systems["kind"].tolist() == ["SSM and attention", "SSM", "attention"]
+    assert systems["with n-gram"].tolist() == [True, False, False]
+    assert found.crashed["failure"].tolist() == ["crashed: no card"]
+    values = task.headline(found, task.Parameters())
+    assert values["crashed"][0] == 1
+    assert values["cheapest"][0] == "ours"
+    assert values["pure_ssm_accuracy"][0] == 0.64
+    assert found.idle_watts == (50.0,)
+    assert found.machines == ("Card",)
+
+
+def test_a_new_record_appears_by_its_name(tmp_path):
+    write_record(tmp_path, "h200-task", ROWS)
+    before = len(task.run(task.Parameters(), folder=tmp_path).points)
+    write_record(tmp_path, "h200-task-more", [["ngram", 0, 90.0, 2.0, 0.6, None, None, None],
+                                              ["later", 0, 95.0, 2.0, 0.5, None, None, None]])
+    write_record(tmp_path, "elsewhere", ROWS)
+    points = task.run(task.Parameters(), folder=tmp_path).points.set_index("system")
+    assert len(points) == before + 2
+    assert points.loc["ngram", "kind"] == "n-gram alone"
+    assert points.loc["later", "kind"] == "not known"
+
+
+def test_trials_say_their_own_mixers(tmp_path):
+    config = {"model": {"layer_pattern": "MAM"}, "ngram": None}
+    write_record(tmp_path, "h200-task", ROWS, [["a trial", 2000.0, None, 0.69, json.dumps(config)]])
+    found = task.run(task.Parameters(), folder=tmp_path)
+    trial = found.points[found.points["trial"]].iloc[0]
+    assert (trial["kind"], trial["with n-gram"]) == ("SSM and attention", False)
+    assert trial[task.VALID] is None
+    assert "a trial" not in set(found.systems["system"])
+
+
+def test_one_system_run_in_several_ways_is_several_systems(tmp_path):
+    changed = ["ours", 3, 2000.0, 5.0, 0.6, 0.6, '{"model": {"layer_pattern": "A"}}', None]
+    write_record(tmp_path, "h200-task", [*ROWS, changed])
+    systems = task.run(task.Parameters(), folder=tmp_path).systems.set_index("system")
+    assert systems.loc["ours", "seeds"] == 2
+    assert systems.loc["ours, layer_pattern A", "kind"] == "attention"
+
+
+def test_runs_of_other_lengths_are_not_seeds_of_one_another(tmp_path):
+    names = [*COLUMNS, "steps"]
+    rows = [[*row, 800] for row in ROWS[:2]] + [[*ROWS[0], 950], [*ROWS[4], 2150]]
+    write_record(tmp_path, "h200-task", rows, columns=names)
+    systems = task.run(task.Parameters(), folder=tmp_path).systems.set_index("system")
+    assert systems["seeds"].to_dict() == {
+        "ours, 950 steps": 1, "ours, 800 steps": 2, "modded_nanogpt": 1}
+    write_record(tmp_path, "h200-task-old", ROWS[1:2])  # does not say how many
+    names = task.run(task.Parameters(), folder=tmp_path).systems["system"]
+    assert set(names) == {"ours", "ours, 950 steps", "ours, 800 steps", "modded_nanogpt"}
+
+
+def test_a_run_that_the_clock_ended_is_a_seed_like_the_others(tmp_path):
+    rows = [[*ROWS[0], 800, 800], [*ROWS[1], 791, 800]]
+    write_record(tmp_path, "h200-task", rows, columns=[*COLUMNS, "steps", "of"])
+    systems = task.run(task.Parameters(), folder=tmp_path).systems.set_index("system")
+    assert systems["seeds"].to_dict() == {"ours": 2}
+
+
+def test_the_figure_shows_every_point_and_names_every_system(tmp_path):
+    rows = [*ROWS, ["mamba_byte", 0, 5000.0, 9.0, 0.25, 0.24, None, None]]
+    write_record(tmp_path, "h200-task", rows)
+    found = task.run(task.Parameters(), folder=tmp_path)
+    figure = figures.pareto(found.points, found.systems, 0.7)
+    left, right = figure.axes
+    names = {" ".join(text.get_text().split()) for text in left.texts}
+    assert {"ours", "nano_ssm_500", "modded_nanogpt", "mamba_byte: 0.25 (below)"} <= names
+    drawn = sum(line.get_marker() in {"o", "s", "D"} for line in right.lines)
+    assert drawn == found.points[task.HELD_OUT].notna().sum() == 5
+
+
+def test_no_record_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="no record of a run"):
+        task.run(task.Parameters(), folder=tmp_path)
+    for bad in ({"target": 1.5}, {"cap": 0.0}):
+        with pytest.raises(UserError):
+            task.Parameters(**bad)
+
+
+def test_the_records_are_among_the_sources():
+    names = {path.name for path in source_files(["analysis.studies.task.compute"])}
+    assert {"h200-task.json", "h200-task-trials.json", "h200-task-ssm.json"} <= names

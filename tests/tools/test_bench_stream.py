@@ -1,0 +1,47 @@
+"""The streaming bench: its rows, its values, and its command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from analysis.cli import main
+from analysis.measure.bench import stream as bench_stream
+from analysis.runs.records import load_record
+from mambabyte.config import PRESETS
+from mambabyte.model import ByteLM
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_stream, "SECONDS", 0.02)
+
+
+def test_rows_and_values() -> None:
+    lines: list[str] = []
+    model = ByteLM(PRESETS["smoke"].model).eval()
+    frame, values = bench_stream.run_bench(
+        model, "a text, naïvely. ".encode() * 5, [1, 3], [5, 9], 30, lines.append)
+    assert list(frame.columns) == list(bench_stream.COLUMNS)
+    assert list(zip(frame["way"], frame["streams"], frame["seen"], strict=True)) == [
+        (bench_stream.TORCH, 1, 1), (bench_stream.TORCH, 3, 1), (bench_stream.BYTE, 1, 5),
+        (bench_stream.DRAW, 1, 5), (bench_stream.BYTE, 1, 9), (bench_stream.DRAW, 1, 9)]
+    assert (frame["low"] <= frame["high"]).all()
+    expected = frame["streams"] / frame["microseconds"] * 1e6
+    assert frame["bytes_per_second"].to_list() == pytest.approx(expected.to_list())
+    assert set(values) == set(bench_stream.VALUES)
+    assert values["scoring_seconds"] > 0 < values["window_seconds"]
+    assert values["different_hits"] == 0
+    assert len(lines) == len(frame) + 2
+
+
+def test_the_command_writes_a_record(tmp_path, capsys) -> None:
+    record = tmp_path / "streaming.json"
+    arguments = ["bench", "stream", "--preset", "smoke", "--streams", "1", "--seen", "4",
+                 "--characters", "0", "--device", "cpu", "--json", "--record", str(record)]
+    assert main(arguments) == 0
+    assert len(json.loads(capsys.readouterr().out)["stream"]) == 3
+    assert len(load_record(record).run.tables["stream"].frame) == 3
+    assert main(["bench", "stream", "--streams", "0", "--device", "cpu"]) == 2
+    assert "must be 1 or more" in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""The parts of a training step: named right, and adding up to the step."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
+
+import pytest
+import torch
+
+from analysis.cli import main
+from analysis.measure.bench.steps import OTHER, part_of, use_published_mixers
+from mambabyte.config import get_preset
+from mambabyte.model import ByteLM
+from mambabyte.model.block import MambaMixer
+
+
+@pytest.mark.parametrize(("operator", "part"), [
+    ("mambabyte::selective_scan_backward", "scan"), ("_ConvBackward", "convolution"),
+    ("aten::mkldnn_convolution", "convolution"), ("aten::mm", "matrix products"),
+    ("aten::native_layer_norm_backward", "norms"), ("aten::_foreach_lerp_", "optimizer"),
+    ("Optimizer.step#AdamW.step", "optimizer"), ("aten::silu_backward", "activations"),
+    ("aten::_log_softmax", "loss"), ("aten::copy_", "copies"), ("aten::add", OTHER),
+    ("void tile_backward<true, true, 12, 1>(Problem, Upstream)", "scan"),
+    ("conv_sums(float const*)", "convolution"), ("nvjet_sm90_tst_64x64", "matrix products"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
+    ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "matrix products"),
+    ("void at::native::multi_tensor_apply_kernel<FusedOptimizer>", "optimizer"),
+    ("triton_per_fused__to_copy_native_layer_norm_0", "norms"),
+    ("triton_poi_fused_add_causal_conv_backward_view_6", "other compiled code")])
+def test_operators_belong_to_parts(operator: str, part: str) -> None:
+    assert part_of(operator) == part
+
+
+def test_the_parts_add_up_to_the_step(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "step", "--preset", "smoke", "--device", "cpu", "--patterns", "A",
+                 "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["system"] for row in found["steps"]] == ["M", "A"]
+    sizes = [row["parameters"] for row in found["steps"]]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.03)
+    for row in found["steps"]:
+        parts = {p["part"]: p["ms"] for p in found["parts"] if p["system"] == row["system"]}
+        assert {"matrix products", "optimizer", "norms"} <= set(parts)
+        assert ("scan" in parts, "attention" in parts) == (row["system"] == "M",
+                                                           row["system"] == "A")
+        assert min(parts.values()) > 0
+        assert sum(parts.values()) == pytest.approx(row["ms"])
+        assert row["low"] <= row["ms"] <= row["high"]
+
+
+def test_a_captured_step_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "step", "--preset", "smoke", "--device", "cpu", "--way", "graph"]) == 2
+    assert "captures CUDA graphs" in capsys.readouterr().err
+
+
+def test_a_peer_takes_the_place_of_the_mixers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+
+    class Mamba(torch.nn.Module):
+        """Stands for mamba-ssm's module: its constructor and its names of weights."""
+
+        def __init__(self, d_model: int, **sizes: int) -> None:
+            super().__init__()
+            config = replace(get_preset("smoke").model, d_model=d_model, **sizes)
+            self.own = MambaMixer(config)
+            built.append(self)
+
+        def load_state_dict(self, state, *args, **kwargs):
+            return self.own.load_state_dict(state)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.own(x, None)[0]
+
+    step = ["bench", "step", "--preset", "smoke", "--device", "cpu", "--n-layer", "3", "--json"]
+    assert main([*step, "--peers", "mamba_ssm"]) == 2
+    assert "mamba_ssm is not installed" in capsys.readouterr().err
+    assert main([*step, "--peers", "mambapy"]) == 2
+    assert "the peer mamba_ssm alone" in capsys.readouterr().err
+
+    module = types.ModuleType("mamba_ssm")
+    module.Mamba, module.__spec__ = Mamba, ModuleSpec("mamba_ssm", None)
+    monkeypatch.setitem(sys.modules, "mamba_ssm", module)
+    tokens = torch.arange(40).view(2, 20)
+    torch.manual_seed(0)
+    model = ByteLM(get_preset("smoke").model)
+    loss = model.loss(tokens)
+    use_published_mixers(model)
+    assert all(not isinstance(layer.mixer, MambaMixer) for layer in model.layers)
+    torch.testing.assert_close(model.loss(tokens), loss)
+
+    built.clear()
+    assert main([*step, "--peers", "mamba_ssm"]) == 0
+    rows = json.loads(capsys.readouterr().out)["steps"]
+    assert [row["system"] for row in rows] == ["M", "M by mamba-ssm"]
+    assert len(built) == 3

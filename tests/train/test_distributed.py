@@ -1,0 +1,154 @@
+"""Two processes make the step of one, and their checkpoints are those of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mambabyte.checkpoint import load_model
+from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.corpus import load_corpus
+from mambabyte.errors import UserError
+from mambabyte.model.distributed import World, current
+from mambabyte.train import train
+
+MODEL = ModelConfig(d_model=16, n_layer=2, layer_pattern="MA", d_state=4, n_head=2, n_kv_head=1)
+RECIPE = TrainConfig(context=32, batch_size=4, n_steps=4, checkpoint_every=2, log_every=2, lr=1e-2)
+
+SCRIPT = """
+import sys
+import torch
+from dataclasses import replace
+from pathlib import Path
+from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.corpus import load_corpus
+from mambabyte.model.distributed import joined
+from mambabyte.train import train
+torch.set_num_threads(1)
+with joined("cpu") as world:
+    assert world.size == 2
+    corpus = load_corpus(sys.argv[1])
+    out = Path(sys.argv[2])
+    for step, parallel in (("eager", "data"), ("graph", "data"), ("auto", "sharded")):
+        recipe = TrainConfig(**{recipe}, step=step, parallel=parallel)
+        run = out / (parallel if parallel == "sharded" else step)
+        train(ModelConfig(**{model}), recipe, corpus, run)
+    if world.first:
+        (run / "checkpoints/step_00000004").rename(run / "whole")
+    world.wait()
+    train(ModelConfig(**{model}), recipe, corpus, run, resume=True)
+
+    clocks = []
+    def schedule(step, config, elapsed_seconds):
+        clocks.append(elapsed_seconds)
+        return 1.0
+    module = sys.modules["mambabyte.train.loop"]
+    module.schedule, module._AGREE_EVERY = schedule, 2
+    recipe = replace(recipe, parallel="data", step="graph", time_aware=True)
+    train(ModelConfig(**{model}), recipe, corpus, out / "clock")
+    (out / f"clock{world.rank}").write_text(str(clocks))
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus_path(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("two hands make light work of many bytes. " * 400)
+    return path
+
+
+@pytest.fixture(scope="module")
+def two(corpus_path, tmp_path_factory) -> Path:
+    """A folder with the runs that two processes made."""
+    out = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    recipe = {k: v for k, v in asdict(RECIPE).items() if k not in ("step", "parallel")}
+    script = SCRIPT.replace("{recipe}", repr(recipe)).replace("{model}", repr(asdict(MODEL)))
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", script, str(corpus_path), str(out)],
+        env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-2000:]
+    return out
+
+
+@pytest.mark.parametrize("step", ["eager", "graph"])
+def test_two_processes_equal_one(two, corpus_path, tmp_path, step):
+    corpus = load_corpus(str(corpus_path))
+    train(MODEL, replace(RECIPE, step=step), corpus, tmp_path / "one")
+    one, other = load_model(tmp_path / "one").state_dict(), load_model(two / step).state_dict()
+    for name, value in one.items():
+        assert torch.allclose(value, other[name], atol=1e-5), name
+    losses = [(p / "metrics.jsonl").read_text().count("\n") for p in (tmp_path / "one", two / step)]
+    assert losses == [2, 2]  # written once, by the first process
+
+
+def test_two_processes_have_one_clock(two):
+    """A schedule by the clock would else give each process rates, and so weights, of its own."""
+    clocks = [json.loads((two / f"clock{rank}").read_text()) for rank in range(2)]
+    assert len(clocks[0]) == 4
+    assert clocks[0] == clocks[1]
+
+
+def test_a_sharded_run_is_the_run_of_one(two, corpus_path, tmp_path):
+    one = train(MODEL, RECIPE, load_corpus(str(corpus_path)), tmp_path / "one")
+    expected = load_model(tmp_path / "one").state_dict()
+    for folder in ("whole", "checkpoints/step_00000004"):  # at a stretch, and resumed at step 2
+        found = load_model(two / "sharded" / folder).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.allclose(found[k], expected[k], atol=1e-5) for k in expected), folder
+    record = json.loads((two / "sharded" / "result.json").read_text())
+    assert record["n_parameters"] == one["n_parameters"]
+    assert record["valid_bits_per_byte"] == pytest.approx(one["valid_bits_per_byte"], abs=1e-4)
+
+
+def test_what_cannot_be_sharded_is_refused():
+    with pytest.raises(UserError, match="whole matrices"):
+        replace(RECIPE, parallel="sharded", optimizer="muon")
+    with pytest.raises(UserError, match="cannot be sharded"):
+        replace(RECIPE, parallel="sharded", step="graph")
+
+
+@pytest.mark.parametrize(("name", "step"), [("eager", "eager"), ("sharded", "auto")])
+def test_a_run_of_two_is_resumed_by_one(two, corpus_path, name, step):
+    corpus = load_corpus(str(corpus_path))
+    run = two / name
+    (run / "checkpoints/step_00000004").rename(run / "two")
+    result = train(MODEL, replace(RECIPE, step=step), corpus, run, resume=True)
+    assert result["steps"] == 4
+    whole, resumed = load_model(run / "two").state_dict(), load_model(run).state_dict()
+    assert all(torch.allclose(whole[k], resumed[k], atol=1e-5) for k in whole)
+
+
+def test_shares_are_the_batch():
+    batch = torch.arange(6)[:, None]
+    parts = [World(rank, 3).share(batch) for rank in range(3)]
+    assert torch.equal(torch.cat(parts), batch)
+    assert torch.equal(World().share(batch), batch)
+    with pytest.raises(UserError, match="does not divide among 4"):
+        World(0, 4).share(batch)
+
+
+def test_alone_is_a_world_of_one():
+    world = current()
+    assert (world.rank, world.size) == (0, 1)
+    assert world.device("cuda") == "cuda"
+    assert World(1, 2, 1).device("cuda") == "cuda:1"
+    tensor = torch.ones(3)
+    world.average([tensor])
+    assert torch.equal(tensor, torch.ones(3))
+    assert world.agree(True)
+    assert not world.agree(False)

@@ -1,0 +1,138 @@
+"""The fast step computes what train_step computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.corpus import load_corpus, sample_windows
+from mambabyte.model import ByteLM
+from mambabyte.train import NonFiniteError, train, train_step
+from mambabyte.train.captured import FastStep, Windows, prepare, window_starts
+from mambabyte.train.optim import make_optimizer, schedule
+
+MODEL = ModelConfig(d_model=32, n_layer=2, layer_pattern="MA", d_state=4, n_head=2, n_kv_head=2,
+                    qk_norm=True, mlp_ratio=2.0)
+RECIPE = TrainConfig(context=48, batch_size=3, n_steps=8, lr=1e-2, warmup_fraction=0.25)
+TEXT = np.frombuffer(b"she sells sea shells by the sea shore, " * 60, np.uint8)
+
+
+def run_eager(config: TrainConfig, device: str) -> tuple[ByteLM, list[tuple[float, float]]]:
+    torch.manual_seed(0)
+    model = ByteLM(MODEL).to(device)
+    optimizer = make_optimizer(model, config)
+    seen = []
+    for step in range(config.n_steps):
+        tokens = sample_windows(TEXT, config.context, config.batch_size, config.seed, step)
+        seen.append(train_step(model, optimizer, tokens.to(device), config, step)[:2])
+    return model, seen
+
+
+def run_fast(
+    config: TrainConfig, device: str, compiled: bool = False
+) -> tuple[ByteLM, list[tuple[float, float]]]:
+    torch.manual_seed(0)
+    model = ByteLM(MODEL).to(device)
+    prepare(model, config, compiled)
+    windows = Windows(torch.from_numpy(TEXT.copy()).to(device), config.context)
+    step = FastStep(model, model.loss, make_optimizer(model, config, on_device=True), windows,
+                    window_starts(len(TEXT), config), config)
+    seen = []
+    for index in range(config.n_steps):
+        step(schedule(index, config))
+        loss, norm, bad = step.read()
+        assert bad is None
+        seen.append((loss, norm))
+    return model, seen
+
+
+def close(a: ByteLM, b: ByteLM, atol: float) -> bool:
+    return all(torch.allclose(p, q, atol=atol)
+               for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+# Muon rounds to bf16, which turns the last bit of a gradient into a visible difference.
+@pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-4), ("muon", 1e-2)])
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_equals_the_eager_step(optimizer, tolerance, clip):
+    config = replace(RECIPE, optimizer=optimizer, grad_clip=clip)
+    eager, expected = run_eager(config, "cpu")
+    fast, got = run_fast(config, "cpu")
+    assert got == [pytest.approx(e, rel=tolerance) for e in expected]
+    assert close(eager, fast, tolerance)
+    assert expected[-1][0] < expected[0][0]
+
+
+def test_windows_are_those_of_the_eager_step():
+    starts = window_starts(len(TEXT), RECIPE, first_step=2)
+    windows = Windows(torch.from_numpy(TEXT.copy()), RECIPE.context)
+    for row, step in zip(starts, range(2, RECIPE.n_steps), strict=True):
+        expected = sample_windows(TEXT, RECIPE.context, RECIPE.batch_size, RECIPE.seed, step)
+        assert torch.equal(windows(row)[0], expected)
+
+
+def test_a_loss_that_is_not_finite_is_remembered():
+    torch.manual_seed(0)
+    model = ByteLM(MODEL)
+    config = replace(RECIPE, n_steps=6)
+    step = FastStep(model, model.loss, make_optimizer(model, config, on_device=True),
+                    Windows(torch.from_numpy(TEXT.copy()), config.context),
+                    window_starts(len(TEXT), config), config, first_step=10)
+    step(0.1)
+    step(0.1)
+    assert step.read()[2] is None
+    with torch.no_grad():
+        model.norm_f.weight[0] = float("inf")
+    for _ in range(3):
+        step(0.1)
+    assert step.read()[2] == 12
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(bytes(TEXT) * 6)
+    return load_corpus(str(path))
+
+
+def test_training_is_the_same_with_either_step(corpus, tmp_path):
+    recipe = replace(RECIPE, checkpoint_every=3, log_every=4)
+    results = [train(MODEL, replace(recipe, step=step), corpus, tmp_path / step)
+               for step in ("eager", "graph")]
+    assert results[0]["valid_bits_per_byte"] == pytest.approx(
+        results[1]["valid_bits_per_byte"], rel=1e-4)
+
+
+def test_training_resumes_exactly_with_the_fast_step(corpus, tmp_path):
+    recipe = replace(RECIPE, checkpoint_every=4, step="graph")
+    whole = train(MODEL, recipe, corpus, tmp_path / "a")
+    train(MODEL, recipe, corpus, tmp_path / "b")
+    (tmp_path / "b/checkpoints/step_00000008").rename(tmp_path / "gone")
+    part = train(MODEL, recipe, corpus, tmp_path / "b", resume=True)
+    assert whole["valid_bits_per_byte"] == part["valid_bits_per_byte"]
+
+
+def test_divergence_is_found_and_no_bad_checkpoint_is_written(corpus, tmp_path):
+    recipe = replace(RECIPE, lr=1e30, grad_clip=0.0, warmup_fraction=0.0, checkpoint_every=6,
+                     log_every=100, step="graph")
+    with pytest.raises(NonFiniteError, match=r"step [2-6]: .* not finite"):
+        train(MODEL, recipe, corpus, tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoints/step_*"))
+
+
+# What dynamo asks of the embedding's output, it would not say outside of a test.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_captured_equals_eager(optimizer, compiled):
+    config = replace(RECIPE, optimizer=optimizer, precision="fp32", n_steps=12)
+    eager, expected = run_eager(config, "cuda")
+    fast, got = run_fast(config, "cuda", compiled)
+    assert got == [pytest.approx(e, rel=2e-2) for e in expected]
+    assert close(eager, fast, 2e-2)
