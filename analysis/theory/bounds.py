@@ -9,7 +9,8 @@ form                fails once                because
 ==================  ========================  =====================================
 document_chunked    (T - 1) x > F             exp(-cs_{T-1}) is inf
 corrected_cumsum    T x > F                   exp(-cs_T) is inf
-centred             T x > 2 F                 either half of the chunk as above
+centred             floor(T / 2) x > F        measured from step floor((T-1)/2), the later half is
+                                              the longer one at even T
 late_mask           (T - 1) x > F, backward   0 * inf in the gradient of the masked part
 clamped             T x > 80, silently        newest inputs weighted by exp(cs + 80)
 epsilon             T x > 23, silently (1 %)  newest inputs weighted by 1/(1 + 1e-12 exp(-cs))
@@ -36,8 +37,9 @@ def log_max(dtype: str = "float32") -> float:
 def boundary(form: str, decay: float, dtype: str = "float32") -> float:
     """The chunk length, in steps, above which ``form`` fails at a per-step log-decay -decay.
 
-    inf for a form without a bound. See the module's table; document_cumsum is document_chunked
-    with one chunk, the whole length.
+    inf for a form without a bound. Of the centred form, which fails by pairs of lengths, this is
+    the longer length of the last pair that works. See the module's table; document_cumsum is
+    document_chunked with one chunk, the whole length.
     """
     limit = log_max(dtype)
     steps = {
@@ -45,7 +47,7 @@ def boundary(form: str, decay: float, dtype: str = "float32") -> float:
         "document_cumsum": limit / decay + 1,
         "late_mask": limit / decay + 1,
         "corrected_cumsum": limit / decay,
-        "centred": 2 * limit / decay + 1,
+        "centred": 2 * math.floor(limit / decay) + 1,
         "clamped": min(CLAMP, limit - 1) / decay,
         "epsilon": math.log(SILENT / EPSILON) / decay,
     }

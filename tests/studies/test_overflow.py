@@ -79,6 +79,22 @@ def test_the_published_exponent_stops_one_step_short() -> None:
     assert not finite("document_chunked", decay, 10)
 
 
+@pytest.mark.parametrize(("chunk", "decay"), [(4, 44.36), (8, 22.18), (16, 11.09), (32, 5.545)])
+def test_the_centred_form_fails_by_its_longer_half(chunk: int, decay: float) -> None:
+    """Its exponents reach floor(T / 2) steps from the middle, not (T - 1) / 2."""
+    assert math.isclose(bounds.log_max() / (chunk // 2), decay, rel_tol=1e-3)
+    for times, works in ((0.99, True), (1.01, False)):
+        # Small steps and strong A: the inputs delta B u are below 1 and do not overflow first.
+        steps = torch.full((1, chunk, 1), 1e-2)
+        one = torch.ones_like(steps)
+        y, _ = scan_of("centred")(one, steps, torch.tensor([[-100 * times * decay]]), one, one,
+                                  torch.zeros(1, 1, 1), chunk)
+        assert bool(y.isfinite().all()) == works
+        assert (chunk <= bounds.boundary("centred", times * decay)) == works
+    # An odd chunk has equal halves: one step more than the even one below it is as safe.
+    assert bounds.boundary("centred", 0.99 * decay) == chunk + 1
+
+
 def test_boundary_of_half_precision() -> None:
     assert bounds.log_max("float16") == pytest.approx(11.09, abs=0.01)
     assert bounds.log_max("bfloat16") == pytest.approx(88.72, abs=0.01)
