@@ -8,6 +8,8 @@ What autograd keeps, read off the formulas (analysis.studies.memory.scans counts
 sequential        2 full tensors: exp(delta_t A) and h_t of every step.
 document_chunked  5: b, exp(log_decay - cs), exp(cs), the bracket it multiplies, h. log_decay is
                   a sixth while the forward pass of the layer lasts (sub and cumsum keep nothing).
+document_as_coded 6: delta x B too, which (delta x B) u needs for the gradient of u. It is the
+                  order of the published script; document_chunked has the cheaper (delta u) x B.
 document_cumsum   5, the same tensors in one chunk. corrected_cumsum 5, with exp(-cs).
 chunked           5 - 2/T: the decays, the inputs (kept whole by the view of their first step),
                   the local states, exp(cs), h; and 2/T of carries.
@@ -32,6 +34,7 @@ from mambabyte.ops import FORMS
 from mambabyte.ops.scan import cpu as native_scan
 
 FLOAT32 = 4  # bytes
+_CUMSUMS = ("document_chunked", "document_as_coded", "document_cumsum", "corrected_cumsum")
 # Full tensors that each repair of the trick keeps, in the words of mambabyte.ops.scan.repairs.
 _REPAIRS = {
     "clamped": ("inputs b", "-cs", "exp(-cs), clamped", "exp(cs)", "bracket", "states h"),
@@ -72,10 +75,12 @@ def scan_terms(
             ("initial state", batch * wide, FLOAT32),
             ("delta u", token, FLOAT32),
         ]
-    if form in ("document_chunked", "document_cumsum", "corrected_cumsum"):
+    if form in _CUMSUMS:
         exponential = "exp(-cs)" if form == "corrected_cumsum" else "exp(log_decay - cs)"
         names = ("inputs b", exponential, "exp(cs)", "bracket (cumsum + carry)", "states h")
-        return [(name, full, FLOAT32) for name in names] + [("delta u", token, FLOAT32)]
+        inputs = (("delta x B", full, FLOAT32) if form == "document_as_coded"
+                  else ("delta u", token, FLOAT32))
+        return [*((name, full, FLOAT32) for name in names), inputs]
     if form == "chunked":
         steps = min(chunk, length)
         pieces = -(-length // steps)
@@ -152,7 +157,7 @@ def scan_workspace(form: str, batch: int, length: int, channels: int, states: in
     instead of slices has gradients of the size of the chunk, joined once: no such excess.
     """
     full = batch * length * channels * states * FLOAT32
-    if form in ("document_chunked", "document_cumsum", "corrected_cumsum"):
+    if form in _CUMSUMS:
         c = full if form == "document_cumsum" else full * min(chunk, length) // length
         if form == "corrected_cumsum":
             return full + 2 * c, 2 * c

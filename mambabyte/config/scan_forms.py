@@ -30,6 +30,10 @@ FORMS: dict[str, Form] = {
         "chunked log-cumsum as published: decays each input by its own step; overflows too",
         chunk=32, study=True,
     ),
+    "document_as_coded": Form(
+        "the same in the order of the published script, (delta x B) u: keeps one tensor more",
+        chunk=32, study=True,
+    ),
     "document_cumsum": Form(
         "log-cumsum over the whole sequence as published: overflows after some 50 bytes",
         study=True,

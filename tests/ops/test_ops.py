@@ -217,7 +217,7 @@ def published_recurrence(u, delta, A, B, C, state):
     return torch.stack(ys, 1), state
 
 
-@pytest.mark.parametrize("form", ["document_chunked", "document_cumsum"])
+@pytest.mark.parametrize("form", ["document_chunked", "document_as_coded", "document_cumsum"])
 def test_published_formula_computes_another_recurrence(form):
     x = {k: v.double() for k, v in make_inputs(2, 40, 4, 3, low=-0.5).items()}
     args = [x[k] for k in ("u", "delta", "A", "B", "C")]

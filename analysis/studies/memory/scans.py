@@ -15,7 +15,7 @@ from analysis.measure.scans import runnable
 from analysis.runs.frames import not_measured
 from analysis.theory.scan_memory import FLOAT32, PER_CHANNEL, scan_terms, scan_workspace
 from mambabyte.ops import FORMS, selective_scan
-from mambabyte.ops.scan.cumsum import document_chunked_scan
+from mambabyte.ops.scan.dispatch import SCANS
 
 # Of the scans that are counted here. The C code keeps its states padded to 32 channels.
 CHANNELS, STATES, CHUNK = 32, 16, 32
@@ -75,12 +75,12 @@ def five_to_seven_frame(
         "moment", "closed form, full tensors", "measured, full tensors"]))
 
 
-def kept_without_concatenation(length: int = 256) -> float:
+def kept_without_concatenation(form: str = "document_chunked", length: int = 256) -> float:
     """Full tensors that the document's scan keeps when nothing is joined, relative to when it is.
     """
     inputs = _scan_inputs(length)
-    joined = _wide_bytes(lambda: _scan_loss("document_chunked", inputs))
-    return _wide_bytes(lambda: _loss_without_concatenation(inputs)) / joined
+    joined = _wide_bytes(lambda: _scan_loss(form, inputs))
+    return _wide_bytes(lambda: _loss_without_concatenation(form, inputs)) / joined
 
 
 def slices_frame(lengths: Sequence[int]) -> pd.DataFrame:
@@ -118,14 +118,14 @@ def _gradients(loss: Callable[[], Tensor], inputs: list[Tensor]) -> tuple[Tensor
     return torch.autograd.grad(loss(), inputs)
 
 
-def _loss_without_concatenation(inputs: list[Tensor]) -> Tensor:
+def _loss_without_concatenation(form: str, inputs: list[Tensor]) -> Tensor:
     """The document's chunked scan, each chunk's output summed at once: nothing is joined."""
     u, delta, A, B, C = inputs
     state = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
     total = u.new_zeros(())
     pieces = zip(*(t.split(CHUNK, 1) for t in (u, delta, B, C)), strict=True)
     for u_k, delta_k, B_k, C_k in pieces:
-        y, state = document_chunked_scan(u_k, delta_k, A, B_k, C_k, state, CHUNK)
+        y, state = SCANS[form](u_k, delta_k, A, B_k, C_k, state, CHUNK)
         total = total + y.sum()
     return total
 

@@ -36,14 +36,33 @@ from torch import Tensor
 def document_chunked_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """The chunked scan exactly as the document writes it, slices in a loop included.
+    """The chunked scan as the document writes it, slices in a loop included.
 
     Computes ``h_t = a_t (h_{t-1} + b_t)`` (see above). Shapes as in selective_scan.
     """
-    log_decay = delta.unsqueeze(-1) * A  # (B, L, D, N)
     b = (delta * u).unsqueeze(-1) * B.unsqueeze(2)  # (B, L, D, N)
+    return _published_chunks(b, delta, A, C, state, chunk)
+
+
+def document_as_coded_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """``document_chunked_scan`` with its inputs in the published script's order, (delta x B) u.
+
+    The same numbers up to rounding. But autograd keeps delta x B, a full (B, L, D, N) tensor, for
+    the gradient of u, where (delta u) x B keeps delta u, (B, L, D): six full tensors for five.
+    """
+    b = (delta.unsqueeze(-1) * B.unsqueeze(2)) * u.unsqueeze(-1)  # (B, L, D, N)
+    return _published_chunks(b, delta, A, C, state, chunk)
+
+
+def _published_chunks(
+    b: Tensor, delta: Tensor, A: Tensor, C: Tensor, state: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """(y, final state) of the published loop over chunks; ``b`` is (B, L, D, N)."""
+    log_decay = delta.unsqueeze(-1) * A  # (B, L, D, N)
     ys = []
-    for start in range(0, u.shape[1], chunk):
+    for start in range(0, b.shape[1], chunk):
         end = start + chunk
         cs = torch.cumsum(log_decay[:, start:end], dim=1)
         inner = b[:, start:end] * torch.exp(log_decay[:, start:end] - cs)

@@ -19,6 +19,7 @@ from mambabyte.ops.scan import operator
 from mambabyte.ops.scan.chunked import chunked_scan
 from mambabyte.ops.scan.cumsum import (
     corrected_chunked_cumsum_scan,
+    document_as_coded_scan,
     document_chunked_scan,
     document_cumsum_scan,
 )
@@ -41,6 +42,7 @@ SCANS: dict[str, Scan] = {
     "chunked": chunked_scan,
     "corrected_cumsum": corrected_chunked_cumsum_scan,
     "document_chunked": document_chunked_scan,
+    "document_as_coded": document_as_coded_scan,
     "document_cumsum": document_cumsum_scan,
     "clamped": clamped_cumsum_scan,
     "epsilon": epsilon_cumsum_scan,
