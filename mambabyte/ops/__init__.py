@@ -2,8 +2,10 @@
 
 from mambabyte.config.scan_forms import FORMS, Form
 from mambabyte.ops.compat import selective_scan_fn
+from mambabyte.ops.delta.dispatch import gated_delta_rule
 from mambabyte.ops.scan.dispatch import default_form, selective_scan
 from mambabyte.ops.scan.recurrent import selective_scan_step
+from mambabyte.ops.ssd.dispatch import ssd_scan
 
-__all__ = ["FORMS", "Form", "default_form", "selective_scan", "selective_scan_fn",
-           "selective_scan_step"]
+__all__ = ["FORMS", "Form", "default_form", "gated_delta_rule", "selective_scan",
+           "selective_scan_fn", "selective_scan_step", "ssd_scan"]

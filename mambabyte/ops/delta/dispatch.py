@@ -1,0 +1,79 @@
+"""The gated delta rule: one signature, several forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mambabyte.errors import UserError
+from mambabyte.ops.delta.chunked import chunked_delta
+from mambabyte.ops.delta.recurrent import recurrent_delta
+from mambabyte.ops.ssd.dispatch import check_shapes, wide_dtype
+
+CHUNK = 32  # fastest, or next to it, on a CPU
+FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "recurrent": recurrent_delta, "chunked": chunked_delta}
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    form: str = "auto",
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Delta rule with decay (arXiv:2412.06464; a gate a channel: arXiv:2510.26692, KDA).
+
+    With state S (K, V) for each head::
+
+        S'  = diag(exp(log_decay_t)) S_{t-1}
+        S_t = S' + beta_t k_t (v_t - S'^T k_t)^T
+        o_t = S_t^T q_t
+
+    Shapes: q, k (B, L, H, K); v (B, L, H, V); log_decay, not above 0, (B, L, H) for one gate a
+    head or (B, L, H, K) for one a key channel; beta (B, L, H); initial_state (B, H, K, V), zero
+    when None. Neither are q and k normalised nor q scaled here; the rule is stable for
+    ``beta |k|^2`` in [0, 2]. Returns o (B, L, H, V) in v's dtype and the state after the last step
+    (B, H, K, V) in float32 (float64 when any input is float64). Gradients flow to every input
+    and through both results.
+
+    ``form`` is "recurrent" (the definition), "chunked" or "auto"; ``chunk_size``, of the chunked
+    form, is rounded down to a power of two.
+
+    Raises UserError for shapes that do not agree, an unknown form, or a chunk size below 1.
+    """
+    if form not in ("auto", *FORMS):
+        raise UserError(f"delta rule form {form!r} is unknown: choose auto, {', '.join(FORMS)}")
+    if k.ndim != 4 or k.shape[1] < 1:
+        raise UserError(f"k has shape {tuple(k.shape)}: expected (batch, length >= 1, heads, "
+                        "key channels)")
+    if v.ndim != 4:
+        raise UserError(f"v has shape {tuple(v.shape)}: expected (batch, length, heads, value "
+                        "channels)")
+    batch, length, heads, keys = k.shape
+    gates = (batch, length, heads)
+    check_shapes(
+        q=(q, tuple(k.shape)), v=(v, (*gates, v.shape[3])), beta=(beta, gates),
+        log_decay=(log_decay, gates if log_decay.ndim == 3 else tuple(k.shape)),
+        initial_state=(initial_state, (batch, heads, keys, v.shape[3])))
+    if chunk_size is not None and chunk_size < 1:
+        raise UserError(f"chunk_size is {chunk_size}: it must be at least 1")
+    if form == "auto":
+        form = "recurrent" if length == 1 else "chunked"
+
+    # Autocast would take the products to bf16; the state accumulates in float32 or better.
+    with torch.autocast(v.device.type, enabled=False):
+        dtype = wide_dtype(q, k, v, log_decay, beta, initial_state)
+        gate = log_decay.to(dtype)
+        state = (v.new_zeros(batch, heads, keys, v.shape[3], dtype=dtype)
+                 if initial_state is None else initial_state.to(dtype))
+        o, state = FORMS[form](
+            q.to(dtype), k.to(dtype), v.to(dtype), gate if gate.ndim == 4 else gate[..., None],
+            beta.to(dtype), state, chunk_size or CHUNK)
+        return o.to(v.dtype), state

@@ -1,0 +1,97 @@
+"""SSD, the scan of Mamba-2: one signature, several forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambabyte.errors import UserError
+from mambabyte.ops.ssd.chunked import chunked_ssd
+from mambabyte.ops.ssd.recurrent import recurrent_ssd
+
+CHUNK = 32  # fastest, or next to it, on a CPU
+FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "recurrent": recurrent_ssd, "chunked": chunked_ssd}
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    form: str = "auto",
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scan of Mamba-2 (arXiv:2405.21060), a scalar decay a head, with state in and state out.
+
+    With ``dt = softplus(dt + dt_bias)`` (each part optional), for each head::
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T
+        y_t = h_t C_t + D x_t
+
+    Shapes: x (B, L, H, P), H heads of P channels; dt (B, L, H); A, D, dt_bias (H,), A not above
+    0; B, C (B, L, G, N), G a divisor of H, each group serving H / G heads one after another;
+    initial_state (B, H, P, N), zero when None. Returns y (B, L, H, P) in x's dtype and the state
+    after the last step (B, H, P, N) in float32 (float64 when any input is float64). Gradients
+    flow to every input and through both results.
+
+    ``form`` is "recurrent" (the definition), "chunked" or "auto"; ``chunk_size``, of the chunked
+    form, is rounded down to a power of two.
+
+    Raises UserError for shapes that do not agree, an unknown form, or a chunk size below 1.
+    """
+    if form not in ("auto", *FORMS):
+        raise UserError(f"SSD form {form!r} is unknown: choose auto, {', '.join(FORMS)}")
+    if x.ndim != 4 or x.shape[1] < 1:
+        raise UserError(f"x has shape {tuple(x.shape)}: expected (batch, length >= 1, heads, "
+                        "channels)")
+    batch, length, heads, channels = x.shape
+    if B.ndim != 4 or B.shape[2] < 1 or heads % B.shape[2]:
+        raise UserError(f"B has shape {tuple(B.shape)}: expected ({batch}, {length}, groups, "
+                        f"states) with groups a divisor of {heads} heads")
+    check_shapes(
+        dt=(dt, (batch, length, heads)), A=(A, (heads,)), D=(D, (heads,)),
+        dt_bias=(dt_bias, (heads,)), B=(B, (batch, length, *B.shape[2:])), C=(C, tuple(B.shape)),
+        initial_state=(initial_state, (batch, heads, channels, B.shape[3])))
+    if chunk_size is not None and chunk_size < 1:
+        raise UserError(f"chunk_size is {chunk_size}: it must be at least 1")
+    if form == "auto":
+        form = "recurrent" if length == 1 else "chunked"
+
+    # Autocast would take the products to bf16; the state accumulates in float32 or better.
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = wide_dtype(x, dt, A, B, C, initial_state)
+        u, step = x.to(dtype), dt.to(dtype)
+        if dt_bias is not None:
+            step = step + dt_bias.to(dtype)
+        if dt_softplus:
+            step = F.softplus(step)
+        state = (u.new_zeros(batch, heads, channels, B.shape[3]) if initial_state is None
+                 else initial_state.to(dtype))
+        y, state = FORMS[form](
+            u, step, A.to(dtype), B.to(dtype), C.to(dtype), state, chunk_size or CHUNK)
+        if D is not None:
+            y = y + D.to(dtype)[:, None] * u
+        return y.to(x.dtype), state
+
+
+def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What to compute in: float32, or float64 where any of the tensors is."""
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def check_shapes(**expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Raises UserError for the first tensor that has not the shape beside it; None is skipped."""
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise UserError(f"{name} has shape {tuple(tensor.shape)}: expected {shape}")

@@ -1,0 +1,73 @@
+"""Inputs of SSD and of the gated delta rule, hard ones too, and their results with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mambabyte.ops.delta.dispatch import gated_delta_rule
+from mambabyte.ops.ssd.dispatch import ssd_scan
+
+Inputs = dict[str, Tensor]
+OPERATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "ssd": ssd_scan, "gated delta": gated_delta_rule, "channel gates": gated_delta_rule}
+# Gates: log-decays a step, drawn evenly from between the two; "mixed" jumps between both ends.
+GATES = {"gentle": (-0.5, -1e-3), "one": (0.0, 0.0), "strong": (-90.0, -20.0), "zero": (-1e6, -1e6),
+         "mixed": (-1e6, -1e-6)}
+
+
+def make_inputs(
+    family: str, batch: int, length: int, heads: int = 3, keys: int = 8, values: int = 6,
+    groups: int = 1, gates: str = "gentle", repeated_keys: bool = False,
+    dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0,
+) -> Inputs:  # fmt: skip
+    """Keyword arguments of the operator: sequences in ``dtype``, the rest float32 or wider."""
+    g = torch.Generator(device=device).manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=g, device=device, dtype=torch.float64).to(dtype)
+
+    def even(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=g, device=device, dtype=torch.float64)
+
+    low, high = GATES[gates]
+    share = even(batch, length, heads, *([keys] if family == "channel gates" else []))
+    log_decay = low + (high - low) * (share.round() if gates == "mixed" else share)
+    state = normal(batch, heads, keys, values, dtype=wide)
+    if family == "ssd":
+        # The step size also scales what is written: kept near 1, and the rate takes the decay.
+        A = torch.linspace(min(low, -1e-6), min(high, -1e-6), heads, device=device)
+        dt = torch.zeros_like(share) if gates == "one" else 0.5 + share
+        return {
+            "x": normal(batch, length, heads, values), "dt": dt.to(dtype), "A": A.to(wide),
+            "B": normal(batch, length, groups, keys), "C": normal(batch, length, groups, keys),
+            "D": normal(heads, dtype=wide), "initial_state": state.mT.contiguous(),
+        }
+    q, k = (t / t.norm(dim=-1, keepdim=True) for t in (
+        normal(batch, length, heads, keys, dtype=torch.float64) for _ in range(2)))
+    beta = even(batch, length, heads)
+    if repeated_keys:  # one key, written over and over, at times beyond its mark
+        k, beta = k[:, :1].expand(k.shape), 1 + beta
+    return {"q": q.to(dtype), "k": k.to(dtype), "v": normal(batch, length, heads, values),
+            "log_decay": log_decay.to(wide), "beta": beta.to(dtype), "initial_state": state}
+
+
+def results(
+    family: str, inputs: Inputs, form: str, chunk_size: int | None = None
+) -> dict[str, Tensor]:
+    """y, final_state and the gradient of every input, for fixed random output gradients."""
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    y, state = OPERATORS[family](**leaves, form=form, chunk_size=chunk_size)
+    g = torch.Generator(device=y.device).manual_seed(1)
+    weights = [torch.randn(t.shape, generator=g, device=y.device).bfloat16().to(t.dtype)
+               for t in (y, state)]
+    gradients = torch.autograd.grad((y, state), list(leaves.values()), weights)
+    found = {"y": y.detach(), "final_state": state.detach()}
+    return found | {f"d{n}": grad for n, grad in zip(leaves, gradients, strict=True)}
+
+
+def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return {name: t.to(dtype) for name, t in inputs.items()}
