@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -20,6 +21,8 @@ from mambabyte.model import ByteLM, distributed
 
 _OTHER = ("the file is missing, truncated or damaged; use another checkpoint, or delete this one "
           "to resume from the one before")
+_NAME = re.compile(r"step_\d{8,}")
+_FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "progress.json")
 # what a resumed run needs of progress.json; "joules" may be null besides
 _PROGRESS = {"step": int, "seconds": int | float, "train": dict}
 
@@ -40,11 +43,21 @@ def find_checkpoint(path: Path) -> Path:
     """``path`` itself if it is a checkpoint, else the newest one in its checkpoints folder."""
     if (path / "model.safetensors").exists():
         return path
-    found = sorted((path / "checkpoints").glob("step_*"))
+    found = saved(path)
     if not found:
         raise UserError(f"{path} holds no checkpoint: expected model.safetensors, or a run folder "
                         "with checkpoints/step_*")
     return found[-1]
+
+
+def saved(run: Path) -> list[Path]:
+    """Complete checkpoints of a run folder, oldest first.
+
+    Only folders of our own naming with all of our files: neither what a kill left half removed nor
+    what a user put beside them, a copy named step_00000600.bak for one.
+    """
+    return sorted(p for p in (run / "checkpoints").glob("step_*")
+                  if _NAME.fullmatch(p.name) and all((p / name).is_file() for name in _FILES))
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -134,9 +147,12 @@ def load_training(
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints."""
-    for old in sorted(folder.glob("step_*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    """Delete all but the newest ``keep`` checkpoints in ``folder``, of those that ``saved`` knows.
+    """
+    for old in saved(folder.parent)[:-keep]:
+        aside = old.with_name(f".{old.name}.old.tmp")  # a kill in the middle leaves no half one
+        old.replace(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _load_object(path: Path) -> dict[str, Any]:

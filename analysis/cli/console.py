@@ -63,7 +63,7 @@ def training_note(p: train.Progress) -> str:
     """One line about a training step, in the units of the field."""
     parts = [f"step {p.step}/{p.n_steps}", f"loss {p.loss:.4f}", f"{p.bits_per_byte:.4f} bits/byte",
              f"{p.bytes_per_second / 1e3:.1f} kB/s", f"{p.seconds:.0f} s"]
-    if p.headroom is not None:
-        parts.append(f"headroom {p.headroom:.1f}")
+    if p.exponent is not None:
+        parts.append(f"exponent {p.exponent:.1f}")
     parts.append("energy not measured" if p.joules is None else f"{p.joules:.0f} J")
     return ", ".join(parts)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from analysis.theory.bounds import log_max, share_past_bound
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus, sample_windows
-from mambabyte.model import ByteLM, record_exponent_headroom
+from mambabyte.model import ByteLM, record_exponents
 from mambabyte.model.block import MambaMixer, inverse_softplus
 from mambabyte.train import NonFiniteError, autocast, train_step
-from mambabyte.train.optim import learning_rate, make_optimizer
+from mambabyte.train.optim import make_optimizer
+from mambabyte.train.schedule import learning_rate
 
 CHUNK = 32  # steps over which the exponents of a model are cumulated, as in the document
 COUNTED_WINDOWS, COUNTED_BYTES = 2, 128  # the text on which the untrained model is looked at
@@ -94,7 +95,7 @@ def initial_exponents(corpus_name: str, seed: int) -> dict[str, float]:
     model, tokens = _untrained(corpus_name, seed, COUNTED_BYTES, COUNTED_WINDOWS)
     found = {}
     for name, chunk in (("step", 1), ("chunk", CHUNK)):
-        with torch.no_grad(), record_exponent_headroom(model, chunk) as seen:
+        with torch.no_grad(), record_exponents(model, chunk) as seen:
             model(tokens)
         found[name] = max(seen.values())
     return found
@@ -124,7 +125,7 @@ def follow_training(
 
     def record(step: int, tokens: Tensor) -> None:
         with torch.no_grad(), autocast(tokens.device, train.precision), \
-                record_exponent_headroom(model, CHUNK) as seen:
+                record_exponents(model, CHUNK) as seen:
             loss = model.loss(tokens).item()
         rows.extend({"form": model_config.scan_form, "step": step, "layer": layer,
                      "largest exponent in 32 steps": value, "learning, sum of rates": learned,

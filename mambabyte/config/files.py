@@ -75,9 +75,13 @@ def whole_dir(path: Path) -> Iterator[Path]:
         with _writing(path):
             yield temporary
             temporary.chmod(0o777 & ~_umask())
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(temporary, path)
+            if path.exists():  # aside first: whole until the new one stands in its place
+                old = temporary.with_suffix(".old")
+                os.replace(path, old)
+                os.replace(temporary, path)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -30,7 +30,7 @@ class TrainConfig:
     # The schedule ends at n_steps or at max_seconds, whichever comes first, at a rate of 0.
     time_aware: bool = False
     # Warm-up of context and batch size, by doublings from these over that share of the steps; 0
-    # starts at the full size. See mambabyte.train.growth.
+    # starts at the full size. See mambabyte.train.schedule.
     first_context: int = 0
     first_batch_size: int = 0
     growth_fraction: float = 0.3

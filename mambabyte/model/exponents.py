@@ -13,7 +13,7 @@ from mambabyte.model.block import MambaMixer
 
 
 @contextmanager
-def record_exponent_headroom(model: nn.Module, chunk: int = 32) -> Iterator[dict[int, float]]:
+def record_exponents(model: nn.Module, chunk: int = 32) -> Iterator[dict[int, float]]:
     """Record ``max |log-decay cumulated over a chunk|`` of each SSM layer while it runs.
 
     Yields a dict, layer index -> maximum so far over batch, chunks, channels and states. This is

@@ -11,14 +11,14 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mambabyte.config import ModelConfig, TrainConfig, get_preset
+from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.energy import EnergyMeter
 from mambabyte.errors import UserError
 from mambabyte.evaluate import TASK_CHARACTERS, byte_log_probs, score
@@ -26,42 +26,19 @@ from mambabyte.model import ByteLM, head_loss, without_state
 from mambabyte.stream import ByteModel
 from mambabyte.task.guide import Guide, GuidedLM, GuidedWindows
 from mambabyte.task.mixture import Mixture, NgramLM, best_weight
-from mambabyte.task.ngram import DISCOUNT, count
-from mambabyte.train import NonFiniteError
-from mambabyte.train.captured import FastStep, Windows, prepare, window_starts
-from mambabyte.train.optim import make_optimizer, schedule
+from mambabyte.task.ngram import count
+from mambabyte.task.systems import Ngram, System
+from mambabyte.train import NonFiniteError, Step, optimise
+from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
+from mambabyte.train.optim import make_optimizer
+from mambabyte.train.schedule import schedule
 from mambabyte.train.smoke import is_smoke, smoke_configs
 
 CAP_SECONDS = 300.0
 IDLE_WATTS = 50.0  # what the published figures subtract
-HELD_OUT_BYTES = 200_000  # end of the training text, for choices; then trained on by nobody
+HELD_OUT_BYTES = 200_000  # end of the training text: kept for choices, no network trains on it
 _LOG_EVERY = 50
 _TELL_SECONDS = 2.0
-
-
-@dataclass(frozen=True)
-class Ngram:
-    """How a system uses an n-gram model."""
-
-    order: int = 12
-    discount: float = DISCOUNT
-    continuation: bool = True
-    weight: float | None = None  # None: chosen on held-out training text
-    # A guide of training, instead of mixed in afterwards: this share of the training text is
-    # counted to guide training on the rest. 0: no guide.
-    guide_share: float = 0.0
-    recount: bool = True  # all of the training text, once training is over; else keep the guide
-
-
-@dataclass(frozen=True)
-class System:
-    """A recipe: a network, an n-gram model, or both."""
-
-    about: str
-    model: ModelConfig | None
-    train: TrainConfig = field(default_factory=TrainConfig)
-    ngram: Ngram | None = None
-    allow_study_form: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,55 +51,6 @@ class Fit:
     n_parameters: int  # of the network
     ngram_bytes: int  # memory of the tables
     notes: dict[str, Any]
-
-
-def _preset(name: str, ngram: Ngram | None = None, about: str = "", **train: Any) -> System:
-    preset = get_preset(name)
-    fast = replace(preset.train, time_aware=True, max_seconds=290.0, step="compile",
-                   precision="bf16_residual" if preset.model.norm == "rms_plain" else "auto")
-    return System(about or preset.about, preset.model, replace(fast, **train), ngram)
-
-
-def _as_written() -> System:
-    system = _preset("mamba_byte", about="mamba_byte with the scan exactly as the document has it")
-    assert system.model is not None
-    return replace(system, model=replace(system.model, scan_form="document_chunked"),
-                   train=replace(system.train, step="eager"), allow_study_form=True)
-
-
-def _guided(about: str, n_steps: int, **model: Any) -> System:
-    """The network of nano_plus_ngram, trained on what an n-gram model leaves open."""
-    nano = get_preset("nano_plus_ngram").model
-    ngram = Ngram(order=12, discount=0.7, guide_share=0.6)
-    return replace(_preset("nano_plus_ngram", ngram, about, n_steps=n_steps),
-                   model=replace(nano, **model))
-
-
-SYSTEMS: dict[str, System] = {
-    "mamba_byte": _preset("mamba_byte"),
-    "mamba_byte_as_written": _as_written(),
-    "modded_nanogpt": _preset("modded_nanogpt"),
-    "modded_nanogpt_500": _preset("modded_nanogpt", about="modded_nanogpt, 500 steps", n_steps=500),
-    "nano_plus_ngram": _preset("nano_plus_ngram", Ngram(weight=0.5)),
-    "nano_plus_ngram_chosen": _preset(
-        "nano_plus_ngram", Ngram(order=14, discount=0.85),
-        "nano_plus_ngram, order, discount and weight chosen on held-out training text"),
-    "hybrid_3_1": _preset("hybrid_3_1", n_steps=2000, lr=1e-3),
-    "ssm_1_1": _preset("ssm_1", n_steps=2000, lr=1e-3),
-    "nano_ssm": _preset("nano_ssm"),
-    "nano_ssm_3_1": _preset("nano_ssm_3_1"),
-    "nano_ssm_1_1": _preset("nano_ssm_1_1"),
-    "ngram": System("interpolated Kneser-Ney of order 12 alone", None, ngram=Ngram(weight=1.0)),
-    "ours": _guided("SSM and attention 1:1, d 256, 4 layers, guided by an n-gram in training",
-                    n_steps=950, layer_pattern="MA"),
-    "ours_attention": _guided("ours with attention alone", n_steps=700),
-}
-
-
-def get_system(name: str) -> System:
-    if name not in SYSTEMS:
-        raise UserError(f"system {name!r} is unknown: choose one of {', '.join(SYSTEMS)}")
-    return SYSTEMS[name]
 
 
 Report = Callable[[str], None]
@@ -223,43 +151,58 @@ def fit(
     on_cuda = network.device.type == "cuda"
     prepare(network, recipe, compiled=recipe.step == "compile" and on_cuda)
     optimizer = make_optimizer(model, recipe, on_device=True)
-    step = FastStep(model, model.loss, optimizer, windows,
+    step = CapturedStep(model, model.loss, optimizer, windows,
                     window_starts(len(windows.text), recipe), recipe,
                     capture=on_cuda and recipe.step != "eager")
     model.train()
-    losses, done, first_log, told = [], 0, 0.0, 0.0
-    for done in range(1, recipe.n_steps + 1):
-        elapsed = time.perf_counter() - began
-        if recipe.max_seconds and elapsed >= recipe.max_seconds:
-            done -= 1
-            break
-        if elapsed >= told + _TELL_SECONDS:
-            told = elapsed
-            report(f"step {done} of {recipe.n_steps}, {elapsed:.0f} s"
-                   + (f" of at most {recipe.max_seconds:.0f}" if recipe.max_seconds else ""))
-        step(schedule(done - 1, recipe, elapsed))
-        # The host may run ahead of the device by a whole run: look at it now and then.
-        if done % _LOG_EVERY == 0:
-            losses.append(_look(step))
-            if not first_log:
-                first_log, first_done = time.perf_counter(), done
+    log = _Log(step, recipe, began, report)
+    done = optimise(step, lambda number: schedule(number, recipe, log.elapsed), recipe.n_steps,
+                    stop=log.stop, after=log.after).steps
     if done % _LOG_EVERY:  # also where the clock ended the run: what was queued is done now
-        losses.append(_look(step))
-    notes: dict[str, Any] = {"losses_nats": losses}
-    if done > _LOG_EVERY:
-        notes["ms_per_step"] = 1e3 * (time.perf_counter() - first_log) / (done - first_done)
-        notes["seconds_to_first_log"] = first_log - began
+        log.look(done)
     del step, optimizer
     network.run_layer, network.run_head = without_state, head_loss
-    return done, notes
+    return done, log.notes(done)
 
 
-def _look(step: FastStep) -> float:
-    """The last loss; waits for the device. NonFiniteError if any before was not finite."""
-    loss, _, bad = step.read()
-    if bad is not None:
-        raise NonFiniteError(f"step {bad + 1}: the loss or the gradient norm is not finite")
-    return round(loss, 4)
+class _Log:
+    """The clock of a fit, and the losses that are looked at on the way."""
+
+    def __init__(self, step: Step, recipe: TrainConfig, began: float, report: Report) -> None:
+        self.step, self.recipe, self.began, self.report = step, recipe, began, report
+        self.losses: list[float] = []
+        self.elapsed = self._told = 0.0
+        self._first: tuple[int, float] | None = None  # step and time of the first look
+
+    def stop(self, done: int) -> str | None:
+        cap = self.recipe.max_seconds
+        self.elapsed = time.perf_counter() - self.began
+        if cap and self.elapsed >= cap:
+            return "max_seconds"
+        if self.elapsed >= self._told + _TELL_SECONDS:
+            self._told = self.elapsed
+            self.report(f"step {done + 1} of {self.recipe.n_steps}, {self.elapsed:.0f} s"
+                        + (f" of at most {cap:.0f}" if cap else ""))
+        return None
+
+    def after(self, done: int) -> None:
+        # The host may run ahead of the device by a whole run: look at it now and then.
+        if done % _LOG_EVERY == 0:
+            self.look(done)
+
+    def look(self, done: int) -> None:
+        """Keep the last loss; waits for the device. NonFiniteError if one was not finite."""
+        self.losses.append(round(self.step.read().loss, 4))
+        if self._first is None:
+            self._first = done, time.perf_counter()
+
+    def notes(self, done: int) -> dict[str, Any]:
+        found: dict[str, Any] = {"losses_nats": self.losses}
+        if self._first is not None and done > self._first[0]:
+            first, at = self._first
+            found["ms_per_step"] = 1e3 * (time.perf_counter() - at) / (done - first)
+            found["seconds_to_first_log"] = at - self.began
+        return found
 
 
 def _weight_on(model: ByteModel, counted: NgramLM, held: bytes) -> float:
@@ -290,7 +233,7 @@ def run_task(
         if on_cuda:
             torch.cuda.synchronize()
     except NonFiniteError as error:  # a result too: it is what the document's scan comes to
-        fitted, failure = None, str(error)
+        fitted, failure = None, str(error).split(". ")[0]
     energy = meter.read()
     row: dict[str, Any] = {
         "about": system.about, "seed": seed, "device": device, "joules": energy.joules,

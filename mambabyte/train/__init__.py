@@ -1,6 +1,10 @@
-"""Training: the loop and what it is made of."""
+"""Training: the loop, and the steps, schedules and run folders that it works with."""
 
-from mambabyte.train.loop import NonFiniteError, Progress, train, train_step
+from mambabyte.train.loop import Ended, optimise
+from mambabyte.train.metrics import Progress, read_metrics
 from mambabyte.train.precision import autocast
+from mambabyte.train.run import train
+from mambabyte.train.step import EagerStep, NonFiniteError, Reading, Step, text_batches, train_step
 
-__all__ = ["NonFiniteError", "Progress", "autocast", "train", "train_step"]
+__all__ = ["EagerStep", "Ended", "NonFiniteError", "Progress", "Reading", "Step", "autocast",
+           "optimise", "read_metrics", "text_batches", "train", "train_step"]

@@ -1,6 +1,6 @@
 """A training step without gaps between launches: text on the device, the whole step one CUDA graph.
 
-``train.train_step`` is the definition: this computes the same, from the same windows of the text.
+``step.EagerStep`` is the definition: this computes the same, from the same windows of the text.
 What differs is where things are. The text is a tensor on the device; the starts of all windows of
 the run are drawn beforehand, from the same stream of random numbers, and an index on the device
 says which step it is; the learning rate is a tensor; clipping does not look at its norm; a loss
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from mambabyte.config import TrainConfig
 from mambabyte.corpus import sample_starts
-from mambabyte.model import ByteLM, distributed, head_loss, without_state
+from mambabyte.model import ByteLM, distributed, head_loss, record_exponents, without_state
 from mambabyte.model.block import AttentionMixer
 from mambabyte.train.optim import set_rates
 from mambabyte.train.precision import autocast
+from mambabyte.train.step import Loss, NonFiniteError, Reading, scan_form_in_use
 
 WARM_UP = 3  # steps run one by one before the capture: they create the optimizer's state
-Loss = Callable[..., Tensor]
 
 
 def window_starts(length: int, config: TrainConfig, first_step: int = 0) -> Tensor:
@@ -54,10 +54,11 @@ class Windows:
         return starts[:, None] + self._offsets
 
 
-class FastStep:
+class CapturedStep:
     """Calls ``loss(*windows(starts))`` and the optimizer, step after step from ``first_step``.
 
-    The optimizer must have been made with ``on_device=True``.
+    starts (steps, batch_size) int64, of every step to come. The optimizer must have been made with
+    ``on_device=True``. ``capture`` is by default whether the model is on a GPU.
     """
 
     def __init__(
@@ -77,9 +78,11 @@ class FastStep:
         self._bad = torch.full((1,), -1, dtype=torch.int64, device=self.device)
         self._capture = self.device.type == "cuda" if capture is None else capture
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._measure = False
 
-    def __call__(self, share: float) -> None:
+    def __call__(self, share: float, measure: bool = False) -> None:
         """One step at this share of the peak learning rates. Does not wait for the device."""
+        self._measure = measure
         set_rates(self.optimizer, share)
         if not self._capture:
             self.optimizer.zero_grad(set_to_none=True)
@@ -97,16 +100,29 @@ class FastStep:
             self._graph.replay()
         self._done += 1
 
-    def read(self) -> tuple[float, float, int | None]:
-        """Loss in nats and gradient norm of the last step, and the first step (from 0) since the
-        beginning at which either was not finite, if any. Waits for the device."""
+    def read(self) -> Reading:
+        """Loss and gradient norm of the last step. Waits for the device.
+
+        The exponents, where they were asked for, are those of its windows and the new weights.
+        NonFiniteError for the first step since the beginning at which either was not finite.
+        """
         loss, norm, bad = torch.stack([
             self._loss, self._norm, self._bad[0].to(self._loss.dtype)]).tolist()
-        return loss, norm, None if bad < 0 else self._first_step + int(bad)
-
-    def tokens(self) -> Tensor:
-        """The windows of the last step, (batch_size, context + 1)."""
-        return self.windows(self._starts[self._done - 1])[0]
+        if bad >= 0:
+            step = self._first_step + int(bad)
+            raise NonFiniteError(
+                f"step {step + 1}: the loss or the gradient norm is not finite. It was seen at a "
+                "later step, since the step does not wait for the device. Checkpoints written "
+                f"before it are good. {scan_form_in_use(self.model)}lower lr, or find the layer "
+                "with --train.step eager", step)
+        exponents: dict[int, float] = {}
+        measure, self._measure = self._measure, False
+        if measure:
+            with autocast(self.device, self.config.precision), torch.no_grad(), \
+                    record_exponents(self.model) as exponents:
+                # not by the loss, whose compiled layers have no place to look into
+                self.model(self.windows(self._starts[self._done - 1])[0][:, :-1])
+        return Reading(loss, norm, max(exponents.values(), default=None))
 
     def _step(self) -> None:
         starts = self._starts.index_select(0, self._index)[0]

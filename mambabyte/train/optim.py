@@ -1,10 +1,9 @@
-"""AdamW and Muon, which parameter goes where, and the schedules of the learning rate."""
+"""AdamW and Muon, which parameter goes where, and the rate of each group."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,17 @@ from torch import Tensor, nn
 from mambabyte.config import TrainConfig
 
 Role = Literal["muon", "decay", "free"]
+
+
+class Optimizer(Protocol):
+    """What a step asks of an optimizer; each group has ``lr`` and ``peak_lr`` (see set_rates)."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+    def step(self) -> object: ...
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -152,34 +162,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return (x if wide else x.mT).to(matrices.dtype)
 
 
-def schedule(step: int, config: TrainConfig, elapsed_seconds: float = 0.0) -> float:
-    """Share of the peak rate at ``step``, which counts from 0.
-
-    Linear warm-up over ``warmup_fraction`` of the steps, then a cosine to zero, or flat and then
-    linear to zero over the last ``decay_fraction``. A time-aware schedule advances with the steps
-    or with the clock, whichever is further on: it is at zero when ``max_seconds`` are over.
-
-    The first step of the published schedule has rate 0 and does nothing; here it has 1/warmup.
-    """
-    warmup = max(1, int(config.warmup_fraction * config.n_steps))
-    if config.warmup_fraction and step < warmup:
-        return (step + 1) / warmup
-    done = step / config.n_steps
-    if config.time_aware:
-        done = max(done, elapsed_seconds / config.max_seconds)
-    done = min(1.0, done)
-    if config.schedule == "stable":
-        return min(1.0, (1 - done) / config.decay_fraction)
-    start = min(warmup, config.n_steps - 1) / config.n_steps if config.warmup_fraction else 0.0
-    return 0.5 * (1 + math.cos(math.pi * max(0.0, (done - start) / (1 - start))))
-
-
-def learning_rate(step: int, config: TrainConfig, elapsed_seconds: float = 0.0) -> float:
-    """AdamW's rate at ``step``; Muon's is in the same proportion to its peak."""
-    return config.lr * schedule(step, config, elapsed_seconds)
-
-
-def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
+def set_rates(optimizer: Optimizer, share: float) -> None:
     """Give every group this share of its peak rate."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig, get_preset
 from mambabyte.errors import UserError
-from mambabyte.model import ByteLM, record_exponent_headroom
+from mambabyte.model import ByteLM, record_exponents
 from mambabyte.model.block import AttentionMixer, MambaMixer, rotary_table, rotate
 from mambabyte.train.smoke import relative_rms
 
@@ -158,7 +158,7 @@ def test_headroom_is_the_largest_cumulated_log_decay():
         mixer.register_forward_pre_hook(
             lambda m, a, i=i: captured.__setitem__(
                 i, F.softplus(m.scan_inputs(a[0], None)[1] + m.dt_proj.bias)))
-    with record_exponent_headroom(model, chunk=32) as headroom:
+    with record_exponents(model, chunk=32) as headroom:
         model(tokens)
     for i, layer in enumerate(model.layers):
         log_decay = captured[i].unsqueeze(-1) * layer.mixer.A_log.exp()

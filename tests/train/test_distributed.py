@@ -50,7 +50,7 @@ with joined("cpu") as world:
     def schedule(step, config, elapsed_seconds):
         clocks.append(elapsed_seconds)
         return 1.0
-    module = sys.modules["mambabyte.train.loop"]
+    module = sys.modules["mambabyte.train.run"]
     module.schedule, module._AGREE_EVERY = schedule, 2
     recipe = replace(recipe, parallel="data", step="graph", time_aware=True)
     train(ModelConfig(**{model}), recipe, corpus, out / "clock")

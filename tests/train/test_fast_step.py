@@ -12,8 +12,9 @@ from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus, sample_windows
 from mambabyte.model import ByteLM
 from mambabyte.train import NonFiniteError, train, train_step
-from mambabyte.train.captured import FastStep, Windows, prepare, window_starts
-from mambabyte.train.optim import make_optimizer, schedule
+from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
+from mambabyte.train.optim import make_optimizer
+from mambabyte.train.schedule import schedule
 
 MODEL = ModelConfig(d_model=32, n_layer=2, layer_pattern="MA", d_state=4, n_head=2, n_kv_head=2,
                     qk_norm=True, mlp_ratio=2.0)
@@ -39,14 +40,12 @@ def run_fast(
     model = ByteLM(MODEL).to(device)
     prepare(model, config, compiled)
     windows = Windows(torch.from_numpy(TEXT.copy()).to(device), config.context)
-    step = FastStep(model, model.loss, make_optimizer(model, config, on_device=True), windows,
+    step = CapturedStep(model, model.loss, make_optimizer(model, config, on_device=True), windows,
                     window_starts(len(TEXT), config), config)
     seen = []
     for index in range(config.n_steps):
         step(schedule(index, config))
-        loss, norm, bad = step.read()
-        assert bad is None
-        seen.append((loss, norm))
+        seen.append(step.read()[:2])
     return model, seen
 
 
@@ -79,17 +78,19 @@ def test_a_loss_that_is_not_finite_is_remembered():
     torch.manual_seed(0)
     model = ByteLM(MODEL)
     config = replace(RECIPE, n_steps=6)
-    step = FastStep(model, model.loss, make_optimizer(model, config, on_device=True),
+    step = CapturedStep(model, model.loss, make_optimizer(model, config, on_device=True),
                     Windows(torch.from_numpy(TEXT.copy()), config.context),
                     window_starts(len(TEXT), config), config, first_step=10)
     step(0.1)
     step(0.1)
-    assert step.read()[2] is None
+    assert step.read().loss > 0
     with torch.no_grad():
         model.norm_f.weight[0] = float("inf")
     for _ in range(3):
         step(0.1)
-    assert step.read()[2] == 12
+    with pytest.raises(NonFiniteError) as error:
+        step.read()
+    assert error.value.step == 12
 
 
 @pytest.fixture

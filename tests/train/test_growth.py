@@ -17,7 +17,7 @@ from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import Corpus
 from mambabyte.errors import UserError
 from mambabyte.train import Progress, train
-from mambabyte.train.growth import Stage, bytes_before, stage_at, stages
+from mambabyte.train.schedule import Stage, bytes_before, stage_at, stages
 
 MODEL = ModelConfig(d_model=16, n_layer=1, d_state=4)
 GROWING = TrainConfig(context=32, batch_size=4, n_steps=12, first_context=8, first_batch_size=2,

@@ -13,7 +13,8 @@ from mambabyte.corpus import load_corpus
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.train import train
-from mambabyte.train.optim import make_optimizer, orthogonalise, role, schedule, set_rates
+from mambabyte.train.optim import make_optimizer, orthogonalise, role, set_rates
+from mambabyte.train.schedule import schedule
 
 MODEL = ModelConfig(d_model=16, n_layer=2, layer_pattern="MA", d_state=4, n_head=2, n_kv_head=1,
                     mlp_ratio=2.0, tied_head=False)

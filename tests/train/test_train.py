@@ -21,9 +21,9 @@ from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.ops.scan.dispatch import SCANS
 from mambabyte.ops.scan.recurrent import sequential_scan
-from mambabyte.train import NonFiniteError, train, train_step
-from mambabyte.train import loop as training
-from mambabyte.train.optim import decays, learning_rate, make_optimizer
+from mambabyte.train import EagerStep, NonFiniteError, train, train_step
+from mambabyte.train.optim import decays, make_optimizer
+from mambabyte.train.schedule import learning_rate
 from mambabyte.train.smoke import is_smoke, smoke_check, smoke_configs
 
 MODEL = ModelConfig(d_model=16, n_layer=2, layer_pattern="MA", d_state=4, n_head=2, n_kv_head=1)
@@ -57,7 +57,7 @@ def test_training_reduces_the_loss_and_leaves_a_complete_folder(corpus, tmp_path
     assert [json.loads(line)["step"] for line in lines] == [10, 20, 30, 40, 50, 60]
     record = json.loads((tmp_path / "run/provenance.json").read_text())
     assert {"date", "command", "commit", "versions", "machine", "corpus_sha256"} <= record.keys()
-    assert json.loads(lines[0])["headroom"] > 0
+    assert json.loads(lines[0])["exponent"] > 0
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 7])
@@ -118,15 +118,15 @@ def test_training_in_another_thread_works(corpus, tmp_path):
 
 
 def test_divergence_names_step_and_layer_and_keeps_the_checkpoint(corpus, tmp_path, monkeypatch):
-    real = training.train_step
+    real = EagerStep.backward
 
-    def poisoned(model, optimizer, tokens, config, step, measure_headroom=False, **more):
-        if step == 5:
+    def poisoned(step, batch):
+        if step.index == 5:
             with torch.no_grad():
-                model.layers[1].mixer.v_proj.weight[0, 0] = float("nan")
-        return real(model, optimizer, tokens, config, step, measure_headroom)
+                step.model.layers[1].mixer.v_proj.weight[0, 0] = float("nan")
+        return real(step, batch)
 
-    monkeypatch.setattr(training, "train_step", poisoned)
+    monkeypatch.setattr(EagerStep, "backward", poisoned)
     with pytest.raises(NonFiniteError) as error:
         train(MODEL, RECIPE, corpus, tmp_path / "run")
     assert "step 6" in str(error.value)

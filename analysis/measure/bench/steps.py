@@ -31,7 +31,7 @@ from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.model.block import MambaMixer
 from mambabyte.train import train_step
-from mambabyte.train.captured import FastStep, Windows, prepare, window_starts
+from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
 from mambabyte.train.optim import make_optimizer
 
 Way = Literal["eager", "graph", "compile"]
@@ -201,7 +201,7 @@ def training_step(
             torch._dynamo.reset()  # each system has its own shapes
         prepare(model, recipe, compiled=way == "compile")
         windows = Windows(text.to(device), recipe.context)
-        fast = FastStep(model, model.loss, optimizer, windows,
+        fast = CapturedStep(model, model.loss, optimizer, windows,
                         window_starts(len(text), recipe), recipe)
 
         def step() -> Any:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -15,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.config import ModelConfig, TrainConfig
-from mambabyte.corpus import sample_windows
 from mambabyte.energy import EnergyMeter
 from mambabyte.model import ByteLM
 from mambabyte.model.block import AttentionMixer
-from mambabyte.train import NonFiniteError, autocast, train_step
-from mambabyte.train.captured import FastStep, Windows, prepare, window_starts
-from mambabyte.train.optim import learning_rate, make_optimizer
+from mambabyte.train import EagerStep, Step, autocast, optimise, text_batches
+from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
+from mambabyte.train.optim import make_optimizer
+from mambabyte.train.schedule import learning_rate
 
 LN2 = math.log(2)
 BLOCK = 20  # steps between two looks at the device
@@ -74,91 +76,81 @@ def learn_text(
     model = ByteLM(config).to(device)
     schedule = recipe if decay else constant_rate(recipe)
     on_gpu = model.device.type == "cuda" and recipe.step != "eager"
-    take = (_captured_steps if on_gpu else _steps)(model, train, recipe, schedule)
-    at = {round(recipe.n_steps * (i + 1) / evaluations) for i in range(evaluations)}
-    curve = [] if windows is None else [(0, heldout_bits(model, windows))]
-    seconds: list[float] = []
-    metered = BLOCK if recipe.n_steps > BLOCK else 0  # the step that the meter starts at
-    meter = EnergyMeter(device)
-    outside = 0.0  # joules spent on scoring
-    began, step = time.perf_counter(), 0
-    while step < recipe.n_steps:
-        if step == metered:
-            meter, outside = EnergyMeter(device), 0.0
-        end = min(s for s in {*at, metered, recipe.n_steps} if s > step)
-        done = take(step, end, began + max_seconds if max_seconds else math.inf)
-        seconds += done
-        step += len(done)
-        late = bool(max_seconds) and time.perf_counter() - began > max_seconds
-        if windows is not None and (step in at or late):
-            before = meter.read().joules
-            curve.append((step, heldout_bits(model, windows)))
-            after = meter.read().joules
-            outside += (after - before) if after is not None and before is not None else 0.0
-        if late:
-            break
-    energy = meter.read()
-    joules = None
-    if energy.joules is not None and step > metered:
-        joules = (energy.joules - outside) * step / (step - metered)
-    return Learned(model, curve, step, float(np.median(seconds)), joules, energy.source,
-                   step < recipe.n_steps)
+    step = (_captured if on_gpu else _eager)(model, train, recipe)
+    follow = _Follow(model, step, recipe, windows, device, evaluations, max_seconds,
+                     look_every=BLOCK if on_gpu else 1)
+    # torch stops compiling a function for the ninth time; all systems share one.
+    limit = torch._dynamo.config.patch(recompile_limit=COMPILED) if on_gpu else nullcontext()
+    with limit:
+        steps, _ = optimise(step, partial(rate_multiplier, recipe=schedule), recipe.n_steps,
+                            stop=follow.stop, after=follow.after)
+    return follow.learned(steps)
 
 
-# take(first, end, deadline): does the steps from first to end, at most until the deadline (of
-# time.perf_counter), and returns the seconds of each.
-Take = Callable[[int, int, float], list[float]]
+class _Follow:
+    """Times the steps of a training, scores it on the way, and takes its energy without that.
+
+    A captured step is looked at once a block of ``look_every``, and its time is that of the block,
+    spread over it: the first block holds the warm-up and the capture, and counts no more than
+    any other.
+    """
+
+    def __init__(
+        self, model: ByteLM, step: Step, recipe: TrainConfig, windows: Tensor | None, device: str,
+        evaluations: int, max_seconds: float, look_every: int,
+    ) -> None:
+        self.model, self.step, self.windows, self.device = model, step, windows, device
+        self.n_steps, self.max_seconds, self.look_every = recipe.n_steps, max_seconds, look_every
+        self.at = {round(recipe.n_steps * (i + 1) / evaluations) for i in range(evaluations)}
+        self.metered = BLOCK if recipe.n_steps > BLOCK else 0  # the step that the meter starts at
+        self.curve = [] if windows is None else [(0, heldout_bits(model, windows))]
+        self.seconds: list[float] = []
+        self.meter, self.outside = EnergyMeter(device), 0.0  # joules spent on scoring
+        self.began = self.looked = time.perf_counter()
+        self.looked_at, self.late = 0, False
+
+    def stop(self, done: int) -> str | None:
+        return "max_seconds" if self.late else None
+
+    def after(self, done: int) -> None:
+        point = done in self.at or done in (self.metered, self.n_steps)
+        if not point and done - self.looked_at < self.look_every:
+            return
+        self.step.read()  # waits for the device; NonFiniteError ends the training
+        count = done - self.looked_at
+        self.seconds += [(time.perf_counter() - self.looked) / count] * count
+        self.looked_at = done
+        self.late = bool(self.max_seconds) and (
+            time.perf_counter() - self.began > self.max_seconds)
+        if self.windows is not None and (done in self.at or self.late):
+            before = self.meter.read().joules
+            self.curve.append((done, heldout_bits(self.model, self.windows)))
+            after = self.meter.read().joules
+            self.outside += (after - before) if after is not None and before is not None else 0.0
+        if done == self.metered:
+            self.meter, self.outside = EnergyMeter(self.device), 0.0
+        self.looked = time.perf_counter()
+
+    def learned(self, steps: int) -> Learned:
+        energy = self.meter.read()
+        joules = None
+        if energy.joules is not None and steps > self.metered:
+            joules = (energy.joules - self.outside) * steps / (steps - self.metered)
+        return Learned(self.model, self.curve, steps, float(np.median(self.seconds)), joules,
+                       energy.source, steps < self.n_steps)
 
 
-def _steps(
-    model: ByteLM, train: np.ndarray, recipe: TrainConfig, schedule: TrainConfig
-) -> Take:
-    """Steps one by one."""
-    optimizer = make_optimizer(model, recipe)
-
-    def take(first: int, end: int, deadline: float) -> list[float]:
-        seconds: list[float] = []
-        for step in range(first, end):
-            tokens = sample_windows(
-                train, recipe.context, recipe.batch_size, recipe.seed, step).to(model.device)
-            start = time.perf_counter()
-            train_step(model, optimizer, tokens, schedule, step)
-            seconds.append(time.perf_counter() - start)
-            if time.perf_counter() > deadline:
-                break
-        return seconds
-
-    return take
+def _eager(model: ByteLM, train: np.ndarray, recipe: TrainConfig) -> Step:
+    return EagerStep(model, make_optimizer(model, recipe),
+                     text_batches(train, recipe, model.device), recipe)
 
 
-def _captured_steps(
-    model: ByteLM, train: np.ndarray, recipe: TrainConfig, schedule: TrainConfig
-) -> Take:
-    """The same steps as one CUDA graph. The time is that of a block of steps, spread over them:
-    the first block holds the warm-up and the capture, and counts no more than any other."""
-    optimizer = make_optimizer(model, recipe, on_device=True)
+def _captured(model: ByteLM, train: np.ndarray, recipe: TrainConfig) -> Step:
+    """The same step as one CUDA graph."""
     prepare(model, recipe, compiled=recipe.step == "compile")
     text = torch.from_numpy(np.array(train)).to(model.device)
-    step_once = FastStep(model, model.loss, optimizer, Windows(text, recipe.context),
-                         window_starts(len(text), recipe), recipe)
-
-    def take(first: int, end: int, deadline: float) -> list[float]:
-        seconds: list[float] = []
-        for low in range(first, end, BLOCK):
-            high, start = min(low + BLOCK, end), time.perf_counter()
-            # torch stops compiling a function for the ninth time; all systems share one.
-            with torch._dynamo.config.patch(recompile_limit=COMPILED):
-                for step in range(low, high):
-                    step_once(rate_multiplier(step, schedule))
-            bad = step_once.read()[2]
-            if bad is not None:
-                raise NonFiniteError(f"step {bad + 1}: the loss or the gradient norm is not finite")
-            seconds += [(time.perf_counter() - start) / (high - low)] * (high - low)
-            if time.perf_counter() > deadline:
-                break
-        return seconds
-
-    return take
+    return CapturedStep(model, model.loss, make_optimizer(model, recipe, on_device=True),
+                        Windows(text, recipe.context), window_starts(len(text), recipe), recipe)
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from torch import Tensor
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
-from mambabyte.train.optim import learning_rate, make_optimizer
+from mambabyte.train.optim import make_optimizer
+from mambabyte.train.schedule import learning_rate
 
 IGNORE = -100  # positions that neither loss nor accuracy counts
 

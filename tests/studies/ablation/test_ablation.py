@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -29,7 +30,8 @@ from mambabyte.corpus import load_corpus
 from mambabyte.errors import UserError
 from mambabyte.evaluate import Score
 from mambabyte.model import ByteLM
-from mambabyte.train.optim import learning_rate
+from mambabyte.train import optimise
+from mambabyte.train.schedule import learning_rate
 
 SMALL = ModelConfig(d_model=16, n_layer=2, layer_pattern="MA", n_head=2, n_kv_head=2, d_state=4,
                     attention_window=32)
@@ -263,13 +265,15 @@ def test_captured_steps_are_the_steps_one_by_one() -> None:
     corpus = load_corpus("stdlib")
     schedule = constant_rate(recipe)
     weights = []
-    for advance in (learning._steps, learning._captured_steps):
+    for make, look_every in ((learning._eager, 1), (learning._captured, learning.BLOCK)):
         torch.manual_seed(0)
         model = ByteLM(config)
-        take = advance(model, corpus.train, recipe, schedule)
-        seconds = take(0, 21, math.inf) + take(21, 25, math.inf)
-        assert len(seconds) == 25
-        assert min(seconds) > 0
+        step = make(model, corpus.train, recipe)
+        follow = learning._Follow(model, step, recipe, None, "cpu", 6, 0.0, look_every)
+        optimise(step, partial(learning.rate_multiplier, recipe=schedule), 25,
+                 stop=follow.stop, after=follow.after)
+        assert len(follow.seconds) == 25
+        assert min(follow.seconds) > 0
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     difference = (weights[0] - weights[1]).norm() / weights[0].norm()
     assert difference < 1e-5, difference

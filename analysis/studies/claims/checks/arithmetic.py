@@ -23,7 +23,7 @@ from analysis.studies.claims.ledger import (
 from analysis.theory.flops import flops_per_byte
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.model import ByteLM
-from mambabyte.train.optim import learning_rate
+from mambabyte.train.schedule import learning_rate
 from mambabyte.train.smoke import SMOKE_BYTES, is_smoke
 
 FINAL, ORIGINAL = PRESETS["mamba_byte"], PRESETS["mamba_byte_original"]

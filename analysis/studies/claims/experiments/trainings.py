@@ -24,7 +24,7 @@ from mambabyte.config import PRESETS, ModelConfig, TrainConfig, get_preset
 from mambabyte.corpus import Corpus, load_corpus, sample_windows
 from mambabyte.errors import UserError
 from mambabyte.evaluate import score
-from mambabyte.model import ByteLM, record_exponent_headroom
+from mambabyte.model import ByteLM, record_exponents
 from mambabyte.model.block import AttentionMixer, Block, MambaMixer
 from mambabyte.train import train, train_step
 from mambabyte.train.optim import make_optimizer
@@ -45,7 +45,7 @@ def initial(settings: Settings) -> dict[str, float]:
     for seed in range(settings.seed, settings.seed + settings.initial_seeds):
         torch.manual_seed(seed)
         model = ByteLM(config).eval()
-        with torch.no_grad(), record_exponent_headroom(model, CHUNK) as headroom:
+        with torch.no_grad(), record_exponents(model, CHUNK) as headroom:
             losses.append(model.loss(x).item())
         headrooms.append(max(headroom.values()))
         for dt, layer_bias in _step_sizes(model, x[:, :-1]):
@@ -112,7 +112,7 @@ def _fox(
             accuracy_then = score(model, (FOX * 8).encode()).char_accuracy
             steps_then = step + 1
     text = torch.tensor([list((FOX * 6).encode())])
-    with torch.no_grad(), record_exponent_headroom(model, CHUNK) as headroom:
+    with torch.no_grad(), record_exponents(model, CHUNK) as headroom:
         parallel = model.loss(text).item()
     exact = ByteLM(replace(model.config, scan_form="auto"))
     exact.load_state_dict(model.state_dict())

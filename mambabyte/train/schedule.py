@@ -1,8 +1,9 @@
-"""Batch-size and context warm-up: a run begins with few short windows, which double.
+"""What changes from step to step: the learning rate, and the shape of the windows.
 
-Early on a gradient is large beside its noise, so that small batches do as well, and what is learnt
-first needs little context: the saved bytes are steps. Each stage draws windows of its own shape;
-a step's windows depend on (seed, step) alone, as they do without warm-up.
+Warm-up of batch size and context: a run begins with few short windows, which double. Early on a
+gradient is large beside its noise, so that small batches do as well, and what is learnt first
+needs little context: the saved bytes are steps. Each stage draws windows of its own shape; a
+step's windows depend on (seed, step) alone, as they do without warm-up.
 """
 
 from __future__ import annotations
@@ -11,6 +12,33 @@ import math
 from dataclasses import dataclass
 
 from mambabyte.config import TrainConfig
+
+
+def schedule(step: int, config: TrainConfig, elapsed_seconds: float = 0.0) -> float:
+    """Share of the peak rate at ``step``, which counts from 0.
+
+    Linear warm-up over ``warmup_fraction`` of the steps, then a cosine to zero, or flat and then
+    linear to zero over the last ``decay_fraction``. A time-aware schedule advances with the steps
+    or with the clock, whichever is further on: it is at zero when ``max_seconds`` are over.
+
+    The first step of the published schedule has rate 0 and does nothing; here it has 1/warmup.
+    """
+    warmup = max(1, int(config.warmup_fraction * config.n_steps))
+    if config.warmup_fraction and step < warmup:
+        return (step + 1) / warmup
+    done = step / config.n_steps
+    if config.time_aware:
+        done = max(done, elapsed_seconds / config.max_seconds)
+    done = min(1.0, done)
+    if config.schedule == "stable":
+        return min(1.0, (1 - done) / config.decay_fraction)
+    start = min(warmup, config.n_steps - 1) / config.n_steps if config.warmup_fraction else 0.0
+    return 0.5 * (1 + math.cos(math.pi * max(0.0, (done - start) / (1 - start))))
+
+
+def learning_rate(step: int, config: TrainConfig, elapsed_seconds: float = 0.0) -> float:
+    """AdamW's rate at ``step``; Muon's is in the same proportion to its peak."""
+    return config.lr * schedule(step, config, elapsed_seconds)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,314 @@
+"""Training into a run folder: resumable bit for bit, and loud about numbers that are not finite.
+
+A run folder holds config.json, provenance.json, metrics.jsonl (one record a logged step),
+checkpoints/step_*/ and, once the run has ended, result.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from mambabyte import checkpoint
+from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.config.files import make_dir, write_json
+from mambabyte.config.provenance import provenance
+from mambabyte.corpus import Corpus, sample_windows
+from mambabyte.energy import EnergyMeter
+from mambabyte.errors import UserError
+from mambabyte.evaluate import bits_per_byte
+from mambabyte.model import ByteLM, distributed
+from mambabyte.ops import FORMS
+from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
+from mambabyte.train.loop import DONE, Ended, optimise
+from mambabyte.train.metrics import Progress, drop_after
+from mambabyte.train.optim import make_optimizer
+from mambabyte.train.schedule import bytes_before, learning_rate, schedule, stage_at, stages
+from mambabyte.train.signals import stop_on_signal
+from mambabyte.train.step import EagerStep, Step, text_batches
+
+LN2 = math.log(2)
+_AGREE_EVERY = 16  # steps after which several processes ask the first whether to stop, and the time
+
+
+def train(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    corpus: Corpus,
+    run: Path,
+    *,
+    device: str = "cpu",
+    resume: bool = False,
+    report: Callable[[Progress], None] = lambda progress: None,
+    report_scoring: Callable[[float], None] = lambda done: None,
+    evaluate_bytes: int = 100_000,
+) -> dict[str, Any]:
+    """Train and return the result record, which is also in ``run``/result.json.
+
+    ``report`` is called every ``log_every`` steps, ``report_scoring`` with the share done while the
+    held-out text is scored at the end. The loop ends at ``n_steps``, at ``max_seconds``, or at
+    Ctrl-C, SIGTERM or SIGHUP; each leaves a checkpoint that ``resume`` goes on from. A run is
+    deterministic for a seed on one machine: batches depend on (seed, step) alone.
+
+    Raises UserError for a configuration that cannot run and NonFiniteError when it diverges; the
+    last checkpoint written is then still good.
+    """
+    device = distributed.current().device(device)
+    _refuse_what_cannot_run(model_config, config, corpus, device)
+    make_dir(run)
+    _refuse_taken(run, resume)
+    training = _Training(model_config, config, corpus, run, device, report)
+    if resume and checkpoint.saved(run):
+        training.restore()
+    training.open_folder()
+    ended = training.go()
+    result = training.result(ended)
+    if ended.stopped_by != "interrupt":
+        result |= training.score(corpus.valid[:evaluate_bytes], report_scoring)
+        if training.world.first:
+            write_json(run / "result.json", result)
+    return result
+
+
+class _Training:
+    """A model on its way through a run folder: what ``train`` does, in the order it does it."""
+
+    def __init__(
+        self, model_config: ModelConfig, config: TrainConfig, corpus: Corpus, run: Path,
+        device: str, report: Callable[[Progress], None],
+    ) -> None:
+        self.config, self.corpus, self.run, self.device = config, corpus, run, device
+        self.report, self.world = report, distributed.current()
+        self.checkpoints, self.digests = run / "checkpoints", corpus.digest()
+        torch.manual_seed(config.seed)
+        self.model = ByteLM(model_config)
+        if config.parallel == "sharded":
+            self.world.shard(self.model, device)
+        else:
+            self.model.to(device)
+        self.waits = not (config.parallel == "data" and config.step != "eager" and (
+            config.step != "auto" or device.startswith("cuda")))  # for the device, at every step
+        self.optimizer = make_optimizer(self.model, config, on_device=not self.waits)
+        self.step: Step | None = None
+        self.done, self.saved_at = 0, -1
+        self.seconds_before = self.joules_before = 0.0
+
+    def restore(self) -> None:
+        """Go on from the newest checkpoint; UserError where recipe or text are others."""
+        saved = checkpoint.load_training(
+            checkpoint.find_checkpoint(self.run), self.model, self.optimizer)
+        _refuse_other_recipe(self.run, saved["train"], self.config)
+        # (A checkpoint from before this was kept does not say what it was trained on.)
+        if saved.get("text", self.digests["train"]) != self.digests["train"]:
+            raise UserError(f"{self.run} was trained on another text than {self.corpus.name} is "
+                            "now: resume with the corpus that it was started on, or choose another "
+                            "run folder")
+        self.done = self.saved_at = saved["step"]
+        self.seconds_before = saved["seconds"]
+        self.joules_before = saved.get("joules") or 0.0
+
+    def open_folder(self) -> None:
+        """Write what is known before the first step, and forget what will be done again."""
+        self.world.wait()  # all have seen whether there is a run already
+        if not self.world.first:
+            return
+        write_json(self.run / "config.json",
+                   {"model": asdict(self.model.config), "train": asdict(self.config)})
+        write_json(self.run / "provenance.json", {
+            **provenance(), "corpus": self.corpus.name, "corpus_sha256": self.digests,
+            "device": self.device, "processes": self.world.size})
+        (self.run / "result.json").unlink(missing_ok=True)
+        drop_after(self.run / "metrics.jsonl", self.done)
+
+    def go(self) -> Ended:
+        """The steps that are left, stage after stage, and a checkpoint where they stop early."""
+        self.meter = EnergyMeter(self.device, self.config.idle_watts)
+        self.began = self.logged = time.perf_counter()
+        self.logged_at = self.done
+        self.clock = self.world.agree(self.elapsed())
+        self.model.train()
+        ended = Ended(self.done, DONE)
+        log_file = self.run / "metrics.jsonl" if self.world.first else Path(os.devnull)
+        with log_file.open("a", encoding="utf-8") as self.metrics, stop_on_signal() as asked:
+            self.asked = asked
+            for stage in stages(self.config):
+                if stage.end <= self.done:
+                    continue
+                self.step = None  # frees the memory of the graph before, of other windows
+                self.step = self._strategy()
+                ended = optimise(
+                    self.step, self._share, stage.end, first=self.done, stop=self._stop,
+                    before=self._measures, after=self._after)
+                if ended.stopped_by != DONE:
+                    break
+        if self.step is not None:
+            self.step.read()  # no checkpoint of a run that has diverged
+        if ended.stopped_by != DONE:
+            self._save()
+        self.step = None
+        return ended
+
+    def elapsed(self) -> float:
+        """Seconds of training, those before a resumption too."""
+        return self.seconds_before + time.perf_counter() - self.began
+
+    def joules(self) -> float | None:
+        energy = self.meter.read().joules
+        return None if energy is None else self.joules_before + energy
+
+    def _strategy(self) -> Step:
+        """How the steps from here to the end of their stage are made."""
+        if self.waits:
+            return EagerStep(self.model, self.optimizer, text_batches(
+                self.corpus.train, self.config, self.device), self.config, first_step=self.done)
+        compiled = self.config.step == "compile"
+        if compiled:
+            # All stages share one function, and torch stops compiling one for the ninth time.
+            torch._dynamo.reset()
+        prepare(self.model, self.config, compiled)
+        stage = stage_at(self.done, self.config)
+        shape = replace(self.config, context=stage.context, batch_size=stage.batch_size,
+                        n_steps=stage.end, first_context=0, first_batch_size=0)
+        text = torch.from_numpy(np.array(self.corpus.train)).to(self.model.device)
+        starts = window_starts(len(text), shape, self.done)
+        starts = self.world.share(starts.T).T.contiguous()
+        return CapturedStep(self.model, self.model.loss, self.optimizer,
+                            Windows(text, stage.context), starts, shape, first_step=self.done)
+
+    def _agreed(self, yes: bool) -> bool:
+        # To ask the others waits for the device: at every captured step that would leave gaps.
+        if self.world.size == 1:
+            return yes
+        return (self.waits or self.done % _AGREE_EVERY == 0) and self.world.agree(yes)
+
+    def _stop(self, done: int) -> str | None:
+        if self._agreed(self.asked()):
+            return "interrupt"
+        cap = self.config.max_seconds
+        return "max_seconds" if cap and self._agreed(self.elapsed() >= cap) else None
+
+    def _share(self, number: int) -> float:
+        every = self.config.time_aware and number % _AGREE_EVERY == 0
+        if self.world.size == 1 or every:  # else each process would have a rate of its own
+            self.clock = self.world.agree(self.elapsed())
+        return schedule(number, self.config, self.clock)
+
+    def _due(self, done: int, every: int) -> bool:
+        return done % every == 0 or done == self.config.n_steps
+
+    def _measures(self, number: int) -> bool:
+        return self._due(number + 1, self.config.log_every) and "M" in self.model.config.layers
+
+    def _after(self, done: int) -> None:
+        assert self.step is not None
+        self.done = done
+        log = self._due(done, self.config.log_every)
+        due = self._due(done, self.config.checkpoint_every)
+        if log or due:
+            reading = self.step.read()
+        if log:
+            now, seen = time.perf_counter(), bytes_before(done, self.config)
+            rate = (seen - bytes_before(self.logged_at, self.config)) / max(
+                now - self.logged, 1e-9)
+            self.logged, self.logged_at = now, done
+            self._log(self.metrics, Progress(
+                done, self.config.n_steps, reading.loss, reading.loss / LN2, reading.grad_norm,
+                learning_rate(done - 1, self.config), rate, self.elapsed(), seen,
+                reading.exponent, self.joules()))
+        if due:
+            self._save()
+
+    def _log(self, metrics: TextIO, progress: Progress) -> None:
+        metrics.write(json.dumps(asdict(progress)) + "\n")
+        metrics.flush()
+        self.report(progress)
+
+    def _save(self) -> None:
+        if self.saved_at == self.done:  # never written twice: that would put the good one at risk
+            return
+        checkpoint.save_training(self.checkpoints, self.model, self.optimizer, {
+            "step": self.done, "seconds": self.elapsed(), "joules": self.joules(),
+            "train": asdict(self.config), "text": self.digests["train"]})
+        self.saved_at = self.done
+        if self.world.first:
+            checkpoint.prune(self.checkpoints, self.config.keep_checkpoints)
+        self.world.wait()
+
+    def result(self, ended: Ended) -> dict[str, Any]:
+        """What is known without scoring."""
+        on_cuda = self.device.startswith("cuda")
+        return {
+            "steps": ended.steps,
+            "stopped_by": ended.stopped_by,
+            "seconds": self.elapsed(),
+            "bytes_seen": bytes_before(ended.steps, self.config),
+            "n_parameters": sum(p.numel() for p in self.model.parameters()),
+            "joules": self.joules(),
+            "energy_source": self.meter.source,
+            "idle_watts": self.config.idle_watts,
+            "peak_memory_bytes":
+                torch.cuda.max_memory_allocated(self.device) if on_cuda else None,
+            "checkpoint": str(checkpoint.find_checkpoint(self.run).relative_to(self.run)),
+        }
+
+    def score(self, valid: np.ndarray, report: Callable[[float], None]) -> dict[str, Any]:
+        """Bits per byte of held-out bytes, by the first process if the model is sharded."""
+        sharded = self.config.parallel == "sharded" and self.world.size > 1
+        # What no device holds is scored on the first process's CPU.
+        scored = (checkpoint.load_model(self.run) if sharded and self.world.first else self.model)
+        mine = len(valid) > 1 and (self.world.first or not sharded)
+        bits = bits_per_byte(scored, valid, report=report) if mine else None
+        return {"valid_bits_per_byte": bits, "valid_bytes": len(valid)}
+
+
+# What may change between a run and its continuation without changing the weights.
+_FREE_ON_RESUME = {"max_seconds", "log_every", "checkpoint_every", "keep_checkpoints",
+                   "idle_watts", "allow_study_form", "parallel"}
+
+
+def _refuse_other_recipe(run: Path, saved: dict[str, Any], config: TrainConfig) -> None:
+    now = json.loads(json.dumps(asdict(config)))
+    saved = {**asdict(TrainConfig()), **saved}  # a run from before a setting had its default
+    changed = [k for k in now if saved.get(k) != now[k] and k not in _FREE_ON_RESUME]
+    if changed:
+        raise UserError(f"{run} was trained with another {', '.join(changed)}: resume with the "
+                        "same options, or choose another run folder")
+
+
+def _refuse_what_cannot_run(
+    model_config: ModelConfig, config: TrainConfig, corpus: Corpus, device: str
+) -> None:
+    """UserError now for what would fail in the middle."""
+    refuse_study_form(model_config, config)
+    for stage in stages(config):
+        distributed.current().share(torch.empty(stage.batch_size))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("no CUDA device is available: use --device cpu")
+    sample_windows(corpus.train, config.context, 1, 0, 0)  # does a window fit?
+    if model_config.vocab_size < 256:
+        raise UserError(f"vocab_size is {model_config.vocab_size}: text has bytes up to 255, so it "
+                        "must be at least 256")
+
+
+def _refuse_taken(run: Path, resume: bool) -> None:
+    if (run / "config.json").exists() and not resume:
+        goes_on = ("to continue it" if checkpoint.saved(run)
+                   else "to start it over, since it has no checkpoint yet")
+        raise UserError(f"{run} holds a run already: give --resume {goes_on}, or another folder")
+
+
+def refuse_study_form(model_config: ModelConfig, config: TrainConfig) -> None:
+    """UserError for a scan form that is a subject of study, unless it was asked for."""
+    form = FORMS.get(model_config.scan_form)
+    if form is not None and form.study and not config.allow_study_form:
+        raise UserError(f"scan form {model_config.scan_form!r} is a subject of study "
+                        f"({form.about}): train with auto, or give --train.allow-study-form")
