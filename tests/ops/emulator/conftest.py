@@ -22,14 +22,21 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "gpu"))
 
 
 @pytest.fixture(scope="session")
-def built_convolution(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where built kernels stay: pytest's cache (``--cache-clear`` empties it) if it has one."""
+    cache = getattr(request.config, "cache", None)
+    return cache.mkdir("emulated") if cache else tmp_path_factory.mktemp("emulated")
+
+
+@pytest.fixture(scope="session")
+def built_convolution(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> Emulator:
     folder = tmp_path_factory.mktemp("convolution")
     given = f"#define TAPS {TAPS}\n#define AHEAD {cuda_conv._AHEAD}\n#define BLOCKS 1\n"
     given += "#define __expf expf\n"
     here = Path(cuda_conv.__file__).parent
     sources = [(here.parent / name).read_text() for name in ("build/types.cu", "conv/conv.cu")]
     (folder / "conv.cu").write_text(given + "\n".join(sources))
-    return Emulator(folder / "conv.cu", folder)
+    return Emulator(folder / "conv.cu", folder, kept)
 
 
 @pytest.fixture
@@ -50,9 +57,9 @@ def convolution(built_convolution: Emulator, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture(scope="session")
-def built_scan(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+def built_scan(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> Emulator:
     source = Path(cuda_scan.__file__).with_name("scan.cu")
-    return Emulator(source, tmp_path_factory.mktemp("kernels"))
+    return Emulator(source, tmp_path_factory.mktemp("kernels"), kept)
 
 
 def encode(

@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import os
+import platform
 import re
+import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -93,28 +97,48 @@ def translate(source: str) -> str:
     return "".join([*parts, source[at:]])
 
 
-class Emulator:
-    """Launches kernels of ``source``; builds each one at first use in ``folder``."""
+COMPILE = ("g++", "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fPIC")
 
-    def __init__(self, source: Path, folder: Path) -> None:
-        self.folder, self.seed = folder, 0
+
+class Emulator:
+    """Launches kernels of ``source``; builds each one at first use in ``folder``, and keeps it in
+    ``kept`` under a digest of what it was made from."""
+
+    def __init__(self, source: Path, folder: Path, kept: Path) -> None:
+        self.folder, self.kept, self.seed = folder, kept, 0
         self.launched: list[tuple[str, int]] = []  # names and numbers of blocks
         self._text = '#include "lanes.h"\n' + translate(source.read_text(encoding="utf-8"))
+        self._lanes = (HERE / "lanes.h").read_text(encoding="utf-8")
         self._built = functools.cache(self._build)
 
+    @functools.cached_property
+    def _header(self) -> Path:
+        """The folder of lanes.h, precompiled: with the standard headers that it includes it takes
+        longer to compile than a kernel."""
+        header = self.folder / "lanes.h"
+        header.write_text(self._lanes, encoding="utf-8")
+        self._compile("-x", "c++-header", str(header), "-o", f"{header}.gch")
+        return self.folder
+
+    def _compile(self, *arguments: str) -> None:
+        subprocess.run([*COMPILE, *arguments], check=True, timeout=300)
+
     def _build(self, name: str) -> ctypes.CDLL:
-        stem = self.folder / re.sub(r"\W+", "_", name)
-        source, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
         entry = f"launch({name}, blocks, threads, packed, seed);"
-        source.write_text(
+        text = (
             f'{self._text}\nextern "C" void go(int blocks, int threads, const char *packed, '
-            f"unsigned seed) {{ {entry} }}\n",
-            encoding="utf-8",
+            f"unsigned seed) {{ {entry} }}\n"
         )
-        command = ["g++", "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC"]
-        subprocess.run(
-            [*command, f"-I{HERE}", str(source), "-o", str(library)], check=True, timeout=300
-        )
+        made_from = "\0".join([*COMPILE, platform.machine(), self._lanes, text])
+        library = self.kept / f"{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+        if not library.exists():
+            stem = self.folder / re.sub(r"\W+", "_", name)
+            source, made = stem.with_suffix(".cpp"), stem.with_suffix(".so")
+            source.write_text(text, encoding="utf-8")
+            self._compile("-shared", f"-I{self._header}", str(source), "-o", str(made))
+            partial = library.with_suffix(f".{os.getpid()}")
+            shutil.copy(made, partial)
+            partial.replace(library)  # whole or not there, whoever else builds it now
         return ctypes.CDLL(str(library))
 
     def launch(

@@ -5,6 +5,8 @@
 // lag, and asynchronous copies land late, so that a missing barrier shows as a wrong or a varying result. What a
 // warp does together (shuffles, matrix instructions) waits for its 32 lanes. Shared memory starts as NaN.
 
+#undef _FORTIFY_SOURCE  // it takes a jump to another stack for a fault
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -63,15 +65,15 @@ struct Meeting { int waiting = 0; unsigned times = 0; };
 struct Barrier { int count, pending; uint32_t phase; long bytes; };  // bytes: still to be copied
 struct Copy { char *to; const char *from; int bytes; uint32_t barrier; bool counted; };  // to null: an arrival
 struct Fiber {
-    ucontext_t context;
-    std::vector<char> stack;
+    jmp_buf context;
+    std::vector<char> stack;  // empty until the fiber has begun
     std::deque<Copy> copies;
     unsigned exchanges;
     bool done;
 };
 
 static Fiber fibers[MAX_THREADS];
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static Meeting block_meeting, warp_meetings[MAX_THREADS / 32];
 static uint32_t posted[MAX_THREADS / 32][2][32][4];
 static std::unordered_map<uint32_t, Barrier> barriers;
@@ -81,10 +83,11 @@ static void fail(const char *what) {
     fprintf(stderr, "emulated kernel: %s\n", what);
     abort();
 }
-static void yield() {
-    const int me = threadIdx.x;
-    swapcontext(&fibers[me].context, &scheduler);
+// Lanes change by the million. swapcontext would set the signal mask every time, which is a system call.
+__attribute__((noinline)) static void change(jmp_buf &from, jmp_buf &to) {
+    if (_setjmp(from) == 0) _longjmp(to, 1);
 }
+static void yield() { change(fibers[threadIdx.x].context, scheduler); }
 static void meet(Meeting &meeting, int threads) {
     const unsigned times = meeting.times;
     if (++meeting.waiting == threads) {
@@ -303,10 +306,22 @@ static void mbarrier_try_wait(uint32_t &done, uint32_t address, uint32_t parity)
 
 // -------------------------------------------------------------------------------- scheduling
 
+// A fiber serves one block after the other: only its beginning needs system calls.
 static void fiber_main() {
-    kernel_call();
-    fibers[threadIdx.x].done = true;
-    yield();
+    for (;;) {
+        kernel_call();
+        fibers[threadIdx.x].done = true;
+        yield();
+    }
+}
+__attribute__((noinline)) static void begin(Fiber &fiber) {
+    fiber.stack.resize(STACK);
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack = {fiber.stack.data(), 0, STACK};
+    context.uc_link = nullptr;
+    makecontext(&context, fiber_main, 0);
+    if (_setjmp(scheduler) == 0) setcontext(&context);
 }
 
 static void run_block(int threads, std::mt19937 &random) {
@@ -316,14 +331,9 @@ static void run_block(int threads, std::mt19937 &random) {
     for (Meeting &meeting : warp_meetings) meeting = {};
     for (int t = 0; t < threads; ++t) {
         Fiber &fiber = fibers[t];
-        fiber.stack.resize(STACK);
         fiber.copies.clear();
         fiber.exchanges = 0;
         fiber.done = false;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack = {fiber.stack.data(), 0, STACK};
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, fiber_main, 0);
     }
     std::vector<int> order(threads / 32);
     for (size_t i = 0; i < order.size(); ++i) order[i] = i;
@@ -338,7 +348,7 @@ static void run_block(int threads, std::mt19937 &random) {
             for (int i = 0; i < 32; ++i) {
                 Fiber &fiber = fibers[threadIdx.x = 32 * warp + (first + i) % 32];
                 if (fiber.done) continue;
-                swapcontext(&scheduler, &fiber.context);
+                fiber.stack.empty() ? begin(fiber) : change(scheduler, fiber.context);
                 left -= fiber.done;
             }
         }
