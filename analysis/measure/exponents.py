@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,9 +17,16 @@ from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus, sample_windows
 from mambabyte.model import ByteLM, record_exponents
 from mambabyte.model.block import MambaMixer, inverse_softplus
-from mambabyte.train import NonFiniteError, autocast, train_step
+from mambabyte.train import (
+    EagerStep,
+    NonFiniteError,
+    autocast,
+    optimise,
+    text_step,
+    train_step,
+)
 from mambabyte.train.optim import make_optimizer
-from mambabyte.train.schedule import learning_rate
+from mambabyte.train.schedule import learning_rate, schedule
 
 CHUNK = 32  # steps over which the exponents of a model are cumulated, as in the document
 COUNTED_WINDOWS, COUNTED_BYTES = 2, 128  # the text on which the untrained model is looked at
@@ -119,37 +127,37 @@ def follow_training(
     corpus = load_corpus(corpus_name)
     torch.manual_seed(train.seed)
     model = ByteLM(model_config).to(device)
-    optimizer = make_optimizer(model, train)
+    step = text_step(model, corpus.train, train)
     rows: list[dict[str, object]] = []
     learned, ending = 0.0, f"trained {steps} steps"
 
-    def record(step: int, tokens: Tensor) -> None:
+    def record(number: int) -> None:
+        (tokens,) = step.batches(number)
         with torch.no_grad(), autocast(tokens.device, train.precision), \
                 record_exponents(model, CHUNK) as seen:
             loss = model.loss(tokens).item()
-        rows.extend({"form": model_config.scan_form, "step": step, "layer": layer,
+        rows.extend({"form": model_config.scan_form, "step": number, "layer": layer,
                      "largest exponent in 32 steps": value, "learning, sum of rates": learned,
                      "loss, nats": loss} for layer, value in seen.items())
-        report(f"{model_config.scan_form}, step {step}: loss {loss:.3f}, "
+        report(f"{model_config.scan_form}, step {number}: loss {loss:.3f}, "
                f"largest exponent {max(seen.values()):.1f}")
 
-    for step in range(steps + 1):
-        tokens = sample_windows(
-            corpus.train, train.context, train.batch_size, train.seed, step).to(device)
-        if step % every == 0 or step == steps:
-            record(step, tokens)
-        if step < steps:
-            try:
-                train_step(model, optimizer, tokens, train, step)
-            except NonFiniteError as error:
-                ending = str(error).split(". ")[0]
-                report(ending)
-                for mixer in ssm_layers(model):  # to see the exponents of the lost batch
-                    mixer.form = "chunked"
-                if step % every:
-                    record(step, tokens)
-                break
-            learned += learning_rate(step, train)
+    def after(done: int) -> None:
+        nonlocal learned
+        learned += learning_rate(done - 1, train)
+        if done % every == 0 or done == steps:
+            record(done)
+
+    record(0)
+    try:
+        optimise(step, partial(schedule, config=train), steps, after=after)
+    except NonFiniteError as error:
+        ending = str(error).split(". ")[0]
+        report(ending)
+        for mixer in ssm_layers(model):  # to see the exponents of the lost batch
+            mixer.form = "chunked"
+        if error.step % every:
+            record(error.step)
     return pd.DataFrame(rows), ending
 
 
@@ -230,13 +238,12 @@ def _lost_gradients(model: ByteLM) -> int:
 
 def _bare_step(model: ByteLM, tokens: Tensor, train: TrainConfig) -> dict[str, object]:
     """Columns of ``cross_the_bound``: what a step without any check leaves of the model."""
-    optimizer = make_optimizer(model, train)
-    loss = model.loss(tokens)
-    loss.backward()
+    step = EagerStep(model, make_optimizer(model, train), lambda _: (tokens,), train)
+    loss = step.backward((tokens,))
     before = _lost_gradients(model)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
+    norm = step.clip()
     after = _lost_gradients(model)
-    optimizer.step()
+    step.update()
     weights = list(model.parameters())
     bad = sum(int((~torch.isfinite(q)).sum()) for q in weights)
     return {

@@ -4,7 +4,15 @@ from mambabyte.train.loop import Ended, optimise
 from mambabyte.train.metrics import Progress, read_metrics
 from mambabyte.train.precision import autocast
 from mambabyte.train.run import train
-from mambabyte.train.step import EagerStep, NonFiniteError, Reading, Step, text_batches, train_step
+from mambabyte.train.step import (
+    EagerStep,
+    NonFiniteError,
+    Reading,
+    Step,
+    text_batches,
+    text_step,
+    train_step,
+)
 
 __all__ = ["EagerStep", "Ended", "NonFiniteError", "Progress", "Reading", "Step", "autocast",
-           "optimise", "read_metrics", "text_batches", "train", "train_step"]
+           "optimise", "read_metrics", "text_batches", "text_step", "train", "train_step"]

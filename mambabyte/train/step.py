@@ -21,7 +21,7 @@ from mambabyte.corpus import sample_windows
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM, distributed, record_exponents
 from mambabyte.ops import default_form
-from mambabyte.train.optim import Optimizer, set_rates
+from mambabyte.train.optim import Optimizer, make_optimizer, set_rates
 from mambabyte.train.precision import autocast
 from mambabyte.train.schedule import schedule, stage_at
 
@@ -171,6 +171,12 @@ def text_batches(
         return (world.share(tokens.to(device, non_blocking=True)),)
 
     return batch
+
+
+def text_step(model: ByteLM, data: np.ndarray, config: TrainConfig) -> EagerStep:
+    """The eager step of a recipe on a text, with the recipe's own optimizer and windows."""
+    return EagerStep(model, make_optimizer(model, config),
+                     text_batches(data, config, model.device), config)
 
 
 def train_step(

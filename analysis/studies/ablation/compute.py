@@ -30,7 +30,6 @@ from analysis.studies.ablation.learning import (
     heldout_bits,
     heldout_windows,
     learn_text,
-    rate_multiplier,
 )
 from analysis.studies.ablation.synthetic import learn_task, parse_task
 from analysis.studies.ablation.tables import (
@@ -46,9 +45,11 @@ from analysis.studies.ablation.values import headline
 from analysis.theory.flops import count_flops, flops_table
 from analysis.theory.matching import GPU_WIDTHS, Matched, match_patterns, systems_table
 from mambabyte.config import ModelConfig, TrainConfig, get_preset
-from mambabyte.corpus import Corpus, load_corpus, sample_windows
+from mambabyte.corpus import Corpus, load_corpus
 from mambabyte.errors import UserError
 from mambabyte.evaluate import score
+from mambabyte.train import text_batches
+from mambabyte.train.schedule import schedule
 
 __all__ = ["PROFILES", "Parameters", "Results", "headline", "run"]
 
@@ -335,12 +336,9 @@ def _variant_row(
         model = second.build(base, variant, seed, p.device)
         probe = windows[:4, :-1].to(p.device)
         life = second.memory_half_life(model, probe)
-        batches = (
-            sample_windows(corpus.train, p.context, p.batch_size, seed, step).to(p.device)
-            for step in range(p.variant_steps))
         losses = second.train_variant(
-            model, second.make_optimizers(model, variant, settings), variant, settings, batches,
-            partial(rate_multiplier, recipe=settings))
+            model, variant, settings, text_batches(corpus.train, settings, p.device),
+            partial(schedule, config=settings))
         return {
             "variant": name, "about": variant.about, "seed": seed,
             "n_parameters": model.config.n_parameters, "steps": len(losses),

@@ -13,14 +13,15 @@ from collections.abc import Callable
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor
 
 from analysis.studies.ablation.tokens import Pieces, encode_corpus, score_stream
-from analysis.studies.ablation.variants import build, get_variant, make_optimizers, round_weights
+from analysis.studies.ablation.variants import build, get_variant, round_weights, variant_step
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import Corpus, sample_windows
 from mambabyte.errors import UserError
-from mambabyte.train import autocast
+from mambabyte.model import ByteLM
+from mambabyte.train import optimise
 
 
 def few_steps(
@@ -32,7 +33,8 @@ def few_steps(
     """Bits per raw byte before and after each of ``steps`` steps, one row a system and step.
 
     A step is ``tokens_per_step`` tokens in windows of ``context``, rounded down to whole
-    micro-batches, and at least one. Raises UserError for fewer than one step.
+    micro-batches, and at least one. Raises UserError for fewer than one step, and
+    NonFiniteError where a system diverges.
     """
     if steps < 1:
         raise UserError(f"{steps} steps: give at least 1")
@@ -40,32 +42,30 @@ def few_steps(
     micro = max(1, tokens_per_step // (micro_batch * context))
     choices = get_variant(variant)
     recipe = TrainConfig(context=context, batch_size=micro_batch, seed=seed)
+
+    def batch(step: int) -> tuple[Tensor, ...]:
+        parts = [sample_windows(text.ids, context, micro_batch, seed, (step + 1) * micro + i)
+                 for i in range(micro)]
+        return (torch.cat(parts).to(device),)
+
     rows = []
     for name, config in systems.items():
         given = {**vars(config), "vocab_size": pieces.size}
         model = build(ModelConfig(**given), choices, seed, device)
-        optimizers = make_optimizers(model, choices, recipe)
-        for step in range(steps + 1):
-            if step:
-                for optimizer in optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = group["peak"]
-                    optimizer.zero_grad(set_to_none=True)
-                for i in range(micro):
-                    tokens = sample_windows(text.ids, context, micro_batch, seed, step * micro + i)
-                    with autocast(torch.device(device), recipe.precision):
-                        loss = model.loss(tokens.to(device))
-                    (loss / micro).backward()
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
-                for optimizer in optimizers:
-                    optimizer.step()
-                if choices.bf16_weights:
-                    round_weights(model)
+
+        def look(done: int, name: str = name, model: ByteLM = model) -> None:
+            if done and choices.bf16_weights:
+                round_weights(model)
             bits = score_stream(model, text.held, len(text.held_bytes), device)
             rows.append({
-                "system": name, "layers": config.layers, "n_parameters": model.config.n_parameters,
-                "step": step, "tokens": step * micro * micro_batch * context,
+                "system": name, "layers": model.config.layers,
+                "n_parameters": model.config.n_parameters,
+                "step": done, "tokens": done * micro * micro_batch * context,
                 "bits_per_raw_byte": bits,
             })
-            report(f"{name} step {step} of {steps}: {bits:.3f} bits per raw byte")
+            report(f"{name} step {done} of {steps}: {bits:.3f} bits per raw byte")
+
+        look(0)
+        optimise(variant_step(model, choices, recipe, batch, micro), lambda step: 1.0, steps,
+                 after=look)
     return pd.DataFrame(rows)

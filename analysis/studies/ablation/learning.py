@@ -20,10 +20,10 @@ from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.energy import EnergyMeter
 from mambabyte.model import ByteLM
 from mambabyte.model.block import AttentionMixer
-from mambabyte.train import EagerStep, Step, autocast, optimise, text_batches
+from mambabyte.train import Step, autocast, optimise, text_step
 from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
 from mambabyte.train.optim import make_optimizer
-from mambabyte.train.schedule import learning_rate
+from mambabyte.train.schedule import schedule
 
 LN2 = math.log(2)
 BLOCK = 20  # steps between two looks at the device
@@ -74,15 +74,15 @@ def learn_text(
     """
     torch.manual_seed(recipe.seed)
     model = ByteLM(config).to(device)
-    schedule = recipe if decay else constant_rate(recipe)
+    rate = recipe if decay else constant_rate(recipe)
     on_gpu = model.device.type == "cuda" and recipe.step != "eager"
-    step = (_captured if on_gpu else _eager)(model, train, recipe)
+    step = (_captured if on_gpu else text_step)(model, train, recipe)
     follow = _Follow(model, step, recipe, windows, device, evaluations, max_seconds,
                      look_every=BLOCK if on_gpu else 1)
     # torch stops compiling a function for the ninth time; all systems share one.
     limit = torch._dynamo.config.patch(recompile_limit=COMPILED) if on_gpu else nullcontext()
     with limit:
-        steps, _ = optimise(step, partial(rate_multiplier, recipe=schedule), recipe.n_steps,
+        steps, _ = optimise(step, partial(schedule, config=rate), recipe.n_steps,
                             stop=follow.stop, after=follow.after)
     return follow.learned(steps)
 
@@ -140,13 +140,8 @@ class _Follow:
                        energy.source, steps < self.n_steps)
 
 
-def _eager(model: ByteLM, train: np.ndarray, recipe: TrainConfig) -> Step:
-    return EagerStep(model, make_optimizer(model, recipe),
-                     text_batches(train, recipe, model.device), recipe)
-
-
 def _captured(model: ByteLM, train: np.ndarray, recipe: TrainConfig) -> Step:
-    """The same step as one CUDA graph."""
+    """What ``text_step`` is, as one CUDA graph."""
     prepare(model, recipe, compiled=recipe.step == "compile")
     text = torch.from_numpy(np.array(train)).to(model.device)
     return CapturedStep(model, model.loss, make_optimizer(model, recipe, on_device=True),
@@ -244,8 +239,3 @@ def _nats(logits: Tensor, targets: Tensor) -> Tensor:
     flat = F.cross_entropy(logits.flatten(0, 1).float(), targets.to(logits.device).flatten(),
                            reduction="none")
     return flat.view(targets.shape).cpu()
-
-
-def rate_multiplier(step: int, recipe: TrainConfig) -> float:
-    """The recipe's learning rate at ``step`` as a share of its peak."""
-    return learning_rate(step, recipe) / recipe.lr

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ from torch import Tensor
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
+from mambabyte.train import EagerStep, optimise
 from mambabyte.train.optim import make_optimizer
-from mambabyte.train.schedule import learning_rate
+from mambabyte.train.schedule import schedule
 
 IGNORE = -100  # positions that neither loss nor accuracy counts
+LEARNED = 0.999  # accuracy at which a training ends early
 
 
 @dataclass(frozen=True)
@@ -124,28 +127,29 @@ def learn_task(
     """Train a model of ``config`` on ``task``; returns (step, accuracy) pairs, the last at the end.
 
     The head sees the task's own vocabulary, and attention looks back over the whole sample.
-    Training stops early once an accuracy of 0.999 has been measured.
+    Training stops early once an accuracy of LEARNED has been measured.
     """
     config = replace(config, vocab_size=task.vocab_size,
                      attention_window=max(config.attention_window, task.length))
     torch.manual_seed(seed)
     model = ByteLM(config).to(device)
-    recipe = TrainConfig(lr=lr, n_steps=steps, weight_decay=0.0, context=task.length)
-    optimizer = make_optimizer(model, recipe)
+    recipe = TrainConfig(lr=lr, n_steps=steps, weight_decay=0.0, context=task.length,
+                         precision="fp32")
     curve: list[tuple[int, float]] = []
-    for step in range(steps):
-        inputs, targets = (t.to(device) for t in task.batch(batch, seed, step))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
-        optimizer.zero_grad(set_to_none=True)
+
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
         logits, _ = model(inputs)
-        F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
-                        ignore_index=IGNORE).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        last = step + 1 == steps
-        if last or (check_every and (step + 1) % check_every == 0):
-            curve.append((step + 1, accuracy(model, task, samples, seed)))
-            if curve[-1][1] >= 0.999:
-                break
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
+                               ignore_index=IGNORE)
+
+    def batches(step: int) -> tuple[Tensor, ...]:
+        return tuple(t.to(device) for t in task.batch(batch, seed, step))
+
+    def look(done: int) -> None:
+        if done == steps or (check_every and done % check_every == 0):
+            curve.append((done, accuracy(model, task, samples, seed)))
+
+    optimise(EagerStep(model, make_optimizer(model, recipe), batches, recipe, loss=loss),
+             partial(schedule, config=recipe), steps, after=look,
+             stop=lambda done: "learned" if curve and curve[-1][1] >= LEARNED else None)
     return curve

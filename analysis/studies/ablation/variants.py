@@ -26,7 +26,7 @@ not modelled here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,8 +40,9 @@ from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.model.block import MambaMixer, MambaState
 from mambabyte.ops.scan.recurrent import selective_scan_step
-from mambabyte.train import autocast
+from mambabyte.train import EagerStep, NonFiniteError, optimise
 from mambabyte.train.optim import decays
+from mambabyte.train.step import Batches
 
 PUBLISHED_MATRIX_LR = 0.04  # Muon
 PUBLISHED_EMBED_LR = 0.05
@@ -143,7 +144,7 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW as in mambabyte.train.optim, or Muon for block matrices and AdamW for the rest.
 
-    Each group carries its own peak rate as "peak". Muon is torch's, with the script's momentum
+    Each group carries its own peak rate as "peak_lr". Muon is torch's, with the script's momentum
     0.95 and its scale max(1, rows / columns)^0.5.
     """
     embedding, muon, rest = [], [], []
@@ -162,45 +163,69 @@ def make_optimizers(
         {"params": [p for n, p in rest if not decays(n, p)], "weight_decay": 0.0},
     ]
     for group in groups:
-        group["peak"] = recipe.lr
+        group["peak_lr"] = recipe.lr
     if embedding:
-        groups.append({"params": embedding, "weight_decay": 0.0, "peak": variant.embed_lr})
+        groups.append({"params": embedding, "weight_decay": 0.0, "peak_lr": variant.embed_lr})
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=recipe.betas)
     ]
     if muon:
         optimizers.append(torch.optim.Muon(
-            [{"params": muon, "peak": PUBLISHED_MATRIX_LR}], lr=PUBLISHED_MATRIX_LR,
+            [{"params": muon, "peak_lr": PUBLISHED_MATRIX_LR}], lr=PUBLISHED_MATRIX_LR,
             weight_decay=0.0, momentum=0.95, adjust_lr_fn="original"))
     return optimizers
 
 
-def train_variant(
-    model: ByteLM, optimizers: list[torch.optim.Optimizer], variant: Variant,
-    recipe: TrainConfig, batches: Iterable[Tensor], multiplier: Callable[[int], float],
-) -> list[float]:
-    """Train on ``batches`` of (batch, context + 1); returns the loss of every step in nats.
+class Together:
+    """Several optimizers stepped as one."""
 
-    ``multiplier(step)`` scales every group's peak rate. A loss that is not finite ends the run:
-    the rest is nan, a diverged variant is a result here.
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def variant_step(
+    model: ByteLM, variant: Variant, recipe: TrainConfig, batches: Batches, micro_batches: int = 1
+) -> EagerStep:
+    """The eager step with the variant's optimizers."""
+    optimizer = Together(make_optimizers(model, variant, recipe))
+    return EagerStep(model, optimizer, batches, recipe, micro_batches=micro_batches)
+
+
+def train_variant(
+    model: ByteLM, variant: Variant, recipe: TrainConfig, batches: Batches,
+    share: Callable[[int], float] = lambda step: 1.0,
+    after: Callable[[int], None] = lambda done: None,
+) -> list[float]:
+    """Train for ``recipe.n_steps`` on the windows ``batches(step)``; every step's loss in nats.
+
+    ``share(step)`` scales every group's peak rate. A loss or gradient that is not finite ends the
+    training and the list, with nan: a diverged variant is a result here.
     """
     losses: list[float] = []
-    for step, tokens in enumerate(batches):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * multiplier(step)
-            optimizer.zero_grad(set_to_none=True)
-        with autocast(tokens.device, recipe.precision):
-            loss = model.loss(tokens)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            break
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip or math.inf)
-        for optimizer in optimizers:
-            optimizer.step()
+    step = variant_step(model, variant, recipe, batches)
+
+    def look(done: int) -> None:
         if variant.bf16_weights:
             round_weights(model)
+        losses.append(step.read().loss)
+        after(done)
+
+    try:
+        optimise(step, share, recipe.n_steps, after=look)
+    except NonFiniteError:
+        losses.append(math.nan)
     return losses
 
 

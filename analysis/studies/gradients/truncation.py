@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.runs.frames import in_words
-from mambabyte.config import ModelConfig
+from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.model import ByteLM
 from mambabyte.model.block import AttentionState, LayerState, MambaState
+from mambabyte.train import EagerStep, optimise
 
 SYMBOLS = 4  # of the recall task: 0..3 distractors, 4..7 marked symbols, 8 the query
 QUERY = 2 * SYMBOLS
 LEARNED = 0.1  # nats: recall is learned once the mean loss of WINDOW steps is below
 WINDOW = 20
+PEAK_LR = 1e-2
 
 
 def recall_batch(
@@ -110,20 +112,16 @@ def train_recall(
     torch.manual_seed(seed)
     model = ByteLM(ModelConfig(vocab_size=QUERY + 1, d_model=32, n_layer=1, d_state=8,
                                embed_std=0.5))
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    recipe = TrainConfig(n_steps=steps, precision="fp32")
+    optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "peak_lr": PEAK_LR}],
+                                  betas=(0.9, 0.95), weight_decay=0.0)
     rng = np.random.default_rng([seed, 1])
-    losses = []
-    for step in range(steps):
-        warm, cool = (step + 1) / 20, 2 * (steps - step) / steps
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * min(1.0, warm, cool)
-        tokens, answer, _ = recall_batch(rng, 32, length, nearest)
-        optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(last_logits(model, tokens, segment), answer)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
+    step = EagerStep(
+        model, optimizer, lambda number: recall_batch(rng, 32, length, nearest)[:2], recipe,
+        loss=lambda tokens, answer: F.cross_entropy(last_logits(model, tokens, segment), answer))
+    losses: list[float] = []
+    optimise(step, lambda number: min(1.0, (number + 1) / 20, 2 * (steps - number) / steps), steps,
+             after=lambda done: losses.append(step.read().loss))
     return model, losses
 
 

@@ -30,8 +30,8 @@ from mambabyte.corpus import load_corpus
 from mambabyte.errors import UserError
 from mambabyte.evaluate import Score
 from mambabyte.model import ByteLM
-from mambabyte.train import optimise
-from mambabyte.train.schedule import learning_rate
+from mambabyte.train import optimise, text_step
+from mambabyte.train.schedule import learning_rate, schedule
 
 SMALL = ModelConfig(d_model=16, n_layer=2, layer_pattern="MA", n_head=2, n_kv_head=2, d_state=4,
                     attention_window=32)
@@ -263,14 +263,14 @@ def test_captured_steps_are_the_steps_one_by_one() -> None:
     config = ModelConfig(d_model=16, n_layer=2, d_state=4)
     recipe = TrainConfig(context=24, batch_size=2, n_steps=25, precision="fp32")
     corpus = load_corpus("stdlib")
-    schedule = constant_rate(recipe)
+    rate = constant_rate(recipe)
     weights = []
-    for make, look_every in ((learning._eager, 1), (learning._captured, learning.BLOCK)):
+    for make, look_every in ((text_step, 1), (learning._captured, learning.BLOCK)):
         torch.manual_seed(0)
         model = ByteLM(config)
         step = make(model, corpus.train, recipe)
         follow = learning._Follow(model, step, recipe, None, "cpu", 6, 0.0, look_every)
-        optimise(step, partial(learning.rate_multiplier, recipe=schedule), 25,
+        optimise(step, partial(schedule, config=rate), 25,
                  stop=follow.stop, after=follow.after)
         assert len(follow.seconds) == 25
         assert min(follow.seconds) > 0

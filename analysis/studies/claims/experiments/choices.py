@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import torch
@@ -20,8 +21,8 @@ from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.corpus import Corpus, load_corpus, sample_windows
 from mambabyte.model import ByteLM
 from mambabyte.model.block import MambaMixer
-from mambabyte.train import train_step
-from mambabyte.train.optim import make_optimizer
+from mambabyte.train import optimise, text_step
+from mambabyte.train.schedule import schedule
 
 STEPS = 150  # of the parts of a block; the tied head's comparison has its own
 CONTEXT, BATCH = 128, 8
@@ -95,19 +96,20 @@ def _trained(
 ) -> tuple[ByteLM, list[float]]:
     """A model after the last of ``stops``, and its held-out bits per byte after each of them."""
     recipe = TrainConfig(context=CONTEXT, batch_size=BATCH, n_steps=stops[-1], lr=3e-3,
-                         precision="fp32")
+                         precision="fp32", seed=seed)
     torch.manual_seed(seed)
     model = ByteLM(config)
     change(model)
-    optimizer = make_optimizer(model, recipe)
     held_out = sample_windows(corpus.valid, CONTEXT, 32, seed, 0)
-    bits = []
-    for step in range(stops[-1]):
-        batch = sample_windows(corpus.train, CONTEXT, BATCH, seed, step)
-        train_step(model, optimizer, batch, recipe, step)
-        if step + 1 in stops:
-            with torch.no_grad():
-                bits.append(model.loss(held_out).item() / math.log(2))
+    bits: list[float] = []
+
+    @torch.no_grad()
+    def look(done: int) -> None:
+        if done in stops:
+            bits.append(model.loss(held_out).item() / math.log(2))
+
+    optimise(text_step(model, corpus.train, recipe), partial(schedule, config=recipe), stops[-1],
+             after=look)
     return model, bits
 
 

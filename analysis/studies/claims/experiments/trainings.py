@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,9 @@ from mambabyte.errors import UserError
 from mambabyte.evaluate import score
 from mambabyte.model import ByteLM, record_exponents
 from mambabyte.model.block import AttentionMixer, Block, MambaMixer
-from mambabyte.train import train, train_step
+from mambabyte.train import optimise, text_batches, text_step, train, train_step
 from mambabyte.train.optim import make_optimizer
+from mambabyte.train.schedule import schedule
 from mambabyte.train.smoke import smoke_check, smoke_configs
 
 FOX = "the quick brown fox jumps over the lazy dog. "
@@ -97,20 +99,23 @@ def _fox(
 ) -> dict[str, float]:
     """80 steps on the repeated sentence; ``accuracy`` is greedy, over one pass of characters."""
     recipe = TrainConfig(context=48, batch_size=settings.fox_batch, n_steps=FOX_STEPS, lr=lr,
-                         precision="fp32", allow_study_form=True)
+                         precision="fp32", allow_study_form=True, seed=settings.seed)
     torch.manual_seed(settings.seed)
     model = ByteLM(replace(PRESETS["mamba_byte"].model, scan_form=form))
     change(model)
-    optimizer = make_optimizer(model, recipe)
     data = np.frombuffer((FOX * 200).encode(), dtype=np.uint8)
     losses: list[float] = []
     accuracy_then, steps_then = math.nan, math.inf
-    for step in range(FOX_STEPS):
-        batch = sample_windows(data, recipe.context, recipe.batch_size, settings.seed, step)
-        losses.append(train_step(model, optimizer, batch, recipe, step)[0])
+    step = text_step(model, data, recipe)
+
+    def look(done: int) -> None:
+        nonlocal accuracy_then, steps_then
+        losses.append(step.read().loss)
         if accuracy_then != accuracy_then and losses[-1] <= 3.97:
             accuracy_then = score(model, (FOX * 8).encode()).char_accuracy
-            steps_then = step + 1
+            steps_then = done
+
+    optimise(step, partial(schedule, config=recipe), FOX_STEPS, after=look)
     text = torch.tensor([list((FOX * 6).encode())])
     with torch.no_grad(), record_exponents(model, CHUNK) as headroom:
         parallel = model.loss(text).item()
@@ -230,17 +235,18 @@ def second_steps(settings: Settings) -> dict[str, float]:
                    layer_pattern="MA", norm="rms", qk_norm=True, mlp_ratio=2.0, logit_softcap=30.0)
     held_out = sample_windows(corpus.valid, 128, 16, settings.seed, 0)
     variant = variants.get_variant("published")
-    recipe = TrainConfig(context=128, batch_size=8, n_steps=250, lr=3e-3, precision="fp32")
+    recipe = TrainConfig(context=128, batch_size=8, n_steps=250, lr=3e-3, precision="fp32",
+                         seed=settings.seed)
     model = variants.build(base, variant, settings.seed)
-    optimizers = variants.make_optimizers(model, variant, recipe)
-    found, done = {}, 0
-    for stop in (5, 40, 250):  # one training, looked at three times: the rate is constant
-        batches = (sample_windows(corpus.train, 128, 8, settings.seed, step)
-                   for step in range(done, stop))
-        variants.train_variant(model, optimizers, variant, recipe, batches, lambda step: 1.0)
-        done = stop
-        with torch.no_grad():
-            found[f"bits_{stop}"] = model.loss(held_out).item() / math.log(2)
+    found = {}
+
+    @torch.no_grad()
+    def look(done: int) -> None:
+        if done in (5, 40, 250):
+            found[f"bits_{done}"] = model.loss(held_out).item() / math.log(2)
+
+    variants.train_variant(model, variant, recipe, text_batches(corpus.train, recipe, "cpu"),
+                           after=look)
     return found
 
 
@@ -254,11 +260,10 @@ def artefact(settings: Settings) -> dict[str, float]:
     variant = variants.get_variant("published")
     model = variants.build(config, variant, settings.seed)
     corpus = load_corpus("stdlib")
-    recipe = TrainConfig(context=64, batch_size=1, n_steps=5, lr=3e-3, precision="fp32")
-    batches = (sample_windows(corpus.train, 64, 1, settings.seed, step) for step in range(5))
+    recipe = TrainConfig(context=64, batch_size=1, n_steps=5, lr=3e-3, precision="fp32",
+                         seed=settings.seed)
     untrained = _packed(model)
-    variants.train_variant(model, variants.make_optimizers(model, variant, recipe), variant,
-                           recipe, batches, lambda step: 1.0)
+    variants.train_variant(model, variant, recipe, text_batches(corpus.train, recipe, "cpu"))
     return {"untrained": untrained, "after_5": _packed(model)}
 
 
