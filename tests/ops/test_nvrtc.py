@@ -17,6 +17,7 @@ from mambabyte.ops.conv import cuda as cuda_conv
 from mambabyte.ops.mamba import cuda as cuda_step
 from mambabyte.ops.scan import cuda as cuda_scan
 from mambabyte.ops.scan import plan as cuda_plan
+from mambabyte.ops.ssd import cuda as cuda_ssd
 from mambabyte.ops.stream import cuda as cuda_stream
 
 AVAILABLE, REASON = nvrtc.nvrtc_available()
@@ -40,6 +41,15 @@ def test_convolution_and_step_compile(arch: str, dtype: torch.dtype) -> None:
         assert cubin.image[:4] == b"\x7fELF"
         assert set(cubin.lowered) == set(program.names)
         assert all(mangled.encode() in cubin.image for mangled in cubin.lowered.values())
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("arch", "states"), [
+    *((arch, 128) for arch in ARCHS), *(("sm_90", states) for states in cuda_ssd.STATES[:-1])])
+def test_ssd_compiles(arch: str, states: int) -> None:
+    program = cuda_ssd.program(states)
+    cubin = program.compile(arch)
+    assert set(cubin.lowered) == set(cuda_ssd.names(states))
 
 
 STREAMED = [
@@ -229,7 +239,7 @@ def test_a_missing_nvrtc_is_one_line_that_says_what_to_install(
 def test_sources_use_no_headers_and_are_packaged() -> None:
     folder = Path(ops.__file__).parent
     sources = sorted(folder.rglob("*.cu"))
-    names = {"conv.cu", "scan.cu", "step.cu", "stream.cu"}
+    names = {"conv.cu", "scan.cu", "ssd.cu", "step.cu", "stream.cu"}
     assert names <= {path.name for path in sources}
     for path in sources:
         assert not re.search(r"^\s*#\s*include", path.read_text(), re.MULTILINE), path.name

@@ -1,4 +1,4 @@
-"""The kernels of the convolution and of the scan, emulated in place of those on a GPU.
+"""The kernels of the convolution, of SSD and of the scan, emulated in place of those on a GPU.
 
 The cases of the GPU tests serve the emulated kernels as well.
 """
@@ -17,6 +17,7 @@ from emulate import TAPS, Emulator
 from mambabyte.ops.conv import cuda as cuda_conv
 from mambabyte.ops.scan import cuda as cuda_scan
 from mambabyte.ops.scan import plan as cuda_plan
+from mambabyte.ops.ssd import cuda as cuda_ssd
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "gpu"))
 
@@ -54,6 +55,25 @@ def convolution(built_convolution: Emulator, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cuda_conv, "_kernel", kernel)
     monkeypatch.setattr(cuda_conv, "_multiprocessors", lambda device: 1)
     monkeypatch.setattr(cuda_conv, "raw_stream", lambda device: 0)
+
+
+@pytest.fixture(scope="session")
+def built_ssd(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> Emulator:
+    folder = tmp_path_factory.mktemp("ssd")
+    here = Path(cuda_ssd.__file__).parent.parent
+    sources = [(here / name).read_text()
+               for name in ("build/types.cu", "build/mma.cu", "ssd/ssd.cu")]
+    (folder / "ssd.cu").write_text("\n".join(["#define __expf expf", *sources]))
+    return Emulator(folder / "ssd.cu", folder, kept)
+
+
+@pytest.fixture
+def ssd(built_ssd: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(device, name, states, blocks, shared, *args) -> None:
+        parameters = cuda_ssd._PARAMETERS[name.partition("<")[0]]
+        built_ssd.launch(device, name, parameters, blocks, (128, 1), shared, *args)
+
+    monkeypatch.setattr(cuda_ssd, "_launch", launch)
 
 
 @pytest.fixture(scope="session")

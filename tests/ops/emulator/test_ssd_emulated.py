@@ -1,0 +1,81 @@
+"""SSD's kernels, run on the CPU lane by lane, against the recurrence in float64."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from mambabyte.ops.ssd import cuda as cuda_ssd
+from mambabyte.ops.ssd.recurrent import recurrent_ssd
+from mambabyte.train.smoke import relative_rms
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+    pytest.mark.usefixtures("ssd"),
+]
+# bf16 inputs; states and decays of a chunk are factors in bf16 too.
+LIMIT = 5e-3
+
+
+def prepared(batch, length, heads, groups, states, decay=0.1):
+    """x, step, log_decay, B, C, D, initial state as the kernels take them; the first and the last
+    but one of the sequences are parts of wider tensors."""
+    torch.manual_seed(length)
+    x = torch.randn(batch, length, 2 * heads * 64).bfloat16()[..., heads * 64 :]
+    both = torch.randn(batch, length, 2 * groups * states).bfloat16()
+    B, C = (t.unflatten(2, (groups, states)) for t in both.chunk(2, -1))
+    step = torch.rand(batch, length, heads)
+    log_decay = -decay * torch.rand(batch, length, heads)
+    return (x.unflatten(2, (heads, 64)), step, log_decay, B, C, torch.randn(heads),
+            torch.randn(batch, heads, 64, states))
+
+
+def exact_results(inputs, dy, dstate):
+    x, step, log_decay, B, C, D, state = exact = [t.double().requires_grad_() for t in inputs]
+    # The recurrence with a rate of 1 takes its decays from a step of their own: exp(dt A) with
+    # A = 1 and dt = log_decay, and inputs divided by it.
+    y, last = recurrent_ssd(
+        x * (step / log_decay).unsqueeze(-1), log_decay, torch.ones_like(D), B, C, state)
+    y = y + D[:, None] * x
+    gradients = torch.autograd.grad([y, last], exact, [dy.double(), dstate.double()])
+    return [y.detach(), last.detach(), *gradients]
+
+
+@pytest.mark.parametrize(("batch", "length", "heads", "groups", "states", "decay"), [
+    (2, 1, 2, 1, 16, 0.1), (1, 65, 2, 2, 128, 0.1), (1, 130, 2, 1, 64, 40.0)])
+def test_parity(batch, length, heads, groups, states, decay) -> None:
+    inputs = prepared(batch, length, heads, groups, states, decay)
+    dy = torch.randn(batch, length, heads, 64).bfloat16()
+    dstate = torch.randn(batch, heads, 64, states)
+    wanted = exact_results(inputs, dy, dstate)
+    y, last, carries = cuda_ssd.forward(*inputs, True)
+    found = [y, last, *cuda_ssd.backward(dy, dstate, *inputs, carries)]
+    names = ("y", "state", "x", "step", "log_decay", "B", "C", "D", "initial_state")
+    errors = {n: relative_rms(a, b) for n, a, b in zip(names, found, wanted, strict=True)
+              if float(b.square().mean()) > 1e-30}
+    assert max(errors.values()) < LIMIT, errors
+    again = cuda_ssd.backward(dy, dstate, *inputs, carries)
+    assert all(torch.equal(a, b) for a, b in zip(found[2:], again, strict=True))
+
+
+def test_a_shut_gate_keeps_nothing_of_what_was_before() -> None:
+    inputs = list(prepared(1, 70, 1, 1, 16))
+    inputs[2][0, 20] = -1e6
+    y, last, _ = cuda_ssd.forward(*inputs, False)
+    inputs[0] = inputs[0].clone()
+    inputs[0][0, :20] = 0
+    inputs[6] = torch.zeros_like(inputs[6])
+    y1, last1, _ = cuda_ssd.forward(*inputs, False)
+    assert relative_rms(y[0, 20:], y1[0, 20:]) < 1e-6
+    assert relative_rms(last, last1) < 1e-6
+
+
+def test_nothing_is_read_past_the_end() -> None:
+    inputs = prepared(1, 33, 1, 1, 16)
+    longer = [torch.cat([t, torch.full_like(t, torch.nan)], 1)[:, :33] if t.ndim > 2 else t
+              for t in inputs[:6]] + [inputs[6]]
+    for a, b in zip(cuda_ssd.forward(*inputs, True), cuda_ssd.forward(*longer, True), strict=True):
+        assert torch.equal(a, b)
+    assert all(t.isfinite().all() for t in cuda_ssd.forward(*longer, True))
