@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from analysis.theory.bounds import log_max, share_past_bound
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus, sample_windows
-from mambabyte.model import ByteLM, record_exponents
-from mambabyte.model.block import MambaMixer, inverse_softplus
+from mambabyte.model import ByteLM, MambaMixer, mixers, record_exponents
+from mambabyte.model.mamba import inverse_softplus
 from mambabyte.train import (
     EagerStep,
     NonFiniteError,
@@ -36,7 +36,7 @@ TOO_SHORT = "too short to extrapolate"
 
 def ssm_layers(model: nn.Module) -> list[MambaMixer]:
     """The SSM mixers of a model, first layer first."""
-    return [module for module in model.modules() if isinstance(module, MambaMixer)]
+    return mixers(model, MambaMixer)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from itertools import groupby
 import pandas as pd
 
 from analysis.studies.throughput import INDEXED, INDEXED_ABOUT
-from mambabyte.config import MIXERS, PRESETS
+from mambabyte.config import PRESETS, SPECS
 from mambabyte.config.scan_forms import AUTO_ABOUT, FORMS
 
 
@@ -30,8 +30,8 @@ def layer_patterns() -> pd.DataFrame:
         presets.setdefault(preset.model.layer_pattern, []).append(name)
     rows = []
     for pattern, names in sorted(presets.items(), key=lambda p: (len(p[0]), p[0] != "M", p[0])):
-        runs = [f"{len(list(some))} {MIXERS[letter]}" for letter, some in groupby(pattern)]
-        layers = ("every layer: " + MIXERS[pattern] if len(pattern) == 1
+        runs = [f"{len(list(some))} {SPECS[letter].about}" for letter, some in groupby(pattern)]
+        layers = ("every layer: " + SPECS[pattern].about if len(pattern) == 1
                   else ", then ".join(runs) + ", repeated")
         document = [n.upper().replace("_", "-") for n in names if n.startswith("ssm_")]
         rows.append((pattern, layers, ", ".join(document) or "", ", ".join(names)))

@@ -5,22 +5,18 @@ Every term is derived from the formulas but one, LIBRARY_BYTES, which was measur
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-
-import torch
 
 from analysis.theory.kept_tensors import (
     STREAM_DTYPE,
     Autocast,
-    convolves_in_one_kernel,
-    low_rank_width,
-    resolve_form,
     saved_terms,
     squares_in_float32,
 )
-from analysis.theory.scan_memory import FLOAT32, partial_sums, scan_workspace
 from mambabyte.config import ModelConfig
-from mambabyte.ops import FORMS
+from mambabyte.model.mamba import resolve_form
+from mambabyte.model.mixer import FLOAT32, Around, Step, mixer_of
 
 # What the matrix libraries hold inside torch's allocator. This one number is not derived: it was
 # read off the peaks recorded on an H200 (data/measurements/h200-memory.json, torch 2.11), so these
@@ -60,15 +56,13 @@ def budget(
     ``optimizer`` is that of TrainConfig. Steps are taken as written, not compiled.
 
     The peak is looked for at the moments that can be it: the loss (going forward, where the
-    output of the last norm and the logits are alive as variables, and going backward), the scan
-    of each layer going forward and going backward, the MLP and the attention going backward, and
-    the optimizer's step. Layers after the one at hand are not yet there (forward) or no longer
-    (backward). A checkpointed layer goes forward a second time, in the backward pass.
+    output of the last norm and the logits are alive as variables, and going backward), each
+    layer's mixer at the moments that it names, its MLP going backward, and the optimizer's step.
+    Layers after the one at hand are not yet there (forward) or no longer (backward). A
+    checkpointed layer goes forward a second time, in the backward pass.
     """
-    form = resolve_form(config, device)
-    dtype = STREAM_DTYPE[autocast]
-    itemsize = dtype.itemsize
-    tokens, D, d = batch * length, config.d_inner, config.d_model
+    step = Step(batch, length, STREAM_DTYPE[autocast], device)
+    tokens, itemsize, d = step.tokens, step.itemsize, config.d_model
     n_bytes = config.n_parameters * FLOAT32
     terms = saved_terms(config, batch, length, autocast, device, checkpointing)
     kept = sum(t.bytes for t in terms)
@@ -88,9 +82,6 @@ def budget(
         "optimizer step": (0, n_bytes),
     }
     above = _gradients_above(config)
-    chunk = config.scan_chunk or FORMS[form].chunk
-    forward, backward = scan_workspace(form, batch, length, D, config.d_state, chunk)
-    stream = tokens * D * itemsize
     for i, letter in enumerate(config.layers):
         # What lies below, and this layer whole: under checkpointing it is there for a while, made
         # again from its input, which its norm keeps in any case.
@@ -104,94 +95,60 @@ def budget(
             hidden = tokens * config.mlp_hidden
             moments[f"layer {i}, MLP backward"] = (held + residual + hidden * (
                 4 * (FLOAT32 if wide else itemsize) - itemsize), done)
-        done += (D if letter == "M" else d) * d * FLOAT32  # out_proj
-        if letter == "A":
-            # The gradients of output, q, k and v; the input of out_proj is gone. The kernel that
-            # CUDA takes in half precision sums the gradient of q in float32.
-            summed = FLOAT32 if device == "cuda" and itemsize != FLOAT32 else 0
-            moments[f"layer {i}, attention backward"] = (
-                held - mlp[i] + residual + tokens * d * (3 * itemsize + summed), done)
-        elif form == "fused":
-            # dy, du, ddelta, dz, dB, dC and the partial sums of the last two. On CUDA there is
-            # room beside dB and dC for the gradient of the low-rank step.
-            columns = 2 * config.d_state
-            if device == "cuda":
-                columns += low_rank_width(config, device)
-            sums = columns * tokens * itemsize + FLOAT32 * partial_sums(
-                batch, length, D, config.d_state, device, dtype)
-            # And u in (L, D) order where torch's convolution left it in (D, L) order.
-            torchs = device == "cpu" and not convolves_in_one_kernel(config, device, itemsize)
-            copied = stream if torchs and batch > 1 else 0
-            if device == "cpu" and dtype == torch.float16:
-                # The C code reads bf16 and float32: u, delta, z, dy, B and C are copied, and the
-                # gradients of the first three are made in float32 and then cast.
-                copied = FLOAT32 * tokens * (7 * D + 2 * config.d_state)
-            moments[f"layer {i}, scan backward"] = (
-                held - mlp[i] + residual + 3 * stream + copied + sums, done)
-        else:
-            # Not yet there, or gone: y, silu(z), the input of out_proj, and the MLP's.
-            after = 2 * tokens * D * FLOAT32 + stream + mlp[i]
-            again = (residual, above[i]) if checkpointing else (0, 0)
-            moments[f"layer {i}, scan forward"] = (
-                held - after + 2 * stream + forward + again[0], again[1])
-            grads = residual + 3 * tokens * D * FLOAT32  # dy, dz, the skip's du
-            moments[f"layer {i}, gate backward"] = (held - mlp[i] - stream + grads, done)
-            moments[f"layer {i}, scan backward"] = (held - after + grads + backward, done)
+        around = Around(held, mlp[i], residual, done, above[i], checkpointing)
+        moments |= {f"layer {i}, {name}": taken for name, taken
+                    in mixer_of(letter).moments(config, step, around).items()}
     libraries = LIBRARY_BYTES if device == "cuda" else 0
     moment = max(moments, key=lambda name: sum(moments[name]))
     taken, gradients = moments[moment]
     left = 0 if moment == "optimizer step" else kept
     return Budget(
-        form, autocast, n_bytes, gradients, _optimizer_bytes(config, optimizer),
-        left, taken - left, libraries, moment)
+        resolve_form(config, device), autocast, n_bytes, gradients,
+        _optimizer_bytes(config, optimizer), left, taken - left, libraries, moment)
 
 
 def _gradients_above(config: ModelConfig) -> list[int]:
     """Bytes of the gradients that exist when the backward pass comes to each layer."""
     groups = config.parameter_groups()
-    parts = {"M": sum(n for name, n in groups.items() if name.startswith("ssm")),
-             "A": groups["attention"]}
-    each = {letter: n / max(config.layers.count(letter), 1) + (groups["mlp"] + groups["norm"])
-            / config.n_layer for letter, n in parts.items()}
+    around = (groups["mlp"] + groups["norm"]) / config.n_layer
     # A tied head has its gradient first. The rows of an embedding of its own come last of all.
     found: list[float] = [groups.get("head", groups["embedding"])]
     for letter in reversed(config.layers):
-        found.append(found[-1] + each[letter])
+        found.append(found[-1] + mixer_of(letter).n_parameters(config) + around)
     return [int(n * FLOAT32) for n in reversed(found[:-1])]
 
 
 def _optimizer_bytes(config: ModelConfig, optimizer: str) -> int:
     """Two moments a weight and a step count of 4 bytes a tensor with AdamW.
 
-    Muon keeps one moment of the matrices inside the layers (dt_proj, A_log and the taps of the
-    convolution are left to AdamW) and no step count of them.
+    Muon keeps one moment, and no step count, of the matrices that it takes: each mixer says
+    which, and it takes the MLPs'.
     """
-    groups = config.parameter_groups()
-    m, a = config.layers.count("M"), config.layers.count("A")
-    matrices = sum(groups[name] for name in (
-        "ssm_in_proj", "ssm_x_proj", "ssm_out_proj", "attention", "mlp"))
-    tensors = 3 * m + 4 * a + (2 * config.n_layer if config.mlp_hidden else 0)
-    saved = (matrices + tensors) * FLOAT32 if optimizer == "muon" else 0
-    return (2 * config.n_parameters + _n_tensors(config)) * FLOAT32 - saved
+    saved = 0
+    if optimizer == "muon":
+        for letter in config.layers:
+            mixer = mixer_of(letter)
+            taken = [math.prod(shape) for name, shape in mixer.shapes(config).items()
+                     if mixer.role(name, len(shape)) == "muon"]
+            saved += sum(taken) + len(taken)
+        saved += config.parameter_groups()["mlp"] + (2 * config.n_layer if config.mlp_hidden else 0)
+    return (2 * config.n_parameters + _n_tensors(config) - saved) * FLOAT32
 
 
 def _n_tensors(config: ModelConfig) -> int:
     """Parameter tensors: AdamW keeps a step count of 4 bytes for each."""
     norm = {"layer": 2, "rms": 1, "rms_plain": 0}[config.norm]
-    mlp = 2 + norm if config.mlp_hidden else 0
-    each = {"M": 9 + norm + mlp, "A": 4 + norm + mlp}
+    block = norm + (2 + norm if config.mlp_hidden else 0)
     ends = (1 if config.tied_head else 2) + norm
-    return sum(each[letter] for letter in config.layers) + ends
+    return ends + sum(block + len(mixer_of(letter).shapes(config)) for letter in config.layers)
 
 
 def state_bytes(config: ModelConfig, seen: int) -> dict[str, int]:
-    """Bytes of one stream's float32 state after ``seen`` bytes: {"ssm": ..., "kv_cache": ...}.
-
-    An SSM layer keeps K-1 inputs of its convolution and N states a channel whatever it has seen.
-    Attention keeps a key and a value for each byte, up to its window less one.
-    """
-    ssm = config.d_inner * (config.d_conv - 1 + config.d_state) * FLOAT32
-    kept = min(seen, config.attention_window - 1)
-    kv = 2 * config.n_kv_head * config.head_dim * kept * FLOAT32
-    layers = config.layers
-    return {"ssm": layers.count("M") * ssm, "kv_cache": layers.count("A") * kv}
+    """Bytes of one stream's float32 state after ``seen`` bytes, by the mixers' names for it:
+    {"ssm": ..., "kv_cache": ...}, one each that the model has."""
+    found: dict[str, int] = {}
+    for letter in config.layers:
+        mixer = mixer_of(letter)
+        found[mixer.state_name] = (
+            found.get(mixer.state_name, 0) + mixer.state_bytes(config, seen))
+    return found

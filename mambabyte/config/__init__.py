@@ -3,8 +3,9 @@
 Nothing here imports torch.
 """
 
-from mambabyte.config.model import MIXERS, ModelConfig
+from mambabyte.config.mixers import SPECS, MixerSpec
+from mambabyte.config.model import ModelConfig
 from mambabyte.config.presets import PRESETS, Preset, get_preset
 from mambabyte.config.training import TrainConfig
 
-__all__ = ["MIXERS", "PRESETS", "ModelConfig", "Preset", "TrainConfig", "get_preset"]
+__all__ = ["PRESETS", "SPECS", "MixerSpec", "ModelConfig", "Preset", "TrainConfig", "get_preset"]

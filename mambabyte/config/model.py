@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mambabyte.config.checks import at_least_zero
+from mambabyte.config.mixers import SPECS, letters_in_words, spec_of, uses_scan_form
 from mambabyte.config.scan_forms import FORMS
 from mambabyte.errors import UserError
-
-MIXERS = {"M": "selective SSM", "A": "causal attention"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,8 @@ class ModelConfig:
     layer_pattern: str = "M"
     # "rms_plain" is an RMS norm without weights.
     norm: Literal["layer", "rms", "rms_plain"] = "layer"
+    # Added to the variance or mean square; None is torch's own: 1e-5, or the dtype's epsilon.
+    norm_eps: float | None = None
 
     d_state: int = 16
     d_conv: int = 4
@@ -45,7 +46,9 @@ class ModelConfig:
     rope_base: float = 10000.0
     # Share of the rotary frequencies that turn; the rest, the slowest, are 0.
     rope_fraction: float = 1.0
-    # How far back attention looks, in training and in streaming: the cache never grows past it.
+    # How many bytes back attention looks, itself included, in training and in streaming: the cache
+    # never grows past it. A context above it is trained with local attention; for attention over
+    # all of a context, give at least the context.
     attention_window: int = 1024
 
     # Hidden width of the MLP of every block as a multiple of d_model; 0 means no MLP.
@@ -64,17 +67,18 @@ class ModelConfig:
     scan_chunk: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.layer_pattern or set(self.layer_pattern) - MIXERS.keys():
+        if not self.layer_pattern or set(self.layer_pattern) - SPECS.keys():
             raise UserError(
-                f"layer_pattern is {self.layer_pattern!r}: write M for an SSM layer and A for "
-                "attention, at least one of them and nothing else, e.g. MMMA"
-            )
+                f"layer_pattern is {self.layer_pattern!r}: write one letter a layer, at least one "
+                f"of {letters_in_words()}, e.g. MMMA")
         for name in ("vocab_size", "d_model", "n_layer", "d_state", "d_conv", "expand",
                      "n_head", "n_kv_head", "attention_window"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         for name in ("mlp_ratio", "embed_std", "logit_softcap"):
             at_least_zero(name, getattr(self, name))
+        if self.norm_eps is not None:
+            at_least_zero("norm_eps", self.norm_eps)
         if not (math.isfinite(self.rope_base) and self.rope_base > 0):
             raise UserError(f"rope_base is {self.rope_base}: it must be a finite number above 0")
         if self.scan_chunk is not None and self.scan_chunk < 1:
@@ -87,16 +91,8 @@ class ModelConfig:
                             "with 0 < dt_min <= dt_max")
         if not 0 < self.rope_fraction <= 1:
             raise UserError(f"rope_fraction is {self.rope_fraction}: it must be in (0, 1]")
-        if "A" in self.layers:
-            if self.d_model % self.n_head or (self.d_model // self.n_head) % 2:
-                raise UserError(
-                    f"d_model {self.d_model} does not split into {self.n_head} heads of even width"
-                    ": rotary positions need d_model / n_head to be an even whole number"
-                )
-            if self.n_head % self.n_kv_head:
-                raise UserError(
-                    f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"
-                )
+        for letter in dict.fromkeys(self.layers):
+            spec_of(letter).check(self)
         if self.scan_form != "auto" and self.scan_form not in FORMS:
             raise UserError(
                 f"scan_form {self.scan_form!r} is unknown: choose auto, {', '.join(FORMS)}"
@@ -127,25 +123,27 @@ class ModelConfig:
     def mlp_hidden(self) -> int:
         return round(self.mlp_ratio * self.d_model)
 
+    @property
+    def uses_scan_form(self) -> bool:
+        """Whether any layer has a scan whose form can be chosen."""
+        return uses_scan_form(self.layers)
+
     def parameter_groups(self) -> dict[str, int]:
         """Exact parameter counts by role; a tied head counts once, as embedding."""
-        d, d_in, n, r = self.d_model, self.d_inner, self.d_state, self.dt_rank_value
-        m, a = self.layers.count("M"), self.layers.count("A")
-        x_width = 2 * n + (0 if self.dt_rank == "full" else r)
-        kv = self.n_kv_head * self.head_dim
+        d = self.d_model
         per_norm = {"layer": 2 * d, "rms": d, "rms_plain": 0}[self.norm]
         norms = self.n_layer * (2 if self.mlp_hidden else 1) + 1
+        mixers: dict[str, int] = {}
+        for letter in sorted(set(self.layers), key=list(SPECS).index):
+            spec = spec_of(letter)
+            for name, shape in spec.shapes(self).items():
+                group = spec.group(name)
+                mixers[group] = mixers.get(group, 0) + (
+                    self.layers.count(letter) * math.prod(shape))
         return {
             "embedding": self.vocab_size * d,
             **({} if self.tied_head else {"head": self.vocab_size * d}),
-            "ssm_in_proj": m * d * 2 * d_in,
-            "ssm_conv": m * d_in * (self.d_conv + 1),
-            "ssm_x_proj": m * d_in * x_width,
-            "ssm_dt_proj": m * (r * d_in + d_in),
-            "ssm_A_log": m * d_in * n,
-            "ssm_D": m * d_in,
-            "ssm_out_proj": m * d_in * d,
-            "attention": a * (2 * d * d + 2 * d * kv),
+            **mixers,
             "mlp": self.n_layer * 2 * d * self.mlp_hidden,
             "norm": norms * per_norm,
         }

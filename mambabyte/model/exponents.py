@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
-from mambabyte.model.block import MambaMixer
+from mambabyte.model.mixer import Mixer
 
 
 @contextmanager
 def record_exponents(model: nn.Module, chunk: int = 32) -> Iterator[dict[int, float]]:
-    """Record ``max |log-decay cumulated over a chunk|`` of each SSM layer while it runs.
+    """Record ``max |log-decay cumulated over a chunk|`` of each layer with decays while it runs.
 
     Yields a dict, layer index -> maximum so far over batch, chunks, channels and states. This is
     the exponent that a log-cumsum scan would take: in float32 it overflows above 88.7. A layer
@@ -22,25 +21,17 @@ def record_exponents(model: nn.Module, chunk: int = 32) -> Iterator[dict[int, fl
     """
     seen: dict[int, float] = {}
 
-    def hook(mixer: MambaMixer, args: tuple, index: int) -> None:
-        with torch.no_grad():
-            x, state = args
-            _, delta, *_ = mixer.scan_inputs(x, None if state is None else state.tail)
-            dt = F.softplus(delta.float() + mixer.dt_proj.bias)
-            pad = -dt.shape[1] % min(chunk, dt.shape[1])
-            dt = F.pad(dt, (0, 0, 0, pad)).unflatten(1, (-1, min(chunk, dt.shape[1])))
-            fastest = mixer.A_log.float().exp().amax(-1)  # (D,)
-            value = float((dt.sum(2) * fastest).max())
+    def hook(index: int, mixer: Mixer, args: tuple[Any, ...]) -> None:
+        x, state = args
+        value = mixer.exponent(x, state, chunk)
+        if value is not None:
             seen[index] = max(value, seen.get(index, 0.0))
 
-    handles = []
-    for index, layer in enumerate(getattr(model, "layers", [])):
-        if isinstance(layer.mixer, MambaMixer):
-            handles.append(
-                layer.mixer.register_forward_pre_hook(
-                    lambda mixer, args, index=index: hook(mixer, args, index)
-                )
-            )
+    handles = [
+        layer.mixer.register_forward_pre_hook(
+            lambda mixer, args, index=index: hook(index, mixer, args))
+        for index, layer in enumerate(getattr(model, "layers", []))
+    ]
     try:
         yield seen
     finally:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambabyte.config import ModelConfig
-from mambabyte.model.block import Block, LayerState, make_norm
+from mambabyte.model.block import Block, make_norm
+from mambabyte.model.mixer import LayerState, Mixer, mixer_of
 
 
 class _Embed(torch.autograd.Function):
@@ -58,15 +60,22 @@ def head_loss(model: ByteLM, x: Tensor, targets: Tensor) -> Tensor:
 
 
 class ByteLM(nn.Module):
-    """A language model over bytes whose layers follow ``config.layer_pattern``."""
+    """A language model over bytes whose layers follow ``config.layer_pattern``.
 
-    def __init__(self, config: ModelConfig) -> None:
+    ``mixers`` puts other classes in place of the registered ones, by letter, for a study of them.
+    """
+
+    def __init__(
+        self, config: ModelConfig, mixers: Mapping[str, type[Mixer]] | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         # torch's default N(0, 1) through a tied head starts near a loss of 185, not ln(256).
         nn.init.normal_(self.embedding.weight, std=config.embed_std)
-        self.layers = nn.ModuleList(Block(config, letter) for letter in config.layers)
+        kinds = {letter: mixer_of(letter) for letter in config.layers} | dict(mixers or {})
+        self.kinds = kinds
+        self.layers = nn.ModuleList(Block(config, kinds[letter]) for letter in config.layers)
         self.norm_f = make_norm(config)
         self.head = None if config.tied_head else nn.Linear(
             config.d_model, config.vocab_size, bias=False)
@@ -82,6 +91,11 @@ class ByteLM(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, first to last."""
+        return cast(list[Block], list(self.layers))
+
     def forward(
         self, tokens: Tensor, state: list[LayerState] | None = None
     ) -> tuple[Tensor, list[LayerState]]:
@@ -92,6 +106,14 @@ class ByteLM(nn.Module):
         """
         hidden, states = self.hidden(self.embedding(tokens), state)
         return self.logits(hidden), states
+
+    def reconfigured(self, **changes: Any) -> ByteLM:
+        """A model of the same weights, shared with this one, under a configuration changed in
+        what shapes no weight, such as ``attention_window`` or ``scan_form``."""
+        with torch.device("meta"):
+            other = ByteLM(replace(self.config, **changes), self.kinds)
+        other.load_state_dict(self.state_dict(keep_vars=True), assign=True)
+        return other.train(self.training)
 
     def hidden(
         self, x: Tensor, state: list[LayerState] | None = None

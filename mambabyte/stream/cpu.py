@@ -18,18 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
-from mambabyte.model.block import (
-    MLP,
-    AttentionMixer,
-    AttentionState,
-    Block,
-    LayerState,
-    MambaMixer,
-    MambaState,
-)
+from mambabyte.model.attention import AttentionMixer, AttentionState
+from mambabyte.model.block import MLP, Block
+from mambabyte.model.mamba import MambaMixer, MambaState
+from mambabyte.model.mixer import LayerState, Mixer, mixers
 from mambabyte.ops.build import c as native_build
 from mambabyte.ops.scan import cpu as native_scan
 
@@ -37,8 +31,8 @@ SOURCE = Path(__file__).parent.parent / "ops/stream/model.c"
 Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
 MOST_BYTES = 16  # in one call; longer texts are faster in parallel
 _STALE = 2
-_PARTS = (ByteLM, Block, MambaMixer, AttentionMixer, MLP, nn.ModuleList, nn.Embedding, nn.Linear,
-          nn.Conv1d, nn.LayerNorm, nn.RMSNorm)  # fmt: skip
+_PARTS = (ByteLM, Block, MLP, nn.ModuleList, nn.Embedding, nn.Linear, nn.Conv1d, nn.LayerNorm,
+          nn.RMSNorm)  # fmt: skip
 _ACTIVATIONS = {"relu2": 0, "gelu": 1, "silu": 2}
 _MAMBA = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight",
           "dt_proj.bias", "A_log", "D", "", "", "", "out_proj.weight")  # fmt: skip
@@ -72,15 +66,15 @@ def _library() -> _Library | None:
 def supports(model: nn.Module) -> bool:
     """Whether :class:`NativeModel` computes what ``model`` does.
 
-    A ByteLM of any pattern, norm, MLP and head, in float32 on the CPU, of at least 256 symbols,
-    with scan_form "auto" or "fused"; without hooks, foreign or parametrized parts, or autocast;
-    and a C compiler.
+    A ByteLM of Mamba and attention layers, with any norm, MLP and head, in float32 on the CPU, of
+    at least 256 symbols, with scan_form "auto" or "fused"; without hooks, foreign or parametrized
+    parts, or autocast; and a C compiler.
     """
     if type(model) is not ByteLM or model.config.vocab_size < 256:
         return False
     if model.config.scan_form not in ("auto", "fused") or torch.is_autocast_enabled("cpu"):
         return False
-    if any(type(m) not in _PARTS or m._forward_hooks or m._forward_pre_hooks
+    if any(type(m) not in (*_PARTS, *_KINDS) or m._forward_hooks or m._forward_pre_hooks
            for m in model.modules()):
         return False
     return (_as_configured(model) and all(map(_readable, model.parameters()))
@@ -99,12 +93,13 @@ def shortcut(model: Any, advance: Advance) -> Advance:
     return either
 
 
-def _parameter_names(config: ModelConfig) -> list[str]:
+def _parameter_names(model: ByteLM) -> list[str]:
     """Where the C structs ``model`` and ``layer`` have pointers; "" where a layer has nothing."""
+    config = model.config
     head = "embedding.weight" if config.tied_head else "head.weight"
     names = ["embedding.weight", head, "norm_f.weight", "norm_f.bias"]
-    for i, letter in enumerate(config.layers):
-        mixer = [name and f"mixer.{name}" for name in (_MAMBA if letter == "M" else _ATTENTION)]
+    for i, kind in enumerate(_kinds(model)):
+        mixer = [name and f"mixer.{name}" for name in kind.names]
         mlp = list(_MLP) if config.mlp_hidden else [""] * len(_MLP)
         names += [name and f"layers.{i}.{name}" for name in ("norm.weight", "norm.bias",
                                                             *mixer, *mlp)]  # fmt: skip
@@ -118,10 +113,12 @@ def _new(*shape: int) -> Tensor:
 
 def _as_configured(model: ByteLM) -> bool:
     """Whether the mixers still have the form and the window that the configuration says."""
-    window = model.config.attention_window
-    return all(
-        m.window == window if isinstance(m, AttentionMixer) else m.form in ("auto", "fused")
-        for m in model.modules() if isinstance(m, AttentionMixer | MambaMixer))
+    return all(mixer.as_configured(model.config) for mixer in mixers(model, Mixer))
+
+
+def _kinds(model: ByteLM) -> list[_Kind]:
+    """What the C code has for the mixer of each layer."""
+    return [_KINDS[type(mixer)] for mixer in mixers(model, Mixer)]
 
 
 def _readable(x: Tensor) -> bool:
@@ -141,7 +138,7 @@ class NativeModel:
         config = self.config = model.config
         # Looked up anew in every call, as parameters may be replaced: a dict and a name each.
         self._slots: list[tuple[Mapping[str, Tensor | None], str]] = []
-        for path in _parameter_names(config):
+        for path in _parameter_names(model):
             owner, _, name = path.rpartition(".")
             self._slots.append((model.get_submodule(owner)._parameters if path else {}, name))
         layer_norm = config.norm == "layer"
@@ -152,14 +149,15 @@ class NativeModel:
             *(config.embed_norm, config.mlp_hidden, _ACTIVATIONS[config.mlp_activation]),
             *(config.d_inner, config.d_state, config.d_conv),
             0 if config.dt_rank == "full" else config.dt_rank_value,
-            *(config.n_head if "A" in config.layers else 0, config.n_kv_head, config.head_dim),
+            config.n_head if AttentionMixer.letter in config.layers else 0,
+            *(config.n_kv_head, config.head_dim),
             *(config.attention_window, config.qk_norm),
             max(1, round(config.head_dim // 2 * config.rope_fraction)),
             *(eps, tiny, config.logit_softcap, config.rope_base),
         )
-        self._letters = config.layers
-        self._tail = (1, config.d_conv - 1, config.d_inner)
-        self._ssm = (1, config.d_inner, config.d_state)
+        self._kinds = _kinds(model)
+        self._conv_state = (1, config.d_conv - 1, config.d_inner)
+        self._ssm_state = (1, config.d_inner, config.d_state)
         self._pack_states = struct.Struct(f"{7 * config.n_layer}q").pack
         self._pointers: list[int] = []
         self._words, self._layers, self._kept = b"", b"", torch.empty(0)
@@ -177,13 +175,11 @@ class NativeModel:
         words: list[int] = []
         after: list[LayerState] = []
         position = 0
-        for i, letter in enumerate(self._letters):
+        for i, kind in enumerate(self._kinds):
             before = None if state is None else state[i]
-            if letter == "M":
-                after.append(self._mamba(before, words, held))
-            else:
-                position = before.position if isinstance(before, AttentionState) else 0
-                after.append(self._attention(before, length, words, held))
+            if before is not None and kind.has_position:
+                position = before.position
+            after.append(kind.memory(self, before, length, words, held))
         result = _new(self.config.vocab_size)
         states = self._pack_states(*words)
         while True:
@@ -197,27 +193,27 @@ class NativeModel:
             else:
                 return result, after
 
-    def _mamba(
-        self, before: LayerState | None, words: list[int], held: list[Tensor]
+    def mamba(
+        self, before: MambaState | None, length: int, words: list[int], held: list[Tensor]
     ) -> MambaState:
         """Append the C struct ``memory`` to ``words``; returns the state that C will fill."""
-        tail, ssm = _new(*self._tail), _new(*self._ssm)
-        if isinstance(before, MambaState):
-            first, second = _plain(before.tail), _plain(before.ssm)
+        conv_state, ssm_state = _new(*self._conv_state), _new(*self._ssm_state)
+        if before is not None:
+            first, second = _plain(before.conv_state), _plain(before.ssm_state)
             held += first, second
             words += first.data_ptr(), second.data_ptr()
         else:
             words += 0, 0
-        words += tail.data_ptr(), ssm.data_ptr(), 0, 0, 0
-        return MambaState(tail, ssm)
+        words += conv_state.data_ptr(), ssm_state.data_ptr(), 0, 0, 0
+        return MambaState(conv_state, ssm_state)
 
-    def _attention(
-        self, before: LayerState | None, length: int, words: list[int], held: list[Tensor]
+    def attention(
+        self, before: AttentionState | None, length: int, words: list[int], held: list[Tensor]
     ) -> AttentionState:
-        """As ``_mamba``."""
+        """As ``mamba``."""
         stored = position = 0
         old = [0, 0, 0, 0]
-        if isinstance(before, AttentionState):
+        if before is not None:
             first, second = _plain_rows(before.k), _plain_rows(before.v)
             held += first, second
             stored, position = first.shape[2], before.position
@@ -238,10 +234,10 @@ class NativeModel:
                     "contiguous float32 on the CPU; begin another"
                 )
         self._words = _pack_model(*self._shape, *pointers[:4])
-        size = (len(pointers) - 4) // len(self._letters)
+        size = (len(pointers) - 4) // len(self._kinds)
         words: list[int] = []
-        for i, letter in enumerate(self._letters):
-            words += letter != "M", *pointers[4 + i * size : 4 + (i + 1) * size]
+        for i, kind in enumerate(self._kinds):
+            words += kind.tag, *pointers[4 + i * size : 4 + (i + 1) * size]
         self._layers = struct.pack(f"{len(words)}q", *words)
         self._keep()
         self._pointers = pointers
@@ -249,9 +245,24 @@ class NativeModel:
     def _keep(self) -> None:
         """Make the transposed parameters; a new tensor, as another thread may read the old one."""
         size = self._library.kept_size(self._words)
-        kept = _new(len(self._letters) * size)
+        kept = _new(len(self._kinds) * size)
         self._library.keep(self._words, self._layers, kept.data_ptr())
         self._kept = kept
+
+
+class _Kind(NamedTuple):
+    """What the C code has for one kind of mixer."""
+
+    tag: int  # in the C struct ``layer``
+    names: tuple[str, ...]  # its parameters, where that struct has pointers
+    memory: Callable[..., LayerState]  # appends the struct ``memory``, returns the next state
+    has_position: bool  # whether its state says how many bytes came before
+
+
+_KINDS: dict[type[Mixer], _Kind] = {
+    MambaMixer: _Kind(0, _MAMBA, NativeModel.mamba, False),
+    AttentionMixer: _Kind(1, _ATTENTION, NativeModel.attention, True),
+}
 
 
 def _plain(x: Tensor) -> Tensor:

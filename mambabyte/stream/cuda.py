@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
-from mambabyte.model.block import MLP, Block, MambaMixer, MambaState
+from mambabyte.model.block import MLP, Block
+from mambabyte.model.mamba import MambaMixer, MambaState
 from mambabyte.ops.mamba.step import MAX_TAPS
 from mambabyte.ops.scan.operator import MAX_STATES, fused_available
 from mambabyte.ops.stream.cuda import (
@@ -43,7 +44,7 @@ def unsupported(model: nn.Module) -> str:
     available, reason = fused_available(device)
     if not available:
         return reason
-    if set(config.layers) != {"M"} or config.dt_rank == "full":
+    if set(config.layers) != {MambaMixer.letter} or config.dt_rank == "full":
         return "attention layers and full step-size projections have no kernel"
     if config.vocab_size != VOCABULARY or config.d_model % 4:
         return f"the kernel takes {VOCABULARY} symbols and a d_model that is a multiple of 4"
@@ -139,14 +140,15 @@ class CudaModel:
         if state is None:
             return self.streamer.new_state(1)
         return StreamState(
-            torch.stack([s.tail.float() for s in state]), torch.stack([s.ssm for s in state]))
+            torch.stack([s.conv_state.float() for s in state]),
+            torch.stack([s.ssm_state for s in state]))
 
     def for_model(self, state: Any) -> list[MambaState] | None:
         """The inverse of ``from_model``."""
         if not isinstance(state, StreamState):
             return state
-        return [MambaState(tail.to(self._dtype), ssm)
-                for tail, ssm in zip(state.tail, state.ssm, strict=True)]
+        return [MambaState(conv_state.to(self._dtype), ssm_state)
+                for conv_state, ssm_state in zip(state.tail, state.ssm, strict=True)]
 
     def _tokens(self, data: bytes) -> Tensor:
         if len(data) == 1:
@@ -161,9 +163,7 @@ def _norm(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
             torch.zeros_like(like) if bias is None else bias)
 
 
-def _weights(block: nn.Module) -> LayerWeights:
-    assert isinstance(block, Block)
-    assert isinstance(block.mixer, MambaMixer)
+def _weights(block: Any) -> LayerWeights:
     m, mlp = block.mixer, block.mlp
     like = m.in_proj.weight[0]
     conv_bias = torch.zeros_like(m.D) if m.conv1d.bias is None else m.conv1d.bias

@@ -20,8 +20,15 @@ from torch import Tensor, nn
 
 from mambabyte.config import TrainConfig
 from mambabyte.corpus import sample_starts
-from mambabyte.model import ByteLM, distributed, head_loss, record_exponents, without_state
-from mambabyte.model.block import AttentionMixer
+from mambabyte.model import (
+    ByteLM,
+    Mixer,
+    distributed,
+    head_loss,
+    mixers,
+    record_exponents,
+    without_state,
+)
 from mambabyte.train.optim import set_rates
 from mambabyte.train.precision import autocast
 from mambabyte.train.step import Loss, NonFiniteError, Reading, scan_form_in_use
@@ -155,13 +162,12 @@ class CapturedStep:
 
 
 def prepare(model: ByteLM, config: TrainConfig, compiled: bool) -> None:
-    """Ready a model on its device for training: rotary tables, residual type, compiled parts.
+    """Ready a model on its device for training: mixers, residual type, compiled parts.
 
     Layers of one kind share their compiled code: the time it takes does not grow with depth.
     """
-    for module in model.modules():
-        if isinstance(module, AttentionMixer):
-            module.keep_rotary(config.context)
+    for mixer in mixers(model, Mixer):
+        mixer.prepare(config.context)
     model.residual_dtype = torch.bfloat16 if config.precision == "bf16_residual" else None
     model.run_layer = torch.compile(without_state, dynamic=False) if compiled else without_state
     model.run_head = torch.compile(head_loss, dynamic=False) if compiled else head_loss

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mambabyte.config import TrainConfig
-
-Role = Literal["muon", "decay", "free"]
+from mambabyte.config.mixers import Role
+from mambabyte.model.mixer import Mixer, named_mixers
 
 
 class Optimizer(Protocol):
@@ -24,28 +24,23 @@ class Optimizer(Protocol):
     def step(self) -> object: ...
 
 
-def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices, but not to A_log, which is a decay rate.
+def roles(model: nn.Module) -> dict[str, Role]:
+    """How an optimizer treats each parameter of a model, by name.
 
-    One-dimensional parameters (norms, biases, D) are left alone. The embedding, which is the
-    head too, and the convolution's taps decay, as in the recipe.
+    "muon": the matrices inside the layers, which map activations to activations; AdamW takes them
+    with weight decay where there is no Muon. "decay": AdamW with weight decay, always: embedding
+    and head, whose rows are looked up or compared one by one, and what a mixer says, such as the
+    taps of a convolution, where each channel has its own and there is nothing to orthogonalise.
+    "free": AdamW without decay: biases, gains of norms, and what a mixer says.
     """
-    return parameter.ndim >= 2 and not name.endswith("A_log")
-
-
-def role(name: str, parameter: Tensor) -> Role:
-    """Where a parameter goes when the optimizer is Muon.
-
-    "muon": the matrices inside the layers, which map activations to activations. Not dt_proj: it
-    spreads a few numbers over all channels, and an orthogonal update of it moves every step size
-    of the SSM at once. AdamW with decay ("decay"): embedding and head, whose rows are looked up
-    or compared one by one; dt_proj; the convolution, where each channel has its own taps and
-    there is nothing to orthogonalise. AdamW without decay ("free"): A_log, D, biases, norms.
-    """
-    inside = ".layers." in f".{name}" and ".dt_proj." not in name
-    if inside and parameter.ndim == 2 and decays(name, parameter):
-        return "muon"
-    return "decay" if decays(name, parameter) else "free"
+    found: dict[str, Role] = {}
+    for name, parameter in model.named_parameters():
+        inside = ".layers." in f".{name}" and parameter.ndim == 2
+        found[name] = "free" if parameter.ndim < 2 else "muon" if inside else "decay"
+    for prefix, mixer in named_mixers(model, Mixer).items():
+        for name, parameter in mixer.named_parameters():
+            found[f"{prefix}.{name}"] = mixer.role(name, parameter.ndim)
+    return found
 
 
 def make_optimizer(
@@ -57,6 +52,7 @@ def make_optimizer(
     tensors beside the parameters, so that a captured step can be given others.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    of = roles(model)
     on_cuda = bool(named) and named[0][1].is_cuda
     # One pass over each parameter: a quarter of the time on a CPU.
     fused = bool(named) and named[0][1].device.type in ("cpu", "cuda")
@@ -67,13 +63,13 @@ def make_optimizer(
 
     if config.optimizer == "adamw":
         return torch.optim.AdamW([
-            group([p for n, p in named if decays(n, p)], config.weight_decay, config.lr),
-            group([p for n, p in named if not decays(n, p)], 0.0, config.lr),
+            group([p for n, p in named if of[n] != "free"], config.weight_decay, config.lr),
+            group([p for n, p in named if of[n] == "free"], 0.0, config.lr),
         ], lr=config.lr, betas=config.betas, eps=1e-8, fused=fused,
             capturable=on_device and on_cuda)
     by_role: dict[Role, list[Tensor]] = {"muon": [], "decay": [], "free": []}
     for name, parameter in named:
-        by_role[role(name, parameter)].append(parameter)
+        by_role[of[name]].append(parameter)
     return MuonAdamW([
         group(by_role["muon"], config.weight_decay, config.muon_lr,
               muon=True, momentum=config.muon_momentum),

@@ -26,7 +26,7 @@ from mambabyte.corpus import Corpus, sample_windows
 from mambabyte.energy import EnergyMeter
 from mambabyte.errors import UserError
 from mambabyte.evaluate import bits_per_byte
-from mambabyte.model import ByteLM, distributed
+from mambabyte.model import ByteLM, Mixer, distributed, mixers
 from mambabyte.ops import FORMS
 from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
 from mambabyte.train.loop import DONE, Ended, optimise
@@ -206,7 +206,8 @@ class _Training:
         return done % every == 0 or done == self.config.n_steps
 
     def _measures(self, number: int) -> bool:
-        return self._due(number + 1, self.config.log_every) and "M" in self.model.config.layers
+        return self._due(number + 1, self.config.log_every) and any(
+            mixer.has_decays for mixer in mixers(self.model, Mixer))
 
     def _after(self, done: int) -> None:
         assert self.step is not None

@@ -8,14 +8,11 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.corpus import sample_windows
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
-from mambabyte.model.block import Block, MambaMixer
-from mambabyte.ops import selective_scan
 
 SMOKE_BYTES = 10_000  # fewer training bytes than this mean smoke mode
 # float32 scans agree with float64 to about 1e-7; a wrong recurrence is off by 1e-3 or more.
@@ -44,35 +41,19 @@ def relative_rms(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def scan_errors(model: ByteLM, tokens: torch.Tensor) -> dict[str, float]:
-    """Relative RMS error of the model's own scan on its own inputs against the definition.
+    """Relative RMS error of each mixer's own operator on its own inputs against the definition.
 
-    For every SSM layer, with tokens (B, L): output, final state, and the gradient of the inputs
-    of a random projection of both; float64 sequential scan as the reference.
+    Of tokens (B, L), the largest over layers: output, final state, and the gradient of the
+    inputs; see ``Mixer.against_definition``.
     """
     worst = {"output": 0.0, "state": 0.0, "gradient": 0.0}
     x = model.embedding(tokens)
-    for layer in model.layers:
-        assert isinstance(layer, Block)
-        mixer = layer.mixer
-        if isinstance(mixer, MambaMixer):
-            u, delta, B, C, _, _ = (t.detach() for t in mixer.scan_inputs(layer.norm(x), None))
-            inputs = [u, F.softplus(delta + mixer.dt_proj.bias).detach(),
-                      -mixer.A_log.exp().detach(), B, C]
-            mine = [t.clone().requires_grad_() for t in inputs]
-            exact = [t.double().requires_grad_() for t in inputs]
-            y, h = selective_scan(*mine, form=mixer.form, chunk_size=mixer.chunk)
-            y_ref, h_ref = selective_scan(*exact, form="sequential")
-            weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)
-                                 ).to(y.device)
-            grads = torch.autograd.grad((y * weight).sum() + h.sum(), mine)
-            grads_ref = torch.autograd.grad((y_ref * weight.double()).sum() + h_ref.sum(), exact)
-            errors = {
-                "output": relative_rms(y, y_ref),
-                "state": relative_rms(h, h_ref),
-                "gradient": max(map(relative_rms, grads, grads_ref)),
-            }
-            # not (error <= worst): a nan must not pass
-            worst = {k: v if not v <= worst[k] else worst[k] for k, v in errors.items()}
+    for layer in model.blocks:
+        for name, pairs in layer.mixer.against_definition(layer.norm(x)).items():
+            for found, expected in pairs:
+                error = relative_rms(found, expected)
+                # not (error <= worst): a nan must not pass
+                worst[name] = error if not error <= worst[name] else worst[name]
         x, _ = layer(x, None)
     return worst
 

@@ -17,7 +17,7 @@ from analysis.measure.allocations import autocast_to, saved_storages
 from analysis.theory.kept_tensors import AUTOCASTS, Autocast, saved_terms
 from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
-from mambabyte.model.block import MambaMixer
+from mambabyte.model.mamba import MambaMixer
 from mambabyte.ops.mamba.fused import fused_mixer
 
 # What torch itself warns of depends on the machine.
@@ -53,7 +53,7 @@ def test_parity(training: bool, shape: tuple[int, ...], dtype: torch.dtype) -> N
 def layer_results(layer: nn.Module, x: Tensor) -> list[Tensor]:
     x = x.detach().requires_grad_()
     y, state = layer(x, None)
-    loss = y.float().square().sum() + state.tail.float().sum() + state.ssm.sum()
+    loss = y.float().square().sum() + state.conv_state.float().sum() + state.ssm_state.sum()
     return [y.detach(), *(s.detach() for s in state),
             *torch.autograd.grad(loss, [x, *layer.parameters()])]
 
@@ -82,7 +82,7 @@ def test_a_layer_in_lower_precision() -> None:
     layer, x = made()
     y, _ = layer(x, None)
     z, state = layer.bfloat16()(x.bfloat16(), None)
-    assert (z.dtype, state.tail.dtype, state.ssm.dtype) == (
+    assert (z.dtype, state.conv_state.dtype, state.ssm_state.dtype) == (
         torch.bfloat16, torch.bfloat16, torch.float32)
     assert relative_rms(z, y) < 2e-2
 
@@ -93,8 +93,8 @@ def test_a_sequence_goes_on_from_its_state() -> None:
     first, state = layer(x[:, :41], None)
     second, last = layer(x[:, 41:], state)
     assert relative_rms(torch.cat([first, second], 1), whole) < 1e-5
-    assert torch.equal(last.tail, end.tail)
-    assert relative_rms(last.ssm, end.ssm) < 1e-5
+    assert torch.equal(last.conv_state, end.conv_state)
+    assert relative_rms(last.ssm_state, end.ssm_state) < 1e-5
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

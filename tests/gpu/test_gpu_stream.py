@@ -83,8 +83,8 @@ def test_bytes_given(name: str, batch: int) -> None:
     log_probs, state = streamer.feed(tokens, streamer.new_state(batch), all_positions=True)
     wanted, states = exact(model, tokens)
     assert relative_rms(log_probs, wanted) < 3e-6
-    assert relative_rms(state.tail, torch.stack([s.tail for s in states])) < 3e-6
-    assert relative_rms(state.ssm, torch.stack([s.ssm for s in states])) < 3e-6
+    assert relative_rms(state.tail, torch.stack([s.conv_state for s in states])) < 3e-6
+    assert relative_rms(state.ssm, torch.stack([s.ssm_state for s in states])) < 3e-6
     # In pieces, bit for bit.
     first, middle = streamer.feed(tokens[:, :17], streamer.new_state(batch))
     last, end = streamer.feed(tokens[:, 17:], middle)

@@ -1,4 +1,4 @@
-"""Models: exact counts, initial loss, pattern, state, headroom."""
+"""Models: exact counts, initial loss, pattern, state, exponents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig, get_preset
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM, record_exponents
-from mambabyte.model.block import AttentionMixer, MambaMixer, rotary_table, rotate
+from mambabyte.model.attention import AttentionMixer, rotary_table, rotate
+from mambabyte.model.mamba import MambaMixer
 from mambabyte.train.smoke import relative_rms
 
 SMALL = ModelConfig(d_model=32, n_layer=4, d_state=4, n_head=4, n_kv_head=2, attention_window=12)
@@ -38,11 +39,8 @@ def test_parameter_counts_are_exact_by_group(name):
             group = "norm"
         elif parts[2] == "mlp":
             group = "mlp"
-        elif "q_proj" in key or "k_proj" in key or "v_proj" in key:
+        elif config.layers[int(parts[1])] == "A":
             group = "attention"
-        elif parts[3] == "out_proj":
-            layer = model.layers[int(parts[1])]
-            group = "attention" if isinstance(layer.mixer, AttentionMixer) else "ssm_out_proj"
         else:
             group = {"conv1d": "ssm_conv"}.get(parts[3], "ssm_" + parts[3])
         groups[group] += p.numel()
@@ -149,7 +147,7 @@ def test_state_stays_constant_in_size():
         assert len(set(sizes[SMALL.attention_window :])) == 1
 
 
-def test_headroom_is_the_largest_cumulated_log_decay():
+def test_the_exponent_is_the_largest_cumulated_log_decay():
     model = ByteLM(replace(SMALL, layer_pattern="M", n_layer=2))
     tokens = torch.randint(0, 256, (2, 70))
     captured = {}
@@ -158,12 +156,12 @@ def test_headroom_is_the_largest_cumulated_log_decay():
         mixer.register_forward_pre_hook(
             lambda m, a, i=i: captured.__setitem__(
                 i, F.softplus(m.scan_inputs(a[0], None)[1] + m.dt_proj.bias)))
-    with record_exponents(model, chunk=32) as headroom:
+    with record_exponents(model, chunk=32) as exponents:
         model(tokens)
     for i, layer in enumerate(model.layers):
         log_decay = captured[i].unsqueeze(-1) * layer.mixer.A_log.exp()
         expected = max(log_decay[:, s : s + 32].sum(1).max().item() for s in (0, 32, 64))
-        assert headroom[i] == pytest.approx(expected, rel=1e-5)
+        assert exponents[i] == pytest.approx(expected, rel=1e-5)
 
 
 def test_dt_initialisation_is_log_uniform():
@@ -189,8 +187,8 @@ def test_overfits_a_tiny_corpus():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"layer_pattern": "MXA"}, "write M for an SSM layer and A for attention"),
-     ({"layer_pattern": ""}, "at least one of them"),
+    [({"layer_pattern": "MXA"}, r"at least one of M \(selective SSM\), A \(causal att"),
+     ({"layer_pattern": ""}, "at least one of M"),
      ({"n_head": 5, "layer_pattern": "A"}, "does not split into 5 heads"),
      ({"n_head": 6, "n_kv_head": 4, "layer_pattern": "A"}, "not a multiple"),
      ({"d_model": 0}, "d_model is 0"), ({"scan_form": "quick"}, "scan_form 'quick' is unknown"),
@@ -214,12 +212,11 @@ def test_a_layer_with_other_scan_inputs_has_them_in_every_call():
     """Bytes one by one too, which the fused step would read without them."""
 
     class Louder(MambaMixer):
-        def scan_inputs(self, x, tail):
-            u, delta, B, C, z, tail = super().scan_inputs(x, tail)
-            return u, delta, B, 3 * C, z, tail
+        def scan_inputs(self, x, conv_state):
+            u, delta, B, C, z, conv_state = super().scan_inputs(x, conv_state)
+            return u, delta, B, 3 * C, z, conv_state
 
-    layer, x = MambaMixer(SMALL), torch.randn(2, 5, SMALL.d_model)
-    layer.__class__ = Louder
+    layer, x = Louder(SMALL), torch.randn(2, 5, SMALL.d_model)
     with torch.no_grad():
         whole, state = layer(x, None)[0], None
         for t in range(x.shape[1]):

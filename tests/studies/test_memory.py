@@ -17,15 +17,15 @@ from analysis.studies.memory.scans import five_to_seven_frame, full_tensors_fram
 from analysis.studies.memory.tables import budgets_frame, device_frames
 from analysis.theory.fit import ALLOWANCE_BYTES, DEVICES_GB, fit, parse_memory
 from analysis.theory.kept_tensors import AUTOCASTS, saved_terms
-from analysis.theory.scan_memory import scan_terms, scan_workspace
 from analysis.theory.step_memory import budget, state_bytes
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.ops import FORMS
 from mambabyte.ops.scan import cpu as native_scan
+from mambabyte.ops.scan.memory import scan_terms, scan_workspace
 from mambabyte.stream import ByteStream
-from mambabyte.train.optim import role
+from mambabyte.train.optim import roles
 
 
 def random_case(seed: int) -> tuple[ModelConfig, int, int, str, bool]:
@@ -265,8 +265,9 @@ def test_fit_finds_the_largest_by_bisection() -> None:
 def test_muon_keeps_one_moment_of_the_matrices() -> None:
     config = PRESETS["nano_ssm_1_1"].model
     adamw, muon = budget(config, 1, 8), budget(config, 1, 8, optimizer="muon")
-    matrices = sum(
-        p.numel() for name, p in ByteLM(config).named_parameters() if role(name, p) == "muon")
+    model = ByteLM(config)
+    of = roles(model)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if of[name] == "muon")
     assert adamw.optimizer - muon.optimizer == pytest.approx(4 * matrices, rel=1e-3)
 
 

@@ -21,13 +21,13 @@ from analysis.theory.kept_tensors import (
     AUTOCASTS,
     STREAM_DTYPE,
     Autocast,
-    rms_norm_is_cast,
     saved_terms,
 )
 from analysis.theory.step_memory import LIBRARY_BYTES, budget
 from mambabyte.config import PRESETS, ModelConfig
 from mambabyte.errors import UserError
-from mambabyte.model import block as blocks
+from mambabyte.model import mamba
+from mambabyte.model.attention import rms_norm_is_cast
 from mambabyte.ops import causal_conv
 
 
@@ -116,13 +116,13 @@ def test_saved_bytes_of_a_layer_on_cuda_are_exact(
     composed: bool, dt_rank: int | str, autocast: Autocast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By tensors that have a device and no memory. As one operator it keeps what its parts keep."""
-    for module in (blocks, causal_conv):
+    for module in (mamba, causal_conv):
         monkeypatch.setattr(module, "fused_available", lambda device: (True, ""))
     if composed:
-        monkeypatch.setattr(blocks.MambaMixer, "_is_one_operator", lambda *_: False)
+        monkeypatch.setattr(mamba.MambaMixer, "_is_one_operator", lambda *_: False)
     config = ModelConfig(d_model=48, n_layer=1, dt_rank=dt_rank, scan_form="fused")
     with FakeTensorMode():
-        layer = blocks.MambaMixer(config)
+        layer = mamba.MambaMixer(config)
         for module in layer.modules():
             for name, p in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.empty(p.shape, device="cuda")))

@@ -200,7 +200,7 @@ MEASURING = {
     "memory": (
         "measure/allocations", "theory/fit", "theory/step_memory",
         "studies/memory/tables", "studies/memory/gpu", "theory/kept_tensors",
-        "theory/scan_memory", "studies/memory/scans"
+        "studies/memory/scans"
     ),
     "overflow": (
         "theory/bounds", "studies/overflow/error_map", "measure/exponents"

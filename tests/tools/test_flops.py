@@ -14,12 +14,12 @@ from analysis.theory.flops import (
     flops_per_byte,
     flops_table,
     layer_flops_crossover,
-    mean_keys,
 )
 from analysis.theory.matching import GPU_WIDTHS, match_parameters, match_patterns, systems_table
 from mambabyte.config import ModelConfig, get_preset
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
+from mambabyte.model.attention import mean_keys
 
 SMALL = ModelConfig(d_model=32, n_layer=3, layer_pattern="MA", n_head=4, n_kv_head=2, d_state=8,
                     attention_window=64)
@@ -27,6 +27,7 @@ CONFIGS = {
     "hybrid with grouped heads": SMALL,
     "pure SSM": replace(SMALL, layer_pattern="M", norm="rms"),
     "attention with MLP": replace(SMALL, layer_pattern="A", mlp_ratio=2.0),
+    "beyond the window": replace(SMALL, layer_pattern="A", attention_window=8),
     "full-rank dt": replace(SMALL, dt_rank="full", mlp_ratio=1.5),
 }
 
@@ -68,7 +69,9 @@ def test_mean_keys():
     assert mean_keys(1, 99) == 1
     assert mean_keys(4, 99) == 2.5  # 1, 2, 3, 4
     assert mean_keys(4, 2) == 1.75  # 1, 2, 2, 2
-    assert mean_keys(4, 2, causal=False) == 4
+    assert mean_keys(4, 5, causal=False) == 4
+    assert mean_keys(4, 2, causal=False) == 3  # 2 queries see 2, then 2 see 4, masked
+    assert mean_keys(5, 2, causal=False) == 4  # and a block of 2 for the fifth
     with pytest.raises(UserError, match="at least 1"):
         mean_keys(0, 1)
 

@@ -13,7 +13,7 @@ from mambabyte.corpus import load_corpus
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.train import train
-from mambabyte.train.optim import make_optimizer, orthogonalise, role, set_rates
+from mambabyte.train.optim import make_optimizer, orthogonalise, roles, set_rates
 from mambabyte.train.schedule import schedule
 
 MODEL = ModelConfig(d_model=16, n_layer=2, layer_pattern="MA", d_state=4, n_head=2, n_kv_head=1,
@@ -23,10 +23,10 @@ RECIPE = TrainConfig(context=32, batch_size=2, n_steps=6, checkpoint_every=3, lo
 
 
 def test_every_parameter_has_a_role_on_purpose():
-    roles: dict[str, set[str]] = {"muon": set(), "decay": set(), "free": set()}
-    for name, parameter in ByteLM(MODEL).named_parameters():
-        roles[role(name, parameter)].add(".".join(name.split(".")[-2:]))
-    assert roles == {
+    found: dict[str, set[str]] = {"muon": set(), "decay": set(), "free": set()}
+    for name, role in roles(ByteLM(MODEL)).items():
+        found[role].add(".".join(name.split(".")[-2:]))
+    assert found == {
         "muon": {"in_proj.weight", "x_proj.weight", "out_proj.weight", "q_proj.weight",
                  "k_proj.weight", "v_proj.weight", "up_proj.weight"},
         "decay": {"embedding.weight", "head.weight", "conv1d.weight", "dt_proj.weight"},
@@ -96,8 +96,9 @@ def test_the_rest_is_adamw():
             q.grad = p.grad.clone()
         mine.step()
         plain.step()
+    of = roles(model)
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert torch.equal(p, q) == (role(name, p) != "muon"), name
+        assert torch.equal(p, q) == (of[name] != "muon"), name
 
 
 def test_resume_with_muon_is_exact(tmp_path):

@@ -22,7 +22,7 @@ from mambabyte.model import ByteLM
 from mambabyte.ops.scan.dispatch import SCANS
 from mambabyte.ops.scan.recurrent import sequential_scan
 from mambabyte.train import EagerStep, NonFiniteError, train, train_step
-from mambabyte.train.optim import decays, make_optimizer
+from mambabyte.train.optim import make_optimizer, roles
 from mambabyte.train.schedule import learning_rate
 from mambabyte.train.smoke import is_smoke, smoke_check, smoke_configs
 
@@ -197,7 +197,7 @@ def test_every_parameter_is_in_one_group_on_purpose():
     grouped = [p for g in optimizer.param_groups for p in g["params"]]
     assert len(grouped) == len({id(p) for p in grouped}) == len(list(model.parameters()))
     free = {n.split(".")[-2] + "." + n.split(".")[-1]
-            for n, p in model.named_parameters() if not decays(n, p)}
+            for n, role in roles(model).items() if role == "free"}
     assert free == {"mixer.A_log", "mixer.D", "conv1d.bias", "dt_proj.bias", "norm.weight",
                     "norm.bias", "mlp_norm.weight", "mlp_norm.bias", "norm_f.weight",
                     "norm_f.bias"}

@@ -19,17 +19,19 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from analysis.measure.timing import release
 from analysis.theory.matching import GPU_WIDTHS, match_patterns
 from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.config.mixers import MambaSpec, Role
 from mambabyte.energy import EnergyMeter
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
-from mambabyte.model.block import MambaMixer
+from mambabyte.model.mamba import MambaMixer
+from mambabyte.model.mixer import Mixer, named_mixers
 from mambabyte.train import train_step
 from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
 from mambabyte.train.optim import make_optimizer
@@ -79,11 +81,11 @@ def equal_sized(config: ModelConfig, patterns: tuple[str, ...]) -> dict[str, Mod
     return {p: m.config for p, m in matched.items()} | {config.layer_pattern: config}
 
 
-class _PublishedMixer(nn.Module):
+class _PublishedMixer(Mixer, MambaSpec):
     """mamba-ssm's own module in place of ours, with our weights. Training from the first byte."""
 
     def __init__(self, mixer: MambaMixer, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         from mamba_ssm import Mamba
 
         self.mamba = Mamba(config.d_model, d_state=config.d_state, d_conv=config.d_conv,
@@ -94,14 +96,17 @@ class _PublishedMixer(nn.Module):
     def forward(self, x: Tensor, state: None) -> tuple[Tensor, None]:
         return self.mamba(x), state
 
+    @classmethod
+    def role(cls, name: str, dimensions: int) -> Role:
+        return super().role(name.removeprefix("mamba."), dimensions)
+
 
 def use_published_mixers(model: ByteLM) -> None:
     """Swap every SSM mixer of a model for mamba-ssm's module, which runs on GPUs alone."""
     if importlib.util.find_spec("mamba_ssm") is None:
         raise UserError("mamba_ssm is not installed: leave --peers out, or install it first")
-    for layer in model.layers:
-        if isinstance(layer.mixer, MambaMixer):
-            layer.mixer = _PublishedMixer(layer.mixer, model.config)
+    for name, mixer in named_mixers(model, MambaMixer).items():
+        model.set_submodule(name, _PublishedMixer(mixer, model.config))
 
 
 def bench_steps(

@@ -19,7 +19,6 @@ from torch import Tensor
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.energy import EnergyMeter
 from mambabyte.model import ByteLM
-from mambabyte.model.block import AttentionMixer
 from mambabyte.train import Step, autocast, optimise, text_step
 from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
 from mambabyte.train.optim import make_optimizer
@@ -193,8 +192,6 @@ def position_bits(
     One row a bin: from context / 4 on the bins double.
     """
     device = model.embedding.weight.device
-    attention = [b.mixer for b in model.layers if isinstance(b.mixer, AttentionMixer)]
-    kept = [mixer.window for mixer in attention]
     length = streams.shape[1] - 1
     half = context // 2
 
@@ -205,16 +202,13 @@ def position_bits(
         restart[:, start + half : start + context] = _nats(logits, part[:, 1:])[:, half:]
 
     if unbounded:
-        for mixer in attention:
-            mixer.window = length + 1
+        model = model.reconfigured(attention_window=length + 1)
     stream, state = [], None
     for start in range(0, length, piece):
         part = streams[:, start : start + piece + 1]
         logits, state = model(part[:, :-1].to(device), state)
         stream.append(_nats(logits, part[:, 1:]))
         report(f"position {min(start + piece, length):,} of {length:,}")
-    for mixer, window in zip(attention, kept, strict=True):
-        mixer.window = window
 
     nats = torch.cat(stream, 1)
     edges = [0, context // 4]

@@ -38,10 +38,10 @@ from analysis.measure.exponents import ssm_layers, step_sizes
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
-from mambabyte.model.block import MambaMixer, MambaState
+from mambabyte.model.mamba import MambaMixer, MambaState
 from mambabyte.ops.scan.recurrent import selective_scan_step
 from mambabyte.train import EagerStep, NonFiniteError, optimise
-from mambabyte.train.optim import decays
+from mambabyte.train.optim import roles
 from mambabyte.train.step import Batches
 
 PUBLISHED_MATRIX_LR = 0.04  # Muon
@@ -96,10 +96,11 @@ class _RoundedStateMixer(MambaMixer):
     """A Mamba mixer whose state is rounded to bfloat16 after every step (a Python loop)."""
 
     def forward(self, x: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
-        u, delta, B, C, z, tail = self.scan_inputs(x, None if state is None else state.tail)
+        u, delta, B, C, z, conv_state = self.scan_inputs(
+            x, None if state is None else state.conv_state)
         A = -torch.exp(self.A_log.float())
         dt = nn.functional.softplus(delta.float() + self.dt_proj.bias.float())
-        h = u.new_zeros(u.shape[0], *A.shape) if state is None else state.ssm
+        h = u.new_zeros(u.shape[0], *A.shape) if state is None else state.ssm_state
         ys = []
         for u_t, dt_t, B_t, C_t in zip(
             u.float().unbind(1), dt.unbind(1), B.float().unbind(1), C.float().unbind(1),
@@ -109,7 +110,7 @@ class _RoundedStateMixer(MambaMixer):
             h = h.bfloat16().float()
             ys.append(y_t)
         y = torch.stack(ys, 1) + self.D.float() * u
-        return self.out_proj((y * nn.functional.silu(z)).to(u.dtype)), MambaState(tail, h)
+        return self.out_proj((y * nn.functional.silu(z)).to(u.dtype)), MambaState(conv_state, h)
 
 
 BF16_STORED = ("embedding.weight", "dt_proj.weight", "x_proj.weight", "conv1d.weight", "A_log")
@@ -118,10 +119,8 @@ BF16_STORED = ("embedding.weight", "dt_proj.weight", "x_proj.weight", "conv1d.we
 def build(base: ModelConfig, variant: Variant, seed: int, device: str = "cpu") -> ByteLM:
     """A model of ``base`` with the variant's change, from the same random numbers for a seed."""
     torch.manual_seed(seed)
-    model = ByteLM(replace(base, **variant.model))
-    if variant.bf16_state:
-        for mixer in ssm_layers(model):
-            mixer.__class__ = _RoundedStateMixer
+    mixer = _RoundedStateMixer if variant.bf16_state else MambaMixer
+    model = ByteLM(replace(base, **variant.model), {mixer.letter: mixer})
     if variant.bf16_weights:
         round_weights(model)
     return model.to(device)
@@ -147,6 +146,7 @@ def make_optimizers(
     Each group carries its own peak rate as "peak_lr". Muon is torch's, with the script's momentum
     0.95 and its scale max(1, rows / columns)^0.5.
     """
+    of = roles(model)
     embedding, muon, rest = [], [], []
     for name, p in model.named_parameters():
         if name.endswith("conv1d.weight") and variant.frozen_taps:
@@ -159,8 +159,8 @@ def make_optimizers(
         else:
             rest.append((name, p))
     groups: list[dict[str, Any]] = [
-        {"params": [p for n, p in rest if decays(n, p)], "weight_decay": recipe.weight_decay},
-        {"params": [p for n, p in rest if not decays(n, p)], "weight_decay": 0.0},
+        {"params": [p for n, p in rest if of[n] != "free"], "weight_decay": recipe.weight_decay},
+        {"params": [p for n, p in rest if of[n] == "free"], "weight_decay": 0.0},
     ]
     for group in groups:
         group["peak_lr"] = recipe.lr

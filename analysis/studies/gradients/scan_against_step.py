@@ -12,7 +12,8 @@ from analysis.measure.exponents import ssm_layers
 from mambabyte.config import PRESETS
 from mambabyte.corpus import load_corpus, sample_windows
 from mambabyte.model import ByteLM
-from mambabyte.model.block import Block, inverse_softplus
+from mambabyte.model.block import Block
+from mambabyte.model.mamba import inverse_softplus
 from mambabyte.ops import selective_scan
 from mambabyte.train.smoke import relative_rms
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from analysis.runs.frames import in_words
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.model import ByteLM
-from mambabyte.model.block import AttentionState, LayerState, MambaState
+from mambabyte.model.mixer import LayerState, detached
 from mambabyte.train import EagerStep, optimise
 
 SYMBOLS = 4  # of the recall task: 0..3 distractors, 4..7 marked symbols, 8 the query
@@ -45,14 +45,8 @@ def last_logits(model: ByteLM, tokens: Tensor, segment: int) -> Tensor:
     logits = tokens
     for start in range(0, tokens.shape[1], segment):
         logits, state = model(tokens[:, start : start + segment], state)
-        state = [_detached(s) for s in state]
+        state = [detached(s) for s in state]
     return logits[:, -1, :SYMBOLS]
-
-
-def _detached(state: LayerState) -> LayerState:
-    if isinstance(state, MambaState):
-        return MambaState(state.tail.detach(), state.ssm.detach())
-    return AttentionState(state.k.detach(), state.v.detach(), state.position)
 
 
 def recall_frame(

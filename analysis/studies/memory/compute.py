@@ -28,10 +28,11 @@ from analysis.studies.memory.scans import (
 )
 from analysis.studies.memory.tables import budgets_frame, device_frames, state_frame, terms_frame
 from analysis.theory.kept_tensors import AUTOCASTS, Autocast, saved_terms
-from analysis.theory.scan_memory import FLOAT32, scan_workspace
 from analysis.theory.step_memory import LIBRARY_BYTES, budget, state_bytes
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
+from mambabyte.config.mixers import uses_scan_form
 from mambabyte.errors import UserError
+from mambabyte.ops.scan.memory import FLOAT32, scan_workspace
 
 MB, GB = 1e6, 1e9
 # What the tables of whole steps show. All pairs of a chunk would be ten times off their scale.
@@ -231,7 +232,7 @@ def _cases(p: Parameters) -> list[tuple[str, str, Autocast, bool]]:
     """(form, pattern, autocast, checkpointing) of every step that is counted and profiled."""
     cases: list[tuple[str, str, Autocast, bool]] = []
     for pattern in p.patterns:
-        for form in runnable(p.forms) if "M" in pattern else ("sequential",):
+        for form in runnable(p.forms) if uses_scan_form(pattern) else ("sequential",):
             for autocast in p.autocasts:
                 cases += [(form, pattern, autocast, False), (form, pattern, autocast, True)]
     return cases
@@ -245,7 +246,8 @@ def _saved_frame(p: Parameters) -> pd.DataFrame:
             config, p.batch, p.context, autocast, checkpointing=checkpointing))
         measured = measure_saved(config, p.batch, p.context, autocast, checkpointing)
         rows.append({
-            "form": form if "M" in pattern else "none", "pattern": pattern, "autocast": autocast,
+            "form": form if uses_scan_form(pattern) else "none", "pattern": pattern,
+            "autocast": autocast,
             "checkpointing": checkpointing, "predicted, B": predicted, "counted, B": measured,
             "predicted / counted": predicted / measured})
     return pd.DataFrame(rows)
@@ -259,7 +261,8 @@ def _peaks_frame(p: Parameters) -> pd.DataFrame:
         predicted = step.peak - step.weights - step.optimizer
         measured = measure_peak(config, p.batch, p.context, autocast, checkpointing)
         rows.append({
-            "form": form if "M" in pattern else "none", "pattern": pattern, "autocast": autocast,
+            "form": form if uses_scan_form(pattern) else "none", "pattern": pattern,
+            "autocast": autocast,
             "checkpointing": checkpointing, "worst moment": step.worst_moment,
             "predicted, B": predicted, "profiled, B": measured,
             "predicted / profiled": predicted / measured})

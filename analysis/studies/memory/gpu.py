@@ -24,10 +24,11 @@ from torch import nn
 from analysis.measure.allocations import autocast_to, build_model
 from analysis.runs.frames import not_measured
 from analysis.runs.records import DATA, load_record, machine_name
-from analysis.theory.kept_tensors import Autocast, resolve_form, saved_terms
+from analysis.theory.kept_tensors import Autocast, saved_terms
 from analysis.theory.step_memory import LIBRARY_BYTES, budget
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
+from mambabyte.model.mamba import resolve_form
 from mambabyte.train.optim import make_optimizer
 
 MB = 1e6
@@ -111,7 +112,7 @@ def case_columns(
     config: ModelConfig, batch: int, length: int, autocast: str, checkpointing: bool
 ) -> dict[str, Any]:
     """The columns that name a case, in a record as in the study's table."""
-    form = resolve_form(config, "cuda") if "M" in config.layers else "none"
+    form = resolve_form(config, "cuda") if config.uses_scan_form else "none"
     return {"layers": config.layers, "d_model": config.d_model,
             "form": form, "batch": batch, "context": length,
             "autocast": autocast, "checkpointing": checkpointing}

@@ -10,6 +10,7 @@ from analysis.studies.memory.compute import Parameters
 from analysis.studies.memory.tables import budgets_at, smallest_devices
 from analysis.theory.fit import DEVICES_GB
 from mambabyte.config import ModelConfig, get_preset
+from mambabyte.config.mixers import uses_scan_form
 
 
 def panel(p: Parameters, preset: str = "mamba_byte") -> Any:
@@ -33,7 +34,7 @@ def _show_step(
 
     budgets = budgets_at(
         replace(model, layer_pattern=pattern), batch, context,
-        p.forms if "M" in pattern else p.forms[:1])  # attention has no scan
+        p.forms if uses_scan_form(pattern) else p.forms[:1])  # attention has no scan
     display(figures.budget_bars(budgets, f"{batch} x {context}", DEVICES_GB))
     display(smallest_devices(budgets))
     return budgets

@@ -13,9 +13,9 @@ from torch import Tensor
 from analysis.measure.allocations import allocated_bytes, peak_bytes, saved_storages
 from analysis.measure.scans import runnable
 from analysis.runs.frames import not_measured
-from analysis.theory.scan_memory import FLOAT32, PER_CHANNEL, scan_terms, scan_workspace
 from mambabyte.ops import FORMS, selective_scan
 from mambabyte.ops.scan.dispatch import SCANS
+from mambabyte.ops.scan.memory import FLOAT32, PER_CHANNEL, scan_terms, scan_workspace
 
 # Of the scans that are counted here. The C code keeps its states padded to 32 channels.
 CHANNELS, STATES, CHUNK = 32, 16, 32

@@ -12,6 +12,7 @@ from analysis.theory.fit import ALLOWANCE_BYTES, DEVICES_GB, LARGEST, fit
 from analysis.theory.kept_tensors import saved_terms
 from analysis.theory.step_memory import budget, state_bytes
 from mambabyte.config import PRESETS, ModelConfig
+from mambabyte.config.mixers import uses_scan_form
 
 GB = 1e9
 # The recipes' own. fp16 autocast has the bytes of bf16, but for the states that the fused scan
@@ -107,7 +108,7 @@ def device_frames(forms: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
                 found = {gb: fit(model, recipe, int(gb * GB), checkpointing=checkpointing)
                          for gb in DEVICES_GB}
                 row = {
-                    "pattern": pattern, "form": form if "M" in pattern else "none",
+                    "pattern": pattern, "form": form if uses_scan_form(pattern) else "none",
                     "autocast": autocast, "checkpointing": checkpointing,
                     "64 x 2048 needs, GB": original.required_bytes / GB}
                 batches.append(row | {

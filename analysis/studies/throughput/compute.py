@@ -19,7 +19,7 @@ from typing import Literal
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from analysis.measure.bench.steps import Way, equal_sized, training_step
 from analysis.measure.threads import threads
@@ -41,8 +41,7 @@ from analysis.theory.matching import match_patterns
 from mambabyte.config import ModelConfig, TrainConfig, get_preset
 from mambabyte.energy import EnergyMeter
 from mambabyte.errors import UserError
-from mambabyte.model import ByteLM
-from mambabyte.model.block import AttentionMixer, LayerState, MambaMixer
+from mambabyte.model import AttentionMixer, ByteLM, LayerState, MambaMixer, Mixer
 from mambabyte.ops import FORMS
 from mambabyte.stream import advance_of
 from mambabyte.train import autocast
@@ -178,7 +177,7 @@ def model_config(p: Parameters, pattern: str = "M", form: str = "auto") -> Model
 def time_mixers(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
     """One SSM mixer a form, and one causal attention mixer, at the points of ``time_scans``."""
     mixers = {f"SSM ({form})": (MambaMixer, form) for form in p.mixer_forms}
-    kinds: dict[str, tuple[type[nn.Module], str]] = {
+    kinds: dict[str, tuple[type[Mixer], str]] = {
         **mixers, "attention": (AttentionMixer, "auto")}
     cases = [
         Case((name, direction, batch if batch != p.batch_size else "lengths"), length,
@@ -192,11 +191,10 @@ def time_mixers(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
 
 
 def _make_mixer(
-    p: Parameters, kind: type[nn.Module], form: str, direction: str, batch: int, length: int
+    p: Parameters, kind: type[Mixer], form: str, direction: str, batch: int, length: int
 ) -> Callable[[], None]:
     torch.manual_seed(0)
-    pattern = "A" if kind is AttentionMixer else "M"
-    mixer = kind(model_config(p, pattern, form)).to(p.device)
+    mixer = kind(model_config(p, kind.letter, form)).to(p.device)
     backward = direction == PASSES[1]
     x = torch.randn(batch, length, p.d_model, device=p.device, requires_grad=backward)
 
@@ -306,9 +304,9 @@ def time_training(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
     rows = []
     runs = []
     for pattern, config in systems.items():
-        for form in p.training_forms if "M" in pattern else ("auto",):
+        for form in p.training_forms if config.uses_scan_form else ("auto",):
             # Forms are compared on the pure SSM; other patterns run the default alone.
-            if form == "auto" or pattern == "M":
+            if form == "auto" or pattern == MambaMixer.letter:
                 runs.append((pattern, form, replace(config, scan_form=form)))
     recipe = TrainConfig(context=p.train_context, batch_size=p.train_batch, precision=p.precision)
     way: Way = "eager" if not cuda else "graph" if p.train_step == "auto" else p.train_step

@@ -21,6 +21,7 @@ from analysis.plots import (
     tick_bytes,
     tick_with,
 )
+from mambabyte.config.mixers import uses_scan_form
 
 # One order for all figures, so that a form looks the same in each. There are seven looks, so
 # seven forms are drawn; the others, which coincide with some of these, are in the data.
@@ -143,7 +144,7 @@ def training(frame: pd.DataFrame) -> Figure:
     """Training throughput of parameter-matched systems, by pattern and scan form."""
     some = frame[frame["bytes_per_second"].notna()]
     figure, ax = new_figure(size=(7.2, 0.55 * len(some) + 1.2))
-    names = [f"{p} ({f})" if "M" in p else p
+    names = [f"{p} ({f})" if uses_scan_form(p) else p
              for p, f in zip(some["pattern"], some["form"], strict=True)]
     values = some["bytes_per_second"].astype(float) / 1e3
     for i, value in enumerate(values):

@@ -1,6 +1,6 @@
 """Everything of an SSM layer between its two large projections, as one operator on the GPU.
 
-``torch.ops.mambabyte.mixer`` is the composition in :class:`mambabyte.model.block.MambaMixer` (the
+``torch.ops.mambabyte.mixer`` is the composition in :class:`mambabyte.model.mamba.MambaMixer` (the
 definition) of the same kernels: convolution with SiLU, two small products, gated scan. Forwards it
 is no faster than that. Backwards each part leaves its gradients where the next product reads them,
 so that no pass over memory only adds two of them up or puts them side by side. They are columns of

@@ -18,7 +18,7 @@ from torch import Tensor
 from analysis.measure.allocations import saved_storages
 from analysis.theory.kept_tensors import saved_terms
 from mambabyte.config import ModelConfig
-from mambabyte.model.block import MambaMixer
+from mambabyte.model.mamba import MambaMixer
 from mambabyte.ops.conv import cuda as cuda_conv
 from mambabyte.ops.mamba import fused as mixer
 from mambabyte.ops.scan import cuda as cuda_scan
@@ -187,7 +187,7 @@ def test_a_layer_does_what_it_composes(length: int) -> None:
     x, found = torch.randn(2, length, CONFIG.d_model), []
     for function in (layer.from_start, lambda x: layer(x, None)):
         y, state = function(x.requires_grad_())
-        outputs = y.square().sum() + state.tail.sum() + state.ssm.sum()
+        outputs = y.square().sum() + state.conv_state.sum() + state.ssm_state.sum()
         gradients = torch.autograd.grad(outputs, [x, *layer.parameters()])
         found.append([y, *state, *gradients])
     for one, two in zip(*found, strict=True):

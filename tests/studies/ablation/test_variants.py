@@ -71,9 +71,9 @@ def test_rounded_state_is_rounded_and_nothing_else():
     with torch.no_grad():
         y, states = exact(tokens)
         z, rounded_states = rounded(tokens)
-    h = rounded_states[0].ssm
+    h = rounded_states[0].ssm_state
     assert torch.equal(h, h.bfloat16().float())
-    assert torch.allclose(states[0].ssm, h, rtol=0.05, atol=1e-4)
+    assert torch.allclose(states[0].ssm_state, h, rtol=0.05, atol=1e-4)
     assert not torch.equal(y, z)
     assert torch.allclose(y, z, atol=1e-2)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from analysis.measure.exponents import ssm_layers
 from analysis.studies.claims import compute as claims
 from analysis.studies.claims.checks import hybrid
 from analysis.studies.claims.checks.published import first_run
@@ -191,9 +192,9 @@ def test_the_authors_log_in_derived_numbers():
 
 def test_a_mixer_without_selection_has_one_transition():
     torch.manual_seed(0)
-    model = ByteLM(choices.small_model())
+    model = ByteLM(choices.small_model(), {"M": choices.FixedMixer})
     choices.fix_transitions(model)
-    mixer = choices.mixers_of(model)[0]
+    mixer = ssm_layers(model)[0]
     _, delta, B, C, _, _ = mixer.scan_inputs(torch.randn(2, 7, 48), None)
     for tensor in (delta, B, C):
         assert torch.equal(tensor, tensor[:1, :1].expand_as(tensor))
@@ -230,7 +231,7 @@ def test_artefacts_are_packed_as_the_script_packs_them():
 def test_a_mixer_without_its_scan_reads_no_state():
     torch.manual_seed(0)
     model = ByteLM(choices.small_model())
-    mixer = choices.mixers_of(model)[0]
+    mixer = ssm_layers(model)[0]
     x = torch.randn(1, 9, 48)
     moved = x.clone()
     moved[:, 0] += 1  # beyond the reach of a convolution over four
@@ -244,13 +245,14 @@ def test_a_mixer_without_its_scan_reads_no_state():
 
 def test_a_mixer_without_its_gate_or_neighbours():
     torch.manual_seed(0)
-    ungated, alone = ByteLM(choices.small_model()), ByteLM(choices.small_model())
+    config = choices.small_model()
+    ungated, alone = ByteLM(config, {"M": choices.UngatedMixer}), ByteLM(config)
     choices.open_gates(ungated)
     choices.drop_convolution(alone)
     x = torch.randn(1, 5, 48)
-    z = choices.mixers_of(ungated)[0].scan_inputs(x, None)[4]
+    z = ssm_layers(ungated)[0].scan_inputs(x, None)[4]
     assert torch.nn.functional.silu(z) == pytest.approx(torch.ones_like(z), rel=1e-5)
-    mixer = choices.mixers_of(alone)[0]
+    mixer = ssm_layers(alone)[0]
     moved = x.clone()
     moved[:, 1] += 1  # a neighbour changes nothing of what the next byte brings
     u, v = (mixer.scan_inputs(t, None)[0][:, 2] for t in (x, moved))

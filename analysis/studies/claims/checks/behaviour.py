@@ -11,8 +11,7 @@ from torch import nn
 from analysis.studies.claims.checks.arithmetic import FINAL
 from analysis.studies.claims.lab import Lab
 from analysis.studies.claims.ledger import CAVEAT, FAILS, HOLDS, Claim, Finding, check, sig
-from mambabyte.model import ByteLM
-from mambabyte.model.block import MambaMixer
+from mambabyte.model import ByteLM, MambaMixer, mixers
 from mambabyte.train.smoke import SMOKE_BYTES, is_smoke
 
 
@@ -27,8 +26,7 @@ def no_unknown_bytes(lab: Lab, claim: Claim) -> Finding:
 
 @check
 def block_structure(lab: Lab, claim: Claim) -> Finding:
-    mixer = ByteLM(FINAL.model).layers[0].mixer
-    assert isinstance(mixer, MambaMixer)
+    mixer = mixers(ByteLM(FINAL.model), MambaMixer)[0]
     shapes = {"in_proj": tuple(mixer.in_proj.weight.shape),
               "conv1d": tuple(mixer.conv1d.weight.shape),
               "out_proj": tuple(mixer.out_proj.weight.shape)}

@@ -26,7 +26,7 @@ from analysis.studies.claims.ledger import (
     near,
 )
 from mambabyte.model import ByteLM
-from mambabyte.train.optim import decays
+from mambabyte.train.optim import roles
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,9 @@ def recipe_as_coded(lab: Lab, claim: Claim) -> Finding:
     theirs = given if coded is None else (
         coded["lr"], *coded["betas"], coded["weight_decay"], coded["grad_clip"])
     right = all(near(float(a), b, 1e-9) for a, b in zip(theirs, given, strict=True))
-    parameters = list(ByteLM(FINAL.model).named_parameters())
-    free = sum(p.numel() for n, p in parameters if not decays(n, p))
+    model = ByteLM(FINAL.model)
+    of = roles(model)
+    free = sum(p.numel() for n, p in model.named_parameters() if of[n] == "free")
     verdict = (HOLDS if tuple(ours) == given else CAVEAT) if right else INCONSISTENT
     return Finding(verdict, f"{free:,} parameters undecayed", "The published script has the same "
                    f"five numbers. What the table leaves out: A_log, D, biases and norms, "

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from analysis.measure.exponents import ssm_layers
 from analysis.studies.claims.lab import Lab, Settings, experiment
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.corpus import Corpus, load_corpus, sample_windows
-from mambabyte.model import ByteLM
-from mambabyte.model.block import MambaMixer
+from mambabyte.model import ByteLM, MambaMixer, mixers
 from mambabyte.train import optimise, text_step
 from mambabyte.train.schedule import schedule
 
@@ -37,68 +37,68 @@ class FixedMixer(MambaMixer):
     """A Mamba mixer whose step sizes, B and C are learned but do not see the input: a classical
     SSM. They come from the same projections, of one learned vector in place of the activations."""
 
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.constant = nn.Parameter(torch.empty(config.d_inner))  # see fix_transitions
+
     def scan_inputs(
-        self, x: Tensor, tail: Tensor | None
+        self, x: Tensor, conv_state: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        u, _, _, _, z, tail = super().scan_inputs(x, tail)
+        u, _, _, _, z, conv_state = super().scan_inputs(x, conv_state)
         d_state = self.A_log.shape[1]
         low_rank, B, C = self.x_proj(self.constant).split([self.dt_rank, d_state, d_state], dim=-1)
         delta = F.linear(low_rank, self.dt_proj.weight)
         batch, length, _ = u.shape
         delta, B, C = (t.expand(batch, length, -1) for t in (delta, B, C))
-        return u, delta, B, C, z, tail
+        return u, delta, B, C, z, conv_state
 
 
 def fix_transitions(model: ByteLM) -> None:
-    """Make every mixer's transitions independent of the input."""
-    for mixer in mixers_of(model):
-        mixer.__class__ = FixedMixer
-        mixer.constant = nn.Parameter(torch.randn(mixer.D.shape[0]))
+    """Draw the vectors in place of the activations of a model of FixedMixer."""
+    for mixer in mixers(model, FixedMixer):
+        nn.init.normal_(mixer.constant)
 
 
 def open_gates(model: ByteLM) -> None:
-    """Take the output gate away: its input is held where SiLU gives about 1, whatever is read."""
-    for mixer in mixers_of(model):
+    """Take the gate's weights out of a model of UngatedMixer."""
+    for mixer in ssm_layers(model):
         with torch.no_grad():
             mixer.in_proj.weight[mixer.D.shape[0]:] = 0
         rows = torch.ones_like(mixer.in_proj.weight)
         rows[mixer.D.shape[0]:] = 0
         mixer.in_proj.weight.register_hook(lambda grad, rows=rows: grad * rows)
-        mixer.__class__ = UngatedMixer
 
 
 class UngatedMixer(MambaMixer):
-    """A Mamba mixer whose output is not gated."""
+    """A Mamba mixer whose output is not gated: z is held where SiLU gives about 1."""
 
     def scan_inputs(
-        self, x: Tensor, tail: Tensor | None
+        self, x: Tensor, conv_state: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        u, delta, B, C, z, tail = super().scan_inputs(x, tail)
-        return u, delta, B, C, torch.full_like(z, 1.2784645), tail  # SiLU of it is 1
+        u, delta, B, C, z, conv_state = super().scan_inputs(x, conv_state)
+        return u, delta, B, C, torch.full_like(z, 1.2784645), conv_state  # SiLU of it is 1
 
 
 def drop_convolution(model: ByteLM) -> None:
     """Hold the convolution at the identity: no neighbour is seen."""
-    for mixer in mixers_of(model):
+    for mixer in ssm_layers(model):
         with torch.no_grad():
             mixer.conv1d.weight.zero_()
             mixer.conv1d.weight[..., -1] = 1
         mixer.conv1d.weight.requires_grad_(False)
 
 
-def mixers_of(model: ByteLM) -> list[MambaMixer]:
-    return [m for m in model.modules() if isinstance(m, MambaMixer)]
-
-
 def _trained(
     config: ModelConfig, corpus: Corpus, seed: int, stops: tuple[int, ...] = (STEPS,),
-    change: Callable[[ByteLM], None] = lambda model: None,
+    change: Callable[[ByteLM], None] = lambda model: None, mixer: type[MambaMixer] = MambaMixer,
 ) -> tuple[ByteLM, list[float]]:
-    """A model after the last of ``stops``, and its held-out bits per byte after each of them."""
+    """A model after the last of ``stops``, and its held-out bits per byte after each of them.
+
+    Its layers are of ``mixer``; ``change`` is done to the untrained model."""
     recipe = TrainConfig(context=CONTEXT, batch_size=BATCH, n_steps=stops[-1], lr=3e-3,
                          precision="fp32", seed=seed)
     torch.manual_seed(seed)
-    model = ByteLM(config)
+    model = ByteLM(config, {mixer.letter: mixer})
     change(model)
     held_out = sample_windows(corpus.valid, CONTEXT, 32, seed, 0)
     bits: list[float] = []
@@ -158,12 +158,13 @@ def gating(settings: Settings) -> dict[str, float]:
     """What input-dependent transitions are worth on text, beside the block's other two parts."""
     corpus = load_corpus("stdlib")
     config = small_model()
-    parts: dict[str, Callable[[ByteLM], None]] = {
-        "selection": fix_transitions, "gate": open_gates, "convolution": drop_convolution}
+    parts: dict[str, tuple[type[MambaMixer], Callable[[ByteLM], None]]] = {
+        "selection": (FixedMixer, fix_transitions), "gate": (UngatedMixer, open_gates),
+        "convolution": (MambaMixer, drop_convolution)}
     model, (whole,) = _trained(config, corpus, settings.seed)
     found = {"dt_spread": _step_spread(model, corpus, settings.seed)}
-    for name, change in parts.items():
-        _, (bits,) = _trained(config, corpus, settings.seed, change=change)
+    for name, (mixer, change) in parts.items():
+        _, (bits,) = _trained(config, corpus, settings.seed, change=change, mixer=mixer)
         found[f"without_{name}"] = bits - whole
     return found
 
@@ -181,7 +182,7 @@ def _step_spread(model: ByteLM, corpus: Corpus, seed: int) -> float:
         dt = F.softplus(delta + mixer.dt_proj.bias)
         seen.append(dt.amax((0, 1)) / dt.amin((0, 1)))
 
-    handles = [m.register_forward_pre_hook(hook) for m in mixers_of(model)]
+    handles = [m.register_forward_pre_hook(hook) for m in ssm_layers(model)]
     model.loss(sample_windows(corpus.valid, CONTEXT, 4, seed, 1))
     for handle in handles:
         handle.remove()

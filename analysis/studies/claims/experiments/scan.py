@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from analysis.studies.claims.lab import Settings, experiment
 from mambabyte.config import PRESETS
-from mambabyte.model import ByteLM
-from mambabyte.model.block import Block, MambaMixer
+from mambabyte.model import ByteLM, MambaMixer, mixers
 from mambabyte.ops import selective_scan
 from mambabyte.train.smoke import relative_rms
 
@@ -259,9 +258,7 @@ def operations(settings: Settings) -> dict[str, float]:
 def _mixer(form: str) -> MambaMixer:
     torch.manual_seed(0)
     config = replace(PRESETS["mamba_byte"].model, d_model=16, n_layer=1, scan_form=form)
-    mixer = ByteLM(config).layers[0].mixer
-    assert isinstance(mixer, MambaMixer)
-    return mixer
+    return mixers(ByteLM(config), MambaMixer)[0]
 
 
 def _moved_per_element(form: str, backward: bool = True) -> float:
@@ -298,9 +295,9 @@ def streaming(settings: Settings) -> dict[str, float]:
             parts.append(y)
         found["calls_per_byte"] = len(parts) / 48
         found["step_error"] = relative_rms(torch.cat(parts, 1), whole)
-        tail, ssm = state[0]
-        found |= {"tail_inputs": tail.shape[1], "tail_channels": tail.shape[2],
-                  "ssm_channels": ssm.shape[1], "ssm_states": ssm.shape[2]}
+        conv_state, ssm_state = state[0]
+        found |= {"tail_inputs": conv_state.shape[1], "tail_channels": conv_state.shape[2],
+                  "ssm_channels": ssm_state.shape[1], "ssm_states": ssm_state.shape[2]}
     return found
 
 
@@ -309,12 +306,9 @@ def selectivity(settings: Settings) -> dict[str, float]:
     """How much dt, B and C vary over the bytes of a text, each relative to its mean size."""
     torch.manual_seed(settings.seed)
     model = ByteLM(PRESETS["mamba_byte"].model).eval()
-    layer = model.layers[0]
-    assert isinstance(layer, Block)
-    mixer = layer.mixer
-    assert isinstance(mixer, MambaMixer)
+    mixer = mixers(model, MambaMixer)[0]
     with torch.no_grad():
-        x = layer.norm(model.embedding(tokens(256)))
+        x = model.blocks[0].norm(model.embedding(tokens(256)))
         _, delta, B, C, _, _ = mixer.scan_inputs(x, None)
         dt = torch.nn.functional.softplus(delta + mixer.dt_proj.bias)
     return {name: float(t.std(1).mean() / t.abs().mean())

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from analysis.measure.exponents import ssm_layers, step_sizes
 from analysis.studies.ablation import variants
 from analysis.studies.claims.experiments.scan import CHUNK, TEXT, tokens
 from analysis.studies.claims.lab import Settings, experiment
@@ -25,8 +26,7 @@ from mambabyte.config import PRESETS, ModelConfig, TrainConfig, get_preset
 from mambabyte.corpus import Corpus, load_corpus, sample_windows
 from mambabyte.errors import UserError
 from mambabyte.evaluate import score
-from mambabyte.model import ByteLM, record_exponents
-from mambabyte.model.block import AttentionMixer, Block, MambaMixer
+from mambabyte.model import AttentionMixer, ByteLM, MambaMixer, record_exponents
 from mambabyte.train import optimise, text_batches, text_step, train, train_step
 from mambabyte.train.optim import make_optimizer
 from mambabyte.train.schedule import schedule
@@ -61,8 +61,7 @@ def initial(settings: Settings) -> dict[str, float]:
         with torch.no_grad():
             unit_losses.append(ByteLM(replace(config, embed_std=1.0)).eval().loss(x).item())
     torch.manual_seed(settings.seed)
-    mixer = ByteLM(config).layers[0].mixer
-    assert isinstance(mixer, MambaMixer)
+    mixer = ssm_layers(ByteLM(config))[0]
     A = -mixer.A_log.detach().exp()
     bias = torch.cat(biases)
     return {
@@ -79,18 +78,8 @@ def initial(settings: Settings) -> dict[str, float]:
 
 def _step_sizes(model: ByteLM, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Step sizes (B, L, D) and biases of every SSM layer."""
-    found: list[tuple[Tensor, Tensor]] = []
-    with torch.no_grad():
-        h = model.embedding(x)
-        for layer in model.layers:
-            assert isinstance(layer, Block)
-            if isinstance(layer.mixer, MambaMixer):
-                mixer = layer.mixer
-                _, delta, *_ = mixer.scan_inputs(layer.norm(h), None)
-                bias = mixer.dt_proj.bias
-                found.append((F.softplus(delta + bias), bias))
-            h, _ = layer(h, None)
-    return found
+    biases = [mixer.dt_proj.bias for mixer in ssm_layers(model)]
+    return list(zip(step_sizes(model, x), biases, strict=True))
 
 
 def _fox(
@@ -152,7 +141,7 @@ def fox_fast(settings: Settings) -> dict[str, float]:
 
 def drop_scans(model: ByteLM) -> None:
     """Leave y = D x of every scan: C is held at zero, so that no state is read."""
-    for mixer in (m for m in model.modules() if isinstance(m, MambaMixer)):
+    for mixer in ssm_layers(model):
         rows = torch.ones_like(mixer.x_proj.weight)
         rows[-mixer.A_log.shape[1]:] = 0
         with torch.no_grad():

@@ -29,8 +29,8 @@ import math
 
 import torch
 
+from mambabyte.config.scan_forms import FORMS
 from mambabyte.errors import UserError
-from mambabyte.ops import FORMS
 from mambabyte.ops.scan import cpu as native_scan
 
 FLOAT32 = 4  # bytes
@@ -59,7 +59,7 @@ def scan_terms(
     """(tensor, elements, itemsize) that one scan keeps for its backward pass.
 
     Counts what the form itself makes; its inputs belong to the layer (see
-    analysis.theory.kept_tensors). ``dtype`` is that of the streams, bfloat16 under bf16 autocast;
+    mambabyte.model.mamba). ``dtype`` is that of the streams, bfloat16 under bf16 autocast;
     it matters to the fused form alone.
     """
     wide = channels * states

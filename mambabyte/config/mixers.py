@@ -1,0 +1,152 @@
+"""The sequence mixers by pattern letter, as far as a configuration must know them.
+
+In a pattern such as "MMMA" each letter names the mixer of a layer. What is here needs no torch:
+whether a configuration fits the mixer, and the shapes of its parameters, from which every count
+follows. The modules are in mambabyte.model, one class a mixer that extends its entry here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from mambabyte.errors import UserError
+
+if TYPE_CHECKING:
+    from mambabyte.config.model import ModelConfig
+
+Shape = tuple[int, ...]
+# How an optimizer treats a parameter: Muon where it is used, else AdamW with weight decay; AdamW
+# with weight decay always; AdamW without.
+Role = Literal["muon", "decay", "free"]
+
+
+class MixerSpec:
+    """What is known of a mixer without its module; every mixer class extends one."""
+
+    letter: ClassVar[str] = ""  # in a layer pattern; set when it is registered
+    about: ClassVar[str] = ""  # in a few words, such as "causal attention"
+    uses_scan_form: ClassVar[bool] = False  # whether ``scan_form`` and ``scan_chunk`` concern it
+    # Matrices that are no linear maps, by name: weight decay and Muon leave them alone.
+    not_decayed: ClassVar[frozenset[str]] = frozenset()
+    # Matrices that AdamW trains where Muon takes the others.
+    not_by_muon: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        """Raise UserError where ``config`` has no such mixer."""
+
+    @classmethod
+    def shapes(cls, config: ModelConfig) -> dict[str, Shape]:
+        """The shape of every parameter of one mixer, by its name in the module."""
+        raise NotImplementedError(f"{cls.__name__} does not say its parameters' shapes")
+
+    @classmethod
+    def group(cls, name: str) -> str:
+        """The role under which ``ModelConfig.parameter_groups`` counts a parameter."""
+        return cls.about
+
+    @classmethod
+    def role(cls, name: str, dimensions: int) -> Role:
+        """How an optimizer treats the parameter of that name.
+
+        Muon is for matrices that map activations to activations. One-dimensional parameters
+        (biases, gains) have no weight decay.
+        """
+        if dimensions < 2 or name in cls.not_decayed:
+            return "free"
+        return "muon" if dimensions == 2 and name not in cls.not_by_muon else "decay"
+
+    @classmethod
+    def n_parameters(cls, config: ModelConfig) -> int:
+        """Parameters of one mixer."""
+        return sum(map(math.prod, cls.shapes(config).values()))
+
+
+SPECS: dict[str, type[MixerSpec]] = {}  # by letter
+
+
+def spec_of(letter: str) -> type[MixerSpec]:
+    """The entry of a pattern letter; a UserError lists the letters when there is none."""
+    if letter not in SPECS:
+        raise UserError(f"no mixer has the letter {letter!r}: choose among {letters_in_words()}")
+    return SPECS[letter]
+
+
+def letters_in_words() -> str:
+    """Every letter and what it stands for, for a message."""
+    return ", ".join(f"{letter} ({spec.about})" for letter, spec in SPECS.items())
+
+
+def uses_scan_form(pattern: str) -> bool:
+    """Whether any layer of ``pattern`` has a scan whose form can be chosen."""
+    return any(spec_of(letter).uses_scan_form for letter in pattern)
+
+
+def add_spec(letter: str, spec: type[MixerSpec]) -> None:
+    """Give ``letter`` to a mixer. Raises ValueError for one that is taken or is no letter."""
+    if len(letter) != 1 or not (letter.isascii() and letter.isalpha()):
+        raise ValueError(f"{letter!r} is no letter: a pattern has one letter a layer")
+    if letter in SPECS and not issubclass(spec, SPECS[letter]):
+        raise ValueError(f"the letter {letter!r} is taken by {SPECS[letter].about}")
+    spec.letter = letter
+    SPECS.setdefault(letter, spec)
+
+
+class MambaSpec(MixerSpec):
+    """The selective SSM; names and shapes are those of the public Mamba checkpoints."""
+
+    about = "selective SSM"
+    uses_scan_form = True
+    not_decayed = frozenset({"A_log"})  # decay rates
+    # It spreads a few numbers over all channels: an orthogonal update would move every step size
+    # of the SSM at once.
+    not_by_muon = frozenset({"dt_proj.weight"})
+
+    @classmethod
+    def shapes(cls, config: ModelConfig) -> dict[str, Shape]:
+        d, D, N, R = config.d_model, config.d_inner, config.d_state, config.dt_rank_value
+        low_rank = 0 if config.dt_rank == "full" else R
+        return {
+            "in_proj.weight": (2 * D, d),
+            "conv1d.weight": (D, 1, config.d_conv), "conv1d.bias": (D,),
+            "x_proj.weight": (low_rank + 2 * N, D),
+            "dt_proj.weight": (D, R), "dt_proj.bias": (D,),
+            "A_log": (D, N), "D": (D,),
+            "out_proj.weight": (d, D),
+        }
+
+    @classmethod
+    def group(cls, name: str) -> str:
+        part = name.partition(".")[0]
+        return "ssm_conv" if part == "conv1d" else f"ssm_{part}"
+
+
+class AttentionSpec(MixerSpec):
+    """Causal attention with rotary positions and grouped heads."""
+
+    about = "causal attention"
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        if config.d_model % config.n_head or config.head_dim % 2:
+            raise UserError(
+                f"d_model {config.d_model} does not split into {config.n_head} heads of even width"
+                ": rotary positions need d_model / n_head to be an even whole number")
+        if config.n_head % config.n_kv_head:
+            raise UserError(
+                f"n_head {config.n_head} is not a multiple of n_kv_head {config.n_kv_head}")
+
+    @classmethod
+    def shapes(cls, config: ModelConfig) -> dict[str, Shape]:
+        d, kv = config.d_model, config.n_kv_head * config.head_dim
+        return {"q_proj.weight": (d, d), "k_proj.weight": (kv, d), "v_proj.weight": (kv, d),
+                "out_proj.weight": (d, d)}
+
+    @classmethod
+    def group(cls, name: str) -> str:
+        return "attention"
+
+
+add_spec("M", MambaSpec)
+add_spec("A", AttentionSpec)

@@ -1,0 +1,308 @@
+"""Causal attention over a sliding window, and its costs in closed form."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambabyte.config import ModelConfig
+from mambabyte.config.mixers import AttentionSpec, Shape
+from mambabyte.errors import UserError
+from mambabyte.model.mixer import (
+    FLOAT32,
+    FORMULA,
+    Around,
+    Kept,
+    Mixer,
+    Operations,
+    Step,
+    register,
+)
+
+MAX_BLOCK = 1024  # queries in one block of a sliding window
+
+
+class AttentionState(NamedTuple):
+    """What an attention layer remembers: the last ``attention_window`` - 1 keys and values."""
+
+    k: Tensor  # (B, n_kv_head, S, head_dim), rotated
+    v: Tensor  # (B, n_kv_head, S, head_dim)
+    position: int  # bytes seen before
+
+
+def rotary_table(
+    position: int, length: int, half: int, base: float, fraction: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (length, half) of the rotary angles from ``position`` on, in float64."""
+    # float64 for the angles alone: at position 1e6 float32 would be off by 0.06 radians.
+    turning = max(1, round(half * fraction))
+    rate = base ** (-torch.arange(half, device=device, dtype=torch.float64) / turning)
+    rate[turning:] = 0
+    steps = torch.arange(position, position + length, device=device, dtype=torch.float64)
+    angle = torch.outer(steps, rate)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): x (B, H, L, head_dim), head_dim even."""
+    cos, sin = (t.to(x.dtype) for t in table)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Softmax attention in which a query sees itself and the ``window`` - 1 keys before it.
+
+    q (B, H, L, d) are the last L positions of k and v (B, G, S, d), S >= L, of one dtype; H is a
+    multiple of G. Returns (B, H, L, d). Child et al. 2019 (arXiv:1904.10509), section 4, call
+    this local attention; Beltagy et al. 2020 (arXiv:2004.05150) compute it by blocks as here.
+
+    Operations and memory are linear in L. Up to the window it is plain causal attention. Beyond
+    it, the queries go in blocks of a window (at most MAX_BLOCK) against the keys of the block and
+    of a window before it, all under one mask of that size. A window above MAX_BLOCK makes that
+    mask wide, and a warning says so.
+    """
+    length, before = q.shape[2], k.shape[2] - q.shape[2]
+    if before >= window:
+        k, v = k[:, :, before - window + 1 :], v[:, :, before - window + 1 :]
+        before = window - 1
+    if length == 1:
+        return _sdpa(q, k, v)  # its window is all there is
+    if before == 0 and length <= window:
+        return _sdpa(q, k, v, causal=True)
+    block = min(window, MAX_BLOCK)
+    if window > MAX_BLOCK and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"attention_window {window} is below the {before + length} bytes of a call: attention "
+            f"runs in blocks under a mask of {block} by {window + block}. A window of all bytes "
+            "takes no mask", RuntimeWarning, stacklevel=2)
+    mask = _band(block, window, q.device)
+    done, parts = 0, []
+    if before == 0:
+        done = window
+        parts.append(_sdpa(q[:, :, :done], k[:, :, :done], v[:, :, :done], causal=True))
+    while done < length and before + done < window:  # until a window of keys lies before
+        end, past = min(length, done + block), before + done
+        part = mask[: end - done, window - past : window + end - done]
+        keys = slice(0, before + end)
+        parts.append(_sdpa(q[:, :, done:end], k[:, :, keys], v[:, :, keys], part))
+        done = end
+    if done < length:
+        start = before + done - window
+        parts.append(_blocks(q[:, :, done:], k[:, :, start:], v[:, :, start:], mask))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Blocks of queries q (B, H, L, d), each against its own stretch of k and v (B, G, W + L, d),
+    as rows of one batch under ``mask`` (block, W + block)."""
+    block, reach = mask.shape
+    batch, _, length, _ = q.shape
+    count = -(-length // block)
+    spare = count * block - length  # queries that are not there, at the end
+    q, k, v = (F.pad(x, (0, 0, 0, spare)) if spare else x for x in (q, k, v))
+    q = q.unflatten(2, (count, block)).transpose(1, 2).flatten(0, 1)  # (B n, H, block, d)
+    k, v = (x.unfold(2, reach, block).permute(0, 2, 1, 4, 3).flatten(0, 1) for x in (k, v))
+    y = _sdpa(q, k, v, mask).unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)
+    return y[:, :, :length]
+
+
+def _band(block: int, window: int, device: torch.device) -> Tensor:
+    """Whether query i of a block sees key j of the block and the window before, (block, window +
+    block) bool."""
+    i = torch.arange(block, device=device)[:, None]
+    j = torch.arange(window + block, device=device)[None, :]
+    return (j > i) & (j <= i + window)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def blocks_of(length: int, window: int) -> tuple[int, int, int]:
+    """How ``windowed_attention`` cuts a sequence without a past: (bytes of plain causal
+    attention, blocks behind them, queries a block)."""
+    block = min(window, MAX_BLOCK)
+    return min(length, window), max(0, -(-(length - window) // block)), block
+
+
+def mean_keys(length: int, window: int, causal: bool = True) -> float:
+    """Mean number of keys that a query of a sequence of ``length`` sees.
+
+    Query t (from 1) sees min(t, window) keys. ``causal=False`` is the mean that is computed before
+    masking, where no kernel skips what is masked. Raises UserError for one below 1.
+    """
+    if length < 1 or window < 1:
+        raise UserError(f"length {length} and window {window}: both must be at least 1")
+    first, count, block = blocks_of(length, window)
+    if not causal:
+        return (first * first + count * block * (window + block)) / length
+    return (first * (first + 1) / 2 + (length - first) * first) / length
+
+
+@register("A")
+class AttentionMixer(Mixer, AttentionSpec):
+    """Causal attention over a sliding window, rotary positions, grouped KV heads (Ainslie et al.
+    2023, arXiv:2305.13245)."""
+
+    readers = 3
+    state_name = "kv_cache"
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_dim, self.window = config.head_dim, config.attention_window
+        self.qk_norm = config.qk_norm
+        self.rope_base, self.rope_fraction = config.rope_base, config.rope_fraction
+        # Of the first positions, where the same length comes again and again; see prepare.
+        self.rotary: tuple[Tensor, Tensor] | None = None
+        kv_width = self.n_kv_head * self.head_dim
+        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.k_proj = nn.Linear(config.d_model, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.d_model, kv_width, bias=False)
+        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        if config.zero_init_out:
+            nn.init.zeros_(self.out_proj.weight)
+
+    def prepare(self, context: int) -> None:
+        """Compute the rotary table of sequences of this length once."""
+        self.rotary = None
+        cos, sin = self._table(0, context, self.q_proj.weight.device)
+        self.rotary = cos.float(), sin.float()
+
+    def _table(self, position: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self.rotary is not None and position == 0 and len(self.rotary[0]) == length:
+            return self.rotary
+        half = self.head_dim // 2
+        return rotary_table(position, length, half, self.rope_base, self.rope_fraction, device)
+
+    def forward(self, x: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState]:
+        length = x.shape[1]
+        seen = 0 if state is None else state.position
+        q = self.q_proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, L, d)
+        k = self.k_proj(x).unflatten(-1, (self.n_kv_head, -1)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (self.n_kv_head, -1)).transpose(1, 2)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
+        table = self._table(seen, length, x.device)
+        q, k = rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype)
+        if state is not None:
+            k = torch.cat([state.k.to(k.dtype), k], dim=2)
+            v = torch.cat([state.v.to(v.dtype), v], dim=2)
+        y = windowed_attention(q, k, v, self.window)
+        y = self.out_proj(y.transpose(1, 2).flatten(2))
+        # The next byte sees itself and window - 1 keys from before it.
+        keep = min(self.window - 1, k.shape[2])
+        start = k.shape[2] - keep
+        return y, AttentionState(k[:, :, start:], v[:, :, start:], seen + length)
+
+    def as_configured(self, config: ModelConfig) -> bool:
+        return self.window == config.attention_window
+
+    def kernel_name(self, length: int) -> str:
+        """"causal" up to the window, else "blocks of N against M keys"; on a GPU the causal kernel
+        is flash attention in half precision."""
+        _, count, block = blocks_of(length, self.window)
+        return f"blocks of {block} against {self.window + block} keys" if count else "causal"
+
+    @classmethod
+    def state_shapes(cls, config: ModelConfig, seen: int) -> dict[str, Shape]:
+        shape = (config.n_kv_head, min(seen, config.attention_window - 1), config.head_dim)
+        return {"k": shape, "v": shape}
+
+    @classmethod
+    def operations(
+        cls, config: ModelConfig, length: int, causal: bool = True
+    ) -> list[Operations]:
+        d, kv = config.d_model, config.n_kv_head * config.head_dim
+        keys = mean_keys(length, config.attention_window, causal)
+        return [
+            Operations("attention projections", 2 * d * (2 * d + 2 * kv)),
+            Operations("attention scores", 2 * 2 * keys * d),
+            # scale, running maximum, subtraction, sum, normalisation; a score and a head
+            Operations("attention softmax", 5 * keys * config.n_head, keys * config.n_head,
+                       FORMULA, 1.0),
+        ]
+
+    @classmethod
+    def elementwise(cls, config: ModelConfig) -> tuple[float, float]:
+        return 3 * (config.d_model + config.n_kv_head * config.head_dim), 0  # rotation
+
+    @classmethod
+    def kept(cls, config: ModelConfig, step: Step) -> list[Kept]:
+        d, kv = config.d_model, config.n_kv_head * config.head_dim
+        tokens, length, itemsize, device = step.tokens, step.length, step.itemsize, step.device
+        terms = [
+            ("attention", "q and k, rotated", tokens * (d + kv), itemsize),
+            ("attention", "v", tokens * kv, itemsize),
+            ("attention", "output", tokens * d, itemsize),
+            ("attention", "log-sum-exp", tokens * config.n_head, FLOAT32),
+            ("attention", "cos and sin", 4 * length * (config.head_dim // 2), itemsize),
+            ("projection", "input of out_proj", tokens * d, itemsize),
+        ]
+        if config.qk_norm:
+            # The CPU computes the norm, and keeps its input, in float32 in any case.
+            wide = device == "cpu" or rms_norm_is_cast()
+            terms.append(("attention", "q and k before their norm", tokens * (d + kv),
+                          FLOAT32 if wide else itemsize))
+            heads = config.n_head + config.n_kv_head
+            terms.append(("attention", "1/rms of q and k", tokens * heads, FLOAT32))
+        _, count, block = blocks_of(length, config.attention_window)
+        if count:
+            terms += _kept_of_blocks(config, step, count, block)
+        if itemsize != FLOAT32:
+            terms.append(("casts", "weights, cast", 2 * d * d + 2 * d * kv, itemsize))
+        return [Kept(*term) for term in terms]
+
+    @classmethod
+    def moments(
+        cls, config: ModelConfig, step: Step, around: Around
+    ) -> dict[str, tuple[int, int]]:
+        d, itemsize = config.d_model, step.itemsize
+        # The gradients of output, q, k and v; the input of out_proj is gone. The kernel that CUDA
+        # takes in half precision sums the gradient of q in float32.
+        summed = FLOAT32 if step.device == "cuda" and itemsize != FLOAT32 else 0
+        taken = around.residual + step.tokens * d * (3 * itemsize + summed)
+        return {"attention backward": (around.held - around.mlp + taken,
+                                       around.done + d * d * FLOAT32)}
+
+
+def rms_norm_is_cast() -> bool:
+    """Whether CUDA's autocast takes rms_norm to float32: torch 2.11 did not, 2.13 does."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA")
+
+
+def _kept_of_blocks(
+    config: ModelConfig, step: Step, count: int, block: int
+) -> list[tuple[str, str, int, int]]:
+    """What ``windowed_attention`` keeps beyond its window besides what a causal call of that
+    length keeps: ``count`` blocks of queries behind the first window."""
+    d, kv = config.d_model, config.n_kv_head * config.head_dim
+    batch, window = step.batch, config.attention_window
+    queries = count * block
+    spare = queries - (step.length - window)  # filled up, and computed for nothing
+    terms = [
+        ("attention", "window mask", block * (window + block), step.itemsize),
+        ("attention", "output of spare queries", batch * spare * d, step.itemsize),
+        ("attention", "log-sum-exp of spare queries", batch * spare * config.n_head, FLOAT32),
+    ]
+    if batch > 1 and count > 1:  # else the blocks are views, of what is filled up
+        terms += [
+            ("attention", "q, by blocks", batch * queries * d, step.itemsize),
+            ("attention", "k and v, by blocks",
+             2 * batch * count * (window + block) * kv, step.itemsize),
+        ]
+    elif spare:
+        terms += [
+            ("attention", "q, filled up", batch * queries * d, step.itemsize),
+            ("attention", "k and v, filled up", 2 * batch * (window + queries) * kv,
+             step.itemsize),
+        ]
+    return terms

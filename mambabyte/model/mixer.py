@@ -1,0 +1,210 @@
+"""What a sequence mixer is: one class that answers every question about itself, and the registry.
+
+Adding one is writing a class that extends :class:`Mixer` and registering it under a letter::
+
+    @register("E")
+    class MovingAverage(Mixer):
+        about = "moving average"
+        ...
+
+From then on "E" may stand in ``layer_pattern``. Training, scoring, streaming, checkpoints and the
+closed forms of parameters, operations and memory ask the class, and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mambabyte.config import ModelConfig
+from mambabyte.config.mixers import SPECS, MixerSpec, Shape, add_spec, letters_in_words
+from mambabyte.errors import UserError
+
+FLOAT32 = 4  # bytes
+# What can check a closed form of operations: torch's counter sees matrix products and
+# convolutions, and no others.
+MATMUL, CONVOLUTION, FORMULA = "matrix product", "convolution", "formula only"
+
+# A layer's state: a named tuple of tensors with the batch first, and of whole numbers.
+LayerState = Any
+
+
+class Operations(NamedTuple):
+    """Floating-point operations of one part of a mixer, for one byte and one layer."""
+
+    module: str
+    forward: float
+    exp: float = 0.0  # exponentials, logarithms, roots and divisions of the forward pass
+    kind: str = MATMUL  # what can check it: MATMUL, CONVOLUTION or FORMULA
+    backward_ratio: float = 2.0  # backward operations for one forward
+
+
+class Kept(NamedTuple):
+    """One tensor that autograd keeps of a layer's forward pass for its backward pass."""
+
+    part: str
+    tensor: str
+    elements: int
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """The training step that a closed form of memory is about."""
+
+    batch: int
+    length: int  # bytes in a sequence
+    dtype: torch.dtype = torch.float32  # of a layer's streams: autocast's where there is autocast
+    device: str = "cpu"  # or "cuda"
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Around:
+    """Bytes that are there besides, when a step's memory is at its mixer."""
+
+    held: int  # kept by the layers below and by this one whole
+    mlp: int  # of these, this layer's MLP's, free once the backward pass is at the mixer
+    residual: int  # one gradient or copy of the residual stream
+    done: int  # gradients of weights behind the mixer, at the backward pass
+    above: int  # gradients of weights of the layers above alone
+    checkpointing: bool  # the layer goes forward a second time, in the backward pass
+
+
+class Mixer(nn.Module, MixerSpec):
+    """A causal map of sequences with a state. One function for training, scoring and streaming.
+
+    A subclass gives ``__init__(config)``, ``forward``, and as class methods ``shapes`` (from
+    MixerSpec), ``state_shapes``, ``operations`` and ``kept``. The rest has defaults. Its names of
+    parameters decide how optimizers treat them: see ``MixerSpec.role``.
+    """
+
+    # Linear maps that read the normalised input: each keeps a cast of it under autocast.
+    readers: ClassVar[int] = 1
+    has_decays: ClassVar[bool] = False  # whether ``exponent`` has an answer
+    state_name: ClassVar[str] = "state"  # what its state is called in tables of sizes
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        """x (B, L, d_model) after ``state``, None before the first byte: y (B, L, d_model) and the
+        state to go on from. One call and the same bytes in pieces give the same."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward pass")
+
+    # ---------------------------------------------------------------- what training asks for
+
+    def prepare(self, context: int) -> None:
+        """Get ready for many sequences of ``context`` bytes; values do not change."""
+
+    def as_configured(self, config: ModelConfig) -> bool:
+        """Whether it still computes what ``config`` says: attributes can be changed."""
+        return True
+
+    def kernel_name(self, length: int) -> str:
+        """Which kernel mixes a sequence of ``length`` bytes from its first byte on, for tables."""
+        return "torch"
+
+    def exponent(self, x: Tensor, state: LayerState | None, chunk: int) -> float | None:
+        """The largest exponent that a log-cumsum over ``chunk`` steps would take on these inputs
+        of ``forward``; None for a mixer without decays."""
+        return None
+
+    def against_definition(self, x: Tensor) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """(found, by the definition in float64) of its own operator on x (B, L, d_model), by what
+        is compared: "output", "state", "gradient". Empty for a mixer that is its definition."""
+        return {}
+
+    # -------------------------------------------------------------------------- closed forms
+
+    @classmethod
+    def state_shapes(cls, config: ModelConfig, seen: int) -> dict[str, Shape]:
+        """Shapes of the tensors of one stream's state after ``seen`` bytes, all float32."""
+        raise NotImplementedError(f"{cls.__name__} does not say the shapes of its state")
+
+    @classmethod
+    def state_bytes(cls, config: ModelConfig, seen: int) -> int:
+        """Bytes of one layer's state of one stream after ``seen`` bytes."""
+        return FLOAT32 * sum(map(math.prod, cls.state_shapes(config, seen).values()))
+
+    @classmethod
+    def operations(
+        cls, config: ModelConfig, length: int, causal: bool = True
+    ) -> Sequence[Operations]:
+        """Operations a byte on sequences of ``length`` bytes, by part. ``causal=False`` counts
+        what is computed and then masked as well, as a counter does."""
+        raise NotImplementedError(f"{cls.__name__} does not say its operations")
+
+    @classmethod
+    def elementwise(cls, config: ModelConfig) -> tuple[float, float]:
+        """(operations, exponentials) a byte between its parts, such as activations."""
+        return 0.0, 0.0
+
+    @classmethod
+    def kept(cls, config: ModelConfig, step: Step) -> list[Kept]:
+        """Every tensor that autograd keeps of one mixer; its normalised input is not its own."""
+        raise NotImplementedError(f"{cls.__name__} does not say what it keeps")
+
+    @classmethod
+    def moments(
+        cls, config: ModelConfig, step: Step, around: Around
+    ) -> dict[str, tuple[int, int]]:
+        """The moments at which a step's memory can peak in this mixer: by name, bytes of
+        activations and workspace, and bytes of gradients of weights."""
+        return {"mixer backward": (around.held - around.mlp + around.residual, around.done)}
+
+
+MIXERS: dict[str, type[Mixer]] = {}  # by letter
+_M = TypeVar("_M", bound=Mixer)
+
+
+def register(letter: str) -> Callable[[type[_M]], type[_M]]:
+    """Give a pattern letter to the class below. Raises ValueError where it is taken."""
+
+    def add(mixer: type[_M]) -> type[_M]:
+        if letter in MIXERS:
+            raise ValueError(f"the letter {letter!r} is taken by {MIXERS[letter].__name__}")
+        add_spec(letter, mixer)
+        MIXERS[letter] = mixer
+        return mixer
+
+    return add
+
+
+def unregister(letter: str) -> None:
+    """Take a letter back, as a test does."""
+    del MIXERS[letter], SPECS[letter]
+
+
+def mixer_of(letter: str) -> type[Mixer]:
+    """The class of a pattern letter. Raises UserError where there is none."""
+    if letter not in MIXERS:
+        raise UserError(f"no mixer has the letter {letter!r}: choose among {letters_in_words()}")
+    return MIXERS[letter]
+
+
+def named_mixers(model: nn.Module, kind: type[_M]) -> dict[str, _M]:
+    """The mixers of one kind in a model by their names, first layer first."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def mixers(model: nn.Module, kind: type[_M]) -> list[_M]:
+    """The mixers of one kind in a model, first layer first."""
+    return list(named_mixers(model, kind).values())
+
+
+def detached(state: LayerState) -> LayerState:
+    """A layer's state, cut off from the graph that made it."""
+    return type(state)(*(t.detach() if isinstance(t, Tensor) else t for t in state))
