@@ -3,17 +3,23 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: report test lab check clean help
+.PHONY: report test test-long lab check clean help
 
 help:            ## show this list
-	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
 report: $(VENV)/.ready       ## run the studies that are not up to date, write reports/report.html
 	$(BIN)/mambabyte sweep
 	$(BIN)/mambabyte report
 
+# A process a core; tests of one file share what it prepares, so they stay together.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+
 test: $(VENV)/.test check    ## lint, types and tests
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
+
+test-long: $(VENV)/.test     ## the tests that take minutes
+	$(PYTEST) -m 'long and not gpu'
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -153,7 +153,7 @@ def test_two_scans_make_one(cut: int, dtype: torch.dtype) -> None:
         assert relative_rms(two, one) < (1e-5 if dtype == torch.float32 else 4e-3), name
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @example(batch=1, length=40, channels=1, states=1, dtype=torch.float32, seed=0)  # dD cancels
 @given(
     batch=st.integers(1, 5),

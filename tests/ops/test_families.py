@@ -168,7 +168,7 @@ def test_any_strides_and_nothing_beside_the_inputs_is_read(family):
     assert_close(results(family, expanded, "chunked", 8), wanted, 1e-14)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.sampled_from(FAMILIES), st.integers(1, 60), st.integers(1, 70), st.integers(0, 2**20))
 def test_any_length_and_chunk(family, length, chunk, seed):
     inputs = make_inputs(family, 1, length, heads=2, keys=3, values=2, seed=seed)

@@ -162,7 +162,7 @@ def test_float32(shape: tuple[int, int, int, int], softplus: bool) -> None:
 
 
 @needs_native
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     batch=st.integers(1, 3),
     length=st.integers(1, 50),
@@ -250,7 +250,7 @@ def test_code_for_processors_without_wide_vectors(
 
 
 @needs_native
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(length=st.integers(2, 60), cut=st.integers(1, 59))
 def test_split(length: int, cut: int) -> None:
     cut = min(cut, length - 1)

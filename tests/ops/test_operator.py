@@ -171,7 +171,7 @@ def test_results_equal_the_definition(dtype: torch.dtype) -> None:
 
 
 @native
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     present=st.lists(st.booleans(), min_size=4, max_size=4),
     wanted=st.lists(st.booleans(), min_size=9, max_size=9),

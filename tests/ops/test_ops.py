@@ -131,7 +131,7 @@ def test_stable_forms_survive_extreme_decay(form, decay):
         assert torch.isfinite(grad).all(), name
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 3), st.integers(1, 50), st.integers(1, 6), st.integers(1, 9),
        st.integers(1, 60), st.integers(0, 2**20))
 def test_chunked_any_shape(batch, length, channels, states, chunk, seed):

@@ -108,7 +108,7 @@ class Table(nn.Module):
         return self.table[row], Opaque(new) if self.opaque else new
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(text=TEXTS, seed=st.integers(0, 30), cut=st.integers(1, 40), opaque=st.booleans())
 def test_every_character_is_that_of_the_search(
     text: str, seed: int, cut: int, opaque: bool

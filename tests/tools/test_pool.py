@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,13 +34,31 @@ def test_an_error_in_a_job_is_raised(workers: int) -> None:
 
 
 def _mark(folder: str, number: int) -> None:
-    (Path(folder) / str(number)).touch()
+    """The first job fails; others go on until the last one has been cancelled."""
+    begun = Path(folder) / "begun"
+    (begun / str(number)).touch()
     if number == 0:
         raise ValueError("the first one fails")
-    time.sleep(0.5)
+    for _ in range(6000):
+        if (begun.parent / "ended").exists():
+            return
+        time.sleep(0.01)
 
 
-def test_what_waits_behind_an_error_is_not_begun(tmp_path: Path) -> None:
+def test_what_waits_behind_an_error_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "begun").mkdir()
+    submit = ProcessPoolExecutor.submit
+
+    def submitted(pool: ProcessPoolExecutor, *job: Any) -> Future[None]:
+        future = submit(pool, *job)
+        if job[-1] == 11:  # done when it is cancelled
+            future.add_done_callback(lambda _: (tmp_path / "ended").touch())
+        return future
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submitted)
     with pytest.raises(ValueError, match="first"):
         list(run_jobs(_mark, [(str(tmp_path), n) for n in range(12)], workers=2))
-    assert len(list(tmp_path.iterdir())) < 12
+    # The first, one beside it, and those already handed over: one more than there are workers.
+    assert len(list((tmp_path / "begun").iterdir())) <= 2 + 3

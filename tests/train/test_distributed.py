@@ -80,7 +80,7 @@ def two(corpus_path, tmp_path_factory) -> Path:
              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
         stderr=subprocess.PIPE, text=True) for rank in range(2)]
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors[-2000:]
     return out
 
