@@ -10,7 +10,7 @@ is "not decidable here" and says which study to run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from analysis.studies.claims.checks import (
 )
 from analysis.studies.claims.checks.published import FirstRun, first_run
 from analysis.studies.claims.evidence import Evidence, gather
-from analysis.studies.claims.experiments import choices, trainings
+from analysis.studies.claims.experiments import choices, streamed, trainings
 from analysis.studies.claims.experiments import scan as experiments
 from analysis.studies.claims.lab import Lab, Settings
 from analysis.studies.claims.ledger import (
@@ -55,7 +55,7 @@ __all__ = ["PROFILES", "Claims", "Parameters", "headline", "judge", "run"]
 CHECK_MODULES = (
     arithmetic, behaviour, energy, gradient, hybrid, kernels, memory, numerical, published, quality,
     rivals, speed)
-EXPERIMENT_MODULES = (choices, experiments, trainings)
+EXPERIMENT_MODULES = (choices, experiments, streamed, trainings)
 NAMES = dict(zip(VERDICTS, ("holds", "caveat", "fails", "inconsistent", "open"), strict=True))
 
 
@@ -70,18 +70,25 @@ class Parameters:
     fox_batch: int = 1
     # Steps at which a tied head is compared with one of its own; a record has more of them.
     tied_steps: tuple[int, ...] = (60, 180)
+    # Seeds and steps of two more comparisons: with each part of the block and without, and trained
+    # in parallel by the published scan but streamed by the step.
+    paired_seeds: int = 1
+    parts_steps: int = 150
+    streamed_steps: int = 60
 
     def __post_init__(self) -> None:
-        if self.initial_seeds < 1 or self.fox_batch < 1:
-            raise UserError(f"initial_seeds {self.initial_seeds} and fox_batch {self.fox_batch}: "
-                            "both must be at least 1")
+        for name in ("initial_seeds", "fox_batch", "paired_seeds", "parts_steps",
+                     "streamed_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if not self.tied_steps or list(self.tied_steps) != sorted({0, *self.tied_steps} - {0}):
             raise UserError(f"tied_steps are {self.tied_steps}: give steps from 1 on in rising "
                             "order, each once")
 
 
 PROFILES = {"quick": Parameters(),
-            "full": Parameters(initial_seeds=16, fox_batch=8, tied_steps=(100, 300, 1000, 3000))}
+            "full": Parameters(initial_seeds=16, fox_batch=8, tied_steps=(100, 300, 1000, 3000),
+                               paired_seeds=3, parts_steps=1500, streamed_steps=600)}
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,8 @@ class Claims:
     counts: pd.DataFrame  # verdict by document and kind
     evidence: pd.DataFrame  # the runs and records that were read
     tied: pd.DataFrame  # a tied head against one of its own
+    parts: pd.DataFrame  # the block without each of its parts against the whole
+    streamed: pd.DataFrame  # trained by the published scan, streamed by the step
     first_run: FirstRun | None = None  # what the first document's authors published of theirs
 
 
@@ -102,13 +111,19 @@ def run(
     root = p.runs_root or (str(Path(run_dir).parent) if run_dir else "")
     evidence = gather(root)
     ledger = load_ledger()
-    settings = Settings(p.seed, p.initial_seeds, p.fox_batch, p.tied_steps)
+    settings = Settings(p.seed, p.initial_seeds, p.fox_batch, p.tied_steps, p.paired_seeds,
+                        p.parts_steps, p.streamed_steps)
     lab = Lab(settings, evidence, ledger.facts, report=report)
     with _one_thread():
-        rows = [_row(claim, judge(claim, lab)) for claim in ledger.claims]
-        tied = choices.tied_table(lab)
-    frame = pd.DataFrame(rows, dtype=object)  # None stays None: it reads "not measured"
-    return Claims(frame, count(frame), _evidence_frame(evidence), tied, first_run(lab))
+        frame = ledger_frame(ledger.claims, lab)
+        tables = choices.tied_table(lab), choices.parts_table(lab), streamed.streamed_table(lab)
+    return Claims(frame, count(frame), _evidence_frame(evidence), *tables, first_run(lab))
+
+
+def ledger_frame(claims: Sequence[Claim], lab: Lab) -> pd.DataFrame:
+    """The claims with their findings, one row each."""
+    rows = [_row(claim, judge(claim, lab)) for claim in claims]
+    return pd.DataFrame(rows, dtype=object)  # None stays None: it reads "not measured"
 
 
 def judge(claim: Claim, lab: Lab) -> Finding:
@@ -118,8 +133,15 @@ def judge(claim: Claim, lab: Lab) -> Finding:
     return CHECKS[claim.check](lab, claim)
 
 
+def counted(ledger: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose verdict some measurement could have changed."""
+    return ledger[ledger["cannot fail"] == ""]
+
+
 def count(ledger: pd.DataFrame) -> pd.DataFrame:
-    """Claims by document, kind and verdict; a row for every combination of the first two."""
+    """Claims by document, kind and verdict; a row for every combination of the first two. Those
+    that cannot fail are not among them."""
+    ledger = counted(ledger)
     rows = []
     for document in DOCUMENTS:
         for kind in KINDS:
@@ -132,21 +154,24 @@ def count(ledger: pd.DataFrame) -> pd.DataFrame:
 
 def headline(found: Claims) -> dict[str, tuple[float | int | None, str, str]]:
     """The study's answer in named values: name -> (value, unit, about)."""
-    verdicts = found.ledger["verdict"]
+    ledger = counted(found.ledger)
+    verdicts = ledger["verdict"]
     values: dict[str, tuple[float | int | None, str, str]] = {
         "n_claims": (len(verdicts), "claims", "checkable statements of both documents"),
+        "n_not_counted": (len(found.ledger) - len(ledger), "claims",
+                          "statements that no measurement could contradict, beside them"),
         "n_decided": (int((verdicts != OPEN).sum()), "claims", "with a verdict"),
-        "n_waiting": (int(found.ledger["source"].str.startswith("study ").sum()), "claims",
+        "n_waiting": (int(ledger["source"].str.startswith("study ").sum()), "claims",
                       "undecided for want of a run of another study"),
     }
     for verdict, name in NAMES.items():
         values[f"n_{name}"] = (int((verdicts == verdict).sum()), "claims", verdict)
         for document in DOCUMENTS:
-            mine = verdicts[found.ledger["document"] == document]
+            mine = verdicts[ledger["document"] == document]
             values[f"n_{name}_{document}"] = (int((mine == verdict).sum()), "claims",
                                               f"{verdict}, {document} document")
     for document in DOCUMENTS:
-        values[f"n_claims_{document}"] = (int((found.ledger["document"] == document).sum()),
+        values[f"n_claims_{document}"] = (int((ledger["document"] == document).sum()),
                                           "claims", f"statements of the {document} document")
     return values | _published(found.first_run)
 
@@ -172,7 +197,8 @@ def _row(claim: Claim, finding: Finding) -> dict[str, str | None]:
         "claim": claim.claim, "verdict": finding.verdict, "theirs": claim.theirs,
         "ours": finding.ours, "reason": finding.reason, "source": finding.source,
         "document": claim.document, "where": claim.where, "kind": claim.kind, "id": claim.id,
-        "check": claim.check, "note": claim.note,
+        "check": claim.check, "note": claim.note, "cannot fail": claim.cannot_fail,
+        "insensitive": claim.insensitive,
     }
 
 

@@ -1,7 +1,8 @@
 """What other studies have recorded: run folders of this machine and records of others.
 
-Only the files are read. A run whose sources have changed since is not evidence; which run speaks
-for a study follows the report's rule: full before quick, then the newest.
+Only the files are read. A run whose sources have changed since is not evidence. The stronger of
+two speaks: an accelerator's before a processor's, then full runs and records before quick runs,
+then the newest; its name and machine stand beside the verdict.
 """
 
 from __future__ import annotations
@@ -113,9 +114,16 @@ class Evidence:
     ) -> list[Run]:
         mine = [r for r in (*self.runs, *self.records) if r.study == study
                 and all(r.parameters.get(key) == value for key, value in (like or {}).items())]
+        mine.sort(key=_strength, reverse=True)
         if most:  # a stable sort: of two equal runs the one that the report's rule prefers
             mine.sort(key=lambda run: -float(run.parameters.get(most) or 0))
         return [r for r in mine if _on_accelerator(r)] if accelerator else mine
+
+
+def _strength(run: Run) -> tuple[bool, bool]:
+    """What speaks first: a card's numbers before a processor's, then whatever is not a quick run.
+    A record was made to be kept, with parameters of its own."""
+    return _on_accelerator(run), run.profile != "quick"
 
 
 def _task_of(run: Run, system: str) -> Source | None:

@@ -26,6 +26,9 @@ class Settings:
     initial_seeds: int = 4
     fox_batch: int = 1
     tied_steps: tuple[int, ...] = (60, 180)  # where the tied head is looked at
+    paired_seeds: int = 1  # of the two comparisons below
+    parts_steps: int = 150  # with each part of the block and without
+    streamed_steps: int = 60  # trained by the published scan, then streamed by the step
 
 
 def experiment(function: Experiment) -> Experiment:

@@ -39,7 +39,8 @@ HERE = "computed here"
 
 @dataclass(frozen=True)
 class Claim:
-    """One checkable statement. ``numbers`` are those of ``theirs`` that a check compares with."""
+    """One checkable statement. ``numbers`` are those of ``theirs`` that a check compares with, the
+    claimed one first."""
 
     id: str
     document: str
@@ -50,6 +51,13 @@ class Claim:
     theirs: str = ""
     numbers: tuple[float, ...] = ()
     note: str = ""
+    cannot_fail: str = ""  # why no measurement could contradict it: shown, but not counted
+    insensitive: str = ""  # why the verdict is the same at three times the number and at a third
+
+    @property
+    def counted(self) -> bool:
+        """Whether the verdict is one: some measurement could have given another."""
+        return not self.cannot_fail
 
     @property
     def number(self) -> float:

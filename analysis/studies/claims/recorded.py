@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -210,6 +211,40 @@ def at_scale(lab: Lab, *columns: str, ending: str = "") -> Scale | None:
         return None
     steps = {int(n) for f in found for n in f.what["steps"]}
     return Scale(steps.pop(), dict(zip(SCALE, found, strict=True))) if len(steps) == 1 else None
+
+
+# ------------------------------------------------------------- this study's own paired trainings
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A paired comparison of this study: its table, a row a seed, from the longest training."""
+
+    rows: pd.DataFrame
+    source: str
+
+    @property
+    def steps(self) -> int:
+        return int(self.rows["steps"].iloc[0])
+
+    @property
+    def seeds(self) -> str:
+        return count_of(len(self.rows), "seed")
+
+    def column(self, name: str) -> list[float]:
+        return [float(x) for x in self.rows[name]]
+
+
+def repeated(lab: Lab, table: str, here: Callable[[Lab], pd.DataFrame]) -> Repeated:
+    """The recorded table of that name where it was trained longer, or over more seeds, than this
+    run's own settings have it; else the table that is made here."""
+    found = lab.table("claims", table)
+    settings = lab.settings
+    steps = {"parts": settings.parts_steps, "streamed": settings.streamed_steps}[table]
+    if found is not None and (int(found.what["steps"].iloc[0]), len(found.what)) > (
+            steps, settings.paired_seeds):
+        return Repeated(found.what, found.text)
+    return Repeated(here(lab), "computed here")
 
 
 # ------------------------------------------------------------------------------------ ablation

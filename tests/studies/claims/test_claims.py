@@ -14,7 +14,7 @@ from analysis.runs.folders import write_record
 from analysis.runs.staleness import source_files
 from analysis.studies.claims import compute as claims
 from analysis.studies.claims import evidence as evidence_module
-from analysis.studies.claims.checks.memory import PUBLISHED, full_tensor, kept
+from analysis.studies.claims.checks.memory import OURS, PUBLISHED, full_tensor, kept
 from analysis.studies.claims.checks.published import first_run
 from analysis.studies.claims.evidence import Evidence, gather, load_records
 from analysis.studies.claims.figures import VERDICTS as DRAWN
@@ -183,11 +183,12 @@ def test_bytes_by_hand():
     one = 64 * 2048 * 384 * 16 * 4
     assert full_tensor(before) == one == 8 * full_tensor(after)
     assert ours("product-64") == f"{5 * one * 4 / 1e9:.1f} GB"
-    # Five full tensors and delta u, in four layers, whatever autocast does.
-    scan = 4 * (5 * one + 64 * 2048 * 384 * 4)
-    assert kept(before, "fp32", "scan") == pytest.approx(scan, rel=0.02)
+    # Six full tensors in four layers, whatever autocast does; in our order five and delta u.
+    ours_scan = 4 * (5 * one + 64 * 2048 * 384 * 4)
+    assert kept(before, "fp32", "scan") == pytest.approx(4 * 6 * one, rel=0.02)
     assert kept(before, "bf16", "scan") == pytest.approx(kept(before, "fp32", "scan"), rel=0.02)
-    assert PUBLISHED.scan_form == "document_chunked"
+    assert kept(before, "fp32", "scan", OURS) == pytest.approx(ours_scan, rel=0.02)
+    assert (PUBLISHED.scan_form, OURS.scan_form) == ("document_as_coded", "document_chunked")
 
 
 def test_layers_by_hand():
@@ -299,7 +300,7 @@ def test_run_counts_and_figure(tmp_path, monkeypatch):
     found = claims.run(claims.Parameters(runs_root=str(tmp_path)))
     assert len(found.ledger) == len(LEDGER.claims)
     assert list(found.ledger)[:4] == ["claim", "verdict", "theirs", "ours"]  # seen unscrolled
-    assert found.counts["all"].sum() == len(LEDGER.claims)
+    assert found.counts["all"].sum() == sum(claim.counted for claim in LEDGER.claims)
     assert set(VERDICTS) <= set(found.counts.columns)
     assert set(DRAWN) == set(VERDICTS)
     values = {name: value for name, (value, _, _) in claims.headline(found).items()}
@@ -307,6 +308,8 @@ def test_run_counts_and_figure(tmp_path, monkeypatch):
     assert values["n_claims_first"] + values["n_claims_second"] == values["n_claims"]
     assert verdict_bars(found.counts).axes
     assert found.tied["tied minus own, bits/byte"].tolist() == pytest.approx([0.46, 0.3])
+    assert found.parts["without selection, bits/byte"].tolist() == [0.064]
+    assert found.streamed["accuracy streamed"].tolist() == [0.44]
     assert values["first_run_lost"] is None  # not measured, where no such run is known
     known = claims.headline(replace(found, first_run=first_run(lab(facts=LEDGER.facts))))
     assert (known["first_run_lost"][0], known["first_run_finite"][0]) == (300.0, 200.0)

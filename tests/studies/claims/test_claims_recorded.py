@@ -14,6 +14,7 @@ from analysis.studies import get_study
 from analysis.studies.claims import compute as claims
 from analysis.studies.claims import evidence as evidence_module
 from analysis.studies.claims.evidence import Evidence, load_records
+from analysis.studies.claims.experiments.streamed import COLUMNS
 from analysis.studies.claims.ledger import CAVEAT, FAILS, HOLDS, INCONSISTENT, OPEN
 from analysis.studies.task.record import rows_frame, summary_frame
 from tests.helpers.claims_lab import BY_ID, OUR_FACTS, lab, on_gpu, run_of, task, training, verdict
@@ -155,7 +156,7 @@ def test_a_longer_training_of_tied_heads_decides():
 def test_peaks_by_an_allocator_decide():
     """The same rows that the record of an H200 has."""
     def record(mb: float, checkpointing: bool = False) -> Evidence:
-        rows = [{"layers": "MMMM", "d_model": 192, "form": "document_chunked", "batch": batch,
+        rows = [{"layers": "MMMM", "d_model": 192, "form": "document_as_coded", "batch": batch,
                  "context": context, "autocast": "bf16", "checkpointing": checkpointing,
                  "peak, measured, MB": mb} for batch, context in ((64, 2048), (16, 1024))]
         made = run_of("memory", tables={"cuda": rows}, device="cuda", provenance={
@@ -166,7 +167,21 @@ def test_peaks_by_an_allocator_decide():
     assert [verdict("inside-40", record(mb)) for mb in (10e3, 30e3, 50e3)] == [
         HOLDS, CAVEAT, FAILS]
     finding = claims.judge(BY_ID["fix-checkpointing"], lab(record(27.9e3, checkpointing=True)))
-    assert "27.9 GB" in finding.reason
+    assert "27.9 by the allocator of a GPU" in finding.reason
+
+
+def test_the_stronger_evidence_speaks_and_is_named():
+    """A card's numbers before others, a full run or a record before a quick run here."""
+    quick = replace(run_of("throughput", {"x": 1.0}, name="quick"), profile="quick")
+    full = replace(run_of("throughput", {"x": 2.0}, name="full"), profile="full")
+    card = run_of("throughput", {"x": 3.0}, device="cuda", name="card")
+    record = run_of("throughput", {"x": 4.0}, name="record")
+    for runs, records, first in (((quick,), (card,), "card"), ((quick,), (record,), "record"),
+                                 ((full,), (record,), "full"), ((full,), (card,), "card"),
+                                 ((quick,), (), "quick")):
+        found = Evidence(runs, records).value("throughput", "x")
+        assert found.name == first
+        assert first in found.text
 
 
 def test_the_longest_training_speaks_first():
@@ -284,20 +299,36 @@ def test_a_byte_in_plain_torch_decides_what_scoring_costs():
     assert [judged(ms, None) for ms in (0.4, 3.0)] == [CAVEAT, FAILS]
 
 
-def test_losses_on_text_decide_whether_training_suffers():
-    def recorded(gap: float, steps: int) -> Evidence:
-        rows = [{"form": form, "step": step, "layer": 0,
-                 "loss, nats": 3.0 + (more if step else off)}
-                for form, more, off in (("auto", 0.0, 0.0), ("document_chunked", gap, 9.0))
-                for step in range(0, steps + 1, 50)]
-        return Evidence((run_of("overflow", tables={"headroom": rows}),))
+def streamed(losses: list[float], steps: int = 600) -> Evidence:
+    """A record of models trained by the published scan that lose so many bits when streamed."""
+    rows = [dict(zip(COLUMNS, (seed, steps, 2.5, 2.5, 2.5 + loss, 0.5, 0.49), strict=True))
+            for seed, loss in enumerate(losses)]
+    return Evidence((), (run_of("claims", tables={"streamed": rows}, name="streamed"),))
 
-    for gap, after in ((3e-4, FAILS), (0.02, CAVEAT), (0.2, HOLDS)):
-        assert verdict("underperform", recorded(gap, 4000)) == after
-    # A start decides only where it shows a loss.
-    for gap, after in ((3e-4, OPEN), (0.02, OPEN), (0.2, HOLDS)):
-        assert verdict("underperform", recorded(gap, 150)) == after
-    assert verdict("underperform", recorded(0.2, 0)) == OPEN  # the untrained model's loss alone
+
+def test_the_longer_training_decides_what_streaming_costs():
+    for losses, noise, suffers in (([0.013, 0.033, 0.181], FAILS, HOLDS),
+                                   ([0.001, 0.002, 0.0], CAVEAT, FAILS),
+                                   ([-0.01, 0.05, 0.02], FAILS, CAVEAT)):
+        assert verdict("below-noise", streamed(losses)) == noise
+        assert verdict("underperform", streamed(losses)) == suffers
+    finding = claims.judge(BY_ID["below-noise"], lab(streamed([0.013, 0.033, 0.181])))
+    assert "3 seeds" in finding.reason
+    assert finding.source == "streamed"
+    # A shorter record does not stand before what is trained here.
+    assert "computed here" in claims.judge(BY_ID["below-noise"], lab(streamed([9.0], 5))).source
+
+
+def test_parts_of_a_block_are_decided_by_several_seeds():
+    def record(selection: list[float]) -> Evidence:
+        rows = [{"seed": i, "steps": 1500, "without selection, bits/byte": bits,
+                 "without gate, bits/byte": 0.17, "without convolution, bits/byte": 0.2}
+                for i, bits in enumerate(selection)]
+        return Evidence((), (run_of("claims", tables={"parts": rows}, name="parts"),))
+
+    for selection, after in (([0.0, 0.01, 0.016], FAILS), ([0.0], OPEN), ([0.3, 0.4, 0.5], HOLDS),
+                             ([0.0, 0.3, 0.1], CAVEAT)):
+        assert verdict("gating-key", record(selection)) == after
 
 
 def test_the_published_forms_own_end_is_told():

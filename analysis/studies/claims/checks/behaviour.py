@@ -116,7 +116,7 @@ def smoke_time(lab: Lab, claim: Claim) -> Finding:
 @check
 def depends_on_input(lab: Lab, claim: Claim) -> Finding:
     spread, untrained = lab["gating.dt_spread"], lab["selectivity.dt"]
-    worth = lab["gating.without_selection"]
+    worth = lab[f"gating.without_selection_{lab.settings.seed}"]
     verdict = FAILS if spread < 1.05 else HOLDS if worth > 0 else CAVEAT
     return Finding(verdict, f"x {spread:.1f}", f"After a short training the longest step that a "
                    f"channel takes on held-out text is {spread:.1f} times its shortest (median; a "

@@ -24,7 +24,6 @@ from mambabyte.model import ByteLM, MambaMixer, mixers
 from mambabyte.train import optimise, text_step
 from mambabyte.train.schedule import schedule
 
-STEPS = 150  # of the parts of a block; the tied head's comparison has its own
 CONTEXT, BATCH = 128, 8
 
 
@@ -88,15 +87,15 @@ def drop_convolution(model: ByteLM) -> None:
         mixer.conv1d.weight.requires_grad_(False)
 
 
-def _trained(
-    config: ModelConfig, corpus: Corpus, seed: int, stops: tuple[int, ...] = (STEPS,),
+def trained(
+    config: ModelConfig, corpus: Corpus, seed: int, stops: tuple[int, ...],
     change: Callable[[ByteLM], None] = lambda model: None, mixer: type[MambaMixer] = MambaMixer,
 ) -> tuple[ByteLM, list[float]]:
     """A model after the last of ``stops``, and its held-out bits per byte after each of them.
 
     Its layers are of ``mixer``; ``change`` is done to the untrained model."""
     recipe = TrainConfig(context=CONTEXT, batch_size=BATCH, n_steps=stops[-1], lr=3e-3,
-                         precision="fp32", seed=seed)
+                         precision="fp32", seed=seed, allow_study_form=True)
     torch.manual_seed(seed)
     model = ByteLM(config, {mixer.letter: mixer})
     change(model)
@@ -118,7 +117,7 @@ def tying(settings: Settings) -> dict[str, float]:
     """The head tied to the embedding against a head of its own, after each of ``tied_steps``."""
     corpus = load_corpus("stdlib")
     config, stops = small_model(), settings.tied_steps
-    tied, own = (_trained(replace(config, tied_head=tied), corpus, settings.seed, stops)[1]
+    tied, own = (trained(replace(config, tied_head=tied), corpus, settings.seed, stops)[1]
                  for tied in (True, False))
     return {
         "early": tied[0] - own[0], "late": tied[-1] - own[-1],
@@ -153,20 +152,35 @@ def _two_gradients(config: ModelConfig, corpus: Corpus, seed: int) -> dict[str, 
             "cosine": float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))}
 
 
+# The block's parts, and how each is taken away: the mixer's class, and what is done to the model.
+PARTS: dict[str, tuple[type[MambaMixer], Callable[[ByteLM], None]]] = {
+    "selection": (FixedMixer, fix_transitions), "gate": (UngatedMixer, open_gates),
+    "convolution": (MambaMixer, drop_convolution)}
+
+
 @experiment
 def gating(settings: Settings) -> dict[str, float]:
-    """What input-dependent transitions are worth on text, beside the block's other two parts."""
+    """What input-dependent transitions are worth on text, beside the block's other two parts:
+    held-out bits per byte without each less those of the whole block, seed by seed."""
     corpus = load_corpus("stdlib")
-    config = small_model()
-    parts: dict[str, tuple[type[MambaMixer], Callable[[ByteLM], None]]] = {
-        "selection": (FixedMixer, fix_transitions), "gate": (UngatedMixer, open_gates),
-        "convolution": (MambaMixer, drop_convolution)}
-    model, (whole,) = _trained(config, corpus, settings.seed)
-    found = {"dt_spread": _step_spread(model, corpus, settings.seed)}
-    for name, (mixer, change) in parts.items():
-        _, (bits,) = _trained(config, corpus, settings.seed, change=change, mixer=mixer)
-        found[f"without_{name}"] = bits - whole
+    config, stops = small_model(), (settings.parts_steps,)
+    found: dict[str, float] = {}
+    for seed in range(settings.seed, settings.seed + settings.paired_seeds):
+        model, (whole,) = trained(config, corpus, seed, stops)
+        found.setdefault("dt_spread", _step_spread(model, corpus, seed))
+        for name, (mixer, change) in PARTS.items():
+            _, (bits,) = trained(config, corpus, seed, stops, change, mixer)
+            found[f"without_{name}_{seed}"] = bits - whole
     return found
+
+
+def parts_table(lab: Lab) -> pd.DataFrame:
+    """What the block loses without each of its parts, one row a seed: held-out bits per byte."""
+    first, settings = lab.settings.seed, lab.settings
+    return pd.DataFrame([
+        {"seed": seed, "steps": settings.parts_steps,
+         **{f"without {name}, bits/byte": lab[f"gating.without_{name}_{seed}"] for name in PARTS}}
+        for seed in range(first, first + settings.paired_seeds)])
 
 
 @torch.no_grad()

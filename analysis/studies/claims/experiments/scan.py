@@ -182,7 +182,9 @@ class _Operations(TorchDispatchMode):
         return out
 
 
-def _kept(length: int, channels: int, states: int, joined: bool = True) -> float:
+def _kept(
+    length: int, channels: int, states: int, joined: bool = True, form: str = "document_as_coded"
+) -> float:
     """Bytes with a state axis that autograd keeps of one published scan, each storage once."""
     inputs = scan_inputs(length, channels, states)
     storages: dict[int, int] = {}
@@ -195,14 +197,14 @@ def _kept(length: int, channels: int, states: int, joined: bool = True) -> float
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         if joined:
-            total = selective_scan(*inputs, form="document_chunked", chunk_size=CHUNK)[0].sum()
+            total = selective_scan(*inputs, form=form, chunk_size=CHUNK)[0].sum()
         else:  # every chunk's output is summed at once: nothing is concatenated
             u, delta, A, B, C = inputs
             state, total = None, torch.zeros(())
             for u_k, dt_k, B_k, C_k in zip(*(t.split(CHUNK, 1) for t in (u, delta, B, C)),
                                            strict=True):
-                y, state = selective_scan(u_k, dt_k, A, B_k, C_k, initial_state=state,
-                                          form="document_chunked", chunk_size=CHUNK)
+                y, state = selective_scan(u_k, dt_k, A, B_k, C_k, initial_state=state, form=form,
+                                          chunk_size=CHUNK)
                 total = total + y.sum()
     total.sum().backward()  # the storages must stay alive until here to have one address each
     return float(sum(storages.values()))
@@ -224,6 +226,7 @@ def kept(settings: Settings) -> dict[str, float]:
     base = _kept(length, channels, states)
     return {
         "full_tensors": base / full,
+        "full_tensors_ours": _kept(length, channels, states, form="document_chunked") / full,
         "without_concatenation": _kept(length, channels, states, joined=False) / base,
         "twice_length": _kept(2 * length, channels, states) / base,
         "twice_channels": _kept(length, 2 * channels, states) / base,

@@ -34,6 +34,7 @@ from mambabyte.train.smoke import smoke_check, smoke_configs
 
 FOX = "the quick brown fox jumps over the lazy dog. "
 FOX_STEPS = 80
+SECOND_STOPS = (5, 40, 250)  # steps after which the second document's small hybrid is looked at
 ZLIB_LEVEL = 9  # of the second document's artefact (facts.second_script)
 
 
@@ -231,7 +232,7 @@ def second_steps(settings: Settings) -> dict[str, float]:
 
     @torch.no_grad()
     def look(done: int) -> None:
-        if done in (5, 40, 250):
+        if done in SECOND_STOPS:
             found[f"bits_{done}"] = model.loss(held_out).item() / math.log(2)
 
     variants.train_variant(model, variant, recipe, text_batches(corpus.train, recipe, "cpu"),
