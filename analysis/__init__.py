@@ -5,6 +5,6 @@ import os
 # Threads of GNU OpenMP, which torch has on the CPU under Linux, spin while they wait for each
 # other, for milliseconds. Where other work takes a core, every region then lasts a time slice of
 # the system: a step of a tiny model took 716 ms for 3. Spinning for microseconds keeps both cases
-# near their best (LOG.md). OpenMP reads this once, when torch is imported.
+# near their best (docs/log/cpu.md). OpenMP reads this once, when torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

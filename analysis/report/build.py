@@ -139,6 +139,7 @@ class _Page:
         front = [self._section(n) for n in config.front]
         studies = [self._study(n) for n in self._study_names()]
         back = [self._section(n) for n in config.back]
+        self._refuse_orphans()
         return unique_labels(self._templates.get_template("report.html.j2").render(
             config=config, script=Markup(script), script_digest=Markup(digest),
             front=front, studies=studies, back=back, draft=self._draft,
@@ -173,6 +174,14 @@ class _Page:
             raise UserError(f"report.toml names the section {name!r}, but there is no "
                             f"{self._sections / (name + '.md')}")
         return {"name": name, "title": self._title(name), "prose": self._render(text, name)}
+
+    def _refuse_orphans(self) -> None:
+        """UserError for a section of the prose that no page would show."""
+        shown = {*self._config.front, *self._config.back, *self._study_names()}
+        for path in sorted(self._sections.glob("*.md")):
+            if path.stem not in shown:
+                raise UserError(f"{path} is shown nowhere: name it in front or back of "
+                                "report.toml, or call it like a study")
 
     def _read(self, name: str) -> str | None:
         path = self._sections / f"{name}.md"
