@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mambabyte import train
+if TYPE_CHECKING:
+    from mambabyte.train import Progress as TrainingProgress
 
 
 def say(line: str) -> None:
-    """One plain line of progress."""
-    print(line, file=sys.stderr, flush=True)
+    """One plain line of progress; lost, and the work goes on, where no one reads it any more."""
+    write(line, sys.stderr)
+
+
+def write(text: str, stream: TextIO) -> None:
+    """Print to a stream whose reader may have gone, as with ``| tee`` and Ctrl-C.
+
+    From the first failure on, what is written there goes nowhere: at the end of the process the
+    interpreter would fail over it once more.
+    """
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 class Bar:
@@ -59,7 +76,7 @@ class Bar:
             say(f"{self.title} {done:4.0%} {note}".rstrip())
 
 
-def training_note(p: train.Progress) -> str:
+def training_note(p: TrainingProgress) -> str:
     """One line about a training step, in the units of the field."""
     parts = [f"step {p.step}/{p.n_steps}", f"loss {p.loss:.4f}", f"{p.bits_per_byte:.4f} bits/byte",
              f"{p.bytes_per_second / 1e3:.1f} kB/s", f"{p.seconds:.0f} s"]

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
+
+from analysis.cli.console import write
 
 T = TypeVar("T")
 
@@ -26,7 +29,7 @@ def parse(options: type[T], argv: list[str], command: str, about: str | None,
 
 def print_result(record: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """The result on stdout: the record as JSON, or lines for people."""
-    print(json.dumps(record, default=_plain) if as_json else "\n".join(lines), flush=True)
+    write(json.dumps(record, default=_plain) if as_json else "\n".join(lines), sys.stdout)
 
 
 def pick_device(device: str) -> str:

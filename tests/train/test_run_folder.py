@@ -1,0 +1,133 @@
+"""What a run folder keeps: old runs, stopped runs, files that are not ours."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis.cli.console import Bar, say
+from mambabyte import checkpoint
+from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.corpus import Corpus
+from mambabyte.train import Progress, read_metrics, train
+from mambabyte.train import metrics as metrics_module
+from mambabyte.train.metrics import drop_after
+from mambabyte.train.signals import ASKED
+
+OLD_RUN = Path(__file__).parent / "old_run"  # of commit 8c9db56, four steps, kept at the second
+TEXT = np.frombuffer(b"she sells sea shells by the sea shore, " * 60, np.uint8)
+CORPUS = Corpus("shells", "a tongue twister", TEXT, TEXT[:400], TEXT[:400])
+MODEL = ModelConfig(d_model=4, n_layer=1, d_state=2, dt_rank=1, expand=1)
+RECIPE = TrainConfig(context=16, batch_size=2, n_steps=4, lr=1e-2, max_seconds=0, log_every=1,
+                     checkpoint_every=2, precision="fp32")
+
+
+def test_an_old_run_is_read_and_goes_on_as_it_did(tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(OLD_RUN, run)
+    then = read_metrics(run / "metrics.jsonl")
+    assert [p.step for p in then] == [1, 2, 3, 4]
+    assert then[0].exponent == pytest.approx(1.902787)  # it was called headroom
+    train(MODEL, RECIPE, CORPUS, run, resume=True)
+    now = read_metrics(run / "metrics.jsonl")
+    assert now[:2] == then[:2]
+    for a, b in zip(now[2:], then[2:], strict=True):
+        assert (a.step, a.loss, a.exponent) == (b.step, pytest.approx(b.loss, rel=1e-5),
+                                                pytest.approx(b.exponent, rel=1e-5))
+
+
+@pytest.mark.parametrize("number", ASKED, ids=lambda number: number.name)
+def test_each_signal_that_asks_leaves_a_checkpoint(number, tmp_path):
+    before = [signal.getsignal(each) for each in ASKED]
+
+    def kill(progress: Progress) -> None:
+        if progress.step == 3:
+            os.kill(os.getpid(), number)
+
+    result = train(MODEL, RECIPE, CORPUS, tmp_path / "run", report=kill)
+    assert (result["stopped_by"], result["steps"]) == ("interrupt", 3)
+    assert checkpoint.find_checkpoint(tmp_path / "run").name == "step_00000003"
+    assert [signal.getsignal(each) for each in ASKED] == before
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(tmp_path):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        result = train(MODEL, RECIPE, CORPUS, tmp_path / "run",
+                       report=lambda progress: os.kill(os.getpid(), signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert result["stopped_by"] == "n_steps"
+
+
+def test_a_saved_step_is_never_written_again(tmp_path, monkeypatch):
+    written = []
+    real = checkpoint.save_training
+
+    def counted(folder, model, optimizer, progress):
+        written.append(progress["step"])
+        return real(folder, model, optimizer, progress)
+
+    def stop_at(step):
+        return lambda progress: progress.step == step and os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(checkpoint, "save_training", counted)
+    run = tmp_path / "run"
+    train(MODEL, RECIPE, CORPUS, run, report=stop_at(2))  # where one is due anyway
+    assert written == [2]
+    capped = train(MODEL, replace(RECIPE, max_seconds=1e-9), CORPUS, run, resume=True)
+    assert capped["stopped_by"] == "max_seconds"
+    train(MODEL, RECIPE, CORPUS, run, resume=True)
+    train(MODEL, RECIPE, CORPUS, run, resume=True)  # nothing is left to do
+    assert written == [2, 4]
+
+
+def test_only_complete_checkpoints_of_ours_are_read_or_pruned(tmp_path):
+    run = tmp_path / "run"
+    train(MODEL, RECIPE, CORPUS, run)
+    folder = run / "checkpoints"
+    shutil.copytree(folder / "step_00000004", folder / "step_00000600.bak")
+    (folder / "step_00000900").mkdir()
+    (folder / "step_00000900" / "notes.txt").write_text("mine")
+    (folder / "step_00000004" / "model.safetensors").unlink()
+    assert checkpoint.find_checkpoint(run).name == "step_00000002"
+    train(MODEL, replace(RECIPE, keep_checkpoints=1), CORPUS, run, resume=True)
+    assert {p.name for p in folder.iterdir()} == {
+        "step_00000004", "step_00000600.bak", "step_00000900"}
+
+
+def test_a_kill_while_metrics_are_cut_loses_no_record(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    shutil.copy(OLD_RUN / "metrics.jsonl", path)
+    before = path.read_text()
+
+    def killed(name):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics_module, "whole_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            drop_after(path, 2)
+    assert path.read_text() == before
+    drop_after(path, 2)
+    assert path.read_text() == "".join(before.splitlines(keepends=True)[:2])
+
+
+def test_a_dead_standard_error_ends_no_training(tmp_path, monkeypatch):
+    """As with ``2>&1 | tee log`` and Ctrl-C, which ends tee first."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as dead:
+        monkeypatch.setattr("sys.stderr", dead)
+        say("nobody reads this")
+        with Bar("training") as bar:
+            result = train(MODEL, RECIPE, CORPUS, tmp_path / "run",
+                           report=lambda p: bar(p.step / p.n_steps, line=True))
+    assert result["stopped_by"] == "n_steps"
