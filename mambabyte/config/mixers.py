@@ -27,6 +27,7 @@ class MixerSpec:
     letter: ClassVar[str] = ""  # in a layer pattern; set when it is registered
     about: ClassVar[str] = ""  # in a few words, such as "causal attention"
     uses_scan_form: ClassVar[bool] = False  # whether ``scan_form`` and ``scan_chunk`` concern it
+    uses_window: ClassVar[bool] = False  # whether ``attention_window`` does
     # Matrices that are no linear maps, by name: weight decay and Muon leave them alone.
     not_decayed: ClassVar[frozenset[str]] = frozenset()
     # Matrices that AdamW trains where Muon takes the others.
@@ -83,6 +84,11 @@ def uses_scan_form(pattern: str) -> bool:
     return any(spec_of(letter).uses_scan_form for letter in pattern)
 
 
+def uses_window(pattern: str) -> bool:
+    """Whether any layer of ``pattern`` looks back over ``attention_window`` and no further."""
+    return any(spec_of(letter).uses_window for letter in pattern)
+
+
 def add_spec(letter: str, spec: type[MixerSpec]) -> None:
     """Give ``letter`` to a mixer. Raises ValueError for one that is taken or is no letter."""
     if len(letter) != 1 or not (letter.isascii() and letter.isalpha()):
@@ -126,6 +132,7 @@ class AttentionSpec(MixerSpec):
     """Causal attention with rotary positions and grouped heads."""
 
     about = "causal attention"
+    uses_window = True
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:

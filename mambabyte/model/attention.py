@@ -63,8 +63,8 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
     Operations and memory are linear in L. Up to the window it is plain causal attention. Beyond
     it, the queries go in blocks of a window (at most MAX_BLOCK) against the keys of the block and
-    of a window before it, all under one mask of that size. A window above MAX_BLOCK makes that
-    mask wide, and a warning says so.
+    of a window before it, all under one mask of that size. What makes a mask of more than
+    2 MAX_BLOCK keys, a wider window or a long past of a wide window, warns that it does.
     """
     length, before = q.shape[2], k.shape[2] - q.shape[2]
     if before >= window:
@@ -75,24 +75,19 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     if before == 0 and length <= window:
         return _sdpa(q, k, v, causal=True)
     block = min(window, MAX_BLOCK)
-    if window > MAX_BLOCK and not torch.compiler.is_compiling():
-        warnings.warn(
-            f"attention_window {window} is below the {before + length} bytes of a call: attention "
-            f"runs in blocks under a mask of {block} by {window + block}. A window of all bytes "
-            "takes no mask", RuntimeWarning, stacklevel=2)
-    mask = _band(block, window, q.device)
     done, parts = 0, []
     if before == 0:
         done = window
         parts.append(_sdpa(q[:, :, :done], k[:, :, :done], v[:, :, :done], causal=True))
     while done < length and before + done < window:  # until a window of keys lies before
-        end, past = min(length, done + block), before + done
-        part = mask[: end - done, window - past : window + end - done]
+        end = min(length, done + block)
         keys = slice(0, before + end)
-        parts.append(_sdpa(q[:, :, done:end], k[:, :, keys], v[:, :, keys], part))
+        mask = _visible(end - done, before + done, window, q.device)
+        parts.append(_sdpa(q[:, :, done:end], k[:, :, keys], v[:, :, keys], mask))
         done = end
     if done < length:
         start = before + done - window
+        mask = _visible(block, window, window, q.device)
         parts.append(_blocks(q[:, :, done:], k[:, :, start:], v[:, :, start:], mask))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
@@ -111,12 +106,17 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return y[:, :, :length]
 
 
-def _band(block: int, window: int, device: torch.device) -> Tensor:
-    """Whether query i of a block sees key j of the block and the window before, (block, window +
-    block) bool."""
-    i = torch.arange(block, device=device)[:, None]
-    j = torch.arange(window + block, device=device)[None, :]
-    return (j > i) & (j <= i + window)
+def _visible(queries: int, past: int, window: int, device: torch.device) -> Tensor:
+    """Whether each query sees each key, ``past`` of which come before the queries: (queries,
+    past + queries) bool."""
+    keys = past + queries
+    if keys > 2 * MAX_BLOCK and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"attention with window {window} builds a mask of {queries} by {keys}: a window of at "
+            f"most {MAX_BLOCK}, or a whole text within the window in one call, needs none so wide",
+            RuntimeWarning, stacklevel=2)
+    age = past + torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)
+    return (age >= 0) & (age < window)
 
 
 def _sdpa(

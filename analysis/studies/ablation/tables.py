@@ -12,6 +12,7 @@ from analysis.measure.statistics import paired_table
 from analysis.runs.frames import in_words, not_measured
 from analysis.studies.ablation.budgets import COMPARISONS, Runs, step_costs
 from analysis.studies.ablation.learning import position_bits
+from mambabyte.config.mixers import uses_window
 from mambabyte.evaluate import Score
 from mambabyte.model import ByteLM
 from mambabyte.stream import ByteStream
@@ -107,9 +108,9 @@ def positions_table(
     frames = []
     shown: set[str] = set()
     for (pattern, seed), model in models.items():
-        caches = [("window" if "A" in pattern else "state", False)]
+        caches = [("window" if uses_window(pattern) else "state", False)]
         # A cache that keeps every key costs length^2: a few contexts show what it does.
-        if "A" in pattern and pattern not in shown:
+        if uses_window(pattern) and pattern not in shown:
             caches.append(("all keys", True))
         shown.add(pattern)
         for cache, unbounded in caches:

@@ -1,0 +1,145 @@
+"""Sliding-window attention by blocks: the dense mask is its definition; its cost is linear."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from analysis.measure.allocations import saved_storages
+from mambabyte.config import ModelConfig
+from mambabyte.model import AttentionMixer, ByteLM
+from mambabyte.model import attention as module
+from mambabyte.model.attention import mean_keys, windowed_attention
+from mambabyte.train.smoke import relative_rms
+
+CONFIG = ModelConfig(d_model=32, n_layer=1, layer_pattern="A", n_head=4, n_kv_head=2,
+                     attention_window=8)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """The definition: every score, and a mask of length by length."""
+    length, before = q.shape[2], k.shape[2] - q.shape[2]
+    age = torch.arange(before, before + length)[:, None] - torch.arange(before + length)
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    return scores.masked_fill((age < 0) | (age >= window), -torch.inf).softmax(-1) @ v
+
+
+def inputs(length: int, before: int = 0, batch: int = 2, heads: int = 4, groups: int = 2,
+           width: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(length + 100 * before)
+
+    def normal(n: int, positions: int) -> Tensor:
+        return torch.randn(batch, n, positions, width, generator=generator,
+                           dtype=torch.float64).requires_grad_()
+
+    return (normal(heads, length), normal(groups, before + length),
+            normal(groups, before + length))
+
+
+@pytest.mark.parametrize("before", [0, 1, 6, 7, 12])
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 15, 16, 17, 33])
+@pytest.mark.parametrize("window", [1, 5, 8, 40])
+def test_blocks_equal_the_dense_mask(window: int, length: int, before: int) -> None:
+    """In values and in the gradients of queries, keys and values, those kept from before too."""
+    found, expected = inputs(length, before), inputs(length, before)
+    y, reference = windowed_attention(*found, window), dense(*expected, window)
+    assert relative_rms(y, reference) < 1e-12
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    (y * weight).sum().backward()
+    (reference * weight).sum().backward()
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        # (a window of one has the gradient 0 in queries and keys)
+        assert (mine.grad - theirs.grad).norm() <= 1e-12 * (1 + theirs.grad.norm())
+
+
+@pytest.mark.filterwarnings("ignore:attention with window")
+@pytest.mark.parametrize("before", [0, 5, 19])
+def test_a_wide_window_goes_in_smaller_blocks_and_says_so(
+    before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_BLOCK", 4)
+    q, k, v = inputs(33, before)
+    with pytest.warns(RuntimeWarning, match="window 20 builds a mask of 4 by 24"):
+        assert relative_rms(windowed_attention(q, k, v, 20), dense(q, k, v, 20)) < 1e-12
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        windowed_attention(*inputs(33), 33)
+        windowed_attention(*inputs(33), 4)
+
+
+def test_no_mask_is_wider_than_two_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[tuple[int, ...]] = []
+    real = F.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None, **kwargs):  # type: ignore[no-untyped-def]
+        if attn_mask is not None:
+            masks.append(tuple(attn_mask.shape))
+        return real(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    for length in (8, 9, 200):
+        windowed_attention(*inputs(length), 8)
+    assert set(masks) == {(8, 16)}
+    masks.clear()
+    windowed_attention(*inputs(1, 7), 8)  # a byte of a stream
+    windowed_attention(*inputs(2048, batch=1, heads=1, groups=1), 4096)
+    assert masks == []
+
+
+def test_operations_and_memory_are_linear_in_the_length() -> None:
+    def cost(length: int) -> tuple[int, int]:
+        q, k, v = inputs(length)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            windowed_attention(q, k, v, 8).sum().backward()
+        kept = sum(size for _, size in saved_storages(lambda: windowed_attention(q, k, v, 8).sum()))
+        return counter.get_total_flops(), kept
+
+    flops, kept = zip(*(cost(8 * n) for n in (3, 13, 23)), strict=True)
+    assert flops[2] - flops[1] == flops[1] - flops[0]
+    assert kept[2] - kept[1] == kept[1] - kept[0]
+    # Scores and their sums, forward (2) and backward (4), of 4 heads of 8 channels in 2 rows.
+    length = 8 * 23
+    assert flops[2] == 2 * 3 * 2 * 4 * 8 * 2 * length * mean_keys(length, 8, causal=False)
+
+
+@pytest.mark.parametrize("pieces", [[1] * 29, [29], [8, 21], [3, 9, 1, 16], [7, 1, 1, 20]])
+def test_a_stream_equals_one_call(pieces: list[int]) -> None:
+    model = ByteLM(replace(CONFIG, embed_std=1.0)).double()
+    tokens = torch.randint(0, 256, (2, 29), generator=torch.Generator().manual_seed(0))
+    whole, _ = model(tokens)
+    state, parts = None, []
+    for piece in tokens.split(pieces, 1):
+        logits, state = model(piece, state)
+        parts.append(logits)
+        assert state[0].k.shape[2] == min(CONFIG.attention_window - 1, state[0].position)
+    assert relative_rms(torch.cat(parts, 1), whole) < 1e-12
+
+
+def test_a_mixer_names_its_kernel() -> None:
+    mixer = AttentionMixer(CONFIG)
+    assert mixer.kernel_name(8) == "causal"
+    assert mixer.kernel_name(9) == "blocks of 8 against 16 keys"
+
+
+def test_weights_under_another_window_are_shared() -> None:
+    model = ByteLM(CONFIG)
+    wide = model.reconfigured(attention_window=64)
+    tokens = torch.randint(0, 256, (1, 30))
+    assert wide.blocks[0].mixer.window == 64
+    with torch.no_grad():
+        near, far = model(tokens)[0], wide(tokens)[0]
+    assert relative_rms(far[:, :8], near[:, :8]) < 1e-6
+    assert relative_rms(far[:, 8:], near[:, 8:]) > 1e-4
+    for mine, theirs in zip(model.parameters(), wide.parameters(), strict=True):
+        assert mine is theirs
