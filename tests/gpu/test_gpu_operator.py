@@ -160,12 +160,15 @@ def test_only_what_is_needed_has_a_gradient() -> None:
     assert all(t.grad is None for n, t in inputs.items() if n != "u")
 
 
-def test_second_order_raises() -> None:
-    tensors = leaves()
-    y, _ = call(*tensors)
-    (first,) = torch.autograd.grad(y.float().square().sum(), tensors[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match="differentiable once"):
-        first.sum().backward()
+def test_second_order_is_that_of_the_chunked_form() -> None:
+    found = []
+    for form in ("fused", "chunked"):
+        inputs = {n: t.requires_grad_() for n, t in make_inputs(2, 12, 16).items()}
+        y, _ = scan(inputs, form)
+        (first,) = torch.autograd.grad(y.square().sum(), inputs["u"], create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), list(inputs.values())))
+    for one, two in zip(*found, strict=True):
+        assert relative_rms(one, two) < 1e-5
 
 
 def test_streams_and_threads() -> None:

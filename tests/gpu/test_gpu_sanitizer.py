@@ -17,7 +17,7 @@ import pytest
 import torch
 from scan_cases import make_inputs, results
 
-from mambabyte.ops.conv.cuda import fused_causal_conv
+from mambabyte.ops.conv.operator import fused_causal_conv
 from mambabyte.ops.mamba.fused import fused_mixer
 from mambabyte.ops.mamba.step import mamba_step, scan_step
 

@@ -11,19 +11,18 @@ import functools
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
+from mambabyte.errors import UserError
 from mambabyte.ops.build import c as native_build
+from mambabyte.ops.library import constant_in_graphs
 
-__all__ = ["available", "native_causal_conv"]
+__all__ = ["available", "backward", "forward"]
 
 SOURCE = Path(__file__).with_name("conv.c")
-TAPS = range(2, 9)
-DTYPES = (torch.float32, torch.float64)
 _pack = struct.Struct("20q").pack
 
 
@@ -43,31 +42,18 @@ def _load(double: bool) -> _Library | str:
     return _Library(*functions)
 
 
+@constant_in_graphs
 def available(dtype: torch.dtype) -> bool:
-    """Whether this runs here; the scan's own fallback says why not."""
-    return dtype in DTYPES and not isinstance(_load(dtype == torch.float64), str)
-
-
-def native_causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool
-) -> Tensor:
-    """``silu(bias + sum_k weight_k x_{t-K+1+k})``; positions before x come from ``tail``.
-
-    Shapes: x (B, L, D) float32 or float64 on the CPU; weight (D, K), K in ``TAPS``; bias (D,); tail
-    (B, K-1, D), zero when None. Returns y (B, L, D). Gradients flow to all inputs; they are
-    bit-equal on repetition and for any number of threads. Shapes are the caller's business.
-    """
-    return _Conv.apply(x, weight, bias, tail, silu)
+    """Whether this runs here, for float32 or float64; the scan's own fallback says why not."""
+    return not isinstance(_load(dtype == torch.float64), str)
 
 
 def _call(function: str, x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None,
           silu: bool, y: Tensor | None, dy: Tensor | None, *outputs: Tensor | None) -> None:
-    if isinstance(x, FakeTensor):  # shapes alone are asked for
-        return
     batch, length, channels = x.shape
     library = _load(x.dtype == torch.float64)
     if isinstance(library, str):
-        raise RuntimeError(f"the native convolution is not available: {library}")
+        raise UserError(f"the native convolution is not available: {library}")
     strides = (0, 0) if dy is None else dy.stride()[:2]
     getattr(library, function)(_pack(
         batch, length, channels, weight.shape[1], silu, torch.get_num_threads(),
@@ -80,26 +66,40 @@ def _unit(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-class _Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None,
-                silu: bool) -> Tensor:
-        x, weight = _unit(x), weight.contiguous()
-        bias, tail = (None if t is None else t.contiguous() for t in (bias, tail))
-        y = x.new_empty(x.shape)
-        if y.numel():
-            _call("forward", x, weight, bias, tail, silu, y, None)
-        ctx.save_for_backward(x, weight, bias, tail)
-        ctx.silu = silu
-        return y
+def _packed(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, tail = ctx.saved_tensors
-        dx, dweight = x.new_empty(x.shape), torch.zeros_like(weight)
-        dtail, dbias = (None if t is None else torch.zeros_like(t) for t in (tail, bias))
-        if dx.numel():
-            _call("backward", x, weight, bias, tail, ctx.silu, None, _unit(dy), dx, dtail,
-                  dweight, dbias)
-        return dx, dweight, dbias, dtail, None
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """y (B, L, D) and the tail to carry on with (B, K-1, D); arguments as in ``operator.py``, which
+    has checked them. Raises UserError where there is no library."""
+    x, y = _unit(x), x.new_empty(x.shape)
+    length, before = x.shape[1], weight.shape[1] - 1
+    weight, bias, tail = _packed(weight, bias, tail)  # type: ignore[assignment]
+    _call("forward", x, weight, bias, tail, silu, y, None)
+    if length >= before:
+        return y, x[:, length - before :].clone(memory_format=torch.contiguous_format)
+    if tail is None:
+        tail = x.new_zeros(x.shape[0], before, x.shape[2])
+    return y, torch.cat([tail[:, length:], x], dim=1)
+
+
+def backward(
+    dy: Tensor, dlast: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None,
+    tail: Tensor | None, silu: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of x, weight, bias and tail, None for one that is None."""
+    x, dx = _unit(x), x.new_empty(x.shape)
+    weight, bias, tail = _packed(weight, bias, tail)  # type: ignore[assignment]
+    dweight = torch.zeros_like(weight)
+    dtail, dbias = (None if t is None else torch.zeros_like(t) for t in (tail, bias))
+    _call("backward", x, weight, bias, tail, silu, None, _unit(dy), dx, dtail, dweight, dbias)
+    if dlast is not None:
+        length, before = x.shape[1], weight.shape[1] - 1
+        own = min(length, before)  # rows of the next tail that are x's; the others are the tail's
+        dx[:, length - own :] += dlast[:, before - own :]
+        if dtail is not None and own < before:
+            dtail[:, own:] += dlast[:, : before - own]
+    return dx, dweight, dbias, dtail

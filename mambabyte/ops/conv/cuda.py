@@ -1,82 +1,23 @@
-"""Causal depthwise convolution with SiLU on the GPU, in layout (B, L, D), as one operator.
+"""Causal depthwise convolution with SiLU on the GPU, in layout (B, L, D): launches ``conv.cu``.
 
-``torch.ops.mambabyte.causal_conv`` replaces a transpose, ``conv1d``, a transpose back and SiLU: it
-is bound by memory, so passes over the data are what it costs. Sources in ``conv.cu``.
+It is bound by memory, so passes over the data are what it costs. Checks are in ``operator.py``.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mambabyte.errors import UserError
 from mambabyte.ops.build.kernel import Kernel, Program, raw_stream
-from mambabyte.ops.scan.operator import differentiable, once_only
 
-MAX_TAPS = 8
 ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float"}
 _THREADS = 128
 # Loads in flight a thread and blocks a multiprocessor in the backward: measured, as in _plan.
 _AHEAD, _BLOCKS = 4, 3
 _PARAMETERS = {
     "conv_forward": "PPPPPPqqqiiii", "conv_backward": "PPPPPPPPPqqqqqqqiiii", "conv_sums": "PPPqii"}
-
-
-def fused_causal_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    tail: Tensor | None = None,
-    silu: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """``silu(bias + sum_k weight_k x_{t-K+1+k})``; positions before x come from ``tail``.
-
-    Shapes: x (B, L, D) on a GPU, with any strides of B and L; weight (D, K), K from 2 to 8; bias
-    (D,); tail (B, K-1, D), zero when None. Returns y (B, L, D) and the tail to carry on with,
-    both in x's dtype. Gradients flow to all inputs and through both results, in a fixed order.
-
-    Raises UserError for shapes, dtypes or devices that do not fit.
-    """
-    _check(x, weight, bias, tail)
-    y, last = _conv(
-        x,
-        weight.float(),
-        None if bias is None else bias.float(),
-        None if tail is None else tail.to(x.dtype),
-        silu,
-    )
-    return y, last
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> None:
-    if x.device.type != "cuda":
-        raise UserError(f"x is on {x.device}: the fused convolution runs on a GPU")
-    if x.ndim != 3 or 0 in x.shape:
-        raise UserError(f"x has shape {tuple(x.shape)}: expected (batch, length, channels), none 0")
-    if x.dtype not in ELEMENTS and not torch.is_autocast_enabled("cuda"):
-        known = ", ".join(map(str, ELEMENTS))
-        raise UserError(f"x is {x.dtype}: the fused convolution takes {known}")
-    batch, _, channels = x.shape
-    taps = weight.shape[-1]
-    if weight.shape != (channels, taps) or not 2 <= taps <= MAX_TAPS:
-        raise UserError(
-            f"weight has shape {tuple(weight.shape)}: expected ({channels}, K), K 2 to {MAX_TAPS}"
-        )
-    for name, tensor, shape in (
-        ("weight", weight, (channels, taps)),
-        ("bias", bias, (channels,)),
-        ("tail", tail, (batch, taps - 1, channels)),
-    ):
-        if tensor is not None and tensor.shape != shape:
-            raise UserError(f"{name} has shape {tuple(tensor.shape)}: expected {shape}")
-        if tensor is not None and tensor.device != x.device:
-            raise UserError(f"{name} is on {tensor.device} and x on {x.device}: move it")
-
-
-# --------------------------------------------------------------------------------------- kernels
 
 
 def widths(dtype: torch.dtype) -> tuple[int, ...]:
@@ -192,80 +133,3 @@ def backward(
 
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-# -------------------------------------------------------------------------------------- operator
-
-_LIBRARY = torch.library.Library("mambabyte", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? tail, bool silu"
-_LIBRARY.define(f"causal_conv({_INPUTS}) -> (Tensor y, Tensor last)", tags=_TAGS)
-_LIBRARY.define(
-    f"causal_conv_backward(Tensor dy, Tensor? dlast, {_INPUTS}) -> "
-    "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dtail)",
-    tags=_TAGS,
-)
-_LIBRARY.impl("causal_conv", forward, "CUDA")
-_LIBRARY.impl("causal_conv_backward", backward, "CUDA")
-_conv = torch.ops.mambabyte.causal_conv.default
-_conv_backward = torch.ops.mambabyte.causal_conv_backward.default
-
-
-@torch.library.register_fake("mambabyte::causal_conv", lib=_LIBRARY)
-def _forward_shapes(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor]:
-    batch, _, channels = x.shape
-    return x.new_empty(x.shape), x.new_empty(batch, weight.shape[1] - 1, channels)
-
-
-@torch.library.register_fake("mambabyte::causal_conv_backward", lib=_LIBRARY)
-def _backward_shapes(
-    dy: Tensor, dlast: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None,
-    tail: Tensor | None, silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return (
-        x.new_empty(x.shape),
-        weight.new_empty(weight.shape),
-        weight.new_empty(0) if bias is None else bias.new_empty(bias.shape),
-        x.new_empty(0) if tail is None else tail.new_empty(tail.shape),
-    )
-
-
-class _Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            y, last = _conv(*args)
-        *tensors, ctx.silu = args
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        return y, last
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy, dlast = grads
-        inputs = ctx.saved_tensors
-        if dy is None:
-            dy = torch.zeros_like(inputs[0])
-        gradients = _conv_backward(dy, dlast, *inputs, ctx.silu)
-        wanted = zip(ctx.needs_input_grad[:4], gradients, strict=True)
-        return (*[gradient if needed else None for needed, gradient in wanted], None)
-
-
-def _autocast(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor]:
-    dtype = torch.get_autocast_dtype("cuda")
-    with torch._C._ExcludeDispatchKeyGuard(
-        torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
-    ):
-        return _conv(x.to(dtype), weight, bias, None if tail is None else tail.to(dtype), silu)
-
-
-_LIBRARY.impl("causal_conv", differentiable(_conv, _Conv), "Autograd")
-_LIBRARY.impl(
-    "causal_conv_backward",
-    once_only(_conv_backward, "the fused causal convolution", "conv1d"), "Autograd",
-)
-_LIBRARY.impl("causal_conv", _autocast, "AutocastCUDA")

@@ -14,20 +14,21 @@ What it keeps for the backward is what the composition keeps.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
 from mambabyte.ops.conv import cuda as cuda_conv
-from mambabyte.ops.mamba.step import check_tensor
+from mambabyte.ops.conv.operator import DTYPES, TAPS, torch_causal_conv
+from mambabyte.ops.library import Tensors, check_tensors, define, wants_gradient
 from mambabyte.ops.scan import cuda as cuda_scan
 from mambabyte.ops.scan import plan as cuda_plan
-from mambabyte.ops.scan.operator import MAX_STATES, Tensors, differentiable, once_only
+from mambabyte.ops.scan.operator import MAX_STATES, scan_in_torch
 
 __all__ = ["fused_mixer"]
+
+DEVICES = ("cuda", "meta")
 
 
 def fused_mixer(
@@ -53,11 +54,11 @@ def fused_mixer(
 
     Raises UserError for shapes, dtypes or devices that do not fit.
     """
+    if xz.device.type not in DEVICES:
+        raise UserError(f"xz is on {xz.device}: the fused mixer runs on a GPU")
     inputs = (xz, conv_weight.float(), conv_bias.float(), x_proj, dt_proj, dt_bias.float(),
               A.float(), D.float())  # fmt: skip
-    _check(*inputs)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    y, tail, state, *_ = _mixer(*inputs, save)
+    y, tail, state, *_ = _mixer(*inputs, wants_gradient(*inputs))
     return y, tail, state
 
 
@@ -65,56 +66,53 @@ def _check(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
     dt_bias: Tensor, A: Tensor, D: Tensor,
 ) -> None:  # fmt: skip
-    if xz.device.type != "cuda":
-        raise UserError(f"xz is on {xz.device}: the fused mixer runs on a GPU")
-    if xz.ndim != 3 or 0 in xz.shape or xz.shape[2] % 2:
-        raise UserError(f"xz has shape {tuple(xz.shape)}: expected (batch, length, 2 channels)")
+    if xz.ndim != 3 or not xz.shape[1] * xz.shape[2] or xz.shape[2] % 2:
+        raise UserError(f"xz has shape {tuple(xz.shape)}: expected (batch, length, 2 channels), "
+                        "the last two at least 1")
     channels = xz.shape[2] // 2
-    taps, rank, states = conv_weight.shape[-1], dt_proj.shape[-1], A.shape[-1]
-    if not 2 <= taps <= cuda_conv.MAX_TAPS or not 1 <= states <= MAX_STATES or not rank:
+    taps, rank, states = (0 if t is None or not t.ndim else t.shape[-1]
+                          for t in (conv_weight, dt_proj, A))
+    if taps not in TAPS or not 1 <= states <= MAX_STATES or not rank:
         raise UserError(
-            f"got {taps} taps, {states} states and rank {rank}: the fused mixer takes 2 to "
-            f"{cuda_conv.MAX_TAPS} taps, 1 to {MAX_STATES} states and a rank of at least 1"
+            f"got {taps} taps, {states} states and rank {rank}: the fused mixer takes {TAPS[0]} to "
+            f"{TAPS[-1]} taps, 1 to {MAX_STATES} states and a rank of at least 1"
         )
-    for name, tensor, shape in (
-        ("conv_weight", conv_weight, (channels, taps)),
-        ("conv_bias", conv_bias, (channels,)),
-        ("x_proj", x_proj, (rank + 2 * states, channels)),
-        ("dt_proj", dt_proj, (channels, rank)),
-        ("dt_bias", dt_bias, (channels,)),
-        ("A", A, (channels, states)),
-        ("D", D, (channels,)),
-    ):
-        check_tensor(name, tensor, shape, xz)
-    if not torch.is_autocast_enabled("cuda") and (
-        xz.dtype not in cuda_conv.ELEMENTS or {x_proj.dtype, dt_proj.dtype} != {xz.dtype}
-    ):
-        raise UserError(
-            f"xz is {xz.dtype}, x_proj {x_proj.dtype}, dt_proj {dt_proj.dtype}: they must share "
-            f"one of {', '.join(map(str, cuda_conv.ELEMENTS))}"
-        )
+    wide = torch.float32
+    check_tensors("xz", xz, None, DTYPES["cuda"], (
+        ("conv_weight", conv_weight, (channels, taps), wide),
+        ("conv_bias", conv_bias, (channels,), wide),
+        ("x_proj", x_proj, (rank + 2 * states, channels), xz.dtype),
+        ("dt_proj", dt_proj, (channels, rank), xz.dtype),
+        ("dt_bias", dt_bias, (channels,), wide),
+        ("A", A, (channels, states), wide),
+        ("D", D, (channels,), wide),
+    ))  # fmt: skip
+
+
+def _check_backward(
+    dy: Tensor, dtail: Tensor | None, dstate: Tensor | None, xz: Tensor, *args: Tensor
+) -> None:
+    *weights, u, parts, delta, saved = args
+    _check(xz, *weights)
+    conv_weight, _, x_proj, _, _, A, _ = weights
+    batch, length, both = xz.shape
+    channels, states = A.shape
+    row = (batch, length, both // 2)
+    kept = cuda_plan.saved_shape(*row, states, xz.dtype)
+    check_tensors("xz", xz, None, DTYPES["cuda"], (
+        ("dy", dy, row, xz.dtype),
+        ("dtail?", dtail, (batch, conv_weight.shape[1] - 1, channels), xz.dtype),
+        ("dstate?", dstate, (batch, channels, states), torch.float32),
+        ("u", u, row, xz.dtype),
+        ("parts", parts, (batch, length, x_proj.shape[0]), xz.dtype),
+        ("delta", delta, row, xz.dtype),
+        ("saved", saved, kept, torch.float32),
+    ))  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------- operator
 
-_LIBRARY = torch.library.Library("mambabyte", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _NAMES = ("xz", "conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A", "D")
-_INPUTS = ", ".join(f"Tensor {name}" for name in _NAMES)
-_KEPT = ("u", "parts", "delta", "saved")  # for the backward; empty unless ``save``
-_LIBRARY.define(
-    f"mixer({_INPUTS}, bool save) -> (Tensor y, Tensor tail, Tensor state, "
-    + ", ".join(f"Tensor {name}" for name in _KEPT) + ")",
-    tags=_TAGS,
-)  # fmt: skip
-_LIBRARY.define(
-    f"mixer_backward(Tensor dy, Tensor? dtail, Tensor? dstate, {_INPUTS}, "
-    + ", ".join(f"Tensor {name}" for name in _KEPT)
-    + ") -> (" + ", ".join(f"Tensor d{name}" for name in _NAMES) + ")",
-    tags=_TAGS,
-)  # fmt: skip
-_mixer = torch.ops.mambabyte.mixer.default
-_mixer_backward = torch.ops.mambabyte.mixer_backward.default
 
 
 def forward(
@@ -138,6 +136,8 @@ def backward(
     conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
     u: Tensor, parts: Tensor, delta: Tensor, saved: Tensor,
 ) -> Tensors:  # fmt: skip
+    # Gradients are left between those of ``parts``, so that its rows must lie one behind another.
+    u, parts, delta = u.contiguous(), parts.contiguous(), delta.contiguous()
     x, z = xz.chunk(2, dim=-1)
     widths = [dt_proj.shape[1], A.shape[1], A.shape[1]]
     low_rank, B, C = parts.split(widths, dim=-1)
@@ -171,11 +171,6 @@ def _flat(x: Tensor) -> Tensor:
     return x.flatten(0, 1)
 
 
-_LIBRARY.impl("mixer", forward, "CUDA")
-_LIBRARY.impl("mixer_backward", backward, "CUDA")
-
-
-@torch.library.register_fake("mambabyte::mixer", lib=_LIBRARY)
 def _forward_shapes(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
     dt_bias: Tensor, A: Tensor, D: Tensor, save: bool,
@@ -197,7 +192,6 @@ def _forward_shapes(
     )
 
 
-@torch.library.register_fake("mambabyte::mixer_backward", lib=_LIBRARY)
 def _backward_shapes(
     dy: Tensor, dtail: Tensor | None, dstate: Tensor | None, xz: Tensor, *tensors: Tensor
 ) -> Tensors:
@@ -205,42 +199,31 @@ def _backward_shapes(
     return dxz, *(t.new_empty(t.shape) for t in tensors[: len(_NAMES) - 1])
 
 
-class _Mixer(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensors:
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = _mixer(*args)
-        kept = outputs[3:]
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*kept)
-        ctx.save_for_backward(*args[:-1], *kept)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy, dtail, dstate, *_ = grads
-        tensors = ctx.saved_tensors
-        if dy is None:
-            dy = torch.zeros_like(tensors[len(_NAMES)])  # u
-        gradients = _mixer_backward(dy, dtail, dstate, *tensors)
-        wanted = zip(ctx.needs_input_grad[:-1], gradients, strict=True)
-        return (*[gradient if needed else None for needed, gradient in wanted], None)
+def _in_torch(
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
+    dt_bias: Tensor, A: Tensor, D: Tensor,
+) -> Tensors:  # fmt: skip
+    x, z = xz.chunk(2, dim=-1)
+    rank, states = dt_proj.shape[1], A.shape[1]
+    u, tail = torch_causal_conv(
+        x, conv_weight.to(x.dtype), conv_bias.to(x.dtype), None, True)
+    low_rank, B, C = F.linear(u, x_proj).split([rank, states, states], dim=-1)
+    y, state = scan_in_torch(
+        u, F.linear(low_rank, dt_proj), A, B, C, D, z, dt_bias, None, True)
+    return y, tail, state
 
 
-def _autocast(
-    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor, *rest: Any
-) -> Tensors:
-    dtype = torch.get_autocast_dtype("cuda")
-    with torch._C._ExcludeDispatchKeyGuard(
-        torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
-    ):
-        xz, x_proj, dt_proj = (t.to(dtype) for t in (xz, x_proj, dt_proj))
-        return _mixer(xz, conv_weight, conv_bias, x_proj, dt_proj, *rest)
-
-
-_LIBRARY.impl("mixer", differentiable(_mixer, _Mixer), "Autograd")
-_LIBRARY.impl(
-    "mixer_backward", once_only(_mixer_backward, "the fused mixer", "scan_form='chunked'"),
-    "Autograd",
+_mixer = define(
+    "mixer",
+    ", ".join(f"Tensor {name}" for name in _NAMES),
+    "y, tail, state",
+    kept="u, parts, delta, saved",
+    forward={"cuda": forward},
+    backward={"cuda": backward},
+    check=_check,
+    check_backward=_check_backward,
+    shapes=_forward_shapes,
+    backward_shapes=_backward_shapes,
+    in_torch=_in_torch,
+    cast={"cuda": ("xz", "x_proj", "dt_proj")},
 )
-_LIBRARY.impl("mixer", _autocast, "AutocastCUDA")

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops.scan.operator import MAX_STATES, differentiable, fused_available
+from mambabyte.ops.conv.operator import torch_causal_conv
+from mambabyte.ops.library import Tensors, check_tensors, define
+from mambabyte.ops.scan.operator import MAX_STATES, fused_available, scan_in_torch
 
 __all__ = ["mamba_step", "scan_step"]
 
 MAX_TAPS = 8
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def mamba_step(
@@ -44,28 +46,7 @@ def mamba_step(
 
     Raises UserError for what does not fit, and where a gradient is asked for.
     """
-    batch, channels = _check_rows(x, z)
-    taps, (states, rank) = conv_weight.shape[-1], (A.shape[-1], dt_proj.shape[-1])
-    if not 2 <= taps <= MAX_TAPS or not 1 <= states <= MAX_STATES:
-        raise UserError(
-            f"got {taps} taps and {states} states: the fused step takes 2 to {MAX_TAPS} taps and "
-            f"1 to {MAX_STATES} states"
-        )
-    for name, tensor, shape in (
-        ("tail", tail, (batch, taps - 1, channels)),
-        ("state", state, (batch, channels, states)),
-        ("conv_weight", conv_weight, (channels, taps)),
-        ("conv_bias", conv_bias, (channels,)),
-        ("x_proj", x_proj, (rank + 2 * states, channels)),
-        ("dt_proj", dt_proj, (channels, rank)),
-        ("dt_bias", dt_bias, (channels,)),
-        ("A", A, (channels, states)),
-        ("D", D, (channels,)),
-    ):
-        check_tensor(name, tensor, shape, x)
-    weights = x_proj.dtype
-    if any(w.dtype != weights for w in (conv_weight, dt_proj)) or weights not in _DTYPES:
-        raise UserError("conv_weight, x_proj and dt_proj must share a dtype, x's or float32")
+    _check_device(x)
     return torch.ops.mambabyte.mamba_step.default(
         x, z, tail.to(x.dtype), state, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D
     )
@@ -87,62 +68,79 @@ def scan_step(
 
     Returns y (B, D) and the new state. Dtypes as in :func:`mamba_step`. Raises UserError.
     """
-    batch, channels = _check_rows(u, delta)
-    states = A.shape[-1]
-    for name, tensor, shape in (
-        ("z", z, (batch, channels)),
-        ("A", A, (channels, states)),
-        ("B", B, (batch, states)),
-        ("C", C, (batch, states)),
-        ("D", D, (channels,)),
-        ("delta_bias", delta_bias, (channels,)),
-        ("state", state, (batch, channels, states)),
-    ):
-        check_tensor(name, tensor, shape, u)
+    _check_device(u)
     return torch.ops.mambabyte.scan_step.default(
         u, delta, A, B, C, D, z, delta_bias, state, delta_softplus
     )
 
 
-def _check_rows(x: Tensor, like: Tensor) -> tuple[int, int]:
-    if x.ndim != 2 or 0 in x.shape or x.dtype not in _DTYPES:
-        raise UserError(
-            f"a step takes (batch, channels) in {', '.join(map(str, _DTYPES))}: got "
-            f"{tuple(x.shape)}, {x.dtype}"
-        )
+def _check_device(x: Tensor) -> None:
     available, reason = fused_available(x.device)
     if not available:
         raise UserError(f"no fused step on {x.device}: {reason}; use the scan at length 1")
-    check_tensor("its companion", like, tuple(x.shape), x)
+
+
+def _check_rows(name: str, x: Tensor) -> tuple[int, int]:
+    if x.ndim != 2 or not x.shape[1] or x.dtype not in DTYPES:
+        raise UserError(
+            f"a step takes {name} (batch, channels) in {', '.join(map(str, DTYPES))}: got "
+            f"{tuple(x.shape)}, {x.dtype}"
+        )
     return x.shape[0], x.shape[1]
 
 
-def check_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
-    """UserError unless ``tensor`` is None or has that shape and is on the device of ``x``."""
-    if tensor is None:
-        return
-    if tensor.shape != shape or tensor.device != x.device:
+def _check_step(
+    x: Tensor, z: Tensor, tail: Tensor, state: Tensor, conv_weight: Tensor,
+    conv_bias: Tensor | None, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor,
+    D: Tensor,
+) -> None:  # fmt: skip
+    batch, channels = _check_rows("x", x)
+    taps, rank, states = (0 if t is None or not t.ndim else t.shape[-1]
+                          for t in (conv_weight, dt_proj, A))
+    if not 2 <= taps <= MAX_TAPS or not 1 <= states <= MAX_STATES:
         raise UserError(
-            f"{name} is {tuple(tensor.shape)} on {tensor.device}: expected {shape} on {x.device}"
+            f"got {taps} taps and {states} states: the fused step takes 2 to {MAX_TAPS} taps and "
+            f"1 to {MAX_STATES} states"
         )
+    weights = x_proj.dtype if isinstance(x_proj, Tensor) else None
+    if weights not in (x.dtype, torch.float32):
+        raise UserError(f"x_proj is {weights}: conv_weight, x_proj and dt_proj must share a dtype, "
+                        "x's or float32")
+    check_tensors("x", x, None, DTYPES, (
+        ("z", z, (batch, channels), x.dtype),
+        ("tail", tail, (batch, taps - 1, channels), x.dtype),
+        ("state", state, (batch, channels, states), None),
+        ("conv_weight", conv_weight, (channels, taps), weights),
+        ("conv_bias?", conv_bias, (channels,), None),
+        ("x_proj", x_proj, (rank + 2 * states, channels), weights),
+        ("dt_proj", dt_proj, (channels, rank), weights),
+        ("dt_bias", dt_bias, (channels,), None),
+        ("A", A, (channels, states), None),
+        ("D", D, (channels,), None),
+    ))  # fmt: skip
+
+
+def _check_scan_step(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, delta_bias: Tensor | None, state: Tensor, delta_softplus: bool,
+) -> None:  # fmt: skip
+    batch, channels = _check_rows("u", u)
+    states = 0 if A is None or not A.ndim else A.shape[-1]
+    if not 1 <= states <= MAX_STATES:
+        raise UserError(f"got {states} states: the fused step takes 1 to {MAX_STATES} states")
+    check_tensors("u", u, None, DTYPES, (
+        ("delta", delta, (batch, channels), None),
+        ("A", A, (channels, states), None),
+        ("B", B, (batch, states), None),
+        ("C", C, (batch, states), None),
+        ("D?", D, (channels,), None),
+        ("z?", z, (batch, channels), None),
+        ("delta_bias?", delta_bias, (channels,), None),
+        ("state", state, (batch, channels, states), None),
+    ))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- operators
-
-_LIBRARY = torch.library.Library("mambabyte", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_LIBRARY.define(
-    "mamba_step(Tensor x, Tensor z, Tensor tail, Tensor state, Tensor conv_weight, "
-    "Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, Tensor dt_bias, Tensor A, Tensor D) "
-    "-> (Tensor y, Tensor new_tail, Tensor new_state)",
-    tags=_TAGS,
-)
-_LIBRARY.define(
-    "scan_step(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-    "Tensor? delta_bias, Tensor state, bool delta_softplus) -> (Tensor y, Tensor new_state)",
-    tags=_TAGS,
-)
-
 
 def _on_gpu(name: str) -> Any:
     def step(*args: Any) -> tuple[Tensor, ...]:
@@ -174,34 +172,62 @@ def _scan_step_on_cpu(*args: Any) -> tuple[Tensor, Tensor]:
     return native_scan.scan_step(*args)
 
 
-for _name, _on_cpu in (("mamba_step", _mamba_step_on_cpu), ("scan_step", _scan_step_on_cpu)):
-    _LIBRARY.impl(_name, _on_gpu(_name), "CUDA")
-    _LIBRARY.impl(_name, _on_cpu, "CPU")
-
-
-@torch.library.register_fake("mambabyte::mamba_step", lib=_LIBRARY)
 def _mamba_step_shapes(
     x: Tensor, z: Tensor, tail: Tensor, state: Tensor, *_: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), tail.new_empty(tail.shape), state.new_empty(state.shape)
+    return x.new_empty(x.shape), tail.new_empty(tail.shape), state.new_empty(
+        state.shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("mambabyte::scan_step", lib=_LIBRARY)
 def _scan_step_shapes(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     z: Tensor | None, delta_bias: Tensor | None, state: Tensor, delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return u.new_empty(u.shape), state.new_empty(state.shape)
+    return u.new_empty(u.shape), state.new_empty(state.shape, dtype=torch.float32)
 
 
-class _NoGradient:
-    """Stands in for an autograd.Function: a step is for inference."""
+def _mamba_step_in_torch(
+    x: Tensor, z: Tensor, tail: Tensor, state: Tensor, conv_weight: Tensor,
+    conv_bias: Tensor | None, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor,
+    D: Tensor,
+) -> Tensors:  # fmt: skip
+    dtype, (rank, states) = x.dtype, (dt_proj.shape[1], A.shape[1])
+    bias = None if conv_bias is None else conv_bias.to(dtype)
+    u, tail = torch_causal_conv(x[:, None], conv_weight.to(dtype), bias, tail, True)
+    low, B, C = F.linear(u[:, 0], x_proj.to(dtype)).split([rank, states, states], dim=1)
+    delta = F.linear(low, dt_proj.to(dtype))
+    y, state = _scan_step_in_torch(u[:, 0], delta, A, B, C, D, z, dt_bias, state, True)
+    return y, tail, state
 
-    @staticmethod
-    def apply(*args: object) -> tuple[Tensor, ...]:
-        raise UserError("a fused step has no gradient: call it under torch.no_grad()")
+
+def _scan_step_in_torch(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, delta_bias: Tensor | None, state: Tensor, delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows = (None if t is None else t[:, None] for t in (u, delta, B, C, z))
+    u, delta, B, C, z = rows  # type: ignore[assignment]
+    y, state = scan_in_torch(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus)
+    return y[:, 0], state
 
 
-for _name in ("mamba_step", "scan_step"):
-    _operator = getattr(torch.ops.mambabyte, _name).default
-    _LIBRARY.impl(_name, differentiable(_operator, _NoGradient), "Autograd")
+define(
+    "mamba_step",
+    "Tensor x, Tensor z, Tensor tail, Tensor state, Tensor conv_weight, Tensor? conv_bias, "
+    "Tensor x_proj, Tensor dt_proj, Tensor dt_bias, Tensor A, Tensor D",
+    "y, new_tail, new_state",
+    forward={"cpu": _mamba_step_on_cpu, "cuda": _on_gpu("mamba_step")},
+    check=_check_step,
+    shapes=_mamba_step_shapes,
+    in_torch=_mamba_step_in_torch,
+)
+define(
+    "scan_step",
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? delta_bias, Tensor state",
+    "y, new_state",
+    flags="bool delta_softplus",
+    forward={"cpu": _scan_step_on_cpu, "cuda": _on_gpu("scan_step")},
+    check=_check_scan_step,
+    shapes=_scan_step_shapes,
+    in_torch=_scan_step_in_torch,
+)

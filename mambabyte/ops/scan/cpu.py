@@ -192,7 +192,7 @@ def backward(
     inputs = [_stream(x, real) for x in (u, delta, B, C, z)]
     params = [_plain(x, real) for x in (A, D, delta_bias)]
     dlast = _plain(dfinal_state, real)
-    dout = _stream(dy, real)
+    dout, saved = _stream(dy, real), saved.contiguous()
     rows = (batch, length, channels)
     du = torch.empty(rows, dtype=_stream_dtype(u, real), device=u.device)
     ddelta = torch.empty_like(du)

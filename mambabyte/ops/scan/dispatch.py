@@ -7,16 +7,14 @@ inputs: delta positive, one floating dtype, the skip and the gate left to the ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.config.scan_forms import FORMS
 from mambabyte.errors import UserError
 from mambabyte.ops.scan import operator
 from mambabyte.ops.scan.chunked import chunked_scan
+from mambabyte.ops.scan.complete import Scan, complete_scan
 from mambabyte.ops.scan.cumsum import (
     corrected_chunked_cumsum_scan,
     document_as_coded_scan,
@@ -33,8 +31,6 @@ from mambabyte.ops.scan.repairs import (
     pairwise_scan,
     segment_sum_scan,
 )
-
-Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 # The forms in torch; "fused" is the operator, which takes the unprepared inputs.
 SCANS: dict[str, Scan] = {
@@ -88,67 +84,20 @@ def selective_scan(
 
     Raises UserError for shapes that do not agree, an unknown form, or a chunk size below 1.
     """
+    operator.check_shapes(u, delta, A, B, C, D, z, delta_bias, initial_state)
     if form == "auto":
         fits = A.shape[-1] <= operator.MAX_STATES
         form = default_form(u.device, u.dtype) if fits else "chunked"
     if form not in FORMS:
         raise UserError(f"scan form {form!r} is unknown: choose auto, {', '.join(FORMS)}")
-    _check_shapes(u, delta, A, B, C, D, z, delta_bias, initial_state)
     if chunk_size is not None and chunk_size < 1:
         raise UserError(f"chunk_size is {chunk_size}: it must be at least 1")
 
     if form == "fused":
-        return operator.fused_scan(
+        return operator.run_fused(
             u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
 
-    # Autocast would take the sum over states to bf16; a scan accumulates in float32 or better.
-    with torch.autocast(u.device.type, enabled=False):
-        dtype = torch.float32
-        for t in (u, delta, A, B, C, initial_state):
-            if t is not None:
-                dtype = torch.promote_types(dtype, t.dtype)
-        x, dt = u.to(dtype), delta.to(dtype)
-        if delta_bias is not None:
-            dt = dt + delta_bias.to(dtype)
-        if delta_softplus:
-            dt = F.softplus(dt)
-        if initial_state is None:
-            state = x.new_zeros(x.shape[0], x.shape[2], A.shape[1])
-        else:
-            state = initial_state.to(dtype)
-        y, final_state = SCANS[form](
-            x, dt, A.to(dtype), B.to(dtype), C.to(dtype), state, chunk_size or FORMS[form].chunk
-        )
-        if D is not None:
-            y = y + D.to(dtype) * x
-        if z is not None:
-            y = y * F.silu(z.to(dtype))
-        return y.to(u.dtype), final_state
-
-
-def _check_shapes(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
-) -> None:
-    if u.ndim != 3 or u.shape[1] < 1:
-        raise UserError(f"u has shape {tuple(u.shape)}: expected (batch, length >= 1, channels)")
-    if A.ndim != 2 or A.shape[0] != u.shape[2]:
-        raise UserError(
-            f"A has shape {tuple(A.shape)}: expected (channels, states) with {u.shape[2]} channels"
-        )
-    batch, length, channels = u.shape
-    states = A.shape[1]
-    if A.is_complex():
-        raise UserError("A is complex: only real A is supported, as in the Mamba models")
-    expected = {
-        "delta": (delta, (batch, length, channels)),
-        "B": (B, (batch, length, states)),
-        "C": (C, (batch, length, states)),
-        "D": (D, (channels,)),
-        "z": (z, (batch, length, channels)),
-        "delta_bias": (delta_bias, (channels,)),
-        "initial_state": (initial_state, (batch, channels, states)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise UserError(f"{name} has shape {tuple(tensor.shape)}: expected {shape}")
+    y, final_state = complete_scan(
+        SCANS[form], chunk_size or FORMS[form].chunk, u, delta, A, B, C, D, z, delta_bias,
+        initial_state, delta_softplus)
+    return y, final_state

@@ -1,0 +1,144 @@
+"""The causal depthwise convolution with SiLU as one operator, ``torch.ops.mambabyte.causal_conv``.
+
+In the model's own layout (batch, length, channels), on the CPU (``cpu.py``) and on NVIDIA GPUs
+(``cuda.py``): it replaces a transpose, ``conv1d``, a transpose back and SiLU.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambabyte.errors import UserError
+from mambabyte.ops.library import Tensors, check_tensors, define
+
+__all__ = ["DTYPES", "TAPS", "fused_causal_conv", "torch_causal_conv"]
+
+TAPS = range(2, 9)
+DTYPES = {
+    "cuda": (torch.bfloat16, torch.float16, torch.float32),
+    "cpu": (torch.float32, torch.float64),
+}
+
+
+def fused_causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    tail: Tensor | None = None,
+    silu: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """``silu(bias + sum_k weight_k x_{t-K+1+k})``; positions before x come from ``tail``.
+
+    Shapes: x (B, L, D) of any strides; weight (D, K), K from 2 to 8; bias (D,); tail (B, K-1, D),
+    zero when None. x is float32, on a GPU bfloat16 or float16 too, on the CPU float64 too; weight
+    and bias are taken in float32, beside a float64 x in float64. Returns y (B, L, D) and the tail
+    to carry on with, both in x's dtype. Gradients flow to all inputs and through both results, in a
+    fixed order of sums: bit-equal on repetition and for any number of threads.
+
+    Raises UserError for shapes, dtypes or devices that do not fit.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return _conv(
+        x, weight.to(wide), None if bias is None else bias.to(wide),
+        None if tail is None else tail.to(x.dtype), silu,
+    )  # fmt: skip
+
+
+def torch_causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """The same with torch's convolution, which wants (B, D, L); any number of taps."""
+    length, taps = x.shape[1], weight.shape[1]
+    if tail is None:
+        tail = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
+    padded = torch.cat([tail.to(x.dtype), x], dim=1)  # (B, K-1+L, D)
+    y = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), bias, groups=x.shape[2])
+    y = y.transpose(1, 2)
+    # A copy: a view would keep the whole padded sequence alive as long as the tail.
+    return F.silu(y) if silu else y, padded[:, length:].clone()
+
+
+# -------------------------------------------------------------------------------------- operator
+
+
+def _kernels(device_type: str) -> ModuleType:
+    """The module with forward and backward; loaded only where it is needed."""
+    if device_type == "cpu":
+        from mambabyte.ops.conv import cpu
+
+        return cpu
+    from mambabyte.ops.conv import cuda
+
+    return cuda
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool
+) -> None:
+    if x.ndim != 3 or not x.shape[1] * x.shape[2]:
+        raise UserError(f"x has shape {tuple(x.shape)}: expected (batch, length, channels), the "
+                        "last two at least 1")
+    batch, _, channels = x.shape
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] not in TAPS:
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+        raise UserError(f"weight has shape {shape}: expected ({channels}, K), K {TAPS[0]} to "
+                        f"{TAPS[-1]}")
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    check_tensors("x", x, None, DTYPES[x.device.type], (
+        ("weight", weight, (channels, weight.shape[1]), wide),
+        ("bias?", bias, (channels,), wide),
+        ("tail?", tail, (batch, weight.shape[1] - 1, channels), x.dtype),
+    ))  # fmt: skip
+
+
+def _check_backward(
+    dy: Tensor, dlast: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None,
+    tail: Tensor | None, silu: bool,
+) -> None:  # fmt: skip
+    _check(x, weight, bias, tail, silu)
+    batch, _, channels = x.shape
+    check_tensors("x", x, None, DTYPES[x.device.type], (
+        ("dy", dy, x.shape, x.dtype),
+        ("dlast?", dlast, (batch, weight.shape[1] - 1, channels), x.dtype),
+    ))  # fmt: skip
+
+
+def _shapes(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool
+) -> Tensors:
+    batch, _, channels = x.shape
+    return x.new_empty(x.shape), x.new_empty(batch, weight.shape[1] - 1, channels)
+
+
+def _forward_on(device_type: str) -> Any:
+    def forward(*args: Any) -> Tensors:
+        return _kernels(device_type).forward(*args)
+
+    return forward
+
+
+def _backward_on(device_type: str) -> Any:
+    def backward(*args: Any) -> tuple[Tensor | None, ...]:
+        return _kernels(device_type).backward(*args)
+
+    return backward
+
+
+_conv = define(
+    "causal_conv",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? tail",
+    "y, last",
+    flags="bool silu",
+    forward={device: _forward_on(device) for device in DTYPES},
+    backward={device: _backward_on(device) for device in DTYPES},
+    check=_check,
+    check_backward=_check_backward,
+    shapes=_shapes,
+    in_torch=torch_causal_conv,
+    cast={"cuda": ("x", "tail")},
+)

@@ -1,0 +1,333 @@
+"""How an operator of this project becomes one of PyTorch's, ``torch.ops.mambabyte.NAME``.
+
+:func:`define` takes what a family knows (kernels by device, shapes, a check of the arguments, the
+same function in torch) and tells PyTorch the rest: gradients, autocast, shapes without data, vmap
+and forward-mode derivatives. So an operator is one node under torch.compile, and CUDA graphs,
+checkpointing and DDP work as usual.
+
+Gradients are registered by hand: torch.library.register_autograd does the same at 40 us more a
+call. Where the native kernels have no rule, which is under torch.func's transforms, with dual
+numbers and for the gradient of a gradient, the operator is its form in torch: right, and slower.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mambabyte.errors import UserError
+
+__all__ = ["Tensors", "check_tensors", "constant_in_graphs", "define", "wants_gradient"]
+
+Tensors = tuple[Tensor, ...]
+Kernel = Callable[..., tuple[Tensor | None, ...]]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_LIBRARY = torch.library.Library("mambabyte", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+
+# ------------------------------------------------------------------------------- the arguments
+
+
+def check_tensors(
+    name: str,
+    x: Tensor | None,
+    shape: tuple[int, ...] | None,
+    dtypes: Sequence[torch.dtype],
+    others: Iterable[tuple[str, Tensor | None, tuple[int, ...], torch.dtype | None]] = (),
+) -> None:
+    """Whether tensors fit together, before any of them reaches native code.
+
+    ``x`` has ``shape`` (None: any) and one of ``dtypes``. Each of the ``others`` is (name, tensor,
+    shape, dtype; None: any real floating one) and on the device of x; with a "?" behind its name it
+    may be None. Raises UserError that names the first one that does not fit, what it is and what
+    it should be.
+    """
+    if not isinstance(x, Tensor):
+        raise UserError(f"{name} is {_kind(x)}: expected a tensor")
+    if shape is not None and x.shape != shape:
+        raise UserError(f"{name} has shape {tuple(x.shape)}: expected {tuple(shape)}")
+    if x.dtype not in dtypes:
+        known = ", ".join(map(str, dtypes))
+        raise UserError(f"{name} is {x.dtype}: expected {known}; cast it, or use a form in torch")
+    device = x.device
+    for other, tensor, wanted, dtype in others:
+        if tensor is None and other[-1] == "?":
+            continue
+        other = other.rstrip("?")
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{other} is {_kind(tensor)}: expected a tensor of shape "
+                            f"{tuple(wanted)}")
+        if tensor.shape != wanted:
+            raise UserError(f"{other} has shape {tuple(tensor.shape)}: expected {tuple(wanted)} "
+                            f"beside {name} {tuple(x.shape)}")
+        if tensor.device != device:
+            raise UserError(f"{other} is on {tensor.device} and {name} on {device}: move it, "
+                            f"{other}.to({str(device)!r})")
+        if tensor.dtype != dtype and (dtype is not None or not tensor.is_floating_point()):
+            real = "a real floating dtype" if dtype is None else str(dtype)
+            raise UserError(f"{other} is {tensor.dtype}: expected {real} beside {name} in "
+                            f"{x.dtype}")
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is done with these now."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """For a function of the machine, such as which kernels run here: torch.compile calls it while
+    it traces and takes the result for a constant. What torch.compiler.assume_constant_result does,
+    which would import the whole compiler, longer than all the rest of torch."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# ------------------------------------------------------------------------------- the operators
+
+
+def define(
+    name: str,
+    inputs: str,
+    results: str,
+    *,
+    flags: str = "",
+    kept: str = "",
+    forward: Mapping[str, Kernel],
+    backward: Mapping[str, Kernel] | None = None,
+    check: Callable[..., None],
+    check_backward: Callable[..., None] | None = None,
+    shapes: Callable[..., Tensors],
+    backward_shapes: Callable[..., Tensors] | None = None,
+    in_torch: Callable[..., Tensors],
+    cast: Mapping[str, Sequence[str]] | None = None,
+) -> Any:
+    """Define ``torch.ops.mambabyte.NAME`` and, with ``backward``, ``NAME_backward``; returns the
+    first.
+
+    ``inputs`` and ``flags`` are arguments as in a schema ("Tensor u, Tensor? z", "bool silu");
+    ``results`` and ``kept`` names of tensors ("y, state"). With ``kept``, which is what the forward
+    leaves for the backward, there is a last argument ``bool save``, and without it those are empty.
+
+    Called are, with the tensors as they come, of any strides:
+
+    - ``forward[device](*inputs, *flags[, save])`` -> (results, kept), once ``check(*inputs,
+      *flags)`` let them pass; not for an empty first input, whose results are empty;
+    - ``backward[device](*gradients of the results, *inputs, *kept, *flags)`` -> a gradient for
+      each input, None for an absent one, once ``check_backward``, with the same arguments, let them
+      pass. The first result's gradient is always given, the others may be None;
+    - ``shapes``, as forward, and ``backward_shapes``, as backward: new empty tensors (the default
+      of the latter: contiguous ones like the inputs);
+    - ``in_torch(*inputs, *flags)`` -> results: the same function in torch's own operators, for
+      derivatives and transforms without a kernel.
+
+    ``cast`` names, by device, the inputs that autocast casts where the first is not float64.
+    """
+    tensors = _names(inputs)
+    result_names, kept_names = _names(results), _names(kept)
+    count, outputs = len(tensors), len(result_names)
+    arguments = ", ".join(filter(None, (inputs, flags, "bool save" if kept else "")))
+    listed = ", ".join(f"Tensor {n}" for n in (*result_names, *kept_names))
+    _LIBRARY.define(f"{name}({arguments}) -> ({listed})", tags=_TAGS)
+    operator = getattr(torch.ops.mambabyte, name).default
+
+    def with_kept(*args: Any) -> Tensors:
+        """``in_torch`` with the operator's signature: it needs nothing kept."""
+        found = in_torch(*(args[:-1] if kept else args))
+        return (*found, *(args[0].new_empty(0) for _ in kept_names))
+
+    gradient = None
+    if backward is not None:
+        gradient = _define_backward(
+            name, inputs, result_names, kept_names, flags, backward, check_backward,
+            backward_shapes, in_torch)
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Tensors:
+            output = below(args)
+            ctx.set_materialize_grads(False)  # no zeros for a result that is not used
+            ctx.mark_non_differentiable(*output[outputs:])
+            ctx.save_for_backward(*args[:count], *output[outputs:])
+            ctx.flags = args[count : len(args) - bool(kept)]
+            ctx.first = output[0].shape
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            first, *rest = grads[:outputs]
+            if first is None:
+                first = ctx.saved_tensors[0].new_zeros(ctx.first)
+            assert gradient is not None
+            found = gradient(first, *rest, *ctx.saved_tensors, *ctx.flags)
+            wanted = zip(ctx.needs_input_grad[:count], found, strict=True)
+            return (*[g if needed else None for needed, g in wanted],
+                    *(None for _ in ctx.needs_input_grad[count:]))
+
+    def autograd(*args: Any) -> Tensors:
+        if _transformed():
+            return with_kept(*args)
+        if torch.is_grad_enabled():
+            for value in args[:count]:
+                if value is not None and value.requires_grad:
+                    return with_kept(*args) if backward is None else Recorded.apply(*args)
+        return below(args)
+
+    def on(device: str) -> Callable[..., Tensors]:
+        kernel = forward[device]
+
+        def call(*args: Any) -> Any:
+            check(*(args[:-1] if kept else args))
+            return kernel(*args) if args[0].numel() else shapes(*args)
+
+        return call
+
+    kernels = {device: on(device) for device in forward}
+    below = _below_autograd(operator, kernels)
+    for device, kernel in kernels.items():
+        _LIBRARY.impl(name, kernel, device.upper())
+    _LIBRARY.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"mambabyte::{name}", shapes, lib=_LIBRARY)
+    torch.library.register_vmap(f"mambabyte::{name}", _one_by_one(operator), lib=_LIBRARY)
+    for device, chosen in (cast or {}).items():
+        places = [tensors.index(n) for n in chosen]
+        _LIBRARY.impl(name, _autocast(operator, device, places), f"Autocast{device.upper()}")
+    return operator
+
+
+def _define_backward(
+    name: str, inputs: str, results: list[str], kept: list[str], flags: str,
+    backward: Mapping[str, Kernel], check: Callable[..., None] | None,
+    shapes: Callable[..., Tensors] | None, in_torch: Callable[..., Tensors],
+) -> Any:  # fmt: skip
+    first, *others = results
+    count, outputs = len(_names(inputs)), len(results)
+    arguments = ", ".join(filter(None, (
+        f"Tensor d{first}", *(f"Tensor? d{n}" for n in others), inputs,
+        *(f"Tensor {n}" for n in kept), flags)))
+    listed = ", ".join(f"Tensor d{n}" for n in _names(inputs))
+    _LIBRARY.define(f"{name}_backward({arguments}) -> ({listed})", tags=_TAGS)
+    operator = getattr(torch.ops.mambabyte, f"{name}_backward").default
+
+    def like_inputs(*args: Any) -> Tensors:
+        given = args[outputs : outputs + count]
+        return tuple(args[0].new_empty(0) if t is None else t.new_empty(t.shape) for t in given)
+
+    def on(device: str) -> Callable[..., Tensors]:
+        kernel = backward[device]
+
+        def call(*args: Any) -> Tensors:
+            if check is not None:
+                check(*args)
+            if not args[0].numel():
+                return tuple(t.zero_() for t in like_inputs(*args))
+            return tuple(args[0].new_empty(0) if g is None else g for g in kernel(*args))
+
+        return call
+
+    def differentiable(*args: Any) -> Tensors:
+        """The gradient of the form in torch, of which there is a gradient."""
+        upstream, given = args[:outputs], args[outputs : outputs + count]
+        with torch.enable_grad():
+            mine = [None if t is None else t.view_as(t) for t in given]
+            present = [t if t.requires_grad else t.requires_grad_()
+                       for t in mine if t is not None]
+            found = in_torch(*mine, *args[outputs + count + len(kept) :])
+            pairs = [(r, g) for r, g in zip(found, upstream, strict=True) if g is not None]
+            gradients = iter(torch.autograd.grad(
+                [r for r, _ in pairs], present, [g for _, g in pairs], create_graph=True,
+                materialize_grads=True))
+        return tuple(args[0].new_empty(0) if t is None else next(gradients) for t in given)
+
+    def autograd(*args: Any) -> Tensors:
+        recorded = torch.is_grad_enabled() and any(
+            isinstance(t, Tensor) and t.requires_grad for t in args)
+        return differentiable(*args) if recorded or _transformed() else below(args)
+
+    kernels = {device: on(device) for device in backward}
+    below = _below_autograd(operator, kernels)
+    for device, kernel in kernels.items():
+        _LIBRARY.impl(f"{name}_backward", kernel, device.upper())
+    _LIBRARY.impl(f"{name}_backward", autograd, "Autograd")
+    full_name = f"mambabyte::{name}_backward"
+    torch.library.register_fake(full_name, shapes or like_inputs, lib=_LIBRARY)
+    torch.library.register_vmap(full_name, _one_by_one(operator), lib=_LIBRARY)
+    return operator
+
+
+def _names(declared: str) -> list[str]:
+    return [part.split()[-1] for part in declared.split(",") if part.strip()]
+
+
+def _transformed() -> bool:
+    """Whether dual numbers or a transform of torch.func are in use, unknown to native kernels."""
+    return (forward_ad._current_level >= 0
+            or torch._C._functorch.peek_interpreter_stack() is not None)
+
+
+def _below_autograd(
+    operator: Any, kernels: Mapping[str, Callable[..., Tensors]]
+) -> Callable[[tuple[Any, ...]], Tensors]:
+    """What the Autograd key hands on to. PyTorch's dispatcher takes as long for it as the rest of
+    a short call, so plain tensors, for which it has nothing to do, go to the kernel directly."""
+
+    def call(args: tuple[Any, ...]) -> Tensors:
+        with torch._C._AutoDispatchBelowAutograd():
+            kernel = kernels.get(args[0].device.type)
+            if kernel is None or torch._C._len_torch_dispatch_stack():
+                return operator(*args)
+            plain = _plain_keys(args[0].device.type)
+            for value in args:
+                if isinstance(value, Tensor) and torch._C._dispatch_keys(value) != plain:
+                    return operator(*args)  # a subclass, traced, negated or something else
+            return kernel(*args)
+
+    return call
+
+
+@functools.cache
+def _plain_keys(device_type: str) -> Any:
+    with torch.inference_mode(False):
+        return torch._C._dispatch_keys(torch.empty(0, device=device_type))
+
+
+def _one_by_one(operator: Any) -> Callable[..., tuple[Tensors, tuple[int, ...]]]:
+    """The rule of vmap: a call for each slice."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensors, Any]:
+        found = [
+            operator(*(a if d is None else a.select(d, i)
+                       for a, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        stacked = tuple(torch.stack(parts) for parts in zip(*found, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return rule
+
+
+def _autocast(operator: Any, device: str, places: list[int]) -> Callable[..., Tensors]:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
+    def call(*args: Any) -> Tensors:
+        dtype = torch.get_autocast_dtype(device)
+        if args[0].dtype == torch.float64:
+            dtype = torch.float64
+        given = list(args)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            for i in places:
+                given[i] = None if given[i] is None else given[i].to(dtype)
+            return operator(*given)
+
+    return call
