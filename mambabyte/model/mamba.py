@@ -329,7 +329,7 @@ def convolves_in_one_kernel(config: ModelConfig, device: str, itemsize: int) -> 
     """Whether the convolution is this package's own, not torch's: see ops.causal_conv."""
     if device == "cuda":
         return config.d_conv in FUSED_TAPS
-    return (itemsize == FLOAT32 and config.d_conv in native_conv.TAPS
+    return (itemsize == FLOAT32 and config.d_conv in FUSED_TAPS
             and native_conv.available(torch.float32))
 
 

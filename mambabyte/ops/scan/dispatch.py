@@ -14,14 +14,13 @@ from mambabyte.config.scan_forms import FORMS
 from mambabyte.errors import UserError
 from mambabyte.ops.scan import operator
 from mambabyte.ops.scan.chunked import chunked_scan
-from mambabyte.ops.scan.complete import Scan, complete_scan
 from mambabyte.ops.scan.cumsum import (
     corrected_chunked_cumsum_scan,
     document_as_coded_scan,
     document_chunked_scan,
     document_cumsum_scan,
 )
-from mambabyte.ops.scan.recurrent import sequential_scan
+from mambabyte.ops.scan.recurrent import Scan, complete_scan, sequential_scan
 from mambabyte.ops.scan.repairs import (
     associative_scan,
     centred_cumsum_scan,

@@ -34,7 +34,7 @@ from mambabyte.ops.library import (
     wants_gradient,
 )
 from mambabyte.ops.scan.chunked import chunked_scan
-from mambabyte.ops.scan.complete import complete_scan
+from mambabyte.ops.scan.recurrent import complete_scan
 
 __all__ = ["check_shapes", "default_form", "fused_available", "fused_scan",
            "run_fused", "scan_in_torch"]
