@@ -59,8 +59,8 @@ def complete_scan(
     initial_state: Tensor | None,
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``mambabyte.ops.selective_scan`` by one form in torch: bias, softplus, initial state, skip and
-    gate around it. Shapes and results as there.
+    """``mambabyte.ops.selective_scan`` by one form in torch, with bias, softplus, initial state,
+    skip and gate around it. Shapes and results as there.
 
     ``scan`` is called with (u, delta, A, B, C, state, chunk): delta positive, all in one dtype,
     float32 or the widest that is given.
