@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import platform
-import time
 from collections.abc import Callable
 
 import torch
 
+from analysis.measure.timing import device_seconds_of
 from mambabyte.ops.build.kernel import Program, raw_stream
 from mambabyte.ops.build.nvrtc import nvrtc_available
 from mambabyte.ops.scan.operator import fused_available
@@ -74,29 +74,11 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
     }
 
 
-def time_call(run: Callable[[], object], flush: torch.Tensor | None) -> float:
-    """Seconds of one call: by the clock, or on a GPU by events, after ``flush`` has been written.
-
-    The flush evicts what an earlier call left in the L2 cache, and hides the launch of ``run``.
-    """
-    if flush is None:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    flush.zero_()
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
 def _best(run: Callable[[], object], device: torch.device, repeats: int = 15) -> float:
     """Least seconds of a few calls: a ceiling is the best that was seen."""
     run()
     flush = torch.empty(1, device=device) if device.type == "cuda" else None
-    return min(time_call(run, flush) for _ in range(repeats))
+    return min(device_seconds_of(run, flush) for _ in range(repeats))
 
 
 def describe_machine(device: str | torch.device | None = None) -> dict[str, object]:

@@ -1,8 +1,9 @@
 """Timing on a machine that others use too: interleaved rounds, medians, and a guard a point.
 
-Every case is timed once a round, in an order that changes from round to round, so a slow minute
-spreads over all of them instead of bending one curve. What is reported is the median and the
-quartiles over rounds.
+The one engine of all timings of this project, from the bottom up: ``seconds_of`` and
+``device_seconds_of`` time one call, ``in_turns`` times several in interleaved rounds, so that a
+slow minute spreads over all of them instead of bending one curve, ``quartiles`` is what is
+reported, and ``measure`` is all of that for cases of growing length.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -26,6 +28,7 @@ from analysis.runs.frames import not_measured
 from mambabyte.energy import EnergyMeter
 from mambabyte.errors import UserError
 
+K = TypeVar("K")
 MEASURED = "measured"
 SAY_SECONDS = 2.0  # between lines of progress
 LONG = 0.2  # seconds: a call in which what memory takes does not show
@@ -70,16 +73,62 @@ def measure(
     """
     if rounds < 1:
         raise UserError(f"rounds is {rounds}: it must be at least 1")
+    said = _Said(report)
+    first = _warm_up(cases, guard_seconds, device, capture, said)  # seconds of a first call
+    metered = energy_seconds > 0 and EnergyMeter(device).read().joules is not None
+    inner = {i: max(1, min(50, int(least_seconds / max(took, 1e-7)))) for i, took in first.items()}
+
+    def once(i: int, last: bool) -> float:
+        call, graph = cases[i].make(), False
+        if capture:
+            call, how = captured(call, device)
+            graph = how == GRAPH
+        # Memory is taken outside the clock, where taking it would show; a graph has its own.
+        if not graph and (inner[i] > 1 or (device != "cpu" and first[i] < LONG)):
+            call()
+        took = seconds_of(call, device, inner[i])
+        if metered and last:
+            cases[i].joules = joules_of(call, energy_seconds, device)
+        del call
+        _make_room(device)
+        return took
+
+    rng = np.random.default_rng(0)
+    for number in range(rounds):
+        order = rng.permutation(list(first)).tolist()
+        last = number + 1 == rounds
+        took = in_turns(
+            {i: partial(once, i, last) for i in order}, 1,
+            each=lambda done, number=number: said(  # type: ignore[misc]
+                f"round {number + 1} of {rounds}: {done} of {len(first)} points"))
+        for i, samples in took.items():
+            cases[i].seconds += samples
+        report(f"round {number + 1} of {rounds}: {len(first)} points")
+    return pd.DataFrame([_row(case) for case in cases])
+
+
+class _Said:
+    """Passes a line on where the last one is SAY_SECONDS old."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self.report, self.at = report, time.perf_counter()
+
+    def __call__(self, line: str) -> None:
+        if time.perf_counter() - self.at > SAY_SECONDS:
+            self.at = time.perf_counter()
+            self.report(line)
+
+
+def _warm_up(
+    cases: Sequence[Case], guard_seconds: float, device: str, capture: bool, said: _Said
+) -> dict[int, float]:
+    """Call every case once or twice; seconds of those that are to be timed, by their index."""
     history: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
     stopped: dict[tuple[Any, ...], str] = {}
-    inner: dict[int, int] = {}
-    first: dict[int, float] = {}  # seconds of a first call
-    said = time.perf_counter()
+    first: dict[int, float] = {}
     for i, case in enumerate(cases):
-        if time.perf_counter() - said > SAY_SECONDS:
-            said = time.perf_counter()
-            report(f"trying {i + 1} of {len(cases)} points: {' '.join(map(str, case.series))}, "
-                   f"length {case.length}")
+        said(f"trying {i + 1} of {len(cases)} points: {' '.join(map(str, case.series))}, "
+             f"length {case.length}")
         if case.series in stopped:
             case.status = stopped[case.series]
             continue
@@ -90,44 +139,53 @@ def measure(
             continue
         try:
             call = case.make()
-            took = _time(call, 1, device)  # compiles, fills caches
+            took = seconds_of(call, device)  # compiles, fills caches
             if took < guard_seconds or took > 4 * predicted:
-                took = min(took, _time(call, 1, device))
+                took = min(took, seconds_of(call, device))
             past.append((case.length, took))
             plain = call
             if capture:
                 call, case.timed_as = captured(plain, device)
             if call is not plain:
-                took = min(_time(call, 1, device), _time(call, 1, device))
+                took = min(seconds_of(call, device), seconds_of(call, device))
         except (torch.OutOfMemoryError, MemoryError):
             case.status = stopped[case.series] = "out of memory"
             continue
         finally:
             call = plain = None  # type: ignore[assignment]
             _make_room(device)
-        first[i], inner[i] = took, max(1, min(50, int(least_seconds / max(took, 1e-7))))
-    rng = np.random.default_rng(0)
-    alive = [i for i, case in enumerate(cases) if case.status == MEASURED]
-    metered = energy_seconds > 0 and EnergyMeter(device).read().joules is not None
+        if case.status == MEASURED:
+            first[i] = took
+    return first
+
+
+def in_turns(
+    timings: Mapping[K, Callable[[], float]], counts: int | Mapping[K, int],
+    each: Callable[[int], None] = lambda done: None,
+    round_done: Callable[[int], None] = lambda number: None,
+) -> dict[K, list[float]]:
+    """Seconds of each of several timings, made in interleaved rounds.
+
+    ``timings`` make one timing each and return its seconds; ``counts`` says how often, of all or of
+    each: the fewer timings of a slow one are spread over all the rounds. ``each(done)`` is
+    called before every timing of a round, ``round_done(number)`` after every round, from 1.
+    """
+    wanted = {key: counts if isinstance(counts, int) else counts[key] for key in timings}
+    samples: dict[K, list[float]] = {key: [] for key in timings}
+    rounds = max(wanted.values(), default=0)
     for number in range(rounds):
-        for done, i in enumerate(rng.permutation(alive)):
-            if time.perf_counter() - said > SAY_SECONDS:
-                said = time.perf_counter()
-                report(f"round {number + 1} of {rounds}: {done} of {len(alive)} points")
-            call, graph = cases[i].make(), False
-            if capture:
-                call, how = captured(call, device)
-                graph = how == GRAPH
-            # Memory is taken outside the clock, where taking it would show; a graph has its own.
-            if not graph and (inner[i] > 1 or (device != "cpu" and first[i] < LONG)):
-                call()
-            cases[i].seconds.append(_time(call, inner[i], device))
-            if metered and number == rounds - 1:
-                cases[i].joules = joules_of(call, energy_seconds, device)
-            call = None  # type: ignore[assignment]
-            _make_room(device)
-        report(f"round {number + 1} of {rounds}: {len(alive)} points")
-    return pd.DataFrame([_row(case) for case in cases])
+        for done, (key, once) in enumerate(timings.items()):
+            each(done)
+            if number * wanted[key] // rounds != (number - 1) * wanted[key] // rounds:
+                samples[key].append(once())
+        round_done(number + 1)
+    return samples
+
+
+def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile, linear between samples."""
+    low, median, high = np.quantile(samples, [0.25, 0.5, 0.75]).tolist()
+    return low, median, high
 
 
 def joules_of(call: Callable[[], object], seconds: float, device: str) -> float | None:
@@ -140,11 +198,11 @@ def joules_of(call: Callable[[], object], seconds: float, device: str) -> float 
     before = meter.read().gross_joules
     if before is None:
         return None
-    chunk = max(1, int(CHUNK_SECONDS / max(_time(call, 1, device), 1e-7)))
+    chunk = max(1, int(CHUNK_SECONDS / max(seconds_of(call, device), 1e-7)))
     calls, first = 0, None
     began = time.perf_counter()
     while True:
-        _time(call, chunk, device)
+        seconds_of(call, device, chunk)
         calls += chunk
         now, spent = meter.read().gross_joules, time.perf_counter() - began
         if now is not None and now != before:
@@ -186,8 +244,7 @@ def captured(
 
 def _row(case: Case) -> dict[str, Any]:
     low, median, high = (
-        np.quantile(case.seconds, [0.25, 0.5, 0.75]) * 1e3 if case.seconds else [None] * 3
-    )
+        (1e3 * q for q in quartiles(case.seconds)) if case.seconds else [None] * 3)
     return {**case.labels, "length": case.length, "ms": median, "ms_lower_quartile": low,
             "ms_upper_quartile": high, "rounds": len(case.seconds), "timed_as": case.timed_as,
             "joules": case.joules, "status": case.status}
@@ -221,13 +278,31 @@ def release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _time(call: Callable[[], object], inner: int, device: str) -> float:
+def seconds_of(call: Callable[[], object], device: str, inner: int = 1) -> float:
+    """Seconds of one call by the clock, as a mean of ``inner`` of them; waits for the device."""
     _wait(device)
     began = time.perf_counter()
     for _ in range(inner):
         call()
     _wait(device)
     return (time.perf_counter() - began) / inner
+
+
+def device_seconds_of(call: Callable[[], object], flush: Tensor | None) -> float:
+    """Seconds of one call: on a GPU by its own events, after ``flush`` has been written there.
+
+    The flush evicts what an earlier call left in the L2 cache, and hides the launch of ``call``.
+    None means a CPU, and the clock.
+    """
+    if flush is None:
+        return seconds_of(call, "cpu")
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    flush.zero_()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 # --------------------------------------------------------------------------------- exponents

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from analysis.measure.bench.peers import PEERS, Peer, Shape, make_inputs, peer_available, torch_form
-from analysis.measure.ceilings import describe_machine, time_call
-from analysis.measure.timing import captured
+from analysis.measure.ceilings import describe_machine
+from analysis.measure.timing import captured, device_seconds_of, in_turns, quartiles
 from mambabyte.errors import UserError
 from mambabyte.train.smoke import relative_rms
 
@@ -245,7 +245,7 @@ def _bench_shape(
         for name, (samples, timing) in _interleaved(
             cases, direction, device, repeats, seconds_per_peer
         ).items():
-            low, median, high = np.quantile(samples, [0.25, 0.5, 0.75])
+            low, median, high = quartiles(samples)
             rows[name, direction].update(
                 median_seconds=median, low_seconds=low, high_seconds=high,
                 repeats=len(samples), timing=timing,
@@ -267,14 +267,9 @@ def _interleaved(
     for name, case in cases.items():
         run, how = captured(functools.partial(case.run, direction), device)
         timers[name] = run, how
-        time_call(run, flush)
-        once = statistics.median(time_call(run, flush) for _ in range(2))
+        device_seconds_of(run, flush)
+        once = statistics.median(device_seconds_of(run, flush) for _ in range(2))
         wanted[name] = max(3, min(repeats, int(seconds_per_peer / max(once, 1e-9))))
-    samples: dict[str, list[float]] = {name: [] for name in timers}
-    turns = max(wanted.values(), default=0)
-    for turn in range(turns):
-        for name, (run, _) in timers.items():
-            # spread the fewer samples of a slow peer over the whole run
-            if turn * wanted[name] // turns != (turn - 1) * wanted[name] // turns:
-                samples[name].append(time_call(run, flush))
+    samples = in_turns({name: functools.partial(device_seconds_of, run, flush)
+                        for name, (run, _) in timers.items()}, wanted)
     return {name: (samples[name], how) for name, (_, how) in timers.items() if samples[name]}

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import pandas as pd
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from analysis.measure.timing import release
+from analysis.measure.timing import in_turns, quartiles, release, seconds_of
 from analysis.theory.matching import GPU_WIDTHS, match_patterns
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.config.mixers import MambaSpec, Role
@@ -139,22 +138,22 @@ def bench_steps(
         steppers[name], peak = training_step(config, recipe, device, way, changes.get(name))
         rows.append({"system": name, "parameters": config.n_parameters, "peak_bytes": peak})
         say(f"{name}: {config.n_parameters:,} parameters, ready")
-    took: dict[str, list[float]] = {name: [] for name in configs}
     joules = dict.fromkeys(configs, 0.0)
-    counts: dict[str, int] = {}
-    for name, stepper in steppers.items():
-        counts[name] = max(1, round(seconds / rounds / _clock(stepper, 2, device)))
-    for number in range(rounds):
-        for name, stepper in steppers.items():
-            meter = EnergyMeter(device)
-            took[name].append(_clock(stepper, counts[name], device))
-            gross = meter.read().gross_joules
-            joules[name] += float("nan") if gross is None else gross
-        say(f"round {number + 1} of {rounds}")
+    counts = {name: max(1, round(seconds / rounds / seconds_of(stepper, device, 2)))
+              for name, stepper in steppers.items()}
+
+    def once(name: str) -> float:
+        meter = EnergyMeter(device)
+        took = seconds_of(steppers[name], device, counts[name])
+        gross = meter.read().gross_joules
+        joules[name] += float("nan") if gross is None else gross
+        return took
+
+    took = in_turns({name: partial(once, name) for name in steppers}, rounds,
+                    round_done=lambda number: say(f"round {number} of {rounds}"))
     for row in rows:
         name = row["system"]
-        low, _, high = statistics.quantiles(took[name], n=4)
-        median = statistics.median(took[name])
+        low, median, high = quartiles(took[name])
         row |= {"ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high,
                 "bytes_per_second": size / median,
                 "joules_per_megabyte": joules[name] / (rounds * counts[name] * size) * 1e6}
@@ -216,25 +215,13 @@ def training_step(
     return step, torch.cuda.max_memory_allocated(device) - before if cuda else float("nan")
 
 
-def _clock(step: Callable[[], Any], count: int, device: str) -> float:
-    """Seconds a step."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    for _ in range(count):
-        step()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - began) / count
-
-
 def _parts(
     system: str, step: Callable[[], Any], device: str, ms: float, steps: int = 3
 ) -> list[dict[str, Any]]:
     cuda = device.startswith("cuda")
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
-        _clock(step, steps, device)
+        seconds_of(step, device, steps)
     spent: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages():
         if (event.device_type == DeviceType.CPU) == cuda:

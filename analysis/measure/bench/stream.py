@@ -9,14 +9,13 @@ before, except in scoring, where they are given.
 from __future__ import annotations
 
 import functools
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
 
+from analysis.measure.timing import in_turns, quartiles, seconds_of
 from mambabyte.energy import EnergyMeter
 from mambabyte.errors import UserError
 from mambabyte.evaluate import score, score_streaming
@@ -87,15 +86,14 @@ def run_bench(
 def _scoring(
     model: ByteLM, text: bytes, characters: int, say: Callable[[str], None]
 ) -> dict[str, float]:
-    chars = CharModel(model)
+    chars, device = CharModel(model), str(model.device)
     ways = {"scoring_seconds": functools.partial(score_streaming, chars),
             "window_seconds": functools.partial(score, model)}
     values, hits = {}, []
     for name, way in ways.items():
         way(text, min(characters, 2000))  # compiles, fills caches
-        start = time.perf_counter()
-        hits.append(way(text, characters).hits)  # on the CPU: it has waited
-        values[name] = time.perf_counter() - start
+        values[name] = seconds_of(lambda way=way: hits.append(  # type: ignore[misc]
+            way(text, characters).hits), device)
         say(f"{VALUES[name][1]}: {values[name]:.2f} s")
     values["different_hits"] = float((hits[0] != hits[1]).sum())
     values["accuracy"] = float(hits[0].mean())
@@ -107,20 +105,15 @@ def _time(step: Callable[[int], object], count: int, device: str) -> dict[str, f
     """``step(n)`` advances ``count`` streams by n bytes; repeats of a suitable n are timed."""
 
     def once(n: int) -> float:
-        start = time.perf_counter()
-        step(n)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return seconds_of(functools.partial(step, n), device)
 
     once(2)
     trial = once(8) / 8
     n = max(4, round(SECONDS / REPEATS / trial))
     meter = EnergyMeter(device)
-    samples = [once(n) / n for _ in range(REPEATS)]
+    samples = in_turns({count: lambda: once(n) / n}, REPEATS)[count]
     joules = meter.read().gross_joules
-    low, _, high = statistics.quantiles(samples, n=4)
-    median = statistics.median(samples)
+    low, median, high = quartiles(samples)
     return {
         "microseconds": 1e6 * median, "low": 1e6 * low, "high": 1e6 * high,
         "bytes_per_second": count / median,

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from analysis.measure.exponents import ssm_layers, step_sizes
+from analysis.measure.timing import in_turns, quartiles, seconds_of
 from analysis.studies.ablation import variants
 from analysis.studies.claims.experiments.scan import CHUNK, TEXT, tokens
 from analysis.studies.claims.lab import Settings, experiment
@@ -207,14 +208,12 @@ def mixers(settings: Settings) -> dict[str, float]:
     kinds: dict[str, nn.Module] = {"attention": AttentionMixer(config)}
     for name, form in (("loop", "sequential"), ("published", "document_chunked"), ("auto", "auto")):
         kinds[name] = MambaMixer(replace(config, scan_form=form))
-    times: dict[str, list[float]] = {name: [] for name in kinds}
-    for turn in range(6):  # in turns, so that a slow moment hits all of them; the first warms up
-        for name, mixer in kinds.items():
-            began = time.perf_counter()
-            mixer(x, None)[0].sum().backward()
-            if turn:
-                times[name].append(1e3 * (time.perf_counter() - began))
-    return {name: float(np.median(t)) for name, t in times.items()}
+
+    def once(mixer: nn.Module) -> float:
+        return seconds_of(lambda: mixer(x, None)[0].sum().backward(), "cpu")
+
+    took = in_turns({name: partial(once, mixer) for name, mixer in kinds.items()}, 6)
+    return {name: 1e3 * quartiles(t[1:])[1] for name, t in took.items()}  # the first warms up
 
 
 @experiment
