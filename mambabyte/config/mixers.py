@@ -26,6 +26,7 @@ class MixerSpec:
 
     letter: ClassVar[str] = ""  # in a layer pattern; set when it is registered
     about: ClassVar[str] = ""  # in a few words, such as "causal attention"
+    name: ClassVar[str] = ""  # in a table's cell, such as "attention"; ``about`` where it is empty
     uses_scan_form: ClassVar[bool] = False  # whether ``scan_form`` and ``scan_chunk`` concern it
     uses_window: ClassVar[bool] = False  # whether ``attention_window`` does
     # Matrices that are no linear maps, by name: weight decay and Muon leave them alone.
@@ -79,6 +80,12 @@ def letters_in_words() -> str:
     return ", ".join(f"{letter} ({spec.about})" for letter, spec in SPECS.items())
 
 
+def kind_of(pattern: str) -> str:
+    """The kinds of mixers in a pattern, such as "SSM and attention"."""
+    return " and ".join(spec.name or spec.about for letter, spec in SPECS.items()
+                        if letter in pattern)
+
+
 def uses_scan_form(pattern: str) -> bool:
     """Whether any layer of ``pattern`` has a scan whose form can be chosen."""
     return any(spec_of(letter).uses_scan_form for letter in pattern)
@@ -103,6 +110,7 @@ class MambaSpec(MixerSpec):
     """The selective SSM; names and shapes are those of the public Mamba checkpoints."""
 
     about = "selective SSM"
+    name = "SSM"
     uses_scan_form = True
     not_decayed = frozenset({"A_log"})  # decay rates
     # It spreads a few numbers over all channels: an orthogonal update would move every step size
@@ -132,6 +140,7 @@ class AttentionSpec(MixerSpec):
     """Causal attention with rotary positions and grouped heads."""
 
     about = "causal attention"
+    name = "attention"
     uses_window = True
 
     @classmethod

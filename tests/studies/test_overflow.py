@@ -18,6 +18,7 @@ from analysis.studies.overflow import error_map, error_tables, figures
 from analysis.theory import bounds
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
+from mambabyte.ops import FORMS
 from mambabyte.ops.scan import repairs
 from mambabyte.ops.scan.dispatch import SCANS
 from mambabyte.ops.scan.recurrent import sequential_scan
@@ -300,12 +301,17 @@ def test_a_training_that_ended_early_has_a_panel_of_the_first_steps() -> None:
 def test_the_record_of_the_map_is_of_the_full_profile() -> None:
     run = load_record(MEASUREMENTS / "cpu-overflow-map.json").run
     full = overflow.PROFILES["full"]
-    for name in ("precisions", "kinds", "chunks", "decays", "low_precision_forms", "length"):
+    for name in ("precisions", "kinds", "chunks", "decays", "length"):
         kept = run.parameters[name]
         assert (tuple(kept) if isinstance(kept, list) else kept) == getattr(full, name), name
     assert set(run.tables) == {"errors", "first", "verdicts"}
     errors = run.tables["errors"].frame
-    assert set(errors["form"]) == set(full.forms)
+    # It holds the forms that there were: one added since does not ask for another record.
+    assert set(errors["form"]) == set(run.parameters["forms"]) <= set(FORMS)
+    for precision, some in errors.groupby("precision"):
+        low = run.parameters["low_precision_forms"]
+        assert set(some["form"]) == set(
+            run.parameters["forms"] if precision == "float32" else low), precision
     assert set(errors["precision"]) == set(error_map.PRECISIONS)
     # Every cell of the map is a number of the table.
     cells = sum(run.tables["verdicts"].frame["cells"])

@@ -13,6 +13,7 @@ import pandas as pd
 from analysis.studies.ablation.variants import effective_steps
 from analysis.theory.flops import flops_per_byte, flops_table
 from mambabyte.config import ModelConfig, get_preset
+from mambabyte.config.mixers import spec_of
 
 # The public task's transformer baseline, for the document's "~10 % of its compute".
 BASELINE_PARAMETERS = 10.84e6
@@ -21,9 +22,8 @@ SP_PIECES = 1024
 
 
 def mixer_parameters(config: ModelConfig, letter: str) -> int:
-    """Parameters of one mixer ("M" or "A") of ``config``, without its norm and MLP."""
-    one = ModelConfig(**{**vars(config), "layer_pattern": letter, "n_layer": 1, "mlp_ratio": 0.0})
-    return sum(v for k, v in one.parameter_groups().items() if k not in ("embedding", "norm"))
+    """Parameters of one mixer of ``config``, by its letter, without its norm and MLP."""
+    return spec_of(letter).n_parameters(config)
 
 
 def document_checks() -> pd.DataFrame:

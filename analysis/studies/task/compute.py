@@ -18,6 +18,7 @@ import pandas as pd
 
 from analysis.runs.frames import not_measured
 from analysis.runs.records import DATA, load_record, machine_name
+from mambabyte.config.mixers import kind_of
 from mambabyte.errors import UserError
 from mambabyte.task import SYSTEMS
 
@@ -141,9 +142,7 @@ def _kind(row: dict[str, Any]) -> dict[str, Any]:
         layers = changed.get("model", {}).get("layer_pattern", system.model.layers)
     else:
         return {"kind": "not known", "with n-gram": None}
-    kind = {("M",): "SSM", ("A",): "attention", ("A", "M"): "SSM and attention"}[
-        tuple(sorted(set(layers)))]
-    return {"kind": kind, "with n-gram": ngram}
+    return {"kind": kind_of(layers), "with n-gram": ngram}
 
 
 def _systems(points: pd.DataFrame) -> pd.DataFrame:
