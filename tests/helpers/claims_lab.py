@@ -44,16 +44,16 @@ TYPICAL = {
     "initial.loss": 5.576, "initial.loss_low": 5.56, "initial.loss_high": 5.59,
     "initial.unit_loss": 185.5, "initial.bias_low": 1.001e-3, "initial.bias_high": 0.0999,
     "initial.bias_median": 0.0099, "initial.bias_mean": 0.0217, "initial.dt_high": 0.147,
-    "initial.headroom": 60.4, "initial.whole_overflows_at": 49, "initial.A_low": -16,
+    "initial.exponent": 60.4, "initial.whole_overflows_at": 49, "initial.A_low": -16,
     "initial.A_high": -1, "initial.A_is_range": 1,
     "fox.first_loss": 5.64, "fox.last_loss": 0.69, "fox.accuracy_at_their_loss": 0.99,
-    "fox.steps_to_their_loss": 9, "fox.accuracy": 0.997, "fox.headroom": 62.9,
+    "fox.steps_to_their_loss": 9, "fox.accuracy": 0.997, "fox.exponent": 62.9,
     "fox_published.last_loss": 0.69, "fox_published.accuracy": 0.997,
     "fox_published.parallel_loss": 0.6621, "fox_published.streamed_loss": 0.6633,
     "fox_no_scan.last_loss": 0.69, "fox_no_scan.accuracy": 0.997,
     "fox_text.entropy": 3.048, "fox_text.uniform": 3.332,
     "fox_text.accuracy_1": 0.711, "fox_text.accuracy_2": 0.978,
-    "fox_fast.headroom": 72.8, "fox_fast.dt_high": 0.21,
+    "fox_fast.exponent": 72.8, "fox_fast.dt_high": 0.21,
     "smoke.steps": 2, "smoke.context": 64, "smoke.batch": 2, "smoke.seconds": 0.04,
     "smoke.published_passes_check": 0,
     "mixers.attention": 4.7, "mixers.loop": 45.0, "mixers.published": 70.0, "mixers.auto": 6.6,
@@ -78,7 +78,7 @@ OUR_FACTS = {name: fact for name, fact in LEDGER.facts.items() if name != "first
 
 
 def lab(evidence: Evidence | None = None, *, facts: dict | None = None, **given: float) -> Lab:
-    """A laboratory with typical numbers; ``fox__headroom=99`` replaces fox.headroom."""
+    """A laboratory with typical numbers; ``fox__exponent=99`` replaces fox.exponent."""
     other = {name.replace("__", "."): value for name, value in given.items()}
     return Lab(Settings(), evidence, facts or OUR_FACTS, {**TYPICAL, **other})
 

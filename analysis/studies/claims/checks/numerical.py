@@ -167,8 +167,8 @@ def step_bound(lab: Lab, claim: Claim) -> Finding:
 
 @check
 def comfortable_range(lab: Lab, claim: Claim) -> Finding:
-    limit, start = lab["overflow.log_max"], lab["initial.headroom"]
-    trained = max(lab["fox.headroom"], lab["fox_fast.headroom"])
+    limit, start = lab["overflow.log_max"], lab["initial.exponent"]
+    trained = max(lab["fox.exponent"], lab["fox_fast.exponent"])
     recorded = _followed(lab)("highest_exponent")
     worst = max(trained, float(recorded.what)) if recorded else trained
     verdict = FAILS if max(start, worst) >= limit else HOLDS if worst < limit / 2 else CAVEAT
@@ -181,7 +181,7 @@ def comfortable_range(lab: Lab, claim: Claim) -> Finding:
 
 @check
 def chunks_do_not_overflow(lab: Lab, claim: Claim) -> Finding:
-    limit, start = lab["overflow.log_max"], lab["initial.headroom"]
+    limit, start = lab["overflow.log_max"], lab["initial.exponent"]
     margin = limit / start
     recorded, lost = _followed(lab)("highest_exponent"), _lost(lab)
     worst = float(recorded.what) if recorded else start
@@ -203,7 +203,7 @@ def bounded_inner(lab: Lab, claim: Claim) -> Finding:
     """Over a whole chunk: the exponent of the untrained model, of models in training, and the
     authors' own run."""
     fails_at, limit = lab["overflow.chunk_fails_at_decay"], lab["overflow.log_max"]
-    start, recorded, lost = lab["initial.headroom"], _followed(lab)("highest_exponent"), _lost(lab)
+    start, recorded, lost = lab["initial.exponent"], _followed(lab)("highest_exponent"), _lost(lab)
     worst = max(start, float(recorded.what)) if recorded else start
     verdict = (HOLDS if math.isinf(fails_at) else FAILS if worst >= limit or lost else CAVEAT)
     author = "" if lost is None else (
@@ -232,7 +232,7 @@ def benign(lab: Lab, claim: Claim) -> Finding:
     limit = lab["overflow.log_max"]
     followed = _followed(lab)
     recorded = followed("highest_exponent")
-    fast = lab["fox_fast.headroom"]
+    fast = lab["fox_fast.exponent"]
     lost_run = _lost(lab)
     if lost_run is not None:
         ours = "" if recorded is None else (

@@ -43,15 +43,15 @@ ZLIB_LEVEL = 9  # of the second document's artefact (facts.second_script)
 def initial(settings: Settings) -> dict[str, float]:
     """The first document's model as initialised: losses, step sizes, decays, exponents."""
     config = PRESETS["mamba_byte"].model
-    losses, unit_losses, headrooms, largest, biases = [], [], [], [], []
+    losses, unit_losses, highest, largest, biases = [], [], [], [], []
     first_overflow = math.inf
     x = tokens(257, 2)
     for seed in range(settings.seed, settings.seed + settings.initial_seeds):
         torch.manual_seed(seed)
         model = ByteLM(config).eval()
-        with torch.no_grad(), record_exponents(model, CHUNK) as headroom:
+        with torch.no_grad(), record_exponents(model, CHUNK) as exponents:
             losses.append(model.loss(x).item())
-        headrooms.append(max(headroom.values()))
+        highest.append(max(exponents.values()))
         for dt, layer_bias in _step_sizes(model, x[:, :-1]):
             largest.append(float(dt.max()))
             biases.append(F.softplus(layer_bias).detach())
@@ -71,7 +71,7 @@ def initial(settings: Settings) -> dict[str, float]:
         "unit_loss": float(np.mean(unit_losses)),
         "bias_low": float(bias.min()), "bias_high": float(bias.max()),
         "bias_median": float(bias.median()), "bias_mean": float(bias.mean()),
-        "dt_high": max(largest), "headroom": max(headrooms),
+        "dt_high": max(largest), "exponent": max(highest),
         "whole_overflows_at": first_overflow,
         "A_low": float(A.min()), "A_high": float(A.max()),
         "A_is_range": float(torch.allclose(A[0], -torch.arange(1.0, config.d_state + 1))),
@@ -108,7 +108,7 @@ def _fox(
 
     optimise(step, partial(schedule, config=recipe), FOX_STEPS, after=look)
     text = torch.tensor([list((FOX * 6).encode())])
-    with torch.no_grad(), record_exponents(model, CHUNK) as headroom:
+    with torch.no_grad(), record_exponents(model, CHUNK) as exponents:
         parallel = model.loss(text).item()
     exact = ByteLM(replace(model.config, scan_form="auto"))
     exact.load_state_dict(model.state_dict())
@@ -118,7 +118,7 @@ def _fox(
         "first_loss": losses[0], "last_loss": float(np.mean(losses[-3:])),
         "accuracy_at_their_loss": accuracy_then, "steps_to_their_loss": steps_then,
         "accuracy": score(exact, (FOX * 8).encode()).char_accuracy,
-        "headroom": max(headroom.values()), "parallel_loss": parallel, "streamed_loss": streamed,
+        "exponent": max(exponents.values()), "parallel_loss": parallel, "streamed_loss": streamed,
         "dt_high": max(float(dt.max()) for dt, _ in _step_sizes(model, text)),
     }
 
