@@ -22,6 +22,9 @@ FAMILIES = list(OPERATORS)
 LENGTHS = [1, 2, 15, 16, 17, 37, 64]  # with chunks of 16: below, at and past an edge
 
 
+FORMS = ["chunked", "fused"]
+
+
 def assert_close(found, wanted, limit, floor=None):
     """Relative RMS of each result within ``limit``, or within four times that of ``floor``, the
     float32 recurrence. What is zero in the definition must be next to nothing."""
@@ -91,29 +94,31 @@ def test_definition_gradients_against_finite_differences(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_chunked_equals_the_definition(family, length):
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_equal_the_definition(family, length, form):
     inputs = make_inputs(family, 2, length, heads=4, groups=2)
     wanted = results(family, inputs, "recurrent")
-    assert_close(results(family, inputs, "chunked", 16), wanted, 1e-12)
+    assert_close(results(family, inputs, form, 16), wanted, 1e-12)
     single = in_dtype(inputs, torch.float32)
     wanted = results(family, in_dtype(single, torch.float64), "recurrent")
-    assert_close(results(family, single, "chunked", 16), wanted, 1e-5)
+    assert_close(results(family, single, form, 16), wanted, 1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("gates", list(GATES))
 @pytest.mark.parametrize("repeated_keys", [False, True])
-def test_chunked_survives_every_gate(family, gates, repeated_keys):
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_survive_every_gate(family, gates, repeated_keys, form):
     if family == "ssd" and repeated_keys:
         return  # nothing in SSD depends on how keys lie
     inputs = make_inputs(family, 2, 53, gates=gates, repeated_keys=repeated_keys)
     wanted = results(family, inputs, "recurrent")
-    assert_close(results(family, inputs, "chunked", 16), wanted, 1e-12)
+    assert_close(results(family, inputs, form, 16), wanted, 1e-12)
     single = in_dtype(inputs, torch.float32)
     wanted = results(family, in_dtype(single, torch.float64), "recurrent")
     # Keys of beta up to 2 turn the state over at every step: the recurrence itself rounds more.
     floor = results(family, single, "recurrent") if repeated_keys else None
-    assert_close(results(family, single, "chunked", 16), wanted, 1e-5, floor)
+    assert_close(results(family, single, form, 16), wanted, 1e-5, floor)
 
 
 @pytest.mark.parametrize("family", FAMILIES[1:])
@@ -125,7 +130,7 @@ def test_a_shut_gate_is_exact(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("form", ["recurrent", "chunked"])
+@pytest.mark.parametrize("form", ["recurrent", *FORMS])
 def test_half_precision_inputs(family, form):
     """bf16 sequences: computed in float32, so only the results are rounded."""
     inputs = make_inputs(family, 2, 45, dtype=torch.bfloat16)
@@ -151,7 +156,8 @@ def test_split_equals_whole(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_any_strides_and_nothing_beside_the_inputs_is_read(family):
+@pytest.mark.parametrize("form", FORMS)
+def test_any_strides_and_nothing_beside_the_inputs_is_read(family, form):
     inputs = make_inputs(family, 2, 21)
     # Every second element of a transposed tensor; what lies between is nan.
     strided = {}
@@ -160,12 +166,12 @@ def test_any_strides_and_nothing_beside_the_inputs_is_read(family):
         strided[name] = room[..., 0].permute(*reversed(range(t.ndim)))
         strided[name].copy_(t)
         assert not strided[name].is_contiguous() or t.numel() < 2 or t.ndim < 2
-    wanted = results(family, inputs, "chunked", 8)
-    assert_close(results(family, strided, "chunked", 8), wanted, 1e-14)
+    wanted = results(family, inputs, form, 8)
+    assert_close(results(family, strided, form, 8), wanted, 1e-14)
     # One sequence for a whole batch, of stride 0.
     expanded = {n: t[:1].expand(t.shape) if t.ndim > 1 else t for n, t in inputs.items()}
-    wanted = results(family, {n: t.contiguous() for n, t in expanded.items()}, "chunked", 8)
-    assert_close(results(family, expanded, "chunked", 8), wanted, 1e-14)
+    wanted = results(family, {n: t.contiguous() for n, t in expanded.items()}, form, 8)
+    assert_close(results(family, expanded, form, 8), wanted, 1e-14)
 
 
 @settings(max_examples=15)
@@ -205,6 +211,40 @@ def test_autocast_changes_nothing(family):
     with torch.autocast("cpu", torch.bfloat16):
         cast = OPERATORS[family](**inputs)
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_operator_keeps_its_inputs_alone(family):
+    """Gates, sequences and what they were made of: nothing of a chunk's size, no states."""
+    inputs = in_dtype(make_inputs(family, 2, 40), torch.float32)
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    kept = set()
+
+    def pack(t):
+        kept.add((t.untyped_storage()._cdata, t.untyped_storage().nbytes()))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y, _ = OPERATORS[family](**leaves)
+    y.sum().backward()
+    given = sum(t.untyped_storage().nbytes() for t in inputs.values())
+    gates = 4 * 2 * 40 * 3  # log_decay = dt A of SSD is new
+    assert sum(size for _, size in kept) <= given + (gates if family == "ssd" else 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_operator_has_second_derivatives_and_shapes_without_data(family):
+    inputs = make_inputs(family, 1, 4, heads=1, keys=2, values=2)
+    names, tensors = list(inputs), [t.requires_grad_() for t in inputs.values()]
+
+    def f(*args):
+        return OPERATORS[family](**dict(zip(names, args, strict=True)), form="fused")
+
+    assert torch.autograd.gradgradcheck(f, tensors)
+    real = f(*tensors)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = f(*(mode.from_tensor(t) for t in tensors))
+    assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in real]
 
 
 @pytest.mark.parametrize(("family", "change", "message"), [

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from mambabyte.ops.ssd.decay import chunk_length, decayed_products, fold, unfold
 
+CHUNK = 32  # fastest, or next to it, on a CPU
+
 
 def chunked_delta(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, chunk: int

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops.delta.chunked import chunked_delta
+from mambabyte.ops.delta.chunked import CHUNK, chunked_delta
+from mambabyte.ops.delta.operator import fused_delta
 from mambabyte.ops.delta.recurrent import recurrent_delta
 from mambabyte.ops.ssd.dispatch import check_shapes, wide_dtype
 
-CHUNK = 32  # fastest, or next to it, on a CPU
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "recurrent": recurrent_delta, "chunked": chunked_delta}
 
@@ -43,13 +43,15 @@ def gated_delta_rule(
     (B, H, K, V) in float32 (float64 when any input is float64). Gradients flow to every input
     and through both results.
 
-    ``form`` is "recurrent" (the definition), "chunked" or "auto"; ``chunk_size``, of the chunked
-    form, is rounded down to a power of two.
+    ``form`` is "recurrent", the definition; "chunked", of ``chunk_size`` steps rounded down to a
+    power of two; "fused", one operator that keeps its inputs alone for the backward pass; or
+    "auto": fused, a single step recurrent.
 
     Raises UserError for shapes that do not agree, an unknown form, or a chunk size below 1.
     """
-    if form not in ("auto", *FORMS):
-        raise UserError(f"delta rule form {form!r} is unknown: choose auto, {', '.join(FORMS)}")
+    if form not in ("auto", "fused", *FORMS):
+        raise UserError(
+            f"delta rule form {form!r} is unknown: choose auto, fused, {', '.join(FORMS)}")
     if k.ndim != 4 or k.shape[1] < 1:
         raise UserError(f"k has shape {tuple(k.shape)}: expected (batch, length >= 1, heads, "
                         "key channels)")
@@ -65,15 +67,23 @@ def gated_delta_rule(
     if chunk_size is not None and chunk_size < 1:
         raise UserError(f"chunk_size is {chunk_size}: it must be at least 1")
     if form == "auto":
-        form = "recurrent" if length == 1 else "chunked"
+        form = "recurrent" if length == 1 else "fused"
 
+    wide = wide_dtype(q, k, v, log_decay, beta, initial_state)
+    gate = log_decay.to(wide)
+    gate = gate if gate.ndim == 4 else gate.unsqueeze(-1)
+    state = None if initial_state is None else initial_state.to(wide)
+    if form == "fused":
+        dtype = wide
+        if wide == torch.float32:
+            dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+        o, state = fused_delta(
+            q.to(dtype), k.to(dtype), v.to(dtype), gate, beta.to(wide), state)
+        return o.to(v.dtype), state
     # Autocast would take the products to bf16; the state accumulates in float32 or better.
     with torch.autocast(v.device.type, enabled=False):
-        dtype = wide_dtype(q, k, v, log_decay, beta, initial_state)
-        gate = log_decay.to(dtype)
-        state = (v.new_zeros(batch, heads, keys, v.shape[3], dtype=dtype)
-                 if initial_state is None else initial_state.to(dtype))
+        if state is None:
+            state = v.new_zeros(batch, heads, keys, v.shape[3], dtype=wide)
         o, state = FORMS[form](
-            q.to(dtype), k.to(dtype), v.to(dtype), gate if gate.ndim == 4 else gate[..., None],
-            beta.to(dtype), state, chunk_size or CHUNK)
+            q.to(wide), k.to(wide), v.to(wide), gate, beta.to(wide), state, chunk_size or CHUNK)
         return o.to(v.dtype), state

@@ -1,6 +1,6 @@
 """SSD in chunks, by matrix products (arXiv:2405.21060, section 6), right for every input.
 
-With ``a_t = exp(dt_t A)``, in a chunk that is entered with state ``h``::
+With ``a_t = exp(dt_t A)``, the decays, in a chunk that is entered with state ``h``::
 
     y_i = C_i . sum_{j <= i} (prod_{j < s <= i} a_s) dt_j x_j B_j  +  (prod_{s <= i} a_s) h C_i
     h   = (prod_s a_s) h + sum_j (prod_{s > j} a_s) dt_j x_j B_j
@@ -17,20 +17,21 @@ from torch import Tensor
 
 from mambabyte.ops.ssd.decay import chunk_length, decayed_products, fold, unfold
 
+CHUNK = 32  # fastest, or next to it, on a CPU
+
 
 def chunked_ssd(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int
+    x: Tensor, step: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """SSD in chunks of ``chunk`` steps. Shapes as in mambabyte.ops.ssd_scan."""
+    """SSD in chunks of ``chunk`` steps, on prepared inputs as in ``recurrent_ssd``."""
     length, heads, groups = x.shape[1], x.shape[2], B.shape[2]
     steps = chunk_length(chunk, length)
-    # Steps of dt 0 decay by exp(0) = 1 and add nothing: the zeros of fold leave the state alone.
-    step = fold(dt.unsqueeze(-1), steps)  # (B, K, H, T, 1)
-    inputs = step * fold(x, steps)  # (B, K, H, T, P)
+    # The zeros of fold: steps that decay by exp(0) = 1 and add nothing.
+    inputs = fold(step.unsqueeze(-1) * x, steps)  # (B, K, H, T, P)
     B_, C_ = fold(B, steps), fold(C, steps)  # (B, K, G, T, N)
-    one = torch.ones_like(step)
-    (pairs,), since_start, to_end = decayed_products(
-        (one,), one, torch.exp(step * A[:, None, None]))
+    decay = torch.exp(fold(log_decay.unsqueeze(-1), steps))  # (B, K, H, T, 1)
+    one = torch.ones_like(decay)
+    (pairs,), since_start, to_end = decayed_products((one,), one, decay)
 
     def by_group(t: Tensor) -> Tensor:  # (B, K, H, *, *) -> (B, K, G, H / G, *, *)
         return t.unflatten(2, (groups, heads // groups))

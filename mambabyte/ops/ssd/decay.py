@@ -34,7 +34,7 @@ def fold(x: Tensor, steps: int) -> Tensor:
 
 def unfold(x: Tensor, length: int) -> Tensor:
     """Back from chunks, without what they were filled up with: (B, K, H, T, c) -> (B, L, H, c)."""
-    return x.transpose(2, 3).flatten(1, 2)[:, :length]
+    return x.transpose(2, 3).flatten(1, 2)[:, :length].contiguous()
 
 
 def decayed_products(

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops.ssd.chunked import chunked_ssd
+from mambabyte.ops.ssd.chunked import CHUNK, chunked_ssd
+from mambabyte.ops.ssd.operator import fused_ssd
 from mambabyte.ops.ssd.recurrent import recurrent_ssd
 
-CHUNK = 32  # fastest, or next to it, on a CPU
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "recurrent": recurrent_ssd, "chunked": chunked_ssd}
 
@@ -44,13 +44,14 @@ def ssd_scan(
     after the last step (B, H, P, N) in float32 (float64 when any input is float64). Gradients
     flow to every input and through both results.
 
-    ``form`` is "recurrent" (the definition), "chunked" or "auto"; ``chunk_size``, of the chunked
-    form, is rounded down to a power of two.
+    ``form`` is "recurrent", the definition; "chunked", of ``chunk_size`` steps rounded down to a
+    power of two; "fused", one operator that keeps its inputs alone for the backward pass, with a
+    kernel on a GPU (see mambabyte.ops.ssd.operator); or "auto": fused, a single step recurrent.
 
     Raises UserError for shapes that do not agree, an unknown form, or a chunk size below 1.
     """
-    if form not in ("auto", *FORMS):
-        raise UserError(f"SSD form {form!r} is unknown: choose auto, {', '.join(FORMS)}")
+    if form not in ("auto", "fused", *FORMS):
+        raise UserError(f"SSD form {form!r} is unknown: choose auto, fused, {', '.join(FORMS)}")
     if x.ndim != 4 or x.shape[1] < 1:
         raise UserError(f"x has shape {tuple(x.shape)}: expected (batch, length >= 1, heads, "
                         "channels)")
@@ -65,22 +66,34 @@ def ssd_scan(
     if chunk_size is not None and chunk_size < 1:
         raise UserError(f"chunk_size is {chunk_size}: it must be at least 1")
     if form == "auto":
-        form = "recurrent" if length == 1 else "chunked"
+        form = "recurrent" if length == 1 else "fused"
 
     # Autocast would take the products to bf16; the state accumulates in float32 or better.
     with torch.autocast(x.device.type, enabled=False):
-        dtype = wide_dtype(x, dt, A, B, C, initial_state)
-        u, step = x.to(dtype), dt.to(dtype)
+        wide = wide_dtype(x, dt, A, B, C, initial_state)
+        step = dt.to(wide)
         if dt_bias is not None:
-            step = step + dt_bias.to(dtype)
+            step = step + dt_bias.to(wide)
         if dt_softplus:
             step = F.softplus(step)
-        state = (u.new_zeros(batch, heads, channels, B.shape[3]) if initial_state is None
-                 else initial_state.to(dtype))
+        log_decay = step * A.to(wide)
+        skip = None if D is None else D.to(wide)
+        state = None if initial_state is None else initial_state.to(wide)
+    if form == "fused":
+        dtype = wide
+        if wide == torch.float32:
+            dtype = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
+        y, state = fused_ssd(
+            x.to(dtype), step, log_decay, B.to(dtype), C.to(dtype), skip, state)
+        return y.to(x.dtype), state
+    with torch.autocast(x.device.type, enabled=False):
+        u = x.to(wide)
+        if state is None:
+            state = u.new_zeros(batch, heads, channels, B.shape[3])
         y, state = FORMS[form](
-            u, step, A.to(dtype), B.to(dtype), C.to(dtype), state, chunk_size or CHUNK)
-        if D is not None:
-            y = y + D.to(dtype)[:, None] * u
+            u, step, log_decay, B.to(wide), C.to(wide), state, chunk_size or CHUNK)
+        if skip is not None:
+            y = y + skip[:, None] * u
         return y.to(x.dtype), state
 
 

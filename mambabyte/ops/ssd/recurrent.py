@@ -12,29 +12,32 @@ from torch import Tensor
 
 
 def ssd_step(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+    x: Tensor, step: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One step: ``h = exp(dt A) h + dt x B^T`` and ``y = h C``, for each head.
+    """One step: ``h = exp(log_decay) h + step x B^T`` and ``y = h C``, for each head.
 
-    Shapes: x (B, H, P); dt (B, H); A (H,); B, C (B, G, N), each group serving H / G heads one
+    Shapes: x (B, H, P); step, log_decay (B, H); B, C (B, G, N), each group serving H / G heads one
     after another; state (B, H, P, N). Returns y (B, H, P) and the new state; the given state is
     not changed.
     """
     repeats = x.shape[1] // B.shape[1]
     B, C = B.repeat_interleave(repeats, 1), C.repeat_interleave(repeats, 1)  # (B, H, N)
-    decay = torch.exp(dt * A)[:, :, None, None]
-    state = decay * state + (dt[:, :, None] * x)[:, :, :, None] * B[:, :, None, :]
+    decay = torch.exp(log_decay)[:, :, None, None]
+    state = decay * state + (step[:, :, None] * x)[:, :, :, None] * B[:, :, None, :]
     return (state * C[:, :, None, :]).sum(-1), state
 
 
 def recurrent_ssd(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int = 0
+    x: Tensor, step: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor,
+    chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """SSD as L steps. Shapes as in mambabyte.ops.ssd_scan; no use for ``chunk``."""
+    """SSD as L steps, on prepared inputs: x (B, L, H, P); step and log_decay, step times A,
+    (B, L, H); B, C (B, L, G, N); state (B, H, P, N). ``chunk`` is not used."""
     ys = []
     # unbind, not indexing: the gradient of each index would be a tensor of the full length.
-    for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1),
-                                   strict=True):
-        y_t, state = ssd_step(x_t, dt_t, A, B_t, C_t, state)
+    for x_t, step_t, decay_t, B_t, C_t in zip(
+        x.unbind(1), step.unbind(1), log_decay.unbind(1), B.unbind(1), C.unbind(1), strict=True
+    ):
+        y_t, state = ssd_step(x_t, step_t, decay_t, B_t, C_t, state)
         ys.append(y_t)
     return torch.stack(ys, dim=1), state
