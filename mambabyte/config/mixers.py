@@ -164,5 +164,109 @@ class AttentionSpec(MixerSpec):
         return "attention"
 
 
+class Mamba2Spec(MixerSpec):
+    """Mamba-2; names and shapes are those of the public checkpoints."""
+
+    about = "Mamba-2"
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        if config.d_inner % config.ssd_head_dim:
+            raise UserError(f"d_inner {config.d_inner} does not split into heads of ssd_head_dim "
+                            f"{config.ssd_head_dim} channels")
+        heads = config.d_inner // config.ssd_head_dim
+        if heads % config.ssd_groups:
+            raise UserError(f"{heads} heads of Mamba-2 do not split into ssd_groups "
+                            f"{config.ssd_groups}")
+
+    @classmethod
+    def shapes(cls, config: ModelConfig) -> dict[str, Shape]:
+        d, D, heads = config.d_model, config.d_inner, config.d_inner // config.ssd_head_dim
+        conv = D + 2 * config.ssd_groups * config.ssd_d_state  # x, B and C
+        return {
+            "in_proj.weight": (D + conv + heads, d),  # z, x, B, C and dt
+            "conv1d.weight": (conv, 1, config.d_conv), "conv1d.bias": (conv,),
+            "dt_bias": (heads,), "A_log": (heads,), "D": (heads,), "norm.weight": (D,),
+            "out_proj.weight": (d, D),
+        }
+
+    @classmethod
+    def group(cls, name: str) -> str:
+        part = name.partition(".")[0]
+        return "mamba2_conv" if part == "conv1d" else f"mamba2_{part}"
+
+
+class DeltaSpec(MixerSpec):
+    """Layers around the gated delta rule; a subclass says what makes its gates."""
+
+    # Each row makes the gate of one head, or spreads a few numbers over all channels: an
+    # orthogonal update would move every gate at once.
+    not_by_muon = frozenset({"a_proj.weight", "b_proj.weight", "f_proj.1.weight"})
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        if config.d_model % config.delta_head_dim:
+            raise UserError(f"d_model {config.d_model} does not split into heads of "
+                            f"delta_head_dim {config.delta_head_dim} channels")
+
+    @classmethod
+    def widths(cls, config: ModelConfig) -> tuple[int, int, int]:
+        """Heads, and key and value channels of all of them."""
+        return (config.d_model // config.delta_head_dim, config.d_model,
+                config.d_model * config.delta_expand_v)
+
+    @classmethod
+    def gate_shapes(cls, config: ModelConfig) -> dict[str, Shape]:
+        """Parameters of the decays and of the output's gate."""
+        raise NotImplementedError
+
+    @classmethod
+    def shapes(cls, config: ModelConfig) -> dict[str, Shape]:
+        d, K = config.d_model, config.d_conv
+        heads, keys, values = cls.widths(config)
+        return {
+            "q_proj.weight": (keys, d), "k_proj.weight": (keys, d), "v_proj.weight": (values, d),
+            "q_conv1d.weight": (keys, 1, K), "k_conv1d.weight": (keys, 1, K),
+            "v_conv1d.weight": (values, 1, K), "b_proj.weight": (heads, d), "A_log": (heads,),
+            **cls.gate_shapes(config),
+            "o_norm.weight": (values // heads,), "o_proj.weight": (d, values),
+        }
+
+    @classmethod
+    def group(cls, name: str) -> str:
+        part = name.partition(".")[0]
+        return f"delta_{'conv' if part.endswith('conv1d') else part}"
+
+
+class GatedDeltaNetSpec(DeltaSpec):
+    """Gated DeltaNet: one decay a head."""
+
+    about = "Gated DeltaNet"
+
+    @classmethod
+    def gate_shapes(cls, config: ModelConfig) -> dict[str, Shape]:
+        heads, _, values = cls.widths(config)
+        return {"a_proj.weight": (heads, config.d_model), "dt_bias": (heads,),
+                "g_proj.weight": (values, config.d_model)}
+
+
+class KimiDeltaSpec(DeltaSpec):
+    """Kimi Delta Attention: a decay for each key channel, from a projection of low rank."""
+
+    about = "Kimi Delta Attention"
+
+    @classmethod
+    def gate_shapes(cls, config: ModelConfig) -> dict[str, Shape]:
+        heads, keys, values = cls.widths(config)
+        rank = values // heads
+        return {"f_proj.0.weight": (rank, config.d_model), "f_proj.1.weight": (keys, rank),
+                "dt_bias": (keys,),
+                "g_proj.0.weight": (rank, config.d_model), "g_proj.1.weight": (values, rank),
+                "g_proj.1.bias": (values,)}
+
+
 add_spec("M", MambaSpec)
 add_spec("A", AttentionSpec)
+add_spec("S", Mamba2Spec)
+add_spec("D", GatedDeltaNetSpec)
+add_spec("K", KimiDeltaSpec)

@@ -40,6 +40,14 @@ class ModelConfig:
     dt_min: float = 1e-3
     dt_max: float = 1e-1
 
+    # Mamba-2: channels and states of a head, and how many groups of heads share B and C.
+    ssd_head_dim: int = 64
+    ssd_d_state: int = 64
+    ssd_groups: int = 1
+    # Delta rule: key channels of a head, d_model / delta_head_dim heads, value channels a key's.
+    delta_head_dim: int = 64
+    delta_expand_v: int = 1
+
     n_head: int = 6
     n_kv_head: int = 6
     qk_norm: bool = False
@@ -72,7 +80,8 @@ class ModelConfig:
                 f"layer_pattern is {self.layer_pattern!r}: write one letter a layer, at least one "
                 f"of {letters_in_words()}, e.g. MMMA")
         for name in ("vocab_size", "d_model", "n_layer", "d_state", "d_conv", "expand",
-                     "n_head", "n_kv_head", "attention_window"):
+                     "ssd_head_dim", "ssd_d_state", "ssd_groups", "delta_head_dim",
+                     "delta_expand_v", "n_head", "n_kv_head", "attention_window"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         for name in ("mlp_ratio", "embed_std", "logit_softcap"):

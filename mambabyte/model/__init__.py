@@ -1,16 +1,21 @@
 """ByteLM: blocks of sequence mixers between an embedding and a head."""
 
 from mambabyte.model.attention import AttentionMixer
+from mambabyte.model.delta import GatedDeltaNetMixer, KimiDeltaMixer
 from mambabyte.model.exponents import record_exponents
 from mambabyte.model.lm import ByteLM, embed, head_loss, without_state
 from mambabyte.model.mamba import MambaMixer
+from mambabyte.model.mamba2 import Mamba2Mixer
 from mambabyte.model.mixer import MIXERS, LayerState, Mixer, mixers, register
 
 __all__ = [
     "MIXERS",
     "AttentionMixer",
     "ByteLM",
+    "GatedDeltaNetMixer",
+    "KimiDeltaMixer",
     "LayerState",
+    "Mamba2Mixer",
     "MambaMixer",
     "Mixer",
     "embed",

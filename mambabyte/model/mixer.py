@@ -14,11 +14,12 @@ closed forms of parameters, operations and memory ask the class, and nothing els
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambabyte.config import ModelConfig
@@ -203,6 +204,43 @@ def named_mixers(model: nn.Module, kind: type[_M]) -> dict[str, _M]:
 def mixers(model: nn.Module, kind: type[_M]) -> list[_M]:
     """The mixers of one kind in a model, first layer first."""
     return list(named_mixers(model, kind).values())
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32, or as it is in float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """RMS norm of the last axis without weights, in x's dtype: some releases of torch take it to
+    float32 under autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def largest_exponent(log_decay: Tensor, chunk: int) -> float:
+    """The largest exponent of a log-cumsum over chunks of ``chunk`` steps of log-decays (B, L,
+    ...), none above 0."""
+    steps = min(chunk, log_decay.shape[1])
+    ends = range(steps, log_decay.shape[1] + steps, steps)
+    return max(float(-log_decay[:, end - steps : end].sum(1).min()) for end in ends)
+
+
+def operator_against_definition(
+    operator: Callable[..., tuple[Tensor, Tensor]], inputs: Mapping[str, Tensor], **options: Any
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """What :meth:`Mixer.against_definition` gives, of an operator with a form "recurrent"; the
+    gradient is that of a random projection of outputs and final state, of each input in turn."""
+    mine = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
+    exact = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
+    y, h = operator(**mine, **options)
+    y_ref, h_ref = operator(**exact, **options, form="recurrent")
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.device)
+    grads = torch.autograd.grad((y * weight).sum() + h.sum(), list(mine.values()))
+    grads_ref = torch.autograd.grad(
+        (y_ref * weight.double()).sum() + h_ref.sum(), list(exact.values()))
+    return {"output": [(y, y_ref)], "state": [(h, h_ref)],
+            "gradient": list(zip(grads, grads_ref, strict=True))}
 
 
 def detached(state: LayerState) -> LayerState:

@@ -1,0 +1,189 @@
+"""The mixer of Mamba-2, and its costs in closed form.
+
+Symbols: D = d_inner = H P, H heads of P channels; N states; G groups of heads, each with its own
+B and C.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambabyte.config import ModelConfig
+from mambabyte.config.mixers import Mamba2Spec, Shape
+from mambabyte.model.mamba import convolves_in_one_kernel, inverse_softplus
+from mambabyte.model.mixer import (
+    CONVOLUTION,
+    FLOAT32,
+    FORMULA,
+    Kept,
+    Mixer,
+    Operations,
+    Step,
+    largest_exponent,
+    operator_against_definition,
+    register,
+    rms_norm,
+    widened,
+)
+from mambabyte.ops import ssd_scan
+from mambabyte.ops.causal_conv import causal_conv
+from mambabyte.ops.ssd import cuda as ssd_kernels
+
+# Operations of the scan for each number of the state: decay, two of the write, two of the read.
+SCAN_FORWARD_PER_STATE = 5
+# g = carry + dy C (2), dC += dy h (2), carry = g a (1), da += g h (2), dB += g dt x (2),
+# d(dt x) += g B (2).
+SCAN_BACKWARD_PER_STATE = 11
+NORM_EPS = 1e-5
+
+
+class Mamba2State(NamedTuple):
+    """What a Mamba-2 layer remembers: O(1) in the bytes seen."""
+
+    conv_state: Tensor  # (B, d_conv - 1, D + 2 G N) last inputs of the convolution
+    ssm_state: Tensor  # (B, H, P, N)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMS norm of ``x silu(z)``, over each of ``groups`` equal parts of the channels."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """x and z (..., D) -> (..., D)."""
+        gated = (x * F.silu(z)).unflatten(-1, (self.groups, -1))
+        return rms_norm(gated, NORM_EPS).flatten(-2) * self.weight.to(gated.dtype)
+
+
+@register("S")
+class Mamba2Mixer(Mixer, Mamba2Spec):
+    """Mamba-2 (Dao & Gu 2024, arXiv:2405.21060, section 7).
+
+    in_proj -> (z, x, B, C, dt); x, B and C -> causal depthwise convolution -> SiLU -> scan with a
+    decay a head -> RMS norm gated by silu(z) -> out_proj.
+    """
+
+    has_decays = True
+    state_name = "ssm"
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        D, head = config.d_inner, config.ssd_head_dim
+        self.heads, self.groups, self.d_state = D // head, config.ssd_groups, config.ssd_d_state
+        conv = D + 2 * self.groups * self.d_state
+        self.in_proj = nn.Linear(config.d_model, D + conv + self.heads, bias=False)
+        self.conv1d = nn.Conv1d(conv, conv, config.d_conv, groups=conv)
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        dt = torch.exp(torch.rand(self.heads) * (high - low) + low)
+        self.dt_bias = nn.Parameter(inverse_softplus(dt))
+        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm = GatedRMSNorm(D, self.groups)
+        self.out_proj = nn.Linear(D, config.d_model, bias=False)
+        if config.zero_init_out:
+            nn.init.zeros_(self.out_proj.weight)
+
+    def scan_inputs(
+        self, x: Tensor, conv_state: Tensor | None
+    ) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """What :func:`mambabyte.ops.ssd_scan` reads of x (B, L, d_model), by name; z (B, L, D); and
+        the convolution's next state."""
+        shared = self.groups * self.d_state
+        inner = self.norm.weight.shape[0]
+        z, xBC, dt = self.in_proj(x).split([inner, inner + 2 * shared, self.heads], dim=-1)
+        xBC, conv_state = causal_conv(
+            xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, silu=True)
+        u, B, C = xBC.split([inner, shared, shared], dim=-1)
+        inputs = {
+            "x": u.unflatten(-1, (self.heads, -1)), "dt": dt, "A": -torch.exp(widened(self.A_log)),
+            "B": B.unflatten(-1, (self.groups, -1)), "C": C.unflatten(-1, (self.groups, -1)),
+            "dt_bias": widened(self.dt_bias),
+        }
+        return inputs, z, conv_state
+
+    def forward(self, x: Tensor, state: Mamba2State | None) -> tuple[Tensor, Mamba2State]:
+        inputs, z, conv_state = self.scan_inputs(x, None if state is None else state.conv_state)
+        y, ssm_state = ssd_scan(
+            **inputs, D=widened(self.D), dt_softplus=True,
+            initial_state=None if state is None else state.ssm_state)
+        return self.out_proj(self.norm(y.flatten(2), z)), Mamba2State(conv_state, ssm_state)
+
+    @torch.no_grad()
+    def exponent(self, x: Tensor, state: Mamba2State | None, chunk: int) -> float:
+        inputs, _, _ = self.scan_inputs(x, None if state is None else state.conv_state)
+        dt = F.softplus(widened(inputs["dt"]) + inputs["dt_bias"])
+        return largest_exponent(dt * inputs["A"], chunk)
+
+    def against_definition(self, x: Tensor) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        inputs, _, _ = self.scan_inputs(x, None)
+        return operator_against_definition(ssd_scan, inputs, dt_softplus=True)
+
+    @classmethod
+    def state_shapes(cls, config: ModelConfig, seen: int) -> dict[str, Shape]:
+        D, head, N = config.d_inner, config.ssd_head_dim, config.ssd_d_state
+        return {"conv_state": (config.d_conv - 1, D + 2 * config.ssd_groups * N),
+                "ssm_state": (D // head, head, N)}
+
+    @classmethod
+    def operations(
+        cls, config: ModelConfig, length: int, causal: bool = True
+    ) -> list[Operations]:
+        d, D, N = config.d_model, config.d_inner, config.ssd_d_state
+        heads, shared = D // config.ssd_head_dim, config.ssd_groups * N
+        # Beside the state: dt x and the skip; bias, softplus and log-decay of each head.
+        forward = SCAN_FORWARD_PER_STATE * D * N + 3 * D + 3 * heads
+        backward = SCAN_BACKWARD_PER_STATE * D * N + 2 * (3 * D + 3 * heads)
+        return [
+            Operations("Mamba-2 in_proj", 2 * d * (2 * D + 2 * shared + heads)),
+            Operations("Mamba-2 convolution", 2 * (D + 2 * shared) * config.d_conv,
+                       kind=CONVOLUTION),
+            Operations("Mamba-2 scan", forward, 3 * heads, FORMULA, backward / forward),
+            Operations("Mamba-2 out_proj", 2 * D * d),
+        ]
+
+    @classmethod
+    def elementwise(cls, config: ModelConfig) -> tuple[float, float]:
+        # SiLU behind the convolution and of the gate (2 and 1 each), the gate and the norm.
+        D, conv = config.d_inner, config.d_inner + 2 * config.ssd_groups * config.ssd_d_state
+        return 2 * conv + 7 * D, conv + D + config.ssd_groups
+
+    @classmethod
+    def kept(cls, config: ModelConfig, step: Step) -> list[Kept]:
+        d, D, N, groups = config.d_model, config.d_inner, config.ssd_d_state, config.ssd_groups
+        heads, conv = D // config.ssd_head_dim, D + 2 * groups * N
+        tokens, itemsize, half = step.tokens, step.itemsize, step.itemsize != FLOAT32
+        terms = [
+            ("projection", "output of in_proj", tokens * (D + conv + heads), itemsize),
+            ("scan input", "x, B and C", tokens * conv, itemsize),
+            ("scan input", "softplus input, step sizes and log-decays", 3 * tokens * heads,
+             FLOAT32),
+            ("scan input", "exp(A_log) and A", 2 * heads, FLOAT32),
+            ("gate", "y and silu(z)", 2 * tokens * D, itemsize),
+            # A CPU norms in float32.
+            ("norm", "input", tokens * D, FLOAT32 if step.device == "cpu" else itemsize),
+            ("norm", "1/rms", tokens * groups, FLOAT32),
+            ("norm", "normalised", tokens * D, itemsize),
+            ("projection", "input of out_proj", tokens * D, itemsize),
+        ]
+        taps = 0
+        if not convolves_in_one_kernel(config, step.device, itemsize):
+            taps = conv * config.d_conv
+            padded = step.batch * (step.length + config.d_conv - 1)
+            terms += [("conv", "input, padded", padded * conv, itemsize),
+                      ("conv", "output", tokens * conv, itemsize)]
+        if half:
+            weights = (D + conv + heads) * d + taps + D + D * d
+            terms.append(("casts", "weights, cast", weights, itemsize))
+        if step.device == "cuda" and half and config.ssd_head_dim == ssd_kernels.CHANNELS and (
+                N in ssd_kernels.STATES):
+            chunks = step.batch * -(-step.length // ssd_kernels.CHUNK)
+            terms.append(("scan", "states between chunks", chunks * D * N, itemsize))
+        return [Kept(*term) for term in terms]
