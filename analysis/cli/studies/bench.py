@@ -1,10 +1,11 @@
-"""Time the selective scan against its peers, streaming a model, or training steps by their parts.
+"""Time the scan or the field's mixers against their peers, streaming, or training steps by parts.
 
     mambabyte bench scan
     mambabyte bench stream --preset mamba_byte --streams 1 64 --json
     mambabyte bench stream --checkpoint runs/first --corpus path/to/folder
     mambabyte bench step --preset mamba_byte --patterns A MA --batch-size 4
     mambabyte bench step --d-model 512 --n-layer 16 --peers mamba_ssm
+    mambabyte bench mixers --shapes 16,1024,6 --peers KDA attention
     mambabyte bench scan --shapes 16,1024,384 --peers fused mamba_ssm --json
     mambabyte bench scan --device cpu --record data/measurements/scan-cpu.json
 
@@ -30,6 +31,12 @@ ABOUT = ("Forward, and forward with backward through autograd, of one scan with 
          "measured in the same run. Errors are against the float64 definition at a reduced size.")
 
 
+MIXERS_TABLE = "Recurrences of the field's mixers and their peers: interleaved, medians, quartiles"
+MIXERS_ABOUT = ("Forward, and forward with backward through autograd, of each family's recurrence "
+                "on heads of 64 channels. Errors are against the float64 definition at a reduced "
+                "size: of the output, and of the worst gradient.")
+
+
 STREAM_TABLE = "Streaming: every byte waits for the one before"
 STREAM_ABOUT = ("Greedy bytes fed back one by one, by every way there is on the device, against "
                 "the number of texts at a time and the bytes seen before. Medians of five "
@@ -46,13 +53,15 @@ STEPS_ABOUT = ("Whole training steps (forward, backward, clipping, optimizer) of
 
 @dataclass(frozen=True)
 class Options:
-    what: Annotated[Literal["scan", "stream", "step"], tyro.conf.Positional]
+    what: Annotated[Literal["scan", "mixers", "stream", "step"], tyro.conf.Positional]
     shapes: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """batch,length,channels; repeat for more. A grid that suits the device when none is given."""
+    """batch,length,channels, for mixers batch,length,heads; repeat for more. A grid that suits the
+    device when none is given."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """bfloat16 on a GPU and float32 on a CPU when not given."""
     peers: tuple[str, ...] = ()
     """Of the scan: fused, mamba_ssm, mambapy, chunked, ...; the usual ones when none is named.
+    Of the mixers: families, "SSD, 64 states", "KDA", ...; all when none is named.
     Of a training step: mamba_ssm, whose modules then take the place of the preset's SSM layers."""
     preset: str = "mamba_byte"
     """Which model is streamed or trained."""
@@ -95,7 +104,8 @@ def run(argv: list[str]) -> int:
         raise UserError(f"--repeats is {options.repeats}: it must be at least 1")
     if options.record:
         check_file(options.record)  # now, and not after the measurement
-    return {"scan": bench_scan, "stream": bench_stream, "step": bench_step}[options.what](options)
+    return {"scan": bench_scan, "mixers": bench_mixers, "stream": bench_stream,
+            "step": bench_step}[options.what](options)
 
 
 def bench_scan(options: Options) -> int:
@@ -122,6 +132,44 @@ def bench_scan(options: Options) -> int:
         lines += [describe(row) for row in group.to_dict("records")]
     print_result(record, options.json, lines)
     return 0
+
+
+def bench_mixers(options: Options) -> int:
+    from analysis.measure.bench.mixers import FAMILIES, run_bench
+    from analysis.measure.ceilings import describe_machine
+    from analysis.runs.records import write_tables
+    from mambabyte.config.provenance import provenance
+
+    device = pick_device(options.device)
+    machine = describe_machine(device)
+    frame = run_bench(
+        [parse_shape(text) for text in options.shapes] or None, options.peers or tuple(FAMILIES),
+        device, options.repeats, say)
+    rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    record = {"bench": rows, "ceilings": machine, "provenance": provenance()}
+    if options.record:
+        write_tables(
+            options.record, {"bench": (MIXERS_TABLE, frame)}, study="throughput",
+            title="The field's mixers and their peers", about=MIXERS_ABOUT, parameters=machine,
+            provenance=provenance())
+    lines = [f"{name}: {value}" for name, value in machine.items()]
+    for shape, group in frame.groupby(["batch", "length", "heads"], sort=False):
+        lines += ["", f"{shape}"]
+        lines += [describe_mixer(row) for row in group.to_dict("records")]
+    print_result(record, options.json, lines)
+    return 0
+
+
+def describe_mixer(row: dict) -> str:
+    """One line of the table on the screen."""
+    name = f"  {row['family']:<18}{row['peer']:<11}{row['direction']:<18}"
+    if row["note"]:
+        return name + row["note"]
+    line = f"{name}{row['median_seconds'] * 1e6:>12,.1f} us"
+    if row["peak_bytes"] == row["peak_bytes"]:
+        line += f"  peak {row['peak_bytes'] / 2**20:,.0f} MiB"
+    errors = [row[f"error_{what}"] for what in ("output", "gradient")]
+    return line + "".join(f"  {e:.1e}" for e in errors if e == e)
 
 
 def bench_stream(options: Options) -> int:

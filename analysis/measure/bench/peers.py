@@ -14,6 +14,7 @@ from mambabyte.ops import selective_scan
 from mambabyte.ops.scan.operator import fused_available, fused_scan
 
 Shape = tuple[int, int, int]  # B, L, D
+GPU_ONLY = ("mamba_ssm", "fla")
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,19 @@ PEERS: dict[str, Peer] = {
 }
 
 
+def peer_installed(peer: Peer, device: torch.device) -> str:
+    """Why that peer cannot be imported or not run on the device, in one line; "" if it can."""
+    if peer.needs and importlib.util.find_spec(peer.needs) is None:
+        return f"{peer.needs} is not installed"
+    if peer.needs in GPU_ONLY and device.type != "cuda":
+        return f"{peer.needs} runs on GPUs only"
+    return ""
+
+
 def peer_available(name: str, device: torch.device) -> tuple[bool, str]:
     """Whether that peer can be run on the device, and if not why, in one line."""
-    peer = PEERS[name]
-    if peer.needs and importlib.util.find_spec(peer.needs) is None:
-        return False, f"{peer.needs} is not installed"
-    if name == "mamba_ssm" and device.type != "cuda":
-        return False, "mamba_ssm runs on GPUs only"
+    if missing := peer_installed(PEERS[name], device):
+        return False, missing
     if name == "mamba_ssm" and importlib.util.find_spec("selective_scan_cuda") is None:
         return False, "mamba_ssm was installed without its Mamba-1 kernel"
     if name.startswith("fused"):

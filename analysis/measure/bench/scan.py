@@ -68,7 +68,7 @@ DEFAULT_PEERS = ("fused", "fused, recompute", "mamba_ssm", "mambapy", "chunked",
 SLOW_ELEMENTS = 1 << 28  # state elements above which peers that store them all are left out
 
 
-class _Case:
+class PeerCase:
     """One peer on one shape: its inputs, and the two things to time."""
 
     def __init__(self, peer: Peer, inputs: dict[str, Tensor]) -> None:
@@ -94,7 +94,7 @@ class _Case:
         return self.forward() if direction == "forward" else self.forward_backward()
 
 
-def _peak_bytes(case: _Case, direction: str, device: torch.device) -> float:
+def peak_bytes_of(case: PeerCase, direction: str, device: torch.device) -> float:
     if device.type != "cuda":
         return float("nan")
     torch.cuda.synchronize(device)
@@ -115,8 +115,8 @@ def _errors(
     batch, length, channels = shape
     small = (min(batch, 2), min(length, 200), min(channels, 64))
     inputs = make_inputs(small, states, dtype, device)
-    case = _Case(peer, inputs)
-    exact = _Case(
+    case = PeerCase(peer, inputs)
+    exact = PeerCase(
         Peer("", torch_form("sequential")), {name: t.double() for name, t in inputs.items()}
     )
     exact.dy = peer.restore("dy", case.dy).double()
@@ -209,7 +209,7 @@ def _bench_shape(
     states: int, seconds_per_peer: float, say: Callable[[str], None],
 ) -> Iterator[dict]:  # fmt: skip
     rows: dict[tuple[str, str], dict] = {}
-    cases: dict[str, _Case] = {}
+    cases: dict[str, PeerCase] = {}
     elements = shape[0] * shape[1] * shape[2] * states
     for name in peers:
         available, note = peer_available(name, device)
@@ -225,11 +225,11 @@ def _bench_shape(
             continue
         try:
             error = _errors(PEERS[name], shape, states, dtype, device)
-            cases[name] = _Case(PEERS[name], make_inputs(shape, states, dtype, device))
+            cases[name] = PeerCase(PEERS[name], make_inputs(shape, states, dtype, device))
             for direction in DIRECTIONS:
                 row = rows[name, direction]
                 row["error_output"], row["error_gradient"] = error[0], float("nan")
-                row["peak_bytes"] = _peak_bytes(cases[name], direction, device)
+                row["peak_bytes"] = peak_bytes_of(cases[name], direction, device)
                 if PEERS[name].is_scan and not math.isfinite(sum(error)):
                     row["note"] = "wrong: its results are not finite at the reduced size"
             rows[name, DIRECTIONS[1]]["error_gradient"] = error[1]
@@ -242,7 +242,7 @@ def _bench_shape(
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     for direction in DIRECTIONS:
-        for name, (samples, timing) in _interleaved(
+        for name, (samples, timing) in interleaved(
             cases, direction, device, repeats, seconds_per_peer
         ).items():
             low, median, high = quartiles(samples)
@@ -254,8 +254,8 @@ def _bench_shape(
     yield from rows.values()
 
 
-def _interleaved(
-    cases: dict[str, _Case], direction: str, device: torch.device, repeats: int,
+def interleaved(
+    cases: dict[str, PeerCase], direction: str, device: torch.device, repeats: int,
     seconds_per_peer: float,
 ) -> dict[str, tuple[list[float], str]]:  # fmt: skip
     """Samples of each peer, taken in turns so that drift of the machine meets all alike."""
