@@ -44,7 +44,7 @@ def test_streaming_equals_parallel(config):
     assert relative_rms(torch.cat(parts, 1), whole) < 1e-12
     for one, two in zip(state, last, strict=True):
         for a, b in zip(one, two, strict=True):
-            if isinstance(a, torch.Tensor):
+            if isinstance(a, torch.Tensor) and a.numel():
                 assert relative_rms(a, b) < 1e-12
 
 
