@@ -1,0 +1,160 @@
+"""SSD's kernels and the delta rule on the GPU: against float64, by parts, captured, compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scan_cases import poison
+from torch import Tensor
+
+from mambabyte.config import ModelConfig
+from mambabyte.model import ByteLM
+from mambabyte.ops import ssd_scan
+from mambabyte.ops.ssd import operator as ssd_operator
+from mambabyte.train.smoke import relative_rms
+from tests.helpers.family_cases import GATES, OPERATORS, in_dtype, make_inputs, results
+
+# What torch itself warns of depends on the machine.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+# bf16 sequences; in the kernels states and decays of a chunk are bf16 factors too.
+LIMIT = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
+
+
+def made(family: str, batch: int, length: int, states: int = 64, dtype=torch.bfloat16, **more):
+    return make_inputs(family, batch, length, heads=4, keys=states, values=64, dtype=dtype,
+                       device="cuda", **more)
+
+
+def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], limit: float) -> None:
+    errors = {}
+    for name, true in wanted.items():
+        assert torch.isfinite(found[name]).all(), name
+        if true.abs().max() > 1e-20:  # below, it is gone in float32 too
+            errors[name] = relative_rms(found[name], true)
+    assert max(errors.values()) < limit, errors
+
+
+def exact(family: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The chunked form in float64, which the CPU's tests hold to the recurrence at 1e-12."""
+    return results(family, in_dtype(inputs, torch.float64), "chunked")
+
+
+@pytest.mark.parametrize("states", [16, 32, 64, 128])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 1000])
+def test_ssd_kernels(states: int, length: int) -> None:
+    inputs = made("ssd", 2, length, states, groups=2)
+    assert ssd_operator.has_kernel(inputs["x"], inputs["B"])
+    poison()
+    assert_close(results("ssd", inputs, "fused"), exact("ssd", inputs), LIMIT[torch.bfloat16])
+
+
+@pytest.mark.parametrize("gates", list(GATES))
+def test_ssd_kernels_survive_every_gate(gates: str) -> None:
+    inputs = made("ssd", 2, 200, gates=gates)
+    found, wanted = results("ssd", inputs, "fused"), exact("ssd", inputs)
+    if gates in ("strong", "zero", "mixed"):
+        # Gradients of decays are there what is left of e^-20 and less, below a factor's rounding.
+        for name in ("ddt", "dA"):
+            assert found.pop(name).isfinite().all()
+            del wanted[name]
+    assert_close(found, wanted, LIMIT[torch.bfloat16])
+
+
+def test_ssd_kernels_repeat_to_the_bit() -> None:
+    inputs = made("ssd", 3, 500)
+    one, two = (results("ssd", inputs, "fused") for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", list(OPERATORS))
+def test_operators(family: str, dtype: torch.dtype) -> None:
+    inputs = made(family, 2, 150, 64, dtype)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert_close(results(family, inputs, "fused"), exact(family, inputs), LIMIT[dtype])
+
+
+def test_strided_inputs_and_those_without_a_kernel() -> None:
+    inputs = made("ssd", 2, 100)
+    wide = torch.randn(2, 100, 512, device="cuda").bfloat16()  # as a layer cuts it
+    inputs |= {"x": wide[..., 128:384].unflatten(-1, (4, 64)),
+               "B": wide[..., None, :64], "C": wide[..., None, 64:128]}
+    assert_close(results("ssd", inputs, "fused"), exact("ssd", inputs), LIMIT[torch.bfloat16])
+    odd = make_inputs("ssd", 2, 100, heads=2, keys=24, values=40, dtype=torch.bfloat16,
+                      device="cuda")
+    assert not ssd_operator.has_kernel(odd["x"], odd["B"])
+    assert_close(results("ssd", odd, "fused"), exact("ssd", odd), LIMIT[torch.bfloat16])
+
+
+def test_ssd_split_equals_whole() -> None:
+    inputs = made("ssd", 2, 300)
+    y, last = OPERATORS["ssd"](**inputs, form="fused")
+    ys, state = [], inputs["initial_state"]
+    for start, end in ((0, 128), (128, 129), (129, 300)):
+        part = {n: t[:, start:end] if t.ndim > 1 and t.shape[1] == 300 else t
+                for n, t in inputs.items()}
+        piece, state = OPERATORS["ssd"](**part | {"initial_state": state}, form="fused")
+        ys.append(piece)
+    assert relative_rms(torch.cat(ys, 1), y) < LIMIT[torch.bfloat16]
+    assert relative_rms(state, last) < LIMIT[torch.bfloat16]
+
+
+def test_ssd_past_two_to_the_31() -> None:
+    """One sequence of 2^31 and some elements: its end is what its second half alone gives."""
+    length, heads = 720_000, 48
+    x = torch.randn(1, length, heads, 64, device="cuda", dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    B, C = torch.randn(2, 1, length, 1, 16, device="cuda").bfloat16()
+    dt = torch.rand(1, length, heads, device="cuda")
+    A = -torch.rand(heads, device="cuda")
+    half = length // 2
+    with torch.no_grad():
+        y, last = ssd_scan(x, dt, A, B, C, form="fused")
+        _, state = ssd_scan(x[:, :half], dt[:, :half], A, B[:, :half], C[:, :half], form="fused")
+        end, last_2 = ssd_scan(x[:, half:], dt[:, half:], A, B[:, half:], C[:, half:],
+                               initial_state=state, form="fused")
+    assert relative_rms(y[:, -1000:], end[:, -1000:]) < LIMIT[torch.bfloat16]
+    assert relative_rms(last, last_2) < LIMIT[torch.bfloat16]
+
+
+@pytest.mark.parametrize("family", list(OPERATORS))
+def test_captured_in_a_graph(family: str) -> None:
+    inputs = made(family, 2, 130)
+    leaves = {n: t.requires_grad_() for n, t in inputs.items()}
+
+    def call() -> list[Tensor]:
+        y, state = OPERATORS[family](**leaves)
+        return [y.detach(), *torch.autograd.grad(
+            y.float().sum() + state.sum(), list(leaves.values()))]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        wanted = [t.clone() for t in call()]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+    graph.replay()
+    for one, two in zip(found, wanted, strict=True):
+        assert relative_rms(one, two) < 1e-6
+
+
+def test_opcheck() -> None:
+    x, dt, A, B, C, D, state = made("ssd", 1, 70).values()
+    tensors = (x, dt.float(), dt.float() * A, B, C, D, state)
+    torch.library.opcheck(torch.ops.mambabyte.ssd.default,
+                          (*(t.detach().requires_grad_() for t in tensors), True))
+
+
+@pytest.mark.parametrize("letter", "SDK")
+def test_a_layer_streams_what_it_computes_at_once_under_autocast(letter: str) -> None:
+    model = ByteLM(ModelConfig(d_model=128, n_layer=2, layer_pattern=letter)).cuda()
+    tokens = torch.randint(0, 256, (2, 140), device="cuda")
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        whole, _ = model(tokens)
+        start, state = model(tokens[:, :139])
+        step, _ = model(tokens[:, 139:], state)
+    exact_whole, _ = ByteLM.forward(model.double(), tokens)
+    assert relative_rms(torch.cat([start, step], 1), exact_whole) < 2e-2
+    assert relative_rms(whole, exact_whole) < 2e-2
