@@ -206,12 +206,6 @@ class AttentionMixer(Mixer, AttentionSpec):
     def as_configured(self, config: ModelConfig) -> bool:
         return self.window == config.attention_window
 
-    def kernel_name(self, length: int) -> str:
-        """"causal" up to the window, else "blocks of N against M keys"; on a GPU the causal kernel
-        is flash attention in half precision."""
-        _, count, block = blocks_of(length, self.window)
-        return f"blocks of {block} against {self.window + block} keys" if count else "causal"
-
     @classmethod
     def state_shapes(cls, config: ModelConfig, seen: int) -> dict[str, Shape]:
         shape = (config.n_kv_head, min(seen, config.attention_window - 1), config.head_dim)
@@ -234,6 +228,13 @@ class AttentionMixer(Mixer, AttentionSpec):
     @classmethod
     def elementwise(cls, config: ModelConfig) -> tuple[float, float]:
         return 3 * (config.d_model + config.n_kv_head * config.head_dim), 0  # rotation
+
+    @classmethod
+    def kernel_name(cls, config: ModelConfig, length: int, device: str = "cpu") -> str:
+        """Causal up to the window, beyond it in blocks; torch chooses the kernel behind each."""
+        _, count, block = blocks_of(length, config.attention_window)
+        reach = config.attention_window + block
+        return f"attention, blocks of {block} by {reach}" if count else "attention, causal"
 
     @classmethod
     def kept(cls, config: ModelConfig, step: Step) -> list[Kept]:

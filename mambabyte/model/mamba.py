@@ -167,10 +167,6 @@ class MambaMixer(Mixer, MambaSpec):
     def as_configured(self, config: ModelConfig) -> bool:
         return (self.form, self.chunk) == (config.scan_form, config.scan_chunk)
 
-    def kernel_name(self, length: int) -> str:
-        form = self.form
-        return f"scan, {default_form(self.D.device) if form == 'auto' else form}"
-
     @torch.no_grad()
     def exponent(self, x: Tensor, state: MambaState | None, chunk: int) -> float:
         _, delta, *_ = self.scan_inputs(x, None if state is None else state.conv_state)
@@ -222,6 +218,10 @@ class MambaMixer(Mixer, MambaSpec):
     @classmethod
     def elementwise(cls, config: ModelConfig) -> tuple[float, float]:
         return 2 * config.d_inner, config.d_inner  # SiLU behind the convolution
+
+    @classmethod
+    def kernel_name(cls, config: ModelConfig, length: int, device: str = "cpu") -> str:
+        return f"scan, {resolve_form(config, device)}"
 
     @classmethod
     def kept(cls, config: ModelConfig, step: Step) -> list[Kept]:

@@ -114,10 +114,6 @@ class Mixer(nn.Module, MixerSpec):
         """Whether it still computes what ``config`` says: attributes can be changed."""
         return True
 
-    def kernel_name(self, length: int) -> str:
-        """Which kernel mixes a sequence of ``length`` bytes from its first byte on, for tables."""
-        return "torch"
-
     def exponent(self, x: Tensor, state: LayerState | None, chunk: int) -> float | None:
         """The largest exponent that a log-cumsum over ``chunk`` steps would take on these inputs
         of ``forward``; None for a mixer without decays."""
@@ -157,6 +153,11 @@ class Mixer(nn.Module, MixerSpec):
     def kept(cls, config: ModelConfig, step: Step) -> list[Kept]:
         """Every tensor that autograd keeps of one mixer; its normalised input is not its own."""
         raise NotImplementedError(f"{cls.__name__} does not say what it keeps")
+
+    @classmethod
+    def kernel_name(cls, config: ModelConfig, length: int, device: str = "cpu") -> str:
+        """How a sequence of ``length`` bytes is mixed from its first byte on, for tables."""
+        return f"{cls.about}, torch"
 
     @classmethod
     def moments(

@@ -127,9 +127,8 @@ def test_a_stream_equals_one_call(pieces: list[int]) -> None:
 
 
 def test_a_mixer_names_its_kernel() -> None:
-    mixer = AttentionMixer(CONFIG)
-    assert mixer.kernel_name(8) == "causal"
-    assert mixer.kernel_name(9) == "blocks of 8 against 16 keys"
+    assert AttentionMixer.kernel_name(CONFIG, 8) == "attention, causal"
+    assert AttentionMixer.kernel_name(CONFIG, 9) == "attention, blocks of 8 by 16"
 
 
 def test_weights_under_another_window_are_shared() -> None:

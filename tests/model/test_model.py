@@ -92,6 +92,15 @@ def test_attention_window_is_a_window():
     assert changed == list(range(5, 5 + config.attention_window))
 
 
+def test_the_epsilon_of_the_norms_is_torchs_unless_given():
+    for norm, default in (("layer", 1e-5), ("rms", None), ("rms_plain", None)):
+        config = replace(SMALL, norm=norm)
+        assert ByteLM(config).norm_f.eps == default
+        assert ByteLM(replace(config, norm_eps=1e-3)).blocks[0].norm.eps == 1e-3
+    with pytest.raises(UserError, match="norm_eps is -1"):
+        replace(SMALL, norm_eps=-1.0)
+
+
 @pytest.mark.parametrize("pattern", ["M", "A", "MA"])
 def test_causality(pattern):
     model = ByteLM(replace(SMALL, layer_pattern=pattern))

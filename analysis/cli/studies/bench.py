@@ -251,7 +251,7 @@ def bench_step(options: Options) -> int:
         lines.append(
             f"{row.system:8} {row.parameters:12,} parameters {row.ms:9.2f} ms [{row.low:.2f}, "
             f"{row.high:.2f}] x{row.times_first:.2f} {row.bytes_per_second:13,.0f} bytes/s "
-            f"{_energy(row.joules_per_megabyte)}")
+            f"{_energy(row.joules_per_megabyte)}  {row.mixers}")
         lines += [f"    {part.part:22} {part.ms:9.3f} ms {part.share:6.1%}"
                   for part in parts[parts["system"] == row.system].itertuples()]
     print_result(record, options.json, lines)
@@ -282,7 +282,7 @@ def stream_table(frame: pd.DataFrame) -> pd.DataFrame:
 def steps_table(frame: pd.DataFrame) -> pd.DataFrame:
     """The columns of compared training steps in the words and units of a reader of the report."""
     return _measured(pd.DataFrame({
-        "layers": frame["system"], "parameters": frame["parameters"],
+        "layers": frame["system"], "mixers": frame["mixers"], "parameters": frame["parameters"],
         "step, median (ms)": frame["ms"].round(3), "quartiles (ms)": _quartiles(
             frame["low"], frame["high"]), "times the first row": frame["times_first"].round(2),
         "text (MB/s)": (frame["bytes_per_second"] / 1e6).round(3),

@@ -30,7 +30,7 @@ from mambabyte.energy import EnergyMeter
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.model.mamba import MambaMixer
-from mambabyte.model.mixer import Mixer, named_mixers
+from mambabyte.model.mixer import Mixer, mixer_of, named_mixers
 from mambabyte.train import train_step
 from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
 from mambabyte.train.optim import make_optimizer
@@ -108,6 +108,13 @@ def use_published_mixers(model: ByteLM) -> None:
         model.set_submodule(name, _PublishedMixer(mixer, model.config))
 
 
+def mixers_as_run(config: ModelConfig, context: int, device: str) -> str:
+    """How a step of ``context`` bytes runs each kind of mixer that a model has."""
+    kind = torch.device(device).type
+    names = [mixer_of(letter).kernel_name(config, context, kind) for letter in config.layers]
+    return "; ".join(dict.fromkeys(names))
+
+
 def bench_steps(
     configs: dict[str, ModelConfig], recipe: TrainConfig, device: str, way: Way,
     rounds: int = 7, seconds: float = 0.0, say: Callable[[str], None] = lambda line: None,
@@ -118,7 +125,8 @@ def bench_steps(
     second on the CPU and one a round on a GPU, whose counter of energy may be a tenth of one old.
 
     steps: a row a system, with ms (median over rounds and quartiles), bytes/s, gross joules per
-    megabyte (nan where the machine does not count them) and peak memory (nan on the CPU).
+    megabyte (nan where the machine does not count them), peak memory (nan on the CPU) and how its
+    mixers run.
     parts: (system, part, ms, share), largest first. On the CPU the parts are scaled to the clock's
     total, which takes out what the profiler costs; ``ms`` of a part on CUDA is the kernels' own.
     """
@@ -136,7 +144,9 @@ def bench_steps(
         changes[PUBLISHED.format(first)] = use_published_mixers
     for name, config in configs.items():
         steppers[name], peak = training_step(config, recipe, device, way, changes.get(name))
-        rows.append({"system": name, "parameters": config.n_parameters, "peak_bytes": peak})
+        rows.append({"system": name, "parameters": config.n_parameters, "peak_bytes": peak,
+                     "mixers": "scan, mamba-ssm" if name in changes
+                     else mixers_as_run(config, recipe.context, device)})
         say(f"{name}: {config.n_parameters:,} parameters, ready")
     joules = dict.fromkeys(configs, 0.0)
     counts = {name: max(1, round(seconds / rounds / seconds_of(stepper, device, 2)))
