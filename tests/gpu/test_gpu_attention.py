@@ -1,0 +1,62 @@
+"""Attention over a sliding window on the GPU: blocks against the dense mask, compiled too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scan_cases import relative_rms
+from torch import Tensor
+
+from mambabyte.model.attention import windowed_attention
+
+# What torch itself warns of depends on the machine.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+
+LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """The definition, in float64."""
+    length, before = q.shape[2], k.shape[2] - q.shape[2]
+    age = (torch.arange(before, before + length)[:, None] - torch.arange(before + length)).cuda()
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    return scores.masked_fill((age < 0) | (age >= window), -torch.inf).softmax(-1) @ v
+
+
+def inputs(length: int, before: int) -> list[Tensor]:
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    return [torch.randn(2, heads, positions, 32, generator=generator, device="cuda")
+            for heads, positions in ((4, length), (2, before + length), (2, before + length))]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize(("window", "length", "before"), [
+    (64, 64, 0), (64, 65, 0), (64, 300, 0), (64, 1, 63), (64, 200, 40), (100, 333, 0)])
+def test_blocks_equal_the_dense_mask(
+    window: int, length: int, before: int, dtype: torch.dtype, compiled: bool
+) -> None:
+    torch._dynamo.reset()
+    function = torch.compile(windowed_attention, dynamic=False) if compiled else windowed_attention
+    mine = [x.to(dtype).requires_grad_() for x in inputs(length, before)]
+    exact = [x.detach().double().requires_grad_() for x in mine]
+    y, reference = function(*mine, window), dense(*exact, window)
+    weight = torch.randn_like(reference)
+    grads = torch.autograd.grad((y * weight.to(dtype)).sum(), mine)
+    wanted = torch.autograd.grad((reference * weight.to(dtype).double()).sum(), exact)
+    assert relative_rms(y, reference) < LIMIT[dtype]
+    for found, expected in zip(grads, wanted, strict=True):
+        assert relative_rms(found, expected) < LIMIT[dtype]
+
+
+def test_memory_is_linear_in_the_length() -> None:
+    def peak(length: int) -> int:
+        q, k, v = (x.bfloat16().requires_grad_() for x in inputs(length, 0))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        windowed_attention(q, k, v, 128).sum().backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    peak(1024)  # the libraries' own
+    assert peak(16384) < 2.2 * peak(8192)
