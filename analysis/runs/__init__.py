@@ -1,0 +1,1 @@
+"""Run folders and records: what a study leaves behind, read and written."""

@@ -1,0 +1,1 @@
+"""What operator families share: C compiled on first use, CUDA C++ by NVRTC, how kernels are launched."""
