@@ -9,7 +9,6 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from analysis.theory.bounds import log_max, share_past_bound
@@ -46,7 +45,7 @@ def step_sizes(model: ByteLM, tokens: Tensor) -> list[Tensor]:
 
     def keep(mixer: MambaMixer, args: tuple) -> None:
         _, delta, *_ = mixer.scan_inputs(args[0], None)
-        found.append(F.softplus(delta.float() + mixer.dt_proj.bias))
+        found.append(mixer.step_size(delta.float()))
 
     handles = [mixer.register_forward_pre_hook(keep) for mixer in ssm_layers(model)]
     try:

@@ -54,6 +54,13 @@ def inverse_softplus(y: Tensor) -> Tensor:
     return y + torch.log(-torch.expm1(-y))
 
 
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module does what ``kind`` does with its weights, and nothing else."""
+    return type(module) is kind and "forward" not in module.__dict__ and not (
+        module._forward_hooks or module._forward_pre_hooks
+        or module._backward_hooks or module._backward_pre_hooks)
+
+
 @register("M")
 class MambaMixer(Mixer, MambaSpec):
     """Selective SSM mixer (Gu & Dao 2023, arXiv:2312.00752, section 3.4).
@@ -69,7 +76,7 @@ class MambaMixer(Mixer, MambaSpec):
         super().__init__(config)
         d_model, d_inner, d_state = config.d_model, config.d_inner, config.d_state
         self.dt_rank = 0 if config.dt_rank == "full" else config.dt_rank_value
-        self.form, self.chunk = config.scan_form, config.scan_chunk
+        self.form, self.chunk, self.d_conv = config.scan_form, config.scan_chunk, config.d_conv
 
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
         self.conv1d = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner)
@@ -96,6 +103,8 @@ class MambaMixer(Mixer, MambaSpec):
         """What the scan reads of x (B, L, d_model): u (B, L, D), delta (B, L, D) before bias and
         softplus, B and C (B, L, N), z (B, L, D); and the convolution's next state."""
         u, z = self.in_proj(x).chunk(2, dim=-1)  # each (B, L, D)
+        if not self._has_plain_parts():
+            return self._inputs_by_modules(u, z, conv_state)
         u, conv_state = causal_conv(
             u, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, silu=True)
         x_proj, dt_proj = self._small_projections()
@@ -104,6 +113,36 @@ class MambaMixer(Mixer, MambaSpec):
         # The bias is added inside the scan, in float32: in bf16 it would round the step size.
         delta = F.linear(low_rank if rank else u, dt_proj)
         return u, delta, B, C, z, conv_state
+
+    def _inputs_by_modules(
+        self, u: Tensor, z: Tensor, conv_state: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """:meth:`scan_inputs` behind in_proj by calls of the modules, whatever took their place."""
+        taps, length = self.d_conv, u.shape[1]
+        if conv_state is None:
+            conv_state = u.new_zeros(u.shape[0], taps - 1, u.shape[2])
+        padded = torch.cat([conv_state.to(u.dtype), u], dim=1)  # (B, K-1+L, D)
+        u = F.silu(self.conv1d(padded.transpose(1, 2)).transpose(1, 2))
+        d_state = self.A_log.shape[1]
+        low_rank, B, C = self.x_proj(u).split([self.dt_rank, d_state, d_state], dim=-1)
+        delta = self.dt_proj(low_rank if self.dt_rank else u)  # with its bias: see dt_bias
+        return u, delta, B, C, z, padded[:, length:].clone()
+
+    def _has_plain_parts(self) -> bool:
+        """Whether the convolution and both small projections are what their weights say, so that
+        an operator may take those: no adapter, quantised module, hook or parametrization."""
+        return (is_plain(self.conv1d, nn.Conv1d) and is_plain(self.x_proj, nn.Linear)
+                and is_plain(self.dt_proj, nn.Linear) and self.x_proj.bias is None)
+
+    @property
+    def dt_bias(self) -> Tensor | None:
+        """What the scan adds to the delta of :meth:`scan_inputs` (D,); None where it is in it."""
+        return self.dt_proj.bias if self._has_plain_parts() else None
+
+    def step_size(self, delta: Tensor) -> Tensor:
+        """softplus(delta + bias) (B, L, D) of the delta that :meth:`scan_inputs` returns."""
+        bias = self.dt_bias
+        return F.softplus(delta if bias is None else delta + bias)
 
     def _small_projections(self) -> tuple[Tensor, Tensor]:
         """Weights of x_proj (R + 2N, D) and dt_proj (D, R), R on a GPU a multiple of 8."""
@@ -124,9 +163,10 @@ class MambaMixer(Mixer, MambaSpec):
                 return self.step(x, state)
         u, delta, B, C, z, conv_state = self.scan_inputs(
             x, None if state is None else state.conv_state)
+        bias = self.dt_bias
         y, ssm_state = selective_scan(
             u, delta, -torch.exp(self.A_log.float()), B, C, self.D.float(), z,
-            delta_bias=self.dt_proj.bias.float(), delta_softplus=True,
+            delta_bias=None if bias is None else bias.float(), delta_softplus=True,
             initial_state=None if state is None else state.ssm_state,
             form=self.form, chunk_size=self.chunk,
         )
@@ -158,9 +198,9 @@ class MambaMixer(Mixer, MambaSpec):
         convolution, both small products and the fused scan, none of them changed by a subclass."""
         if not self.dt_rank or self.form not in ("auto", "fused"):
             return False
-        if x.dtype == torch.float64 or not 2 <= self.conv1d.kernel_size[0] <= MAX_TAPS:
+        if x.dtype == torch.float64 or not 2 <= self.d_conv <= MAX_TAPS:
             return False
-        if type(self).scan_inputs is not MambaMixer.scan_inputs:
+        if type(self).scan_inputs is not MambaMixer.scan_inputs or not self._has_plain_parts():
             return False
         return self.A_log.shape[1] <= MAX_STATES and fused_available(x.device)[0]
 
@@ -170,7 +210,7 @@ class MambaMixer(Mixer, MambaSpec):
     @torch.no_grad()
     def exponent(self, x: Tensor, state: MambaState | None, chunk: int) -> float:
         _, delta, *_ = self.scan_inputs(x, None if state is None else state.conv_state)
-        dt = F.softplus(delta.float() + self.dt_proj.bias)  # (B, L, D)
+        dt = self.step_size(delta.float())
         steps = min(chunk, dt.shape[1])
         chunks = F.pad(dt, (0, 0, 0, -dt.shape[1] % steps)).unflatten(1, (-1, steps))
         fastest = self.A_log.float().exp().amax(-1)  # (D,)
@@ -180,7 +220,7 @@ class MambaMixer(Mixer, MambaSpec):
         """The scan on its own inputs; the gradient is that of a random projection of outputs and
         final state, of each input in turn."""
         u, delta, B, C, _, _ = (t.detach() for t in self.scan_inputs(x, None))
-        inputs = [u, F.softplus(delta + self.dt_proj.bias).detach(),
+        inputs = [u, self.step_size(delta).detach(),
                   -self.A_log.exp().detach(), B, C]
         mine = [t.clone().requires_grad_() for t in inputs]
         exact = [t.double().requires_grad_() for t in inputs]

@@ -31,17 +31,17 @@ def causal_conv(
 
     Raises UserError for shapes that do not fit.
     """
+    for name, tensor, dims in (("x", x, 3), ("weight", weight, 2)):
+        if not isinstance(tensor, Tensor) or tensor.ndim != dims or 0 in tensor.shape[1:]:
+            raise UserError(f"{name} has shape {tuple(getattr(tensor, 'shape', ()))}: expected x "
+                            "(batch, length, channels) and weight (channels, taps)")
     if fits(x, weight, bias):
         return fused_causal_conv(x, weight, bias, tail, silu)
-    if not isinstance(x, Tensor) or x.ndim != 3 or not x.shape[1] * x.shape[2]:
-        raise UserError(f"x has shape {tuple(getattr(x, 'shape', ()))}: expected (batch, length, "
-                        "channels), the last two at least 1")
     batch, _, channels = x.shape
-    taps = weight.shape[-1] if isinstance(weight, Tensor) and weight.ndim else 0
     check_tensors("x", x, None, (x.dtype,), (
-        ("weight", weight, (channels, taps), None),
+        ("weight", weight, (channels, weight.shape[1]), None),
         ("bias?", bias, (channels,), None),
-        ("tail?", tail, (batch, taps - 1, channels), None),
+        ("tail?", tail, (batch, weight.shape[1] - 1, channels), None),
     ))  # fmt: skip
     return torch_causal_conv(x, weight, bias, tail, silu)
 

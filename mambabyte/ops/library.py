@@ -140,6 +140,7 @@ def define(
     listed = ", ".join(f"Tensor {n}" for n in (*result_names, *kept_names))
     _LIBRARY.define(f"{name}({arguments}) -> ({listed})", tags=_TAGS)
     operator = getattr(torch.ops.mambabyte, name).default
+    required = _required(arguments)
 
     def with_kept(*args: Any) -> Tensors:
         """``in_torch`` with the operator's signature: it needs nothing kept."""
@@ -187,13 +188,14 @@ def define(
         kernel = forward[device]
 
         def call(*args: Any) -> Any:
+            _all_given(required, args)
             check(*(args[:-1] if kept else args))
             return kernel(*args) if args[0].numel() else shapes(*args)
 
         return call
 
     kernels = {device: on(device) for device in forward}
-    below = _below_autograd(operator, kernels)
+    below = _below_autograd(operator, kernels, required)
     for device, kernel in kernels.items():
         _LIBRARY.impl(name, kernel, device.upper())
     _LIBRARY.impl(name, autograd, "Autograd")
@@ -218,6 +220,7 @@ def _define_backward(
     listed = ", ".join(f"Tensor d{n}" for n in _names(inputs))
     _LIBRARY.define(f"{name}_backward({arguments}) -> ({listed})", tags=_TAGS)
     operator = getattr(torch.ops.mambabyte, f"{name}_backward").default
+    required = _required(arguments)
 
     def like_inputs(*args: Any) -> Tensors:
         given = args[outputs : outputs + count]
@@ -227,6 +230,7 @@ def _define_backward(
         kernel = backward[device]
 
         def call(*args: Any) -> Tensors:
+            _all_given(required, args)
             if check is not None:
                 check(*args)
             if not args[0].numel():
@@ -255,7 +259,7 @@ def _define_backward(
         return differentiable(*args) if recorded or _transformed() else below(args)
 
     kernels = {device: on(device) for device in backward}
-    below = _below_autograd(operator, kernels)
+    below = _below_autograd(operator, kernels, required)
     for device, kernel in kernels.items():
         _LIBRARY.impl(f"{name}_backward", kernel, device.upper())
     _LIBRARY.impl(f"{name}_backward", autograd, "Autograd")
@@ -263,6 +267,19 @@ def _define_backward(
     torch.library.register_fake(full_name, shapes or like_inputs, lib=_LIBRARY)
     torch.library.register_vmap(full_name, _one_by_one(operator), lib=_LIBRARY)
     return operator
+
+
+def _required(arguments: str) -> list[tuple[int, str]]:
+    """Places and names of the tensors that may not be None."""
+    parts = [part.split() for part in arguments.split(",")]
+    return [(i, name) for i, (kind, name) in enumerate(parts) if kind == "Tensor"]
+
+
+def _all_given(required: list[tuple[int, str]], args: tuple[Any, ...]) -> None:
+    """PyTorch lets None pass for any tensor; native code would read from address 0."""
+    for i, name in required:
+        if args[i] is None:
+            raise UserError(f"{name} is None: expected a tensor")
 
 
 def _names(declared: str) -> list[str]:
@@ -276,12 +293,14 @@ def _transformed() -> bool:
 
 
 def _below_autograd(
-    operator: Any, kernels: Mapping[str, Callable[..., Tensors]]
+    operator: Any, kernels: Mapping[str, Callable[..., Tensors]], required: list[tuple[int, str]]
 ) -> Callable[[tuple[Any, ...]], Tensors]:
     """What the Autograd key hands on to. PyTorch's dispatcher takes as long for it as the rest of
     a short call, so plain tensors, for which it has nothing to do, go to the kernel directly."""
 
     def call(args: tuple[Any, ...]) -> Tensors:
+        if args[0] is None:
+            _all_given(required, args)
         with torch._C._AutoDispatchBelowAutograd():
             kernel = kernels.get(args[0].device.type)
             if kernel is None or torch._C._len_torch_dispatch_stack():

@@ -305,7 +305,7 @@ def backward(
         like(initial_state, channels, d_state, dtype=torch.float32),
     )  # fmt: skip
     if saved.numel() > 0:
-        sums = _backward(rows, A, D, delta_bias, saved, delta_softplus, outputs)
+        sums = _backward(rows, A, D, delta_bias, saved.contiguous(), delta_softplus, outputs)
     else:
         steps = CHUNK * ceil_div(ceil_div(length, ceil_div(8, batch)), CHUNK)
         count, sums = ceil_div(batch, 8), None  # sequences at a time

@@ -85,7 +85,8 @@ def selective_scan(
     """
     operator.check_shapes(u, delta, A, B, C, D, z, delta_bias, initial_state)
     if form == "auto":
-        fits = A.shape[-1] <= operator.MAX_STATES
+        fits = A.shape[-1] <= operator.MAX_STATES and _in_one_dtype(
+            u, (delta, B, C, z), (A, D, delta_bias, initial_state))
         form = default_form(u.device, u.dtype) if fits else "chunked"
     if form not in FORMS:
         raise UserError(f"scan form {form!r} is unknown: choose auto, {', '.join(FORMS)}")
@@ -100,3 +101,13 @@ def selective_scan(
         SCANS[form], chunk_size or FORMS[form].chunk, u, delta, A, B, C, D, z, delta_bias,
         initial_state, delta_softplus)
     return y, final_state
+
+
+def _in_one_dtype(
+    u: Tensor, streams: tuple[Tensor | None, ...], others: tuple[Tensor | None, ...]
+) -> bool:
+    """Whether the fused operator takes these dtypes; the chunked form computes in the widest."""
+    wide = u.dtype == torch.float64
+    return all(t is None or wide or t.dtype != torch.float64 for t in others) and (
+        torch.is_autocast_enabled(u.device.type)
+        or all(t is None or t.dtype == u.dtype for t in streams))

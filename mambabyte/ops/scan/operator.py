@@ -219,7 +219,7 @@ def _check_backward(
     initial_state: Tensor | None, saved: Tensor, delta_softplus: bool,
 ) -> None:  # fmt: skip
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
-    shape = _saved_shape(u, A) if saved.numel() else (0,)
+    shape = (0,) if saved is None or saved.ndim == 1 else _saved_shape(u, A)
     check_tensors("u", u, None, _DTYPES["cpu"], (
         ("dy", dy, u.shape, u.dtype),
         ("dfinal_state?", dfinal_state, (u.shape[0], *A.shape), A.dtype),

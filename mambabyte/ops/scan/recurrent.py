@@ -68,7 +68,7 @@ def complete_scan(
     # Autocast would take the sum over states to bf16; a scan accumulates in float32 or better.
     with torch.autocast(u.device.type, enabled=False):
         dtype = torch.float32
-        for t in (u, delta, A, B, C, initial_state):
+        for t in (u, delta, A, B, C, D, z, delta_bias, initial_state):
             if t is not None:
                 dtype = torch.promote_types(dtype, t.dtype)
         x, dt = u.to(dtype), delta.to(dtype)
