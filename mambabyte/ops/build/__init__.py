@@ -1,1 +1,1 @@
-"""What operator families share: C compiled on first use, CUDA C++ by NVRTC, how kernels are launched."""
+"""C compiled on first use and CUDA C++ through NVRTC; the headers that families share."""

@@ -93,7 +93,8 @@ def _compile(compiler: str, source: Path, defines: Sequence[str], target: Path) 
     for tuning in TUNING:
         handle, name = tempfile.mkstemp(suffix=".tmp", dir=target.parent)
         os.close(handle)
-        command = [compiler, *FLAGS, *tuning, f"-I{HEADERS}", *defines, str(source), "-o", name, "-lm"]
+        command = [compiler, *FLAGS, *tuning, f"-I{HEADERS}", *defines, str(source), "-o", name,
+                   "-lm"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if done.returncode == 0:
