@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from analysis.runs.frames import flat, read_frame, write_frame
-from mambabyte.errors import UserError
 from mambabyte.config.files import make_dir, whole_dir, write_json
+from mambabyte.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MplFigure

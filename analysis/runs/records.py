@@ -1,7 +1,7 @@
 """Records of runs on machines that the reader does not have: data/measurements/*.json.
 
 A record is a finished run folder in one JSON file, made on the machine where the run took place
-(``python -m analysis.sweep.record``, or ``write_record_file``) and kept with the sources. Its schema
+(``python -m analysis.sweep.record`` or ``write_record_file``) and kept with the sources. Its schema
 is in data/README.md. The report shows it beside the study, marked with its machine.
 """
 
@@ -18,8 +18,8 @@ from typing import Any
 import pandas as pd
 
 from analysis.runs.folders import ROOT, Figure, Run, Table, Value, check_name, load_run
-from mambabyte.errors import UserError
 from mambabyte.config.files import write_json
+from mambabyte.errors import UserError
 
 DATA = ROOT / "data"
 MEASUREMENTS = DATA / "measurements"

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from analysis import plots
 from analysis.runs import folders as results
-from analysis.runs.frames import in_words, not_measured, read_frame, write_frame
 from analysis.runs.folders import Recorder, list_runs, load_run
+from analysis.runs.frames import in_words, not_measured, read_frame, write_frame
 from mambabyte.errors import UserError
 
 DATA = pd.DataFrame({"length, bytes": [1, 2, 4], "time, ms": [0.5, 1.0, 2.0]})

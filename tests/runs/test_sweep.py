@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from analysis.sweep import executors, run as sweep
-from analysis.sweep.progress import LiveProgress, PlainProgress, printable
 from analysis.report.appendix import notebook_html
 from analysis.runs.folders import list_runs
 from analysis.studies import Study
+from analysis.sweep import executors
+from analysis.sweep import run as sweep
+from analysis.sweep.progress import LiveProgress, PlainProgress, printable
 from analysis.sweep.run import run_sweep
 from mambabyte.errors import UserError
 
