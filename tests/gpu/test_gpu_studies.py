@@ -51,7 +51,8 @@ def test_a_compiled_comparison_learns_what_the_captured_one_does():
         found[step] = learn_text(
             config, TrainConfig(**{**vars(recipe), "step": step}), text, device="cuda",
             windows=windows)
-        assert found[step].joules is None or found[step].joules > 0
+        # the counter moves some ten times a second: a training this short may see no move of it
+        assert found[step].joules is None or found[step].joules >= 0
     graph, compiled = (found[s].curve[-1][1] for s in ("graph", "compile"))
     assert compiled < found["graph"].curve[0][1] - 1
     assert abs(graph - compiled) < 0.2
