@@ -2,13 +2,16 @@
 
 Tokens are small integers, not text. Every sample is drawn anew from (seed, step), so there is no
 training set to memorise and accuracy is accuracy on unseen data. The loss and the accuracy count
-the answer positions alone; chance is stated beside every accuracy.
+the answer positions alone. Beside every accuracy stands what a guess reaches that keeps track of
+the answers given so far: it knows which are left, and nothing of where each belongs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -41,13 +44,41 @@ class Task:
 
     @property
     def chance(self) -> float:
-        """Accuracy of a guess that knows which symbols are possible and nothing else."""
-        return 1 / self.symbols
+        """Accuracy of a guess that knows which answers are left (``left_chance``), as a model may
+        that has recalled nothing: every answer is fed back to it."""
+        return left_chance(self.size, self.symbols)
 
     def batch(self, size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each (size, length) int64; targets are IGNORE but at answers."""
         inputs, targets = self.draw(np.random.default_rng([seed, step]), size)
         return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def left_chance(answers: int, symbols: int) -> float:
+    """Expected accuracy of naming the most frequent of the answers that are left.
+
+    The ``answers`` are drawn from ``symbols`` with replacement and asked for in an order that says
+    nothing. With r of them left the guess is right with probability M_r / r, where M_r is the
+    largest count of a symbol among r draws; so the accuracy is the mean of E[M_r] / r over
+    r = 1 .. answers. Exact: P(M_r <= m) = r! [x^r] (sum_{j <= m} x^j / j!)^symbols / symbols^r.
+    """
+    terms = [Fraction(1, math.factorial(j)) for j in range(answers + 1)]
+    expected = [Fraction(0)] * (answers + 1)  # E[M_r] = sum over m >= 0 of P(M_r > m)
+    for m in range(answers + 1):
+        at_most = _power(terms[: m + 1], symbols, answers)
+        for r in range(m + 1, answers + 1):
+            expected[r] += 1 - at_most[r] * math.factorial(r) / Fraction(symbols) ** r
+    return float(sum(expected[r] / r for r in range(1, answers + 1)) / answers)
+
+
+def _power(polynomial: list[Fraction], exponent: int, degree: int) -> list[Fraction]:
+    """Coefficients up to ``degree`` of a polynomial whose first one is 1, to a power."""
+    p = [*polynomial, *[Fraction(0)] * (degree + 1 - len(polynomial))]
+    found = [Fraction(1)]
+    for n in range(1, degree + 1):  # from p (p^k)' = k p' p^k, coefficient by coefficient
+        found.append(sum((Fraction((exponent + 1) * k - n) * p[k] * found[n - k]
+                          for k in range(1, n + 1)), Fraction(0)) / n)
+    return found
 
 
 def recall_task(pairs: int, symbols: int = 16) -> Task:

@@ -140,16 +140,29 @@ def _task_values(tasks: pd.DataFrame) -> Headline:
         found = (final[final["size"] == size].groupby("pattern")["accuracy"].mean()
                  if len(final) else pd.Series(dtype=float))
         hybrids = found[[len(set(p)) == 2 for p in found.index]]
-        chance = float(final["chance"].iloc[0]) if len(final) else None
+        chance = (float(final.loc[final["size"] == size, "chance"].iloc[0]) if len(final)
+                  else None)
         values |= {
             f"{kind}_size": (size, "", f"size of the largest {kind} task"),
-            f"{kind}_chance": (chance, "", "accuracy of a guess"),
+            f"{kind}_chance": (chance, "",
+                               "accuracy of a guess that knows which answers are left"),
             f"{kind}_ssm": (_get(found, "M"), "", f"accuracy on {kind}, pure SSM"),
+            **_each_seed(kind, final[final["size"] == size] if len(final) else final),
             f"{kind}_attention": (_get(found, "A"), "", f"accuracy on {kind}, pure attention"),
             f"{kind}_hybrid": (float(hybrids.max()) if len(hybrids) else None, "",
                                f"accuracy on {kind}, best hybrid"),
         }
     return values
+
+
+def _each_seed(kind: str, final: pd.DataFrame) -> Headline:
+    """The pure SSM's accuracy of its worst and best seed: a mean of both says little."""
+    ssm = final[final["pattern"] == "M"]["accuracy"] if len(final) else pd.Series(dtype=float)
+    return {
+        f"{kind}_seeds": (len(ssm), "seeds", f"of the pure SSM on {kind}"),
+        f"{kind}_ssm_low": (float(ssm.min()) if len(ssm) else None, "", "its worst seed"),
+        f"{kind}_ssm_high": (float(ssm.max()) if len(ssm) else None, "", "its best seed"),
+    }
 
 
 def _variant_values(variants: pd.DataFrame) -> Headline:

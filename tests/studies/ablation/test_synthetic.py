@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from analysis.studies.ablation import figures
-from analysis.studies.ablation.synthetic import IGNORE, accuracy, learn_task, make_task, parse_task
+from analysis.studies.ablation.synthetic import (
+    IGNORE,
+    accuracy,
+    learn_task,
+    left_chance,
+    make_task,
+    parse_task,
+)
 from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
@@ -38,6 +46,21 @@ def test_recall_answers_are_the_values_shown():
         for i in (6, 8, 10):
             assert wanted[i] == value_of[row[i]] == row[i + 1]
         assert all(w == IGNORE for i, w in enumerate(wanted) if i not in (6, 8, 10))
+
+
+@pytest.mark.parametrize(("answers", "symbols", "accuracy"), [
+    (8, 32, 0.386), (16, 32, 0.279), (4, 8, 0.607), (1, 8, 1.0), (3, 1, 1.0)])
+def test_a_guess_that_knows_what_is_left(answers: int, symbols: int, accuracy: float) -> None:
+    """The closed form, against the guess played out."""
+    assert left_chance(answers, symbols) == pytest.approx(accuracy, abs=1.1e-3)
+    rng = np.random.default_rng(0)
+    right = 0
+    for _ in range(2000):
+        left = rng.integers(symbols, size=answers).tolist()  # asked for from the end
+        while left:
+            guess = max(left, key=left.count)
+            right += guess == left.pop(rng.integers(len(left)))
+    assert right / (2000 * answers) == pytest.approx(accuracy, abs=0.02)
 
 
 def test_copy_answers_are_the_text():
