@@ -26,10 +26,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
 from analysis.report.example import worked_example
+from analysis.report.headlines import load_headlines, table
 from analysis.report.html.markdown import to_html
 from analysis.report.html.text import binary_bytes, fixed, number, plain
 from analysis.report.select import advice
 from analysis.runs.folders import Run, Value
+from analysis.runs.jobs import quantity
 from mambabyte.errors import UserError, nearest
 
 _SLOT = re.compile(r"<p>\[\[([\w.-]+)\]\]</p>\n?")  # where a figure or table goes
@@ -67,7 +69,7 @@ class Prose:
             undefined=StrictUndefined, autoescape=False, finalize=_finalize)
         self._environment.globals.update(
             value=self._value, record=self._record, measured=self._measured, unit=self._unit,
-            parameter=self._parameter,
+            parameter=self._parameter, headlines=self._headlines, headline=self._headline,
             figure=self._placer("figure"), table=self._placer("table"),
             example=_example, number=lambda v, digits=4: Text(number(v, digits)))
         self._environment.filters.update(FILTERS)
@@ -87,10 +89,10 @@ class Prose:
         return Markup(_SLOT.sub(lambda m: self._blocks.get(m[1], m[0]), page))
 
     def _value(self, path: str, missing: str | None = None) -> Any:
-        return self._checked(path, self._find(path, self._sources.runs), missing)
+        return self._checked(path, self._sources.runs, missing)
 
     def _record(self, path: str, missing: str | None = None) -> Any:
-        return self._checked(path, self._find(path, self._sources.records), missing)
+        return self._checked(path, self._sources.records, missing)
 
     def _measured(self, path: str) -> bool:
         name = path.partition(".")[0]
@@ -117,6 +119,17 @@ class Prose:
         return Text(plain(run.parameters[name])) if isinstance(run.parameters[name], list) \
             else run.parameters[name]
 
+    def _headlines(self) -> Text:
+        """The table of data/headlines.toml, the same as in the README."""
+        return Text(f"\n\n{table(load_headlines(self._sources.records))}\n\n")
+
+    def _headline(self, identity: str) -> Text:
+        """What one headline measured, in words: both sides, ahead and behind."""
+        for found in load_headlines(self._sources.records):
+            if found.id == identity:
+                return Text(found.measured)
+        raise UserError(f"there is no headline {identity!r} in data/headlines.toml")
+
     def _placer(self, kind: str) -> Callable[[str], Text]:
         def place(path: str) -> Text:
             study = path.partition(".")[0]
@@ -130,7 +143,9 @@ class Prose:
             return Text(f"\n\n[[{key}]]\n\n")
         return place
 
-    def _checked(self, path: str, found: Value | None, missing: str | None) -> Any:
+    def _checked(self, path: str, among: Mapping[str, Run], missing: str | None) -> Any:
+        """The value, as one that refuses a ratio with a value of another job."""
+        found = self._find(path, among)
         if found is None:
             return _gap(path)
         if found.value is None:
@@ -138,7 +153,8 @@ class Prose:
                 raise UserError(f"{path} was not measured: write value('{path}', "
                                 "missing='not measured') or ask measured(...) first")
             return missing
-        return found.value
+        run = self._run(path.partition(".")[0], among)
+        return found.value if run is None else quantity(path, found, run)
 
     def _find(self, path: str, among: Mapping[str, Run]) -> Value | None:
         name, dot, key = path.partition(".")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
 import sys
+import uuid
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -83,6 +85,21 @@ def machine() -> dict[str, object]:
     }
 
 
+@cache
+def job() -> dict[str, str]:
+    """Identity of this command, drawn anew in each process, and of the machine since it started.
+
+    What is compared in time, joules or bytes must share the first (analysis.runs.jobs); no option
+    sets it. The machine's is a digest: no host name.
+    """
+    try:
+        started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        started = ""
+    host = hashlib.sha256(f"{started} {platform.node()}".encode()).hexdigest()[:12]
+    return {"id": uuid.uuid4().hex[:12], "host": host if started else ""}
+
+
 def provenance() -> dict[str, object]:
     """One record of where and when, for every run folder and measurement."""
     name = Path(sys.argv[0]).name
@@ -91,6 +108,7 @@ def provenance() -> dict[str, object]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(command),
         "commit": commit(),
+        "job": job(),
         "versions": versions(),
         "machine": machine(),
     }

@@ -1,0 +1,152 @@
+"""What README, summary and report say first: rows of data, with what they win and what they lose.
+
+A headline (data/headlines.toml) names one record, which is one job, and the pairs of costs in it.
+Numbers are read here; ahead and behind are computed; a pair of costs that the record has of both
+sides and the headline leaves out is an error. So no headline stands without its losing side.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.report.html.text import number
+from analysis.runs.folders import ROOT, Run
+from analysis.runs.jobs import Job, is_cost, job_of
+from mambabyte.errors import UserError
+
+FILE = ROOT / "data" / "headlines.toml"
+DIGITS = 3
+# Columns of tables that are costs: those of a pair of rows must all be told.
+_COST_COLUMNS = ("(us)", "(ms)", "(MiB)", "(J/MB)")
+_UNTOLD = ("floor", "quartiles")  # a bound and a spread are no result
+
+
+@dataclass(frozen=True)
+class Side:
+    """One comparison: less is better. ``theirs`` is None where ``ours`` is a difference."""
+
+    what: str
+    ours: float
+    theirs: float | None
+
+    @property
+    def wins(self) -> bool:
+        return self.ours < (0.0 if self.theirs is None else self.theirs)
+
+    @property
+    def words(self) -> str:
+        if self.theirs is None:
+            return f"{self.ours:+.3f} {self.what}"
+        return f"{self.what} {number(self.ours, DIGITS)} against {number(self.theirs, DIGITS)}"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A claim with both sides, all of one job, and how often it was measured."""
+
+    id: str
+    claim: str
+    ours: str
+    theirs: str
+    record: str
+    job: Job
+    n: str
+    sides: tuple[Side, ...]
+    elsewhere: str = ""  # where another record says otherwise
+
+    @property
+    def wins(self) -> tuple[Side, ...]:
+        return tuple(s for s in self.sides if s.wins)
+
+    @property
+    def losses(self) -> tuple[Side, ...]:
+        return tuple(s for s in self.sides if not s.wins)
+
+    @property
+    def measured(self) -> str:
+        """Both sides in words: what is won, then what is lost."""
+        parts = [f"{word}: {', '.join(s.words for s in sides)}" for word, sides in (
+            ("ahead", self.wins), ("behind", self.losses)) if sides]
+        more = f". {self.elsewhere}" if self.elsewhere else ""
+        return f"{self.ours} and {self.theirs}; {'; '.join(parts)}{more}"
+
+
+def load_headlines(records: Mapping[str, Run], path: Path = FILE) -> tuple[Headline, ...]:
+    """The rows with their numbers; UserError where a record or a side of it is missing."""
+    rows = tomllib.loads(path.read_text(encoding="utf-8"))["headline"]
+    return tuple(_headline(row, records) for row in rows)
+
+
+def table(headlines: Sequence[Headline]) -> str:
+    """A Markdown table, the same in README and report."""
+    lines = ["| what | measured | n | record |", "|---|---|---|---|"]
+    lines += [f"| {h.claim} | {h.measured} | {h.n} | `{h.record}` |" for h in headlines]
+    return "\n".join(lines)
+
+
+def _headline(row: Mapping[str, Any], records: Mapping[str, Run]) -> Headline:
+    name = row["record"]
+    if name not in records:
+        raise UserError(f"headline {row['id']!r}: there is no record {name!r}")
+    run = records[name]
+    untold = _untold(row, run)
+    if untold:
+        raise UserError(f"headline {row['id']!r} leaves out what {name} has of both sides: "
+                        f"{', '.join(untold)}")
+    return Headline(row["id"], row["claim"], row["ours"], row["theirs"], name, job_of(run),
+                    row["n"], tuple(_side(row, side, run) for side in row["sides"]),
+                    row.get("elsewhere", ""))
+
+
+def _side(row: Mapping[str, Any], side: Mapping[str, str], run: Run) -> Side:
+    if "table" in row:
+        column = side["ours"]
+        return Side(side["what"], float(_cells(row, run, "ours_row")[column]),
+                    float(_cells(row, run, "theirs_row")[column]))
+    ours = _value(row, run, side["ours"])
+    if row.get("differences"):
+        return Side(side["what"], ours, None)
+    return Side(side["what"], ours, _value(row, run, side["theirs"]))
+
+
+def _value(row: Mapping[str, Any], run: Run, name: str) -> float:
+    found = run.values.get(name)
+    if found is None or found.value is None:
+        raise UserError(f"headline {row['id']!r}: {row['record']} has not measured {name!r}")
+    return float(found.value)
+
+
+def _cells(row: Mapping[str, Any], run: Run, which: str) -> Mapping[str, Any]:
+    """The one row of the headline's table that has the given cells."""
+    frame = run.tables[row["table"]].frame
+    for column, cell in row[which].items():
+        frame = frame[frame[column] == cell]
+    if len(frame) != 1:
+        raise UserError(f"headline {row['id']!r}: {len(frame)} rows of {row['record']} are "
+                        f"{dict(row[which])}, not one")
+    return dict(frame.iloc[0])
+
+
+def _untold(row: Mapping[str, Any], run: Run) -> list[str]:
+    """Costs that the record has of both sides and the headline does not give."""
+    told = {side["ours"] for side in row["sides"]}
+    if "table" in row:
+        pair = [_cells(row, run, which) for which in ("ours_row", "theirs_row")]
+        there = {c for c in pair[0] if str(c).endswith(_COST_COLUMNS)
+                 and not str(c).startswith(_UNTOLD)
+                 and all(isinstance(cells[c], (int, float)) for cells in pair)}
+    elif row.get("differences"):
+        stem = row["sides"][0]["ours"].split("_")[0] + "_"
+        there = {f"{stem}{budget}" for budget in ("steps", "wall_clock", "flops", "joules")
+                 if run.values.get(f"{stem}{budget}") is not None}
+    else:
+        # "ms_m" beside "ms_a": what follows the cost says whose it is.
+        ours, theirs = (row["sides"][0][key].partition("_")[2] for key in ("ours", "theirs"))
+        there = {name for name, value in run.values.items()
+                 if name.partition("_")[2] == ours and is_cost(value.unit)
+                 and f"{name.partition('_')[0]}_{theirs}" in run.values}
+    return sorted(there - told)
