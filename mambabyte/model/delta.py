@@ -19,6 +19,7 @@ from mambabyte.model.mixer import (
     CONVOLUTION,
     FLOAT32,
     FORMULA,
+    Around,
     Kept,
     Mixer,
     Operations,
@@ -31,6 +32,8 @@ from mambabyte.model.mixer import (
 )
 from mambabyte.ops import gated_delta_rule
 from mambabyte.ops.causal_conv import causal_conv
+from mambabyte.ops.delta.chunked import CHUNK
+from mambabyte.ops.ssd.decay import chunk_length
 
 # Operations of the rule for each number of the state: decay, reading at the key (2), writing (2),
 # reading at the query (2).
@@ -217,6 +220,37 @@ class DeltaMixer(Mixer, DeltaSpec):
                        or (len(shape) == 3 and not one_kernel))
             terms.append(("casts", "weights, cast", cast, itemsize))
         return [Kept(*term) for term in terms]
+
+    @classmethod
+    def moments(
+        cls, config: ModelConfig, step: Step, around: Around
+    ) -> dict[str, tuple[int, int]]:
+        _, _, values = cls.widths(config)
+        tokens, itemsize = step.tokens, step.itemsize
+        wide = FLOAT32 if step.device == "cpu" else itemsize
+        # Gone: what is behind the rule. There: the gradients of its output and of the gate.
+        behind = tokens * (values * (3 * itemsize + wide) + cls.gate_width(config) * itemsize)
+        there = around.held - around.mlp - behind + around.residual + 2 * tokens * values * itemsize
+        done = around.done + FLOAT32 * values * config.d_model
+        return {"rule backward": (there + rule_workspace(cls, config, step), done)}
+
+
+def rule_workspace(mixer: type[DeltaMixer], config: ModelConfig, step: Step) -> int:
+    """Bytes that the backward pass of the rule takes above what is kept.
+
+    They are the intermediate tensors of a second forward of the chunked form: numbers a key
+    channel (where each has a gate, in every round of the halving), a value channel, a pair of
+    steps in a chunk and a state of a chunk, fitted to the profiler's count at eight sizes; whole
+    steps come out within 8 %.
+    """
+    heads, keys, values = mixer.widths(config)
+    chunk = chunk_length(CHUNK, step.length)
+    chunks = step.batch * -(-step.length // chunk)
+    padded = chunks * chunk
+    a_key, a_pair = (27, 4) if mixer.gates(config) == keys else (6.5, 7.5)
+    return round(FLOAT32 * (
+        padded * (a_key * keys + 9 * values + a_pair * heads * chunk)
+        + 3 * chunks * keys * values // heads))
 
 
 @register("D")

@@ -20,6 +20,7 @@ from mambabyte.model.mixer import (
     CONVOLUTION,
     FLOAT32,
     FORMULA,
+    Around,
     Kept,
     Mixer,
     Operations,
@@ -33,6 +34,8 @@ from mambabyte.model.mixer import (
 from mambabyte.ops import ssd_scan
 from mambabyte.ops.causal_conv import causal_conv
 from mambabyte.ops.ssd import cuda as ssd_kernels
+from mambabyte.ops.ssd.chunked import CHUNK
+from mambabyte.ops.ssd.decay import chunk_length
 
 # Operations of the scan for each number of the state: decay, two of the write, two of the read.
 SCAN_FORWARD_PER_STATE = 5
@@ -182,8 +185,42 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
         if half:
             weights = (D + conv + heads) * d + taps + D + D * d
             terms.append(("casts", "weights, cast", weights, itemsize))
-        if step.device == "cuda" and half and config.ssd_head_dim == ssd_kernels.CHANNELS and (
-                N in ssd_kernels.STATES):
+        if has_kernel(config, step):
             chunks = step.batch * -(-step.length // ssd_kernels.CHUNK)
             terms.append(("scan", "states between chunks", chunks * D * N, itemsize))
         return [Kept(*term) for term in terms]
+
+    @classmethod
+    def moments(
+        cls, config: ModelConfig, step: Step, around: Around
+    ) -> dict[str, tuple[int, int]]:
+        D, tokens, itemsize = config.d_inner, step.tokens, step.itemsize
+        wide = FLOAT32 if step.device == "cpu" else itemsize
+        # Gone: what is behind the scan. There: the gradients of y and z.
+        behind = tokens * D * (4 * itemsize + wide)
+        there = around.held - around.mlp - behind + around.residual + 2 * tokens * D * itemsize
+        return {"scan backward": (there + scan_workspace(config, step),
+                                  around.done + FLOAT32 * D * config.d_model)}
+
+
+def has_kernel(config: ModelConfig, step: Step) -> bool:
+    """Whether the scan of a step runs in SSD's own kernels."""
+    return (step.device == "cuda" and step.itemsize != FLOAT32
+            and config.ssd_head_dim == ssd_kernels.CHANNELS
+            and config.ssd_d_state in ssd_kernels.STATES)
+
+
+def scan_workspace(config: ModelConfig, step: Step) -> int:
+    """Bytes that the scan's backward pass takes above what is kept.
+
+    Of the kernels: states and their gradients, and dB and dC of each head. Of the chunked form the
+    intermediate tensors of a second forward: numbers a channel, a pair of steps in a chunk and a
+    state of a chunk, fitted to the profiler's count at nine sizes; whole steps come out within 8 %.
+    """
+    D, N, heads = config.d_inner, config.ssd_d_state, config.d_inner // config.ssd_head_dim
+    chunk = ssd_kernels.CHUNK if has_kernel(config, step) else chunk_length(CHUNK, step.length)
+    chunks = step.batch * -(-step.length // chunk)
+    if has_kernel(config, step):
+        return chunks * D * N * (FLOAT32 + step.itemsize) + 2 * FLOAT32 * step.tokens * heads * N
+    padded = chunks * chunk
+    return FLOAT32 * (13 * padded * D // 2 + 6 * padded * heads * chunk + 4 * chunks * D * N)
