@@ -16,6 +16,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from analysis.plots.svg import wide_and_narrow
 from analysis.report.appendix import code_styles, notebook_html
 from analysis.report.example import worked_example
 from analysis.report.html import tables
@@ -27,9 +28,10 @@ from analysis.report.machines import Machines
 from analysis.report.names import layer_patterns, scan_forms
 from analysis.report.prose import Prose, Sources
 from analysis.report.select import Selection, advice, select
-from analysis.runs.folders import RUNS, Figure, Run, Table, list_runs
-from analysis.runs.records import MEASUREMENTS, Record, load_records, machine_name
+from analysis.runs.folders import RUNS, Run, Table, list_runs
+from analysis.runs.records import RECORDS, load_records, machine_name
 from analysis.studies import STUDIES, Study
+from analysis.studies.drawing import Figure, figures
 from mambabyte.config.files import check_file, whole_dir, whole_file
 from mambabyte.errors import UserError
 
@@ -57,13 +59,13 @@ def build_report(
     out: Path | str = ROOT / "reports" / "report.html",
     *,
     prose: Path | str = ROOT / "reports",
-    measurements: Path | str = MEASUREMENTS,
+    records_root: Path | str = RECORDS,
     draft: bool = False,
     registry: Mapping[str, Study] = STUDIES,
 ) -> Path:
     """Writes the report and returns its path; the same input gives the same bytes.
 
-    ``prose`` holds report.toml and sections/*.md, ``measurements`` the records. UserError, and
+    ``prose`` holds report.toml and sections/*.md, ``records_root`` the records. UserError, and
     nothing written, where a number of the prose is missing, unmeasured or stale; with ``draft``
     missing ones are marked in the text and stale ones are used, with a warning on the page.
     """
@@ -72,13 +74,13 @@ def build_report(
     check_file(out)  # the appendices are written first: not for a page that cannot be
     runs = list_runs(runs_root)
     ran = {run.study for run in runs}
-    current = {name: study.sources_digest(Path(runs_root), Path(measurements))
+    current = {name: study.sources_digest(Path(runs_root), Path(records_root))
                if name in ran else "" for name, study in registry.items()}
     selection = select(runs, current, config.profiles, draft)
     missing = [advice(n, why) for n, why in selection.problems.items() if n in registry]
     if missing and not draft:
         raise UserError(missing[0])
-    records = load_records(measurements)
+    records = load_records(records_root)
     page = _Page(config, selection, records, prose / "sections", registry, draft)
     appendices = {f"{APPENDICES}/{r.folder.name}.html": page.appendix(r)
                   for r in page.shown if r.notebook}
@@ -105,7 +107,7 @@ class _Page:
     """Everything that the templates show, worked out once."""
 
     def __init__(
-        self, config: Config, selection: Selection, records: Mapping[str, Record],
+        self, config: Config, selection: Selection, records: Mapping[str, Run],
         sections: Path, registry: Mapping[str, Study], draft: bool,
     ) -> None:
         self._config, self._selection, self._records = config, selection, records
@@ -125,9 +127,9 @@ class _Page:
         for name, run in selection.headline.items():
             self._add_blocks(macros, name, run, "")
         for name, record in records.items():
-            self._add_blocks(macros, name, record.run, machine_name(record.run))
+            self._add_blocks(macros, name, record, machine_name(record))
         self._prose = Prose(
-            Sources(selection.headline, {n: r.run for n, r in records.items()},
+            Sources(selection.headline, records,
                     selection.problems, draft), self._blocks)
         self._blocks["table.example.table"] = self._example(macros)
         self._blocks |= _names(macros)
@@ -211,14 +213,14 @@ class _Page:
                                  for r in self._selection.others.get(name, []) if r.notebook]
         return view
 
-    def _record(self, record: Record) -> dict[str, Any]:
-        return {"record": record, "machine": machine_name(record.run),
-                **self._details(record.name, record.run)}
+    def _record(self, record: Run) -> dict[str, Any]:
+        return {"record": record, "machine": machine_name(record),
+                **self._details(record.run_id, record)}
 
     def _details(self, name: str, run: Run) -> dict[str, Any]:
         """The folded parts of a run and the blocks that the prose has not placed."""
         wanted = [*(f"figure.{name}.{f}" for f in run.figures),
-                  *(f"table.{name}.{t}" for t in run.tables)]
+                  *(f"table.{name}.{t.name}" for t in run.tables.values() if t.caption)]
         values = pd.DataFrame(
             [(n, v.value, v.unit, v.about) for n, v in run.values.items()],
             columns=["name", "value", "unit", "about"], dtype=object)
@@ -255,9 +257,11 @@ class _Page:
 
     def _add_blocks(self, macros: Any, name: str, run: Run, machine: str) -> None:
         kind = "ledger" if run.study in LEDGERS else ""
-        for figure in run.figures.values():
+        for figure in figures(run, self._registry).values():
             self._blocks[f"figure.{name}.{figure.name}"] = _figure(macros, name, figure, machine)
         for table in run.tables.values():
+            if not table.caption:  # the data of a figure
+                continue
             self._blocks[f"table.{name}.{table.name}"] = _table(macros, name, table, machine, kind,
                                                                self._links)
 
@@ -283,7 +287,7 @@ class _Page:
             else:
                 machines.add(run, title, run.study)
         for name, record in self._records.items():
-            machines.add(record.run, name, f"record-{name}")
+            machines.add(record, name, f"record-{name}")
         return machines
 
     def _anchors(self) -> dict[str, str]:
@@ -312,10 +316,10 @@ def _provenance(run: Run) -> list[tuple[str, Any]]:
 
 def _figure(macros: Any, name: str, figure: Figure, machine: str) -> Markup:
     anchor = f"{name}-figure-{figure.name}"
-    narrow = inline_svg(figure.narrow, f"{anchor}-narrow", figure.title, figure.alt) \
-        if figure.narrow else ""
+    wide, narrow = wide_and_narrow(figure.draw(), anchor)
     return macros.figure(
-        anchor, figure, inline_svg(figure.svg, anchor, figure.title, figure.alt), narrow,
+        anchor, figure, inline_svg(wide, anchor, figure.title, figure.alt),
+        inline_svg(narrow, f"{anchor}-narrow", figure.title, figure.alt),
         tables.table(figure.data, f"data of {figure.title}"), len(figure.data), machine)
 
 

@@ -1,39 +1,31 @@
-"""Run folders: what a study leaves behind, and all that the report ever reads.
+"""Run folders: what a study leaves behind, here or on another machine, and all that others read.
 
-A run folder holds::
+A run folder holds numbers and words, and no drawing::
 
-    run.json            study, parameters, values, captions, provenance, status, error
-    tables/NAME.parquet one file a table
-    figures/NAME.svg    one file a figure, the same bytes for the same data
-    figures/NAME.narrow.svg the same figure laid out for a phone
-    figures/NAME.parquet    the numbers behind the figure
-    notebook.ipynb, log.txt, stderr.txt   batch runs only: the executed notebook, what it printed
+    run.json       study, parameters, values, captions, provenance, status, error
+    NAME.csv       one file a table, or NAME.parquet where it is large
+    notebook.ipynb, log.txt, stderr.txt   runs of a sweep only: the executed notebook, what it printed
 
-``run.json`` is written last: a folder without it is not a run. Reading needs neither torch nor
-matplotlib.
+Figures are drawn from the tables when somebody looks at them: ``run.json`` names each with the
+table that is its data, and analysis.studies.drawing draws it. ``run.json`` is written last: a folder
+without it is not a run. Reading needs neither torch nor matplotlib.
 """
 
 from __future__ import annotations
 
-import html
-import io
 import json
+import math
 import re
-import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from analysis.runs.frames import flat, read_frame, write_frame
-from mambabyte.config.files import make_dir, whole_dir, write_json
+from mambabyte.config.files import make_dir, whole_dir, whole_file
 from mambabyte.errors import UserError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as MplFigure
 
 Plain = float | int | str | bool | None
 
@@ -41,11 +33,11 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "reports" / "runs"
 INTERACTIVE = "interactive"  # folder of runs recorded by hand; not part of the report
 RECORD = "run.json"
-FORMAT = 1
+FORMAT = 2
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*\Z")
-_PATH = re.compile(r'\bd="M[^"]*"')  # of an SVG
-_DIGITS = re.compile(r"(\.\d\d)\d+")
+# JSON has no words for these; None (null) is "not measured".
+_WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 @dataclass(frozen=True)
@@ -59,33 +51,31 @@ class Value:
 
 @dataclass(frozen=True)
 class Table:
+    """A frame of a run. Without a caption it is only the data of figures.
+
+    None in a cell reads "not measured", a float NaN reads "nan". Units belong in column names.
+    """
+
     name: str
     caption: str
     frame: pd.DataFrame
 
 
 @dataclass(frozen=True)
-class Figure:
-    name: str
-    title: str
-    caption: str
-    alt: str
-    svg: str
-    data: pd.DataFrame
-    narrow: str = ""  # SVG for a phone; older runs have none
-
-
-@dataclass(frozen=True)
 class Run:
-    """A run folder, read. ``status`` is "done" or "failed"; a failed run has an ``error``."""
+    """A run, in memory as in its folder. ``status`` is "done" or "failed"; then it has an ``error``.
 
-    folder: Path
+    A record, kept with the sources from another machine, has a ``title`` and a line ``about`` it.
+    """
+
     study: str
     parameters: dict[str, Any]
     values: dict[str, Value] = field(default_factory=dict)
     tables: dict[str, Table] = field(default_factory=dict)
-    figures: dict[str, Figure] = field(default_factory=dict)
+    figures: dict[str, str] = field(default_factory=dict)  # name -> the table that is its data
     provenance: dict[str, Any] = field(default_factory=dict)
+    title: str = ""
+    about: str = ""
     status: str = "done"
     error: str = ""
     # Added by the sweep: identity, digest of the sources, the profile it equals, duration.
@@ -93,6 +83,7 @@ class Run:
     sources: str = ""
     profile: str = ""
     seconds: float | None = None
+    folder: Path = Path()
 
     @property
     def notebook(self) -> Path | None:
@@ -100,106 +91,62 @@ class Run:
         return path if path.is_file() else None
 
 
-class Recorder:
-    """Collects the results of one run and writes them whole. In a notebook, figures and tables
-    appear where they are recorded.
+def tables_of(frames: Mapping[str, tuple[str, pd.DataFrame]]) -> dict[str, Table]:
+    """Tables by name from name -> (caption, frame); UserError where one is not fit to be kept.
 
-    ``run_dir`` "" is interactive use: the folder is ``reports/runs/interactive/STUDY``, replaced
-    by each run. Recording a name again replaces it, so a notebook cell can be run twice.
-
-    >>> recorder = Recorder("memory", {"context": 1024})            # doctest: +SKIP
-    >>> recorder.value("peak", 3.2e9, unit="B", about="peak of one training step")
-    >>> recorder.table("layers", frame, caption="Bytes saved by each layer.")
-    >>> recorder.finish()
+    A named index becomes the first column(s), an unnamed one is dropped.
     """
+    return {check_name("table", name): Table(name, caption, flat(f"table {name!r}", frame))
+            for name, (caption, frame) in frames.items()}
 
-    def __init__(self, study: str, parameters: Mapping[str, Any], run_dir: str = "") -> None:
-        self.study = check_name("study", study)
-        self.parameters = {_identifier(k): _plain_parameter(k, v) for k, v in parameters.items()}
-        self.run_dir = run_dir
-        self._values: dict[str, Value] = {}
-        self._tables: dict[str, Table] = {}
-        self._figures: dict[str, Figure] = {}
 
-    def value(self, name: str, value: Any, *, unit: str = "", about: str = "") -> None:
-        """A number, word or yes/no that the prose or the ledger uses; None: not measured."""
-        self._values[check_name("value", name)] = Value(_plain_value(name, value), unit, about)
-
-    def table(self, name: str, frame: pd.DataFrame, *, caption: str) -> None:
-        """A table of the report. None in a cell reads "not measured", a float NaN reads "nan".
-
-        Where NaN stands for what was not measured, pass the frame through ``not_measured``.
-        Units belong in the column names. A named index becomes the first column(s), an unnamed
-        one is dropped.
-        """
-        name = check_name("table", name)
-        table = Table(name, _text("table", name, "caption", caption),
-                      flat(f"table {name!r}", frame))
-        self._tables[name] = table
-        _show_words("", table.caption)
-        _show({"text/html": table.frame.to_html(index=False, max_rows=60, na_rep=""),
-               "text/plain": table.frame.to_string(index=False, max_rows=60)})
-
-    def figure(
-        self, name: str, figure: MplFigure, *, title: str, caption: str, alt: str,
-        data: pd.DataFrame,
-    ) -> None:
-        """A figure with its words and the numbers that it draws.
-
-        ``title`` names it, ``caption`` says what to see, ``alt`` says it to those who cannot see
-        it, ``data`` is shown as a table beside it.
-        """
-        name = check_name("figure", name)
-        numbers = flat(f"data of figure {name!r}", data)
-        if numbers.empty:
-            raise UserError(f"figure {name!r} has no data: give the DataFrame that it draws")
-        texts = {k: _text("figure", name, k, v)
-                 for k, v in (("title", title), ("caption", caption), ("alt", alt))}
-        svg, narrow = draw(figure, f"{self.study}.{name}")
-        self._figures[name] = Figure(name, svg=svg, data=numbers, narrow=narrow, **texts)
-        _show_words(texts["title"], texts["caption"])
-        _show({"image/svg+xml": svg, "text/plain": texts["alt"]})
-
-    def finish(self) -> Path:
-        """Writes the run folder and returns it; until then nothing is on disk."""
-        if self.run_dir:
-            folder = Path(self.run_dir)
-            make_dir(folder)
-            self._write(folder)
-            return folder
-        folder = RUNS / INTERACTIVE / self.study
+def write_run(run: Run, folder: Path | str) -> Path:
+    """Writes a run, whole or not at all, with the machine's provenance where it has none; returns
+    the folder. A folder that a sweep has made, with its notebook in it, keeps what else is there.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and not (folder / RECORD).exists():
+        make_dir(folder)
+        _write(run, folder)
+    else:
         with whole_dir(folder) as temporary:
-            self._write(temporary)
-        return folder
+            _write(run, temporary)
+    return folder
 
-    def _write(self, folder: Path) -> None:
-        from mambabyte.config.provenance import provenance
 
-        for part in ("tables", "figures"):
-            shutil.rmtree(folder / part, ignore_errors=True)
-            (folder / part).mkdir()
-        for table in self._tables.values():
-            write_frame(folder / "tables" / f"{table.name}.parquet", table.frame)
-        for figure in self._figures.values():
-            (folder / "figures" / f"{figure.name}.svg").write_text(figure.svg, encoding="utf-8")
-            (folder / "figures" / f"{figure.name}.narrow.svg").write_text(
-                figure.narrow, encoding="utf-8")
-            write_frame(folder / "figures" / f"{figure.name}.parquet", figure.data)
-        write_record(folder, {
-            "study": self.study,
-            "parameters": self.parameters,
-            "status": "done",
-            "values": {n: vars(v) for n, v in self._values.items()},
-            "tables": [{"name": t.name, "caption": t.caption} for t in self._tables.values()],
-            "figures": [{"name": f.name, "title": f.title, "caption": f.caption, "alt": f.alt}
-                        for f in self._figures.values()],
-            "provenance": provenance(),
-        })
+def _write(run: Run, folder: Path) -> None:
+    from mambabyte.config.provenance import provenance
+
+    for table in run.tables.values():
+        write_frame(folder, check_name("table", table.name), table.frame)
+    record = {
+        "study": check_name("study", run.study), "title": run.title, "about": run.about,
+        "status": run.status, "run_id": run.run_id, "sources": run.sources,
+        "profile": run.profile, "seconds": run.seconds,
+        "provenance": run.provenance or provenance(),
+        "parameters": {_identifier(k): _plain_parameter(k, v) for k, v in run.parameters.items()},
+        "tables": {t.name: _line(t.caption) for t in run.tables.values()},
+        "figures": run.figures,
+        "values": {check_name("value", n): {**vars(v), "value": _plain_value(n, v.value)}
+                   for n, v in run.values.items()},
+    }
+    write_record(folder, {key: value for key, value in record.items() if value != ""})
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """run.json of a folder. The lists keep their order: it is the order of the report."""
-    write_json(folder / RECORD, {"format": FORMAT, **record})
+    """run.json of a folder, an entry a line. Its order is the order of the report."""
+    with whole_file(folder / RECORD) as path:
+        path.write_text(_lines({"format": FORMAT, **record}, 2) + "\n", encoding="utf-8")
+
+
+def _lines(value: Any, levels: int) -> str:
+    """JSON with a line an entry for so many levels, and what is deeper in its line."""
+    if not levels or not isinstance(value, dict) or not value:
+        return json.dumps(value, allow_nan=False)
+    indent = "  " * (3 - levels)
+    inside = ",\n".join(f"{indent}{json.dumps(str(k))}: {_lines(v, levels - 1)}"
+                        for k, v in value.items())
+    return f"{{\n{inside}\n{indent[2:]}}}"
 
 
 def update_record(folder: Path, **entries: Any) -> None:
@@ -209,7 +156,7 @@ def update_record(folder: Path, **entries: Any) -> None:
 
 
 def load_run(folder: Path | str) -> Run:
-    """Reads a run folder; UserError where it is none or was damaged."""
+    """Reads a run folder; UserError where it is none, was damaged or is of an older version."""
     folder = Path(folder)
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -217,17 +164,20 @@ def load_run(folder: Path | str) -> Run:
             raise UserError(
                 f"{folder} has format {record['format']}, this version reads {FORMAT}: "
                 "delete the folder and run the sweep again")
-        tables = {t["name"]: _load_table(folder / "tables", t) for t in record.get("tables", [])}
-        figures = {f["name"]: _load_figure(folder / "figures", f)
-                   for f in record.get("figures", [])}
+        tables = {check_name("table", name): Table(name, caption, read_frame(folder, name))
+                  for name, caption in record.get("tables", {}).items()}
+        figures = record.get("figures", {})
+        for name, table in figures.items():
+            tables[check_name("figure", name) and table]
         return Run(
-            folder=folder, study=check_name("study", record["study"]),
-            parameters=record["parameters"],
-            values={n: Value(**v) for n, v in record.get("values", {}).items()},
+            study=check_name("study", record["study"]), parameters=record["parameters"],
+            values={n: Value(_decode(v["value"]), v.get("unit", ""), v.get("about", ""))
+                    for n, v in record.get("values", {}).items()},
             tables=tables, figures=figures, provenance=record.get("provenance", {}),
+            title=record.get("title", ""), about=record.get("about", ""),
             status=record["status"], error=record.get("error", ""),
             run_id=record.get("run_id", ""), sources=record.get("sources", ""),
-            profile=record.get("profile", ""), seconds=record.get("seconds"),
+            profile=record.get("profile", ""), seconds=record.get("seconds"), folder=folder,
         )
     except UserError:
         raise
@@ -246,51 +196,6 @@ def list_runs(root: Path | str = RUNS) -> list[Run]:
     return [load_run(p) for p in sorted(folders)]
 
 
-def _load_table(folder: Path, entry: Mapping[str, str]) -> Table:
-    name = check_name("table", entry["name"])
-    return Table(name, entry["caption"], read_frame(folder / f"{name}.parquet"))
-
-
-def _load_figure(folder: Path, entry: Mapping[str, str]) -> Figure:
-    name = check_name("figure", entry["name"])
-    narrow = folder / f"{name}.narrow.svg"
-    return Figure(name, entry["title"], entry["caption"], entry["alt"],
-                  (folder / f"{name}.svg").read_text(encoding="utf-8"),
-                  read_frame(folder / f"{name}.parquet"),
-                  narrow.read_text(encoding="utf-8") if narrow.is_file() else "")
-
-
-def draw(figure: MplFigure, salt: str) -> tuple[str, str]:
-    """A figure's SVG, and that of its layout for a phone; ``salt`` names it, for its ids."""
-    from analysis.plots.phone import phone_layout
-
-    return _svg(figure, salt), _svg(phone_layout(figure), f"{salt}.narrow")
-
-
-def _show(bundle: dict[str, str]) -> None:
-    """Display output of several types in a notebook's cell; elsewhere nothing happens."""
-    shell = sys.modules.get("IPython")
-    if shell is not None and hasattr(shell.get_ipython(), "kernel"):
-        shell.display.display(bundle, raw=True)
-
-
-def _show_words(title: str, caption: str) -> None:
-    bold = f"<b>{html.escape(title)}.</b> " if title else ""
-    _show({"text/html": f"<p>{bold}{html.escape(caption)}</p>",
-           "text/plain": f"{title}. {caption}" if title else caption})
-
-
-def _svg(figure: MplFigure, salt: str) -> str:
-    """SVG whose bytes depend on the figure alone: no date, ids salted by the figure's name."""
-    import matplotlib as mpl
-
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    # A hundredth of a point is finer than a screen; a map of many cells is half as large.
-    return _PATH.sub(lambda path: _DIGITS.sub(r"\1", path[0]), buffer.getvalue())
-
-
 def check_name(kind: str, name: Any) -> str:
     """``name`` where it is fit for a file and an anchor, else UserError."""
     if not isinstance(name, str) or not _NAME.match(name):
@@ -305,10 +210,12 @@ def _identifier(name: Any) -> str:
     return name
 
 
-def _text(kind: str, name: str, what: str, text: Any) -> str:
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{kind} {name!r} has no {what}: write one, the report shows it")
+def _line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _decode(value: Any) -> Any:
+    return _WORDS.get(value, value) if isinstance(value, str) else value
 
 
 def _plain_value(name: str, value: Any) -> Plain:
@@ -316,6 +223,8 @@ def _plain_value(name: str, value: Any) -> Plain:
         value = value.item()
     if value is pd.NA:
         return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if value is None or isinstance(value, (float, int, str, bool)):
         return value
     raise UserError(f"value {name!r} is a {type(value).__name__}: record one number, word, yes/no "

@@ -1,13 +1,18 @@
-"""DataFrames in files: Parquet that keeps "not measured" and "not a number" apart."""
+"""DataFrames in files that keep "not measured" and "not a number" apart: CSV, large ones Parquet."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from mambabyte.errors import UserError
+
+LARGEST_CSV = 100_000  # bytes; beyond that nobody reads rows, and Parquet is a tenth of it
+_CELL = re.compile(r'("(?:[^"]|"")*"|[^",\n]*)(,|\n)')
+_WHOLE = re.compile(r"-?\d+")
 
 
 def not_measured(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
@@ -35,31 +40,83 @@ def in_words(
     return frame.assign(**{column: pd.Series(said, index=frame.index, dtype=object)})
 
 
-def write_frame(path: Path, frame: pd.DataFrame) -> None:
-    """Parquet that keeps None and NaN apart: the first was not measured, the second was NaN."""
+def write_frame(folder: Path, name: str, frame: pd.DataFrame) -> Path:
+    """``NAME.csv``, or ``NAME.parquet`` where that would be too large to be read by people.
+
+    Both keep None and NaN apart: the first was not measured, the second was NaN. In the CSV words
+    are in quotes, None is an empty cell, and nan, inf, -inf, true and false stand for themselves.
+    """
+    cells = {str(c): _cells(f"{name}: column {c!r}", frame[c]) for c in frame.columns}
+    rows = [[_word(c) for c in cells], *map(list, zip(*cells.values(), strict=True))]
+    text = "".join(",".join(row) + "\n" for row in rows)
+    if len(text) <= LARGEST_CSV:
+        path = folder / f"{name}.csv"
+        path.write_text(text, encoding="utf-8", newline="")
+        return path
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        columns = {str(c): _arrow(frame[c]) for c in frame.columns}
-        pq.write_table(pa.table(columns), path)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-        raise UserError(
-            f"table {path.stem!r} has a column of mixed or unknown types: {error}") from None
+    path = folder / f"{name}.parquet"
+    pq.write_table(pa.table({str(c): _arrow(frame[c]) for c in frame.columns}), path,
+                   compression="zstd")
+    return path
 
 
-def read_frame(path: Path) -> pd.DataFrame:
+def read_frame(folder: Path, name: str) -> pd.DataFrame:
     """The inverse of write_frame; a column with unmeasured cells has dtype object and None."""
+    path = folder / f"{name}.csv"
+    if path.is_file():
+        return _read_csv(path)
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path)
-    columns = {}
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        if column.null_count:
-            columns[name] = pd.Series(column.to_pylist(), dtype=object)
-        else:
-            columns[name] = column.to_pandas()
-    return pd.DataFrame(columns)
+    table = pq.read_table(folder / f"{name}.parquet")
+    return pd.DataFrame({
+        column: pd.Series(values.to_pylist(), dtype=object) if values.null_count
+        else values.to_pandas()
+        for column, values in zip(table.column_names, table.columns, strict=True)})
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    text = path.read_bytes().decode("utf-8")
+    rows: list[list[Any]] = [[]]
+    end = 0
+    for cell in _CELL.finditer(text):
+        if cell.start() != end:
+            break
+        rows[-1].append(_value(cell[1]))
+        end = cell.end()
+        if cell[2] == "\n":
+            rows.append([])
+    names, *cells, rest = [*rows, []] if len(rows) < 2 else rows
+    if len(rows) < 2 or end != len(text) or rest or any(len(row) != len(names) for row in cells):
+        raise ValueError(f"{path.name} has a row that is not {len(names)} cells long")
+    columns = {name: [row[i] for row in cells] for i, name in enumerate(names)}
+    return pd.DataFrame({name: pd.Series(values, dtype=object if None in values else None)
+                         for name, values in columns.items()})
+
+
+def _cells(what: str, column: pd.Series) -> list[str]:
+    if isinstance(column.dtype, pd.StringDtype):  # says nan for a missing word
+        column = column.astype(object).where(column.notna(), None)
+    values = [None if v is pd.NA else v.item() if hasattr(v, "item") else v for v in column]
+    kinds = {type(v) for v in values} - {type(None)}
+    if not (kinds <= {int, float} or kinds in ({str}, {bool})):
+        kind = ", ".join(sorted(k.__name__ for k in kinds))
+        raise UserError(f"table {what} has cells of mixed or unknown types ({kind})")
+    return [_word(v) if isinstance(v, str) else "" if v is None else repr(v).lower()
+            for v in values]
+
+
+def _word(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"'
+
+
+def _value(cell: str) -> Any:
+    if cell.startswith('"'):
+        return cell[1:-1].replace('""', '"')
+    if cell in ("", "true", "false"):
+        return {"": None, "true": True, "false": False}[cell]
+    return int(cell) if _WHOLE.fullmatch(cell) else float(cell)
 
 
 def _arrow(column: pd.Series) -> Any:

@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 COMPANIONS = (".c", ".cu", ".h", ".json", ".mplstyle", ".toml", ".txt")
 
 
-def digest(module: str, notebook: Path, root: Path = ROOT) -> str:
-    """Hex digest (16 digits) of a notebook's code and of all sources behind it and ``module``."""
-    names = {module, *_imports(ast.parse(notebook_code(notebook)), "", root)}
+def digest(modules: Iterable[str], notebook: Path, root: Path = ROOT) -> str:
+    """Hex digest (16 digits) of a notebook's code and of all sources behind it and ``modules``."""
+    names = {*modules, *_imports(ast.parse(notebook_code(notebook)), "", root)}
     total = hashlib.sha256()
     total.update(ast.dump(_bare(ast.parse(notebook_code(notebook)))).encode())
     for path in source_files(names, root):
@@ -35,7 +35,7 @@ def digest(module: str, notebook: Path, root: Path = ROOT) -> str:
     return total.hexdigest()[:16]
 
 
-def with_results(own: str, study: str, runs: Path, measurements: Path) -> str:
+def with_results(own: str, study: str, runs: Path, records: Path) -> str:
     """``own`` together with the finished runs of other studies and the records."""
     total = hashlib.sha256(own.encode())
     for path in sorted(runs.glob("[!.]*/run.json")):
@@ -46,8 +46,8 @@ def with_results(own: str, study: str, runs: Path, measurements: Path) -> str:
                 total.update(json.dumps(part, sort_keys=True).encode())
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not a run; the report says so
-    for path in sorted(measurements.glob("*.json")):
-        total.update(path.name.encode() + path.read_bytes())
+    for path in sorted(p for p in records.rglob("*") if p.is_file()):
+        total.update(path.relative_to(records).as_posix().encode() + path.read_bytes())
     return total.hexdigest()[:16]
 
 
@@ -114,12 +114,11 @@ def _companions(tree: ast.AST, folders: Iterable[Path]) -> Iterator[Path]:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) \
                 and node.value.endswith(COMPANIONS) and len(node.value) < 100:
             for folder in folders:
-                if "*" in node.value:
-                    yield from folder.glob(node.value)
-                    continue
-                path = Path(os.path.normpath(folder / node.value))
-                if path.is_file():
-                    yield path
+                found = folder.glob(node.value) if "*" in node.value else [
+                    Path(os.path.normpath(folder / node.value))]
+                for path in (p for p in found if p.is_file()):
+                    # A record is its folder: the tables beside what says of them.
+                    yield from path.parent.iterdir() if path.name == "run.json" else [path]
 
 
 @cache

@@ -1,8 +1,18 @@
 """The studies: what each asks, where it lives, which parameters it takes.
 
-A study module defines ``Parameters`` (a frozen dataclass whose defaults are the quick values),
-``PROFILES`` and ``run(parameters, report)``. Nothing here imports a study before its parameters
-are asked for, so the report can use the registry.
+A study is a folder here and a notebook. The package itself imports neither torch nor matplotlib,
+so that everything may loop over the registry; it has ``TITLE``, ``QUESTION``, ``NOTEBOOK``, a
+frozen dataclass ``Parameters`` whose defaults are the quick values, ``PROFILES`` and a dataclass
+``Results``. Its modules:
+
+- ``compute``: ``run(parameters, report) -> Results``
+- ``values``: ``values(found, parameters) -> dict[str, Value]``, the answer in named numbers
+- ``tables``: ``TABLES``, name of a field of Results -> caption, for the frames that are tables (the
+  others are data of figures), and ``WORDED``, name -> a function, for those kept in words
+- ``figures``: ``FIGURES``, a tuple of analysis.studies.drawing.Drawing
+- ``panel``, where sliders say more than a table: ``panel(parameters)``
+
+analysis.studies.session runs, shows and keeps a study by these alone.
 """
 
 from __future__ import annotations
@@ -20,13 +30,13 @@ from pathlib import Path
 from typing import Any
 
 from analysis.runs import staleness as sources
+from analysis.runs.folders import ROOT, RUNS
+from analysis.runs.records import RECORDS
 from mambabyte.errors import UserError, nearest
 
-ROOT = Path(__file__).resolve().parents[2]
-RUNS = ROOT / "reports" / "runs"
-MEASUREMENTS = ROOT / "data" / "measurements"
 DEFAULT_PROFILE = "quick"
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+COMPUTING = ("compute", "values", "tables")  # what a result depends on; drawings are made later
 
 
 @dataclass(frozen=True)
@@ -37,37 +47,41 @@ class Study:
     title: str
     question: str
     notebook: Path
-    module: str
+    package: str
     root: Path = ROOT
     reads_runs: bool = False  # it judges what the other studies left, so it comes after them
 
-    def sources_digest(self, runs: Path = RUNS, measurements: Path = MEASUREMENTS) -> str:
+    def sources_digest(self, runs: Path = RUNS, records: Path = RECORDS) -> str:
         """Digest of everything that the results depend on except the parameters."""
-        own = sources.digest(self.module, self.notebook, self.root)
-        return sources.with_results(own, self.name, runs, measurements) if self.reads_runs else own
+        modules = [self.package, *(f"{self.package}.{name}" for name in COMPUTING)]
+        own = sources.digest(modules, self.notebook, self.root)
+        return sources.with_results(own, self.name, runs, records) if self.reads_runs else own
+
+    def module(self, name: str = "") -> Any:
+        """The study's package, or a module of it; UserError where there is none."""
+        path = f"{self.package}.{name}" if name else self.package
+        try:
+            return importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name != path:
+                raise
+            raise UserError(f"the study {self.name!r} has no module {path}") from None
 
 
-def _study(name: str, notebook: str, title: str, question: str, **more: Any) -> Study:
-    return Study(name, title, question, ROOT / "notebooks" / notebook,
-                 f"analysis.studies.{name}.compute", **more)
+def discover(folder: Path = Path(__file__).parent, package: str = __name__) -> dict[str, Study]:
+    """Every folder of studies by name, in the order of their notebooks, judges last."""
+    found = []
+    for path in folder.glob("*/__init__.py"):
+        name = path.parent.name
+        module = importlib.import_module(f"{package}.{name}")
+        found.append(Study(name, module.TITLE, module.QUESTION,
+                           ROOT / "notebooks" / module.NOTEBOOK, module.__name__,
+                           reads_runs=getattr(module, "READS_RUNS", False)))
+    found.sort(key=lambda study: (study.reads_runs, study.notebook.name))
+    return {study.name: study for study in found}
 
 
-STUDIES: dict[str, Study] = {study.name: study for study in (
-    _study("memory", "01_memory_footprint.ipynb", "Memory footprint",
-           "How many bytes does one training step need, where do they go, and what fits?"),
-    _study("overflow", "02_overflow_vs_chunk_size.ipynb", "Overflow versus chunk size",
-           "At which chunk size and decay does each form of the scan go wrong, and is it silent?"),
-    _study("gradients", "03_chunk_boundary_gradients.ipynb", "Gradients across chunk boundaries",
-           "Is the gradient that crosses a chunk boundary the gradient of the recurrence?"),
-    _study("ablation", "04_ssm_vs_attention.ipynb", "SSM, attention and hybrids",
-           "Which mix of SSM and attention layers predicts bytes best, at equal cost?"),
-    _study("throughput", "05_throughput_and_energy.ipynb", "Throughput and energy",
-           "How do time and energy per byte grow with length, and who is fastest where?"),
-    _study("task", "07_task.ipynb", "The task: accuracy under an energy cap",
-           "Which system reaches which accuracy for how many joules?"),
-    _study("claims", "06_claims.ipynb", "The claims ledger",
-           "Which statements of the two documents hold, by our numbers?", reads_runs=True),
-)}
+STUDIES: dict[str, Study] = discover()
 
 
 def get_study(name: str, studies: Mapping[str, Study] = STUDIES) -> Study:
@@ -80,8 +94,7 @@ def get_study(name: str, studies: Mapping[str, Study] = STUDIES) -> Study:
 
 def profiles(study: Study) -> dict[str, dict[str, Any]]:
     """Profile name -> plain parameters, as a notebook and run.json hold them."""
-    module = _module(study)
-    return {name: _plain(p) for name, p in module.PROFILES.items()}
+    return {name: _plain(p) for name, p in study.module().PROFILES.items()}
 
 
 def profile_parameters(study: Study, profile: str = DEFAULT_PROFILE) -> dict[str, Any]:
@@ -110,7 +123,7 @@ def validate(
     if isinstance(study, str):
         study = get_study(study)
     parameters = profile_parameters(study, profile)
-    hints = typing.get_type_hints(_module(study).Parameters)
+    hints = typing.get_type_hints(study.module().Parameters)
     for name, value in overrides.items():
         if name not in parameters:
             known = ", ".join(f"{k} ({_type_name(hints[k])})" for k in parameters)
@@ -144,7 +157,7 @@ def split_pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
 
 def make_parameters(study: Study, plain: Mapping[str, Any]) -> Any:
     """The study's Parameters from plain values (lists become tuples)."""
-    cls = _module(study).Parameters
+    cls = study.module().Parameters
     hints = typing.get_type_hints(cls)
     return cls(**{k: tuple(v) if typing.get_origin(hints[k]) is tuple else v
                   for k, v in plain.items()})
@@ -164,16 +177,6 @@ def command(study: Study, parameters: Mapping[str, Any]) -> str:
     parts = [f"--set {name}={shlex.quote(_example(value))}"
              for name, value in parameters.items() if value != quick[name]]
     return " ".join(["mambabyte study", study.name, *parts])
-
-
-def _module(study: Study) -> Any:
-    try:
-        module = importlib.import_module(study.module)
-    except ModuleNotFoundError as error:
-        if error.name != study.module:
-            raise
-        raise UserError(f"the study {study.name!r} has no module {study.module}") from None
-    return module
 
 
 def _plain(parameters: Any) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def execute(task: Task) -> None:
               (temporary / "stderr.txt").open("w", encoding="utf-8") as errors):
             error = _papermill(task, log, errors)
         if not error and not (temporary / RECORD).is_file():
-            error = "the notebook ended without recording a run: it must call Recorder.finish()"
+            error = "the notebook ended without keeping a run: its last cell is save(run)"
         _clean(temporary, task)
         if error:
             _record_failure(temporary, task, error)
@@ -129,8 +129,8 @@ def _quiet_jupyter() -> Iterator[dict[str, str]]:
 def _record_failure(temporary: Path, task: Task, error: str) -> None:
     from mambabyte.config.provenance import provenance
 
-    for part in ("tables", "figures"):
-        shutil.rmtree(temporary / part, ignore_errors=True)
+    for table in (*temporary.glob("*.csv"), *temporary.glob("*.parquet")):
+        table.unlink()
     write_record(temporary, {
         "study": task.study, "parameters": task.parameters, "status": "failed",
         "error": _scrub(error, task), "provenance": provenance(),

@@ -21,17 +21,17 @@ from __future__ import annotations
 
 import math
 
-import torch
+from mambabyte.config.scan_forms import CLAMP, EPSILON
 
-from mambabyte.ops.scan.repairs import CLAMP, EPSILON
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# The largest number of each type, 2 - 2^-m with m bits of fraction, times its largest power of two.
+LARGEST = {"float32": (2 - 2**-23) * 2.0**127, "bfloat16": (2 - 2**-7) * 2.0**127,
+           "float16": (2 - 2**-10) * 2.0**15}
 SILENT = 1e-2  # relative error above which a finite result counts as wrong
 
 
 def log_max(dtype: str = "float32") -> float:
     """ln of the largest number of the type that a form accumulates in."""
-    return math.log(torch.finfo(DTYPES.get(dtype, torch.float32)).max)
+    return math.log(LARGEST.get(dtype, LARGEST["float32"]))
 
 
 def boundary(form: str, decay: float, dtype: str = "float32") -> float:

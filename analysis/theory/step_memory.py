@@ -19,7 +19,7 @@ from mambabyte.model.mamba import resolve_form
 from mambabyte.model.mixer import FLOAT32, Around, Step, mixer_of
 
 # What the matrix libraries hold inside torch's allocator. This one number is not derived: it was
-# read off the peaks recorded on an H200 (data/measurements/h200-memory.json, torch 2.11), so these
+# read off the peaks recorded on an H200 (data/records/memory/h200-memory, torch 2.11), so these
 # peaks alone cannot confirm it; analysis.studies.memory.gpu.libraries_frame fits it to some of them
 # and judges the others. 67 MB of it are cuBLAS workspaces of 32 MiB, one for the thread of the
 # forward pass and one for that of the backward pass (torch's default on Hopper; 8 MiB each on

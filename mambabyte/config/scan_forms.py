@@ -64,3 +64,7 @@ FORMS: dict[str, Form] = {
 
 # What "auto" means.
 AUTO_ABOUT = "fused where its kernels run, else the stable chunks"
+
+# What two repairs of the trick add to it: the largest exponent, and a number in the denominator.
+CLAMP = 80.0
+EPSILON = 1e-12

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from analysis.report import build_report
-from analysis.runs.folders import write_record
-from analysis.runs.frames import write_frame
+from analysis.runs.folders import Run, Value, load_run, tables_of, update_record
+from analysis.runs.folders import write_run as write_run_folder
+from analysis.runs.records import write_record_folder
 from analysis.studies import Study
 
 SVG = ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -24,28 +27,26 @@ PROVENANCE = {
 
 
 def write_run(root: Path, name: str, study: str = "tiny", **changes) -> Path:
-    """A finished run of a study with one figure, one table and three values."""
-    folder = root / name
-    for part in ("tables", "figures"):
-        (folder / part).mkdir(parents=True)
+    """A finished run of a study with one figure, one table and four values. ``changes`` are fields
+    of the Run, or entries of run.json where it has no such field."""
     frame = pd.DataFrame({"length, bytes": [1, 2], "time, ms": [0.5, math.nan],
                           "energy, J": pd.Series([None, 2.0], dtype=object)})
-    write_frame(folder / "tables" / "times.parquet", frame)
-    write_frame(folder / "figures" / "times.parquet", frame)
-    (folder / "figures" / "times.svg").write_text(changes.pop("svg", SVG), encoding="utf-8")
-    record = {
-        "study": study, "parameters": {"n": 3}, "status": "done", "run_id": name,
-        "sources": "", "profile": "quick", "seconds": 1.5, "provenance": PROVENANCE,
-        "values": {"slope": {"value": 0.51234, "unit": "ms/byte", "about": "fitted"},
-                   "joules": {"value": None, "unit": "J", "about": ""},
-                   "best": {"value": "chunked", "unit": "", "about": ""},
-                   "peak": {"value": 3 * 2**20, "unit": "B", "about": ""}},
-        "tables": [{"name": "times", "caption": "Times."}],
-        "figures": [{"name": "times", "title": "Time over length", "caption": "It grows.",
-                     "alt": "A rising line."}],
-    }
-    write_record(folder, {**record, **changes})
+    run = Run(
+        study, {"n": 3},
+        {"slope": Value(0.51234, "ms/byte", "fitted"), "joules": Value(None, "J"),
+         "best": Value("chunked"), "peak": Value(3 * 2**20, "B")},
+        tables_of({"times": ("Times.", frame), "lengths": ("", frame)}), {"times": "lengths"},
+        PROVENANCE, run_id=name, profile="quick", seconds=1.5)
+    folder = write_run_folder(run, root / name)
+    if changes:
+        update_record(folder, **changes)
     return folder
+
+
+def write_record(world: World, run: Path, name: str) -> Path:
+    """The run in a folder as a record of the world."""
+    found = replace(load_run(run), title="A record", about="What it is.")
+    return write_record_folder(found, world.records / found.study / name)
 
 
 class World:
@@ -53,13 +54,18 @@ class World:
 
     def __init__(self, root: Path) -> None:
         self.runs, self.prose = root / "runs", root / "prose"
-        self.measurements, self.out = root / "measurements", root / "out" / "report.html"
+        self.records, self.out = root / "records", root / "out" / "report.html"
         (self.prose / "sections").mkdir(parents=True)
-        (root / "tiny.py").write_text("x = 1\n")
-        (root / "tiny.ipynb").write_text('{"cells": []}')
-        self.study = Study("tiny", "Tiny", "Is it small?", root / "tiny.ipynb", "tiny", root)
+        self.study = Study("tiny", "Tiny", "Is it small?", root / "tiny.ipynb",
+                           "tests.helpers.tiny", root)
+        self.notebook("x = 1")
         self.config('front = ["summary"]')
         self.section("summary", "It is {{ value('tiny.slope') | sig(2) }} ms.")
+
+    def notebook(self, code: str) -> None:
+        """The study's sources: other code makes its runs stale."""
+        cell = {"cell_type": "code", "source": code, "metadata": {}, "outputs": []}
+        self.study.notebook.write_text(json.dumps({"cells": [cell]}))
 
     def config(self, extra: str) -> None:
         (self.prose / "report.toml").write_text(f'title = "Report"\n{extra}\n')
@@ -72,5 +78,5 @@ class World:
 
     def build(self, draft: bool = False) -> str:
         path = build_report(self.runs, self.out, prose=self.prose, draft=draft,
-                            measurements=self.measurements, registry={"tiny": self.study})
+                            records_root=self.records, registry={"tiny": self.study})
         return path.read_text(encoding="utf-8")

@@ -15,13 +15,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import plots
 from analysis.report import build_report
-from analysis.runs.folders import Recorder, update_record
+from analysis.runs.folders import Run, Value, tables_of, update_record, write_run
 from analysis.runs.records import load_records
 from analysis.studies import Study
 from analysis.studies.claims.compute import count
-from analysis.studies.claims.figures import verdict_bars
 from analysis.studies.claims.ledger import VERDICTS, load_ledger
 from tests.helpers.chromium import CHROME, Browser
 from tests.report.test_report_hostile import HOSTILE, harmless_page, hostile_page
@@ -47,43 +45,41 @@ LONG = "averyveryverylongwordthatnobodywouldbreak" * 8
 def report(tmp_path_factory) -> Path:
     """A report with all that one can hold: prose, figures, ledger, failed runs, an appendix."""
     root = tmp_path_factory.mktemp("report")
-    (root / "tiny.py").write_text("")
     notebook = {"cells": [
         {"cell_type": "markdown", "source": "# Notebook\n\n$$\nh_t = a_t h_{t-1}\n$$"},
         {"cell_type": "code", "source": "print('x' * 400)", "metadata": {}, "outputs": [
             {"output_type": "stream", "text": "x" * 400}]}]}
     (root / "tiny.ipynb").write_text(json.dumps(notebook))
-    study = Study("tiny", "Tiny", "Is it small?", root / "tiny.ipynb", "tiny", root)
+    study = Study("tiny", "Tiny", "Is it small?", root / "tiny.ipynb",
+                  "tests.helpers.tiny", root)
     wide = pd.DataFrame({f"column {i}, ms": [float(i)] * 3 for i in range(20)})
+    lengths = pd.DataFrame({"length, bytes": [1, 2, 3], "time, ms": [3.0, 2.0, 3.0]})
     for name, number in (("tiny-1", 3), ("tiny-2", 4)):
-        figure, axes = plots.new_figure()
-        axes.plot([1, 2, 3], [number, 2, 3])
-        plots.label_axes(axes, "length, bytes", "time, ms")
-        recorder = Recorder("tiny", {"n": number, "word": LONG}, str(root / "runs" / name))
-        recorder.value("best", LONG)
-        recorder.table("wide", wide, caption=f"Wide. {LONG}")
-        recorder.figure("time", figure, title=LONG, caption=LONG, alt="A line.", data=wide)
-        (recorder.finish() / "notebook.ipynb").write_text(json.dumps(notebook))
-        update_record(root / "runs" / name, sources=study.sources_digest(), run_id=name)
+        folder = write_run(Run(
+            "tiny", {"n": number, "words": LONG}, {"best": Value(LONG)},
+            tables_of({"wide": (f"Wide. {LONG}", wide), "lengths": ("", lengths)}),
+            {"times": "lengths"}, run_id=name, sources=study.sources_digest()),
+            root / "runs" / name)
+        (folder / "notebook.ipynb").write_text(json.dumps(notebook))
     update_record(root / "runs" / "tiny-2", status="failed", error=LONG)
-    claims = Recorder("claims", {}, str(root / "runs" / "claims-1"))
-    claims.table("claims", pd.DataFrame({
+    claims = pd.DataFrame({
         "claim": ["fits in 40 GB", "overflows at 50", "is exact"],
         "ours": pd.Series([121.0, 3.5, None], dtype=object),
         "verdict": ["holds", "does not hold", "not decidable"],
         "kind": ["memory", "memory", "numerical"], "reason": [LONG, "It does.", "No run."],
-        "id": ["fits", "overflows", "exact"]}), caption="Claims.")
-    claims.finish()
+        "id": ["fits", "overflows", "exact"]})
+    write_run(Run("claims", {}, tables=tables_of({"claims": ("Claims.", claims)})),
+              root / "runs" / "claims-1")
     sections = root / "prose" / "sections"
     sections.mkdir(parents=True)
     (sections / "summary.md").write_text(
         f"# Found\n\n$$\n{' + '.join(['x_{i}^2'] * 40)}\n$$\n\n"
-        f"[evidence](#tiny-figure-time) {LONG}\n\n"
+        f"[evidence](#tiny-figure-times) {LONG}\n\n"
         f"| a | b |\n|---|---|\n| {LONG} | {LONG} |\n\n```\n{LONG}\n```\n")
     (root / "prose" / "report.toml").write_text(
         f'title = "A title with {LONG}"\nfront = ["summary"]\n')
     return build_report(root / "runs", root / "out" / "report.html", prose=root / "prose",
-                        measurements=root / "none", registry={"tiny": study})
+                        records_root=root / "none", registry={"tiny": study})
 
 
 @pytest.fixture(scope="module")
@@ -244,18 +240,15 @@ def test_prints_on_paper(browser, report):
 def real(tmp_path_factory) -> Path:
     """The project's own sections, records and claims; no study has run, the numbers are gaps."""
     root = tmp_path_factory.mktemp("real")
-    recorder = Recorder("claims", {}, str(root / "runs" / "claims-1"))
     ledger = pd.DataFrame([
         {"claim": c.claim, "verdict": VERDICTS[i % len(VERDICTS)], "theirs": c.theirs,
          "ours": c.theirs, "reason": c.note or c.claim, "source": "computed here",
          "document": c.document, "where": c.where, "kind": c.kind, "id": c.id}
         for i, c in enumerate(load_ledger().claims)])
     counts = count(ledger)
-    recorder.table("ledger", ledger, caption="Every statement.")
-    recorder.table("evidence", counts, caption="What was read.")
-    recorder.figure("verdicts", verdict_bars(counts), title="Verdicts", caption="By kind.",
-                    alt="Bars.", data=counts)
-    recorder.finish()
+    write_run(Run("claims", {}, tables=tables_of({
+        "ledger": ("Every statement.", ledger), "evidence": ("What was read.", counts),
+        "counts": ("", counts)}), figures={"verdicts": "counts"}), root / "runs" / "claims-1")
     return build_report(root / "runs", root / "out" / "report.html", draft=True)
 
 
@@ -269,8 +262,7 @@ def test_the_projects_own_pages_fit_and_run_clean(browser, real, width, theme):
         const cut = [], small = [];
         for (const svg of document.querySelectorAll("svg.plot")) {
             const box = svg.getBoundingClientRect(), drawing = svg.closest(".drawing");
-            // A record made before phones had drawings of their own scrolls in a box.
-            if (box.width === 0 || drawing.classList.contains("scroll")) continue;
+            if (box.width === 0) continue;
             const scale = box.width / svg.viewBox.baseVal.width;
             if (drawing.scrollWidth > drawing.clientWidth + 1) cut.push(drawing.parentElement.id);
             for (const text of svg.querySelectorAll("text")) {  // 7 px: exponents

@@ -10,15 +10,15 @@ import pytest
 
 from analysis.report.headlines import FILE, load_headlines, table
 from analysis.runs.folders import ROOT, Run, Value
-from analysis.runs.records import MEASUREMENTS, load_record
+from analysis.runs.records import load_records
 from mambabyte.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def records() -> dict[str, Run]:
     rows = tomllib.loads(FILE.read_text(encoding="utf-8"))["headline"]
-    return {name: load_record(MEASUREMENTS / f"{name}.json").run
-            for name in {row["record"] for row in rows}}
+    found = load_records()
+    return {name: found[name] for name in {row["record"] for row in rows}}
 
 
 def test_every_headline_has_both_sides_and_its_losses(records: dict[str, Run]) -> None:

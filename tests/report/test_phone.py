@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pandas as pd
@@ -10,13 +9,8 @@ import pytest
 
 from analysis import plots
 from analysis.plots.phone import WIDTH, phone_layout
-from analysis.runs.folders import draw
-from analysis.runs.records import load_record, write_record_file
+from analysis.plots.svg import wide_and_narrow
 from analysis.studies.ablation import figures as ablation
-from analysis.studies.throughput import figures as throughput
-from analysis.sweep.redraw import redraw
-from mambabyte.config.files import write_json
-from tests.helpers.report_world import write_run
 
 
 def panels(count: int, **subplots):
@@ -89,41 +83,17 @@ def test_crowded_ticks_are_turned():
 
 
 def test_drawings_are_the_same_bytes_and_tell_their_ids_apart():
-    first, second = (draw(panels(2), "tiny.times") for _ in range(2))
+    first, second = (wide_and_narrow(panels(2), "tiny.times") for _ in range(2))
     assert first == second
     wide, narrow = (set(re.findall(r'clip-path="url\(#(\w+)\)"', svg)) for svg in first)
     assert wide
     assert not wide & narrow
 
 
-def test_a_record_is_drawn_again_from_its_numbers(tmp_path):
-    frame = pd.DataFrame({"system": ["SSM", "SSM"], "bytes_seen": [0, 256], "ms": [0.1, 0.2],
-                          "state_bytes": [64, 64]})
-    svg, narrow = draw(throughput.streaming(frame), "throughput.streaming")
-    folder = write_run(tmp_path, "t-1", study="throughput")
-    (folder / "figures" / "times.parquet").rename(folder / "figures" / "streaming.parquet")
-    (folder / "figures" / "times.svg").rename(folder / "figures" / "streaming.svg")
-    frame.to_parquet(folder / "figures" / "streaming.parquet")
-    record = json.loads((folder / "run.json").read_text())
-    record["figures"][0]["name"] = "streaming"
-    write_json(folder / "run.json", record)
-    path = write_record_file(folder, "r", title="t", about="a", folder=tmp_path)
-    before = json.loads(path.read_text())
-    assert before["figures"][0]["narrow"] == ""
-    assert redraw(path) == ["streaming"]
-    after = json.loads(path.read_text())
-    assert (after["figures"][0].pop("svg"), after["figures"][0].pop("narrow")) == (svg, narrow)
-    del before["figures"][0]["svg"], before["figures"][0]["narrow"]
-    assert after == before  # the numbers and words are untouched
-    assert load_record(path).run.figures["streaming"].narrow == narrow
-
-
 def test_four_comparisons_stand_two_by_two():
     kinds = ["steps", "wall-clock", "FLOPs", "joules"]
     points = pd.DataFrame([{"comparison": k, "pattern": p, "seed": 0, "bits_per_byte": 2.0}
                            for k in kinds for p in "MA"])
-    paired = pd.DataFrame([{"comparison": k, "pattern": "M", "reference": "A", "mean": 0.0,
-                            "low": None} for k in kinds])
-    figure = ablation.differences(points, paired)
+    figure = ablation.differences(points, ("M", "A"), "A")
     assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == (2, 2)
     assert figure.get_figwidth() * 72 <= 792  # points: what the page's column shows whole

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from analysis.runs.records import load_record, load_records, write_record_file
+from analysis.runs.folders import write_record as write_run_json
+from analysis.runs.records import load_record, load_records
 from mambabyte.errors import UserError
-from tests.helpers.report_world import PROVENANCE, write_run
+from tests.helpers.report_world import PROVENANCE, write_record, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,10 +58,10 @@ def test_what_is_wrong_in_the_prose_breaks_the_build(world, words, match):
     assert not world.out.exists()
 
 
-def test_stale_run_breaks_the_build_and_marks_a_draft(world, tmp_path):
+def test_stale_run_breaks_the_build_and_marks_a_draft(world):
     world.run()
     world.build()
-    (tmp_path / "tiny.py").write_text("x = 2\n")
+    world.notebook("x = 2")
     world.out.unlink()
     with pytest.raises(UserError, match=r"tiny: its sources changed .*`mambabyte sweep tiny`"):
         world.build()
@@ -145,14 +146,10 @@ def test_every_figure_has_words_and_data(world):
 
 
 def test_a_figure_is_there_for_wide_screens_and_for_narrow_ones(world):
-    folder = world.run()
-    (folder / "figures" / "times.narrow.svg").write_text(
-        (folder / "figures" / "times.svg").read_text().replace("0 0 500 300", "0 0 324 300"))
+    world.run()
     page = world.build()
-    assert re.search(r'class="drawing wide"><svg [^>]*viewBox="0 0 500 300"', page)
-    assert re.search(r'class="drawing narrow"><svg [^>]*viewBox="0 0 324 300"', page)
-    (folder / "figures" / "times.narrow.svg").unlink()  # a run of an older version
-    assert re.search(r'class="scroll drawing"[^>]*><svg', world.build())
+    assert re.search(r'class="drawing wide"><svg [^>]*viewBox="0 0 518.4 ', page)
+    assert re.search(r'class="drawing narrow"><svg [^>]*viewBox="0 0 324 ', page)
 
 
 def test_prose_places_figures_once(world):
@@ -176,7 +173,7 @@ def test_page_loads_nothing(world):
 def test_failed_runs_are_shown_as_failed(world):
     world.run()
     world.run("tiny-2", status="failed", error="ValueError: boom", parameters={"n": 4}, values={},
-              tables=[], figures=[])
+              tables={}, figures={})
     page = world.build()
     failed = page[page.index('id="failed-runs"'):]
     assert "ValueError: boom" in failed
@@ -205,8 +202,7 @@ def test_ledger_is_a_run_whose_tables_can_be_filtered(world):
 def test_records_are_marked_with_their_machine(world):
     machine = {"cpu": "Server CPU", "gpus": [{"name": "NVIDIA H200", "memory_bytes": 1}]}
     folder = world.run("tiny-1", provenance={**PROVENANCE, "machine": machine})
-    write_record_file(folder, "h200-tiny", title="On a GPU", about="The same, faster.",
-                      folder=world.measurements)
+    write_record(world, folder, "h200-tiny")
     (folder / "run.json").unlink()
     world.run("tiny-2")
     world.section("summary", "{{ record('h200-tiny.slope') | sig(2) }} {{ value('tiny.slope') }}")
@@ -219,46 +215,52 @@ def test_records_are_marked_with_their_machine(world):
     assert page.count("<h3 id=\"machine-") == 2
 
 
-def test_record_keeps_nan_and_not_measured_apart(tmp_path):
-    folder = write_run(tmp_path, "tiny-1")
-    path = write_record_file(folder, "r", title="t", about="a", folder=tmp_path / "m")
-    frame = load_record(path).run.tables["times"].frame
+def test_record_keeps_nan_and_not_measured_apart(world):
+    path = write_record(world, world.run(), "r")
+    frame = load_record(path).tables["times"].frame
     assert math.isnan(frame["time, ms"][1])
     assert frame["energy, J"][0] is None
-    text = path.read_text()
-    json.loads(text, parse_constant=pytest.fail)  # strict JSON
-    assert "\n " not in text  # a line a cell and no spaces before it, or it would grow by half
+    assert (path / "times.csv").read_text() == (
+        '"length, bytes","time, ms","energy, J"\n1,0.5,\n2,nan,2.0\n')
+    json.loads((path / "run.json").read_text(), parse_constant=pytest.fail)  # strict JSON
 
 
 @pytest.mark.parametrize(("change", "match"), [
     (lambda d: d["provenance"].pop("machine"), "does not say its machine"),
-    (lambda d: d.update(format=7), "format 7"),
-    (lambda d: d["tables"][0]["rows"].append([1]), "not 3 cells"),
-    (lambda d: d.pop("title"), "not a measurement record"),
-    (lambda d: d["figures"][0].update(name='"><script>'), "figure name"),
+    (lambda d: d.update(format=1), "format 1, this version reads 2"),
+    (lambda d: d["tables"].update(absent="c"), "not a complete run folder"),
+    (lambda d: d.pop("title"), "does not say its title"),
+    (lambda d: d["figures"].update({'"><script>': "times"}), "figure name"),
+    (lambda d: d["figures"].update(another="times"), "cannot draw its figure 'another'"),
 ])
-def test_bad_record_is_a_clear_error(tmp_path, change, match):
-    folder = write_run(tmp_path, "tiny-1")
-    path = write_record_file(folder, "r", title="t", about="a", folder=tmp_path / "m")
-    data = json.loads(path.read_text())
+def test_bad_record_is_a_clear_error(world, change, match):
+    path = write_record(world, world.run(), "r")
+    data = json.loads((path / "run.json").read_text())
     change(data)
-    path.write_text(json.dumps(data))
+    write_run_json(path, data)
     with pytest.raises(UserError, match=match):
-        load_records(tmp_path / "m")
+        world.build()
+
+
+def test_a_record_of_an_older_version_says_what_to_do(world):
+    world.records.mkdir()
+    (world.records / "h200-tiny.json").write_text('{"format": 1}')
+    with pytest.raises(UserError, match=r"h200-tiny\.json is a record of an older version"):
+        load_records(world.records)
 
 
 def test_records_of_the_project_can_be_read():
     load_records()
 
 
-def test_report_imports_neither_torch_nor_a_study(world):
+def test_report_computes_nothing(world):
     world.run()
     code = (
         "import sys; from analysis.report import build_report\n"
         "from analysis.studies import STUDIES\n"
         "try: build_report(sys.argv[1], sys.argv[2], draft=True)\n"
-        "finally: print(sorted({'torch', 'matplotlib', 'papermill',"
-        " *(s.module for s in STUDIES.values())} & sys.modules.keys()))")
+        "finally: print(sorted({'torch', 'papermill',"
+        " *(s.package + '.compute' for s in STUDIES.values())} & sys.modules.keys()))")
     run = subprocess.run([sys.executable, "-c", code, str(world.runs), str(world.out)],
                          capture_output=True, text=True, cwd=ROOT, check=False)
     assert run.stdout.strip() == "[]", run.stderr

@@ -14,11 +14,10 @@ from analysis import plots
 from analysis.report.appendix import notebook_html, safe_html
 from analysis.report.html.check import check_page
 from analysis.report.html.svg import THEME, inline_svg
-from analysis.runs.folders import write_record
+from analysis.runs.folders import update_record
 from analysis.runs.frames import write_frame
-from analysis.runs.records import write_record_file
 from mambabyte.errors import UserError
-from tests.helpers.report_world import PROVENANCE, SVG, write_run
+from tests.helpers.report_world import PROVENANCE, SVG, write_record, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = (
@@ -61,8 +60,7 @@ def test_hostile_strings_cannot_inject_or_break(world, evil):
 def harmless_page(world) -> str:
     """A report with a run, a failed run, a record and a ledger."""
     folder = world.run()
-    write_record_file(folder, "tiny-record", title="A record", about="What it is.",
-                      folder=world.measurements)
+    write_record(world, folder, "tiny-record")
     world.run("tiny-2", status="failed", error="boom", parameters={"n": 4})
     world.section("tiny", "Best: {{ value('tiny.best') }} end.")
     claims(world, "a claim")
@@ -73,10 +71,9 @@ def claims(world, words: str) -> None:
     """A ledger of one claim whose every cell is ``words``."""
     folder = world.runs / "claims-1"
     if not folder.exists():
-        write_run(world.runs, "claims-1", study="claims",
-                  tables=[{"name": "times", "caption": "Claims."}])
-    cell = words.encode("utf-8", "replace").decode()  # Parquet itself refuses lone surrogates
-    write_frame(folder / "tables" / "times.parquet", pd.DataFrame([dict.fromkeys(
+        write_run(world.runs, "claims-1", study="claims", tables={"times": "Claims."}, figures={})
+    cell = words.encode("utf-8", "replace").decode()  # a file itself refuses lone surrogates
+    write_frame(folder, "times", pd.DataFrame([dict.fromkeys(
         ("claim", "verdict", "theirs", "ours", "reason", "source", "document", "kind", "id"),
         cell)]))
 
@@ -84,32 +81,23 @@ def claims(world, words: str) -> None:
 def hostile_page(world, evil: str) -> str:
     """The same report with ``evil`` wherever a run, a record or a ledger has words."""
     claims(world, evil)
-    change(world.runs / "tiny-1", {
+    update_record(world.runs / "tiny-1", **{
         "values": {"slope": {"value": 0.5, "unit": evil, "about": evil},
                    "best": {"value": evil}, "joules": {"value": None}, "peak": {"value": 1}},
-        "tables": [{"name": "times", "caption": evil}],
-        "figures": [{"name": "times", "title": evil, "caption": evil, "alt": evil}],
-        "parameters": {"n": evil},
+        "tables": {"times": evil, "lengths": ""},
+        "parameters": {"n": evil, "words": evil},
         "provenance": {**PROVENANCE, "command": evil, "versions": {evil: evil},
                        "machine": {"cpu": evil, evil: evil, "gpus": [{"name": evil}]}},
     })
-    cell = evil.encode("utf-8", "replace").decode()  # Parquet itself refuses lone surrogates
-    write_frame(world.runs / "tiny-1" / "tables" / "times.parquet",
+    cell = evil.encode("utf-8", "replace").decode()  # a file itself refuses lone surrogates
+    write_frame(world.runs / "tiny-1", "times",
                 pd.DataFrame({"length, bytes": [1, 2], f"a {cell}": [cell, "b"]}))
-    change(world.runs / "tiny-2", {
-        "error": evil, "parameters": {evil: evil}, "provenance": {"date": evil}})
-    path = world.measurements / "tiny-record.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
-    record |= {"title": evil, "about": evil}
-    record["provenance"] = {**PROVENANCE, "date": evil, "machine": {"cpu": evil}}
-    record["figures"][0] |= {"title": evil, "caption": evil, "alt": evil}
-    record["tables"][0]["caption"] = evil
-    path.write_text(json.dumps(record), encoding="utf-8")
+    update_record(world.runs / "tiny-2", error=evil, parameters={evil: evil},
+                  provenance={"date": evil})
+    update_record(world.records / "tiny" / "tiny-record", title=evil, about=evil,
+                  tables={"times": evil, "lengths": ""}, parameters={"words": evil},
+                  provenance={**PROVENANCE, "date": evil, "machine": {"cpu": evil}})
     return world.build()
-
-
-def change(folder: Path, entries: dict) -> None:
-    write_record(folder, {**json.loads((folder / "run.json").read_text()), **entries})
 
 
 def test_hostile_svg_is_disarmed():

@@ -12,11 +12,10 @@ from analysis.report.html.text import powers
 from analysis.report.ledger import ledger
 from analysis.report.machines import gigabytes
 from analysis.report.names import layer_patterns, scan_forms
-from analysis.runs.records import write_record_file
 from analysis.studies.throughput import INDEXED
 from mambabyte.config import PRESETS
 from mambabyte.ops import FORMS
-from tests.helpers.report_world import PROVENANCE
+from tests.helpers.report_world import PROVENANCE, write_record
 
 CLAIM = {"claim": "exp(-cs) exceeds 1e39.", "verdict": "holds", "theirs": "1e39",
          "ours": "1.22e+39", "reason": "It is 1.22 x 10^39.", "source": "h200-task (H200); run-1",
@@ -79,7 +78,7 @@ def test_one_machine_is_one_entry_with_what_took_place_on_it(world):
     for name, threads in (("a", 8), ("b", 4)):
         folder = world.run(f"tiny-{name}", provenance={
             **PROVENANCE, "machine": {**about, "threads": threads}})
-        write_record_file(folder, f"h200-{name}", title="t", about="a", folder=world.measurements)
+        write_record(world, folder, f"h200-{name}")
         (folder / "run.json").unlink()
     world.run("tiny-1")
     page = world.build()

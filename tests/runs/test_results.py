@@ -4,103 +4,101 @@ from __future__ import annotations
 
 import json
 import math
-import re
 
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
 
 from analysis import plots
-from analysis.runs import folders as results
-from analysis.runs.folders import Recorder, list_runs, load_run
+from analysis.runs.folders import Run, Value, list_runs, load_run, tables_of, write_run
 from analysis.runs.frames import in_words, not_measured, read_frame, write_frame
 from mambabyte.errors import UserError
 
 DATA = pd.DataFrame({"length, bytes": [1, 2, 4], "time, ms": [0.5, 1.0, 2.0]})
-WORDS = {"title": "Time", "caption": "It doubles.", "alt": "A straight line."}
-
-
-def drawing() -> Figure:
-    figure, axes = plots.new_figure()
-    axes.plot(DATA["length, bytes"], DATA["time, ms"])
-    plots.label_axes(axes, "length, bytes", "time, ms")
-    return figure
 
 
 def recorded(folder, **parameters):
-    recorder = Recorder("tiny", parameters or {"n": 3, "sizes": [1, 2]}, str(folder))
-    recorder.value("slope", np.float64(0.5), unit="ms/byte", about="fitted")
-    recorder.value("joules", None, unit="J")
-    recorder.table("times", DATA, caption="Times.")
-    recorder.figure("times", drawing(), data=DATA, **WORDS)
-    return recorder.finish()
+    return write_run(Run(
+        "tiny", parameters or {"n": 3, "sizes": (1, 2)},
+        {"slope": Value(np.float64(0.5), "ms/byte", "fitted"), "joules": Value(None, "J"),
+         "lost": Value(math.inf)},
+        tables_of({"times": ("Times.", DATA), "raw": ("", DATA)}), {"line": "raw"}), folder)
 
 
-def test_what_is_recorded_is_read(tmp_path):
+def test_what_is_written_is_read(tmp_path):
     run = load_run(recorded(tmp_path / "a"))
     assert (run.study, run.status, run.parameters) == ("tiny", "done", {"n": 3, "sizes": [1, 2]})
-    assert run.values["slope"] == results.Value(0.5, "ms/byte", "fitted")
+    assert run.values["slope"] == Value(0.5, "ms/byte", "fitted")
     assert run.values["joules"].value is None
+    assert run.values["lost"].value == math.inf
+    assert {name: table.caption for name, table in run.tables.items()} == {
+        "times": "Times.", "raw": ""}
     pd.testing.assert_frame_equal(run.tables["times"].frame, DATA)
-    figure = run.figures["times"]
-    assert (figure.title, figure.caption, figure.alt) == tuple(WORDS.values())
-    pd.testing.assert_frame_equal(figure.data, DATA)
+    assert run.figures == {"line": "raw"}
     assert {"date", "commit", "machine", "versions"} <= run.provenance.keys()
 
 
-def test_not_measured_and_nan_stay_apart(tmp_path):
-    frame = pd.DataFrame({
-        "nan": [1.0, math.nan], "none": pd.Series([None, 2.0], dtype=object),
-        "both": pd.Series([None, math.nan], dtype=object), "inf": [math.inf, -math.inf],
-        "missing int": pd.Series([1, None], dtype="Int64"), "word": ["a", None],
-        "flag": [True, False], "kind": pd.Categorical(["u", "v"]),
-    })
-    write_frame(tmp_path / "f.parquet", frame)
-    back = read_frame(tmp_path / "f.parquet")
+ODD = pd.DataFrame({
+    "nan": [1.0, math.nan], "none": pd.Series([None, 2.0], dtype=object),
+    "both": pd.Series([None, math.nan], dtype=object), "inf": [math.inf, -math.inf],
+    "missing int": pd.Series([1, None], dtype="Int64"), "word": ["a", None],
+    "flag": [True, False], "kind": pd.Categorical(["u", "v"]),
+    "words that look like others": ["nan", "16"], 'a, "b"\n': ["", 'x, "y"\nz'],
+    "exact": [0.1 + 0.2, 5e-324], "whole": [4.0, -0.0],
+})
+
+
+@pytest.mark.parametrize("rows", [1, 20_000])
+def test_not_measured_and_nan_stay_apart(tmp_path, rows):
+    """In a CSV, and in the Parquet of a table that is too large for one."""
+    frame = pd.concat([ODD] * rows, ignore_index=True)
+    path = write_frame(tmp_path, "f", frame)
+    assert path.suffix == (".csv" if rows == 1 else ".parquet")
+    back = read_frame(tmp_path, "f")
     assert math.isnan(back["nan"][1])
-    assert list(back["none"]) == [None, 2.0]
+    assert list(back["none"][:2]) == [None, 2.0]
     assert back["both"][0] is None
     assert math.isnan(back["both"][1])
-    assert list(back["inf"]) == [math.inf, -math.inf]
-    assert list(back["missing int"]) == [1, None]
-    assert list(back["word"]) == ["a", None]
-    assert list(back["flag"]) == [True, False]
-    assert list(back["kind"]) == ["u", "v"]
+    assert list(back["inf"][:2]) == [math.inf, -math.inf]
+    assert list(back["missing int"][:2]) == [1, None]
+    assert list(back["word"][:2]) == ["a", None]
+    assert list(back["flag"][:2]) == [True, False]
+    for name in ("words that look like others", 'a, "b"\n', "exact", "whole", "kind"):
+        assert list(back[name]) == list(frame[name])
+    assert back["whole"].dtype == float
 
 
-def test_same_figure_same_bytes(tmp_path):
+@pytest.mark.parametrize("text", ['"a","b"\n1,2\n3\n', '"a"\n1', '"a"\n"x"y\n', ""])
+def test_a_spoiled_csv_is_a_clear_error(tmp_path, text):
+    folder = recorded(tmp_path / "a")
+    (folder / "times.csv").write_text(text)
+    with pytest.raises(UserError, match="not a complete run folder"):
+        load_run(folder)
+
+
+def test_a_column_of_mixed_kinds_is_refused(tmp_path):
+    for column in ([1, "x"], [True, 2], [pd.Timestamp(0)]):
+        with pytest.raises(UserError, match=r"table t: column 'a' has cells of mixed or unknown"):
+            write_frame(tmp_path, "t", pd.DataFrame({"a": pd.Series(column, dtype=object)}))
+
+
+def test_same_run_same_bytes(tmp_path):
     first, second = recorded(tmp_path / "a"), recorded(tmp_path / "b")
-    for name in ("figures/times.svg", "figures/times.parquet", "tables/times.parquet"):
+    for name in ("times.csv", "raw.csv"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
-    svg = (first / "figures/times.svg").read_text()
-    assert "<text" in svg  # text stays text
-    # Paths to a hundredth of a point: the rest is most of a figure of many cells.
-    assert not re.search(r'\bd="M[^"]*\.\d{3}', svg)
-    assert "dc:date" not in svg
-
-
-@pytest.mark.parametrize("missing", ["title", "caption", "alt"])
-def test_figure_needs_its_words(tmp_path, missing):
-    recorder = Recorder("tiny", {}, str(tmp_path))
-    with pytest.raises(UserError, match=missing):
-        recorder.figure("f", drawing(), data=DATA, **{**WORDS, missing: "  "})
-
-
-def test_figure_needs_its_data(tmp_path):
-    with pytest.raises(UserError, match="no data"):
-        Recorder("tiny", {}, str(tmp_path)).figure("f", drawing(), data=DATA.head(0), **WORDS)
+    lines = (first / "run.json").read_text().splitlines()
+    assert '    "slope": {"value": 0.5, "unit": "ms/byte", "about": "fitted"},' in lines
 
 
 @pytest.mark.parametrize("name", ["", "Peak", "a b", "../up", "a.b", "-a", "é"])
 def test_names_are_slugs(tmp_path, name):
-    recorder = Recorder("tiny", {}, str(tmp_path))
     with pytest.raises(UserError, match="name"):
-        recorder.value(name, 1)
+        write_run(Run("tiny", {}, {name: Value(1)}), tmp_path / "r")
     with pytest.raises(UserError, match="name"):
-        recorder.table(name, DATA, caption="c")
+        tables_of({name: ("c", DATA)})
     with pytest.raises(UserError, match="name"):
-        Recorder(name, {})
+        write_run(Run(name, {}), tmp_path / "r")
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize(("frame", "match"), [
@@ -109,43 +107,34 @@ def test_names_are_slugs(tmp_path, name):
     (pd.DataFrame({("a", "b"): [1]}), "columns"),
     ([1, 2], "DataFrame"),
 ])
-def test_tables_are_flat_and_named(tmp_path, frame, match):
+def test_tables_are_flat_and_named(frame, match):
     with pytest.raises(UserError, match=match):
-        Recorder("tiny", {}, str(tmp_path)).table("t", frame, caption="c")
+        tables_of({"t": ("c", frame)})
 
 
-def test_named_index_becomes_a_column(tmp_path):
-    recorder = Recorder("tiny", {}, str(tmp_path / "a"))
-    recorder.table("t", DATA.set_index("length, bytes"), caption="c")
-    assert list(load_run(recorder.finish()).tables["t"].frame) == list(DATA)
+def test_named_index_becomes_a_column():
+    assert list(tables_of({"t": ("c", DATA.set_index("length, bytes"))})["t"].frame) == list(DATA)
 
 
 def test_values_and_parameters_are_plain(tmp_path):
     with pytest.raises(UserError, match="'v' is a list"):
-        Recorder("tiny", {}, str(tmp_path)).value("v", [1])
+        write_run(Run("tiny", {}, {"v": Value([1])}), tmp_path / "r")
     with pytest.raises(UserError, match="parameter 'p'"):
-        Recorder("tiny", {"p": {1}}, str(tmp_path))
+        write_run(Run("tiny", {"p": {1}}), tmp_path / "r")
 
 
-def test_recording_again_replaces(tmp_path):
-    recorder = Recorder("tiny", {}, str(tmp_path / "a"))
-    recorder.table("old", DATA, caption="c")
-    recorder.finish()
-    again = Recorder("tiny", {}, str(tmp_path / "a"))
-    again.value("x", 1)
-    again.value("x", 2)
-    run = load_run(again.finish())
+def test_writing_again_replaces(tmp_path):
+    recorded(tmp_path / "a")
+    run = load_run(write_run(Run("tiny", {}, {"x": Value(2)}), tmp_path / "a"))
     assert run.values["x"].value == 2
     assert not run.tables
-    assert not list((tmp_path / "a" / "tables").iterdir())
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["run.json"]
 
 
-def test_interactive_runs_have_a_folder_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "RUNS", tmp_path)
-    recorder = Recorder("tiny", {})
-    recorder.value("x", 1)
-    assert recorder.finish() == tmp_path / "interactive" / "tiny"
-    assert list_runs(tmp_path) == []  # and the report does not see it
+def test_a_sweeps_folder_keeps_its_notebook(tmp_path):
+    (tmp_path / "log.txt").write_text("step 1")
+    assert load_run(recorded(tmp_path)).values["slope"].value == 0.5
+    assert (tmp_path / "log.txt").read_text() == "step 1"
 
 
 def test_list_runs_sees_whole_runs_only(tmp_path):
@@ -157,7 +146,7 @@ def test_list_runs_sees_whole_runs_only(tmp_path):
     assert list_runs(tmp_path / "absent") == []
 
 
-@pytest.mark.parametrize("damage", ["not json", '{"format": 1}', "[]", '{"format": 99}'])
+@pytest.mark.parametrize("damage", ["not json", '{"format": 1}', "[]", '{"format": 99}', "{}"])
 def test_damaged_run_is_a_clear_error(tmp_path, damage):
     (tmp_path / "run.json").write_text(damage)
     with pytest.raises(UserError, match=str(tmp_path)):
@@ -166,7 +155,8 @@ def test_damaged_run_is_a_clear_error(tmp_path, damage):
 
 def test_truncated_table_is_a_clear_error(tmp_path):
     folder = recorded(tmp_path / "a")
-    (folder / "tables" / "times.parquet").write_bytes(b"PAR1")
+    (folder / "times.csv").unlink()
+    (folder / "times.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="not a complete run folder"):
         load_run(folder)
 
@@ -174,7 +164,7 @@ def test_truncated_table_is_a_clear_error(tmp_path):
 def test_run_file_cannot_name_files_elsewhere(tmp_path):
     folder = recorded(tmp_path / "a")
     record = json.loads((folder / "run.json").read_text())
-    record["tables"][0]["name"] = "../../secret"
+    record["tables"] = {"../../secret": "c"}
     (folder / "run.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="table name"):
         load_run(folder)
@@ -225,8 +215,8 @@ def test_a_reference_line_can_be_named_at_either_end():
 
 def test_missing_floats_can_be_said_to_be_unmeasured(tmp_path):
     frame = pd.DataFrame({"energy, J": [1.0, None], "error, relative": [0.1, math.nan]})
-    write_frame(tmp_path / "f.parquet", not_measured(frame, "energy, J"))
-    back = read_frame(tmp_path / "f.parquet")
+    write_frame(tmp_path, "f", not_measured(frame, "energy, J"))
+    back = read_frame(tmp_path, "f")
     assert list(back["energy, J"]) == [1.0, None]
     assert math.isnan(back["error, relative"][1])
 

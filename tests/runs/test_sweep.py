@@ -26,9 +26,13 @@ from mambabyte.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
-STUDY = '''
-import os, time
+PACKAGE = {
+    "__init__": '''
 from dataclasses import dataclass
+
+import pandas as pd
+
+TITLE, QUESTION, NOTEBOOK = "Tiny", "Is it?", "tiny.ipynb"
 
 @dataclass(frozen=True)
 class Parameters:
@@ -37,6 +41,15 @@ class Parameters:
     mode: str = "ok"
 
 PROFILES = {"quick": Parameters(), "full": Parameters(n=30)}
+
+@dataclass(frozen=True)
+class Results:
+    counts: pd.DataFrame
+''',
+    "compute": '''
+import os, time
+import pandas as pd
+from tiny_study import Results
 
 def run(p, report):
     for i in range(p.n):
@@ -47,23 +60,35 @@ def run(p, report):
         raise ValueError("<b>broken</b>\\nsecond line")
     if p.mode == "die":
         os._exit(9)
-    return sum(p.sizes)
-'''
+    return Results(pd.DataFrame({"n": [p.n], "total": [sum(p.sizes)]}))
+''',
+    "values": '''
+from analysis.runs.folders import Value
+
+def values(found, p):
+    return {"total": Value(int(found.counts["total"].iloc[0]))}
+''',
+    "tables": 'TABLES = {"counts": "What was <counted>."}',
+    "figures": '''
+from analysis.plots import new_figure
+from analysis.studies.drawing import Drawing
+
+FIGURES = (Drawing("line", lambda counts: new_figure()[0], ("counts",), "A line",
+                   caption="It is flat.", alt="Flat."),)
+''',
+}
 CELLS = (
     'n = 3\nsizes = [1, 2]\nmode = "ok"\nrun_dir = ""',
-    "from tiny_study import Parameters, run\n"
-    "from analysis.runs.folders import Recorder\n"
-    "total = run(Parameters(n=n, sizes=tuple(sizes), mode=mode), print)",
-    'if mode != "forgetful":\n'
-    '    recorder = Recorder("tiny", {"n": n, "sizes": sizes, "mode": mode}, run_dir)\n'
-    '    recorder.value("total", total)\n'
-    "    import pandas as pd\n"
-    "    from matplotlib.figure import Figure\n"
-    '    frame = pd.DataFrame({"n": [n]})\n'
-    '    recorder.table("counts", frame, caption="What was <counted>.")\n'
-    '    recorder.figure("line", Figure(), title="A line", caption="It is flat.", alt="Flat.",\n'
-    "                    data=frame)\n"
-    "    recorder.finish()",
+    "from pathlib import Path\n"
+    "from analysis.studies import Study\n"
+    "from analysis.studies.session import measure, save\n"
+    'study = Study("tiny", "Tiny", "Is it?", Path("tiny.ipynb"), "tiny_study")\n'
+    "run = measure(study, globals())",
+    "from analysis.studies import STUDIES\n"
+    "from analysis.studies.session import show\n"
+    "STUDIES[study.name] = study\n"
+    'show(run, "line", "counts")',
+    'if mode != "forgetful":\n    save(run)',
 )
 
 
@@ -89,7 +114,9 @@ class Events:
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    (folder / "tiny_study.py").write_text(STUDY)
+    (folder / "tiny_study").mkdir()
+    for name, source in PACKAGE.items():
+        (folder / "tiny_study" / f"{name}.py").write_text(source)
     cells = [{"cell_type": "code", "id": f"c{i}", "source": source, "outputs": [],
               "execution_count": None, "metadata": {"tags": ["parameters"]} if i == 0 else {}}
              for i, source in enumerate(CELLS)]
@@ -119,7 +146,7 @@ def test_each_combination_has_a_row(swept):
         "ok": "done", "fail": "failed", "die": "failed", "forgetful": "failed"}
     assert rows["fail"].error == "ValueError: <b>broken</b>"
     assert "kernel died" in rows["die"].error
-    assert "Recorder.finish()" in rows["forgetful"].error
+    assert "save(run)" in rows["forgetful"].error
 
 
 def test_failed_runs_are_visible_with_notebook_and_log(swept):

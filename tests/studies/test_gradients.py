@@ -19,6 +19,9 @@ from analysis.studies.gradients import (
 from analysis.studies.gradients import (
     truncation,
 )
+from analysis.studies.gradients import (
+    values as answers,
+)
 from analysis.studies.gradients.scan_against_step import scan_against_step
 from mambabyte.errors import UserError
 from mambabyte.ops.scan.recurrent import sequential_scan
@@ -150,17 +153,17 @@ def test_segments_that_all_fall_short_leave_the_far_task_unmeasured(text_file: o
         forms=("sequential", "document_chunked"), length=16, chunk=8, channels=2, states=2,
         corpus=str(text_file), draws=1, segments=(2, 4), recall_steps=1, recall_seeds=1)
     found = gradients.run(p, lambda line: None)
-    values = gradients.headline(found)
-    assert values["far_full"][0] is None
-    assert values["far_cut"][0] is None
-    assert values["shortest_segment"][0] == 2
+    values = answers.values(found, p)
+    assert values["far_full"].value is None
+    assert values["far_cut"].value is None
+    assert values["shortest_segment"].value == 2
     # One seed that never learned leaves no mean: of the others alone it would flatter.
     whole = found.recall["gradient reaches, steps"] == 4
     learned = pd.Series([100.0, 200.0], dtype=object)
     for last, mean in ((learned, 150.0), (learned.replace(200.0, None), None)):
         two = pd.concat([found.recall[whole].head(1)] * 2).assign(**{"steps to learn": last.array})
         changed = replace(found, recall=pd.concat([two, found.recall[~whole]]))
-        assert gradients.headline(changed)["steps_to_learn_full"][0] == mean
+        assert answers.values(changed, p)["steps_to_learn_full"].value == mean
 
 
 def test_bad_input() -> None:

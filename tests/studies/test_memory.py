@@ -13,8 +13,8 @@ from analysis.measure.allocations import allocated_bytes, measure_peak, measure_
 from analysis.studies.memory import compute as memory
 from analysis.studies.memory import figures
 from analysis.studies.memory import scans as scan_memory
+from analysis.studies.memory.closed_form import budgets_frame, device_frames
 from analysis.studies.memory.scans import five_to_seven_frame, full_tensors_frame, slices_frame
-from analysis.studies.memory.tables import budgets_frame, device_frames
 from analysis.theory.fit import ALLOWANCE_BYTES, DEVICES_GB, fit, parse_memory
 from analysis.theory.kept_tensors import AUTOCASTS, saved_terms
 from analysis.theory.step_memory import budget, state_bytes

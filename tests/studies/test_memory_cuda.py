@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from analysis.measure.allocations import saved_storages
 from analysis.runs.records import DATA, load_record
+from analysis.studies.memory import PROFILES, SCAN_FORMS
 from analysis.studies.memory import compute as memory
 from analysis.studies.memory import gpu as gpu_memory
 from analysis.theory.kept_tensors import (
@@ -44,7 +45,7 @@ def test_closed_form_against_the_recorded_gpu() -> None:
 
 def test_closed_form_reads_only_what_the_record_measured() -> None:
     """Another day's closed form in the record changes nothing."""
-    recorded = load_record(DATA / gpu_memory.RECORDED).run.tables["cuda"].frame
+    recorded = load_record((DATA / gpu_memory.RECORDED).parent).tables["cuda"].frame
     ours = [name for name in recorded if "closed form" in name] + ["worst moment"]
     assert len(ours) == 5
     stale = recorded.assign(**dict.fromkeys(ours, 0.0))
@@ -141,8 +142,8 @@ def test_libraries_are_counted_on_cuda_alone() -> None:
 
 
 def test_the_full_profile_measures_where_a_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert memory.PROFILES["full"].cuda == "auto"
-    assert set(memory.PROFILES) == {"quick", "full"}
+    assert PROFILES["full"].cuda == "auto"
+    assert set(PROFILES) == {"quick", "full"}
     recorded = gpu_memory.recorded_frame()
     asked = []
     monkeypatch.setattr(memory, "gpu_frame",
@@ -160,6 +161,6 @@ def test_cases_of_a_gpu_have_names_of_their_own() -> None:
     assert len(set(names)) == len(names)
     layers, forms = {name[0] for name in names}, {name[2] for name in names}
     assert layers == {"MMMM", "MMMA", "AAAA", "MMMAMMMAM"}
-    assert forms == {*memory.SCAN_FORMS, "none"}
+    assert forms == {*SCAN_FORMS, "none"}
     assert {(name[0], name[6]) for name in names} == {(one, c) for one in layers
                                                       for c in (False, True)}

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from analysis.measure import exponents
-from analysis.measure.scans import ANY_CHUNK, scan_of
-from analysis.runs.records import MEASUREMENTS, load_record
+from analysis.measure.scans import scan_of
+from analysis.runs.records import RECORDS, load_record
+from analysis.studies.overflow import KINDS, PRECISIONS, PROFILES, error_map, error_tables, figures
 from analysis.studies.overflow import compute as overflow
-from analysis.studies.overflow import error_map, error_tables, figures
+from analysis.studies.overflow import values as answers
 from analysis.theory import bounds
+from analysis.theory.forms import ANY_CHUNK
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.ops import FORMS
@@ -225,10 +227,10 @@ def test_first_chunks_reads_the_map(errors: pd.DataFrame) -> None:
 
 
 def test_first_chunks_of_both_kinds_and_every_gradient() -> None:
-    p = replace(SMALL, forms=("corrected_cumsum",), kinds=error_map.KINDS, decays=(12.8,))
+    p = replace(SMALL, forms=("corrected_cumsum",), kinds=KINDS, decays=(12.8,))
     first = error_tables.first_chunks(error_map.error_map(p, lambda line: None))
     lost = first[first["first chunk with"] == "nan"].set_index(["kind", "of"])["12.8"]
-    for kind in error_map.KINDS:  # the initial state is weighed by exp(cs) alone
+    for kind in KINDS:  # the initial state is weighed by exp(cs) alone
         assert set(lost[kind].index) == {"value", *(f"gradient of {n}" for n in (
             "u", "delta", "A", "B", "C"))}
         assert lost[kind].astype(int).min() >= 8
@@ -255,23 +257,25 @@ def test_the_map_as_a_table_and_its_counts(errors: pd.DataFrame) -> None:
         cell["gradient error"], rel=0.05)
     assert math.isnan(table.loc[("corrected_cumsum", "value", 64), "12.8"])
     assert len(table) == 2 * len(errors) / len(SMALL.decays)
-    counts = error_tables.outcome_counts(errors).set_index(["form", "of"])
+    counts = error_tables.outcome_counts(
+        error_tables.outcomes_by_decay(errors)).set_index(["form", "of"])
     assert (counts[list(error_tables.OUTCOMES)].sum(axis=1) == counts["cells"]).all()
     assert counts.loc[("pairwise", "value"), "right"] == counts.loc[("pairwise", "value"), "cells"]
     assert counts.loc[("pairwise", "gradient"), "silent"] > 0
 
 
 def test_maps_are_of_value_and_gradient_and_of_every_form() -> None:
-    p = replace(SMALL, low_precision_forms=("sequential", "pairwise"), kinds=error_map.KINDS,
+    p = replace(SMALL, low_precision_forms=("sequential", "pairwise"), kinds=KINDS,
                 forms=(*SMALL.forms, "sequential"), precisions=("float32", "bf16 inputs"))
-    found = error_tables.maps(error_map.error_map(p, lambda line: None))
+    outcomes = error_tables.outcomes_by_decay(error_map.error_map(p, lambda line: None))
+    found = {d.name: d for d in figures.FIGURES if d.of == ("outcomes",) and d.when(outcomes)}
     assert set(found) == {"map", "map_data_dependent", "map_bf16_inputs"}
-    for cells in found.values():
-        drawn = figures.error_maps(cells, bounds.boundary)
+    for one in found.values():
+        cells, drawn = one.data(outcomes), one.draw(outcomes)
         titles = {axes.get_title(loc="left") for axes in drawn.axes if axes.get_visible()}
         assert titles == {f"{form}\n{part}" for form in set(cells["form"])
                           for part in ("value", "gradient")}
-    assert "associative" in set(found["map"]["form"])
+    assert "associative" in set(found["map"].data(outcomes)["form"])
 
 
 def test_cells_are_drawn_where_they_are() -> None:
@@ -289,22 +293,22 @@ def test_a_training_that_ended_early_has_a_panel_of_the_first_steps() -> None:
         {"form": form, "step": step, "layer": 0, "largest exponent in 32 steps": 50.0 + step / 4}
         for form, steps in (("auto", 1000), ("corrected_cumsum", 150))
         for step in range(0, steps + 1, 50)])
-    whole, early = figures.headroom_lines(followed, 88.7).axes
+    whole, early = figures.headroom_lines(followed).axes
     assert early.lines[0].get_xdata().max() == 250
     # Named at its end only where it reaches the end.
     named = {text.get_text() for text in whole.texts}
     assert "stable (auto)" in named
     assert "corrected_cumsum" not in named
-    assert len(figures.headroom_lines(followed[followed["form"] == "auto"], 88.7).axes) == 1
+    assert len(figures.headroom_lines(followed[followed["form"] == "auto"]).axes) == 1
 
 
 def test_the_record_of_the_map_is_of_the_full_profile() -> None:
-    run = load_record(MEASUREMENTS / "cpu-overflow-map.json").run
-    full = overflow.PROFILES["full"]
+    run = load_record(RECORDS / "overflow" / "cpu-overflow-map")
+    full = PROFILES["full"]
     for name in ("precisions", "kinds", "chunks", "decays", "length"):
         kept = run.parameters[name]
         assert (tuple(kept) if isinstance(kept, list) else kept) == getattr(full, name), name
-    assert set(run.tables) == {"errors", "first", "verdicts"}
+    assert set(run.tables) == {"errors", "first", "verdicts", "outcomes"}
     errors = run.tables["errors"].frame
     # It holds the forms that there were: one added since does not ask for another record.
     assert set(errors["form"]) == set(run.parameters["forms"]) <= set(FORMS)
@@ -312,7 +316,7 @@ def test_the_record_of_the_map_is_of_the_full_profile() -> None:
         low = run.parameters["low_precision_forms"]
         assert set(some["form"]) == set(
             run.parameters["forms"] if precision == "float32" else low), precision
-    assert set(errors["precision"]) == set(error_map.PRECISIONS)
+    assert set(errors["precision"]) == set(PRECISIONS)
     # Every cell of the map is a number of the table.
     cells = sum(run.tables["verdicts"].frame["cells"])
     assert errors[[error_tables.column_of(d) for d in full.decays]].size == 2 * cells
@@ -333,8 +337,8 @@ def test_less_than_half_a_schedule_is_not_carried_on() -> None:
 
 
 def test_the_full_profile_uses_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(overflow.PROFILES) == {"quick", "full"}
-    full = overflow.PROFILES["full"]
+    assert set(PROFILES) == {"quick", "full"}
+    full = PROFILES["full"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert (overflow.settle(full).device, overflow.settle(full).d_model) == ("cpu", 64)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -346,7 +350,7 @@ def test_the_full_profile_uses_a_gpu_where_there_is_one(monkeypatch: pytest.Monk
     # What was asked for stays.
     assert overflow.settle(replace(full, batch=2, trained_steps=(5, 5, 5))).batch == 2
     assert overflow.settle(replace(full, trained_steps=(5, 5, 5))).trained_steps == (5, 5, 5)
-    assert overflow.settle(overflow.PROFILES["quick"]) == overflow.PROFILES["quick"]
+    assert overflow.settle(PROFILES["quick"]) == PROFILES["quick"]
 
 
 def test_a_run_without_float32_has_no_count_of_its_cells(text_file: object) -> None:
@@ -355,14 +359,14 @@ def test_a_run_without_float32_has_no_count_of_its_cells(text_file: object) -> N
         precisions=("bfloat16",), kinds=("constant",), chunks=(4, 8), decays=(0.4,), length=8,
         corpus=str(text_file), fraction_lengths=(4,), crossings=(60.0,),
         trained_forms=("auto",), trained_steps=(1,))
-    values = overflow.headline(overflow.run(p, lambda line: None))
-    assert values["map_cells"][0] is None
-    assert values["clamped_loud"][0] is None
-    assert values["trained_steps"][0] == 1
-    assert values["stable_crossed"][0] is None
-    assert values["bfloat16_corrected_cumsum_cells"][0] == 2
-    assert values["bfloat16_sequential_silent"][0] is None
-    assert values["sound_forms"][0] == "none"
+    values = answers.values(overflow.run(p, lambda line: None), p)
+    assert values["map_cells"].value is None
+    assert values["clamped_loud"].value is None
+    assert values["trained_steps"].value == 1
+    assert values["stable_crossed"].value is None
+    assert values["bfloat16_corrected_cumsum_cells"].value == 2
+    assert values["bfloat16_sequential_silent"].value is None
+    assert values["sound_forms"].value == "none"
 
 
 def test_a_training_below_the_bound_never_crossed_it(text_file: object) -> None:
@@ -372,19 +376,20 @@ def test_a_training_below_the_bound_never_crossed_it(text_file: object) -> None:
 
 
 def test_what_is_said_of_the_inside_of_the_bound(errors: pd.DataFrame) -> None:
-    said = overflow._right_inside(errors)
-    assert said["sound_forms"][0] == "chunked, segment_sum, associative"
-    inside = error_tables.inside_bound(errors, overflow.TRICKS)
-    assert said["inside_cells"][0] == len(inside)
-    assert said["inside_wrong"][0] == 0
-    assert said["inside_wrong_from"][0] is None
-    spoiled = errors.copy()
+    inside = error_tables.inside_bound(errors, error_tables.TRICKS)
+    verdict = error_tables.verdicts(errors).set_index("form")
+    said = answers._right_inside(inside, verdict)
+    assert said["sound_forms"].value == "chunked, segment_sum, associative"
+    assert said["inside_cells"].value == len(inside)
+    assert said["inside_wrong"].value == 0
+    assert said["inside_wrong_from"].value is None
+    spoiled = inside.copy()
     edge = inside["of the bound"].idxmax()
     spoiled.loc[edge, "value"] = "inf"
-    said_then = overflow._right_inside(spoiled)
-    assert said_then["inside_wrong"][0] == 1
-    assert said_then["inside_wrong_from"][0] == inside["of the bound"].max() < 1
-    assert said["inside_silent_from"][0] == 12.8
+    said_then = answers._right_inside(spoiled, verdict)
+    assert said_then["inside_wrong"].value == 1
+    assert said_then["inside_wrong_from"].value == inside["of the bound"].max() < 1
+    assert said["inside_silent_from"].value == 12.8
 
 
 def test_bad_input() -> None:

@@ -8,22 +8,20 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from analysis.plots import sliders as panels
-from analysis.runs.folders import load_run
-from analysis.studies import get_study, profile_parameters
+from analysis.runs.folders import INTERACTIVE, Run
+from analysis.studies import get_study, session
 from analysis.studies.memory import compute as memory
 from analysis.studies.memory import panel as memory_panel
-from analysis.studies.memory.tables import budgets_at, budgets_frame, smallest_devices
-from analysis.studies.overflow import error_map
+from analysis.studies.memory.closed_form import budgets_at, budgets_frame, smallest_devices
+from analysis.studies.overflow import Grid, error_map
 from analysis.studies.overflow import panel as overflow_panel
 from analysis.studies.throughput import compute as throughput
 from analysis.studies.throughput import figures as throughput_figures
 from analysis.studies.throughput import panel as throughput_panel
-from analysis.sweep.record import run_notebook
 from analysis.theory import bounds
 from mambabyte.config import PRESETS
 
-SMALL = error_map.Grid(
+SMALL = Grid(
     forms=("corrected_cumsum", "document_chunked", "clamped"), precisions=("float32",),
     kinds=("constant",), chunks=(8, 64), decays=(0.1, 1.6), length=64)
 
@@ -115,22 +113,29 @@ def test_smallest_device():
     assert huge["smallest device"].iloc[0] == "none of these"
 
 
-def test_a_batch_run_shows_nothing(capsys):
-    panels.show(memory_panel.panel, memory.Parameters(), run_dir="somewhere")
-    panels.show(throughput_panel.panel, throughput.Parameters(), run_dir="somewhere")
+def run_of(study, parameters, folder):
+    return Run(study, vars(parameters), folder=folder)
+
+
+def test_a_batch_run_shows_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("IPython.display.display", lambda *what: pytest.fail("shown"))
+    for name, parameters in (("memory", memory.Parameters()),
+                             ("throughput", throughput.Parameters())):
+        session.panel(run_of(name, parameters, tmp_path / "memory-1"))
     assert capsys.readouterr().out == ""
     for name in ("memory", "overflow", "throughput"):
-        assert "panels.show(" in get_study(name).notebook.read_text()
+        assert "panel(run)" in get_study(name).notebook.read_text()
 
 
-def test_a_panel_is_displayed_when_opened_by_hand(monkeypatch):
+def test_a_panel_is_displayed_when_opened_by_hand(monkeypatch, tmp_path):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda *what: shown.extend(what))
-    panels.show(memory_panel.panel, memory.Parameters(forms=("fused",)), run_dir="")
+    session.panel(run_of("memory", memory.Parameters(forms=("fused",)),
+                         tmp_path / INTERACTIVE / "memory"))
     assert any(type(what).__name__ == "interactive" for what in shown)
 
 
-def test_without_ipywidgets_there_is_one_line(monkeypatch, capsys):
+def test_without_ipywidgets_there_is_one_line(monkeypatch, capsys, tmp_path):
     real = builtins.__import__
 
     def without(name, *rest, **named):
@@ -139,19 +144,5 @@ def test_without_ipywidgets_there_is_one_line(monkeypatch, capsys):
         return real(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    panels.show(memory_panel.panel, memory.Parameters(), run_dir="")
-    assert capsys.readouterr().out == panels.MISSING + "\n"
-
-
-def test_the_notebook_run_in_batch_has_no_widget(monkeypatch, tmp_path, capsys):
-    """The code cells of the memory notebook, run as a batch run runs them: with a run folder."""
-    shown = []
-    monkeypatch.setattr("IPython.display.display", lambda *what: shown.extend(what))
-    study = get_study("memory")
-    small = {**profile_parameters(study), "forms": ["fused", "chunked"], "patterns": ["M"],
-             "slice_lengths": [64, 128], "counted_layers": 1}
-    folder = run_notebook(study, small, tmp_path / "run")
-    assert "budget" in load_run(folder).figures
-    assert shown == []
-    assert panels.MISSING not in capsys.readouterr().out
-    assert "panels.show(" in study.notebook.read_text()
+    session.panel(run_of("memory", memory.Parameters(), tmp_path / INTERACTIVE / "memory"))
+    assert capsys.readouterr().out == session.MISSING + "\n"

@@ -15,7 +15,16 @@ import pytest
 
 from analysis import studies
 from analysis.runs import staleness as sources
-from analysis.studies import STUDIES, Study, command, get_study, profile_of, run_id, validate
+from analysis.studies import (
+    COMPUTING,
+    STUDIES,
+    Study,
+    command,
+    get_study,
+    profile_of,
+    run_id,
+    validate,
+)
 from mambabyte.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +50,7 @@ class Parameters:
 def study(monkeypatch, tmp_path) -> Study:
     module = SimpleNamespace(
         Parameters=Parameters, PROFILES={"quick": Parameters(), "full": Parameters(n=30)})
-    monkeypatch.setattr(studies, "_module", lambda study: module)
+    monkeypatch.setattr(Study, "module", lambda study, name="": module)
     return Study("tiny", "Tiny", "Is it?", tmp_path / "tiny.ipynb", "tiny", tmp_path)
 
 
@@ -166,7 +175,8 @@ def test_a_study_of_results_depends_on_the_results(study, tmp_path):
     put("other-1", study="other", status="done", values={"x": {"value": 2}})
     changed = digests()[1]
     assert changed != after
-    (records / "gpu.json").write_text("{}")
+    (records / "task" / "gpu").mkdir(parents=True)
+    (records / "task" / "gpu" / "run.json").write_text("{}")
     assert digests()[1] != changed
 
 
@@ -190,7 +200,7 @@ def test_registry_is_light():
 MEASURING = {
     "ablation": (
         "studies/ablation/budgets", "studies/ablation/learning", "theory/matching",
-        "measure/statistics", "studies/ablation/tables", "studies/ablation/synthetic",
+        "measure/statistics", "studies/ablation/trained", "studies/ablation/synthetic",
         "studies/ablation/tokens", "studies/ablation/variants"
     ),
     "gradients": (
@@ -214,9 +224,10 @@ def test_a_study_depends_on_what_it_measures(name):
     if not study.notebook.exists():
         pytest.skip(f"{study.notebook.name} is not there yet")
     names = {p.relative_to(ROOT).as_posix()
-             for p in sources.source_files([study.module, "analysis.plots"])}
+             for p in sources.source_files([f"{study.package}.{part}" for part in COMPUTING])}
     assert f"analysis/studies/{name}/compute.py" in names
     assert names >= {f"analysis/{module}.py" for module in MEASURING.get(name, ())}
-    assert "analysis/plots/style.mplstyle" in names
+    assert f"analysis/studies/{name}/values.py" in names
+    assert f"analysis/studies/{name}/figures.py" not in names  # drawn when somebody looks
     assert any(n.startswith("mambabyte/") for n in names)
     assert not any(n.startswith(("analysis/report", "analysis/sweep", "tests")) for n in names)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from analysis.runs.folders import Run, tables_of
+from analysis.runs.records import DATA, write_record_folder
 from analysis.runs.staleness import source_files
 from analysis.studies.task import compute as task
 from analysis.studies.task import figures
+from analysis.studies.task import values as answers
 from mambabyte.errors import UserError
 
 COLUMNS = ["system", "seed", task.ENERGY, "time (s)", task.VALID, task.HELD_OUT, "changed",
@@ -19,19 +23,16 @@ COLUMNS = ["system", "seed", task.ENERGY, "time (s)", task.VALID, task.HELD_OUT,
 def write_record(folder: Path, name: str, rows: list[list], trials: list[list] = (), idle=50.0,
                  columns: list[str] = COLUMNS):
     """A record of runs, with the table of means that the task's own records have."""
-    tables = [
-        {"name": "systems", "caption": "means", "columns": ["system", "runs", task.ENERGY],
-         "rows": [["ours", 3, 1.0]]},
-        {"name": "runs", "caption": "runs", "columns": columns, "rows": rows},
-        {"name": "trials", "caption": "trials",
-         "columns": ["trial", task.ENERGY, task.VALID, task.HELD_OUT, "configuration"],
-         "rows": list(trials)}]
-    (folder / "measurements").mkdir(exist_ok=True)
-    (folder / "measurements" / f"{name}.json").write_text(json.dumps({
-        "format": 1, "study": "task", "title": "t", "about": "a",
-        "parameters": {"idle_watts": idle}, "values": {}, "figures": [], "tables": tables,
-        "provenance": {"date": "2026-01-01", "commit": "c", "command": "x", "versions": {"a": "1"},
-                       "machine": {"gpus": [{"name": "Card"}]}}}))
+    tables = {
+        "systems": ("means", pd.DataFrame([["ours", 3, 1.0]],
+                                          columns=["system", "runs", task.ENERGY])),
+        "runs": ("runs", pd.DataFrame(rows, columns=columns, dtype=object)),
+        "trials": ("trials", pd.DataFrame(list(trials), dtype=object, columns=[
+            "trial", task.ENERGY, task.VALID, task.HELD_OUT, "configuration"]))}
+    write_record_folder(Run(
+        "task", {"idle_watts": idle}, tables=tables_of(tables), title="t", about="a",
+        provenance={"date": "2026-01-01", "commit": "c", "command": "x", "versions": {"a": "1"},
+                    "machine": {"gpus": [{"name": "Card"}]}}), folder / "records" / "task" / name)
 
 
 ROWS = [
@@ -56,10 +57,10 @@ def test_runs_are_means_over_seeds_and_crashes_are_counted(tmp_path):
     assert systems["kind"].tolist() == ["SSM and attention", "SSM", "attention"]
     assert systems["with n-gram"].tolist() == [True, False, False]
     assert found.crashed["failure"].tolist() == ["crashed: no card"]
-    values = task.headline(found, task.Parameters())
-    assert values["crashed"][0] == 1
-    assert values["cheapest"][0] == "ours"
-    assert values["pure_ssm_accuracy"][0] == 0.64
+    values = answers.values(found, task.Parameters())
+    assert values["crashed"].value == 1
+    assert values["cheapest"].value == "ours"
+    assert values["pure_ssm_accuracy"].value == 0.64
     assert found.idle_watts == (50.0,)
     assert found.machines == ("Card",)
 
@@ -134,5 +135,9 @@ def test_no_record_is_one_clear_line(tmp_path):
 
 
 def test_the_records_are_among_the_sources():
-    names = {path.name for path in source_files(["analysis.studies.task.compute"])}
-    assert {"h200-task.json", "h200-task-trials.json", "h200-task-ssm.json"} <= names
+    names = {path.relative_to(DATA.parent).as_posix()
+             for path in source_files(["analysis.studies.task.compute"])}
+    for record in ("h200-task", "h200-task-ssm"):
+        assert f"data/records/task/{record}/run.json" in names
+        assert f"data/records/task/{record}/runs.csv" in names
+    assert "data/records/task/h200-task-trials/trials.csv" in names

@@ -21,16 +21,12 @@ from analysis.measure.timing import (
     fit_exponent,
     measure,
 )
-from analysis.runs.folders import load_run
 from analysis.runs.frames import not_measured
-from analysis.runs.records import load_record
-from analysis.studies import STUDIES
 from analysis.studies.throughput import compute as throughput
 from analysis.studies.throughput import figures
 from analysis.studies.throughput import scans as scan_timing
-from analysis.studies.throughput.compute import crossovers_in_words
-from analysis.sweep.record import main as measure_main
-from analysis.sweep.record import measure as measure_study
+from analysis.studies.throughput import values as answers
+from analysis.studies.throughput.tables import crossovers_in_words
 from mambabyte.energy import Energy
 from mambabyte.errors import UserError
 from tests.helpers.clock import Clock
@@ -223,9 +219,9 @@ def test_a_tiny_study_end_to_end(found):
     stream = found.streaming.set_index(["system", "bytes_seen"])["state_bytes"]
     assert stream["SSM", 0] == stream["SSM", 40]
     assert stream["attention, all keys", 40] > stream["attention, last 16 keys", 40]
-    values = throughput.headline(found)
-    assert values["longest_length"][0] == 32
-    assert values["crossover_operations"][0] > 0
+    values = answers.values(found, TINY)
+    assert values["longest_length"].value == 32
+    assert values["crossover_operations"].value > 0
 
 
 def test_quadratic_forms_show_in_the_count(found):
@@ -252,54 +248,6 @@ def test_bad_parameters_are_one_clear_line():
             throughput.run(replace(TINY, device="cuda"))
 
 
-# ------------------------------------------------------------------------------- measurements
-
-
-NOTEBOOK = """{"cells": [
- {"cell_type": "markdown", "metadata": {}, "source": ["# x"]},
- {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": ["size = 1\\nrun_dir = ''"]},
- {"cell_type": "code", "metadata": {}, "source": [
-  "from analysis.runs.folders import Recorder\\n",
-  "recorder = Recorder('memory', {'size': size}, run_dir)\\n",
-  "recorder.value('twice', 2 * size)\\n",
-  "folder = recorder.finish()"]}]}"""
-
-
-def test_a_notebook_becomes_a_record_without_jupyter(tmp_path):
-    notebook = tmp_path / "n.ipynb"
-    notebook.write_text(NOTEBOOK)
-    study = replace(STUDIES["memory"], notebook=notebook)
-    out = measure_study(study, {"size": 21}, tmp_path / "records" / "box.json")
-    record = load_record(out)
-    assert record.run.values["twice"].value == 42
-    assert record.run.parameters == {"size": 21}
-    assert record.study == "memory"
-    with pytest.raises(UserError, match=r"\.json"):
-        measure_study(study, {}, tmp_path / "box.txt")
-
-
-def test_a_record_may_keep_a_part_of_a_run(tmp_path):
-    notebook = tmp_path / "n.ipynb"
-    notebook.write_text(NOTEBOOK.replace("recorder.value(", "import pandas as pd\\n\", \"[recorder"
-                        ".table(n, pd.DataFrame({'x': [1]}), caption='c') for n in ('a', 'b')]"
-                        "\\n\", \"recorder.value("))
-    study = replace(STUDIES["memory"], notebook=notebook)
-    whole = load_record(measure_study(study, {}, tmp_path / "whole.json")).run
-    assert set(whole.tables) == {"a", "b"}
-    part = load_record(measure_study(study, {}, tmp_path / "part.json", keep=("b",))).run
-    assert set(part.tables) == {"b"}
-    assert part.values == {}
-    part = load_record(measure_study(study, {}, tmp_path / "part.json", keep=("a", "tw*"))).run
-    assert set(part.tables) == {"a"}
-    assert set(part.values) == set(whole.values) == {"twice"}
-    with pytest.raises(UserError, match=r"nothing called c\*: it has a, b, twice"):
-        measure_study(study, {}, tmp_path / "none.json", keep=("c*",))
-    assert set(load_run(tmp_path / "none.run").tables) == {"a", "b"}  # what was measured is kept
-    (tmp_path / "folder.json").mkdir()
-    with pytest.raises(UserError, match="it is a folder"):
-        measure_study(replace(study, notebook=tmp_path / "none"), {}, tmp_path / "folder.json")
-
-
 def test_the_recorded_scan_is_drawn_with_its_machine():
     bench, machine = throughput.recorded_scan()
     assert machine.startswith("NVIDIA H200, 20")
@@ -318,14 +266,6 @@ def test_an_empty_list_of_what_is_timed_is_refused(name):
     with pytest.raises(UserError, match=name):
         replace(TINY, **{name: ()})
 
-
-@pytest.mark.parametrize(("given", "answer"), [
-    ("rouns=2", "did you mean rounds"), ("rounds", "expected name=value")])
-def test_measure_refuses_unknown_parameters_before_it_runs(tmp_path, capsys, given, answer):
-    code = measure_main(["throughput", str(tmp_path / "x.json"), "--profile", "quick",
-                         "--set", given])
-    assert code == 2
-    assert answer in capsys.readouterr().err
 
 
 def test_a_crossing_that_did_not_happen_says_by_when():

@@ -90,5 +90,7 @@ def test_what_cannot_end_well_fails_before_it_is_measured(
     scan = ["bench", "scan", "--device", "cpu"]
     assert main([*scan, "--repeats", "0"]) == 2
     assert "--repeats is 0" in capsys.readouterr().err
-    assert main([*scan, "--record", str(tmp_path)]) == 2
-    assert "it is a folder" in capsys.readouterr().err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").write_text("")
+    assert main([*scan, "--record", str(tmp_path / "full")]) == 2
+    assert "is there and is no record" in capsys.readouterr().err

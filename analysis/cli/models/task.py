@@ -3,6 +3,8 @@
     mambabyte task list
     mambabyte task run ours --corpus path/to/folder --seeds 3
     mambabyte task run nano_plus_ngram --corpus path/to/folder --json
+    mambabyte task run ours --corpus path/to/folder --record data/records/task/h200-task-new
+    mambabyte task record data/records/task/h200-task-new --rows ours.json nano.json
     mambabyte task export ours --out ours.py
     mambabyte task check ours.py
 
@@ -10,12 +12,15 @@
 the GPU's counter minus a stated idle baseline, then 60,000 characters of the validation and test
 splits. ``export`` writes a submission file of the system for the public harness. ``check`` imports
 such a file as the public harness does, trains it on 485 bytes and says which version of the
-contract it met.
+contract it met. ``record`` keeps what several ``run --json`` have printed on one machine as one
+record.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,9 +33,10 @@ from analysis.cli.options import parse, pick_device, print_result
 
 @dataclass(frozen=True)
 class Options:
-    action: Annotated[Literal["run", "list", "export", "check"], tyro.conf.Positional] = "list"
+    action: Annotated[
+        Literal["run", "list", "export", "check", "record"], tyro.conf.Positional] = "list"
     name: Annotated[str, tyro.conf.Positional] = ""
-    """System to run or export, or submission file to check."""
+    """System to run or export, submission file to check, or folder of the record."""
     corpus: str = "stdlib"
     """stdlib, wikitext103, a folder with wiki.*.raw, or a text file."""
     seeds: int = 1
@@ -43,6 +49,14 @@ class Options:
     """For check: the version of the harness to stand in for, where it is not installed."""
     out: str = ""
     """For export: the file to write; standard output if not given."""
+    record: Path | None = None
+    """For run: also keep the rows as a record, the folder, such as data/records/task/NAME."""
+    rows: tuple[Path, ...] = ()
+    """For record: files with the output of ``run --json``."""
+    title: str = ""
+    """The record's heading."""
+    about: str = ""
+    """A line on what was run and why."""
     device: str = "auto"
     json: bool = False
     """Print the result as JSON."""
@@ -81,6 +95,8 @@ def run(argv: list[str]) -> int:
         print_result({"file": options.name, "contract": met}, options.json,
                      [f"{options.name}: predict() returns a {met}; SMOKE PASS"])
         return 0
+    if options.action == "record":
+        return _join(options)
     for name in ("seeds", "characters"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}: it must be at least 1")
@@ -89,10 +105,13 @@ def run(argv: list[str]) -> int:
                         "more")
     system = get_system(options.name)
 
+    from analysis.runs.records import check_record_folder
     from mambabyte.config.provenance import provenance
     from mambabyte.corpus import load_corpus
     from mambabyte.task import run_task
 
+    if options.record:
+        check_record_folder(options.record)  # now, and not after the runs
     device, corpus = pick_device(options.device), load_corpus(options.corpus, say)
     rows: list[dict[str, Any]] = []
     interrupted = False
@@ -107,9 +126,41 @@ def run(argv: list[str]) -> int:
             raise
         say(f"interrupted; {len(rows)} of {options.seeds} seeds are done")
         interrupted = True
-    record = {"system": options.name, "corpus": corpus.name, "runs": rows, **provenance()}
+    record = {"system": options.name, "corpus": corpus.name, "runs": rows,
+              "idle_watts": options.idle_watts, "characters": options.characters, **provenance()}
+    if options.record:
+        _keep(options, options.record, [record])
     print_result(record, options.json, [_header(), *map(_line, rows)])
     return 130 if interrupted else 0
+
+
+def _join(options: Options) -> int:
+    """One record of what several runs have printed."""
+    from mambabyte.errors import UserError
+
+    try:
+        printed = [json.loads(path.read_text(encoding="utf-8")) for path in options.rows]
+        if not printed:
+            raise UserError("record needs --rows: files that mambabyte task run --json printed")
+        _keep(options, Path(options.name), printed)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError("--rows: not the output of mambabyte task run --json "
+                        f"({type(error).__name__}: {error})") from None
+    print_result({"record": options.name}, options.json, [options.name])
+    return 0
+
+
+def _keep(options: Options, folder: Path, printed: Sequence[dict[str, Any]]) -> None:
+    """Writes what runs under the same rules on one machine have printed as a record."""
+    from analysis.runs.records import write_record_folder
+    from analysis.studies.task.record import task_record
+
+    first = printed[0]
+    provenance = {key: first[key] for key in ("date", "command", "commit", "versions", "machine")}
+    write_record_folder(task_record(
+        [row for one in printed for row in one["runs"]], provenance,
+        idle_watts=first["idle_watts"], characters=first["characters"], title=options.title,
+        about=options.about), folder)
 
 
 def _header() -> str:

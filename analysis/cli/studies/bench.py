@@ -7,7 +7,7 @@
     mambabyte bench step --d-model 512 --n-layer 16 --peers mamba_ssm
     mambabyte bench mixers --shapes 16,1024,6 --peers KDA attention
     mambabyte bench scan --shapes 16,1024,384 --peers fused mamba_ssm --json
-    mambabyte bench scan --device cpu --record data/measurements/scan-cpu.json
+    mambabyte bench scan --device cpu --record data/records/throughput/scan-cpu
 
 Peers that are not installed are named, not hidden. The floor is what the bytes and operations of
 the scan cost at the ceilings that the run itself measures.
@@ -90,27 +90,29 @@ class Options:
     device: str = "auto"
     repeats: int = 30
     record: Path | None = None
-    """Also write the table, with machine, date, versions, commit and command, to this file."""
+    """Also keep the table, with machine, date, versions, commit and command, as a record: the
+    folder, such as data/records/throughput/NAME."""
     json: bool = False
     """Print the result as JSON."""
 
 
 def run(argv: list[str]) -> int:
-    from mambabyte.config.files import check_file
+    from analysis.runs.records import check_record_folder
     from mambabyte.errors import UserError
 
     options = parse(Options, argv, "bench", __doc__)
     if options.repeats < 1:
         raise UserError(f"--repeats is {options.repeats}: it must be at least 1")
     if options.record:
-        check_file(options.record)  # now, and not after the measurement
+        check_record_folder(options.record)  # now, and not after the measurement
     return {"scan": bench_scan, "mixers": bench_mixers, "stream": bench_stream,
             "step": bench_step}[options.what](options)
 
 
 def bench_scan(options: Options) -> int:
     from analysis.measure.bench.scan import DEFAULT_PEERS, run_bench
-    from analysis.runs.records import write_tables
+    from analysis.runs.folders import Run, tables_of
+    from analysis.runs.records import write_record_folder
     from mambabyte.config.provenance import provenance
 
     frame = run_bench(
@@ -121,10 +123,9 @@ def bench_scan(options: Options) -> int:
     rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
     record = {"bench": rows, "ceilings": machine, "provenance": provenance()}
     if options.record:
-        write_tables(
-            options.record, {"bench": (TABLE, short_table(frame))}, study="throughput",
-            title="The scan against its peers", about=ABOUT, parameters=machine,
-            provenance=provenance())
+        write_record_folder(Run(
+            "throughput", machine, tables=tables_of({"bench": (TABLE, short_table(frame))}),
+            title="The scan against its peers", about=ABOUT), options.record)
     lines = [f"{name}: {value}" for name, value in machine.items()]
     for (batch, length, channels), group in frame.groupby(["batch", "length", "channels"],
                                                           sort=False):
@@ -137,7 +138,8 @@ def bench_scan(options: Options) -> int:
 def bench_mixers(options: Options) -> int:
     from analysis.measure.bench.mixers import FAMILIES, run_bench
     from analysis.measure.ceilings import describe_machine
-    from analysis.runs.records import write_tables
+    from analysis.runs.folders import Run, tables_of
+    from analysis.runs.records import write_record_folder
     from mambabyte.config.provenance import provenance
 
     device = pick_device(options.device)
@@ -148,10 +150,9 @@ def bench_mixers(options: Options) -> int:
     rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
     record = {"bench": rows, "ceilings": machine, "provenance": provenance()}
     if options.record:
-        write_tables(
-            options.record, {"bench": (MIXERS_TABLE, frame)}, study="throughput",
-            title="The field's mixers and their peers", about=MIXERS_ABOUT, parameters=machine,
-            provenance=provenance())
+        write_record_folder(Run(
+            "throughput", machine, tables=tables_of({"bench": (MIXERS_TABLE, frame)}),
+            title="The field's mixers and their peers", about=MIXERS_ABOUT), options.record)
     lines = [f"{name}: {value}" for name, value in machine.items()]
     for shape, group in frame.groupby(["batch", "length", "heads"], sort=False):
         lines += ["", f"{shape}"]
@@ -176,7 +177,8 @@ def bench_stream(options: Options) -> int:
     import torch
 
     from analysis.measure.bench.stream import VALUES, run_bench
-    from analysis.runs.records import write_tables
+    from analysis.runs.folders import Run, Value, tables_of
+    from analysis.runs.records import write_record_folder
     from mambabyte.checkpoint import load_model
     from mambabyte.config import get_preset
     from mambabyte.config.provenance import provenance
@@ -193,14 +195,13 @@ def bench_stream(options: Options) -> int:
     frame, values = run_bench(model.to(device).eval(), bytes(corpus.valid), options.streams,
                               options.seen, options.characters, say)
     if options.record:
-        write_tables(
-            options.record, {"stream": (STREAM_TABLE, stream_table(frame))}, study="throughput",
-            title=f"Streaming {options.preset}", about=STREAM_ABOUT,
-            parameters={"preset": options.preset, "device": device, "corpus": corpus.name,
-                        "trained": options.checkpoint is not None,
-                        "characters": options.characters},
-            provenance=provenance(),
-            values={name: (value, *VALUES[name]) for name, value in values.items()})
+        write_record_folder(Run(
+            "throughput", {"preset": options.preset, "device": device, "corpus": corpus.name,
+                           "trained": options.checkpoint is not None,
+                           "characters": options.characters},
+            {name: Value(value, *VALUES[name]) for name, value in values.items()},
+            tables_of({"stream": (STREAM_TABLE, stream_table(frame))}),
+            title=f"Streaming {options.preset}", about=STREAM_ABOUT), options.record)
     record = {"stream": frame.astype(object).where(frame.notna(), None).to_dict("records"),
               **values, "provenance": provenance()}
     lines = [f"{row.way:20} {row.streams:5} streams {row.seen:8} seen {row.microseconds:10.1f} us "
@@ -216,7 +217,8 @@ def bench_step(options: Options) -> int:
     from dataclasses import replace
 
     from analysis.measure.bench.steps import bench_steps, equal_sized, step_values
-    from analysis.runs.records import write_tables
+    from analysis.runs.folders import Run, Value, tables_of
+    from analysis.runs.records import write_record_folder
     from mambabyte.config import get_preset
     from mambabyte.config.provenance import provenance
     from mambabyte.errors import UserError
@@ -234,16 +236,16 @@ def bench_step(options: Options) -> int:
     frame, parts = bench_steps(equal_sized(model, options.patterns), recipe, device, way, say=say,
                                published=bool(options.peers))
     if options.record:
-        write_tables(
-            options.record, {"steps": (STEPS_TABLE, steps_table(frame)),
-                             "parts": (PARTS_TABLE, parts_table(parts))},
-            study="throughput",
-            title=f"Training steps at {model.n_layer} layers of width {model.d_model}, windows of "
-                  f"{recipe.context:,} bytes", about=STEPS_ABOUT, parameters={
+        write_record_folder(Run(
+            "throughput", {
                 "preset": options.preset, "d_model": model.d_model, "n_layer": model.n_layer,
                 "device": device, "way": way,
                 "batch_size": recipe.batch_size, "context": recipe.context},
-            provenance=provenance(), values=step_values(frame))
+            {name: Value(*value) for name, value in step_values(frame).items()},
+            tables_of({"steps": (STEPS_TABLE, steps_table(frame)),
+                       "parts": (PARTS_TABLE, parts_table(parts))}),
+            title=f"Training steps at {model.n_layer} layers of width {model.d_model}, windows of "
+                  f"{recipe.context:,} bytes", about=STEPS_ABOUT), options.record)
     record = {"steps": frame.astype(object).where(frame.notna(), None).to_dict("records"),
               "parts": parts.to_dict("records"), "provenance": provenance()}
     lines = []

@@ -4,6 +4,10 @@
     mambabyte study overflow --set chunks=16,32,64 --set seed=1
     mambabyte study throughput --profile full
     mambabyte study ablation --parameters
+    mambabyte study gradients --profile full --record data/records/gradients/h200-gradients
+
+With --record it runs here, without Jupyter, and what it finds is kept with the sources: the report
+shows it beside the study, marked with this machine.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Annotated
 
 import tyro
 
+from analysis.cli.console import say
 from analysis.cli.options import parse, print_result
 from analysis.cli.studies.sweep import print_rows
 from analysis.studies import split_pairs
@@ -22,7 +27,7 @@ from analysis.studies import split_pairs
 @dataclass(frozen=True)
 class Options:
     name: Annotated[str, tyro.conf.Positional]
-    """memory, overflow, gradients, ablation, throughput, task or claims."""
+    """One of the studies, e.g. memory; an unknown name lists them."""
     profile: str = "quick"
     """quick (CPU, about a minute) or full (a GPU, longer)."""
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -33,6 +38,14 @@ class Options:
     """Run again what is done already."""
     root: Path = Path("reports/runs")
     """Where run folders are kept."""
+    record: Path | None = None
+    """Keep the result as a record: the folder, such as data/records/STUDY/NAME."""
+    keep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A record of these values, tables and figures alone, e.g. 'pieces_*'; repeat for more."""
+    title: str = ""
+    """The record's heading; the study's own when not given."""
+    about: str = ""
+    """A line on what was run and why; the study's question when not given."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -40,14 +53,24 @@ class Options:
 def run(argv: list[str]) -> int:
     options = parse(Options, argv, "study", __doc__)
 
-    from analysis.studies import validate
-    from analysis.sweep.run import run_sweep
+    from analysis.studies import get_study, validate
 
     overrides = split_pairs("--set", options.set)
     if options.parameters:
         values = validate(options.name, overrides, options.profile)
         print_result(values, options.json, [f"{k} = {v}" for k, v in values.items()])
         return 0
+    if options.record:
+        from analysis.studies.session import record
+
+        study = get_study(options.name)
+        folder = record(study, validate(study, overrides, options.profile), options.record,
+                        title=options.title, about=options.about, patterns=options.keep,
+                        report=say)
+        print_result({"record": str(folder)}, options.json, [str(folder)])
+        return 0
+    from analysis.sweep.run import run_sweep
+
     rows = run_sweep([options.name], profile=options.profile, overrides=overrides,
                      root=options.root, force=options.force)
     return print_rows(rows, options.json)

@@ -1,1 +1,194 @@
-"""Study: SSM, attention and hybrids at equal size and cost."""
+"""Study: SSM, attention and hybrids at equal parameters and at equal cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import pandas as pd
+
+from mambabyte.errors import UserError
+
+TITLE = "SSM, attention and hybrids"
+QUESTION = "Which mix of SSM and attention layers predicts bytes best, at equal cost?"
+NOTEBOOK = "04_ssm_vs_attention.ipynb"
+
+COMPARISONS = ("steps", "wall-clock", "FLOPs", "joules")  # what is equal in each
+PUBLISHED_MATRIX_LR = 0.04  # Muon
+PUBLISHED_EMBED_LR = 0.05
+PUBLISHED_EMBED_STD = 0.005
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One change to the baseline: of the model's configuration, its storage or its optimizer."""
+
+    about: str
+    model: dict[str, Any] = field(default_factory=dict)
+    embed_lr: float = 0.0  # 0: as all others
+    muon: bool = False  # 2-D parameters of the blocks, A_log left out
+    muon_a_log: bool = False
+    frozen_taps: bool = False
+    bf16_weights: bool = False
+    bf16_state: bool = False
+
+
+VARIANTS: dict[str, Variant] = {
+    "field": Variant("the Mamba paper's choices throughout, AdamW"),
+    "dt full rank": Variant("dt from a d_inner x d_inner projection", {"dt_rank": "full"}),
+    "dt torch init": Variant("dt starts near 0.69, not in [0.001, 0.1]", {"dt_init": "linear"}),
+    "zero out_proj": Variant("output projections start at zero", {"zero_init_out": True}),
+    "embedding std": Variant("tied embedding starts at std 0.005",
+                             {"embed_std": PUBLISHED_EMBED_STD}),
+    "embedding rate": Variant("tied embedding trains at 0.05", embed_lr=PUBLISHED_EMBED_LR),
+    "Muon": Variant("matrices by Muon at 0.04, A_log by AdamW", muon=True),
+    "Muon with A_log": Variant("matrices and A_log by Muon", muon=True, muon_a_log=True),
+    "frozen taps": Variant("convolution taps in no optimizer", frozen_taps=True),
+    "bf16 weights": Variant("dt, B, C, taps, embedding and A_log stored in bfloat16",
+                            bf16_weights=True),
+    "bf16 state": Variant("the state rounded to bfloat16 at every step", bf16_state=True),
+    "published": Variant(
+        "all of the script's choices (its state is float32 after one step)",
+        {"dt_rank": "full", "dt_init": "linear", "zero_init_out": True,
+         "embed_std": PUBLISHED_EMBED_STD},
+        embed_lr=PUBLISHED_EMBED_LR, muon=True, muon_a_log=True, frozen_taps=True,
+        bf16_weights=True),
+}
+
+
+def get_variant(name: str) -> Variant:
+    if name not in VARIANTS:
+        raise UserError(f"variant {name!r} is unknown: choose one of {', '.join(VARIANTS)}")
+    return VARIANTS[name]
+
+
+TASKS = ("recall", "copy")  # see analysis.studies.ablation.synthetic
+
+
+def task_size(text: str) -> tuple[str, int]:
+    """Kind and size of a task written such as ``recall 4`` or ``copy 16``."""
+    kind, _, size = text.partition(" ")
+    if not size.isdigit():
+        raise UserError(f"task {text!r}: write a kind and a size, such as 'recall 4' or 'copy 16'")
+    if kind not in TASKS:
+        raise UserError(f"task {kind!r} is unknown: choose one of {', '.join(TASKS)}")
+    return kind, int(size)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What is compared and how long. Defaults are the quick profile: a CPU and about a minute."""
+
+    corpus: str = "stdlib"
+    device: str = "cpu"
+    threads: int = 1  # of torch on the CPU; 0 leaves torch's own choice
+    preset: str = "mamba_byte"  # norm, initialisation and the rest come from here
+    patterns: tuple[str, ...] = ("M", "MMMA", "MA", "A")
+    reference: str = "A"  # what the others are compared with, seed by seed
+    match: Literal["mlp", "d_model"] = "mlp"
+    d_model: int = 48
+    n_layer: int = 4
+    n_head: int = 2
+    n_kv_head: int = 2
+    context: int = 128
+    batch_size: int = 4
+    steps: int = 100
+    lr: float = 3e-3
+    # True: a cosine to zero and one run a budget. False: a constant rate, one run for all.
+    decay: bool = False
+    seeds: tuple[int, ...] = (0, 1, 2)
+    # How a step of the compared systems is run, as TrainConfig.step; on a CPU always eager.
+    step: Literal["auto", "eager", "graph", "compile"] = "auto"
+    max_seconds: float = 20.0  # of one run; 0 is no limit
+    heldout_windows: int = 24
+    characters: int = 300
+    streams: int = 8
+    stream_bytes: int = 1024
+    tasks: tuple[str, ...] = ("recall 4", "copy 8")
+    task_symbols: int = 8
+    task_layers: int = 2
+    task_steps: int = 200
+    task_batch: int = 64
+    task_seeds: tuple[int, ...] = (0,)
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    variant_pattern: str = "MA"
+    variant_steps: int = 30
+    variant_seeds: tuple[int, ...] = (0,)
+    # sp1024 needs the package sentencepiece; 0 pieces leave it out.
+    pieces: int = 0
+    piece_train_bytes: int = 2_000_000
+    # The second document's few large steps, on pieces, at its own widths; 0 leaves them out.
+    few_steps: int = 0
+    few_tokens: int = 524_288
+    few_presets: tuple[str, ...] = ("ssm_1", "hybrid_3_1", "attention")
+    # Trainings whose time does not count (tasks, variants, pieces) that run beside each other.
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.patterns) < 2 or len(set(self.patterns)) < len(self.patterns):
+            raise UserError(f"patterns are {', '.join(self.patterns) or 'none'}: a comparison "
+                            "needs two or more, each once")
+        if self.reference not in self.patterns:
+            raise UserError(f"reference {self.reference!r} is not among the patterns "
+                            f"{', '.join(self.patterns)}")
+        if not self.seeds:
+            raise UserError("no seeds are given: name at least one")
+        for name in ("steps", "batch_size", "heldout_windows", "streams"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.context < 4:
+            raise UserError(f"context is {self.context}: it must be at least 4, as quality along a "
+                            "stream is shown from a quarter of it on")
+        if self.stream_bytes < 2 * self.context:
+            raise UserError(f"stream_bytes is {self.stream_bytes}: drift shows only past the "
+                            f"context, give at least {2 * self.context}")
+        for name in self.variants:
+            get_variant(name)
+        for name in self.tasks:
+            task_size(name)
+
+
+_FULL = Parameters(
+    # Heads of 64: attention's kernels are slower at 32 and at 48.
+    corpus="wikitext103", device="cuda", threads=0, d_model=192, n_layer=4, n_head=3, n_kv_head=3,
+    context=1024, batch_size=16, steps=1000, lr=1e-3, decay=True, seeds=(0, 1, 2, 3, 4),
+    # Captured alone, attention would be judged by what its elementwise operations move.
+    step="compile", max_seconds=0.0, heldout_windows=128, characters=10_000, streams=8,
+    stream_bytes=60_000, tasks=("recall 8", "recall 16", "copy 32"), task_symbols=32,
+    task_layers=4, task_steps=1500, task_seeds=(0, 1, 2),
+    # The rounded state is a Python loop over the length: the quick profile shows it.
+    variants=tuple(v for v in VARIANTS if v != "bf16 state"), variant_pattern="MMMA",
+    variant_steps=400, variant_seeds=(0, 1, 2), pieces=1024, piece_train_bytes=20_000_000,
+    few_steps=5, workers=8,
+)
+PROFILES = {
+    "quick": Parameters(),
+    "full": _FULL,
+    # The second document's four systems at its own widths, matched in parameters.
+    "full_hybrid": replace(
+        _FULL, preset="hybrid_3_1", patterns=("A", "MA", "MMA", "MMMA"), d_model=512, n_layer=9,
+        n_head=8, n_kv_head=4, steps=400, decay=False, streams=2, tasks=(), variants=(), pieces=0,
+        few_steps=0),
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Tables of the study; ``None`` in a cell means that it was not measured."""
+
+    systems: pd.DataFrame  # size, cost and state of every pattern
+    runs: pd.DataFrame  # one row a trained model
+    curves: pd.DataFrame  # held-out bits per byte along every run
+    comparisons: pd.DataFrame  # bits per byte of every run at every budget
+    paired: pd.DataFrame  # differences to the reference over seeds
+    positions: pd.DataFrame  # by position in a long stream
+    accuracy: pd.DataFrame  # greedy character accuracy by position in the scored stream, means
+    unigram_bits: float  # held-out bits per byte of the training split's byte frequencies
+    tasks: pd.DataFrame
+    variants: pd.DataFrame
+    tokens: pd.DataFrame  # empty without pieces
+    few_steps: pd.DataFrame  # empty without pieces
+    flops: pd.DataFrame  # operations by module, every pattern
+    flop_check: pd.DataFrame  # the closed form beside torch's counter
+    state_dtypes: pd.DataFrame  # of the second document's loop, step by step
+    documents: pd.DataFrame  # statements that arithmetic judges

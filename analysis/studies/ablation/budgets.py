@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import pandas as pd
 
 from analysis.runs.frames import not_measured
+from analysis.studies.ablation import COMPARISONS
 from analysis.studies.ablation.learning import Learned, bits_at
 
-COMPARISONS = ("steps", "wall-clock", "FLOPs", "joules")
 UNITS = {"steps": "steps", "wall-clock": "seconds", "FLOPs": "operations", "joules": "joules"}
 
 Runs = dict[tuple[str, int, int], Learned]  # by pattern, seed and the steps asked for

@@ -11,15 +11,16 @@ whole run costs, so no curve is read past its end. Only then are systems compare
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
 
 from analysis.measure.parallel import run_jobs
 from analysis.measure.threads import threads
+from analysis.studies.ablation import Parameters, Results, get_variant
 from analysis.studies.ablation import tokens as sp
 from analysis.studies.ablation import variants as second
 from analysis.studies.ablation.budgets import Runs, budget_steps, compare
@@ -32,16 +33,15 @@ from analysis.studies.ablation.learning import (
     learn_text,
 )
 from analysis.studies.ablation.synthetic import learn_task, parse_task
-from analysis.studies.ablation.tables import (
+from analysis.studies.ablation.tables import differences_table
+from analysis.studies.ablation.trained import (
     accuracy_by_position,
     curves_table,
-    differences_table,
     positions_table,
     runs_table,
     unigram_bits,
     with_quality,
 )
-from analysis.studies.ablation.values import headline
 from analysis.theory.flops import count_flops, flops_table
 from analysis.theory.matching import GPU_WIDTHS, Matched, match_patterns, systems_table
 from mambabyte.config import ModelConfig, TrainConfig, get_preset
@@ -50,127 +50,6 @@ from mambabyte.errors import UserError
 from mambabyte.evaluate import score
 from mambabyte.train import text_batches
 from mambabyte.train.schedule import schedule
-
-__all__ = ["PROFILES", "Parameters", "Results", "headline", "run"]
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """What is compared and how long. Defaults are the quick profile: a CPU and about a minute."""
-
-    corpus: str = "stdlib"
-    device: str = "cpu"
-    threads: int = 1  # of torch on the CPU; 0 leaves torch's own choice
-    preset: str = "mamba_byte"  # norm, initialisation and the rest come from here
-    patterns: tuple[str, ...] = ("M", "MMMA", "MA", "A")
-    reference: str = "A"  # what the others are compared with, seed by seed
-    match: Literal["mlp", "d_model"] = "mlp"
-    d_model: int = 48
-    n_layer: int = 4
-    n_head: int = 2
-    n_kv_head: int = 2
-    context: int = 128
-    batch_size: int = 4
-    steps: int = 100
-    lr: float = 3e-3
-    # True: a cosine to zero and one run a budget. False: a constant rate, one run for all.
-    decay: bool = False
-    seeds: tuple[int, ...] = (0, 1, 2)
-    # How a step of the compared systems is run, as TrainConfig.step; on a CPU always eager.
-    step: Literal["auto", "eager", "graph", "compile"] = "auto"
-    max_seconds: float = 20.0  # of one run; 0 is no limit
-    heldout_windows: int = 24
-    characters: int = 300
-    streams: int = 8
-    stream_bytes: int = 1024
-    tasks: tuple[str, ...] = ("recall 4", "copy 8")
-    task_symbols: int = 8
-    task_layers: int = 2
-    task_steps: int = 200
-    task_batch: int = 64
-    task_seeds: tuple[int, ...] = (0,)
-    variants: tuple[str, ...] = tuple(second.VARIANTS)
-    variant_pattern: str = "MA"
-    variant_steps: int = 30
-    variant_seeds: tuple[int, ...] = (0,)
-    # sp1024 needs the package sentencepiece; 0 pieces leave it out.
-    pieces: int = 0
-    piece_train_bytes: int = 2_000_000
-    # The second document's few large steps, on pieces, at its own widths; 0 leaves them out.
-    few_steps: int = 0
-    few_tokens: int = 524_288
-    few_presets: tuple[str, ...] = ("ssm_1", "hybrid_3_1", "attention")
-    # Trainings whose time does not count (tasks, variants, pieces) that run beside each other.
-    workers: int = 1
-
-    def __post_init__(self) -> None:
-        if len(self.patterns) < 2 or len(set(self.patterns)) < len(self.patterns):
-            raise UserError(f"patterns are {', '.join(self.patterns) or 'none'}: a comparison "
-                            "needs two or more, each once")
-        if self.reference not in self.patterns:
-            raise UserError(f"reference {self.reference!r} is not among the patterns "
-                            f"{', '.join(self.patterns)}")
-        if not self.seeds:
-            raise UserError("no seeds are given: name at least one")
-        for name in ("steps", "batch_size", "heldout_windows", "streams"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.context < 4:
-            raise UserError(f"context is {self.context}: it must be at least 4, as quality along a "
-                            "stream is shown from a quarter of it on")
-        if self.stream_bytes < 2 * self.context:
-            raise UserError(f"stream_bytes is {self.stream_bytes}: drift shows only past the "
-                            f"context, give at least {2 * self.context}")
-        for name in self.variants:
-            second.get_variant(name)
-        for name in self.tasks:
-            parse_task(name, self.task_symbols)
-
-
-_FULL = Parameters(
-    # Heads of 64: attention's kernels are slower at 32 and at 48.
-    corpus="wikitext103", device="cuda", threads=0, d_model=192, n_layer=4, n_head=3, n_kv_head=3,
-    context=1024, batch_size=16, steps=1000, lr=1e-3, decay=True, seeds=(0, 1, 2, 3, 4),
-    # Captured alone, attention would be judged by what its elementwise operations move.
-    step="compile", max_seconds=0.0, heldout_windows=128, characters=10_000, streams=8,
-    stream_bytes=60_000, tasks=("recall 8", "recall 16", "copy 32"), task_symbols=32,
-    task_layers=4, task_steps=1500, task_seeds=(0, 1, 2),
-    # The rounded state is a Python loop over the length: the quick profile shows it.
-    variants=tuple(v for v in second.VARIANTS if v != "bf16 state"), variant_pattern="MMMA",
-    variant_steps=400, variant_seeds=(0, 1, 2), pieces=1024, piece_train_bytes=20_000_000,
-    few_steps=5, workers=8,
-)
-PROFILES = {
-    "quick": Parameters(),
-    "full": _FULL,
-    # The second document's four systems at its own widths, matched in parameters.
-    "full_hybrid": replace(
-        _FULL, preset="hybrid_3_1", patterns=("A", "MA", "MMA", "MMMA"), d_model=512, n_layer=9,
-        n_head=8, n_kv_head=4, steps=400, decay=False, streams=2, tasks=(), variants=(), pieces=0,
-        few_steps=0),
-}
-
-
-@dataclass(frozen=True)
-class Results:
-    """Tables of the study; ``None`` in a cell means that it was not measured."""
-
-    systems: pd.DataFrame  # size, cost and state of every pattern
-    runs: pd.DataFrame  # one row a trained model
-    curves: pd.DataFrame  # held-out bits per byte along every run
-    comparisons: pd.DataFrame  # bits per byte of every run at every budget
-    paired: pd.DataFrame  # differences to the reference over seeds
-    positions: pd.DataFrame  # by position in a long stream
-    accuracy: pd.DataFrame  # greedy character accuracy by position in the scored stream, means
-    unigram_bits: float  # held-out bits per byte of the training split's byte frequencies
-    tasks: pd.DataFrame
-    variants: pd.DataFrame
-    tokens: pd.DataFrame  # empty without pieces
-    few_steps: pd.DataFrame  # empty without pieces
-    flops: pd.DataFrame  # operations by module, every pattern
-    flop_check: pd.DataFrame  # the closed form beside torch's counter
-    state_dtypes: pd.DataFrame  # of the second document's loop, step by step
-    documents: pd.DataFrame  # statements that arithmetic judges
 
 
 def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Results:
@@ -331,7 +210,7 @@ def _variant_row(
     p: Parameters, base: ModelConfig, name: str, seed: int, corpus: Corpus, windows: torch.Tensor
 ) -> dict[str, object]:
     """One training of one variant."""
-    variant, settings = second.get_variant(name), recipe(p, seed, p.variant_steps)
+    variant, settings = get_variant(name), recipe(p, seed, p.variant_steps)
     with threads(p.threads):
         model = second.build(base, variant, seed, p.device)
         probe = windows[:4, :-1].to(p.device)

@@ -15,8 +15,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from analysis.studies.ablation import get_variant
 from analysis.studies.ablation.tokens import Pieces, encode_corpus, score_stream
-from analysis.studies.ablation.variants import build, get_variant, round_weights, variant_step
+from analysis.studies.ablation.variants import build, round_weights, variant_step
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import Corpus, sample_windows
 from mambabyte.errors import UserError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from analysis.plots import (
     new_figure,
     tick_bytes,
 )
+from analysis.studies.ablation.tables import differences_table
+from analysis.studies.drawing import Drawing
 
 ORDER = ("M", "MMMA", "MMA", "MA", "A")
 COSTS = (("step", "training step", 1.0), ("seconds", "training time, seconds", 1.0),
@@ -31,10 +34,11 @@ def _styles(patterns: pd.Series) -> dict[str, dict[str, Any]]:
     return {name: look for name, look in styles.items() if name in found}
 
 
-def curves(frame: pd.DataFrame, unigram_bits: float) -> Figure:
+def curves(frame: pd.DataFrame, unigram_bits: float | None) -> Figure:
     """Held-out bits per byte against three kinds of cost; thin lines are single seeds.
 
-    ``unigram_bits`` is what byte frequencies alone reach, a line across.
+    ``unigram_bits`` is what byte frequencies alone reach, a line across; None where that was not
+    counted.
     """
     style = _styles(frame["pattern"])
     figure, axes = new_figure(1, 3, size=(11.0, 4.0), sharey=True)
@@ -51,20 +55,24 @@ def curves(frame: pd.DataFrame, unigram_bits: float) -> Figure:
             ends[pattern] = (mean[column].iloc[-1] / unit, mean["bits_per_byte"].iloc[-1],
                              look["color"])
         label_axes(ax, label, "held-out bits per byte" if ax is axes[0] else "bits per byte")
-        mark_line(ax, y=unigram_bits, text="byte frequencies", right=True)
+        if unigram_bits is not None:
+            mark_line(ax, y=unigram_bits, text="byte frequencies", right=True)
     axes[-1].autoscale_view()
     label_lines(axes[-1], ends)
     legend_below(figure)
     return figure
 
 
-def differences(comparisons: pd.DataFrame, paired: pd.DataFrame) -> Figure:
-    """Bits per byte minus the reference's on the same seed, one panel a comparison.
+def differences(
+    comparisons: pd.DataFrame, every: Sequence[str], reference: str
+) -> Figure:
+    """Bits per byte minus the reference's on the same seed, one panel a comparison, for the layer
+    patterns ``every``.
 
     Small marks are seeds, the bar across is their mean, the vertical line the interval, where
     there are seeds enough for one.
     """
-    reference = str(paired["reference"].iloc[0])
+    paired = differences_table(comparisons, every, reference)
     kinds = [c for c in dict.fromkeys(paired["comparison"])
              if paired[paired["comparison"] == c]["mean"].notna().any()]
     style = _styles(comparisons["pattern"])
@@ -183,3 +191,42 @@ def variants(frame: pd.DataFrame) -> Figure:
     ax.axvline(0.0, color=INK, linewidth=0.9)
     ax.set_xlabel("held-out bits per byte minus the baseline's")
     return figure
+
+
+FIGURES = (
+    Drawing(
+        "curves", curves, ("curves", "unigram_bits"), "Held-out bits per byte while training",
+        caption="Each panel has another measure of cost: steps (data), time (steps times the "
+                "median time of a step), operations. Lower is better; the same runs in every "
+                "panel. The dashed line is what byte frequencies alone reach.",
+        alt="Three panels of falling curves, one curve a layer pattern, against training steps, "
+            "seconds and floating-point operations."),
+    Drawing(
+        "differences", differences, ("comparisons", "patterns", "reference"),
+        "Difference to the reference at equal cost",
+        caption="Paired by seed. Small marks are seeds, the bar is their mean; a vertical line is "
+                "a 95 % bootstrap interval and appears from five seeds on.",
+        alt="One panel a comparison; marks for each layer pattern above or below the zero line of "
+            "the reference pattern."),
+    Drawing(
+        "state", quality_and_state, ("systems",), "Quality against streaming state",
+        caption="State of one stream after one training context. Down and to the left is better.",
+        alt="Scatter of held-out bits per byte against bytes of state, one mark a layer pattern."),
+    Drawing(
+        "drift", drift, ("positions",), "Streaming past the training context",
+        caption="Bits per byte of a stream minus those of fresh windows over the same bytes, by "
+                "position; mean over seeds. Above zero the stream is worse.",
+        alt="Lines of the difference against position, one a layer pattern; a second panel for "
+            "attention that keeps all keys."),
+    Drawing(
+        "tasks", tasks, ("tasks",), "Associative recall and copying",
+        caption="Accuracy on unseen samples while learning, mean over seeds. A seed that has "
+                "solved the task counts with its last accuracy; a curve ends where all have. The "
+                "dashed line is chance.",
+        alt="One panel a task; accuracy against training steps, one line a layer pattern."),
+    Drawing(
+        "variants", variants, ("variants",), "The second document's choices, one at a time",
+        caption="Held-out bits per byte minus the baseline's on the same seed, after the same few "
+                "steps. Left of zero is better. 'published' makes all changes at once.",
+        alt="Horizontal dot plot of the change in bits per byte for each choice."),
+)

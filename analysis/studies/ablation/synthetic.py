@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from analysis.studies.ablation import task_size
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
@@ -135,10 +136,8 @@ def make_task(name: str, size: int, symbols: int = 16) -> Task:
 
 def parse_task(text: str, symbols: int = 16) -> Task:
     """The task written as its kind and size, such as ``recall 4`` or ``copy 16``."""
-    kind, _, size = text.partition(" ")
-    if not size.isdigit():
-        raise UserError(f"task {text!r}: write a kind and a size, such as 'recall 4' or 'copy 16'")
-    return make_task(kind, int(size), symbols)
+    kind, size = task_size(text)
+    return make_task(kind, size, symbols)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -35,61 +35,14 @@ import torch
 from torch import Tensor, nn
 
 from analysis.measure.exponents import ssm_layers, step_sizes
+from analysis.studies.ablation import PUBLISHED_MATRIX_LR, Variant
 from mambabyte.config import ModelConfig, TrainConfig
-from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.model.mamba import MambaMixer, MambaState
 from mambabyte.ops.scan.recurrent import selective_scan_step
 from mambabyte.train import EagerStep, NonFiniteError, optimise
 from mambabyte.train.optim import roles
 from mambabyte.train.step import Batches
-
-PUBLISHED_MATRIX_LR = 0.04  # Muon
-PUBLISHED_EMBED_LR = 0.05
-PUBLISHED_EMBED_STD = 0.005
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One change to the baseline: of the model's configuration, its storage or its optimizer."""
-
-    about: str
-    model: dict[str, Any] = field(default_factory=dict)
-    embed_lr: float = 0.0  # 0: as all others
-    muon: bool = False  # 2-D parameters of the blocks, A_log left out
-    muon_a_log: bool = False
-    frozen_taps: bool = False
-    bf16_weights: bool = False
-    bf16_state: bool = False
-
-
-VARIANTS: dict[str, Variant] = {
-    "field": Variant("the Mamba paper's choices throughout, AdamW"),
-    "dt full rank": Variant("dt from a d_inner x d_inner projection", {"dt_rank": "full"}),
-    "dt torch init": Variant("dt starts near 0.69, not in [0.001, 0.1]", {"dt_init": "linear"}),
-    "zero out_proj": Variant("output projections start at zero", {"zero_init_out": True}),
-    "embedding std": Variant("tied embedding starts at std 0.005",
-                             {"embed_std": PUBLISHED_EMBED_STD}),
-    "embedding rate": Variant("tied embedding trains at 0.05", embed_lr=PUBLISHED_EMBED_LR),
-    "Muon": Variant("matrices by Muon at 0.04, A_log by AdamW", muon=True),
-    "Muon with A_log": Variant("matrices and A_log by Muon", muon=True, muon_a_log=True),
-    "frozen taps": Variant("convolution taps in no optimizer", frozen_taps=True),
-    "bf16 weights": Variant("dt, B, C, taps, embedding and A_log stored in bfloat16",
-                            bf16_weights=True),
-    "bf16 state": Variant("the state rounded to bfloat16 at every step", bf16_state=True),
-    "published": Variant(
-        "all of the script's choices (its state is float32 after one step)",
-        {"dt_rank": "full", "dt_init": "linear", "zero_init_out": True,
-         "embed_std": PUBLISHED_EMBED_STD},
-        embed_lr=PUBLISHED_EMBED_LR, muon=True, muon_a_log=True, frozen_taps=True,
-        bf16_weights=True),
-}
-
-
-def get_variant(name: str) -> Variant:
-    if name not in VARIANTS:
-        raise UserError(f"variant {name!r} is unknown: choose one of {', '.join(VARIANTS)}")
-    return VARIANTS[name]
 
 
 class _RoundedStateMixer(MambaMixer):

@@ -7,24 +7,18 @@ then the newest; its name and machine stand beside the verdict.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from analysis.runs.folders import ROOT, RUNS, Figure, Run, Table, Value, list_runs
+from analysis.runs.folders import RUNS, Run, list_runs
+from analysis.runs.records import RECORDS, load_records
 from analysis.studies import STUDIES
 from analysis.studies.task.record import COLUMNS
-from mambabyte.errors import UserError
 
-MEASUREMENTS = ROOT / "data" / "measurements"
 PROFILES = ("full", "quick")
 _TASK_WORDS = {column: key for column, (key, factor) in COLUMNS.items() if factor == 1}
-_WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ class Evidence:
             if name in run.tables:
                 return _source(run.tables[name].frame, run)
             if name in run.figures:
-                return _source(run.figures[name].data, run)
+                return _source(run.tables[run.figures[name]].frame, run)
         return None
 
     def parameter(self, study: str, name: str) -> Source | None:
@@ -141,8 +135,8 @@ def _task_of(run: Run, system: str) -> Source | None:
     return None
 
 
-def gather(runs_root: Path | str = "", measurements: Path | str = MEASUREMENTS) -> Evidence:
-    """Reads the runs under ``runs_root`` ("" is the project's folder) and all records."""
+def gather(runs_root: Path | str = "", records_root: Path | str = "") -> Evidence:
+    """Reads the runs and records under these folders; "" is the project's."""
     done = [r for r in list_runs(runs_root or RUNS)
             if r.status == "done" and r.study != "claims"]
     current = {name: study.sources_digest() for name, study in STUDIES.items()
@@ -151,51 +145,9 @@ def gather(runs_root: Path | str = "", measurements: Path | str = MEASUREMENTS) 
     fresh.sort(key=lambda r: str(r.provenance.get("date", "")), reverse=True)
     fresh.sort(key=lambda r: PROFILES.index(r.profile) if r.profile in PROFILES else len(PROFILES))
     stale = {r.study for r in done} - {r.study for r in fresh}
-    records = sorted(load_records(measurements), key=lambda r: str(r.provenance.get("date", "")),
-                     reverse=True)
+    records = sorted(load_records(records_root or RECORDS).values(),
+                     key=lambda r: str(r.provenance.get("date", "")), reverse=True)
     return Evidence(tuple(fresh), tuple(records), tuple(sorted(stale)))
-
-
-def load_records(folder: Path | str) -> list[Run]:
-    """Records of ``folder`` as runs; a file of another shape is passed over."""
-    records = []
-    for path in sorted(Path(folder).glob("*.json")):
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path.name} cannot be read: {error}") from None
-        if isinstance(data, dict) and isinstance(data.get("study"), str):
-            records.append(_record(path, data))
-        for part in data if isinstance(data, list) else [data]:  # what ``mambabyte task`` prints
-            if isinstance(part, dict) and isinstance(part.get("runs"), list) and "system" in part:
-                records.append(_record(path, {**part, "study": "task", "tables": {
-                    "runs": part["runs"]}}))
-    return records
-
-
-def _record(path: Path, data: Mapping[str, Any]) -> Run:
-    tables = data.get("tables", [])
-    if isinstance(tables, dict):  # name -> list of rows
-        frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
-    else:
-        frames = {t["name"]: _rows(t) for t in tables}
-    return Run(
-        folder=path, study=data["study"], parameters=dict(data.get("parameters", {})),
-        values={n: Value(_decode(v["value"]), v.get("unit", ""), v.get("about", ""))
-                for n, v in data.get("values", {}).items()},
-        tables={n: Table(n, "", frame) for n, frame in frames.items()},
-        figures={f["name"]: Figure(f["name"], "", "", "", "", _rows(f))
-                 for f in data.get("figures", [])},
-        provenance=dict(data.get("provenance", data)), run_id=path.stem)
-
-
-def _rows(table: Mapping[str, Any]) -> pd.DataFrame:
-    return pd.DataFrame([[_decode(v) for v in row] for row in table["rows"]],
-                        columns=table["columns"])
-
-
-def _decode(value: Any) -> Any:
-    return _WORDS.get(value, value) if isinstance(value, str) else value
 
 
 def _source(what: Any, run: Run) -> Source:
@@ -206,7 +158,7 @@ def _on_accelerator(run: Run) -> bool:
     if device := str(run.parameters.get("device", "")):
         return device.startswith("cuda") or device in _gpus(run)  # a bench names the card
     # A machine may have a GPU that the run did not use; a record was made for its machine's.
-    return run.folder.suffix == ".json" and bool(_gpus(run))
+    return bool(run.title and _gpus(run))
 
 
 def _gpus(run: Run) -> list[str]:

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import plots
+from analysis.studies.drawing import Drawing
 
 # Verdict -> colour and hatching: the hatching says what the colour says.
 VERDICTS = {
@@ -40,3 +41,10 @@ def verdict_bars(counts: pd.DataFrame) -> Figure:
     axes.set_ylabel("")
     figure.legend(loc="outside lower center", ncols=3)
     return figure
+
+
+FIGURES = (
+    Drawing("verdicts", verdict_bars, ("counts",), "Verdicts by document and kind of claim",
+            caption="How many statements of each kind got which verdict.",
+            alt="Stacked horizontal bars, one a document and kind of claim, divided by verdict."),
+)

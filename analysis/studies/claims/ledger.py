@@ -12,13 +12,12 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from analysis.runs.folders import ROOT
 from mambabyte.errors import UserError
-
-if TYPE_CHECKING:
-    from analysis.studies.claims.lab import Lab
 
 CLAIMS = "claims.toml"  # in data/; the digest of the study's sources follows the name
 
@@ -90,7 +89,24 @@ class Finding:
             raise UserError(f"verdict {self.verdict!r} is unknown: choose {', '.join(VERDICTS)}")
 
 
-Check = Callable[["Lab", Claim], Finding]
+@dataclass(frozen=True)
+class FirstRun:
+    """The first document's own run under the task's rules, as its authors' log has it."""
+
+    ms_per_step: float
+    steps_done: int  # until the clock stopped it
+    joules: float
+    seconds: float
+    watts: float
+    last_finite_step: float
+    first_lost_step: float  # inf where no loss was lost
+    first_loss: float
+    disqualified: str
+    gpu: str
+    source: str
+
+
+Check = Callable[[Any, Claim], Finding]  # of a lab.Lab and a claim
 CHECKS: dict[str, Check] = {}
 
 
@@ -143,6 +159,11 @@ def _claim(row: dict[str, Any], number: int) -> Claim:
         raise UserError(f"claim {name}: numbers {numbers!r} must be finite numbers")
     texts = {k: " ".join(str(v).split()) for k, v in row.items() if k != "numbers"}
     return Claim(**texts, numbers=tuple(float(n) for n in numbers))
+
+
+def counted(ledger: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose verdict some measurement could have changed."""
+    return ledger[ledger["cannot fail"] == ""]
 
 
 # ------------------------------------------------------------------------------ common judgements

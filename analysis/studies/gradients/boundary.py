@@ -17,42 +17,16 @@ a_k times the true one. A check of the gradient against differences of the same 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.measure.scans import INPUTS, Scan, check_forms, scan_of
-from mambabyte.errors import UserError
+from analysis.measure.scans import Scan, scan_of
+from analysis.studies.gradients import Scans
+from analysis.theory.forms import INPUTS
 from mambabyte.ops.scan.recurrent import sequential_scan
 from mambabyte.train.smoke import relative_rms
-
-
-@dataclass(frozen=True)
-class Scans:
-    """The forms that are compared and the size of their scans; ``length`` and ``chunk`` in steps.
-    """
-
-    forms: tuple[str, ...] = (
-        "sequential", "chunked", "fused", "corrected_cumsum", "document_chunked", "segment_sum",
-        "associative")
-    length: int = 128
-    chunk: int = 32
-    channels: int = 8
-    states: int = 16
-    seed: int = 0
-    # Where the forms run; the recurrence that they are held against runs on the CPU in float64.
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        check_forms(self.forms)
-        if not 1 <= self.chunk < self.length:
-            raise UserError(f"chunk {self.chunk} and length {self.length}: there is a boundary "
-                            "only with 1 <= chunk < length")
-        if min(self.channels, self.states) < 1:
-            raise UserError("channels and states must be 1 or more")
 
 
 def make_inputs(

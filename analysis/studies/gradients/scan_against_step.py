@@ -17,8 +17,6 @@ from mambabyte.model.mamba import inverse_softplus
 from mambabyte.ops import selective_scan
 from mambabyte.train.smoke import relative_rms
 
-DOCUMENT_DIFFERENCE = 0.13  # %, scan against step, as the document measured it
-
 
 @torch.no_grad()
 def scan_against_step(corpus_name: str, seed: int, draws: int) -> pd.DataFrame:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import plots
+from analysis.studies.drawing import Drawing
 
 # Category -> colour and hatching: the hatching says what the colour says.
 PARTS = {
@@ -106,3 +109,29 @@ def _bytes_against(axes: Axes, x: pd.Series, x_label: str, y_label: str) -> None
     plots.log2_axis(axes, "x", values[::-(-len(values) // 6)][::-1])
     plots.tick_bytes(axes.yaxis)
     plots.label_axes(axes, x_label, y_label)
+
+
+FIGURES = (
+    Drawing(
+        "budget", partial(budget_bars, configuration="64 x 2048", devices_gb=(40, 80, 141)),
+        ("budgets",), "One training step at batch 64, context 2048",
+        caption="Peak bytes by category, predicted for a GPU. The cumulated-sum forms and the "
+                "chunked form keep five full tensors a layer and are far beyond a 40 GB device; "
+                "the sequential form keeps two; the fused scan keeps none. bf16 autocast (the "
+                "lower bar of each form) changes little: the full tensors stay float32. Weights, "
+                "gradients and AdamW's moments are too small to be seen at this scale.",
+        alt="Stacked horizontal bars of predicted peak memory for each scan form, in float32 and "
+            "under bf16 autocast, with dashed lines at devices of 40, 80 and 141 GB."),
+    Drawing(
+        "state", state_lines, ("state",), "Streaming state against bytes seen",
+        caption="The state of SSM layers does not grow. A full KV cache grows with every byte, and "
+                "so does a hybrid's, at a quarter of the rate.",
+        alt="Log-log lines: the SSM state is constant, those of attention and of the hybrid grow "
+            "in proportion to the bytes seen."),
+    Drawing(
+        "slices", slice_lines, ("slices",), "Slices in a loop make the backward pass quadratic",
+        caption="Bytes that one backward pass of a scan in chunks of 32 allocates in all. The "
+                "gradient of a slice is as long as the sequence, that of split as long as the "
+                "chunk.",
+        alt="Log-log lines of allocated bytes against length: steeper for slices than for split."),
+)

@@ -4,7 +4,7 @@ Where there is no GPU, what one has recorded is held against the closed form as 
 (``recorded_frame``): of the record's table the columns that name the case and those that were
 measured are read, the closed form beside them is computed anew. The record is made by
 
-    python -m analysis.sweep.record memory data/measurements/h200-memory.json --profile full \
+    mambabyte study memory --profile full --record data/records/memory/h200-memory \
         --keep cuda --keep '*cuda*' --keep 'librar*'
 
 One constant of the closed form, LIBRARY_BYTES, was read off such a record. How much of the
@@ -33,7 +33,7 @@ from mambabyte.train.optim import make_optimizer
 
 MB = 1e6
 # Peaks and kept bytes of the cases of ``cuda_cases``, by the allocator of another machine's GPU.
-RECORDED = "measurements/h200-memory.json"
+RECORDED = "records/memory/h200-memory/run.json"
 MEASURED = ("kept, measured, MB", "peak, measured, MB")
 # Steps that fit say this in the column "outcome"; the others that they ran out of memory.
 FITS, TOO_LARGE = "measured", "out of memory"
@@ -171,7 +171,7 @@ def beside_closed_form(measured: pd.DataFrame) -> pd.DataFrame:
 
 def recorded_frame() -> pd.DataFrame:
     """The record RECORDED beside the closed form of today; columns of ``beside_closed_form``."""
-    return beside_closed_form(load_record(DATA / RECORDED).run.tables["cuda"].frame)
+    return beside_closed_form(load_record((DATA / RECORDED).parent).tables["cuda"].frame)
 
 
 def libraries_frame(found: pd.DataFrame) -> pd.DataFrame:
@@ -209,4 +209,4 @@ def gpu_frame(measure: bool, report: Callable[[str], None]) -> tuple[str, pd.Dat
     if measure:
         found = beside_closed_form(measure_on_cuda(report))
         return torch.cuda.get_device_name(), found
-    return machine_name(load_record(DATA / RECORDED).run), recorded_frame()
+    return machine_name(load_record((DATA / RECORDED).parent)), recorded_frame()

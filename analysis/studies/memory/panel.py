@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from analysis.studies.memory import figures
-from analysis.studies.memory.compute import Parameters
-from analysis.studies.memory.tables import budgets_at, smallest_devices
+from analysis.studies.memory import Parameters, figures
+from analysis.studies.memory.closed_form import budgets_at, smallest_devices
 from analysis.theory.fit import DEVICES_GB
 from mambabyte.config import ModelConfig, get_preset
 from mambabyte.config.mixers import uses_scan_form

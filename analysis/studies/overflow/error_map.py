@@ -23,49 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.measure.scans import ANY_CHUNK, INPUTS, PUBLISHED, Scan, check_forms, scan_of
+from analysis.measure.scans import Scan, scan_of
 from analysis.measure.threads import threads
-from analysis.theory.bounds import DTYPES, SILENT, boundary
-from mambabyte.errors import UserError
+from analysis.studies.overflow import Grid
+from analysis.theory.bounds import SILENT, boundary
+from analysis.theory.forms import INPUTS, PUBLISHED
 from mambabyte.ops.scan.recurrent import sequential_scan
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # u, delta, B and C rounded to that type, all arithmetic in float32.
 ROUNDED_INPUTS = {"bf16 inputs": torch.bfloat16, "fp16 inputs": torch.float16}
-PRECISIONS = (*DTYPES, *ROUNDED_INPUTS)
-KINDS = ("constant", "data-dependent")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The cells of the map, and the size of the scans in them.
-
-    ``chunks`` in steps, ``decays`` in nats a step, ``length`` the sequence in steps. Precisions
-    other than float32 are mapped for ``low_precision_forms``.
-    """
-
-    forms: tuple[str, ...] = ANY_CHUNK
-    low_precision_forms: tuple[str, ...] = ("sequential", "corrected_cumsum", "segment_sum")
-    precisions: tuple[str, ...] = PRECISIONS
-    kinds: tuple[str, ...] = KINDS
-    chunks: tuple[int, ...] = (4, 8, 16, 32, 48, 64, 96, 128)
-    decays: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)
-    length: int = 128
-    channels: int = 2
-    states: int = 2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_forms(self.forms)
-        if self.low_precision_forms:
-            check_forms(self.low_precision_forms)
-        if not self.precisions or set(self.precisions) - set(PRECISIONS):
-            raise UserError(f"precisions {self.precisions}: choose from {', '.join(PRECISIONS)}")
-        if not self.kinds or set(self.kinds) - set(KINDS):
-            raise UserError(f"kinds {self.kinds}: choose from {', '.join(KINDS)}")
-        if not self.decays or min(self.decays) <= 0:
-            raise UserError("decays are nats a step, each above 0, at least one")
-        if min(self.chunks, default=0) < 1 or min(self.length, self.channels, self.states) < 1:
-            raise UserError("chunks, length, channels and states must be 1 or more")
 
 
 def inputs(

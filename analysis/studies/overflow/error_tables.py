@@ -8,11 +8,15 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.measure.scans import INPUTS
 from analysis.theory.bounds import SILENT, boundary
+from analysis.theory.forms import INPUTS
 
 THRESHOLDS = (1e-6, 1e-3, SILENT)
 NEVER = "never"
+CROSSED = "first step above the bound"
+TRICKS = ("corrected_cumsum", "document_chunked", "centred")  # loud past the bound, unrepaired
+NOISE_CHUNK = 8  # the chunk size at which the error of the gradient of A is drawn
+KEYS = ("kind", "precision", "form", "of", "chunk")  # of a row of the map
 OUTCOMES = ("right", "rough", "silent", "inf", "nan")  # see error_map.outcome
 SOUND, LOUD = OUTCOMES[:2], OUTCOMES[3:]
 PARTS = ("value", "gradient")
@@ -80,21 +84,6 @@ def verdicts(errors: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def maps(errors: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The parts of the map that are drawn, by the name of the figure.
-
-    Float32 with both kinds of decay; the lower precisions, whose maps differ less by kind, with
-    constant decay.
-    """
-    found = {}
-    for (precision, kind), cells in errors.groupby(["precision", "kind"], sort=False):
-        if precision == "float32" or kind == "constant":
-            parts = ["map", *([str(precision)] if precision != "float32" else []),
-                     *([str(kind)] if kind != "constant" else [])]
-            found[slug("_".join(parts))] = cells
-    return found
-
-
 def slug(words: str) -> str:
     """Words in the name of a value or figure: "bf16 inputs" -> "bf16_inputs"."""
     return words.replace(" ", "_").replace("-", "_")
@@ -109,27 +98,44 @@ def inside_bound(errors: pd.DataFrame, forms: Sequence[str]) -> pd.DataFrame:
                     & errors["form"].isin(forms)]
     bounds = [boundary(form, decay) for form, decay in
               zip(chosen["form"], chosen["decay"], strict=True)]
-    shares = chosen.assign(**{"of the bound": chosen["chunk"] / np.array(bounds)})
+    shares = chosen[["form", "chunk", "decay", "value", "gradient"]].assign(
+        **{"of the bound": chosen["chunk"] / np.array(bounds)})
     return shares[shares["of the bound"] <= 1]
+
+
+def gradient_noise(errors: pd.DataFrame) -> pd.DataFrame:
+    """The error of the gradient of A in float32 at NOISE_CHUNK, a row a kind, form and decay."""
+    chosen = (errors["precision"] == "float32") & (errors["chunk"] == NOISE_CHUNK)
+    return errors[chosen][["kind", "form", "decay", "error of d A"]]
 
 
 def errors_by_decay(errors: pd.DataFrame) -> pd.DataFrame:
     """The map itself: a column a decay, errors of value and worst gradient to two digits."""
+    return _by_decay(errors, "{} error").map(
+        lambda cell: _two_digits(cell) if isinstance(cell, float) else cell)
+
+
+def outcomes_by_decay(errors: pd.DataFrame) -> pd.DataFrame:
+    """The map in words: a column a decay, what error_map.outcome says of value and gradient."""
+    return _by_decay(errors, "{}")
+
+
+def _by_decay(errors: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A row a KEYS, a column a decay; ``column`` with the part, value or gradient, in place of {}.
+    """
     parts = []
     for part in PARTS:
-        table = errors.pivot(index=["kind", "precision", "form", "chunk"], columns="decay",
-                             values=f"{part} error")
+        table = errors.pivot(index=[k for k in KEYS if k != "of"], columns="decay",
+                             values=column.format(part))
         table.columns = [column_of(decay) for decay in table.columns]
-        parts.append(table.map(_two_digits).reset_index().assign(of=part))
+        parts.append(table.reset_index().assign(of=part))
     table = pd.concat(parts)
     order = {name: i for i, name in enumerate(dict.fromkeys(
         [*errors["kind"], *errors["precision"], *errors["form"]]))}
-    keys = ["kind", "precision", "form"]
-    table = table.sort_values([*keys, "of", "chunk"], kind="stable", key=lambda column: (
-        column.map(order) if column.name in keys else
-        column.map(PARTS.index) if column.name == "of" else column))
-    first = [*keys, "of", "chunk"]
-    return table[[*first, *table.columns.drop(first)]].reset_index(drop=True)
+    table = table.sort_values(list(KEYS), kind="stable", key=lambda column: (
+        column.map(PARTS.index) if column.name == "of" else
+        column if column.name == "chunk" else column.map(order)))
+    return table[[*KEYS, *table.columns.drop(list(KEYS))]].reset_index(drop=True)
 
 
 def _two_digits(error: float) -> float:
@@ -137,13 +143,13 @@ def _two_digits(error: float) -> float:
     return float(f"{error:.{2 if error >= 1e-3 else 1}g}")
 
 
-def outcome_counts(errors: pd.DataFrame) -> pd.DataFrame:
+def outcome_counts(outcomes: pd.DataFrame) -> pd.DataFrame:
     """What maps show, counted: a row a precision, kind, form and part, cells by outcome."""
     rows = []
-    for (precision, kind, form), group in errors.groupby(
-            ["precision", "kind", "form"], sort=False):
-        rows += [{"precision": precision, "kind": kind, "form": form, "of": part,
-                  "cells": len(group),
-                  **{name: int((group[part] == name).sum()) for name in OUTCOMES}}
-                 for part in PARTS]
+    for (precision, kind, form, part), group in outcomes.groupby(
+            ["precision", "kind", "form", "of"], sort=False):
+        cells = group.drop(columns=list(KEYS)).to_numpy(object).ravel()
+        rows.append({"precision": precision, "kind": kind, "form": form, "of": part,
+                     "cells": len(cells), **{name: int((cells == name).sum())
+                                             for name in OUTCOMES}})
     return pd.DataFrame(rows)

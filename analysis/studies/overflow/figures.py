@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -13,6 +13,10 @@ from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path
 
 from analysis import plots
+from analysis.studies.drawing import Drawing
+from analysis.studies.overflow import PRECISIONS
+from analysis.studies.overflow.error_tables import KEYS, NOISE_CHUNK, PARTS, outcome_counts, slug
+from analysis.theory import bounds
 
 # Outcomes of a cell (analysis.studies.overflow.error_map.outcome) -> what the legend says, colour,
 # hatching; from harmless to lost.
@@ -22,23 +26,23 @@ LOOKS = (
     (("silent",), "silent: finite, off by more than 1 %", plots.ORANGE, "////"),
     (("inf", "nan"), "loud: inf or nan", plots.VERMILION, "xxxx"),
 )
-PARTS = ("value", "gradient")
 _COLUMNS = 4
+# Forms whose gradient of A is drawn: two that lose it, three that keep it.
+NOISY = ("corrected_cumsum", "pairwise", "segment_sum", "associative", "chunked")
 
 
-def error_maps(cells: pd.DataFrame, boundary: Callable[[str, float], float]) -> Figure:
-    """Chunk size against decay, two maps a form, of its value and of its worst gradient.
-
-    ``cells`` of one precision and kind of decay; ``boundary`` is the analytic bound drawn over
-    the maps.
-    """
+def error_maps(outcomes: pd.DataFrame, precision: str, kind: str) -> Figure:
+    """Chunk size against decay, two maps a form, of its value and of its worst gradient, with the
+    analytic bound over them."""
+    cells = _part(outcomes, precision, kind)
     panels = [(form, part) for form in dict.fromkeys(cells["form"]) for part in PARTS]
     rows = -(-len(panels) // _COLUMNS)
     figure, grid = plots.new_figure(
         rows, _COLUMNS, size=(10.0, 1.55 * rows + 1.1), sharex=True, sharey=True, squeeze=False)
     chunks = np.unique(cells["chunk"].to_numpy(float))
     for axes, (form, part) in zip(grid.ravel(), panels, strict=False):
-        _map(axes, cells[cells["form"] == form], part, chunks, partial(boundary, form))
+        _map(axes, cells[(cells["form"] == form) & (cells["of"] == part)], chunks,
+             partial(bounds.boundary, form, dtype=precision))
         axes.set_title(f"{form}\n{part}", fontsize=9.5, pad=4)
     for axes in grid.ravel()[len(panels):]:
         axes.set_visible(False)
@@ -56,12 +60,11 @@ def error_maps(cells: pd.DataFrame, boundary: Callable[[str, float], float]) -> 
 
 
 def _map(
-    axes: plots.Axes, rows: pd.DataFrame, part: str, chunks: np.ndarray,
-    bound: Callable[[float], float],
+    axes: plots.Axes, rows: pd.DataFrame, chunks: np.ndarray, bound: Callable[[float], float],
 ) -> None:
     """One map. A form that has no chunks, and so one row, fills the height."""
-    outcomes = rows.pivot(index="chunk", columns="decay", values=part)
-    x, y = _edges(outcomes.columns.to_numpy(float)), _edges(chunks)
+    outcomes = rows.set_index("chunk").drop(columns=list(KEYS[:-1]))
+    x, y = _edges(np.array([float(decay) for decay in outcomes])), _edges(chunks)
     across = y if len(outcomes) == len(chunks) else y[[0, -1]]
     cells = outcomes.to_numpy(object)
     for names, _, colour, hatch in LOOKS:
@@ -87,6 +90,10 @@ def _map(
     axes.tick_params(labelsize=9.5, bottom=False, left=False)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(plots.mpl.ticker.NullLocator())
+
+
+def _part(outcomes: pd.DataFrame, precision: str, kind: str) -> pd.DataFrame:
+    return outcomes[(outcomes["precision"] == precision) & (outcomes["kind"] == kind)]
 
 
 def _boxes(cells: np.ndarray, x: np.ndarray, y: np.ndarray) -> list[Path]:
@@ -129,13 +136,13 @@ def _edges(centres: np.ndarray) -> np.ndarray:
     return np.exp(np.concatenate([[first], middle, [last]]))
 
 
-def gradient_noise(errors: pd.DataFrame, chunk: int, forms: Sequence[str]) -> Figure:
+def gradient_noise(noise: pd.DataFrame) -> Figure:
     """Error of the gradient of A over the decay: noise where the truth is small, then nan."""
     figure, axes = plots.new_figure()
-    chosen = errors[(errors["kind"] == "constant") & (errors["precision"] == "float32")
-                    & (errors["chunk"] == chunk)]
+    chosen = noise[noise["kind"] == "constant"]
+    forms = [form for form in NOISY if form in set(chosen["form"])]
     ends = {}
-    for form, look in plots.looks(list(forms)).items():
+    for form, look in plots.looks(forms).items():
         rows = chosen[chosen["form"] == form].sort_values("decay")
         rows = rows[np.isfinite(rows["error of d A"])]
         axes.plot(rows["decay"], rows["error of d A"], **look)
@@ -189,11 +196,12 @@ def pair_shares(pairs: pd.DataFrame) -> Figure:
     return figure
 
 
-def headroom_lines(followed: pd.DataFrame, bound: float) -> Figure:
+def headroom_lines(followed: pd.DataFrame) -> Figure:
     """The largest exponent of a chunk of 32 while a model trains, a line each form, and the bound.
 
     Where a curve ends in the first half of the longest, a second panel shows the first steps.
     """
+    bound = bounds.log_max()
     names = list(dict.fromkeys(followed["form"]))
     lines = {name: followed[followed["form"] == name].groupby("step")[
         "largest exponent in 32 steps"].max() for name in names}
@@ -235,3 +243,45 @@ def _headroom(
     axes.set_ylim(0, max(bound * 1.1, top * 1.05))
     plots.mark_line(axes, y=bound, text="float32 overflows", right=right)
     plots.label_axes(axes, "training step", "largest cumulated log-decay, nats")
+
+
+def _map_drawing(precision: str, kind: str) -> Drawing:
+    """Float32 is drawn with both kinds of decay; the lower precisions, whose maps differ less by
+    kind, with constant decay."""
+    parts = ["map", *([precision] if precision != "float32" else []),
+             *([kind] if kind != "constant" else [])]
+    return Drawing(
+        slug("_".join(parts)), partial(error_maps, precision=precision, kind=kind), ("outcomes",),
+        f"What each form makes of a chunk: {precision}, {kind} decay",
+        caption="Left of each pair the value, right the worst gradient. Dashed: the analytic "
+                "bound. A form without chunks, or with chunks of its own, is the same at every "
+                "height.",
+        alt="Pairs of maps of chunk size against decay, one a form, coloured and hatched by "
+            "outcome, with the analytic bound as a dashed curve. The table counts the cells.",
+        data=lambda outcomes: outcome_counts(_part(outcomes, precision, kind)),
+        when=lambda outcomes: len(_part(outcomes, precision, kind)) > 0)
+
+
+FIGURES = (
+    *(_map_drawing(precision, "constant") for precision in PRECISIONS),
+    _map_drawing("float32", "data-dependent"),
+    Drawing(
+        "gradient_noise", gradient_noise, ("noise",),
+        f"Error of the gradient of A at chunk {NOISE_CHUNK}",
+        caption="Forms that take differences of cumulated sums lose the gradient of the decay "
+                "where it is small; the others keep it.",
+        alt="Lines of relative error against decay: flat near rounding for segment sums, "
+            "associative and stable chunks, rising for the corrected cumsum and pairwise "
+            "differences."),
+    Drawing(
+        "pairs", pair_shares, ("pairs",), "Past the bound for the whole-sequence trick, untrained "
+        "model",
+        caption="Share of (channel, state) pairs and of channels whose exponent overflows float32.",
+        alt="Rising curves from zero at length 56; counted and closed form of the pairs coincide."),
+    Drawing(
+        "headroom", headroom_lines, ("followed",), "Exponent of 32 steps while training",
+        caption="Largest cumulated log-decay over batch, channels, states and layers. Training "
+                "makes fast states faster. A curve that ends at the bound ended in nan there.",
+        alt="One line a form of the scan, rising from above 50 over the training steps; the stable "
+            "one passes 88.7, a form that takes the exponent ends where it comes there."),
+)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from analysis.measure.scans import ANY_CHUNK, runnable
-from analysis.studies.overflow import figures
-from analysis.studies.overflow.error_map import PRECISIONS, Cell, Grid, cell
+from analysis.measure.scans import runnable
+from analysis.studies.overflow import PRECISIONS, Grid, figures
+from analysis.studies.overflow.error_map import Cell, cell
+from analysis.theory.forms import ANY_CHUNK
 
 
 def panel(p: Grid) -> Any:

@@ -1,6 +1,6 @@
 """Study: accuracy against energy under the public task's rules, from all records of it.
 
-Nothing is trained here. Every record that RECORDS matches is read: whole runs (tables with a
+Nothing is trained here. Every record that RECORDED matches is read: whole runs (tables with a
 column "system") and trials (a column "trial"). Runs of one system with the same changes and as many
 steps are seeds of one another, in whatever record; a run that crashed has no energy and is counted,
 not drawn.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,55 +17,23 @@ import pandas as pd
 
 from analysis.runs.frames import not_measured
 from analysis.runs.records import DATA, load_record, machine_name
+from analysis.studies.task import ENERGY, HELD_OUT, VALID, Parameters, Results
 from mambabyte.config.mixers import kind_of
 from mambabyte.errors import UserError
 from mambabyte.task import SYSTEMS
 
-__all__ = ["PROFILES", "Parameters", "Task", "headline", "run"]
-
-RECORDS = "measurements/h200-task*.json"
-ENERGY = "energy (J, idle subtracted)"
-VALID, HELD_OUT = "validation accuracy", "held-out training text, accuracy"
-KINDS = ("SSM", "SSM and attention", "attention", "n-gram alone", "not known")
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """``target`` is the accuracy whose price is asked for, ``cap`` the joules that may be spent."""
-
-    target: float = 0.70
-    cap: float = 5000.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.target < 1:
-            raise UserError(f"target is {self.target}: an accuracy lies between 0 and 1")
-        if self.cap <= 0:
-            raise UserError(f"cap is {self.cap}: give joules above 0")
-
-
-PROFILES = {"quick": Parameters()}
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the records hold."""
-
-    points: pd.DataFrame  # a row a run or trial that ended: what it is, energy, accuracies
-    systems: pd.DataFrame  # a row a system and its changes: means and ranges over seeds, cheapest
-    crashed: pd.DataFrame  # runs that crashed: system, record, failure
-    idle_watts: tuple[float, ...]  # what was subtracted, each value once
-    machines: tuple[str, ...]
+RECORDED = "records/task/h200-task*/run.json"  # what is read, in the folder of data
 
 
 def run(
     p: Parameters, report: Callable[[str], None] = lambda line: None, folder: Path = DATA
-) -> Task:
+) -> Results:
     """Read the records under ``folder``. UserError where there is none."""
     points: list[dict[str, Any]] = []
     crashed: list[dict[str, Any]] = []
     idle, machines = set(), set()
-    for path in sorted(folder.glob(RECORDS)):
-        record = load_record(path).run
+    for path in sorted(folder.glob(RECORDED)):
+        record, name = load_record(path.parent), path.parent.name
         machines.add(machine_name(record))
         if "idle_watts" in record.parameters:
             idle.add(float(record.parameters["idle_watts"]))
@@ -78,7 +45,7 @@ def run(
                 if row.get(ENERGY) is None:
                     if row.get("failure"):
                         crashed.append({"system": row["system"], "seed": row["seed"],
-                                        "record": path.stem, "failure": row["failure"]})
+                                        "record": name, "failure": row["failure"]})
                     continue
                 points.append({
                     "system": row["trial" if single else "system"],
@@ -87,14 +54,14 @@ def run(
                     "steps": row.get("of") or row.get("steps"),
                     "seed": row.get("seed"), **_kind(row),
                     "energy (J)": row[ENERGY], "time (s)": row.get("time (s)"),
-                    VALID: row.get(VALID), HELD_OUT: row.get(HELD_OUT), "record": path.stem})
-        report(f"{path.stem}: {len(points)} runs and trials so far, {len(crashed)} crashed")
+                    VALID: row.get(VALID), HELD_OUT: row.get(HELD_OUT), "record": name})
+        report(f"{name}: {len(points)} runs and trials so far, {len(crashed)} crashed")
     if not points:
-        raise UserError(f"no record of a run under {folder / RECORDS}")
+        raise UserError(f"no record of a run under {folder / RECORDED}")
     frame = pd.DataFrame(points).assign(system=lambda f: _names(f)).drop(
         columns=["changed", "steps"])
     frame = not_measured(frame, "seed", VALID, HELD_OUT)
-    return Task(frame, _systems(frame), pd.DataFrame(
+    return Results(frame, _systems(frame), pd.DataFrame(
         crashed, columns=["system", "seed", "record", "failure"]), tuple(sorted(idle)),
         tuple(sorted(machines)))
 
@@ -161,28 +128,3 @@ def _systems(points: pd.DataFrame) -> pd.DataFrame:
     # Nothing that is cheaper is as good.
     best_before = frame[VALID].cummax().shift(fill_value=0)
     return frame.assign(**{"on the front": frame[VALID] > best_before})
-
-
-def headline(found: Task, p: Parameters) -> dict[str, tuple[float | int | str | None, str, str]]:
-    """The study's answer in named values: name -> (value, unit, about)."""
-    systems = found.systems
-    reach = systems[systems[VALID] >= p.target]
-    afford = systems[systems["energy (J)"] <= p.cap].sort_values(VALID)
-    pure = systems[(systems["kind"] == "SSM") & ~systems["with n-gram"].astype(bool)]
-    return {
-        "runs": (int((~found.points["trial"]).sum()), "runs", "whole runs that ended"),
-        "trials": (int(found.points["trial"].sum()), "trials", "single trials that ended"),
-        "crashed": (len(found.crashed), "runs", "that crashed and are not drawn"),
-        "idle_watts": (found.idle_watts[0] if len(found.idle_watts) == 1 else None, "W",
-                       "subtracted for the idle card"),
-        "cheapest": (None if reach.empty else str(reach["system"].iloc[0]), "",
-                     f"cheapest system with {p.target} on the validation split"),
-        "cheapest_joules": (None if reach.empty else float(reach["energy (J)"].iloc[0]), "J",
-                            "what it takes"),
-        "best_under_cap": (None if afford.empty else str(afford["system"].iloc[-1]), "",
-                           f"most accurate system within {p.cap:,.0f} J"),
-        "best_under_cap_accuracy": (None if afford.empty else float(afford[VALID].iloc[-1]), "",
-                                    "its accuracy, mean over seeds"),
-        "pure_ssm_accuracy": (None if pure.empty else float(pure[VALID].max()), "",
-                              "best network of SSM layers alone without an n-gram"),
-    }

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import plots
+from analysis.runs.folders import Run
+from analysis.studies.drawing import Drawing
 
 # kind -> colour and marker: each says what the other says
 LOOKS = {
@@ -134,3 +136,29 @@ def _legend(points: pd.DataFrame) -> list[Line2D]:
         Line2D([], [], color=plots.MUTED, linestyle=(0, (2, 2)), marker="",
                label="nothing cheaper is as good"),
     ]
+
+
+def _caption(run: Run) -> str:
+    values = {name: value.value for name, value in run.values.items()}
+    idle = f"{values['idle_watts']:g}" if values["idle_watts"] else "a stated number of"
+    return (
+        f"Recorded on {values['machines']}: {values['runs']} runs and {values['trials']} trials; "
+        f"{values['crashed']} runs crashed and are left out. Energy is the GPU's counter from the "
+        "start of training to its end, compiling included, minus "
+        f"{idle} W for the idle card. Left: means over "
+        "seeds, bars from the lowest to the highest. Right: single runs (large) and trials "
+        f"(small), where that accuracy was measured. Accuracies below {FLOOR} stand at the lower "
+        "edge.")
+
+
+def _alt(run: Run) -> str:
+    systems = run.tables["systems"].frame
+    front = ", ".join(systems[systems["on the front"]]["system"])
+    return ("Two panels of points on a log axis of joules. Left, the named systems; those that "
+            f"nothing cheaper equals, from the cheapest on: {front}. Right, every run and trial.")
+
+
+FIGURES = (
+    Drawing("pareto", pareto, ("points", "systems", "target"), "Accuracy against energy",
+            caption=_caption, alt=_alt),
+)

@@ -1,24 +1,15 @@
-"""Rows of ``mambabyte task run`` as a measurement record: data/README.md has the format.
-
-    python -m analysis.studies.task.record rows.jsonl h200-task --commit abc --command "..." --gpu
-    "..."
-
-For rows that were collected on another machine, one JSON object a line, as ``run_task`` returns
-them with the name of their system added.
-"""
+"""Rows of ``mambabyte task run`` as a record: one dictionary a run, as ``run_task`` returns it with
+the name of its system added."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-import tyro
 
-from analysis.runs.records import write_tables
+from analysis.runs.folders import Run, tables_of
 
 # column -> (key of the row, factor)
 COLUMNS: dict[str, tuple[str, float]] = {
@@ -34,10 +25,8 @@ COLUMNS: dict[str, tuple[str, float]] = {
     "step (ms)": ("ms_per_step", 1), "first 50 steps and before (s)": ("seconds_to_first_log", 1),
     "scoring (s)": ("scoring_seconds", 1), "changed": ("overrides", 1), "failure": ("failure", 1),
 }
-ABOUT = ("Trained on a 100 MB Wikipedia substitute in WikiText format, not on WikiText-103; scored "
-         "on the first 60,000 characters of the WikiText-103 raw validation and test splits. Each "
-         "run is a process of its own with empty compiler caches: compiling is in its time and "
-         "energy. Energy is the GPU's own counter minus 50 W times the time.")
+ABOUT = ("Whole runs under the task's rules. Energy is the GPU's own counter from the start of "
+         "training to its end, compiling included, minus {:g} W times the time.")
 
 
 def rows_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -73,45 +62,16 @@ def summary_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-@dataclass(frozen=True)
-class Options:
-    rows: tyro.conf.Positional[Path]
-    """File with one JSON object a line."""
-    name: tyro.conf.Positional[str]
-    """Name of the record."""
-    commit: str
-    command: str
-    date: str
-    """When they ran, ISO 8601."""
-    versions: dict[str, str]
-    gpu: str
-    gpu_memory_bytes: int
-    cpu_count: int
-    memory_bytes: int
-    cpu: str = "not recorded"
-    folder: Path = Path("data/measurements")
-    about: str = ABOUT
-
-
-def write(options: Options) -> Path:
-    """Write the record, and read it back."""
-    rows = [json.loads(line) for line in options.rows.read_text().splitlines()]
-    machine = {
-        "cpu": options.cpu, "cpu_count": options.cpu_count, "memory_bytes": options.memory_bytes,
-        "system": "Linux",
-        "gpus": [{"name": options.gpu, "memory_bytes": options.gpu_memory_bytes}],
-    }
-    return write_tables(
-        options.folder / f"{options.name}.json",
-        {"systems": ("Systems under the task's rules, means over seeds", summary_frame(rows)),
-         "runs": ("Every run", rows_frame(rows))},
-        study="task", title="The task, on one GPU", about=options.about,
-        parameters={"idle_watts": 50.0, "characters": 60_000},
-        seconds=sum(r.get("seconds") or 0.0 for r in rows),
-        provenance={"date": options.date, "commit": options.commit, "command": options.command,
-                    "versions": options.versions, "machine": machine},
-    )
-
-
-if __name__ == "__main__":
-    print(write(tyro.cli(Options, description=__doc__)))
+def task_record(
+    rows: Sequence[dict[str, Any]], provenance: Mapping[str, Any], *, idle_watts: float,
+    characters: int, title: str = "", about: str = "",
+) -> Run:
+    """Rows as a run that can be kept as a record: every run, and means over the seeds of each
+    system. ``provenance`` is that of the machine where they took place."""
+    return Run(
+        "task", {"idle_watts": idle_watts, "characters": characters},
+        tables=tables_of({
+            "systems": ("Systems under the task's rules, means over seeds", summary_frame(rows)),
+            "runs": ("Every run", rows_frame(rows))}),
+        provenance=dict(provenance), seconds=sum(row.get("seconds") or 0.0 for row in rows),
+        title=title or "The task", about=about or ABOUT.format(idle_watts))

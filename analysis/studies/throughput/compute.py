@@ -5,17 +5,13 @@ a tensor in a loop costs nothing forward, but the gradient of each slice is a te
 length that is zero outside it. With L / T chunks that is (L / T) L elements written and added:
 quadratic. ``split`` and ``unbind`` cut once and their gradients are joined once: linear. The
 count of bytes that the backward pass allocates shows it without a clock.
-
-``python -m analysis.sweep.record throughput OUT.json`` makes a measurement record of the full
-profile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import pandas as pd
 import torch
@@ -24,18 +20,16 @@ from torch import Tensor
 from analysis.measure.bench.steps import Way, equal_sized, training_step
 from analysis.measure.threads import threads
 from analysis.measure.timing import Case, crossover, exponent_table, measure
-from analysis.runs.frames import in_words, not_measured
+from analysis.runs.frames import not_measured
 from analysis.runs.records import DATA, load_record, machine_name
+from analysis.studies.throughput import INDEXED, PASSES, Parameters, Results
 from analysis.studies.throughput.scans import (
-    INDEXED,
-    PASSES,
     allocation_exponents,
     count_allocations,
     per_byte,
     points,
     time_scans,
 )
-from analysis.studies.throughput.values import headline
 from analysis.theory.flops import flops_per_byte, layer_flops_crossover
 from analysis.theory.matching import match_patterns
 from mambabyte.config import ModelConfig, TrainConfig, get_preset
@@ -46,92 +40,13 @@ from mambabyte.ops import FORMS
 from mambabyte.stream import advance_of
 from mambabyte.train import autocast
 
-__all__ = ["PROFILES", "Parameters", "Results", "headline", "recorded_scan", "run"]
-
 # The scan against its peers on a GPU, by ``mambabyte bench scan`` on that machine.
-RECORDED = "measurements/h200-scan.json"
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """What is timed. Defaults are the quick profile: a CPU and under a minute."""
-
-    device: str = "cpu"
-    threads: int = 1  # of torch on the CPU; 0 leaves torch's own choice
-    preset: str = "mamba_byte"
-    d_model: int = 32
-    d_state: int = 16
-    n_layer: int = 4
-    n_head: int = 2
-    lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
-    batch_size: int = 1
-    batches: tuple[int, ...] = (1, 4, 16)
-    batch_length: int = 128
-    # Empty: every form there is, and the second document's loop. The repairs of the trick cost
-    # what it costs (clamped, epsilon, centred) or a chunk times as much (all pairs).
-    forms: tuple[str, ...] = ("sequential", "chunked", "fused", "corrected_cumsum",
-                              "document_chunked", "document_cumsum", "associative", INDEXED)
-    mixer_forms: tuple[str, ...] = ("auto", "chunked")
-    rounds: int = 5
-    guard_seconds: float = 0.25
-    allocation_lengths: tuple[int, ...] = (64, 128, 256, 512)
-    stream_positions: tuple[int, ...] = (0, 256, 1024, 4096)
-    stream_steps: int = 60
-    stream_window: int = 1024
-    patterns: tuple[str, ...] = ("M", "MMMA", "MA", "A")
-    # Scan form of whole training steps: those beside "auto" show what the form is worth.
-    training_forms: tuple[str, ...] = ("auto", "chunked", "document_chunked")
-    train_context: int = 256
-    train_batch: int = 4
-    train_steps: int = 4
-    # As TrainConfig.step; on a CPU always eager.
-    train_step: Literal["auto", "eager", "graph", "compile"] = "auto"
-    energy_seconds: float = 0.1  # least length of one reading of energy; a GPU's counter is slow
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-
-    def __post_init__(self) -> None:
-        for name in self.forms:
-            if name not in FORMS and name != INDEXED:
-                raise UserError(f"scan form {name!r} is unknown: choose {', '.join(FORMS)} or "
-                                f"{INDEXED}")
-        if list(self.lengths) != sorted(set(self.lengths)) or not self.lengths:
-            raise UserError(f"lengths are {self.lengths}: give them in rising order, each once")
-        for name in ("mixer_forms", "allocation_lengths", "stream_positions"):
-            if not getattr(self, name):
-                raise UserError(f"{name} is empty: name at least one")
-
-
-PROFILES = {
-    "quick": Parameters(),
-    "full": Parameters(
-        device="cuda", d_model=192, n_head=3, forms=(),
-        lengths=(128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
-        batches=(1, 4, 16, 64), batch_length=1024, rounds=5, guard_seconds=1.0, threads=0,
-        allocation_lengths=(128, 256, 512, 1024),
-        mixer_forms=("auto", "chunked", "sequential"),
-        stream_positions=(0, 1024, 4096, 16384, 65536), stream_steps=50,
-        train_context=1024, train_batch=16, train_steps=5,
-        train_step="compile", energy_seconds=0.5),
-}
-
-
-@dataclass(frozen=True)
-class Results:
-    """Tables of the study; None in a cell means that it was not measured."""
-
-    scans: pd.DataFrame  # every form, pass, length and batch
-    mixers: pd.DataFrame  # whole mixers
-    exponents: pd.DataFrame  # fitted to both
-    allocations: pd.DataFrame  # bytes that a backward pass makes, by form and length
-    allocation_exponents: pd.DataFrame  # of all bytes, and of the zero-filled ones
-    crossovers: pd.DataFrame  # the length from which an SSM mixer beats attention
-    streaming: pd.DataFrame  # latency of one byte against bytes seen
-    training: pd.DataFrame  # whole training steps: bytes/s, joules per megabyte
+RECORDED = "records/throughput/h200-scan/run.json"
 
 
 def recorded_scan() -> tuple[pd.DataFrame, str]:
     """The record RECORDED, a row a shape, peer and pass; and the machine and day it is from."""
-    found = load_record(DATA / RECORDED).run
+    found = load_record((DATA / RECORDED).parent)
     return found.tables["bench"].frame, f"{machine_name(found)}, {found.provenance['date'][:10]}"
 
 
@@ -158,10 +73,12 @@ def _run(p: Parameters, forms: tuple[str, ...], report: Callable[[str], None]) -
     streaming = time_streaming(p)
     report("training steps")
     training = time_training(p, report)
+    peers, machine = recorded_scan()
     return Results(
         scans=scans, mixers=mixers, exponents=exponents, allocations=allocations,
         allocation_exponents=allocation_exponents(allocations),
-        crossovers=find_crossovers(p, mixers), streaming=streaming, training=training)
+        crossovers=find_crossovers(p, mixers), streaming=streaming,
+        training=training, peers=peers, peers_machine=machine)
 
 
 # ------------------------------------------------------------------------------------- mixers
@@ -230,12 +147,6 @@ def find_crossovers(p: Parameters, mixers: pd.DataFrame) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     return not_measured(frame.assign(
         crossover_in_operations=layer_flops_crossover(model_config(p))))
-
-
-def crossovers_in_words(crossovers: pd.DataFrame) -> pd.DataFrame:
-    """The same with "not by N" where attention is still the faster one at the longest length N."""
-    longest = "not by " + crossovers["longest_length"].map("{:,}".format)
-    return in_words(crossovers, "crossover_length", longest)
 
 
 # ---------------------------------------------------------------------------------- streaming

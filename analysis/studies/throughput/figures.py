@@ -21,6 +21,9 @@ from analysis.plots import (
     tick_bytes,
     tick_with,
 )
+from analysis.runs.folders import Run
+from analysis.studies.drawing import Drawing
+from analysis.studies.throughput import PASSES
 from mambabyte.config.mixers import uses_scan_form
 
 # One order for all figures, so that a form looks the same in each. There are seven looks, so
@@ -28,7 +31,6 @@ from mambabyte.config.mixers import uses_scan_form
 FORMS = ("fused", "chunked", "sequential", "indexed loop", "document_chunked", "associative",
          "corrected_cumsum")
 MIXERS = ("SSM (auto)", "attention")
-PASSES = ("forward", "forward+backward")
 
 
 def _present(order: Sequence[str], names: pd.Series) -> list[str]:
@@ -104,7 +106,7 @@ def batch_time(scans: pd.DataFrame, mixers: pd.DataFrame, length: int) -> Figure
     return figure
 
 
-def energy(scans: pd.DataFrame, mixers: pd.DataFrame) -> Figure:
+def energy(mixers: pd.DataFrame, scans: pd.DataFrame) -> Figure:
     """Gross joules per megabyte against length, forward with backward: scan forms, and mixers."""
     figure, axes = new_figure(1, 2, size=(10.0, 4.4))
     panels = (("scan alone", scans, "form", FORMS), ("whole mixer", mixers, "mixer", MIXERS))
@@ -212,3 +214,58 @@ def scan_peers(bench: pd.DataFrame) -> Figure:
     axes[1].set_ylabel("")
     figure.legend(loc="outside lower center", ncols=3)
     return figure
+
+
+def _peers_caption(run: Run) -> str:
+    return (f"Measured on {run.values['peers_machine'].value}, not on this machine: median of a "
+            "call, log axis. The floor is the scan's; attention does other work.")
+
+
+FIGURES = (
+    Drawing(
+        "scan_time", scan_time, ("scans",), "Time of every scan form against length",
+        caption="Median of a call (on a GPU a captured graph), log-log, forward alone and with the "
+                "backward pass. Lines end where the guard ended the series. Seven forms are drawn; "
+                "the data have the others.",
+        alt="Two log-log panels of time against length, one line a scan form."),
+    Drawing(
+        "allocations", allocations, ("allocations",), "Bytes allocated by one backward pass",
+        caption="New tensors made by the operators of a backward pass, batch 1. Forms that slice "
+                "or index in a loop grow faster than the length.",
+        alt="Log-log lines of allocated bytes against length; two are steeper than the others."),
+    Drawing(
+        "scan_peers", scan_peers, ("peers",), "The scan against its peers, recorded on a GPU",
+        caption=_peers_caption,
+        alt="Two panels of dots on a log axis of time, one row a shape: the fused scan, its "
+            "variant that recomputes, mamba-ssm and attention, and a tick for the floor."),
+    Drawing(
+        "mixers", mixer_time, ("mixers", "crossovers"), "SSM and attention mixers against length",
+        caption="Median of a call (on a GPU a captured graph), log-log. 'auto' is the default form "
+                "of the scan; the dashed line is the length of equal operations.",
+        alt="Two log-log panels of time against length: SSM mixers by scan form, and attention."),
+    Drawing(
+        "batch", batch_time, ("scans", "mixers", "batch_length"),
+        "Time of a window against the batch",
+        caption="Median of a call, forward and backward, over the batch, log-log. Where a line "
+                "falls the device was not full; a flat line is a full one.",
+        alt="Two log-log panels of time a window against batch: scan forms, and whole mixers.",
+        data=lambda scans, mixers, length: scans[scans["length"] == length]),
+    Drawing(
+        "streaming", streaming, ("streaming",), "Latency and state of streaming",
+        caption="Left: median latency of one more byte. Right: the bytes carried from one byte to "
+                "the next.",
+        alt="Two panels against bytes seen: latency, and state in bytes on a log axis, for SSM, "
+            "windowed attention and attention with all keys."),
+    Drawing(
+        "energy", energy, ("mixers", "scans"), "Joules per megabyte against length",
+        caption="Gross joules per megabyte (1e6 bytes) of a call, forward and backward, log-log: "
+                "scan forms alone, and whole mixers. Flat is linear; a short call leaves most of "
+                "the device idle.",
+        alt="Two log-log panels of joules per megabyte against length: scan forms, and mixers.",
+        when=lambda mixers, scans: bool(scans["joules_per_megabyte"].notna().any())),
+    Drawing(
+        "training", training, ("training",), "Training throughput at equal parameters",
+        caption="Thousand bytes of text a second, by layer pattern and form of the scan. 'chunked' "
+                "and 'document_chunked' show what the default form is worth.",
+        alt="Horizontal bars of training throughput for each system."),
+)

@@ -7,13 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.studies.throughput import compute as study
-from analysis.studies.throughput import figures
+from analysis.studies.throughput import Parameters, figures
+from analysis.studies.throughput.compute import steps_at
 
 SHORTEST = 64
 
 
-def panel(p: study.Parameters) -> Any:
+def panel(p: Parameters) -> Any:
     """Sliders for batch and longest context: a step is timed where they stand, on this machine."""
     from ipywidgets import SelectionSlider, interactive
 
@@ -25,12 +25,12 @@ def panel(p: study.Parameters) -> Any:
                                 continuous_update=False))
 
 
-def _show_steps(p: study.Parameters, batch: int, context: int) -> pd.DataFrame:
+def _show_steps(p: Parameters, batch: int, context: int) -> pd.DataFrame:
     from IPython.display import display
 
     lengths = tuple(context // 2**n for n in (3, 2, 1, 0) if context // 2**n >= SHORTEST)
     # An energy counter moves a few times a second: a reading over less says nothing.
-    found = study.steps_at(replace(p, energy_seconds=max(p.energy_seconds, 1.0)), batch, lengths)
+    found = steps_at(replace(p, energy_seconds=max(p.energy_seconds, 1.0)), batch, lengths)
     display(figures.training_steps(found))
     ratio = found.pivot(index="context", columns="pattern", values="ms").dropna().astype(float)
     for length, row in ratio.iterrows():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -14,15 +13,10 @@ from torch import Tensor
 
 from analysis.measure.timing import MEASURED, AllocationCounter, Case, exponent_table, measure
 from analysis.runs.frames import not_measured
-from analysis.studies.throughput import INDEXED
+from analysis.studies.throughput import INDEXED, PASSES, Parameters
 from mambabyte.config import get_preset
 from mambabyte.ops import selective_scan
 from mambabyte.ops.scan.recurrent import selective_scan_step
-
-if TYPE_CHECKING:
-    from analysis.studies.throughput.compute import Parameters
-
-PASSES = ("forward", "forward+backward")
 
 
 def indexed_scan(

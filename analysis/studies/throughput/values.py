@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from analysis.studies.throughput import INDEXED
-from analysis.studies.throughput.scans import PASSES
-
-if TYPE_CHECKING:
-    from analysis.studies.throughput.compute import Results
+from analysis.runs.folders import Value
+from analysis.studies.throughput import INDEXED, PASSES, Parameters, Results
 
 
-def headline(r: Results) -> dict[str, tuple[float | int | str | None, str, str]]:
-    """The study's answer in named values: name -> (value, unit, about). None: not measured."""
+def values(r: Results, p: Parameters) -> dict[str, Value]:
+    """The study's answer in named numbers; None: not measured."""
     both = r.scans[(r.scans["pass"] == PASSES[1])]
     batch = both["batch"].mode().iloc[0]
     ms = both[both["batch"] == batch].pivot(index="form", columns="length", values="ms")
@@ -47,53 +42,60 @@ def headline(r: Results) -> dict[str, tuple[float | int | str | None, str, str]]
     batches = (wide.dropna(subset=["document_chunked", "fused"]).astype(float)
                if {"document_chunked", "fused"} <= set(wide) else wide.head(0))
     return {
-        "longest_length": (int(r.scans["length"].max()), "bytes", "longest length asked for"),
-        "fused_exponent": (exponents.get(("fused", PASSES[1])), "",
-                           "time of the fused scan, forward and backward, against length"),
-        "document_exponent": (exponents.get(("document_chunked", PASSES[1])), "",
-                              "the same of the published chunked scan"),
-        "document_fill_exponent": (fills.get(("zero_fill_bytes", "document_chunked")), "",
-                                   "bytes of full-length slice gradients against length"),
-        "loop_fill_exponent": (fills.get(("zero_fill_bytes", INDEXED)), "",
-                               "the same for a loop that indexes every step"),
-        "split_exponent": (fills.get(("allocated_bytes", "corrected_cumsum")), "",
-                           "bytes allocated backward when the chunks are split once"),
-        "document_over_fused": (document, "times", "published scan over fused, longest shared"),
-        "document_over_fused_length": (document_length, "bytes", "the length of that ratio"),
-        "loop_over_fused": (loop, "times", "indexed loop over fused, longest shared"),
-        "loop_over_fused_length": (loop_length, "bytes", "the length of that ratio"),
-        "loop_over_attention": (
+        "longest_length": Value(int(r.scans["length"].max()), "bytes", "longest length asked for"),
+        "fused_exponent": Value(exponents.get(("fused", PASSES[1])), "",
+                                "time of the fused scan, forward and backward, against length"),
+        "document_exponent": Value(exponents.get(("document_chunked", PASSES[1])), "",
+                                   "the same of the published chunked scan"),
+        "document_fill_exponent": Value(fills.get(("zero_fill_bytes", "document_chunked")), "",
+                                        "bytes of full-length slice gradients against length"),
+        "loop_fill_exponent": Value(fills.get(("zero_fill_bytes", INDEXED)), "",
+                                    "the same for a loop that indexes every step"),
+        "split_exponent": Value(fills.get(("allocated_bytes", "corrected_cumsum")), "",
+                                "bytes allocated backward when the chunks are split once"),
+        "document_over_fused": Value(
+            document, "times", "published scan over fused, longest shared"),
+        "document_over_fused_length": Value(document_length, "bytes", "the length of that ratio"),
+        "loop_over_fused": Value(loop, "times", "indexed loop over fused, longest shared"),
+        "loop_over_fused_length": Value(loop_length, "bytes", "the length of that ratio"),
+        "loop_over_attention": Value(
             float(loop_ms / beside) if loop_ms and beside else None, "times",
             "indexed loop alone over a whole attention mixer, same length and width"),
-        "document_over_fused_batch": (
+        "document_over_fused_batch": Value(
             float(batches["document_chunked"].iloc[-1] / batches["fused"].iloc[-1])
             if len(batches) else None, "times",
             "published scan over fused at the largest batch that both ran"),
-        "document_over_fused_batch_size": (
+        "document_over_fused_batch_size": Value(
             int(batches.index[-1]) if len(batches) else None, "", "that batch"),
-        "crossover_forward": (cross["crossover_length"].get((one, PASSES[0])), "bytes",
-                              "length from which the SSM mixer is faster than attention, forward"),
-        "crossover_backward": (cross["crossover_length"].get((one, PASSES[1])), "bytes",
-                               "the same with the backward pass"),
-        "crossover_operations": (int(r.crossovers["crossover_in_operations"].iloc[0]), "bytes",
-                                 "length from which the SSM layer takes fewer operations"),
-        "ssm_over_attention": (cross["ssm_over_attention_there"].get((one, PASSES[1])), "times",
-                               "SSM mixer over attention at the longest length, both passes"),
-        "stream_positions": (int(r.streaming["bytes_seen"].max()), "bytes",
-                             "most bytes seen before a streamed byte"),
-        "stream_growth_ssm": (growth["SSM"], "times", "latency there over latency at the start"),
-        "stream_growth_window": (growth[windowed], "times", "the same, attention with a window"),
-        "stream_growth_cache": (growth[every], "times", "the same, attention with all keys"),
-        "stream_state_bytes": (int(state["SSM"]), "B", "state of the SSM stream"),
-        "stream_cache_bytes": (int(state[every]), "B", "cache of all keys there"),
-        "train_ssm_bytes_per_second": (speed.get(auto), "B/s", "whole training steps, SSM"),
-        "train_ssm_over_attention": (
+        "crossover_forward": Value(
+            cross["crossover_length"].get((one, PASSES[0])), "bytes",
+            "length from which the SSM mixer is faster than attention, forward"),
+        "crossover_backward": Value(cross["crossover_length"].get((one, PASSES[1])), "bytes",
+                                    "the same with the backward pass"),
+        "crossover_operations": Value(int(r.crossovers["crossover_in_operations"].iloc[0]), "bytes",
+                                      "length from which the SSM layer takes fewer operations"),
+        "ssm_over_attention": Value(
+            cross["ssm_over_attention_there"].get((one, PASSES[1])), "times",
+            "SSM mixer over attention at the longest length, both passes"),
+        "stream_positions": Value(int(r.streaming["bytes_seen"].max()), "bytes",
+                                  "most bytes seen before a streamed byte"),
+        "stream_growth_ssm": Value(
+            growth["SSM"], "times", "latency there over latency at the start"),
+        "stream_growth_window": Value(
+            growth[windowed], "times", "the same, attention with a window"),
+        "stream_growth_cache": Value(growth[every], "times", "the same, attention with all keys"),
+        "stream_state_bytes": Value(int(state["SSM"]), "B", "state of the SSM stream"),
+        "stream_cache_bytes": Value(int(state[every]), "B", "cache of all keys there"),
+        "train_ssm_bytes_per_second": Value(speed.get(auto), "B/s", "whole training steps, SSM"),
+        "train_ssm_over_attention": Value(
             speed[auto] / speed["A", "auto"] if auto in speed and ("A", "auto") in speed else None,
             "times", "training bytes a second, SSM over attention of equal parameters"),
-        "train_fused_over_document": (
+        "train_fused_over_document": Value(
             speed[auto] / speed["M", "document_chunked"]
             if speed.get(("M", "document_chunked")) else None,
             "times", "training bytes a second, default scan over the published one"),
-        "joules_per_megabyte": (joules.get(auto), "J/MB", "training the SSM, if measured"),
-        "energy_source": (str(r.training["energy_source"].iloc[0]), "", "where joules come from"),
+        "joules_per_megabyte": Value(joules.get(auto), "J/MB", "training the SSM, if measured"),
+        "energy_source": Value(
+            str(r.training["energy_source"].iloc[0]), "", "where joules come from"),
+        "peers_machine": Value(r.peers_machine, "", "where the scan was timed against its peers"),
     }

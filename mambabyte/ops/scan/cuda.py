@@ -7,7 +7,7 @@ channels a multiple of 8, 16 steps or more; tensor cores) and ``any`` (every oth
 the tile family). With ``save=False`` nothing is kept, and a backward called with the empty tensor
 recomputes, an eighth of the work at a time: a few sequences, or of fewer than eight sequences a
 stretch of one. Forward and backward then take 1.9 to 2.7 times as long, for two thirds of the peak
-(data/measurements/h200-scan.json).
+(data/records/throughput/h200-scan).
 """
 
 from __future__ import annotations

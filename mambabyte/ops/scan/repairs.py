@@ -38,8 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CLAMP = 80.0
-EPSILON = 1e-12
+from mambabyte.config.scan_forms import CLAMP, EPSILON
 
 # (log_decay, b, state) of one chunk -> h, (B, T, D, N) each but the state (B, D, N)
 Inner = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -14,6 +14,7 @@ import torch
 from analysis.measure.statistics import paired_difference, paired_table
 from analysis.studies.ablation import compute as ablation
 from analysis.studies.ablation import learning
+from analysis.studies.ablation import values as answers
 from analysis.studies.ablation.budgets import COMPARISONS, budget_steps, compare
 from analysis.studies.ablation.learning import (
     Learned,
@@ -23,7 +24,7 @@ from analysis.studies.ablation.learning import (
     heldout_windows,
     position_bits,
 )
-from analysis.studies.ablation.tables import accuracy_by_position, unigram_bits
+from analysis.studies.ablation.trained import accuracy_by_position, unigram_bits
 from analysis.studies.ablation.values import _lead_values
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus
@@ -188,9 +189,9 @@ def test_a_tiny_study_end_to_end(corpus_file, decay):
     assert found.paired["reference"].eq("A").all()
     matmul = found.flop_check[found.flop_check["counted"] == "matrix product"]
     assert (matmul["formula_over_counter"] == 1.0).all()
-    values = ablation.headline(found)
-    assert values["seeds"][0] == 2
-    assert values["ssm_steps"][0] is not None
+    values = answers.values(found, TINY)
+    assert values["seeds"].value == 2
+    assert values["ssm_steps"].value is not None
     if decay:  # a run that ends earlier was trained with its own, shorter schedule
         assert len(found.runs) >= 4
 
@@ -207,9 +208,9 @@ def test_what_cannot_be_compared_is_refused(given, answer):
 
 def test_the_field_alone_has_no_largest_choice(corpus_file):
     p = replace(TINY, corpus=corpus_file, seeds=(0,), tasks=(), variants=("field",))
-    values = ablation.headline(ablation.run(p))
-    assert values["variant_largest"][0] is None
-    assert values["half_life_field"][0] > 0
+    values = answers.values(ablation.run(p), p)
+    assert values["variant_largest"].value is None
+    assert values["half_life_field"].value > 0
 
 
 def test_pieces_and_bytes_see_and_read_the_same_text(corpus_file):

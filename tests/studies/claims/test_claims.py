@@ -7,16 +7,19 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
-from analysis.runs.folders import write_record
+from analysis.runs.folders import Run, Value, tables_of, write_record
+from analysis.runs.records import write_record_folder
 from analysis.runs.staleness import source_files
 from analysis.studies.claims import compute as claims
 from analysis.studies.claims import evidence as evidence_module
+from analysis.studies.claims import values as answers
 from analysis.studies.claims.checks.memory import OURS, PUBLISHED, full_tensor, kept
 from analysis.studies.claims.checks.published import first_run
-from analysis.studies.claims.evidence import Evidence, gather, load_records
+from analysis.studies.claims.evidence import Evidence, gather
 from analysis.studies.claims.figures import VERDICTS as DRAWN
 from analysis.studies.claims.figures import verdict_bars
 from analysis.studies.claims.lab import EXPERIMENTS, Lab, Settings
@@ -32,7 +35,6 @@ from analysis.studies.claims.ledger import (
     load_ledger,
 )
 from mambabyte.config import PRESETS
-from mambabyte.config.files import write_json
 from mambabyte.errors import UserError
 from tests.helpers.claims_lab import BY_ID, CHEAP, LEDGER, TYPICAL, lab, run_of
 
@@ -230,35 +232,22 @@ def test_unmeasured_value_is_no_evidence():
     assert found.value("ablation", "drift_ssm") is None
 
 
-def test_records_of_every_shape_are_read(tmp_path):
-    machine = {"machine": {"cpu": "a CPU", "gpus": [{"name": "a GPU"}]}}
-    write_json(tmp_path / "a.json", {
-        "format": 1, "study": "throughput", "parameters": {"device": "cuda"},
-        "values": {"x": {"value": "inf"}}, "provenance": machine,
-        "tables": [{"name": "t", "caption": "c", "columns": ["k"], "rows": [[1], [None]]}]})
-    write_json(tmp_path / "b.json", {
-        "study": "overflow", "parameters": {}, **machine, "tables": {"t": [{"k": 1}]}})
-    write_json(tmp_path / "c.json", [1, 2])
-    write_json(tmp_path / "d.json", {
-        "system": "ours", "runs": [{"system": "ours", "seconds": 1.0, "joules": 2.0}], **machine})
-    records = load_records(tmp_path)
-    assert [r.study for r in records] == ["throughput", "overflow", "task"]
-    found = Evidence((), tuple(records))
+def test_a_record_is_evidence_of_its_machine(tmp_path):
+    machine = {"date": "2026-01-01", "commit": "c", "command": "x", "versions": {"a": "1"},
+               "machine": {"cpu": "a CPU", "gpus": [{"name": "a GPU"}]}}
+    write_record_folder(Run(
+        "throughput", {"device": "cuda"}, {"x": Value(math.inf)},
+        tables_of({"t": ("", pd.DataFrame({"k": [1, 2]}))}), {"drawn": "t"}, machine,
+        title="t", about="a"), tmp_path / "throughput" / "a")
+    found = gather(tmp_path / "none", tmp_path)
     value = found.value("throughput", "x", accelerator=True)
     assert value is not None
     assert value.what == math.inf
     assert value.text == "a (a GPU)"
-    assert found.table("overflow", "t", accelerator=True) is not None
-    whole = found.task("ours")
-    assert whole is not None
-    assert whole.what["joules"].tolist() == [2.0]
-    assert found.task("another") is None
-
-
-def test_broken_record_is_named(tmp_path):
-    (tmp_path / "a.json").write_text("{")
-    with pytest.raises(UserError, match=r"a\.json"):
-        load_records(tmp_path)
+    for name in ("t", "drawn"):  # a table, and the table that is the data of a figure
+        table = found.table("throughput", name, accelerator=True)
+        assert table is not None
+        assert table.what["k"].tolist() == [1, 2]
 
 
 # ------------------------------------------------------------------------------- the study's shape
@@ -296,22 +285,23 @@ def test_parameters_are_checked():
 def test_run_counts_and_figure(tmp_path, monkeypatch):
     """The whole study with given numbers: every row judged, counted and drawn."""
     monkeypatch.setattr(claims, "Lab", lambda settings, evidence, facts, report: lab(evidence))
-    monkeypatch.setattr(evidence_module, "MEASUREMENTS", tmp_path)
+    monkeypatch.setattr(evidence_module, "RECORDS", tmp_path)
     found = claims.run(claims.Parameters(runs_root=str(tmp_path)))
     assert len(found.ledger) == len(LEDGER.claims)
     assert list(found.ledger)[:4] == ["claim", "verdict", "theirs", "ours"]  # seen unscrolled
     assert found.counts["all"].sum() == sum(claim.counted for claim in LEDGER.claims)
     assert set(VERDICTS) <= set(found.counts.columns)
     assert set(DRAWN) == set(VERDICTS)
-    values = {name: value for name, (value, _, _) in claims.headline(found).items()}
-    assert sum(values[f"n_{n}"] for n in claims.NAMES.values()) == values["n_claims"]
+    p = claims.Parameters()
+    values = {name: value.value for name, value in answers.values(found, p).items()}
+    assert sum(values[f"n_{n}"] for n in answers.NAMES.values()) == values["n_claims"]
     assert values["n_claims_first"] + values["n_claims_second"] == values["n_claims"]
     assert verdict_bars(found.counts).axes
     assert found.tied["tied minus own, bits/byte"].tolist() == pytest.approx([0.46, 0.3])
     assert found.parts["without selection, bits/byte"].tolist() == [0.064]
     assert found.streamed["accuracy streamed"].tolist() == [0.44]
     assert values["first_run_lost"] is None  # not measured, where no such run is known
-    known = claims.headline(replace(found, first_run=first_run(lab(facts=LEDGER.facts))))
-    assert (known["first_run_lost"][0], known["first_run_finite"][0]) == (300.0, 200.0)
+    known = answers.values(replace(found, first_run=first_run(lab(facts=LEDGER.facts))), p)
+    assert (known["first_run_lost"].value, known["first_run_finite"].value) == (300.0, 200.0)
     missing = found.ledger[found.ledger["source"] == "not measured"]["ours"]
     assert any(v is None for v in missing)

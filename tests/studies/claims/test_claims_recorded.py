@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 
 from analysis.runs.folders import ROOT
-from analysis.runs.records import write_tables
+from analysis.runs.records import load_records, write_record_folder
 from analysis.studies import get_study
 from analysis.studies.claims import compute as claims
-from analysis.studies.claims import evidence as evidence_module
-from analysis.studies.claims.evidence import Evidence, load_records
+from analysis.studies.claims.evidence import Evidence
 from analysis.studies.claims.experiments.streamed import COLUMNS
 from analysis.studies.claims.ledger import CAVEAT, FAILS, HOLDS, INCONSISTENT, OPEN
-from analysis.studies.task.record import rows_frame, summary_frame
+from analysis.studies.drawing import drawings
+from analysis.studies.task.record import task_record
 from tests.helpers.claims_lab import BY_ID, OUR_FACTS, lab, on_gpu, run_of, task, training, verdict
 
 
@@ -89,13 +89,12 @@ def test_a_record_of_the_task_decides_as_it_is_written(tmp_path):
             {"system": "mamba_byte", **fields, "failure": "crashed: NameError"},
             {"system": "mamba_byte", **fields, "seed": 1, "steps": 4000, "ms_per_step": 2.5,
              "valid_accuracy": 0.61}]
-    write_tables(tmp_path / "gpu-task.json",
-                 {"systems": ("means", summary_frame(rows)), "runs": ("runs", rows_frame(rows))},
-                 study="task", title="t", about="a", parameters={}, provenance={
-                     "date": "2026-11-21", "commit": "abc", "command": "task",
-                     "versions": {"torch": "2"},
-                     "machine": {"cpu": "a", "gpus": [{"name": "a GPU"}]}})
-    evidence = Evidence((), tuple(load_records(tmp_path)))
+    write_record_folder(
+        task_record(rows, {"date": "2026-11-21", "commit": "abc", "command": "task",
+                           "versions": {"torch": "2"},
+                           "machine": {"cpu": "a", "gpus": [{"name": "a GPU"}]}},
+                    idle_watts=50.0, characters=60_000), tmp_path / "task" / "gpu-task")
+    evidence = Evidence((), tuple(load_records(tmp_path).values()))
     exact = evidence.task("mamba_byte")
     assert exact is not None
     assert exact.what["seed"].tolist() == [1]
@@ -113,11 +112,11 @@ def test_checks_ask_for_tables_that_their_study_records():
     "claims").rglob("*.py"))
              for study, name in re.findall(r'lab\.table\(\s*"(\w+)", "(\w+)"', path.read_text())}
     assert len(asked) > 2
-    in_records = {(r.study, name) for r in load_records(evidence_module.MEASUREMENTS)
-                  for name in r.tables}
+    in_records = {(r.study, name) for r in load_records().values()
+                  for name in (*r.tables, *r.figures)}
     for study, name in asked - in_records:
-        notebook = get_study(study).notebook.read_text()
-        assert f'\\"{name}\\"' in notebook, f"{study} records no {name}"
+        fields = get_study(study).module().Results.__dataclass_fields__
+        assert name in fields or name in drawings(get_study(study)), f"{study} keeps no {name}"
 
 
 def test_a_lost_run_decides_nothing_else():

@@ -7,7 +7,6 @@ rests on one names its source.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -21,29 +20,13 @@ from analysis.studies.claims.ledger import (
     OPEN,
     Claim,
     Finding,
+    FirstRun,
     check,
     compare,
     near,
 )
 from mambabyte.model import ByteLM
 from mambabyte.train.optim import roles
-
-
-@dataclass(frozen=True)
-class FirstRun:
-    """The first document's own run under the task's rules, as its authors' log has it."""
-
-    ms_per_step: float
-    steps_done: int  # until the clock stopped it
-    joules: float
-    seconds: float
-    watts: float
-    last_finite_step: float
-    first_lost_step: float  # inf where no loss was lost
-    first_loss: float
-    disqualified: str
-    gpu: str
-    source: str
 
 
 def first_run(lab: Lab) -> FirstRun | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from analysis.measure.exponents import ssm_layers, step_sizes
 from analysis.measure.timing import in_turns, quartiles, seconds_of
-from analysis.studies.ablation import variants
+from analysis.studies.ablation import get_variant, variants
 from analysis.studies.claims.experiments.scan import CHUNK, TEXT, tokens
 from analysis.studies.claims.lab import Settings, experiment
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig, get_preset
@@ -223,7 +223,7 @@ def second_steps(settings: Settings) -> dict[str, float]:
     base = replace(PRESETS["mamba_byte"].model, d_model=48, n_layer=2, n_head=4, n_kv_head=4,
                    layer_pattern="MA", norm="rms", qk_norm=True, mlp_ratio=2.0, logit_softcap=30.0)
     held_out = sample_windows(corpus.valid, 128, 16, settings.seed, 0)
-    variant = variants.get_variant("published")
+    variant = get_variant("published")
     recipe = TrainConfig(context=128, batch_size=8, n_steps=250, lr=3e-3, precision="fp32",
                          seed=settings.seed)
     model = variants.build(base, variant, settings.seed)
@@ -246,7 +246,7 @@ def artefact(settings: Settings) -> dict[str, float]:
     small weights take few of the 256 values and compress well; growing ones do so less."""
     config = replace(get_preset("hybrid_3_1").model, vocab_size=1024, layer_pattern="MA",
                      n_layer=2)
-    variant = variants.get_variant("published")
+    variant = get_variant("published")
     model = variants.build(config, variant, settings.seed)
     corpus = load_corpus("stdlib")
     recipe = TrainConfig(context=64, batch_size=1, n_steps=5, lr=3e-3, precision="fp32",

@@ -1,0 +1,105 @@
+"""Figures of studies as data: what is drawn of which tables, and the words around it.
+
+``FIGURES`` of a study's ``figures`` module is a tuple of Drawing. A run has those whose tables,
+values and parameters it holds; their names are kept with it, the drawing is made anew from its
+numbers whenever somebody looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis.runs.folders import Run
+from analysis.studies import STUDIES, Study
+from mambabyte.errors import UserError
+
+Words = str | Callable[[Run], str]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure. ``draw`` takes what ``of`` names, in that order, and returns a matplotlib Figure.
+
+    ``of`` names tables of the run, or values or parameters where there is no such table; its first
+    is a table and the data shown beside the figure, unless ``data`` takes the same arguments and
+    makes them. ``caption`` says what to see, ``alt`` says it to those who cannot see it; both may
+    be functions of the run, for words that need its numbers. ``when`` takes the arguments too:
+    whether there is anything to draw.
+    """
+
+    name: str
+    draw: Callable[..., Any]
+    of: tuple[str, ...]
+    title: Words
+    caption: Words
+    alt: Words
+    data: Callable[..., pd.DataFrame] | None = None
+    when: Callable[..., bool] | None = None
+
+    def arguments(self, run: Run) -> list[Any] | None:
+        """What ``draw`` takes, of a run; None where the run lacks some of it."""
+        found: list[Any] = []
+        for name in self.of if self.of[0] in run.tables else ():
+            if name in run.tables:
+                found.append(run.tables[name].frame)
+            elif name in run.values:
+                found.append(run.values[name].value)
+            elif name in run.parameters:
+                found.append(run.parameters[name])
+            else:
+                return None
+        return found or None
+
+    def is_in(self, run: Run) -> bool:
+        """Whether the run has all that the figure draws, and something to see."""
+        arguments = self.arguments(run)
+        return arguments is not None and (self.when is None or self.when(*arguments))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of one run: its words and data, and ``draw`` for a matplotlib Figure of it."""
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    data: pd.DataFrame
+    draw: Callable[[], Any]
+
+
+def drawings(study: Study) -> dict[str, Drawing]:
+    """The figures that a study can draw, by name, in the order of the report."""
+    return {drawing.name: drawing for drawing in study.module("figures").FIGURES}
+
+
+def figures(run: Run, registry: Mapping[str, Study] = STUDIES) -> dict[str, Figure]:
+    """The figures of a run; UserError where its study draws one no longer. What belongs to no study
+    of the registry has none."""
+    if not run.figures or run.study not in registry:
+        return {}
+    known = drawings(registry[run.study])
+    found = {}
+    for name in run.figures:
+        arguments = known[name].arguments(run) if name in known else None
+        if arguments is None:
+            raise UserError(f"{run.run_id or run.folder}: the study {run.study} cannot draw its "
+                            f"figure {name!r}: run it again")
+        found[name] = _figure(known[name], arguments, run)
+    return found
+
+
+def _figure(drawing: Drawing, arguments: list[Any], run: Run) -> Figure:
+    data = drawing.data(*arguments) if drawing.data else arguments[0]
+    return Figure(
+        drawing.name, in_words(drawing.title, run), in_words(drawing.caption, run),
+        in_words(drawing.alt, run), data, lambda: drawing.draw(*arguments))
+
+
+def in_words(text: Words, run: Run) -> str:
+    """A caption for a run, in one line."""
+    return " ".join((text if isinstance(text, str) else text(run)).split())

@@ -1,0 +1,131 @@
+"""Running a study, in a notebook or without one: measure it, look at its results, keep them.
+
+    run = measure("memory", globals())      # the notebook's parameters
+    show(run, "saved", "budget")            # tables and figures by name
+    panel(run)                              # sliders, where somebody moves them
+    save(run)                               # the run folder
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.runs.folders import INTERACTIVE, RUNS, Run, Table, tables_of, write_run
+from analysis.runs.records import check_record_folder, keep, write_record_folder
+from analysis.studies import Study, get_study, make_parameters, profile_parameters
+from analysis.studies.drawing import drawings, figures, in_words
+from mambabyte.errors import UserError
+
+MISSING = "(pip install ipywidgets, and run this cell again, for a panel of sliders)"
+
+
+def measure(
+    study: Study | str, scope: Mapping[str, Any], report: Callable[[str], None] = print
+) -> Run:
+    """Runs a study; nothing is written. ``scope`` has its parameters by name, such as a notebook's
+    globals(), and ``run_dir``, where the run will be kept ("" by hand)."""
+    if isinstance(study, str):
+        study = get_study(study)
+    given = make_parameters(study, {name: scope[name] for name in profile_parameters(study)})
+    compute = study.module("compute")
+    settle = getattr(compute, "settle", None)  # fills in what was left to the machine
+    p = settle(given) if settle else given
+    folder = Path(scope.get("run_dir") or RUNS / INTERACTIVE / study.name)
+    if study.reads_runs and not p.runs_root and scope.get("run_dir"):  # the runs beside this one
+        p = dataclasses.replace(p, runs_root=str(folder.parent))
+    found = compute.run(p, report)
+    tables = study.module("tables")
+    captions, worded = tables.TABLES, getattr(tables, "WORDED", {})
+    frames = {name: worded[name](frame) if name in worded else frame
+              for name, frame in vars(found).items()
+              if isinstance(frame, pd.DataFrame) and len(frame)}
+    run = Run(study.name, vars(p), study.module("values").values(found, p),
+              tables_of({name: ("", frame) for name, frame in frames.items()}), folder=folder)
+    # In the order of the captions, which is the report's.
+    ordered = {name: Table(name, in_words(captions.get(name, ""), run), run.tables[name].frame)
+               for name in dict.fromkeys((*captions, *frames)) if name in frames}
+    return dataclasses.replace(run, tables=ordered, figures={
+        name: drawing.of[0] for name, drawing in drawings(study).items() if drawing.is_in(run)})
+
+
+def show(run: Run, *names: str) -> None:
+    """Tables and figures of a run by name, in a notebook's cell; a figure goes before a table of
+    its name, and a name that this run has not is passed over."""
+    from analysis.plots.svg import svg
+
+    drawn = figures(run)
+    for name in names:
+        if name in drawn:
+            figure = drawn[name]
+            _show_words(figure.title, figure.caption)
+            _show({"image/svg+xml": svg(figure.draw(), f"{run.study}.{name}"),
+                   "text/plain": figure.alt})
+        if name in run.tables and run.tables[name].caption:
+            _show_words("", run.tables[name].caption)
+            frame = run.tables[name].frame
+            _show({"text/html": frame.to_html(index=False, max_rows=60, na_rep=""),
+                   "text/plain": frame.to_string(index=False, max_rows=60)})
+
+
+def panel(run: Run) -> None:
+    """The study's panel of sliders; nothing in a batch run, a line where ipywidgets is missing."""
+    if run.folder.parent.name != INTERACTIVE:
+        return
+    try:
+        import ipywidgets  # noqa: F401
+    except ImportError:
+        print(MISSING)
+        return
+    from IPython.display import display
+
+    study = get_study(run.study)
+    display(study.module("panel").panel(make_parameters(study, run.parameters)))
+
+
+def save(run: Run) -> Path:
+    """Writes the run where it was measured for; returns the folder."""
+    return write_run(run, run.folder)
+
+
+def record(
+    study: Study, parameters: Mapping[str, Any], folder: Path, *, title: str = "",
+    about: str = "", patterns: Sequence[str] = (), report: Callable[[str], None] = print,
+) -> Path:
+    """Runs a study here and keeps it as a record, without Jupyter.
+
+    ``patterns`` choose the values, tables and figures that it is to hold, as ``keep`` does. Raises
+    UserError for a folder that cannot become a record, before anything runs, and for a pattern
+    that nothing fits, after: the whole run is then left beside ``folder``.
+    """
+    check_record_folder(folder)
+    began = time.perf_counter()
+    run = measure(study, parameters, report)
+    run = dataclasses.replace(run, title=title or study.title, about=about or study.question,
+                              sources=study.sources_digest(),
+                              seconds=round(time.perf_counter() - began, 3))
+    try:
+        return write_record_folder(keep(run, patterns), folder)
+    except UserError as error:  # the run took hours
+        kept = write_run(run, folder.with_name(f"{folder.name}.run"))
+        raise UserError(f"{error}; what was measured is kept in {kept}") from None
+
+
+def _show(bundle: dict[str, str]) -> None:
+    """Display output of several types in a notebook's cell; elsewhere nothing happens."""
+    shell = sys.modules.get("IPython")
+    if shell is not None and hasattr(shell.get_ipython(), "kernel"):
+        shell.display.display(bundle, raw=True)
+
+
+def _show_words(title: str, caption: str) -> None:
+    bold = f"<b>{html.escape(title)}.</b> " if title else ""
+    _show({"text/html": f"<p>{bold}{html.escape(caption)}</p>",
+           "text/plain": f"{title}. {caption}" if title else caption})
