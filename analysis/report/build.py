@@ -16,8 +16,8 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from analysis.plots.svg import wide_and_narrow
 from analysis.report.appendix import code_styles, notebook_html
+from analysis.report.drawings import drawn
 from analysis.report.example import worked_example
 from analysis.report.html import tables
 from analysis.report.html.check import check_page
@@ -258,7 +258,8 @@ class _Page:
     def _add_blocks(self, macros: Any, name: str, run: Run, machine: str) -> None:
         kind = "ledger" if run.study in LEDGERS else ""
         for figure in figures(run, self._registry).values():
-            self._blocks[f"figure.{name}.{figure.name}"] = _figure(macros, name, figure, machine)
+            self._blocks[f"figure.{name}.{figure.name}"] = _figure(
+                macros, name, figure, self._registry[run.study], machine)
         for table in run.tables.values():
             if not table.caption:  # the data of a figure
                 continue
@@ -314,9 +315,11 @@ def _provenance(run: Run) -> list[tuple[str, Any]]:
     ]
 
 
-def _figure(macros: Any, name: str, figure: Figure, machine: str) -> Markup:
+def _figure(
+    macros: Any, name: str, figure: Figure, study: Study, machine: str
+) -> Markup:
     anchor = f"{name}-figure-{figure.name}"
-    wide, narrow = wide_and_narrow(figure.draw(), anchor)
+    wide, narrow = drawn(figure, study, anchor)
     return macros.figure(
         anchor, figure, inline_svg(wide, anchor, figure.title, figure.alt),
         inline_svg(narrow, f"{anchor}-narrow", figure.title, figure.alt),

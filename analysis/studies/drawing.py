@@ -70,6 +70,7 @@ class Figure:
     alt: str
     data: pd.DataFrame
     draw: Callable[[], Any]
+    key: Callable[[], str]  # other arguments of ``draw``, another key
 
 
 def drawings(study: Study) -> dict[str, Drawing]:
@@ -97,7 +98,9 @@ def _figure(drawing: Drawing, arguments: list[Any], run: Run) -> Figure:
     data = drawing.data(*arguments) if drawing.data else arguments[0]
     return Figure(
         drawing.name, in_words(drawing.title, run), in_words(drawing.caption, run),
-        in_words(drawing.alt, run), data, lambda: drawing.draw(*arguments))
+        in_words(drawing.alt, run), data, lambda: drawing.draw(*arguments),
+        lambda: "\0".join(repr(a.to_dict("list") if isinstance(a, pd.DataFrame) else a)
+                          for a in arguments))
 
 
 def in_words(text: Words, run: Run) -> str:

@@ -258,9 +258,10 @@ def test_report_computes_nothing(world):
     code = (
         "import sys; from analysis.report import build_report\n"
         "from analysis.studies import STUDIES\n"
-        "try: build_report(sys.argv[1], sys.argv[2], draft=True)\n"
+        "try: build_report(sys.argv[1], sys.argv[2], records_root=sys.argv[3], draft=True)\n"
         "finally: print(sorted({'torch', 'papermill',"
         " *(s.package + '.compute' for s in STUDIES.values())} & sys.modules.keys()))")
-    run = subprocess.run([sys.executable, "-c", code, str(world.runs), str(world.out)],
+    run = subprocess.run([sys.executable, "-c", code, str(world.runs), str(world.out),
+                          str(world.records)],
                          capture_output=True, text=True, cwd=ROOT, check=False)
     assert run.stdout.strip() == "[]", run.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,14 @@ def upward(path: Path, root: Path = ROOT) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_imports_point_down(path):
     assert not upward(path)
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """In functions and for types too: what stands in a circle cannot be read or moved alone."""
+    files = {module_of(path): path for path in FILES if path.is_relative_to(ROOT / "analysis")}
+    graph = {name: {i for i in imports(path) if i in files and i != name}
+             for name, path in files.items()}
+    TopologicalSorter(graph).prepare()  # CycleError names the files
 
 
 def test_every_folder_is_a_layer():

@@ -8,6 +8,7 @@ import pandas as pd
 
 TITLE = "Tiny"
 QUESTION = "Is it small?"
+NOTEBOOK = "08_tiny.ipynb"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,37 @@
+"""Drawings of a report, kept in the cache: one is made again only where its numbers, the study's
+``figures`` or matplotlib have changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+
+import matplotlib as mpl
+
+from analysis.plots.svg import wide_and_narrow
+from analysis.runs import staleness
+from analysis.studies import Study
+from analysis.studies.drawing import Figure
+from mambabyte.config.files import cache_dir, write_json
+
+
+def drawn(figure: Figure, study: Study, anchor: str) -> tuple[str, str]:
+    """SVG of a figure, wide and for a phone; ``anchor`` tells its ids from those of others."""
+    key = repr((mpl.__version__, _code(study), anchor, figure.key()))
+    path = cache_dir() / "drawings" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    try:
+        wide, narrow = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        wide, narrow = wide_and_narrow(figure.draw(), anchor)
+        write_json(path, [wide, narrow])
+    return wide, narrow
+
+
+@cache
+def _code(study: Study) -> str:
+    files = staleness.source_files([f"{study.package}.figures", "analysis.plots.svg"], study.root)
+    total = hashlib.sha256()
+    for path in files:
+        total.update(path.read_bytes())
+    return total.hexdigest()
