@@ -4,11 +4,11 @@ A run folder holds numbers and words, and no drawing::
 
     run.json       study, parameters, values, captions, provenance, status, error
     NAME.csv       one file a table, or NAME.parquet where it is large
-    notebook.ipynb, log.txt, stderr.txt   runs of a sweep only: the executed notebook, what it printed
+    notebook.ipynb, log.txt, stderr.txt   of a sweep only: the executed notebook, what it printed
 
 Figures are drawn from the tables when somebody looks at them: ``run.json`` names each with the
-table that is its data, and analysis.studies.drawing draws it. ``run.json`` is written last: a folder
-without it is not a run. Reading needs neither torch nor matplotlib.
+table that is its data, and analysis.studies.drawing draws it. ``run.json`` is written last: a
+folder without it is not a run. Reading needs neither torch nor matplotlib.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Run:
-    """A run, in memory as in its folder. ``status`` is "done" or "failed"; then it has an ``error``.
+    """A run, in memory as in its folder. ``status`` is "done", or "failed" with an ``error``.
 
     A record, kept with the sources from another machine, has a ``title`` and a line ``about`` it.
     """

@@ -1,4 +1,5 @@
-"""DataFrames in files that keep "not measured" and "not a number" apart: CSV, large ones Parquet."""
+"""DataFrames in files that keep "not measured" and "not a number" apart: CSV, or Parquet if large.
+"""
 
 from __future__ import annotations
 

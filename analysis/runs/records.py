@@ -1,8 +1,8 @@
 """Records: runs on machines that the reader does not have, data/records/STUDY/NAME/.
 
 A record is a run folder with a title and a line about it, made on the machine where the run took
-place (``--record FOLDER`` of ``mambabyte study``, ``bench`` and ``task``) and kept with the sources.
-The report shows it beside the study, marked with its machine.
+place (``--record FOLDER`` of ``mambabyte study``, ``bench`` and ``task``) and kept with the
+sources. The report shows it beside the study, marked with its machine.
 """
 
 from __future__ import annotations

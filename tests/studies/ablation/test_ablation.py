@@ -291,6 +291,6 @@ def test_accuracy_by_position_is_a_mean_over_seeds():
     assert frame["last character"].tolist() == [1, 3, 4]
     assert frame["M"].tolist() == [0.75, 0.0, 1.0]
     lead = _lead_values(frame, "A")
-    assert (lead["lead_first"][0], lead["lead_last"][0]) == (0.75, 0.0)
-    assert _lead_values(frame.drop(columns="M"), "A")["lead_first"][0] is None
+    assert (lead["lead_first"].value, lead["lead_last"].value) == (0.75, 0.0)
+    assert _lead_values(frame.drop(columns="M"), "A")["lead_first"].value is None
     assert accuracy_by_position({}, 2).empty
