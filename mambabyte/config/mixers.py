@@ -144,6 +144,11 @@ class AttentionSpec(MixerSpec):
     uses_window = True
 
     @classmethod
+    def window_of(cls, config: ModelConfig) -> int:
+        """How many bytes back a layer looks, the byte itself included."""
+        return config.attention_window
+
+    @classmethod
     def check(cls, config: ModelConfig) -> None:
         if config.d_model % config.n_head or config.head_dim % 2:
             raise UserError(
@@ -162,6 +167,20 @@ class AttentionSpec(MixerSpec):
     @classmethod
     def group(cls, name: str) -> str:
         return "attention"
+
+
+class LocalAttentionSpec(AttentionSpec):
+    """Attention over the last ``local_window`` bytes alone."""
+
+    about = "local attention"
+
+    @classmethod
+    def window_of(cls, config: ModelConfig) -> int:
+        return config.local_window
+
+    @classmethod
+    def group(cls, name: str) -> str:
+        return "local_attention"
 
 
 class Mamba2Spec(MixerSpec):
@@ -267,6 +286,7 @@ class KimiDeltaSpec(DeltaSpec):
 
 add_spec("M", MambaSpec)
 add_spec("A", AttentionSpec)
+add_spec("L", LocalAttentionSpec)
 add_spec("S", Mamba2Spec)
 add_spec("D", GatedDeltaNetSpec)
 add_spec("K", KimiDeltaSpec)

@@ -58,6 +58,8 @@ class ModelConfig:
     # never grows past it. A context above it is trained with local attention; for attention over
     # all of a context, give at least the context.
     attention_window: int = 1024
+    # The same of the layers of local attention, "L".
+    local_window: int = 128
 
     # Hidden width of the MLP of every block as a multiple of d_model; 0 means no MLP.
     mlp_ratio: float = 0.0
@@ -81,7 +83,7 @@ class ModelConfig:
                 f"of {letters_in_words()}, e.g. MMMA")
         for name in ("vocab_size", "d_model", "n_layer", "d_state", "d_conv", "expand",
                      "ssd_head_dim", "ssd_d_state", "ssd_groups", "delta_head_dim",
-                     "delta_expand_v", "n_head", "n_kv_head", "attention_window"):
+                     "delta_expand_v", "n_head", "n_kv_head", "attention_window", "local_window"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         for name in ("mlp_ratio", "embed_std", "logit_softcap"):

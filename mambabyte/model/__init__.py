@@ -1,6 +1,6 @@
 """ByteLM: blocks of sequence mixers between an embedding and a head."""
 
-from mambabyte.model.attention import AttentionMixer
+from mambabyte.model.attention import AttentionMixer, LocalAttentionMixer
 from mambabyte.model.delta import GatedDeltaNetMixer, KimiDeltaMixer
 from mambabyte.model.exponents import record_exponents
 from mambabyte.model.lm import ByteLM, embed, head_loss, without_state
@@ -15,6 +15,7 @@ __all__ = [
     "GatedDeltaNetMixer",
     "KimiDeltaMixer",
     "LayerState",
+    "LocalAttentionMixer",
     "Mamba2Mixer",
     "MambaMixer",
     "Mixer",

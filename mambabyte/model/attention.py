@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambabyte.config import ModelConfig
-from mambabyte.config.mixers import AttentionSpec, Shape
+from mambabyte.config.mixers import AttentionSpec, LocalAttentionSpec, Shape
 from mambabyte.errors import UserError
 from mambabyte.model.mixer import (
     FLOAT32,
@@ -158,7 +158,7 @@ class AttentionMixer(Mixer, AttentionSpec):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.head_dim, self.window = config.head_dim, config.attention_window
+        self.head_dim, self.window = config.head_dim, self.window_of(config)
         self.qk_norm = config.qk_norm
         self.rope_base, self.rope_fraction = config.rope_base, config.rope_fraction
         # Of the first positions, where the same length comes again and again; see prepare.
@@ -204,11 +204,11 @@ class AttentionMixer(Mixer, AttentionSpec):
         return y, AttentionState(k[:, :, start:], v[:, :, start:], seen + length)
 
     def as_configured(self, config: ModelConfig) -> bool:
-        return self.window == config.attention_window
+        return self.window == self.window_of(config)
 
     @classmethod
     def state_shapes(cls, config: ModelConfig, seen: int) -> dict[str, Shape]:
-        shape = (config.n_kv_head, min(seen, config.attention_window - 1), config.head_dim)
+        shape = (config.n_kv_head, min(seen, cls.window_of(config) - 1), config.head_dim)
         return {"k": shape, "v": shape}
 
     @classmethod
@@ -216,7 +216,7 @@ class AttentionMixer(Mixer, AttentionSpec):
         cls, config: ModelConfig, length: int, causal: bool = True
     ) -> list[Operations]:
         d, kv = config.d_model, config.n_kv_head * config.head_dim
-        keys = mean_keys(length, config.attention_window, causal)
+        keys = mean_keys(length, cls.window_of(config), causal)
         return [
             Operations("attention projections", 2 * d * (2 * d + 2 * kv)),
             Operations("attention scores", 2 * 2 * keys * d),
@@ -232,8 +232,8 @@ class AttentionMixer(Mixer, AttentionSpec):
     @classmethod
     def kernel_name(cls, config: ModelConfig, length: int, device: str = "cpu") -> str:
         """Causal up to the window, beyond it in blocks; torch chooses the kernel behind each."""
-        _, count, block = blocks_of(length, config.attention_window)
-        reach = config.attention_window + block
+        _, count, block = blocks_of(length, cls.window_of(config))
+        reach = cls.window_of(config) + block
         return f"attention, blocks of {block} by {reach}" if count else "attention, causal"
 
     @classmethod
@@ -255,9 +255,9 @@ class AttentionMixer(Mixer, AttentionSpec):
                           FLOAT32 if wide else itemsize))
             heads = config.n_head + config.n_kv_head
             terms.append(("attention", "1/rms of q and k", tokens * heads, FLOAT32))
-        _, count, block = blocks_of(length, config.attention_window)
+        _, count, block = blocks_of(length, cls.window_of(config))
         if count:
-            terms += _kept_of_blocks(config, step, count, block)
+            terms += _kept_of_blocks(config, step, cls.window_of(config), count, block)
         if itemsize != FLOAT32:
             terms.append(("casts", "weights, cast", 2 * d * d + 2 * d * kv, itemsize))
         return [Kept(*term) for term in terms]
@@ -275,18 +275,23 @@ class AttentionMixer(Mixer, AttentionSpec):
                                        around.done + d * d * FLOAT32)}
 
 
+@register("L")
+class LocalAttentionMixer(AttentionMixer, LocalAttentionSpec):
+    """Attention over a window of its own, ``local_window``, beside layers that see further."""
+
+
 def rms_norm_is_cast() -> bool:
     """Whether CUDA's autocast takes rms_norm to float32: torch 2.11 did not, 2.13 does."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA")
 
 
 def _kept_of_blocks(
-    config: ModelConfig, step: Step, count: int, block: int
+    config: ModelConfig, step: Step, window: int, count: int, block: int
 ) -> list[tuple[str, str, int, int]]:
     """What ``windowed_attention`` keeps beyond its window besides what a causal call of that
     length keeps: ``count`` blocks of queries behind the first window."""
     d, kv = config.d_model, config.n_kv_head * config.head_dim
-    batch, window = step.batch, config.attention_window
+    batch = step.batch
     queries = count * block
     spare = queries - (step.length - window)  # filled up, and computed for nothing
     terms = [

@@ -1,4 +1,4 @@
-"""Mamba-2, Gated DeltaNet and Kimi Delta Attention as layers: streaming, sizes, costs, roles."""
+"""The field's mixers as layers: streaming, sizes, costs, roles."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ CONFIGS = {
     "Gated DeltaNet, wide": replace(BASE, layer_pattern="D", delta_expand_v=2, d_conv=1),
     "KDA": replace(BASE, layer_pattern="K"),
     "KDA, wide": replace(BASE, layer_pattern="K", delta_expand_v=2, norm="layer"),
-    "hybrid": replace(BASE, layer_pattern="SDKMA", n_layer=5, mlp_ratio=1.0),
+    "local attention": replace(BASE, layer_pattern="L", local_window=12),
+    "hybrid": replace(BASE, layer_pattern="SDKMAL", n_layer=6, mlp_ratio=1.0, local_window=8),
 }
 by_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
