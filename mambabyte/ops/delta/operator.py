@@ -1,7 +1,7 @@
 """The gated delta rule as one PyTorch operator, ``torch.ops.mambabyte.gated_delta_rule``.
 
 It is the chunked form, which keeps nothing but its inputs and runs a second time in the backward
-pass: what it would keep else is some twenty times as large.
+pass: what it would keep else is some ten times as large.
 """
 
 from __future__ import annotations
