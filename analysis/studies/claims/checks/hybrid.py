@@ -17,6 +17,7 @@ from analysis.studies.claims.ledger import (
     compare,
     near,
 )
+from analysis.theory.step_memory import budget
 from mambabyte.config import ModelConfig, get_preset
 
 
@@ -202,6 +203,25 @@ def hardware(lab: Lab, claim: Claim) -> Finding:
                    f"own files say {lab.fact('second_submission', 'hardware')} alone, so the card "
                    "is not known.", f"data sheet: {lab.fact('rtx_5090', 'source')}; "
                    f"{lab.fact('second_submission', 'source')}")
+
+
+@check
+def batch_on_the_card(lab: Lab, claim: Claim) -> Finding:
+    """One micro-batch of the script's default batch, forward and backward, by the closed form."""
+    facts = {key: lab.fact("second_batch", key) for key in ("tokens", "micro_batches", "context")}
+    batch = facts["tokens"] // facts["micro_batches"] // facts["context"]
+    model = replace(get_preset("hybrid_3_1").model, vocab_size=1024, scan_form="sequential")
+    step = budget(model, batch, facts["context"], "bf16", "cuda", optimizer="muon")
+    peak, room = step.peak / 1e9, claim.number * 2**30 / 1e9
+    verdict = HOLDS if peak < room else INCONSISTENT
+    one = budget(model, 1, facts["context"], "bf16", "cuda", optimizer="muon").peak / 1e9
+    return Finding(verdict, f"{peak:.0f} GB", f"By default the script takes {facts['tokens']:,} "
+                   f"tokens a step, {batch} windows of {facts['context']:,} at a time. With a loop "
+                   f"that keeps decay and state of every step the peak is {peak:.0f} GB, where the "
+                   f"card has {room:.1f}; one window at a time takes {one:.1f}. So the run had "
+                   "another batch, or another card, than is said.",
+                   "closed form (analysis.theory.step_memory); "
+                   f"{lab.fact('second_batch', 'source')}")
 
 
 @check
