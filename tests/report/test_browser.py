@@ -243,7 +243,8 @@ def real(tmp_path_factory) -> Path:
     ledger = pd.DataFrame([
         {"claim": c.claim, "verdict": VERDICTS[i % len(VERDICTS)], "theirs": c.theirs,
          "ours": c.theirs, "reason": c.note or c.claim, "source": "computed here",
-         "document": c.document, "where": c.where, "kind": c.kind, "id": c.id}
+         "document": c.document, "where": c.where, "kind": c.kind, "id": c.id,
+         "cannot fail": c.cannot_fail}
         for i, c in enumerate(load_ledger().claims)])
     counts = count(ledger)
     write_run(Run("claims", {}, tables=tables_of({

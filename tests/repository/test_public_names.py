@@ -41,3 +41,30 @@ def test_what_needs_no_torch_does_not_load_it(code):
 
 def test_a_name_that_needs_torch_loads_it():
     assert "torch" in loaded_by("from mambabyte import ByteLM")
+
+
+HELP = """
+import contextlib, io
+from analysis.cli import COMMANDS, main
+for words in [["--help"], *([name, "--help"] for name in COMMANDS)]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        main(words)
+"""
+
+
+def test_no_commands_help_loads_torch():
+    assert "torch" not in loaded_by(HELP)
+
+
+def test_a_report_is_built_without_torch(world):
+    world.run()
+    assert "torch" not in loaded_by(f"""
+from pathlib import Path
+from analysis.report import build_report
+from analysis.studies import Study
+root = Path({str(world.runs.parent)!r})
+study = Study("tiny", "Tiny", "Is it small?", root / "tiny.ipynb", "tiny", root)
+build_report(root / "runs", root / "report.html", prose=root / "prose",
+             measurements=root / "none", registry={{"tiny": study}})
+assert (root / "report.html").exists()
+""")

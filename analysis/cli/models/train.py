@@ -20,7 +20,6 @@ from typing import Any
 from analysis.cli.console import Bar, say, training_note
 from analysis.cli.options import parse, pick_device, print_result
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig, get_preset
-from mambabyte.corpus import load_corpus
 from mambabyte.errors import UserError
 
 
@@ -63,6 +62,7 @@ def _train(options: Options, device: str, first: bool) -> int:
     """Train on ``device``; of several processes only the first one talks."""
     from mambabyte import train as training
     from mambabyte.config.provenance import provenance
+    from mambabyte.corpus import load_corpus
     from mambabyte.train.smoke import is_smoke, smoke_check, smoke_configs
 
     corpus = load_corpus(options.corpus, say)

@@ -1,12 +1,16 @@
 """The kernels of the convolution, of SSD and of the scan, emulated in place of those on a GPU.
 
-The cases of the GPU tests serve the emulated kernels as well.
+The cases of the GPU tests serve the emulated kernels as well. `make test` takes the first and the
+last case of each test, `make test-long` those between. All of them::
+
+    pytest tests/ops/emulator -m "long or not long"
 """
 
 from __future__ import annotations
 
 import struct
 import sys
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +23,19 @@ from mambabyte.ops.scan import cuda as cuda_scan
 from mambabyte.ops.scan import plan as cuda_plan
 from mambabyte.ops.ssd import cuda as cuda_ssd
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "gpu"))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1] / "gpu"))
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cases of a test between its first and its last are long."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if HERE in item.path.parents:
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for item in chain.from_iterable(some[1:-1] for some in cases.values()):
+        item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session")
