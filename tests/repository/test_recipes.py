@@ -61,12 +61,12 @@ def test_a_scan_form(monkeypatch):
             outputs.append((state * C[:, t, None]).sum(-1))
         return torch.stack(outputs, 1), state
 
-    with pytest.raises(UserError, match="scan form 'loop' is unknown"):
-        selective_scan(*[torch.ones(1, 1, 1)] * 5, form="loop")
-    monkeypatch.setitem(FORMS, "loop", Form("the recurrence, written again"))
-    monkeypatch.setitem(SCANS, "loop", loop)
     u, delta = torch.randn(2, 9, 4), torch.rand(2, 9, 4)
     A, B, C = -torch.rand(4, 3), torch.randn(2, 9, 3), torch.randn(2, 9, 3)
+    with pytest.raises(UserError, match="scan form 'loop' is unknown"):
+        selective_scan(u, delta, A, B, C, form="loop")
+    monkeypatch.setitem(FORMS, "loop", Form("the recurrence, written again"))
+    monkeypatch.setitem(SCANS, "loop", loop)
     for found, wanted in zip(
         selective_scan(u, delta, A, B, C, form="loop"),
         selective_scan(u, delta, A, B, C, form="sequential"), strict=True,
