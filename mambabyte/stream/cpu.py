@@ -171,7 +171,7 @@ class NativeModel:
         if pointers != self._pointers:
             self._follow(pointers)
         length = len(data)
-        held: list[Tensor] = []  # what nobody else holds while C reads it
+        held: list[Tensor] = []  # kept alive while C reads their memory
         words: list[int] = []
         after: list[LayerState] = []
         position = 0
@@ -183,7 +183,7 @@ class NativeModel:
         result = _new(self.config.vocab_size)
         states = self._pack_states(*words)
         while True:
-            kept = self._kept  # held while C reads it, whoever replaces it meanwhile
+            kept = self._kept  # C reads it; another thread may replace it
             call = _pack_call(length, position, result.data_ptr(), kept.data_ptr())
             failed = self._library.advance(self._words, self._layers, states, call, data)
             if failed == _STALE:

@@ -120,7 +120,8 @@ class Kernel:
         self._check_parameters(parameters)
 
     def _parameter(self, index: int) -> tuple[int, int] | None:
-        """Offset and size of one parameter in bytes; None beyond the last, or if nobody knows."""
+        """Offset and size of one parameter in bytes; None beyond the last, or where the
+        driver cannot tell."""
         info = getattr(_driver(), "cuFuncGetParamInfo", None)  # drivers of CUDA 12.4 and later
         if info is None:
             return None

@@ -268,7 +268,7 @@ def _write_cache(digest: str, cubin: Cubin) -> None:
         handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
             file.write(hashlib.sha256(payload).digest() + payload)
-        os.replace(temporary, folder / digest)  # whole or not at all, whoever else writes
+        os.replace(temporary, folder / digest)  # atomic: other processes may do the same
     except OSError:
         if temporary is not None:
             with contextlib.suppress(OSError):

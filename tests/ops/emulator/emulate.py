@@ -138,7 +138,7 @@ class Emulator:
             self._compile("-shared", f"-I{self._header}", str(source), "-o", str(made))
             partial = library.with_suffix(f".{os.getpid()}")
             shutil.copy(made, partial)
-            partial.replace(library)  # whole or not there, whoever else builds it now
+            partial.replace(library)  # atomic: another process may build the same
         return ctypes.CDLL(str(library))
 
     def launch(

@@ -214,7 +214,7 @@ def test_the_field_alone_has_no_largest_choice(corpus_file):
 
 
 def test_pieces_and_bytes_see_and_read_the_same_text(corpus_file):
-    pytest.importorskip("sentencepiece")
+    pytest.importorskip("sentencepiece", reason="needs sentencepiece: pip install '.[tokens]'")
     p = replace(TINY, corpus=corpus_file, seeds=(0,), tasks=(), variants=(), steps=40, pieces=300,
                 piece_train_bytes=20_000)
     found = ablation.run(p).tokens

@@ -54,7 +54,7 @@ def test_pieces_without_the_package_are_one_clear_line(monkeypatch):
 
 
 def test_pieces_account_for_every_byte():
-    pytest.importorskip("sentencepiece")
+    pytest.importorskip("sentencepiece", reason="needs sentencepiece: pip install '.[tokens]'")
     from analysis.studies.ablation.tokens import train_pieces
 
     text = "the cat and the hat, the bat\n\n\tsat  on the m\u00e4t \u2014 \U0001f600 ok\n" * 200
