@@ -18,8 +18,8 @@ class ModelConfig:
 
     ``layer_pattern`` is cycled over ``n_layer``: "M" is a pure SSM, "MMMA" three SSM layers to
     one attention layer. Letters: M Mamba, S Mamba-2, D Gated DeltaNet, K Kimi Delta Attention, A
-    attention, L local attention. Names follow the Mamba code: d_model, d_inner, d_state, d_conv, expand,
-    dt_rank.
+    attention, L local attention. Names follow the Mamba code: d_model, d_inner, d_state, d_conv,
+    expand, dt_rank.
     """
 
     vocab_size: int = 256
