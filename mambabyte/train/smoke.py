@@ -13,6 +13,7 @@ from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.corpus import sample_windows
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
+from mambabyte.ops.compare import relative_rms
 
 SMOKE_BYTES = 10_000  # fewer training bytes than this mean smoke mode
 # float32 scans agree with float64 to about 1e-7; a wrong recurrence is off by 1e-3 or more.
@@ -31,13 +32,6 @@ def smoke_configs(config: ModelConfig, train_bytes: int) -> tuple[ModelConfig, T
     model = ModelConfig(**{**asdict(preset.model), "scan_form": config.scan_form,
                            "scan_chunk": config.scan_chunk})
     return model, TrainConfig(**{**asdict(preset.train), "context": context})
-
-
-def relative_rms(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Root mean square of the error over that of the reference, in float64; nan if either is."""
-    value, reference = value.detach().double(), reference.detach().double()
-    scale = reference.square().mean().sqrt()
-    return float((value - reference).square().mean().sqrt() / scale.clamp_min(1e-300))
 
 
 def scan_errors(model: ByteLM, tokens: torch.Tensor) -> dict[str, float]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mambabyte.ops import selective_scan
+from mambabyte.ops.compare import relative_rms
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 SEQUENCES = ("u", "delta", "B", "C", "z")
@@ -91,13 +92,6 @@ def definition(
     assert u is not None
     exact = {name: None if t is None else t.double() for name, t in inputs.items()}
     return results(exact, form, softplus, rounding=u.dtype, weights_seed=weights_seed)
-
-
-def relative_rms(got: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference over that of what was wanted."""
-    got, wanted = got.detach().double(), wanted.detach().double()
-    size = wanted.square().mean().sqrt()
-    return float((got - wanted).square().mean().sqrt() / size.clamp_min(1e-30))
 
 
 def size_without_luck(inputs: Inputs, name: str, draws: int = 4) -> float:

@@ -10,8 +10,8 @@ from torch import Tensor
 from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
 from mambabyte.ops import ssd_scan
+from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.ssd import operator as ssd_operator
-from mambabyte.train.smoke import relative_rms
 from tests.helpers.family_cases import GATES, OPERATORS, in_dtype, make_inputs, results
 
 # What torch itself warns of depends on the machine.

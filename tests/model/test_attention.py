@@ -17,7 +17,7 @@ from mambabyte.config import ModelConfig
 from mambabyte.model import AttentionMixer, ByteLM
 from mambabyte.model import attention as module
 from mambabyte.model.attention import mean_keys, windowed_attention
-from mambabyte.train.smoke import relative_rms
+from mambabyte.ops.compare import relative_rms
 
 CONFIG = ModelConfig(d_model=32, n_layer=1, layer_pattern="A", n_head=4, n_kv_head=2,
                      attention_window=8)

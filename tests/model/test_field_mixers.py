@@ -15,8 +15,8 @@ from analysis.theory.step_memory import budget, state_bytes
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model import MIXERS, ByteLM
+from mambabyte.ops.compare import relative_rms
 from mambabyte.train.optim import make_optimizer, roles
-from mambabyte.train.smoke import relative_rms
 
 BASE = ModelConfig(d_model=32, n_layer=2, norm="rms", ssd_head_dim=16, ssd_d_state=8,
                    delta_head_dim=8, n_head=2, n_kv_head=2)

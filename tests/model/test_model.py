@@ -20,7 +20,7 @@ from mambabyte.errors import UserError
 from mambabyte.model import ByteLM, record_exponents
 from mambabyte.model.attention import AttentionMixer, rotary_table, rotate
 from mambabyte.model.mamba import MambaMixer
-from mambabyte.train.smoke import relative_rms
+from mambabyte.ops.compare import relative_rms
 
 SMALL = ModelConfig(d_model=32, n_layer=4, d_state=4, n_head=4, n_kv_head=2, attention_window=12)
 

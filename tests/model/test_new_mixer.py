@@ -24,10 +24,11 @@ from mambabyte.errors import UserError
 from mambabyte.evaluate import bits_per_byte
 from mambabyte.model import MIXERS, ByteLM, Mixer, register
 from mambabyte.model.mixer import Kept, Operations, Step, mixer_of, unregister
+from mambabyte.ops.compare import relative_rms
 from mambabyte.stream import ByteStream
 from mambabyte.train import train
 from mambabyte.train.optim import roles
-from mambabyte.train.smoke import relative_rms, smoke_check
+from mambabyte.train.smoke import smoke_check
 
 KEEP = 0.9  # of the average at every byte
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
+from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.compat import selective_scan_fn
 
 LAYOUTS = ["DN", "BNL", "B1NL", "B2NL", "B4NL"]
@@ -56,11 +57,6 @@ def make(b_layout: str, c_layout: str, dtype=torch.float64, seed=0) -> list[Tens
     tensors += [matrix(b_layout), matrix(c_layout), normal(channels), normal(*sequence)]
     tensors.append(normal(channels))
     return [t.to(dtype).requires_grad_() for t in tensors]
-
-
-def relative_rms(got: Tensor, wanted: Tensor) -> float:
-    got, wanted = got.detach(), wanted.detach()
-    return float((got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
 
 
 @pytest.mark.parametrize("b_layout", LAYOUTS)

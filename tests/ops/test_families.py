@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from mambabyte.errors import UserError
 from mambabyte.ops import selective_scan
+from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.delta.dispatch import gated_delta_rule
 from mambabyte.ops.ssd.decay import decayed_products
 from mambabyte.ops.ssd.dispatch import ssd_scan
-from mambabyte.train.smoke import relative_rms
 from tests.helpers.family_cases import GATES, OPERATORS, in_dtype, make_inputs, results
 
 FAMILIES = list(OPERATORS)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mambabyte.errors import UserError
 from mambabyte.ops import default_form, selective_scan
+from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.scan import operator as fused
 from mambabyte.ops.scan.operator import fused_scan
 
@@ -56,11 +57,6 @@ def sequential(u, delta, A, B, C, D, z, bias, state):  # type: ignore[no-untyped
         u, delta, A, B, C, D, z, delta_bias=bias, delta_softplus=True, initial_state=state,
         form="sequential",
     )  # fmt: skip
-
-
-def relative_rms(got: Tensor, wanted: Tensor) -> float:
-    got, wanted = got.detach().double(), wanted.detach().double()
-    return float((got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
 
 
 def gradients(function, tensors: list[Tensor]) -> list[Tensor]:  # type: ignore[no-untyped-def]

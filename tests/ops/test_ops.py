@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mambabyte.errors import UserError
 from mambabyte.ops import FORMS, selective_scan, selective_scan_step
 from mambabyte.ops.causal_conv import causal_conv
-from mambabyte.train.smoke import relative_rms
+from mambabyte.ops.compare import relative_rms
 
 # Right at gentle decay, subjects of study among them.
 RIGHT = ["chunked", "fused", "corrected_cumsum", "centred", "pairwise", "segment_sum",

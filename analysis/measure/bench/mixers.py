@@ -22,7 +22,7 @@ from analysis.measure.bench.peers import Peer, peer_installed
 from analysis.measure.bench.scan import DIRECTIONS, PeerCase, interleaved, peak_bytes_of
 from mambabyte.errors import UserError
 from mambabyte.ops import gated_delta_rule, ssd_scan
-from mambabyte.train.smoke import relative_rms
+from mambabyte.ops.compare import relative_rms
 
 HEAD = 64  # channels
 Shape = tuple[int, int, int]  # B, L, heads

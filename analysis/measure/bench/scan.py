@@ -31,7 +31,7 @@ from analysis.measure.bench.peers import PEERS, Peer, Shape, make_inputs, peer_a
 from analysis.measure.ceilings import describe_machine
 from analysis.measure.timing import captured, device_seconds_of, in_turns, quartiles
 from mambabyte.errors import UserError
-from mambabyte.train.smoke import relative_rms
+from mambabyte.ops.compare import relative_rms
 
 GPU_SHAPES: tuple[Shape, ...] = (
     (16, 1024, 384),

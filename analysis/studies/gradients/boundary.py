@@ -25,8 +25,8 @@ from torch import Tensor
 from analysis.measure.scans import Scan, scan_of
 from analysis.studies.gradients import Scans
 from analysis.theory.forms import INPUTS
+from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.scan.recurrent import sequential_scan
-from mambabyte.train.smoke import relative_rms
 
 
 def make_inputs(

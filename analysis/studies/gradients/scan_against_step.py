@@ -15,7 +15,7 @@ from mambabyte.model import ByteLM
 from mambabyte.model.block import Block
 from mambabyte.model.mamba import inverse_softplus
 from mambabyte.ops import selective_scan
-from mambabyte.train.smoke import relative_rms
+from mambabyte.ops.compare import relative_rms
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from emulate import TAPS
 from torch import Tensor
 
 from mambabyte.ops.causal_conv import causal_conv
+from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.conv import cuda as cuda_conv
-from mambabyte.train.smoke import relative_rms
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),

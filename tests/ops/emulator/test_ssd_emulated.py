@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
+from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.ssd import cuda as cuda_ssd
 from mambabyte.ops.ssd.recurrent import recurrent_ssd
-from mambabyte.train.smoke import relative_rms
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),

@@ -19,7 +19,7 @@ from analysis.studies.claims.lab import Settings, experiment
 from mambabyte.config import PRESETS
 from mambabyte.model import ByteLM, MambaMixer, mixers
 from mambabyte.ops import selective_scan
-from mambabyte.train.smoke import relative_rms
+from mambabyte.ops.compare import relative_rms
 
 CHUNK = 32  # the first document's SCAN_CHUNK
 TEXT = (
