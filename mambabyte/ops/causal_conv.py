@@ -31,12 +31,13 @@ def causal_conv(
 
     Raises UserError for shapes that do not fit.
     """
+    tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)
+    if tensors and weight.ndim == 2 and fits(x, weight, bias):
+        return fused_causal_conv(x, weight, bias, tail, silu)
     for name, tensor, dims in (("x", x, 3), ("weight", weight, 2)):
         if not isinstance(tensor, Tensor) or tensor.ndim != dims or 0 in tensor.shape[1:]:
             raise UserError(f"{name} has shape {tuple(getattr(tensor, 'shape', ()))}: expected x "
                             "(batch, length, channels) and weight (channels, taps)")
-    if fits(x, weight, bias):
-        return fused_causal_conv(x, weight, bias, tail, silu)
     batch, _, channels = x.shape
     check_tensors("x", x, None, (x.dtype,), (
         ("weight", weight, (channels, weight.shape[1]), None),
@@ -48,13 +49,13 @@ def causal_conv(
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a kernel of ours takes these; on the CPU under autocast, torch's own does."""
-    if (_only_torch or x.device.type not in DTYPES or x.dtype not in DTYPES[x.device.type]
-            or weight.shape[-1] not in TAPS):
+    device, dtype = x.device.type, x.dtype
+    if _only_torch or dtype not in DTYPES.get(device, ()) or weight.shape[-1] not in TAPS:
         return False
-    if x.device.type == "cuda":
+    if device == "cuda":
         return fused_available(x.device)[0]
-    return (weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
-            and not torch.is_autocast_enabled("cpu") and cpu.available(x.dtype))
+    return (weight.dtype == dtype and (bias is None or bias.dtype == dtype)
+            and not torch.is_autocast_enabled("cpu") and cpu.available(dtype))
 
 
 _only_torch = False

@@ -113,7 +113,8 @@ def define(
     cast: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:
     """Define ``torch.ops.mambabyte.NAME`` and, with ``backward``, ``NAME_backward``; returns the
-    first.
+    function to call: the first, without the detour through PyTorch's dispatcher where that has
+    nothing to do.
 
     ``inputs`` and ``flags`` are arguments as in a schema ("Tensor u, Tensor? z", "bool silu");
     ``results`` and ``kept`` names of tensors ("y, state"). With ``kept``, which is what the forward
@@ -147,55 +148,73 @@ def define(
         found = in_torch(*(args[:-1] if kept else args))
         return (*found, *(args[0].new_empty(0) for _ in kept_names))
 
-    gradient = None
+    gradient: Any = None
+    gradient_kernels: dict[str, Kernel] = {}
     if backward is not None:
-        gradient = _define_backward(
+        gradient, gradient_kernels = _define_backward(
             name, inputs, result_names, kept_names, flags, backward, check_backward,
             backward_shapes, in_torch)
 
     class Recorded(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Tensors:
-            output = below(args)
+        def forward(ctx: Any, run: Callable[..., Tensors], *args: Any) -> Tensors:
+            output = run(*args)
             ctx.set_materialize_grads(False)  # no zeros for a result that is not used
-            ctx.mark_non_differentiable(*output[outputs:])
+            if kept:
+                ctx.mark_non_differentiable(*output[outputs:])
             ctx.save_for_backward(*args[:count], *output[outputs:])
             ctx.flags = args[count : len(args) - bool(kept)]
             ctx.first = output[0].shape
+            # Autograd gives back what passed the forward's checks; hooks may give anything.
+            hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+            ctx.checked = run is not below and hooks is None
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            saved = ctx.saved_tensors
             first, *rest = grads[:outputs]
             if first is None:
-                first = ctx.saved_tensors[0].new_zeros(ctx.first)
-            assert gradient is not None
-            found = gradient(first, *rest, *ctx.saved_tensors, *ctx.flags)
-            wanted = zip(ctx.needs_input_grad[:count], found, strict=True)
-            return (*[g if needed else None for needed, g in wanted],
-                    *(None for _ in ctx.needs_input_grad[count:]))
+                first = saved[0].new_zeros(ctx.first)
+            run = gradient
+            if ctx.checked and not torch.is_grad_enabled():  # autograd has checked the gradients
+                run = gradient_kernels.get(_plain((first, *rest)), gradient)
+            found = run(first, *rest, *saved, *ctx.flags)
+            wanted = zip(ctx.needs_input_grad[1 : count + 1], found, strict=True)
+            return (None, *[g if needed else None for needed, g in wanted],
+                    *(None for _ in ctx.needs_input_grad[count + 1 :]))
+
+    def above(run: Callable[..., Tensors], args: tuple[Any, ...]) -> Tensors:
+        if torch.is_grad_enabled():
+            for value in args[:count]:
+                if isinstance(value, Tensor) and value.requires_grad:
+                    return with_kept(*args) if backward is None else Recorded.apply(run, *args)
+        return run(*args)
+
+    def below(*args: Any) -> Tensors:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
 
     def autograd(*args: Any) -> Tensors:
         if _transformed():
             return with_kept(*args)
-        if torch.is_grad_enabled():
-            for value in args[:count]:
-                if value is not None and value.requires_grad:
-                    return with_kept(*args) if backward is None else Recorded.apply(*args)
-        return below(args)
+        return above(kernels.get(_plain(args), below), args)
+
+    def call(*args: Any) -> Tensors:
+        kernel = None if torch.compiler.is_compiling() else kernels.get(_plain(args))
+        return operator(*args) if kernel is None else above(kernel, args)
 
     def on(device: str) -> Callable[..., Tensors]:
         kernel = forward[device]
 
-        def call(*args: Any) -> Any:
+        def checked(*args: Any) -> Any:
             _all_given(required, args)
             check(*(args[:-1] if kept else args))
             return kernel(*args) if args[0].numel() else shapes(*args)
 
-        return call
+        return checked
 
     kernels = {device: on(device) for device in forward}
-    below = _below_autograd(operator, kernels, required)
     for device, kernel in kernels.items():
         _LIBRARY.impl(name, kernel, device.upper())
     _LIBRARY.impl(name, autograd, "Autograd")
@@ -204,14 +223,15 @@ def define(
     for device, chosen in (cast or {}).items():
         places = [tensors.index(n) for n in chosen]
         _LIBRARY.impl(name, _autocast(operator, device, places), f"Autocast{device.upper()}")
-    return operator
+    return call
 
 
 def _define_backward(
     name: str, inputs: str, results: list[str], kept: list[str], flags: str,
     backward: Mapping[str, Kernel], check: Callable[..., None] | None,
     shapes: Callable[..., Tensors] | None, in_torch: Callable[..., Tensors],
-) -> Any:  # fmt: skip
+) -> tuple[Any, dict[str, Kernel]]:  # fmt: skip
+    """Define ``NAME_backward``; returns it, and by device what it runs once all is checked."""
     first, *others = results
     count, outputs = len(_names(inputs)), len(results)
     arguments = ", ".join(filter(None, (
@@ -226,15 +246,18 @@ def _define_backward(
         given = args[outputs : outputs + count]
         return tuple(args[0].new_empty(0) if t is None else t.new_empty(t.shape) for t in given)
 
-    def on(device: str) -> Callable[..., Tensors]:
-        kernel = backward[device]
+    def unchecked(kernel: Kernel) -> Kernel:
+        def call(*args: Any) -> tuple[Tensor | None, ...]:
+            return kernel(*args) if args[0].numel() else tuple(
+                t.zero_() for t in like_inputs(*args))
 
+        return call
+
+    def checked(kernel: Kernel) -> Callable[..., Tensors]:
         def call(*args: Any) -> Tensors:
             _all_given(required, args)
             if check is not None:
                 check(*args)
-            if not args[0].numel():
-                return tuple(t.zero_() for t in like_inputs(*args))
             return tuple(args[0].new_empty(0) if g is None else g for g in kernel(*args))
 
         return call
@@ -256,17 +279,19 @@ def _define_backward(
     def autograd(*args: Any) -> Tensors:
         recorded = torch.is_grad_enabled() and any(
             isinstance(t, Tensor) and t.requires_grad for t in args)
-        return differentiable(*args) if recorded or _transformed() else below(args)
+        if recorded or _transformed():
+            return differentiable(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
 
-    kernels = {device: on(device) for device in backward}
-    below = _below_autograd(operator, kernels, required)
+    kernels = {device: unchecked(kernel) for device, kernel in backward.items()}
     for device, kernel in kernels.items():
-        _LIBRARY.impl(f"{name}_backward", kernel, device.upper())
+        _LIBRARY.impl(f"{name}_backward", checked(kernel), device.upper())
     _LIBRARY.impl(f"{name}_backward", autograd, "Autograd")
     full_name = f"mambabyte::{name}_backward"
     torch.library.register_fake(full_name, shapes or like_inputs, lib=_LIBRARY)
     torch.library.register_vmap(full_name, _one_by_one(operator), lib=_LIBRARY)
-    return operator
+    return operator, kernels
 
 
 def _required(arguments: str) -> list[tuple[int, str]]:
@@ -292,26 +317,24 @@ def _transformed() -> bool:
             or torch._C._functorch.peek_interpreter_stack() is not None)
 
 
-def _below_autograd(
-    operator: Any, kernels: Mapping[str, Callable[..., Tensors]], required: list[tuple[int, str]]
-) -> Callable[[tuple[Any, ...]], Tensors]:
-    """What the Autograd key hands on to. PyTorch's dispatcher takes as long for it as the rest of
-    a short call, so plain tensors, for which it has nothing to do, go to the kernel directly."""
-
-    def call(args: tuple[Any, ...]) -> Tensors:
-        if args[0] is None:
-            _all_given(required, args)
-        with torch._C._AutoDispatchBelowAutograd():
-            kernel = kernels.get(args[0].device.type)
-            if kernel is None or torch._C._len_torch_dispatch_stack():
-                return operator(*args)
-            plain = _plain_keys(args[0].device.type)
-            for value in args:
-                if isinstance(value, Tensor) and torch._C._dispatch_keys(value) != plain:
-                    return operator(*args)  # a subclass, traced, negated or something else
-            return kernel(*args)
-
-    return call
+def _plain(args: Iterable[Any]) -> str:
+    """Type of the device where PyTorch's dispatcher, which takes as long as a short kernel, would
+    find nothing to do but call that device's: no transform, mode, tracing, autocast or profiler,
+    and strided tensors of one device that are no subclass and no lazy negative, conjugate or zero.
+    Empty otherwise."""
+    if (_transformed() or torch._C._len_torch_dispatch_stack()
+            or torch._C._len_torch_function_stack() or torch._C._get_tracing_state() is not None
+            or torch._C._is_any_autocast_enabled() or torch.autograd._profiler_enabled()):
+        return ""
+    keys_of, keys, device = torch._C._dispatch_keys, None, ""
+    for value in args:
+        if isinstance(value, Tensor):
+            if keys is None:
+                device = value.device.type
+                keys = _plain_keys(device)
+            if keys_of(value) != keys:
+                return ""
+    return device
 
 
 @functools.cache

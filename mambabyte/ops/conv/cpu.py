@@ -66,6 +66,10 @@ def _unit(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _packed(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
@@ -75,7 +79,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y (B, L, D) and the tail to carry on with (B, K-1, D); arguments as in ``operator.py``, which
     has checked them. Raises UserError where there is no library."""
-    x, y = _unit(x), x.new_empty(x.shape)
+    x, y = _unit(x), _empty_like(x)
     length, before = x.shape[1], weight.shape[1] - 1
     weight, bias, tail = _packed(weight, bias, tail)  # type: ignore[assignment]
     _call("forward", x, weight, bias, tail, silu, y, None)
@@ -91,7 +95,7 @@ def backward(
     tail: Tensor | None, silu: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x, weight, bias and tail, None for one that is None."""
-    x, dx = _unit(x), x.new_empty(x.shape)
+    x, dx = _unit(x), _empty_like(x)
     weight, bias, tail = _packed(weight, bias, tail)  # type: ignore[assignment]
     dweight = torch.zeros_like(weight)
     dtail, dbias = (None if t is None else torch.zeros_like(t) for t in (tail, bias))

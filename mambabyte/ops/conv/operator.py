@@ -43,10 +43,11 @@ def fused_causal_conv(
     Raises UserError for shapes, dtypes or devices that do not fit.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return _conv(
-        x, weight.to(wide), None if bias is None else bias.to(wide),
-        None if tail is None else tail.to(x.dtype), silu,
-    )  # fmt: skip
+    return _conv(x, _in(wide, weight), _in(wide, bias), _in(x.dtype, tail), silu)
+
+
+def _in(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def torch_causal_conv(

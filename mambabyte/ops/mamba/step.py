@@ -47,7 +47,7 @@ def mamba_step(
     Raises UserError for what does not fit, and where a gradient is asked for.
     """
     _check_device(x)
-    return torch.ops.mambabyte.mamba_step.default(
+    return _mamba_step(
         x, z, tail.to(x.dtype), state, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D
     )
 
@@ -69,7 +69,7 @@ def scan_step(
     Returns y (B, D) and the new state. Dtypes as in :func:`mamba_step`. Raises UserError.
     """
     _check_device(u)
-    return torch.ops.mambabyte.scan_step.default(
+    return _scan_step(
         u, delta, A, B, C, D, z, delta_bias, state, delta_softplus
     )
 
@@ -210,7 +210,7 @@ def _scan_step_in_torch(
     return y[:, 0], state
 
 
-define(
+_mamba_step = define(
     "mamba_step",
     "Tensor x, Tensor z, Tensor tail, Tensor state, Tensor conv_weight, Tensor? conv_bias, "
     "Tensor x_proj, Tensor dt_proj, Tensor dt_bias, Tensor A, Tensor D",
@@ -220,7 +220,7 @@ define(
     shapes=_mamba_step_shapes,
     in_torch=_mamba_step_in_torch,
 )
-define(
+_scan_step = define(
     "scan_step",
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
     "Tensor? delta_bias, Tensor state",
