@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from analysis.cli import main
-from analysis.measure.bench.steps import OTHER, part_of, use_published_mixers
+from analysis.measure.bench.steps import OTHER, part_of, rivals, use_published_mixers
 from mambabyte.config import get_preset
 from mambabyte.model import ByteLM
 from mambabyte.model.mamba import MambaMixer
@@ -39,17 +39,36 @@ def test_the_parts_add_up_to_the_step(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["bench", "step", "--preset", "smoke", "--device", "cpu", "--patterns", "A",
                  "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [row["system"] for row in found["steps"]] == ["M", "A"]
+    assert [row["system"] for row in found["steps"]] == ["M", "A", "A, half the layers"]
     sizes = [row["parameters"] for row in found["steps"]]
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.03)
+    assert sizes[1:] == pytest.approx([sizes[0]] * 2, rel=0.03)
     for row in found["steps"]:
         parts = {p["part"]: p["ms"] for p in found["parts"] if p["system"] == row["system"]}
         assert {"matrix products", "optimizer", "norms"} <= set(parts)
         assert ("scan" in parts, "attention" in parts) == (row["system"] == "M",
-                                                           row["system"] == "A")
+                                                           row["system"][0] == "A")
+        kernels = {p["part"]: p["kernel"] for p in found["parts"] if p["system"] == row["system"]}
+        assert all(kernels.values())
+        assert "attention" not in kernels or "attention" in kernels["attention"]
         assert min(parts.values()) > 0
         assert sum(parts.values()) == pytest.approx(row["ms"])
         assert row["low"] <= row["ms"] <= row["high"]
+
+
+def test_attention_is_compared_at_its_best() -> None:
+    """The whole context, both matchings, and the configured window as a system of its own."""
+    config = get_preset("mamba_byte").model
+    found = rivals(config, ("A", "MMMA"), 8192)
+    assert list(found) == ["M", "A", "MMMA", "A, half the layers", "A, window 1,024",
+                           "MMMA, window 1,024", "A, half the layers, window 1,024"]
+    half = found["A, half the layers"]
+    assert (half.n_layer, found["A"].n_layer) == (2, 4)
+    assert 4 < half.mlp_ratio < 5.5
+    assert all(s.n_parameters == pytest.approx(config.n_parameters, rel=0.01)
+               for s in found.values())
+    assert found["A"].attention_window == half.attention_window == 8192
+    assert found["MMMA, window 1,024"].attention_window == 1024
+    assert list(rivals(config, ("A",), 1024)) == ["M", "A", "A, half the layers"]
 
 
 def test_a_captured_step_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,7 +78,9 @@ class Options:
     context: int = 0
     """Bytes of a window; the preset's own when 0."""
     patterns: tuple[str, ...] = ()
-    """Layer patterns to train beside the preset's, at equal parameters: A, MA, MMMA, ..."""
+    """Layer patterns to train beside the preset's, at equal parameters: A, MA, MMMA, ...
+    Attention sees the whole context; alone it also stands with half the layers and wider MLPs, and
+    where the preset's window is shorter than the context, with that window too."""
     way: Literal["eager", "graph", "compile"] | None = None
     """How a step is run; compile on a GPU and eager on a CPU when not given."""
     streams: tuple[int, ...] = (1, 8, 64, 512)
@@ -216,7 +218,7 @@ def bench_stream(options: Options) -> int:
 def bench_step(options: Options) -> int:
     from dataclasses import replace
 
-    from analysis.measure.bench.steps import bench_steps, equal_sized, step_values
+    from analysis.measure.bench.steps import bench_steps, rivals, step_values
     from analysis.runs.folders import Run, Value, tables_of
     from analysis.runs.records import write_record_folder
     from mambabyte.config import get_preset
@@ -233,8 +235,8 @@ def bench_step(options: Options) -> int:
                      context=options.context or preset.train.context)
     way = options.way or ("compile" if device.startswith("cuda") else "eager")
     say(f"{options.preset} on {device}, {way}: {recipe.batch_size} x {recipe.context} bytes a step")
-    frame, parts = bench_steps(equal_sized(model, options.patterns), recipe, device, way, say=say,
-                               published=bool(options.peers))
+    frame, parts = bench_steps(rivals(model, options.patterns, recipe.context), recipe, device, way,
+                               say=say, published=bool(options.peers))
     if options.record:
         write_record_folder(Run(
             "throughput", {
@@ -254,7 +256,7 @@ def bench_step(options: Options) -> int:
             f"{row.system:8} {row.parameters:12,} parameters {row.ms:9.2f} ms [{row.low:.2f}, "
             f"{row.high:.2f}] x{row.times_first:.2f} {row.bytes_per_second:13,.0f} bytes/s "
             f"{_energy(row.joules_per_megabyte)}  {row.mixers}")
-        lines += [f"    {part.part:22} {part.ms:9.3f} ms {part.share:6.1%}"
+        lines += [f"    {part.part:22} {part.ms:9.3f} ms {part.share:6.1%}  {part.kernel[:60]}"
                   for part in parts[parts["system"] == row.system].itertuples()]
     print_result(record, options.json, lines)
     return 0
@@ -296,7 +298,7 @@ def parts_table(parts: pd.DataFrame) -> pd.DataFrame:
     """The parts of training steps, shares in percent."""
     return pd.DataFrame({
         "layers": parts["system"], "part": parts["part"], "a step (ms)": parts["ms"].round(3),
-        "share (%)": (100 * parts["share"]).round(1)})
+        "share (%)": (100 * parts["share"]).round(1), "longest kernel": parts["kernel"]})
 
 
 def _quartiles(low: pd.Series, high: pd.Series) -> list[str]:

@@ -23,9 +23,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from analysis.measure.timing import in_turns, quartiles, release, seconds_of
-from analysis.theory.matching import GPU_WIDTHS, match_patterns
+from analysis.theory.matching import GPU_WIDTHS, match_parameters, match_patterns
 from mambabyte.config import ModelConfig, TrainConfig
-from mambabyte.config.mixers import MambaSpec, Role
+from mambabyte.config.mixers import MambaSpec, Role, spec_of, uses_window
 from mambabyte.energy import EnergyMeter
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
@@ -80,6 +80,31 @@ def equal_sized(config: ModelConfig, patterns: tuple[str, ...]) -> dict[str, Mod
     return {p: m.config for p, m in matched.items()} | {config.layer_pattern: config}
 
 
+def rivals(
+    config: ModelConfig, patterns: tuple[str, ...], context: int
+) -> dict[str, ModelConfig]:
+    """``equal_sized`` with attention at its best: what a step on windows of ``context`` compares.
+
+    Attention sees the whole context, for which it has its fastest kernel. A pattern of attention
+    alone stands in both matchings: at the same depth, and as the field matches it, half the layers
+    with wider MLPs (two Mamba blocks are one attention layer with its MLP; Gu & Dao 2023,
+    arXiv:2312.00752, section 3.4). Where the configuration's own window is shorter than the
+    context, the systems that have it stand there with it too.
+    """
+    whole = replace(config, attention_window=max(config.attention_window, context))
+    systems = equal_sized(whole, patterns)
+    for pattern in patterns:
+        if all(spec_of(letter).uses_window for letter in pattern) and config.n_layer > 1:
+            half = replace(systems[pattern], n_layer=config.n_layer // 2)
+            systems[f"{pattern}, half the layers"] = match_parameters(
+                half, config.n_parameters, multiple=GPU_WIDTHS).config
+    if config.attention_window < context:
+        systems |= {f"{name}, window {config.attention_window:,}":
+                    replace(system, attention_window=config.attention_window)
+                    for name, system in systems.items() if uses_window(system.layers)}
+    return systems
+
+
 class _PublishedMixer(Mixer, MambaSpec):
     """mamba-ssm's own module in place of ours, with our weights. Training from the first byte."""
 
@@ -127,8 +152,9 @@ def bench_steps(
     steps: a row a system, with ms (median over rounds and quartiles), bytes/s, gross joules per
     megabyte (nan where the machine does not count them), peak memory (nan on the CPU) and how its
     mixers run.
-    parts: (system, part, ms, share), largest first. On the CPU the parts are scaled to the clock's
-    total, which takes out what the profiler costs; ``ms`` of a part on CUDA is the kernels' own.
+    parts: (system, part, ms, share, kernel), largest first; ``kernel`` is the one that took most of
+    it, as the profiler names it. On the CPU the parts are scaled to the clock's total, which takes
+    out what the profiler costs; ``ms`` of a part on CUDA is the kernels' own.
     """
     if way != "eager" and not device.startswith("cuda"):
         raise UserError(f"--way {way} captures CUDA graphs: use eager on {device}")
@@ -233,17 +259,21 @@ def _parts(
     with profile(activities=[activity]) as profiler:
         seconds_of(step, device, steps)
     spent: dict[str, float] = defaultdict(float)
+    longest: dict[str, tuple[float, str]] = {}
     for event in profiler.key_averages():
         if (event.device_type == DeviceType.CPU) == cuda:
             continue  # on CUDA the host's rows repeat the time of the kernels that they launched
         micro = event.self_device_time_total if cuda else event.self_cpu_time_total
         if micro:
-            spent[part_of(event.key)] += micro / 1e3 / steps
+            part = part_of(event.key)
+            spent[part] += micro / 1e3 / steps
+            longest[part] = max(longest.get(part, (0.0, "")), (micro, event.key))
     total = sum(spent.values())
     if cuda:
         spent[GAPS] = max(0.0, ms - total)
     else:
         spent = {part: value * ms / total for part, value in spent.items()}
     whole = sum(spent.values())
-    return [{"system": system, "part": part, "ms": value, "share": value / whole}
+    return [{"system": system, "part": part, "ms": value, "share": value / whole,
+             "kernel": longest.get(part, (0.0, ""))[1]}
             for part, value in sorted(spent.items(), key=lambda item: -item[1])]
