@@ -59,15 +59,15 @@ def test_attention_is_compared_at_its_best() -> None:
     """The whole context, both matchings, and the configured window as a system of its own."""
     config = get_preset("mamba_byte").model
     found = rivals(config, ("A", "MMMA"), 8192)
-    assert list(found) == ["M", "A", "MMMA", "A, half the layers", "A, window 1,024",
-                           "MMMA, window 1,024", "A, half the layers, window 1,024"]
+    assert list(found) == ["M", "A", "MMMA", "A, half the layers", "A, window 1024",
+                           "MMMA, window 1024", "A, half the layers, window 1024"]
     half = found["A, half the layers"]
     assert (half.n_layer, found["A"].n_layer) == (2, 4)
     assert 4 < half.mlp_ratio < 5.5
     assert all(s.n_parameters == pytest.approx(config.n_parameters, rel=0.01)
                for s in found.values())
     assert found["A"].attention_window == half.attention_window == 8192
-    assert found["MMMA, window 1,024"].attention_window == 1024
+    assert found["MMMA, window 1024"].attention_window == 1024
     assert list(rivals(config, ("A",), 1024)) == ["M", "A", "A, half the layers"]
 
 

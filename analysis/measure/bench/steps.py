@@ -99,7 +99,7 @@ def rivals(
             systems[f"{pattern}, half the layers"] = match_parameters(
                 half, config.n_parameters, multiple=GPU_WIDTHS).config
     if config.attention_window < context:
-        systems |= {f"{name}, window {config.attention_window:,}":
+        systems |= {f"{name}, window {config.attention_window}":
                     replace(system, attention_window=config.attention_window)
                     for name, system in systems.items() if uses_window(system.layers)}
     return systems
@@ -202,7 +202,7 @@ def step_values(frame: pd.DataFrame) -> dict[str, tuple[float, str, str]]:
     """Milliseconds a step and joules per megabyte of every system: name -> (value, unit, about)."""
     values = {}
     for row in frame.to_dict("records"):
-        name = row["system"].lower().replace(" ", "_")
+        name = re.sub(r"[ ,]+", "_", row["system"].lower())
         values[f"ms_{name}"] = (row["ms"], "ms", f"a step of {row['system']}, median")
         if row["joules_per_megabyte"] == row["joules_per_megabyte"]:  # not nan
             values[f"joules_{name}"] = (
