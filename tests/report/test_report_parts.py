@@ -66,7 +66,10 @@ def test_long_tables_say_what_is_left_out():
 def test_formulas_are_mathml_and_money_is_not():
     assert "<msub>" in to_html("State $h_t$ grows")
     assert "<math" not in to_html("5 $ or 6 $ and $5 more")
-    assert "display=\"block\"" in to_html("$$\nh_t = a\n$$")
+    for block in ("$$\nh_t = a\n$$", "$$h_t = a$$", "$$\nh_t = \na\n$$", "> $$\n> a\n> $$"):
+        page = to_html(block)
+        assert "display=\"block\"" in page
+        assert not set(re.sub(r"<[^>]*>", "", page)) & set("$>")
     assert "$h$" in to_html("`$h$`")
     assert "<math" in formula("x^2")
 

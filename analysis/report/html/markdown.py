@@ -1,6 +1,6 @@
 """Markdown to HTML: no raw HTML, no images from elsewhere, formulas as MathML.
 
-Formulas are written ``$h_t$`` in a line, and between lines of ``$$`` on their own.
+Formulas are written ``$h_t$`` in a line, and ``$$ ... $$`` as a paragraph of their own.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from functools import cache
 
 from latex2mathml.converter import convert
 from markdown_it import MarkdownIt
-from markdown_it.rules_block import StateBlock
-from markdown_it.rules_inline import StateInline
 from markupsafe import Markup
+from mdit_py_plugins.dollarmath import dollarmath_plugin
 
 from analysis.report.html.text import clean, slug
 from mambabyte.errors import UserError
@@ -56,40 +55,10 @@ def formula(latex: str, display: bool = False) -> Markup:
 @cache
 def _parser() -> MarkdownIt:
     parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
-    parser.inline.ruler.before("escape", "math", _inline_math)
-    parser.block.ruler.before("fence", "math", _block_math,
-                              {"alt": ["paragraph", "reference", "blockquote", "list"]})
-    parser.add_render_rule("math", lambda _s, tokens, i, _o, _e: formula(tokens[i].content))
+    # No space just inside of the dollars, so that "5 $ or 6 $" stays text.
+    parser.use(dollarmath_plugin, allow_labels=False, allow_space=False, allow_blank_lines=False)
+    # The plugin's own rules would put each formula into an element more.
+    parser.add_render_rule("math_inline", lambda _s, tokens, i, _o, _e: formula(tokens[i].content))
     parser.add_render_rule(
         "math_block", lambda _s, tokens, i, _o, _e: formula(tokens[i].content, display=True))
     return parser
-
-
-def _inline_math(state: StateInline, silent: bool) -> bool:
-    """``$...$`` with no space just inside, so that "5 $ or 6 $" stays text."""
-    match = re.compile(r"\$(?![\s$])([^$\n]*[^\s$\\])\$(?!\d)").match(state.src, state.pos)
-    if not match:
-        return False
-    if not silent:
-        state.push("math", "math", 0).content = match[1]
-    state.pos = match.end()
-    return True
-
-
-def _block_math(state: StateBlock, start: int, end: int, silent: bool) -> bool:
-    """Lines between two lines that are ``$$``."""
-    if _line(state, start) != "$$":
-        return False
-    close = next((i for i in range(start + 1, end) if _line(state, i) == "$$"), None)
-    if close is None:
-        return False
-    if not silent:
-        token = state.push("math_block", "math", 0)
-        token.content = " ".join(_line(state, i) for i in range(start + 1, close))
-        token.map = [start, close + 1]
-        state.line = close + 1
-    return True
-
-
-def _line(state: StateBlock, i: int) -> str:
-    return state.src[state.bMarks[i] + state.tShift[i]: state.eMarks[i]].strip()
