@@ -173,16 +173,17 @@ def define(
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors
-            first, *rest = grads[:outputs]
+            first, *others = grads[:outputs]
             if first is None:
                 first = saved[0].new_zeros(ctx.first)
             run = gradient
             if ctx.checked and not torch.is_grad_enabled():  # autograd has checked the gradients
-                run = gradient_kernels.get(_plain((first, *rest)), gradient)
-            found = run(first, *rest, *saved, *ctx.flags)
-            wanted = zip(ctx.needs_input_grad[1 : count + 1], found, strict=True)
-            return (None, *[g if needed else None for needed, g in wanted],
-                    *(None for _ in ctx.needs_input_grad[count + 1 :]))
+                run = gradient_kernels.get(_plain((first, *others)), gradient)
+            found = run(first, *others, *saved, *ctx.flags)
+            needed = ctx.needs_input_grad
+            wanted = zip(needed[1 : count + 1], found, strict=True)
+            rest = [None] * (len(needed) - count - 1)
+            return (None, *[g if n else None for n, g in wanted], *rest)
 
     def above(run: Callable[..., Tensors], args: tuple[Any, ...]) -> Tensors:
         if torch.is_grad_enabled():
@@ -322,11 +323,13 @@ def _plain(args: Iterable[Any]) -> str:
     find nothing to do but call that device's: no transform, mode, tracing, autocast or profiler,
     and strided tensors of one device that are no subclass and no lazy negative, conjugate or zero.
     Empty otherwise."""
-    if (_transformed() or torch._C._len_torch_dispatch_stack()
-            or torch._C._len_torch_function_stack() or torch._C._get_tracing_state() is not None
-            or torch._C._is_any_autocast_enabled() or torch.autograd._profiler_enabled()):
+    c = torch._C
+    if (forward_ad._current_level >= 0 or c._functorch.peek_interpreter_stack() is not None
+            or c._len_torch_dispatch_stack() or c._len_torch_function_stack()
+            or c._get_tracing_state() is not None or c._is_any_autocast_enabled()
+            or c._autograd._profiler_enabled()):
         return ""
-    keys_of, keys, device = torch._C._dispatch_keys, None, ""
+    keys_of, keys, device = c._dispatch_keys, None, ""
     for value in args:
         if isinstance(value, Tensor):
             if keys is None:

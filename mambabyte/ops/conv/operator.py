@@ -6,6 +6,7 @@ In the model's own layout (batch, length, channels), on the CPU (``cpu.py``) and
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -67,6 +68,7 @@ def torch_causal_conv(
 # -------------------------------------------------------------------------------------- operator
 
 
+@functools.cache
 def _kernels(device_type: str) -> ModuleType:
     """The module with forward and backward; loaded only where it is needed."""
     if device_type == "cpu":

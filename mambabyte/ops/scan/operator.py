@@ -89,6 +89,7 @@ def _say_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+@functools.cache
 def _kernels(device_type: str) -> ModuleType:
     """The module with forward, backward and saved_shape; loaded only where it is needed."""
     if device_type == "cpu":
