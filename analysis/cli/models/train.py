@@ -45,10 +45,9 @@ def run(argv: list[str]) -> int:
     preset = get_preset(_option(argv, "--preset") or "mamba_byte")
     about = (__doc__ or "") + "\nPresets:\n\n" + "\n".join(
         f"    {name}: {p.about}" for name, p in PRESETS.items())
-    out = Path(_option(argv, "--out") or "")
-    default = Options(out=out, model=preset.model, train=preset.train)
+    default = Options(out=Path(), model=preset.model, train=preset.train)
     options = parse(Options, argv, "train", about, default)
-    if options.out == Path(""):
+    if options.out == Path():
         raise UserError("no run folder was given: add --out FOLDER")
 
     from mambabyte.model import distributed
