@@ -8,12 +8,10 @@ follows. The modules are in mambabyte.model, one class a mixer that extends its 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
+from mambabyte.config.architecture import Architecture
 from mambabyte.errors import UserError
-
-if TYPE_CHECKING:
-    from mambabyte.config.model import ModelConfig
 
 Shape = tuple[int, ...]
 # How an optimizer treats a parameter: Muon where it is used, else AdamW with weight decay; AdamW
@@ -35,11 +33,11 @@ class MixerSpec:
     not_by_muon: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
-    def check(cls, config: ModelConfig) -> None:
+    def check(cls, config: Architecture) -> None:
         """Raise UserError where ``config`` has no such mixer."""
 
     @classmethod
-    def shapes(cls, config: ModelConfig) -> dict[str, Shape]:
+    def shapes(cls, config: Architecture) -> dict[str, Shape]:
         """The shape of every parameter of one mixer, by its name in the module."""
         raise NotImplementedError(f"{cls.__name__} does not say its parameters' shapes")
 
@@ -60,7 +58,7 @@ class MixerSpec:
         return "muon" if dimensions == 2 and name not in cls.not_by_muon else "decay"
 
     @classmethod
-    def n_parameters(cls, config: ModelConfig) -> int:
+    def n_parameters(cls, config: Architecture) -> int:
         """Parameters of one mixer."""
         return sum(map(math.prod, cls.shapes(config).values()))
 
@@ -118,7 +116,7 @@ class MambaSpec(MixerSpec):
     not_by_muon = frozenset({"dt_proj.weight"})
 
     @classmethod
-    def shapes(cls, config: ModelConfig) -> dict[str, Shape]:
+    def shapes(cls, config: Architecture) -> dict[str, Shape]:
         d, D, N, R = config.d_model, config.d_inner, config.d_state, config.dt_rank_value
         low_rank = 0 if config.dt_rank == "full" else R
         return {
@@ -144,12 +142,12 @@ class AttentionSpec(MixerSpec):
     uses_window = True
 
     @classmethod
-    def window_of(cls, config: ModelConfig) -> int:
+    def window_of(cls, config: Architecture) -> int:
         """How many bytes back a layer looks, the byte itself included."""
         return config.attention_window
 
     @classmethod
-    def check(cls, config: ModelConfig) -> None:
+    def check(cls, config: Architecture) -> None:
         if config.d_model % config.n_head or config.head_dim % 2:
             raise UserError(
                 f"d_model {config.d_model} does not split into {config.n_head} heads of even width"
@@ -159,7 +157,7 @@ class AttentionSpec(MixerSpec):
                 f"n_head {config.n_head} is not a multiple of n_kv_head {config.n_kv_head}")
 
     @classmethod
-    def shapes(cls, config: ModelConfig) -> dict[str, Shape]:
+    def shapes(cls, config: Architecture) -> dict[str, Shape]:
         d, kv = config.d_model, config.n_kv_head * config.head_dim
         return {"q_proj.weight": (d, d), "k_proj.weight": (kv, d), "v_proj.weight": (kv, d),
                 "out_proj.weight": (d, d)}
@@ -175,7 +173,7 @@ class LocalAttentionSpec(AttentionSpec):
     about = "local attention"
 
     @classmethod
-    def window_of(cls, config: ModelConfig) -> int:
+    def window_of(cls, config: Architecture) -> int:
         return config.local_window
 
     @classmethod
@@ -189,7 +187,7 @@ class Mamba2Spec(MixerSpec):
     about = "Mamba-2"
 
     @classmethod
-    def check(cls, config: ModelConfig) -> None:
+    def check(cls, config: Architecture) -> None:
         if config.d_inner % config.ssd_head_dim:
             raise UserError(f"d_inner {config.d_inner} does not split into heads of ssd_head_dim "
                             f"{config.ssd_head_dim} channels")
@@ -199,7 +197,7 @@ class Mamba2Spec(MixerSpec):
                             f"{config.ssd_groups}")
 
     @classmethod
-    def shapes(cls, config: ModelConfig) -> dict[str, Shape]:
+    def shapes(cls, config: Architecture) -> dict[str, Shape]:
         d, D, heads = config.d_model, config.d_inner, config.d_inner // config.ssd_head_dim
         conv = D + 2 * config.ssd_groups * config.ssd_d_state  # x, B and C
         return {
@@ -223,24 +221,24 @@ class DeltaSpec(MixerSpec):
     not_by_muon = frozenset({"a_proj.weight", "b_proj.weight", "f_proj.1.weight"})
 
     @classmethod
-    def check(cls, config: ModelConfig) -> None:
+    def check(cls, config: Architecture) -> None:
         if config.d_model % config.delta_head_dim:
             raise UserError(f"d_model {config.d_model} does not split into heads of "
                             f"delta_head_dim {config.delta_head_dim} channels")
 
     @classmethod
-    def widths(cls, config: ModelConfig) -> tuple[int, int, int]:
+    def widths(cls, config: Architecture) -> tuple[int, int, int]:
         """Heads, and key and value channels of all of them."""
         return (config.d_model // config.delta_head_dim, config.d_model,
                 config.d_model * config.delta_expand_v)
 
     @classmethod
-    def gate_shapes(cls, config: ModelConfig) -> dict[str, Shape]:
+    def gate_shapes(cls, config: Architecture) -> dict[str, Shape]:
         """Parameters of the decays and of the output's gate."""
         raise NotImplementedError
 
     @classmethod
-    def shapes(cls, config: ModelConfig) -> dict[str, Shape]:
+    def shapes(cls, config: Architecture) -> dict[str, Shape]:
         d, K = config.d_model, config.d_conv
         heads, keys, values = cls.widths(config)
         return {
@@ -263,7 +261,7 @@ class GatedDeltaNetSpec(DeltaSpec):
     about = "Gated DeltaNet"
 
     @classmethod
-    def gate_shapes(cls, config: ModelConfig) -> dict[str, Shape]:
+    def gate_shapes(cls, config: Architecture) -> dict[str, Shape]:
         heads, _, values = cls.widths(config)
         return {"a_proj.weight": (heads, config.d_model), "dt_bias": (heads,),
                 "g_proj.weight": (values, config.d_model)}
@@ -275,7 +273,7 @@ class KimiDeltaSpec(DeltaSpec):
     about = "Kimi Delta Attention"
 
     @classmethod
-    def gate_shapes(cls, config: ModelConfig) -> dict[str, Shape]:
+    def gate_shapes(cls, config: Architecture) -> dict[str, Shape]:
         heads, keys, values = cls.widths(config)
         rank = values // heads
         return {"f_proj.0.weight": (rank, config.d_model), "f_proj.1.weight": (keys, rank),

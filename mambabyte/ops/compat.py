@@ -105,7 +105,7 @@ def _scan_by_group(
     delta_bias: Tensor | None, delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One scan for the channels of each group. u, delta, z (B, L, D); B, C (B, G, N, L)."""
-    from mambabyte.ops import selective_scan
+    from mambabyte.ops.scan.dispatch import selective_scan
 
     groups = math.lcm(B.shape[1], C.shape[1])
     B, C = (t.to(u.dtype).transpose(2, 3) for t in (B, C))  # (B, G, L, N)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Collection
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -30,20 +31,26 @@ def module_of(path: Path, root: Path = ROOT) -> str:
     return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path: Path, root: Path = ROOT) -> set[str]:
-    """Every module imported anywhere in a file, those in functions too, with imported names."""
+def imported(path: Path, root: Path = ROOT) -> list[tuple[str, list[str]]]:
+    """Every import anywhere in a file, those in functions too: a module, and names taken of it."""
     package = module_of(path, root).split(".")
     if path.name != "__init__.py":
         package = package[:-1]
-    found: set[str] = set()
+    found: list[tuple[str, list[str]]] = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            found += [(alias.name, []) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             parents = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*parents, *([node.module] if node.module else [])])
-            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+            found.append((base, [alias.name for alias in node.names]))
     return found
+
+
+def imports(path: Path, root: Path = ROOT) -> set[str]:
+    """Every module that a file imports, and each name taken of one, as if that were a module."""
+    return {name for base, names in imported(path, root)
+            for name in (base, *(f"{base}.{n}" for n in names))}
 
 
 def offending(path: Path, forbidden: set[str]) -> set[str]:
@@ -66,12 +73,31 @@ def test_imports_point_down(path):
     assert not upward(path)
 
 
+def needs(path: Path, files: Collection[str], root: Path = ROOT) -> set[str]:
+    """Which of ``files`` a file reads; ``from package import submodule`` reads the submodule."""
+    found: set[str] = set()
+    for base, names in imported(path, root):
+        for name in names or [""]:
+            found |= {f"{base}.{name}"} & set(files) or {base} & set(files)
+    return found - {module_of(path, root)}
+
+
 def test_no_files_import_each_other_in_a_circle():
     """In functions and for types too: what stands in a circle cannot be read or moved alone."""
-    files = {module_of(path): path for path in FILES if path.is_relative_to(ROOT / "analysis")}
-    graph = {name: {i for i in imports(path) if i in files and i != name}
-             for name, path in files.items()}
+    files = {module_of(path): path for path in FILES}
+    graph = {name: needs(path, files) for name, path in files.items()}
     TopologicalSorter(graph).prepare()  # CycleError names the files
+
+
+def test_a_circle_is_seen(tmp_path):
+    package = tmp_path / "p"
+    package.mkdir()
+    files = {"p": package / "__init__.py", "p.a": package / "a.py", "p.b": package / "b.py"}
+    files["p"].write_text("from p.a import f\n")
+    files["p.a"].write_text("from p import b\n")
+    files["p.b"].write_text("def g():\n    import p.a\n    from . import f\n")
+    assert {name: needs(path, files, tmp_path) for name, path in files.items()} == {
+        "p": {"p.a"}, "p.a": {"p.b"}, "p.b": {"p.a", "p"}}
 
 
 def test_every_folder_is_a_layer():
