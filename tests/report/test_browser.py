@@ -21,6 +21,7 @@ from analysis.runs.records import load_records
 from analysis.studies import Study
 from analysis.studies.claims.compute import count
 from analysis.studies.claims.ledger import VERDICTS, load_ledger
+from analysis.studies.claims.tables import TABLES
 from tests.helpers.chromium import CHROME, Browser
 from tests.report.test_report_hostile import HOSTILE, harmless_page, hostile_page
 
@@ -247,9 +248,10 @@ def real(tmp_path_factory) -> Path:
          "cannot fail": c.cannot_fail}
         for i, c in enumerate(load_ledger().claims)])
     counts = count(ledger)
-    write_run(Run("claims", {}, tables=tables_of({
-        "ledger": ("Every statement.", ledger), "evidence": ("What was read.", counts),
-        "counts": ("", counts)}), figures={"verdicts": "counts"}), root / "runs" / "claims-1")
+    tables = {name: (caption, ledger if name == "ledger" else counts)
+              for name, caption in TABLES.items()}
+    write_run(Run("claims", {}, tables=tables_of({**tables, "counts": ("", counts)}),
+                  figures={"verdicts": "counts"}), root / "runs" / "claims-1")
     return build_report(root / "runs", root / "out" / "report.html", draft=True)
 
 
