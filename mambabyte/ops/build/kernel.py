@@ -13,7 +13,8 @@ How a kernel file uses it (``cuda.py`` with ``scan.cu`` beside it)::
 - The third argument of :meth:`Program.kernel` is the parameter list in the letters of ``struct``:
   ``P`` pointer (0 is null), ``i`` int, ``I`` unsigned, ``q`` long long, ``f`` float, ``d`` double.
   A struct parameter is written member by member. Its size is checked when the kernel is loaded.
-- More than 48 KiB of dynamic shared memory is asked for once: ``kernel.allow_shared(bytes)``.
+- More than 48 KiB of shared memory, static arrays counted, is asked for once:
+  ``kernel.allow_shared(dynamic bytes)``.
 - ``kernel.registers``, ``kernel.local_bytes`` (spills), ``kernel.static_shared_bytes`` describe it.
 """
 
@@ -116,7 +117,7 @@ class Kernel:
         self._struct = struct.Struct("@" + parameters)
         self._launch = _driver().cuLaunchKernel
         self._local = threading.local()
-        self._shared = 48 * 1024
+        self._shared = 48 * 1024 - self.static_shared_bytes
         self._check_parameters(parameters)
 
     def _parameter(self, index: int) -> tuple[int, int] | None:
@@ -143,7 +144,8 @@ class Kernel:
 
     def _attribute(self, which: int) -> int:
         value = ctypes.c_int()
-        status = _driver().cuFuncGetAttribute(ctypes.byref(value), which, self._function)
+        get = _driver().cuFuncGetAttribute
+        status = _in_context(self.device, get, ctypes.byref(value), which, self._function)
         _check_driver(status, f"cuFuncGetAttribute of {self.name}")
         return value.value
 
@@ -162,7 +164,7 @@ class Kernel:
         return self._attribute(1)
 
     def allow_shared(self, shared_bytes: int) -> None:
-        """Permit that much dynamic shared memory (needed once above 48 KiB)."""
+        """Permit that much dynamic shared memory (needed once above 48 KiB with static arrays)."""
         if shared_bytes > self._shared:
             status = _driver().cuFuncSetAttribute(self._function, 8, shared_bytes)
             _check_driver(status, f"{shared_bytes} bytes of shared memory for {self.name}")
