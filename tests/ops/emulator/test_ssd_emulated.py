@@ -34,10 +34,7 @@ def prepared(batch, length, heads, groups, states, decay=0.1):
 
 def exact_results(inputs, dy, dstate):
     x, step, log_decay, B, C, D, state = exact = [t.double().requires_grad_() for t in inputs]
-    # The recurrence with a rate of 1 takes its decays from a step of their own: exp(dt A) with
-    # A = 1 and dt = log_decay, and inputs divided by it.
-    y, last = recurrent_ssd(
-        x * (step / log_decay).unsqueeze(-1), log_decay, torch.ones_like(D), B, C, state)
+    y, last = recurrent_ssd(x, step, log_decay, B, C, state)
     y = y + D[:, None] * x
     gradients = torch.autograd.grad([y, last], exact, [dy.double(), dstate.double()])
     return [y.detach(), last.detach(), *gradients]
