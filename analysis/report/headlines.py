@@ -144,9 +144,12 @@ def _untold(row: Mapping[str, Any], run: Run) -> list[str]:
         there = {f"{stem}{budget}" for budget in ("steps", "wall_clock", "flops", "joules")
                  if run.values.get(f"{stem}{budget}") is not None}
     else:
-        # "ms_m" beside "ms_a": what follows the cost says whose it is.
+        # "ms_m" beside "ms_a": what follows the cost says whose it is. The rival stands in every
+        # variant that was measured, such as "ms_a_half_the_layers".
         ours, theirs = (row["sides"][0][key].partition("_")[2] for key in ("ours", "theirs"))
-        there = {name for name, value in run.values.items()
-                 if name.partition("_")[2] == ours and is_cost(value.unit)
-                 and f"{name.partition('_')[0]}_{theirs}" in run.values}
+        told = {side["theirs"] for side in row["sides"]}
+        costs = {name.partition("_")[0] for name, value in run.values.items()
+                 if name.partition("_")[2] == ours and is_cost(value.unit)}
+        there = {name for name in run.values for cost in costs
+                 if name == f"{cost}_{theirs}" or name.startswith(f"{cost}_{theirs}_")}
     return sorted(there - told)

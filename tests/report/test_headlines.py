@@ -35,7 +35,9 @@ def test_a_losing_side_cannot_be_left_out(records: dict[str, Run], tmp_path: Pat
     shorter = tmp_path / "headlines.toml"
     for line in ('    { what = "peak, MiB", ours = "peak (MiB)" },\n',
                  '    { what = "at equal joules", ours = "ssm_joules" },\n',
-                 '    { what = "joules a megabyte", ours = "joules_m", theirs = "joules_a" },\n'):
+                 '    { what = "joules a megabyte", ours = "joules_m", theirs = "joules_a" },\n',
+                 '    { what = "joules a megabyte against both", ours = "joules_m", '
+                 'theirs = "joules_a_half_the_layers_window_1024" },\n'):
         assert line in text
         shorter.write_text(text.replace(line, ""), encoding="utf-8")
         with pytest.raises(UserError, match="leaves out"):

@@ -62,6 +62,15 @@ def compiled_steps(lab: Lab) -> dict[int, tuple[float, float, Source]]:
     return dict(sorted(found.items()))
 
 
+def half_depth_ratios(lab: Lab) -> str:
+    """Words on attention matched as the field does it, half the layers with wider MLPs: its time
+    for a compiled step of the SSM's, by length; empty where no record has it."""
+    ratios = [f"{float(s.what['ms_a_half_the_layers']) / ssm:.2f} with {n} bytes"
+              for n, (ssm, _, s) in compiled_steps(lab).items() if "ms_a_half_the_layers" in s.what]
+    return ("" if not ratios else " Against attention of half the layers with wider MLPs, as the "
+            f"field matches them, it is {', '.join(ratios)}.")
+
+
 def step_ms(rows: pd.DataFrame) -> float:
     """Milliseconds a step: of the steps alone where that was taken, else of the whole run."""
     if "ms_per_step" in rows and rows["ms_per_step"].notna().all():

@@ -14,6 +14,7 @@ from analysis.studies.claims.recorded import (
     PUBLISHED,
     SIZE,
     compiled_steps,
+    half_depth_ratios,
     joined,
     kernel_times,
     scan_cost,
@@ -134,6 +135,7 @@ def five_times_attention(lab: Lab, claim: Claim) -> Finding:
         words = (f"In training, with equal parameters and both steps compiled, a fused SSM runs at "
                  f"{own:.2f} times attention's speed with {SIZE[0]} windows of {SIZE[1]} bytes")
         words += f" ({', '.join(others)}): a matter of length." if others else "."
+        words += half_depth_ratios(lab)
     elif kernels is not None and (there := _own_size(kernels[0])) is not None:
         own, source = there, kernels[1].text
         best = max(kernels[0], key=lambda size: kernels[0][size])
@@ -189,7 +191,7 @@ def longer_window_speed(lab: Lab, claim: Claim) -> Finding:
                    f"attention on {rates[long][1]:.1f} and {rates[short][1]:.1f}. At {short} the "
                    f"two are {rates[short][0] / rates[short][1]:.2f} to 1. With the scan as "
                    f"published what the backward pass writes grows with exponent {written:.2f}, "
-                   "so with it longer windows do cost time.",
+                   f"so with it longer windows do cost time.{half_depth_ratios(lab)}",
                    joined(*(s for _, _, s in steps.values())))
 
 
