@@ -219,7 +219,7 @@ class _Page:
 
     def _details(self, name: str, run: Run) -> dict[str, Any]:
         """The folded parts of a run and the blocks that the prose has not placed."""
-        wanted = [*(f"figure.{name}.{f}" for f in run.figures),
+        wanted = [*(f"figure.{name}.{f}" for f in figures(run, self._registry)),
                   *(f"table.{name}.{t.name}" for t in run.tables.values() if t.caption)]
         values = pd.DataFrame(
             [(n, v.value, v.unit, v.about) for n, v in run.values.items()],

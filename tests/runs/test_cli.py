@@ -132,7 +132,7 @@ def test_generate_reads_standard_input_and_survives_a_closed_pipe(run):
         (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--train.context", "9999999"],
          "context 9999999 needs"),
         (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--model.layer-pattern", "MXA"],
-         "write M for an SSM layer and A for attention"),
+         "write one letter a layer, at least one of M (selective SSM)"),
         (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--train.betas", "0.9", "2"],
          "betas are (0.9, 2.0)"),
         (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--train.seed", "-1"], "seed is -1"),

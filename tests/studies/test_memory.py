@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from analysis.measure.allocations import allocated_bytes, measure_peak, measure_saved, peak_bytes
+from analysis.studies.memory import SCAN_FORMS, figures
 from analysis.studies.memory import compute as memory
-from analysis.studies.memory import figures
 from analysis.studies.memory import scans as scan_memory
 from analysis.studies.memory.closed_form import budgets_frame, device_frames
 from analysis.studies.memory.scans import five_to_seven_frame, full_tensors_frame, slices_frame
@@ -134,7 +134,7 @@ def test_devices_have_hybrids_attention_and_checkpointing(what: str) -> None:
 
 
 def test_no_line_of_a_device_crosses_a_number_of_the_budget() -> None:
-    budgets = budgets_frame(memory.SCAN_FORMS)
+    budgets = budgets_frame(SCAN_FORMS)
     figure = figures.budget_bars(budgets, "64 x 2048", (40, 80, 141))
     figure.draw_without_rendering()
     axes = figure.axes[0]
@@ -142,7 +142,7 @@ def test_no_line_of_a_device_crosses_a_number_of_the_budget() -> None:
     words = [text.get_text() for text in axes.texts]
     assert [w for w in words if w in ("40 GB", "80 GB", "141 GB")] == ["141 GB", "80 GB", "40 GB"]
     totals = [text for text in axes.texts if text.get_text().startswith(("fp32", "bf16"))]
-    assert len(totals) == 2 * len(memory.SCAN_FORMS)
+    assert len(totals) == 2 * len(SCAN_FORMS)
     assert all(text.get_window_extent().x0 >= right for text in totals)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from analysis.studies.ablation import documents, variants
+from analysis.studies.ablation import VARIANTS, documents, get_variant, variants
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.model import ByteLM
 
@@ -17,7 +17,7 @@ SMALL = ModelConfig(d_model=16, n_layer=2, layer_pattern="MA", n_head=2, n_kv_he
 
 
 def groups(name: str) -> dict[str, set[str]]:
-    variant = variants.get_variant(name)
+    variant = get_variant(name)
     model = variants.build(SMALL, variant, seed=0)
     names = {p: n for n, p in model.named_parameters()}
     found = {}
@@ -29,11 +29,11 @@ def groups(name: str) -> dict[str, set[str]]:
 
 def test_each_parameter_has_one_optimizer():
     every = {n for n, _ in ByteLM(SMALL).named_parameters()}
-    for name in variants.VARIANTS:
+    for name in VARIANTS:
         owned = groups(name)
         assert sum(map(len, owned.values())) == len(set().union(*owned.values()))
         left_out = every - set().union(*owned.values())
-        frozen = variants.get_variant(name).frozen_taps
+        frozen = get_variant(name).frozen_taps
         assert left_out == ({"layers.0.mixer.conv1d.weight"} if frozen else set())
 
 
@@ -45,9 +45,9 @@ def test_muon_takes_a_log_only_when_asked():
     assert "embedding.weight" not in groups("Muon")["Muon"]
 
 
-@pytest.mark.parametrize("name", variants.VARIANTS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_each_variant_changes_what_it_says(name):
-    variant = variants.get_variant(name)
+    variant = get_variant(name)
     model = variants.build(SMALL, variant, seed=0)
     settings = TrainConfig(n_steps=2, context=16, batch_size=2, lr=1e-3)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -65,8 +65,8 @@ def test_each_variant_changes_what_it_says(name):
 
 
 def test_rounded_state_is_rounded_and_nothing_else():
-    exact = variants.build(SMALL, variants.get_variant("field"), seed=0).eval()
-    rounded = variants.build(SMALL, variants.get_variant("bf16 state"), seed=0).eval()
+    exact = variants.build(SMALL, get_variant("field"), seed=0).eval()
+    rounded = variants.build(SMALL, get_variant("bf16 state"), seed=0).eval()
     tokens = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         y, states = exact(tokens)
@@ -80,7 +80,7 @@ def test_rounded_state_is_rounded_and_nothing_else():
 
 def test_half_life_by_hand():
     model = variants.build(replace(SMALL, dt_init="mamba", dt_min=0.01, dt_max=0.01),
-                           variants.get_variant("field"), seed=0)
+                           get_variant("field"), seed=0)
     with torch.no_grad():
         model.layers[0].mixer.dt_proj.weight.zero_()
     life = variants.memory_half_life(model, torch.zeros(1, 8, dtype=torch.int64))
