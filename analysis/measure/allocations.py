@@ -2,13 +2,14 @@
 
 A tensor that autograd saves is seen by a hook, and its storage counted once, parameters left out.
 Of the peak torch's profiler sees every allocation and release, to the byte; scratch memory that a
-C kernel takes for itself is not seen.
+C kernel takes for itself is not seen. AllocationCounter counts what each operator makes anew.
 """
 
 from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from analysis.theory.kept_tensors import STREAM_DTYPE, Autocast
 from mambabyte.config import ModelConfig
@@ -140,3 +143,33 @@ def _memory_events(work: Callable[[], object]) -> list[int]:
         gc.unfreeze()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+
+
+class AllocationCounter(TorchDispatchMode):
+    """Counts, by operator, the calls and the bytes of every tensor that an operator makes anew.
+
+    A view makes nothing. The count is exact and the same on every machine; workspace inside an
+    operator is not seen. Backward passes run under the mode that is active when they start.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        name = str(func.overloadpacket)
+        self.calls[name] += 1
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and _storage(tensor) not in given:
+                self.bytes[name] += tensor.untyped_storage().nbytes()
+        return result
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -235,7 +235,7 @@ class DeltaSpec(MixerSpec):
     @classmethod
     def gate_shapes(cls, config: Architecture) -> dict[str, Shape]:
         """Parameters of the decays and of the output's gate."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__} does not say the shapes of its gates")
 
     @classmethod
     def shapes(cls, config: Architecture) -> dict[str, Shape]:

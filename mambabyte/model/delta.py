@@ -96,15 +96,15 @@ class DeltaMixer(Mixer, DeltaSpec):
 
     def make_gates(self, config: ModelConfig) -> None:
         """Set up the parameters of ``log_decay`` and ``output_gate``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no gates")
 
     def log_decay(self, x: Tensor) -> Tensor:
         """(B, L, d_model) -> (B, L, H) or (B, L, H, K), float32, not above 0."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no decay")
 
     def output_gate(self, x: Tensor) -> Tensor:
         """(B, L, d_model) -> (B, L, H V)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no output gate")
 
     def rule_inputs(
         self, x: Tensor, state: DeltaState | None
@@ -151,12 +151,12 @@ class DeltaMixer(Mixer, DeltaSpec):
     @classmethod
     def gates(cls, config: ModelConfig) -> int:
         """Decays a byte."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__} does not say its decays")
 
     @classmethod
     def gate_width(cls, config: ModelConfig) -> int:
         """Numbers a byte that the gates of the output, and projections of low rank, keep."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__} does not say what its gates keep")
 
     @classmethod
     def operations(

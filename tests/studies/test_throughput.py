@@ -10,17 +10,10 @@ import pytest
 import torch
 
 from analysis.measure import timing
+from analysis.measure.allocations import AllocationCounter
+from analysis.measure.growth import Exponent, crossover, exponent_table, fit_exponent
 from analysis.measure.threads import threads
-from analysis.measure.timing import (
-    AllocationCounter,
-    Case,
-    Exponent,
-    captured,
-    crossover,
-    exponent_table,
-    fit_exponent,
-    measure,
-)
+from analysis.measure.timing import Case, captured, measure
 from analysis.runs.frames import not_measured
 from analysis.studies.throughput import compute as throughput
 from analysis.studies.throughput import figures

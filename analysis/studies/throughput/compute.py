@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from analysis.measure.bench.steps import Way, equal_sized, training_step
+from analysis.measure.growth import crossover, exponent_table
 from analysis.measure.threads import threads
-from analysis.measure.timing import Case, crossover, exponent_table, measure
+from analysis.measure.timing import Case, measure
 from analysis.runs.frames import not_measured
 from analysis.runs.records import DATA, load_record, machine_name
 from analysis.studies.throughput import INDEXED, PASSES, Parameters, Results

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.measure.timing import MEASURED, AllocationCounter, Case, exponent_table, measure
+from analysis.measure.allocations import AllocationCounter
+from analysis.measure.growth import exponent_table
+from analysis.measure.timing import MEASURED, Case, measure
 from analysis.runs.frames import not_measured
 from analysis.studies.throughput import INDEXED, PASSES, Parameters
 from mambabyte.config import get_preset
