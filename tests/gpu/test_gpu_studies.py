@@ -8,7 +8,10 @@ import torch
 
 from analysis.measure.timing import Case, measure
 from analysis.studies.ablation.learning import heldout_windows, learn_text
+from analysis.studies.claims.experiments import choices
 from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.corpus import load_corpus
+from mambabyte.model import MambaMixer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
@@ -56,3 +59,14 @@ def test_a_compiled_comparison_learns_what_the_captured_one_does():
     graph, compiled = (found[s].curve[-1][1] for s in ("graph", "compile"))
     assert compiled < found["graph"].curve[0][1] - 1
     assert abs(graph - compiled) < 0.2
+
+
+@pytest.mark.parametrize("part", ["", *choices.PARTS])
+def test_the_claims_paired_trainings_are_those_of_the_cpu(part: str):
+    mixer, change = choices.PARTS[part] if part else (MambaMixer, lambda model: None)
+    config, corpus = choices.small_model(), load_corpus("stdlib")
+    bits = {device: choices.trained(config, corpus, 0, (8, 40), change, mixer, device)[1]
+            for device in ("cuda", "cpu")}
+    assert bits["cuda"][1] < bits["cuda"][0]
+    if part != "selection":  # its constant vectors are drawn on the device
+        assert bits["cuda"][0] == pytest.approx(bits["cpu"][0], abs=0.02)

@@ -75,7 +75,7 @@ def learn_text(
     model = ByteLM(config).to(device)
     rate = recipe if decay else constant_rate(recipe)
     on_gpu = model.device.type == "cuda" and recipe.step != "eager"
-    step = (_captured if on_gpu else text_step)(model, train, recipe)
+    step = (captured_text_step if on_gpu else text_step)(model, train, recipe)
     follow = _Follow(model, step, recipe, windows, device, evaluations, max_seconds,
                      look_every=BLOCK if on_gpu else 1)
     # torch stops compiling a function for the ninth time; all systems share one.
@@ -139,7 +139,7 @@ class _Follow:
                        energy.source, steps < self.n_steps)
 
 
-def _captured(model: ByteLM, train: np.ndarray, recipe: TrainConfig) -> Step:
+def captured_text_step(model: ByteLM, train: np.ndarray, recipe: TrainConfig) -> Step:
     """What ``text_step`` is, as one CUDA graph."""
     prepare(model, recipe, compiled=recipe.step == "compile")
     text = torch.from_numpy(np.array(train)).to(model.device)

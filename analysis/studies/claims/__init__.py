@@ -21,6 +21,8 @@ class Parameters:
 
     # "" is the folder that this run goes to, or the project's own by hand.
     runs_root: str = ""
+    # Of the paired trainings below; "auto" is a GPU where there is one, with captured steps.
+    device: str = "cpu"
     seed: int = 0
     initial_seeds: int = 4
     fox_batch: int = 1
@@ -33,6 +35,8 @@ class Parameters:
     streamed_steps: int = 60
 
     def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"device {self.device!r}: choose auto, cpu or cuda")
         for name in ("initial_seeds", "fox_batch", "paired_seeds", "parts_steps",
                      "streamed_steps"):
             if getattr(self, name) < 1:
@@ -43,8 +47,9 @@ class Parameters:
 
 
 PROFILES = {"quick": Parameters(),
-            "full": Parameters(initial_seeds=16, fox_batch=8, tied_steps=(100, 300, 1000, 3000),
-                               paired_seeds=3, parts_steps=1500, streamed_steps=600)}
+            "full": Parameters(device="auto", initial_seeds=16, fox_batch=8,
+                               tied_steps=(100, 300, 1000, 3000), paired_seeds=3,
+                               parts_steps=1500, streamed_steps=600)}
 
 
 @dataclass(frozen=True)

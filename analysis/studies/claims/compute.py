@@ -10,8 +10,10 @@ is "not decidable here" and says which study to run.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pandas as pd
+import torch
 
 from analysis.measure.threads import threads
 from analysis.studies.claims import Parameters, Results
@@ -54,14 +56,24 @@ CHECK_MODULES = (
 EXPERIMENT_MODULES = (choices, experiments, streamed, trainings)
 
 
+def settle(p: Parameters) -> Parameters:
+    """The parameters with what was left to the machine filled in."""
+    if p.device == "auto":
+        return replace(p, device="cuda" if torch.cuda.is_available() else "cpu")
+    return p
+
+
 def run(
     p: Parameters, report: Callable[[str], None] = lambda line: None
 ) -> Results:
     """Judges every claim by the runs under ``p.runs_root``."""
+    p = settle(p)
+    if p.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device is available: set device to cpu")
     evidence = gather(p.runs_root)
     ledger = load_ledger()
-    settings = Settings(p.seed, p.initial_seeds, p.fox_batch, p.tied_steps, p.paired_seeds,
-                        p.parts_steps, p.streamed_steps)
+    settings = Settings(p.seed, p.device, p.initial_seeds, p.fox_batch, p.tied_steps,
+                        p.paired_seeds, p.parts_steps, p.streamed_steps)
     lab = Lab(settings, evidence, ledger.facts, report=report)
     with threads(1):  # small operations run faster on one core than on two
         frame = ledger_frame(ledger.claims, lab)

@@ -23,6 +23,7 @@ class Settings:
     """How the experiments of this study are run."""
 
     seed: int = 0
+    device: str = "cpu"  # of the paired trainings
     initial_seeds: int = 4
     fox_batch: int = 1
     tied_steps: tuple[int, ...] = (60, 180)  # where the tied head is looked at

@@ -266,7 +266,7 @@ def test_captured_steps_are_the_steps_one_by_one() -> None:
     corpus = load_corpus("stdlib")
     rate = constant_rate(recipe)
     weights = []
-    for make, look_every in ((text_step, 1), (learning._captured, learning.BLOCK)):
+    for make, look_every in ((text_step, 1), (learning.captured_text_step, learning.BLOCK)):
         torch.manual_seed(0)
         model = ByteLM(config)
         step = make(model, corpus.train, recipe)

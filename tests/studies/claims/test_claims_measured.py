@@ -15,7 +15,8 @@ from analysis.studies.claims.checks.published import first_run
 from analysis.studies.claims.experiments import choices, trainings
 from analysis.studies.claims.lab import Lab
 from analysis.studies.claims.ledger import CAVEAT, FAILS, HOLDS, INCONSISTENT, OPEN
-from mambabyte.model import ByteLM
+from mambabyte.corpus import load_corpus
+from mambabyte.model import ByteLM, MambaMixer
 from tests.helpers.claims_lab import BY_ID, LEDGER, OUR_FACTS, lab, verdict
 
 
@@ -259,3 +260,15 @@ def test_a_mixer_without_its_gate_or_neighbours():
     u, v = (mixer.scan_inputs(t, None)[0][:, 2] for t in (x, moved))
     assert torch.equal(u, v)
     assert not torch.equal(x, moved)
+
+
+@pytest.mark.parametrize("part", ["", *choices.PARTS])
+def test_captured_training_learns_what_the_eager_one_does(part, monkeypatch):
+    """Here the captured step's functions run one by one; tests/gpu has the graph."""
+    mixer, change = choices.PARTS[part] if part else (MambaMixer, lambda model: None)
+    corpus, stops = load_corpus("stdlib"), (2, 3)
+    _, eager = choices.trained(choices.small_model(), corpus, 0, stops, change, mixer)
+    monkeypatch.setattr(choices, "text_step", choices.captured_text_step)
+    _, captured = choices.trained(choices.small_model(), corpus, 0, stops, change, mixer)
+    assert captured == pytest.approx(eager, rel=1e-5)
+    assert eager[1] < eager[0]

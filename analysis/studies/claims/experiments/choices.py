@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from analysis.measure.exponents import ssm_layers
+from analysis.studies.ablation.learning import captured_text_step
 from analysis.studies.claims.lab import Lab, Settings, experiment
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.corpus import Corpus, load_corpus, sample_windows
@@ -90,25 +91,29 @@ def drop_convolution(model: ByteLM) -> None:
 def trained(
     config: ModelConfig, corpus: Corpus, seed: int, stops: tuple[int, ...],
     change: Callable[[ByteLM], None] = lambda model: None, mixer: type[MambaMixer] = MambaMixer,
+    device: str = "cpu",
 ) -> tuple[ByteLM, list[float]]:
     """A model after the last of ``stops``, and its held-out bits per byte after each of them.
 
-    Its layers are of ``mixer``; ``change`` is done to the untrained model."""
+    Its layers are of ``mixer``; ``change`` is done to the untrained model. On CUDA each step is
+    one graph. Raises NonFiniteError where a loss is not finite."""
     recipe = TrainConfig(context=CONTEXT, batch_size=BATCH, n_steps=stops[-1], lr=3e-3,
                          precision="fp32", seed=seed, allow_study_form=True)
     torch.manual_seed(seed)
-    model = ByteLM(config, {mixer.letter: mixer})
+    model = ByteLM(config, {mixer.letter: mixer}).to(device)
     change(model)
-    held_out = sample_windows(corpus.valid, CONTEXT, 32, seed, 0)
+    held_out = sample_windows(corpus.valid, CONTEXT, 32, seed, 0).to(device)
+    make_step = text_step if device == "cpu" else captured_text_step
+    step = make_step(model, corpus.train, recipe)
     bits: list[float] = []
 
     @torch.no_grad()
     def look(done: int) -> None:
         if done in stops:
+            step.read()
             bits.append(model.loss(held_out).item() / math.log(2))
 
-    optimise(text_step(model, corpus.train, recipe), partial(schedule, config=recipe), stops[-1],
-             after=look)
+    optimise(step, partial(schedule, config=recipe), stops[-1], after=look)
     return model, bits
 
 
@@ -117,8 +122,8 @@ def tying(settings: Settings) -> dict[str, float]:
     """The head tied to the embedding against a head of its own, after each of ``tied_steps``."""
     corpus = load_corpus("stdlib")
     config, stops = small_model(), settings.tied_steps
-    tied, own = (trained(replace(config, tied_head=tied), corpus, settings.seed, stops)[1]
-                 for tied in (True, False))
+    tied, own = (trained(replace(config, tied_head=tied), corpus, settings.seed, stops,
+                         device=settings.device)[1] for tied in (True, False))
     return {
         "early": tied[0] - own[0], "late": tied[-1] - own[-1],
         "head_parameters": config.vocab_size * config.d_model,
@@ -166,10 +171,10 @@ def gating(settings: Settings) -> dict[str, float]:
     config, stops = small_model(), (settings.parts_steps,)
     found: dict[str, float] = {}
     for seed in range(settings.seed, settings.seed + settings.paired_seeds):
-        model, (whole,) = trained(config, corpus, seed, stops)
+        model, (whole,) = trained(config, corpus, seed, stops, device=settings.device)
         found.setdefault("dt_spread", _step_spread(model, corpus, seed))
         for name, (mixer, change) in PARTS.items():
-            _, (bits,) = trained(config, corpus, seed, stops, change, mixer)
+            _, (bits,) = trained(config, corpus, seed, stops, change, mixer, settings.device)
             found[f"without_{name}_{seed}"] = bits - whole
     return found
 
@@ -197,7 +202,7 @@ def _step_spread(model: ByteLM, corpus: Corpus, seed: int) -> float:
         seen.append(dt.amax((0, 1)) / dt.amin((0, 1)))
 
     handles = [m.register_forward_pre_hook(hook) for m in ssm_layers(model)]
-    model.loss(sample_windows(corpus.valid, CONTEXT, 4, seed, 1))
+    model.loss(sample_windows(corpus.valid, CONTEXT, 4, seed, 1).to(model.device))
     for handle in handles:
         handle.remove()
     return float(torch.cat(seen).median())

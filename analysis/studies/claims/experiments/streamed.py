@@ -39,11 +39,11 @@ def streamed(settings: Settings) -> dict[str, float]:
     config = small_model()
     found: dict[str, float] = {}
     for seed in range(settings.seed, settings.seed + settings.paired_seeds):
-        held_out = sample_windows(corpus.valid, CONTEXT, 64, seed, 1)
-        exact, _ = trained(config, corpus, seed, (settings.streamed_steps,))
-        published, _ = trained(replace(config, scan_form=PUBLISHED, scan_chunk=CHUNK), corpus,
-                               seed, (settings.streamed_steps,))
-        by_step = ByteLM(config)
+        held_out = sample_windows(corpus.valid, CONTEXT, 64, seed, 1).to(settings.device)
+        exact, published = (
+            trained(c, corpus, seed, (settings.streamed_steps,), device=settings.device)[0]
+            for c in (config, replace(config, scan_form=PUBLISHED, scan_chunk=CHUNK)))
+        by_step = ByteLM(config).to(settings.device)
         by_step.load_state_dict(published.state_dict())
         for name, model in (("exact", exact), ("published", published), ("streamed", by_step)):
             bits, accuracy = _held_out(model, held_out)
