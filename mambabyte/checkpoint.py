@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mambabyte.config import ModelConfig
+from mambabyte.config.checks import from_plain
 from mambabyte.config.files import whole_dir, write_json
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM, distributed
@@ -64,20 +65,10 @@ def load_config(folder: Path) -> ModelConfig:
     """The model configuration of a checkpoint; UserError for a file that does not hold one."""
     path = folder / "config.json"
     values = _load_object(path)
-    unknown = sorted(values.keys() - {f.name for f in fields(ModelConfig)})
-    if unknown:
-        raise UserError(f"{path} has unknown fields {', '.join(unknown)}: the checkpoint is of "
-                        "another version of this package, or was edited")
     try:
-        for f in fields(ModelConfig):
-            # Sizes go to torch as they are: a 3.5 would end there, far from its cause.
-            if isinstance(f.default, int) and f.name in values and not isinstance(
-                    values[f.name], int):
-                raise TypeError(f"{f.name} is {values[f.name]!r}, expected a whole number")
-        return ModelConfig(**values)
-    except TypeError as error:
-        raise UserError(f"{path} is not a model configuration ({error}): use another "
-                        "checkpoint") from None
+        return from_plain(ModelConfig, values, str(path))
+    except UserError as error:
+        raise UserError(f"{error}; use another checkpoint") from None
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

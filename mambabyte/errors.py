@@ -17,5 +17,5 @@ class UserError(Exception):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a message about an unknown name, " (did you mean X?)"; "" where none is near."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""

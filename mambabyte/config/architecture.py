@@ -8,73 +8,103 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from mambabyte.config.checks import (
+    Checked,
+    Count,
+    NotNegative,
+    Positive,
+    above,
+    between,
+)
+from mambabyte.config.scan_forms import FormOrAuto
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """Shape of a byte-level language model, as it was written down: ModelConfig checks it.
+class Architecture(Checked):
+    """Shape of a byte-level language model, field by field; ModelConfig checks that they fit.
 
-    ``layer_pattern`` is cycled over ``n_layer``: "M" is a pure SSM, "MMMA" three SSM layers to
-    one attention layer. Letters: M Mamba, S Mamba-2, D Gated DeltaNet, K Kimi Delta Attention, A
-    attention, L local attention. Names follow the Mamba code: d_model, d_inner, d_state, d_conv,
-    expand, dt_rank.
+    Names follow the Mamba code: d_model, d_inner, d_state, d_conv, expand, dt_rank.
     """
 
-    vocab_size: int = 256
-    d_model: int = 192
-    n_layer: int = 4
+    vocab_size: Count = 256
+    """Symbols that the model reads and predicts; bytes are 256."""
+    d_model: Count = 192
+    """Width of the residual stream."""
+    n_layer: Annotated[int, between(1, 10_000)] = 4
+    """Number of layers."""
     layer_pattern: str = "M"
-    # "rms_plain" is an RMS norm without weights.
+    """Mixers, a letter a layer, cycled over n_layer: MMMA is three SSM layers to one of attention.
+    M Mamba, S Mamba-2, D Gated DeltaNet, K Kimi Delta Attention, A attention, L local attention."""
     norm: Literal["layer", "rms", "rms_plain"] = "layer"
-    # Added to the variance or mean square; None is torch's own: 1e-5, or the dtype's epsilon.
-    norm_eps: float | None = None
+    """Norm before every mixer and MLP; rms_plain is an RMS norm without weights."""
+    norm_eps: NotNegative | None = None
+    """Added to the variance or mean square; none is torch's own: 1e-5, or the dtype's epsilon."""
 
-    d_state: int = 16
-    d_conv: int = 4
-    expand: int = 2
-    # "auto" is ceil(d_model / 16); "full" projects the step size from all d_inner channels.
-    dt_rank: int | Literal["auto", "full"] = "auto"
-    # "mamba" draws softplus(bias) log-uniformly from [dt_min, dt_max]; "linear" is torch's default.
+    d_state: Count = 16
+    """States of a channel of Mamba."""
+    d_conv: Count = 4
+    """Taps of the causal convolution."""
+    expand: Count = 2
+    """d_inner, the channels inside a Mamba layer, as a multiple of d_model."""
+    dt_rank: Count | Literal["auto", "full"] = "auto"
+    """Rank of the step-size projection: auto is ceil(d_model / 16), full takes all of d_inner."""
     dt_init: Literal["mamba", "linear"] = "mamba"
-    dt_min: float = 1e-3
-    dt_max: float = 1e-1
+    """How step sizes start: mamba draws softplus(bias) log-uniformly from [dt_min, dt_max], linear
+    is torch's default."""
+    dt_min: Positive = 1e-3
+    """Smallest step size at the start."""
+    dt_max: Positive = 1e-1
+    """Largest step size at the start."""
 
-    # Mamba-2: channels and states of a head, and how many groups of heads share B and C.
-    ssd_head_dim: int = 64
-    ssd_d_state: int = 64
-    ssd_groups: int = 1
-    # Delta rule: key channels of a head, d_model / delta_head_dim heads, value channels a key's.
-    delta_head_dim: int = 64
-    delta_expand_v: int = 1
+    ssd_head_dim: Count = 64
+    """Channels of a head of Mamba-2."""
+    ssd_d_state: Count = 64
+    """States of a head of Mamba-2."""
+    ssd_groups: Count = 1
+    """Groups of heads of Mamba-2 that share B and C."""
+    delta_head_dim: Count = 64
+    """Key channels of a head of the delta rule, whose heads are d_model / delta_head_dim."""
+    delta_expand_v: Count = 1
+    """Value channels of the delta rule as a multiple of its key channels."""
 
-    n_head: int = 6
-    n_kv_head: int = 6
+    n_head: Count = 6
+    """Heads of attention."""
+    n_kv_head: Count = 6
+    """Heads of keys and values; fewer than n_head share them."""
     qk_norm: bool = False
-    rope_base: float = 10000.0
-    # Share of the rotary frequencies that turn; the rest, the slowest, are 0.
-    rope_fraction: float = 1.0
-    # How many bytes back attention looks, itself included, in training and in streaming: the cache
-    # never grows past it. A context above it is trained with local attention; for attention over
-    # all of a context, give at least the context.
-    attention_window: int = 1024
-    # The same of the layers of local attention, "L".
-    local_window: int = 128
+    """Normalise queries and keys."""
+    rope_base: Positive = 10000.0
+    """Base of the rotary frequencies."""
+    rope_fraction: Annotated[float, above(0, 1)] = 1.0
+    """Share of the rotary frequencies that turn; the rest, the slowest, are 0."""
+    attention_window: Count = 1024
+    """How many bytes back attention looks, itself included, in training and in streaming: the cache
+    never grows past it. A context above it is trained with local attention."""
+    local_window: Count = 128
+    """The same of the layers of local attention, L."""
 
-    # Hidden width of the MLP of every block as a multiple of d_model; 0 means no MLP.
-    mlp_ratio: float = 0.0
+    mlp_ratio: NotNegative = 0.0
+    """Hidden width of every block's MLP as a multiple of d_model; 0 is no MLP."""
     mlp_activation: Literal["relu2", "gelu", "silu"] = "relu2"
+    """Activation of the MLP; relu2 is a squared ReLU."""
 
-    embed_std: float = 0.02
-    # Whether the embedding is normalised before the first layer, and is the head as well.
+    embed_std: NotNegative = 0.02
+    """Standard deviation of the embedding at the start."""
     embed_norm: bool = False
+    """Normalise the embedding before the first layer."""
     tied_head: bool = True
+    """Use the embedding as the head as well."""
     zero_init_out: bool = False
-    logit_softcap: float = 0.0
+    """Start the output projections at zero."""
+    logit_softcap: NotNegative = 0.0
+    """Cap the logits smoothly at this value; 0 does not."""
 
-    # Which form of the scan computes the SSM layers; see mambabyte.ops.FORMS.
-    scan_form: str = "auto"
-    scan_chunk: int | None = None
+    scan_form: FormOrAuto = "auto"
+    """Form of the scan of the Mamba layers; auto is the fused one where its kernels run."""
+    scan_chunk: Count | None = None
+    """Steps of a chunk of the scan; none is the form's own."""
 
     @property
     def layers(self) -> str:

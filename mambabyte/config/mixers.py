@@ -8,9 +8,10 @@ follows. The modules are in mambabyte.model, one class a mixer that extends its 
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from mambabyte.config.architecture import Architecture
+from mambabyte.config.checks import Rule
 from mambabyte.errors import UserError
 
 Shape = tuple[int, ...]
@@ -76,6 +77,11 @@ def spec_of(letter: str) -> type[MixerSpec]:
 def letters_in_words() -> str:
     """Every letter and what it stands for, for a message."""
     return ", ".join(f"{letter} ({spec.about})" for letter, spec in SPECS.items())
+
+
+LayerPattern = Annotated[str, Rule(
+    lambda text: bool(text) and set(text) <= SPECS.keys(),
+    lambda: f"one letter a layer, at least one, each of {letters_in_words()}, e.g. MMMA")]
 
 
 def kind_of(pattern: str) -> str:

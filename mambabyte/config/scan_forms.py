@@ -7,6 +7,9 @@ train with.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from mambabyte.config.checks import one_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ FORMS: dict[str, Form] = {
     "associative": Form("pairs (decay, state) joined by doubling, no exponent", chunk=32),
 }
 
+ScanForm = Annotated[str, one_of(lambda: FORMS)]
+FormOrAuto = Annotated[str, one_of(lambda: ["auto", *FORMS])]
 # What "auto" means.
 AUTO_ABOUT = "fused where its kernels run, else the stable chunks"
 

@@ -196,11 +196,12 @@ def test_overfits_a_tiny_corpus():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"layer_pattern": "MXA"}, r"at least one of M \(selective SSM\), A \(causal att"),
-     ({"layer_pattern": ""}, "at least one of M"),
+    [({"layer_pattern": "MXA"}, r"at least one, each of M \(selective SSM\), A \(causal att"),
+     ({"layer_pattern": ""}, "at least one, each of M"),
      ({"n_head": 5, "layer_pattern": "A"}, "does not split into 5 heads"),
      ({"n_head": 6, "n_kv_head": 4, "layer_pattern": "A"}, "not a multiple"),
-     ({"d_model": 0}, "d_model is 0"), ({"scan_form": "quick"}, "scan_form 'quick' is unknown"),
+     ({"d_model": 0}, "d_model is 0"),
+     ({"scan_form": "quick"}, "scan_form is .quick.: expected one of auto"),
      ({"dt_min": 0.0}, "dt_min"), ({"dt_rank": 0}, "dt_rank is 0")],
 )
 def test_bad_configurations(change, message):

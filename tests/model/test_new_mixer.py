@@ -85,7 +85,7 @@ def letter() -> Iterator[None]:
     yield
     unregister("E")
     assert before == (MIXERS, SPECS)
-    with pytest.raises(UserError, match="write one letter a layer"):
+    with pytest.raises(UserError, match="one letter a layer"):
         replace(CONFIG, layer_pattern="ME")
 
 

@@ -280,7 +280,7 @@ def test_broken_checkpoints(corpus, tmp_path):
     with pytest.raises(UserError, match="another model"):
         load_model(run)
     (folder / "config.json").write_text(json.dumps(config | {"colour": 1}))
-    with pytest.raises(UserError, match="unknown fields colour"):
+    with pytest.raises(UserError, match="unknown field 'colour'"):
         load_model(run)
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
