@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ class Energy:
     gross_joules: float | None
     seconds: float
     idle_watts: float  # what was subtracted, in watts; 0 means gross
-    source: str  # "NVML ...", "RAPL ..." or "not measured (why)"
+    source: str  # "NVML ...", "RAPL ..." or "not measured (why)", "not measured from ... on (why)"
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -43,6 +45,7 @@ class NvmlCounter:
         self._handle = (pynvml.nvmlDeviceGetHandleByUUID(uuid) if uuid
                         else pynvml.nvmlDeviceGetHandleByIndex(index))
         self.source = f"NVML total energy counter, GPU {index}"
+        self.identity = uuid or f"GPU {index} of {socket.gethostname()}"
         self.joules()  # raises here, once, where the counter is missing
 
     def joules(self) -> float:
@@ -59,54 +62,121 @@ def _cuda_uuid(index: int) -> str | None:
     return None if uuid is None else f"GPU-{uuid}"
 
 
+class _Zone:
+    """One RAPL counter: microjoules since construction, unwrapped."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "energy_uj"
+        self.span = int((folder / "max_energy_range_uj").read_text()) + 1
+        self.now = int(self._file.read_text())
+        self.total = 0
+        self.mirror = True  # of the first die of its package, until they differ
+
+    def advance(self) -> None:
+        last, self.now = self.now, int(self._file.read_text())
+        self.total += (self.now - last) % self.span
+
+
 class RaplCounter:
-    """Energy of all CPU packages in microjoules, unwrapped (Linux powercap; mostly root only)."""
+    """Energy of all CPU packages in microjoules, unwrapped (Linux powercap; mostly root only).
+
+    A zone "psys" is the whole platform, packages included, and is left out. The dies of a package
+    have counters of their own on some processors, and all show the package's on others (AMD EPYC
+    before Linux 6.10): a die whose counter is always between two readings of the first die's is
+    the same counter, and is not added.
+    """
 
     source = "RAPL, all CPU packages"
 
-    def __init__(self, root: Path = RAPL_ROOT) -> None:
-        zones = sorted(p for p in root.glob("intel-rapl:*") if p.name.count(":") == 1)
-        if not zones:
+    def __init__(self, root: Path | None = None) -> None:
+        root = root or RAPL_ROOT
+        packages: dict[str, list[_Zone]] = {}
+        for folder in sorted(p for p in root.glob("intel-rapl:*") if p.name.count(":") == 1):
+            file = folder / "name"
+            name = file.read_text().strip() if file.exists() else folder.name
+            if name != "psys":
+                packages.setdefault(name.partition("-die-")[0], []).append(_Zone(folder))
+        if not packages:
             raise OSError(f"no RAPL zones under {root}")
-        self._files = [zone / "energy_uj" for zone in zones]
-        self._range = [int((zone / "max_energy_range_uj").read_text()) for zone in zones]
-        self._last = [int(f.read_text()) for f in self._files]
-        self._total_uj = 0
+        self._packages = list(packages.values())
+        self.identity = f"RAPL of {socket.gethostname()}"
 
     def joules(self) -> float:
         """Joules since construction; right as long as it is read once per wrap (minutes)."""
-        for i, file in enumerate(self._files):
-            now = int(file.read_text())
-            self._total_uj += (now - self._last[i]) % (self._range[i] + 1)
-            self._last[i] = now
-        return self._total_uj / 1e6
+        total = 0
+        for first, *others in self._packages:
+            first.advance()
+            low = first.now
+            for die in others:
+                die.advance()
+            if others:
+                first.advance()
+            total += first.total
+            for die in others:
+                die.mirror &= (die.now - low) % die.span <= (first.now - low) % first.span
+                total += 0 if die.mirror else die.total
+        return total / 1e6
 
 
 class EnergyMeter:
-    """Measures from construction on. ``device`` "cuda" or "cuda:1" reads NVML, "cpu" RAPL."""
+    """Measures from construction on. ``device`` "cuda" or "cuda:1" reads NVML, "cpu" RAPL.
+
+    A counter that fails later, or runs backwards, is not read again: from then on nothing is
+    measured, and ``source`` says since when.
+    """
 
     def __init__(self, device: str = "cpu", idle_watts: float = 0.0) -> None:
         self.idle_watts = idle_watts
+        self.identity = ""  # which counter this is, on all machines; "" for none
         self._counter: NvmlCounter | RaplCounter | None = None
+        self._start = self._last = 0.0
         try:
             if device.startswith("cuda"):
                 _, _, index = device.partition(":")
-                self._counter = NvmlCounter(int(index or 0))
+                counter: NvmlCounter | RaplCounter = NvmlCounter(int(index or 0))
             else:
-                self._counter = RaplCounter()
-            self.source = self._counter.source
-            self._start = self._counter.joules()
+                counter = RaplCounter()
+            self._start = self._last = counter.joules()
+            self._counter, self.source, self.identity = counter, counter.source, counter.identity
         except Exception as error:  # NVML has its own hierarchy; each means there is no counter
-            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.source = f"{NOT_MEASURED} ({first_line})"
+            self.source = f"{NOT_MEASURED} ({_first_line(error)})"
         self._began = time.perf_counter()
 
-    def read(self) -> Energy:
-        """Energy since construction. The caller synchronises the device first."""
+    def read(self, at: str = "") -> Energy:
+        """Energy since construction. The caller synchronises the device first.
+
+        ``at`` says where in the work this is, as in "step 20": what ``source`` names if the counter
+        fails here.
+        """
         seconds = time.perf_counter() - self._began
+        gross = self._gross(at)
+        net = None if gross is None else gross - self.idle_watts * seconds
+        return Energy(net, gross, seconds, self.idle_watts, self.source)
+
+    def _gross(self, at: str) -> float | None:
         if self._counter is None:
-            return Energy(None, None, seconds, self.idle_watts, self.source)
-        gross = self._counter.joules() - self._start
-        return Energy(
-            gross - self.idle_watts * seconds, gross, seconds, self.idle_watts, self.source
-        )
+            return None
+        try:
+            now = self._counter.joules()
+            if not now >= self._last:
+                raise OSError(f"the counter went from {self._last:g} J to {now:g} J")
+        except Exception as error:  # as at construction: the work goes on without a counter
+            self._counter = None
+            self.source = f"{NOT_MEASURED} from {at or 'here'} on ({_first_line(error)})"
+            return None
+        self._last = now
+        return now - self._start
+
+
+def total(meters: Iterable[tuple[str, float | None]]) -> float | None:
+    """Joules of several processes from the ``identity`` and the reading of each one's meter.
+
+    A counter that several have read counts once; None where any has none.
+    """
+    found = dict(meters)
+    known = [joules for joules in found.values() if joules is not None]
+    return sum(known) if known and len(known) == len(found) else None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

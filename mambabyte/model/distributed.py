@@ -73,6 +73,14 @@ class World:
         dist.broadcast_object_list(given, src=0)
         return given[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gives, first to last."""
+        if self.size == 1:
+            return [value]
+        given: list[Any] = [None] * self.size
+        dist.all_gather_object(given, value)
+        return given
+
     def wait(self) -> None:
         """Until all are here, as before reading what the first has written."""
         if self.size > 1:

@@ -234,7 +234,7 @@ def run_task(
             torch.cuda.synchronize()
     except NonFiniteError as error:  # a result too: it is what the document's scan comes to
         fitted, failure = None, str(error).split(". ")[0]
-    energy = meter.read()
+    energy = meter.read(at="the end of training")
     row: dict[str, Any] = {
         "about": system.about, "seed": seed, "device": device, "joules": energy.joules,
         "gross_joules": energy.gross_joules, "idle_watts": idle_watts,

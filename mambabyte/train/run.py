@@ -23,7 +23,7 @@ from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.config.files import make_dir, write_json
 from mambabyte.config.provenance import provenance
 from mambabyte.corpus import Corpus, sample_windows
-from mambabyte.energy import EnergyMeter
+from mambabyte.energy import NOT_MEASURED, EnergyMeter, total
 from mambabyte.errors import UserError
 from mambabyte.evaluate import bits_per_byte
 from mambabyte.model import ByteLM, Mixer, distributed, mixers
@@ -99,8 +99,9 @@ class _Training:
             config.step != "auto" or device.startswith("cuda")))  # for the device, at every step
         self.optimizer = make_optimizer(self.model, config, on_device=not self.waits)
         self.step: Step | None = None
-        self.done, self.saved_at = 0, -1
-        self.seconds_before = self.joules_before = 0.0
+        self.done, self.saved_at, self.resumed_at = 0, -1, 0
+        self.seconds_before = 0.0
+        self.joules_before: float | None = 0.0  # None: the run before was not measured
 
     def restore(self) -> None:
         """Go on from the newest checkpoint; UserError where recipe or text are others."""
@@ -112,9 +113,9 @@ class _Training:
             raise UserError(f"{self.run} was trained on another text than {self.corpus.name} is "
                             "now: resume with the corpus that it was started on, or choose another "
                             "run folder")
-        self.done = self.saved_at = saved["step"]
+        self.done = self.saved_at = self.resumed_at = saved["step"]
         self.seconds_before = saved["seconds"]
-        self.joules_before = saved.get("joules") or 0.0
+        self.joules_before = saved.get("joules")
 
     def open_folder(self) -> None:
         """Write what is known before the first step, and forget what will be done again."""
@@ -162,8 +163,18 @@ class _Training:
         return self.seconds_before + time.perf_counter() - self.began
 
     def joules(self) -> float | None:
-        energy = self.meter.read().joules
-        return None if energy is None else self.joules_before + energy
+        """Joules of all processes' devices, those before a resumption too; None, and the reason in
+        ``energy_source``, where any of it was not measured."""
+        mine = self.meter.read(at=f"step {self.done}")
+        found = self.world.gather((self.meter.identity, mine.joules, mine.source))
+        sources = list(dict.fromkeys(source for _, _, source in found))
+        lacking = [source for source in sources if source.startswith(NOT_MEASURED)]
+        self.energy_source = "; ".join(lacking or sources)
+        joules = total((identity, joules) for identity, joules, _ in found)
+        if self.joules_before is None:
+            self.energy_source = f"{NOT_MEASURED} before step {self.resumed_at}"
+        return None if joules is None or self.joules_before is None else (
+            self.joules_before + joules)
 
     def _strategy(self) -> Step:
         """How the steps from here to the end of their stage are made."""
@@ -254,7 +265,7 @@ class _Training:
             "bytes_seen": bytes_before(ended.steps, self.config),
             "n_parameters": sum(p.numel() for p in self.model.parameters()),
             "joules": self.joules(),
-            "energy_source": self.meter.source,
+            "energy_source": self.energy_source,
             "idle_watts": self.config.idle_watts,
             "peak_memory_bytes":
                 torch.cuda.max_memory_allocated(self.device) if on_cuda else None,

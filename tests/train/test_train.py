@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mambabyte import checkpoint
+from mambabyte import checkpoint, energy
 from mambabyte.checkpoint import load_model
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus
@@ -22,6 +22,7 @@ from mambabyte.model import ByteLM
 from mambabyte.ops.scan.dispatch import SCANS
 from mambabyte.ops.scan.recurrent import sequential_scan
 from mambabyte.train import EagerStep, NonFiniteError, train, train_step
+from mambabyte.train.metrics import read_metrics
 from mambabyte.train.optim import make_optimizer, roles
 from mambabyte.train.schedule import learning_rate
 from mambabyte.train.smoke import is_smoke, smoke_check, smoke_configs
@@ -80,6 +81,32 @@ def test_stopped_and_resumed_gives_the_same_weights_bit_for_bit(corpus, tmp_path
     lines = (parts / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == sorted(set(steps))
+
+
+def test_a_counter_that_dies_does_not_end_the_training(corpus, tmp_path, monkeypatch):
+    zone = tmp_path / "intel-rapl:0"
+    zone.mkdir()
+    counter = zone / "energy_uj"
+    counter.write_text("0")
+    (zone / "max_energy_range_uj").write_text("1000000000")
+    monkeypatch.setattr(energy, "RAPL_ROOT", tmp_path)
+
+    def burn(progress):
+        counter.write_text(str(progress.step * 1_000_000))
+        if progress.step == 4:
+            counter.unlink()
+
+    run = tmp_path / "run"
+    result = train(MODEL, RECIPE, corpus, run, report=burn)
+    assert result["steps"] == RECIPE.n_steps
+    assert result["joules"] is None
+    assert result["energy_source"].startswith("not measured from step 6 on (")
+    found = [p.joules for p in read_metrics(run / "metrics.jsonl")]
+    assert found == [0.0, 2.0, None, None]
+    # Not even where the counter is back: what it missed belongs to the run.
+    counter.write_text("0")
+    result = train(MODEL, RECIPE, corpus, run, resume=True)
+    assert (result["joules"], result["energy_source"]) == (None, "not measured before step 8")
 
 
 def test_resume_after_a_kill_repeats_from_the_last_checkpoint(corpus, tmp_path):

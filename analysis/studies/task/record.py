@@ -49,8 +49,9 @@ def summary_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
         if not runs:
             continue
 
-        def mean(key: str, runs: list[dict[str, Any]] = runs) -> float:
-            return sum(r[key] for r in runs) / len(runs)
+        def mean(key: str, runs: list[dict[str, Any]] = runs) -> float | None:
+            known = [r[key] for r in runs]  # of a seed without a counter there is no mean
+            return None if None in known else sum(known) / len(known)
 
         accuracy = [r["valid_accuracy"] for r in runs]
         lines.append({
