@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this", and a hint at what was meant."""
+"""The exceptions that mean "the user can fix this", and a hint at what was meant."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ class UserError(Exception):
     defect and keeps its traceback. Not a ValueError, which the option parser would catch and
     rephrase.
     """
+
+
+class NonFiniteError(UserError):
+    """A loss, a gradient or a probability became inf or nan; the message says where.
+
+    ``step`` counts from 0; -1 where it was not a training step. The first sentence of the message
+    says what happened.
+    """
+
+    def __init__(self, message: str, step: int = -1) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

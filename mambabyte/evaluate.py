@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mambabyte.corpus.utf8 import START_BYTE, first_characters
-from mambabyte.errors import UserError
+from mambabyte.corpus.files import present
+from mambabyte.corpus.utf8 import START_BYTE, as_bytes, first_characters
+from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.stream import ByteModel, ByteStream, CharModel
 from mambabyte.stream.greedy import Windows, greedy_codes
 
@@ -22,12 +23,17 @@ _BLOCK = 1 << 16  # bytes whose log-probabilities are kept at once
 
 @dataclass(frozen=True)
 class Score:
-    """Result of scoring a text. ``hits`` has one entry a character: predicted right or not."""
+    """Result of scoring a text: every byte of it once, whatever its encoding.
+
+    ``hits`` has one entry a character: predicted right or not. A byte that belongs to no UTF-8
+    character counts as a character that was not predicted.
+    """
 
     bits_per_byte: float
     char_accuracy: float
     characters: int
     bytes: int
+    bytes_not_utf8: int
     hits: np.ndarray
 
     def as_dict(self) -> dict[str, object]:
@@ -64,12 +70,35 @@ def bits_per_byte(
     report: Callable[[float], None] = lambda done: None,
 ) -> float:
     """Mean -log2 p over the bytes of ``data``, each given all before it."""
-    data = bytes(data)
+    data = bytes(present(data))
     if not data:
         raise UserError("there is nothing to score: the text is empty")
     log_probs = byte_log_probs(model, data, window, report)
     picked = log_probs[torch.arange(len(data)), torch.tensor(list(data))]
-    return float(-picked.double().mean() / math.log(2))
+    return _bits(float(-picked.double().sum()), len(data))
+
+
+def _bits(nats: float, size: int) -> float:
+    """Bits per byte; NonFiniteError where the nats are no number."""
+    if not math.isfinite(nats):
+        raise NonFiniteError(
+            f"the score of the text is {nats}: the model gave a byte of it "
+            + ("probability 0" if nats > 0 else "no probability: its weights or its state have "
+               "gone nan; use an earlier checkpoint, or train with a lower lr"))
+    return nats / size / math.log(2)
+
+
+def _score(nats: float, hits: np.ndarray, text: str, size: int) -> Score:
+    stray = sum("\udc80" <= char <= "\udcff" for char in text)
+    return Score(_bits(nats, size), float(hits.mean()), len(text), size, stray, hits)
+
+
+def _begins(text: str) -> np.ndarray:
+    """Where each character of ``as_characters`` begins in the bytes."""
+    code = np.array([ord(char) for char in text])
+    lengths = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)
+    lengths[(code >= 0xDC80) & (code <= 0xDCFF)] = 1  # a byte by itself
+    return np.cumsum(lengths) - lengths
 
 
 @torch.inference_mode()
@@ -83,8 +112,8 @@ def score(
     where a longer character is in question. Smaller windows mean more calls of the model, larger
     ones more bytes that such places run again; the default suits the device.
     """
-    text = first_characters(bytes(data), characters)
-    raw = np.frombuffer(text.encode("utf-8"), np.uint8)
+    text = first_characters(bytes(present(data)), characters)
+    raw = np.frombuffer(as_bytes(text), np.uint8)
     if not len(raw):
         raise UserError("there is nothing to score: the text is empty")
     was_training, device = model.training, model.device
@@ -92,8 +121,8 @@ def score(
     window = window or _WINDOWS.get(device.type, _WINDOWS["cpu"])
     inputs = np.concatenate([np.array([START_BYTE], np.uint8), raw[:-1]])
     tokens, target = (torch.from_numpy(x).to(device).long() for x in (inputs, raw.copy()))
-    begins = np.flatnonzero((raw & 0xC0) != 0x80)  # first byte of every character
-    wanted = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.int64)
+    begins = _begins(text)
+    wanted = np.array([ord(char) for char in text])
 
     state: Any = None
     nats, codes = torch.zeros((), dtype=torch.float64, device=device), []
@@ -116,8 +145,7 @@ def score(
         codes.append(greedy_codes(windows, at, log_probs[at - low]))
     model.train(was_training)
     hits = torch.cat(codes).cpu().numpy() == wanted
-    return Score(float(nats) / len(raw) / math.log(2), float(hits.mean()), len(text), len(raw),
-                 hits)
+    return _score(float(nats), hits, text, len(raw))
 
 
 def score_streaming(
@@ -130,13 +158,14 @@ def score_streaming(
     bytes a launch, each step after the other, predictions are read off the probabilities before
     each byte, and ``model`` is asked where a longer character is in question.
     """
-    text = first_characters(bytes(data), characters)
+    text = first_characters(bytes(present(data)), characters)
     if not text:
         raise UserError("there is nothing to score: the text is empty")
     model.reset()
-    log_probs = ByteStream(model.model).read(text.encode("utf-8"))
+    raw = as_bytes(text)
+    log_probs = ByteStream(model.model).read(raw)
     if log_probs is not None:
-        return _score_read(model, text, log_probs)
+        return _score_read(model, text, raw, log_probs)
     hits, nats = np.zeros(len(text), dtype=bool), 0.0
     for i, char in enumerate(text):
         hits[i] = model.greedy() == char
@@ -144,15 +173,13 @@ def score_streaming(
         model.observe(char)
         if i % 200 == 0:
             report(i / len(text))
-    size = len(text.encode("utf-8"))
-    return Score(nats / size / math.log(2), float(hits.mean()), len(text), size, hits)
+    return _score(nats, hits, text, len(raw))
 
 
-def _score_read(model: CharModel, text: str, log_probs: torch.Tensor) -> Score:
+def _score_read(model: CharModel, text: str, raw: bytes, log_probs: torch.Tensor) -> Score:
     """The streaming score from log-probabilities (bytes, V), each given all bytes before."""
-    raw = text.encode("utf-8")
     nats = -log_probs[torch.arange(len(raw)), torch.tensor(list(raw))].double().sum()
-    begins = np.cumsum([0] + [len(c.encode("utf-8")) for c in text])[:-1]
+    begins = _begins(text)
     before = log_probs[torch.from_numpy(begins)]  # (characters, V)
     ascii_best, code = before[:, :0x80].max(-1)
     hits = (torch.tensor([ord(c) for c in text]) == code).numpy()
@@ -163,5 +190,4 @@ def _score_read(model: CharModel, text: str, log_probs: torch.Tensor) -> Score:
         done = begins[i]
         model.seek(stream)
         hits[i] = model.greedy() == text[i]
-    return Score(float(nats) / len(raw) / math.log(2), float(hits.mean()), len(text), len(raw),
-                 hits)
+    return _score(float(nats), hits, text, len(raw))

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from mambabyte.corpus.utf8 import as_bytes
 from mambabyte.errors import UserError
 from mambabyte.stream import CharModel
 from mambabyte.task import build, get_system
@@ -71,7 +72,7 @@ def submit(name: str, train_text: str, base: type) -> Any:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    fitted = build(get_system(name), train_text.encode("utf-8"), device)
+    fitted = build(get_system(name), as_bytes(train_text), device)
     return adapt(CharModel(fitted.model), base)
 
 

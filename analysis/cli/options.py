@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
 from analysis.cli.console import write
+from mambabyte.config.files import to_json
 
 T = TypeVar("T")
 
@@ -29,7 +28,7 @@ def parse(options: type[T], argv: list[str], command: str, about: str | None,
 
 def print_result(record: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """The result on stdout: the record as JSON, or lines for people."""
-    write(json.dumps(record, default=_plain) if as_json else "\n".join(lines), sys.stdout)
+    write(to_json(record) if as_json else "\n".join(lines), sys.stdout)
 
 
 def pick_device(device: str) -> str:
@@ -45,11 +44,3 @@ def pick_device(device: str) -> str:
     if device != "cpu" and not device.startswith("cuda"):
         raise UserError(f"device {device!r} is unknown: use auto, cpu, cuda or cuda:1")
     return device
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "item"):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} has no JSON form")

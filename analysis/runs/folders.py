@@ -24,7 +24,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.runs.frames import flat, read_frame, write_frame
-from mambabyte.config.files import make_dir, whole_dir, whole_file
+from mambabyte.config.files import make_dir, to_json, whole_dir, whole_file
 from mambabyte.errors import UserError
 
 Plain = float | int | str | bool | None
@@ -142,9 +142,9 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 def _lines(value: Any, levels: int) -> str:
     """JSON with a line an entry for so many levels, and what is deeper in its line."""
     if not levels or not isinstance(value, dict) or not value:
-        return json.dumps(value, allow_nan=False)
+        return to_json(value)
     indent = "  " * (3 - levels)
-    inside = ",\n".join(f"{indent}{json.dumps(str(k))}: {_lines(v, levels - 1)}"
+    inside = ",\n".join(f"{indent}{to_json(str(k))}: {_lines(v, levels - 1)}"
                         for k, v in value.items())
     return f"{{\n{inside}\n{indent[2:]}}}"
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+from mambabyte.config.files import to_json
 from mambabyte.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +44,7 @@ def with_results(own: str, study: str, runs: Path, records: Path) -> str:
             record = json.loads(path.read_text(encoding="utf-8"))
             if record["status"] == "done" and record["study"] != study:
                 part = [path.parent.name, record.get("sources"), record.get("values")]
-                total.update(json.dumps(part, sort_keys=True).encode())
+                total.update(to_json(part, sort_keys=True).encode())
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not a run; the report says so
     for path in sorted(p for p in records.rglob("*") if p.is_file()):

@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
-import json
 import shlex
 import types
 import typing
@@ -32,6 +31,7 @@ from typing import Any
 from analysis.runs import staleness as sources
 from analysis.runs.folders import ROOT, RUNS
 from analysis.runs.records import RECORDS
+from mambabyte.config.files import to_json
 from mambabyte.errors import UserError, nearest
 
 DEFAULT_PROFILE = "quick"
@@ -165,7 +165,7 @@ def make_parameters(study: Study, plain: Mapping[str, Any]) -> Any:
 
 def run_id(study: Study, parameters: Mapping[str, Any], sources_digest: str = "") -> str:
     """STUDY-hash: the same for the same parameters, sources and notebook, and only then."""
-    canonical = json.dumps(dict(parameters), sort_keys=True)
+    canonical = to_json(dict(parameters), sort_keys=True)
     key = "\0".join([study.name, canonical, sources_digest or study.sources_digest()])
     return f"{study.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from analysis.runs.folders import RECORD, update_record, write_record
-from mambabyte.config.files import make_dir
+from mambabyte.config.files import make_dir, to_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT_PATH = 90  # a UNIX socket's path has room for 107 bytes
@@ -48,7 +48,7 @@ class Task:
         return Path(self.temporary) / "log.txt"
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return to_json(asdict(self))
 
 
 def execute(task: Task) -> None:
@@ -157,7 +157,7 @@ def _clean(temporary: Path, task: Task) -> None:
         for cell in content["cells"]:
             for key in ("papermill", "execution"):
                 cell["metadata"].pop(key, None)
-        notebook.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n",
+        notebook.write_text(to_json(content, indent=1, ensure_ascii=False) + "\n",
                             encoding="utf-8")
     for name in ("log.txt", "stderr.txt"):
         path = temporary / name

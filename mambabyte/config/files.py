@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -86,9 +87,29 @@ def whole_dir(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def to_json(value: Any, **options: Any) -> str:
+    """``json.dumps`` of plain values, paths and the scalars of numpy and torch, in strict JSON.
+
+    JSON has no word for a number that is not finite: "nan", "inf" and "-inf" stand for them.
+    """
+    return json.dumps(_strict(value), allow_nan=False, **options)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(inner) for inner in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):
+        value = value.item()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any, indent: int = 2) -> None:
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=indent, sort_keys=True) + "\n")
+        temporary.write_text(to_json(value, indent=indent, sort_keys=True) + "\n")
 
 
 def check_file(path: Path) -> None:

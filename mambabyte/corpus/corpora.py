@@ -1,8 +1,10 @@
 """Byte corpora: train, valid and test splits as memory-mapped files.
 
 A corpus is named by ``stdlib`` (offline default), ``wikitext103``, a folder that holds
-``wiki.{train,valid,test}.raw``, or any text file (cut 90 / 5 / 5, in order). Held-out bytes
-are never sampled for training: splits are disjoint files or disjoint ranges of one.
+``wiki.{train,valid,test}.raw``, or any text file or folder of text files, packed by gzip or not
+(one text, cut 90 / 5 / 5 in order). Held-out bytes are never sampled for training: splits are
+disjoint files or disjoint ranges of one. What is kept in the cache is checked by its digest when
+opened.
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambabyte.config.files import cache_dir, whole_dir, whole_file
+from mambabyte.config.files import cache_dir, whole_dir, whole_file, write_json
+from mambabyte.corpus.files import mapped, open_text, open_texts, present, unchanged
+from mambabyte.corpus.utf8 import next_begin
 from mambabyte.errors import UserError
 
 SPLITS = ("train", "valid", "test")
+SUMS = "sha256.json"  # digests of the files beside it, of what this package has written
 WIKITEXT_REGISTRY = Path(__file__).parent / "wikitext103.json"
 
 
@@ -43,23 +48,27 @@ class Corpus:
 
     def digest(self) -> dict[str, str]:
         """SHA-256 of each split, recorded with every run."""
-        return {name: hashlib.sha256(self.split(name).data).hexdigest() for name in SPLITS}
+        return {name: hashlib.sha256(present(self.split(name)).data).hexdigest() for name in SPLITS}
 
 
 def load_corpus(name: str = "stdlib", report: Callable[[str], None] = lambda line: None) -> Corpus:
     """Open a corpus by name, folder or file. ``report`` is told of anything that takes time.
 
+    A file that is no UTF-8 text is read as the bytes that it has, and a warning says what it is.
     Raises UserError when there is nothing there, when it is empty or when it is not a file.
     """
     if name == "stdlib":
-        return _open_folder(_build_stdlib(report), "stdlib", "documentation of Python's library")
+        return _open_own(_build_stdlib(report), "stdlib", "documentation of Python's library")
     if name == "wikitext103":
-        return _open_folder(_fetch_wikitext(report), "wikitext103", "WikiText-103 raw")
+        return _open_own(_fetch_wikitext(report), "wikitext103", "WikiText-103 raw")
     path = Path(name).expanduser()
     if path.is_dir():
-        return _open_folder(path, path.name, "wiki.{train,valid,test}.raw in a folder")
+        if any((path / f"wiki.{split}.raw").exists() for split in SPLITS):
+            return _open_folder(path, path.name, "wiki.{train,valid,test}.raw in a folder")
+        return _cut(open_texts(path), path.name, "the text files of a folder")
     if path.is_file():
-        return _open_file(path)
+        data, what = open_text(path)
+        return _cut(data, path.name, f"one file, {what}" if what else "one text file")
     raise UserError(
         f"corpus {name!r} is neither stdlib, wikitext103, a folder nor a file: check the path"
     )
@@ -71,7 +80,7 @@ def sample_windows(data: np.ndarray, context: int, batch: int, seed: int, step: 
     A pure function of (seed, step): a resumed run sees what the unbroken run would have seen.
     Reads only the bytes it returns. Raises UserError when a window does not fit.
     """
-    starts = sample_starts(len(data), context, batch, seed, step)
+    starts = sample_starts(len(present(data)), context, batch, seed, step)
     return torch.from_numpy(np.stack([data[s : s + context + 1] for s in starts])).long()
 
 
@@ -85,38 +94,25 @@ def sample_starts(length: int, context: int, batch: int, seed: int, step: int) -
     return np.random.default_rng([seed, step]).integers(0, length - context, size=batch)
 
 
-def _map(path: Path) -> np.ndarray:
-    if not path.is_file():
-        raise UserError(f"{path} is not a file: expected a UTF-8 text file")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty: expected text to train on")
-    try:
-        return np.memmap(path, dtype=np.uint8, mode="r")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+def _open_own(folder: Path, name: str, about: str) -> Corpus:
+    return Corpus(name, about, **{split: mapped(folder / f"wiki.{split}.raw") for split in SPLITS})
 
 
 def _open_folder(folder: Path, name: str, about: str) -> Corpus:
     paths = {split: folder / f"wiki.{split}.raw" for split in SPLITS}
     missing = [p.name for p in paths.values() if not p.exists()]
     if missing:
-        raise UserError(f"{folder} lacks {', '.join(missing)}: a corpus folder holds "
-                        "wiki.train.raw, wiki.valid.raw and wiki.test.raw")
-    return Corpus(name, about, **{split: _map(path) for split, path in paths.items()})
+        raise UserError(f"{folder} lacks {', '.join(missing)}: a folder that holds one of "
+                        "wiki.train.raw, wiki.valid.raw and wiki.test.raw holds all three")
+    opened = {split: open_text(path) for split, path in paths.items()}
+    odd = (f"{split} is {what}" for split, (_, what) in opened.items() if what)
+    return Corpus(name, "; ".join([about, *odd]), **{s: data for s, (data, _) in opened.items()})
 
 
-def _open_file(path: Path) -> Corpus:
-    data = _map(path)
-    valid, test = int(len(data) * 0.90), int(len(data) * 0.95)
-
-    def boundary(i: int) -> int:  # never inside a character: skip continuation bytes
-        while i < len(data) and 0x80 <= data[i] < 0xC0:
-            i += 1
-        return i
-
-    valid, test = boundary(valid), boundary(test)
-    return Corpus(path.name, "one text file, cut 90/5/5",
-                  data[:valid], data[valid:test], data[test:])
+def _cut(data: np.ndarray, name: str, about: str) -> Corpus:
+    """A corpus from one text: 90 % to train on, 5 % to choose by, 5 % to test, in order."""
+    valid, test = (next_begin(data, int(len(data) * share)) for share in (0.90, 0.95))
+    return Corpus(name, f"{about}, cut 90/5/5", data[:valid], data[valid:test], data[test:])
 
 
 def _stdlib_documents() -> list[tuple[str, str]]:
@@ -158,7 +154,7 @@ def _build_stdlib(report: Callable[[str], None]) -> Path:
 
     version = platform.python_version()
     folder = cache_dir() / "corpora" / f"stdlib-{version}"
-    if (folder / "wiki.test.raw").exists():
+    if _as_written(folder):
         return folder
     report(f"assembling the offline corpus from the documentation of Python {version}")
     documents = _stdlib_documents()
@@ -180,22 +176,36 @@ def _build_stdlib(report: Callable[[str], None]) -> Path:
     if not all(splits.values()):
         raise UserError("this Python has no standard library sources to read: name a text file "
                         "with --corpus instead")
+    sums: dict[str, str] = {}
     with whole_dir(folder) as temporary:
         for split, parts in splits.items():
-            (temporary / f"wiki.{split}.raw").write_bytes("".join(parts).encode("utf-8"))
+            data = "".join(parts).encode("utf-8")
+            (temporary / f"wiki.{split}.raw").write_bytes(data)
+            sums[f"wiki.{split}.raw"] = hashlib.sha256(data).hexdigest()
+        write_json(temporary / SUMS, sums)
     return folder
+
+
+def _as_written(folder: Path) -> bool:
+    """Whether a folder of the cache is still what its list of digests says."""
+    try:
+        sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+        return isinstance(sums, dict) and unchanged(folder, sums)
+    except (OSError, ValueError):
+        return False
 
 
 def _fetch_wikitext(report: Callable[[str], None]) -> Path:
     """Download the parquet export, check it, and write wiki.{train,valid,test}.raw."""
     folder = cache_dir() / "corpora" / "wikitext103"
-    if all((folder / f"wiki.{split}.raw").exists() for split in SPLITS):
+    registry = json.loads(WIKITEXT_REGISTRY.read_text())
+    sums = registry["raw_sha256"]
+    if unchanged(folder, {f"wiki.{split}.raw": sums[split] for split in SPLITS}):
         return folder
     if importlib.util.find_spec("pooch") is None or importlib.util.find_spec("pyarrow") is None:
         raise UserError("wikitext103 needs pooch and pyarrow: pip install pooch pyarrow")
     import pooch
 
-    registry = json.loads(WIKITEXT_REGISTRY.read_text())
     parts: dict[str, list[Path]] = {}
     for split in SPLITS:
         parts[split] = []
@@ -213,7 +223,7 @@ def _fetch_wikitext(report: Callable[[str], None]) -> Path:
             parts[split].append(Path(got))
     for split in SPLITS:
         report(f"writing wiki.{split}.raw")
-        write_raw(parts[split], folder / f"wiki.{split}.raw", registry["raw_sha256"][split])
+        write_raw(parts[split], folder / f"wiki.{split}.raw", sums[split])
     shutil.rmtree(folder / "parquet", ignore_errors=True)
     return folder
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
+
+import numpy as np
+
+from mambabyte.errors import UserError
 
 # What is fed before the first byte, so that there is a distribution over it. Documents of the
 # corpora begin after a line end; byte 0 never occurs in them.
@@ -47,8 +52,31 @@ class Utf8Stream:
         return self._decoder.decode(b"", final=True)
 
 
+def as_characters(data: bytes) -> str:
+    """Any bytes as characters, none left out: a byte that is part of no UTF-8 character is one by
+    itself, a lone surrogate (Python's "surrogateescape"), which no model predicts."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+def as_bytes(text: str) -> bytes:
+    """The inverse of ``as_characters``; UserError for a lone surrogate that stands for no byte."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{text[error.start]!a} at {error.start} is half a character, a lone "
+                        "surrogate: give whole characters, or bytes") from None
+
+
+def next_begin(data: Sequence[int] | np.ndarray, at: int) -> int:
+    """The first place from ``at`` on where a UTF-8 character can begin; ``at`` itself where the
+    data is no UTF-8: a character has at most three bytes after its first."""
+    for place in range(at, min(at + 4, len(data))):
+        if data[place] & 0xC0 != 0x80:
+            return place
+    return at
+
+
 def first_characters(data: bytes, count: int) -> str:
-    """The first ``count`` characters of UTF-8 ``data``, which may be cut inside its last one."""
+    """The first ``count`` characters of ``data``, as ``as_characters`` has them."""
     # A character has at most four bytes, so this prefix holds them all.
-    text = data[: 4 * count + 3].decode("utf-8", errors="ignore")
-    return text[:count]
+    return as_characters(data[: 4 * count + 3])[:count]

@@ -10,8 +10,14 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from mambabyte.corpus.utf8 import START_BYTE, Utf8Stream, continuation_range, utf8_length
-from mambabyte.errors import UserError
+from mambabyte.corpus.utf8 import (
+    START_BYTE,
+    Utf8Stream,
+    as_bytes,
+    continuation_range,
+    utf8_length,
+)
+from mambabyte.errors import NonFiniteError
 from mambabyte.stream import cpu as native_model
 from mambabyte.stream import cuda as cuda_model
 
@@ -71,7 +77,8 @@ class ByteStream:
     def feed(self, data: bytes) -> None:
         """Advance by ``data`` in one call; nothing happens when it is empty."""
         if data:
-            self.log_probs, self._state = self._advance(data, self._state)
+            log_probs, self._state = self._advance(data, self._state)
+            self.log_probs = numbers(log_probs)
 
     def read(self, data: bytes) -> Tensor | None:
         """Advance by ``data`` byte after byte; log p (L, V) before each of its bytes.
@@ -81,6 +88,7 @@ class ByteStream:
         if not isinstance(self._advance, cuda_model.CudaModel) or not data:
             return None
         each, self._state = self._advance.each(data, self._state)
+        numbers(each)
         before = torch.cat([self.log_probs[None], each[:-1]])
         self.log_probs = each[-1]
         return before
@@ -94,7 +102,7 @@ class ByteStream:
             pieces = self._advance.draw(
                 self.log_probs, self._state, max_bytes, temperature, top_k, top_p, seed)
             for data, log_probs, state in pieces:
-                self.log_probs, self._state = log_probs, state
+                self.log_probs, self._state = numbers(log_probs), state
                 yield data
             return
         generator = torch.Generator().manual_seed(seed)
@@ -112,6 +120,13 @@ class ByteStream:
     def state_bytes(self) -> int:
         """Bytes held by the state now."""
         return sum(t.numel() * t.element_size() for t in tensors_of(self._state))
+
+
+def numbers(log_probs: Tensor) -> Tensor:
+    """``log_probs`` as they are; NonFiniteError where one is nan. -inf is a probability of 0."""
+    if math.isnan(float(log_probs.sum())):  # a sum is nan if any is: one pass, no copy
+        raise NonFiniteError("the model's probabilities are not numbers: its weights have gone nan")
+    return log_probs
 
 
 def tensors_of(state: Any) -> Iterator[Tensor]:
@@ -174,7 +189,7 @@ class CharModel:
 
     def observe(self, char: str) -> None:
         """Advance by the character that came."""
-        data = char.encode("utf-8")
+        data = as_bytes(char)
         for known in range(len(data) - 1, 0, -1):  # reuse what was run ahead
             if data[:known] in self._ahead:
                 self._stream = self._ahead[data[:known]]
@@ -185,7 +200,7 @@ class CharModel:
 
     def log_prob(self, char: str) -> float:
         """Natural log of the probability of ``char`` coming next, over its UTF-8 sequence."""
-        data = char.encode("utf-8")
+        data = as_bytes(char)
         return sum(
             float(self._run_ahead(data[:i]).log_probs[byte]) for i, byte in enumerate(data)
         )
@@ -216,7 +231,7 @@ def generate(
     The same seed gives the same text on the same kind of device.
     """
     stream = ByteStream(model.eval())
-    stream.feed(prompt.encode("utf-8") if isinstance(prompt, str) else prompt)
+    stream.feed(as_bytes(prompt) if isinstance(prompt, str) else prompt)
     decoder = Utf8Stream()
     for data in stream.draw(max_bytes, temperature, top_k, top_p, seed):
         text = decoder.feed(data)
@@ -234,7 +249,7 @@ def sample_byte(
 
     Symbols beyond the 256 bytes, where a model has them, are never drawn.
     """
-    log_probs = log_probs[:256]
+    log_probs = numbers(log_probs[:256])
     if temperature == 0:
         return int(log_probs.argmax())
     ordered, order = torch.softmax(log_probs / temperature, -1).sort(descending=True, stable=True)
@@ -244,6 +259,4 @@ def sample_byte(
         kept = max(1, min(kept, int((total - ordered < top_p).sum())))
     # The inverse of the distribution function: a third of multinomial's time.
     drawn = float(torch.rand(1, generator=generator)) * float(total[kept - 1])
-    if math.isnan(drawn):
-        raise UserError("the model's probabilities are not numbers: its weights have gone nan")
     return int(order[min(int(torch.searchsorted(total[:kept], drawn, right=True)), kept - 1)])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mambabyte.corpus.utf8 import START_BYTE
-from mambabyte.errors import UserError
+from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.stream import ByteModel
 from mambabyte.task.ngram import NgramModel
 
@@ -78,4 +78,7 @@ def best_weight(neural: Tensor, counted: Tensor) -> float:
     """
     grid = [i / 100 for i in range(101)]
     losses = [-float(mix(neural.double(), counted.double(), w).mean()) for w in grid]
+    if np.isnan(losses).any():
+        raise NonFiniteError("the probabilities of held-out text are not numbers: the weights have "
+                             "gone nan")
     return grid[int(np.argmin(losses))]

@@ -29,8 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mambabyte.config.files import whole_file
+from mambabyte.corpus.files import present
 from mambabyte.corpus.utf8 import START_BYTE
-from mambabyte.errors import UserError
+from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.task import ngram_native
 
 V = 256
@@ -163,6 +164,9 @@ class NgramModel:
             right += (p.argmax(2) == wanted).sum(1)
             done += len(wanted)
             report(done / len(target))
+        if not bits.isfinite().all():
+            raise NonFiniteError("the probabilities of the text are not finite: the tables or the "
+                                 f"discount, {self.discount}, are damaged")
         return [{"order": i + 1, "bits_per_byte": float(bits[i]) / len(target),
                  "byte_accuracy": float(right[i]) / len(target)} for i in range(self.order)]
 
@@ -215,7 +219,7 @@ def count(
     if not len(data):
         raise UserError("there is nothing to count: the text is empty")
     if not isinstance(data, Tensor):
-        data = torch.from_numpy(np.frombuffer(bytes(data), np.uint8).copy())
+        data = torch.from_numpy(np.frombuffer(bytes(present(data)), np.uint8).copy())
     pad = torch.full((order - 1,), START_BYTE, dtype=torch.uint8)
     text = torch.cat([pad.to(device), data.to(device)])
 

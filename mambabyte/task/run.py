@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.corpus.files import present
+from mambabyte.corpus.utf8 import next_begin
 from mambabyte.energy import EnergyMeter
-from mambabyte.errors import UserError
+from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.evaluate import TASK_CHARACTERS, byte_log_probs, score
 from mambabyte.model import ByteLM, head_loss, without_state
 from mambabyte.stream import ByteModel
@@ -28,7 +30,7 @@ from mambabyte.task.guide import Guide, GuidedLM, GuidedWindows
 from mambabyte.task.mixture import Mixture, NgramLM, best_weight
 from mambabyte.task.ngram import count
 from mambabyte.task.systems import Ngram, System
-from mambabyte.train import NonFiniteError, Step, optimise
+from mambabyte.train import Step, optimise
 from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
 from mambabyte.train.optim import make_optimizer
 from mambabyte.train.schedule import schedule
@@ -68,7 +70,7 @@ def build(
     clock. A tiny corpus, or SMOKE_TEST_ONLY=1, selects the smoke configuration. ``report`` gets a
     line now and then while it trains."""
     began = time.perf_counter()
-    data = np.frombuffer(bytes(data), np.uint8) if not isinstance(data, np.ndarray) else data
+    data = present(data) if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
     if len(data) < 64:
         raise UserError(f"{len(data)} training bytes: expected at least 64")
     config, recipe, ngram = system.model, replace(system.train, seed=seed), system.ngram
@@ -250,30 +252,25 @@ def run_task(
     row |= {"steps": fitted.steps, "bytes_seen": fitted.bytes_seen,
             "n_parameters": fitted.n_parameters, "ngram_bytes": fitted.ngram_bytes, **fitted.notes}
     began = time.perf_counter()
-    held = np.asarray(train_data[len(train_data) - min(HELD_OUT_BYTES, len(train_data) // 10) :])
+    texts: dict[str, bytes | np.ndarray] = {}
     if system.ngram is None or system.ngram.guide_share:  # a mixture has counted it
-        result = score(fitted.model, _whole(held), characters)
-        row |= {"held_out_accuracy": result.char_accuracy,
-                "held_out_bits_per_byte": result.bits_per_byte}
-    for name, data in splits.items():
-        report(f"scoring {name}")
-        result = score(fitted.model, data, characters)
-        row |= {f"{name}_accuracy": result.char_accuracy,
-                f"{name}_bits_per_byte": result.bits_per_byte,
-                f"{name}_characters": result.characters}
-        report(f"{name}: {result.char_accuracy:.4f}, {result.bits_per_byte:.4f} bits/byte")
+        held = len(train_data) - min(HELD_OUT_BYTES, len(train_data) // 10)
+        texts["held_out"] = train_data[next_begin(train_data, held) :]
+    try:
+        for name, data in (texts | splits).items():
+            report(f"scoring {name}")
+            result = score(fitted.model, data, characters)
+            row |= {f"{name}_accuracy": result.char_accuracy,
+                    f"{name}_bits_per_byte": result.bits_per_byte,
+                    f"{name}_characters": result.characters, f"{name}_bytes": result.bytes,
+                    f"{name}_bytes_not_utf8": result.bytes_not_utf8}
+            report(f"{name}: {result.char_accuracy:.4f}, {result.bits_per_byte:.4f} bits/byte")
+    except NonFiniteError as error:
+        row["failure"] = str(error)
     row["scoring_seconds"] = time.perf_counter() - began
     del fitted
     gc.collect()
     if on_cuda:
         torch.cuda.empty_cache()
     return row
-
-
-def _whole(data: np.ndarray) -> bytes:
-    """``data`` from its first whole character on."""
-    skip = 0
-    while skip < len(data) and 0x80 <= data[skip] < 0xC0:
-        skip += 1
-    return bytes(data[skip:])
 

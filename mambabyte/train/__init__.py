@@ -1,12 +1,12 @@
 """Training: the loop, and the steps, schedules and run folders that it works with."""
 
+from mambabyte.errors import NonFiniteError
 from mambabyte.train.loop import Ended, optimise
 from mambabyte.train.metrics import Progress, read_metrics
 from mambabyte.train.precision import autocast
 from mambabyte.train.run import train
 from mambabyte.train.step import (
     EagerStep,
-    NonFiniteError,
     Reading,
     Step,
     text_batches,

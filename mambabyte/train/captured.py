@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mambabyte.config import TrainConfig
 from mambabyte.corpus import sample_starts
+from mambabyte.errors import NonFiniteError
 from mambabyte.model import (
     ByteLM,
     Mixer,
@@ -31,7 +32,7 @@ from mambabyte.model import (
 )
 from mambabyte.train.optim import set_rates
 from mambabyte.train.precision import autocast
-from mambabyte.train.step import Loss, NonFiniteError, Reading, scan_form_in_use
+from mambabyte.train.step import Loss, Reading, scan_form_in_use
 
 WARM_UP = 3  # steps run one by one before the capture: they create the optimizer's state
 

@@ -20,11 +20,12 @@ import torch
 
 from mambabyte import checkpoint
 from mambabyte.config import ModelConfig, TrainConfig
-from mambabyte.config.files import make_dir, write_json
+from mambabyte.config.files import make_dir, to_json, write_json
 from mambabyte.config.provenance import provenance
 from mambabyte.corpus import Corpus, sample_windows
+from mambabyte.corpus.files import present
 from mambabyte.energy import NOT_MEASURED, EnergyMeter, total
-from mambabyte.errors import UserError
+from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.evaluate import bits_per_byte
 from mambabyte.model import ByteLM, Mixer, distributed, mixers
 from mambabyte.ops import FORMS
@@ -146,9 +147,16 @@ class _Training:
                     continue
                 self.step = None  # frees the memory of the graph before, of other windows
                 self.step = self._strategy()
-                ended = optimise(
-                    self.step, self._share, stage.end, first=self.done, stop=self._stop,
-                    before=self._measures, after=self._after)
+                try:
+                    ended = optimise(
+                        self.step, self._share, stage.end, first=self.done, stop=self._stop,
+                        before=self._measures, after=self._after)
+                except NonFiniteError:
+                    raise
+                except UserError:  # before a step, as of a corpus that was cut meanwhile
+                    if self.world.size == 1:
+                        self._save()
+                    raise
                 if ended.stopped_by != DONE:
                     break
         if self.step is not None:
@@ -189,7 +197,7 @@ class _Training:
         stage = stage_at(self.done, self.config)
         shape = replace(self.config, context=stage.context, batch_size=stage.batch_size,
                         n_steps=stage.end, first_context=0, first_batch_size=0)
-        text = torch.from_numpy(np.array(self.corpus.train)).to(self.model.device)
+        text = torch.from_numpy(np.array(present(self.corpus.train))).to(self.model.device)
         starts = window_starts(len(text), shape, self.done)
         starts = self.world.share(starts.T).T.contiguous()
         return CapturedStep(self.model, self.model.loss, self.optimizer,
@@ -240,7 +248,7 @@ class _Training:
             self._save()
 
     def _log(self, metrics: TextIO, progress: Progress) -> None:
-        metrics.write(json.dumps(asdict(progress)) + "\n")
+        metrics.write(to_json(asdict(progress)) + "\n")
         metrics.flush()
         self.report(progress)
 
@@ -277,9 +285,10 @@ class _Training:
         sharded = self.config.parallel == "sharded" and self.world.size > 1
         # What no device holds is scored on the first process's CPU.
         scored = (checkpoint.load_model(self.run) if sharded and self.world.first else self.model)
-        mine = len(valid) > 1 and (self.world.first or not sharded)
+        mine = len(valid) > 0 and (self.world.first or not sharded)
         bits = bits_per_byte(scored, valid, report=report) if mine else None
-        return {"valid_bits_per_byte": bits, "valid_bytes": len(valid)}
+        return {"valid_bits_per_byte": bits, "valid_bytes": len(valid),
+                "valid_split_bytes": len(self.corpus.valid)}
 
 
 # What may change between a run and its continuation without changing the weights.
@@ -288,7 +297,7 @@ _FREE_ON_RESUME = {"max_seconds", "log_every", "checkpoint_every", "keep_checkpo
 
 
 def _refuse_other_recipe(run: Path, saved: dict[str, Any], config: TrainConfig) -> None:
-    now = json.loads(json.dumps(asdict(config)))
+    now = json.loads(to_json(asdict(config)))
     saved = {**asdict(TrainConfig()), **saved}  # a run from before a setting had its default
     changed = [k for k in now if saved.get(k) != now[k] and k not in _FREE_ON_RESUME]
     if changed:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mambabyte.config import TrainConfig
 from mambabyte.corpus import sample_windows
-from mambabyte.errors import UserError
+from mambabyte.errors import NonFiniteError
 from mambabyte.model import ByteLM, distributed, record_exponents
 from mambabyte.ops import default_form
 from mambabyte.train.optim import Optimizer, make_optimizer, set_rates
@@ -28,17 +28,6 @@ from mambabyte.train.schedule import schedule, stage_at
 Loss = Callable[..., Tensor]
 # batches(step): the arguments of the loss at ``step``, which counts from 0; on the device.
 Batches = Callable[[int], tuple[Tensor, ...]]
-
-
-class NonFiniteError(UserError):
-    """A loss or gradient became inf or nan; the message names the step and the layer.
-
-    ``step`` counts from 0. The first sentence of the message says what happened and where.
-    """
-
-    def __init__(self, message: str, step: int = -1) -> None:
-        super().__init__(message)
-        self.step = step
 
 
 class Reading(NamedTuple):

@@ -128,7 +128,7 @@ def test_generate_reads_standard_input_and_survives_a_closed_pipe(run):
         (["train", "--corpus", "{tiny}"], "no run folder was given"),
         (["train", "--corpus", "{tmp}/none.txt", "--out", "{tmp}/r"], "neither stdlib"),
         (["train", "--corpus", "{empty}", "--out", "{tmp}/r"], "is empty"),
-        (["train", "--corpus", "{tmp}", "--out", "{tmp}/r"], "lacks wiki.train.raw"),
+        (["train", "--corpus", "{tmp}/half", "--out", "{tmp}/r"], "lacks wiki.train.raw"),
         (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--train.context", "9999999"],
          "context 9999999 needs"),
         (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--model.layer-pattern", "MXA"],
@@ -168,9 +168,41 @@ def test_generate_reads_standard_input_and_survives_a_closed_pipe(run):
 def test_bad_input_is_one_clear_line(args, message, tiny, text_file, tmp_path, capsys):
     empty = tmp_path / "empty.txt"
     empty.write_text("")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "wiki.test.raw").write_text("text")
     places = {"tmp": tmp_path, "tiny": tiny, "empty": empty, "text": text_file}
     assert message in error_line(capsys, *(str(a).format(**places) for a in args))
     assert not (tmp_path / "r").exists()
+
+
+def test_bytes_that_are_no_utf8_are_scored_and_said(run, tmp_path, capsys):
+    path = tmp_path / "latin.txt"
+    path.write_bytes("déjà vu, ".encode("latin-1") * 200)
+    records = []
+    for mode in ("parallel", "streaming"):
+        assert main(["eval", str(run), "--corpus", str(path), "--mode", mode, "--json"]) == 0
+        out, err = capsys.readouterr()
+        assert "no UTF-8 from about byte 1 on" in err
+        records.append(json.loads(out))
+    assert main(["eval", str(run), "--corpus", str(path), "--bytes", "10"]) == 0
+    assert "2 of the bytes belong to no UTF-8 character" in capsys.readouterr().out
+    for record in records:
+        assert record["bytes"] == record["split_bytes"] == record["characters"] == 90
+        assert record["bytes_not_utf8"] == 20
+        assert record["bits_per_byte"] == pytest.approx(records[0]["bits_per_byte"], rel=1e-5)
+
+
+def test_weights_that_are_no_numbers_are_one_clear_line(run, tiny, capsys):
+    from safetensors.torch import load_file, save_file
+
+    from mambabyte.checkpoint import find_checkpoint
+
+    path = find_checkpoint(run) / "model.safetensors"
+    weights = load_file(path)
+    weights["norm_f.weight"][0] = float("nan")
+    save_file(weights, path)
+    for command in (["eval", run, "--corpus", tiny], ["generate", run, "--temperature", "0"]):
+        assert "nan" in error_line(capsys, *command)
 
 
 def test_checkpoint_faults_are_one_clear_line(run, capsys):

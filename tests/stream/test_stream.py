@@ -10,10 +10,12 @@ import torch
 
 from mambabyte.config import ModelConfig
 from mambabyte.corpus.utf8 import continuation_range
-from mambabyte.errors import UserError
+from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.evaluate import bits_per_byte, byte_log_probs, score, score_streaming
 from mambabyte.model import ByteLM
 from mambabyte.stream import ByteStream, CharModel, generate, sample_byte
+from mambabyte.task.mixture import Mixture
+from mambabyte.task.ngram import count
 from tests.conftest import MULTIBYTE, TEXT
 
 SMALL = ModelConfig(d_model=32, n_layer=2, d_state=4, n_head=2, n_kv_head=2, attention_window=32)
@@ -43,6 +45,52 @@ def test_parallel_and_streaming_give_the_same_predictions(trained):
     assert (parallel.hits == streaming.hits).all()
     assert 0.05 < parallel.char_accuracy < 1  # the test would be empty otherwise
     assert parallel.bits_per_byte == pytest.approx(streaming.bits_per_byte, rel=1e-5)
+
+
+MIXED = (MULTIBYTE[:60] + "é日🙂").encode() + "Grüße à la café".encode("latin-1") + bytes([
+    0xE2, 0x82, 0x41, 0xED, 0xA0, 0x80, 0xC0, 0x80, 0xF5, 0, 0xFF]) + "日".encode()[:2]
+
+
+def test_every_byte_is_scored_once_by_every_path(trained, monkeypatch):
+    """Bytes of no UTF-8 too: each is a character that nothing predicts."""
+    parallel = score(trained, MIXED, len(MIXED), window=16)
+    streaming = score_streaming(CharModel(trained), MIXED, len(MIXED))
+    inputs = torch.tensor([0x0A, *MIXED[:-1]])[None]
+    with torch.no_grad():  # the definition
+        log_p = torch.log_softmax(trained(inputs)[0][0].double(), -1)
+    bits = -float(log_p[torch.arange(len(MIXED)), torch.tensor(list(MIXED))].mean()) / math.log(2)
+    for found in (parallel, streaming):
+        assert found.bytes == len(MIXED)
+        assert found.bytes_not_utf8 == MIXED.decode("utf-8", "surrogateescape").encode(
+            "utf-8", "replace").count(b"?")
+        assert found.characters == len(MIXED.decode("utf-8", "surrogateescape"))
+        assert found.bits_per_byte == pytest.approx(bits, rel=1e-5)
+    assert (parallel.hits == streaming.hits).all()
+    assert bits_per_byte(trained, MIXED) == pytest.approx(bits, rel=1e-5)  # training's own
+
+
+def _gone_nan() -> ByteLM:
+    model = ByteLM(ModelConfig(d_model=8, n_layer=1, d_state=2))
+    with torch.no_grad():
+        model.norm_f.weight[0] = math.nan
+    return model.eval()
+
+
+@pytest.mark.parametrize("use", [
+    lambda m: list(generate(m, "a", 3, temperature=0)), lambda m: list(generate(m, "a", 3)),
+    lambda m: CharModel(m).greedy(), lambda m: CharModel(m).predict(), lambda m: score(m, b"abc"),
+    lambda m: score_streaming(CharModel(m), b"abc"), lambda m: bits_per_byte(m, b"abc"),
+    lambda m: list(generate(Mixture(m, count(b"abcabc", 2), 0.5), "a", 3, temperature=0))])
+def test_probabilities_that_are_no_numbers_are_one_clear_line(use):
+    with pytest.raises(NonFiniteError, match="gone nan"):
+        use(_gone_nan())
+
+
+def test_half_a_character_is_refused_by_the_stream(trained):
+    for use in (CharModel(trained).observe, CharModel(trained).log_prob,
+                lambda char: list(generate(trained, char, 1))):
+        with pytest.raises(UserError, match="half a character"):
+            use("\ud83d")
 
 
 def test_a_text_read_in_one_go_scores_as_it_does_by_characters(trained, monkeypatch):

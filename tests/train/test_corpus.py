@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from mambabyte.corpus import corpora as module
 from mambabyte.corpus import load_corpus, sample_windows, write_raw
 from mambabyte.errors import UserError
+from mambabyte.evaluate import bits_per_byte
+from mambabyte.task.ngram import count
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "corpus"
 
@@ -91,6 +94,96 @@ def test_windows_are_seeded_in_range_and_memory_mapped(text_file):
     assert starts == {0, 1}  # every position, the last one included
     with pytest.raises(UserError, match="context 18 needs at least 19 bytes"):
         sample_windows(data, 18, 1, 0, 0)
+
+
+def test_gzip_is_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "t.txt.gz"
+    text = b"some text of many lines\n" * 100
+    for content in (text, text[:-24]):  # the second time the file is another
+        path.write_bytes(gzip.compress(content))
+        c = load_corpus(str(path))
+        assert b"".join(bytes(c.split(s)) for s in module.SPLITS) == content
+    path.write_bytes(gzip.compress(text)[:-30])
+    with pytest.raises(UserError, match="cannot unpack"):
+        load_corpus(str(path))
+    assert len(list((tmp_path / "cache/mambabyte/corpora").iterdir())) == 1  # nothing half written
+
+
+def test_a_folder_of_text_files_is_one_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "texts"
+    (folder / "sub").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "x").write_text("hidden")
+    (folder / "b.md").write_text("last")
+    (folder / "a.txt").write_text("no line end")
+    (folder / "sub" / "c.gz").write_bytes(gzip.compress("packed é\n".encode()))
+    (folder / "image.png").write_bytes(b"\x89PNG\0\0")
+    (folder / "old.txt").write_bytes("Grüße".encode("latin-1"))
+    (folder / "empty.txt").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"2 of 6 .*left out \(image.png, old.txt\)"):
+        c = load_corpus(str(folder))
+    assert b"".join(bytes(c.split(s)) for s in module.SPLITS).decode() == (
+        "no line end\nlast\npacked é\n")
+    for name in ("a.txt", "b.md", "sub/c.gz"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match="nor any file of UTF-8 text"):
+        load_corpus(str(folder))
+
+
+@pytest.mark.parametrize(("data", "what"), [
+    ("text é\n" * 50, "UTF-16 text"), (b"caf\xe9 au lait, " * 90, "Latin-1 or another encoding"),
+    ("text\n".encode("utf-16-le") * 50, "zero bytes"), (bytes(range(1, 256)) * 9, "a binary file"),
+    (b"PK\x03\x04 and so on", "a zip archive"), ("fine é ".encode() * 90 + b"\xe2\x82", "damaged"),
+    (b"a" * (1 << 20) + b"\xff", "no UTF-8 from about byte 1048576"),
+])
+def test_what_is_no_utf8_text_is_read_as_it_is_and_said(tmp_path, data, what):
+    path = tmp_path / "t.txt"
+    path.write_bytes(data.encode("utf-16") if isinstance(data, str) else data)
+    with pytest.warns(UserWarning, match=what):
+        c = load_corpus(str(path))
+    assert what in c.about
+    assert b"".join(bytes(c.split(s)) for s in module.SPLITS) == path.read_bytes()
+    for split in module.SPLITS:
+        (tmp_path / f"wiki.{split}.raw").write_bytes(path.read_bytes())
+    with pytest.warns(UserWarning, match=what):
+        assert load_corpus(str(tmp_path)).about.partition("; valid is ")[2].count(what) == 2
+
+
+def test_a_character_across_the_blocks_is_whole(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes(b"a" * ((1 << 20) - 1) + "é".encode())
+    assert load_corpus(str(path)).about == "one text file, cut 90/5/5"
+
+
+def test_a_corpus_that_is_cut_while_it_is_read_is_one_clear_line(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes(b"some text. " * 2000)
+    c = load_corpus(str(path))
+    with path.open("r+b") as file:
+        file.truncate(100)
+    for use in (c.digest, lambda: sample_windows(c.train, 16, 2, 0, 0),
+                lambda: bits_per_byte(None, c.valid), lambda: count(c.train, 2)):
+        with pytest.raises(UserError, match=r"had 22000 bytes when it was opened and has 100 now"):
+            use()
+
+
+def test_a_damaged_file_of_the_cache_is_made_again(tmp_path, monkeypatch):
+    documents = [(f"m{i}", f"documentation of module {i}, " * 9) for i in range(60)]
+    monkeypatch.setattr(module, "_stdlib_documents", lambda: documents)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    said = []
+    whole = load_corpus("stdlib", said.append).digest()
+    assert len(said) == 1
+    assert load_corpus("stdlib", said.append).digest() == whole
+    assert len(said) == 1  # kept
+    [path] = tmp_path.rglob("wiki.valid.raw")
+    data = bytearray(path.read_bytes())
+    data[7] ^= 1
+    path.write_bytes(data)
+    assert load_corpus("stdlib", said.append).digest() == whole
+    assert len(said) == 2
 
 
 def write_parquet(path, rows):

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mambabyte.corpus.utf8 import Utf8Stream, continuation_range, first_characters, utf8_length
+from mambabyte.corpus.utf8 import (
+    Utf8Stream,
+    as_bytes,
+    as_characters,
+    continuation_range,
+    first_characters,
+    next_begin,
+    utf8_length,
+)
+from mambabyte.errors import UserError
 
 
 @given(st.characters(exclude_categories=["Cs"]))
@@ -39,8 +49,26 @@ def test_first_characters(text, count, cut):
     text = text.encode("utf-8", "ignore").decode()
     data = text.encode("utf-8")
     assert first_characters(data, count) == text[:count]
-    whole = data[: len(data) - cut].decode("utf-8", "ignore")
-    assert first_characters(data[: len(data) - cut], len(text)) == whole
+    short = data[: len(data) - cut]  # every byte is in some character
+    assert as_bytes(first_characters(short, len(short))) == short
+
+
+@given(st.binary(max_size=30), st.integers(0, 30))
+def test_any_bytes_are_characters_and_back(data, count):
+    assert as_bytes(as_characters(data)) == data
+    assert first_characters(data + b"abc" * 40, count) == as_characters(data + b"abc" * 40)[:count]
+
+
+def test_half_a_character_is_one_clear_line():
+    with pytest.raises(UserError, match=r"'\\ud83d' at 1 is half a character"):
+        as_bytes("a\ud83d")
+
+
+def test_the_next_place_where_a_character_can_begin():
+    data = "a🙂b".encode()
+    assert [next_begin(data, i) for i in range(len(data))] == [0, 1, 5, 5, 5, 5]
+    assert next_begin(b"\x80" * 9, 3) == 3  # no UTF-8 at all
+    assert next_begin(b"ab", 2) == 2
 
 
 def test_incomplete_end_shows_a_replacement():

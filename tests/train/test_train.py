@@ -109,6 +109,23 @@ def test_a_counter_that_dies_does_not_end_the_training(corpus, tmp_path, monkeyp
     assert (result["joules"], result["energy_source"]) == (None, "not measured before step 8")
 
 
+def test_a_corpus_cut_in_the_middle_loses_no_step(tmp_path):
+    path = tmp_path / "t.txt"
+    text = b"some text to be cut. " * 1000
+    path.write_bytes(text)
+
+    def cut(progress):
+        if progress.step == 4:
+            path.write_bytes(text[:50])
+
+    with pytest.raises(UserError, match="has 50 now"):
+        train(MODEL, RECIPE, load_corpus(str(path)), tmp_path / "run", report=cut)
+    path.write_bytes(text)
+    train(MODEL, RECIPE, load_corpus(str(path)), tmp_path / "run", resume=True)
+    train(MODEL, RECIPE, load_corpus(str(path)), tmp_path / "whole")
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
 def test_resume_after_a_kill_repeats_from_the_last_checkpoint(corpus, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(MODEL, RECIPE, corpus, whole)

@@ -29,6 +29,8 @@ class Options:
     split: Literal["train", "valid", "test"] = "valid"
     characters: int = 60_000
     """How many characters of the split to score, from its start."""
+    bytes: int | None = None
+    """Score so many bytes instead; training scores the first 100,000 of the split "valid"."""
     mode: Literal["parallel", "streaming"] = "parallel"
     device: str = "auto"
     json: bool = False
@@ -44,21 +46,27 @@ def run(argv: list[str]) -> int:
     from mambabyte.evaluate import score, score_streaming
     from mambabyte.stream import CharModel
 
-    if options.characters < 1:
-        raise UserError(f"--characters is {options.characters}: it must be at least 1")
+    for name in ("characters", "bytes"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}: it must be at least 1")
     model = load_model(options.checkpoint, pick_device(options.device))
     corpus = load_corpus(options.corpus, say)
-    data = corpus.split(options.split)[: 4 * options.characters + 3]
+    whole = corpus.split(options.split)
+    data = whole[: options.bytes or 4 * options.characters + 3]
+    count = options.bytes or options.characters  # no text has more characters than bytes
     with Bar("scoring") as bar:
         if options.mode == "parallel":
-            result = score(model, data, options.characters, report=bar)
+            result = score(model, data, count, report=bar)
         else:
-            result = score_streaming(CharModel(model), data, options.characters, report=bar)
+            result = score_streaming(CharModel(model), data, count, report=bar)
     record = {**result.as_dict(), "corpus": corpus.name, "split": options.split,
-              "mode": options.mode, "checkpoint": options.checkpoint}
+              "split_bytes": len(whole), "mode": options.mode, "checkpoint": options.checkpoint}
+    stray = [f"{result.bytes_not_utf8} of the bytes belong to no UTF-8 character: each is scored, "
+             "and counts as a character that was not predicted"] if result.bytes_not_utf8 else []
     print_result(record, options.json, [
-        f"{result.bits_per_byte:.4f} bits/byte over {result.bytes} bytes",
+        f"{result.bits_per_byte:.4f} bits/byte over {result.bytes} bytes of {len(whole)}",
         f"{result.char_accuracy:.4f} character accuracy over {result.characters} characters "
-        f"of {corpus.name} {options.split}",
+        f"of {corpus.name} {options.split}", *stray,
     ])
     return 0

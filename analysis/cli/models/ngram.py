@@ -62,10 +62,12 @@ def run(argv: list[str]) -> int:
     seconds = time.perf_counter() - began
     if options.save is not None:
         model.save(options.save)
+    text = corpus.split(options.split)[: options.bytes]
     with Bar("scoring") as bar:
-        scores = model.scores_by_order(corpus.split(options.split)[: options.bytes], bar)
+        scores = model.scores_by_order(text, bar)
     record: dict[str, Any] = {
-        "corpus": corpus.name, "split": options.split, "bytes_counted": model.bytes_counted,
+        "corpus": corpus.name, "split": options.split, "bytes": len(text),
+        "split_bytes": len(corpus.split(options.split)), "bytes_counted": model.bytes_counted,
         "seconds": seconds, "table_bytes": model.n_bytes, "discount": model.discount,
         "orders": scores}
     what = "counted" if options.load is None else "loaded; counted from"

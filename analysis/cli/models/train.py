@@ -103,7 +103,8 @@ def _train(options: Options, device: str, first: bool) -> int:
         energy = f"{record['joules']:.1f} J ({energy})"
     print_result(record, options.json, [
         f"{record['steps']} steps in {record['seconds']:.1f} s, stopped by {record['stopped_by']}",
-        f"held-out: {'not measured' if bits is None else f'{bits:.4f} bits/byte'}",
+        "held-out: not measured" if bits is None else f"held-out: {bits:.4f} bits/byte over "
+        f"{record['valid_bytes']} bytes of {record['valid_split_bytes']}",
         f"energy: {energy}",
         f"run folder: {options.out}",
         *(["SMOKE PASS"] if smoke else []),

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from analysis.studies.ablation.learning import learn_text
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import Corpus
-from mambabyte.corpus.utf8 import first_characters
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.train import autocast
@@ -124,7 +123,7 @@ def encode_corpus(
     pieces: Pieces, corpus: Corpus, train_bytes: int, valid_bytes: int = 100_000
 ) -> PieceText:
     """The start of the training and of the validation split, every byte accounted for."""
-    held = first_characters(bytes(corpus.valid[:valid_bytes]), valid_bytes)
+    held = bytes(corpus.valid[:valid_bytes]).decode("utf-8", errors="ignore")
     return PieceText(
         pieces, pieces.encode(bytes(corpus.train[:train_bytes]).decode("utf-8", errors="ignore")),
         np.frombuffer(held.encode("utf-8"), dtype=np.uint8), pieces.encode(held))

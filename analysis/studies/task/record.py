@@ -3,13 +3,13 @@ the name of its system added."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from analysis.runs.folders import Run, tables_of
+from mambabyte.config.files import to_json
 
 # column -> (key of the row, factor)
 COLUMNS: dict[str, tuple[str, float]] = {
@@ -34,7 +34,7 @@ def rows_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     def cell(row: dict[str, Any], key: str, factor: float) -> Any:
         value = row.get(key)
         if isinstance(value, dict):
-            return json.dumps(value) if value else None
+            return to_json(value) if value else None
         return value * factor if isinstance(value, float | int) and factor != 1 else value
 
     return pd.DataFrame([{c: cell(row, key, f) for c, (key, f) in COLUMNS.items()}

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 
-from mambabyte.config.files import cache_dir
+from mambabyte.config.files import cache_dir, to_json
 
 _CACHE_FORMAT = 1
 _DEFAULT_OPTIONS = ("--std=c++17", "--use_fast_math", "-default-device")
@@ -182,7 +182,7 @@ def compile_cubin(
     """
     options = (*_DEFAULT_OPTIONS, *options)
     key = [_CACHE_FORMAT, nvrtc_version(), arch, options, sorted(names), filename, source]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    digest = hashlib.sha256(to_json(key).encode()).hexdigest()
     if cache:
         cached = _read_cache(digest, arch)
         if cached is not None:
@@ -259,7 +259,7 @@ def _read_cache(digest: str, arch: str) -> Cubin | None:
 
 
 def _write_cache(digest: str, cubin: Cubin) -> None:
-    header = json.dumps(cubin.lowered).encode()
+    header = to_json(cubin.lowered).encode()
     payload = struct.pack("<I", len(header)) + header + cubin.image
     temporary = None
     try:
