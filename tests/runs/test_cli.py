@@ -175,6 +175,7 @@ def test_bad_input_is_one_clear_line(args, message, tiny, text_file, tmp_path, c
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.filterwarnings("default")
 def test_bytes_that_are_no_utf8_are_scored_and_said(run, tmp_path, capsys):
     path = tmp_path / "latin.txt"
     path.write_bytes("déjà vu, ".encode("latin-1") * 200)
@@ -182,7 +183,7 @@ def test_bytes_that_are_no_utf8_are_scored_and_said(run, tmp_path, capsys):
     for mode in ("parallel", "streaming"):
         assert main(["eval", str(run), "--corpus", str(path), "--mode", mode, "--json"]) == 0
         out, err = capsys.readouterr()
-        assert "no UTF-8 from about byte 1 on" in err
+        assert "is no UTF-8 from about byte 1 on" in err
         records.append(json.loads(out))
     assert main(["eval", str(run), "--corpus", str(path), "--bytes", "10"]) == 0
     assert "2 of the bytes belong to no UTF-8 character" in capsys.readouterr().out
