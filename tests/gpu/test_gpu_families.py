@@ -11,6 +11,7 @@ from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
 from mambabyte.ops import ssd_scan
 from mambabyte.ops.compare import relative_rms
+from mambabyte.ops.delta import operator as delta_operator
 from mambabyte.ops.ssd import operator as ssd_operator
 from tests.helpers.family_cases import (
     GATES,
@@ -74,6 +75,57 @@ def test_ssd_kernels_repeat_to_the_bit() -> None:
     inputs = made("ssd", 3, 500)
     one, two = (results("ssd", inputs, "fused") for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+DELTA = [family for family in OPERATORS if family != "ssd"]
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 1000])
+@pytest.mark.parametrize("family", DELTA)
+def test_delta_kernels(family: str, length: int) -> None:
+    inputs = made(family, 2, length)
+    assert delta_operator.has_kernel(inputs["q"], inputs["v"])
+    poison()
+    assert_right(family, inputs, LIMIT[torch.bfloat16])
+
+
+@pytest.mark.parametrize("repeated_keys", [False, True])
+@pytest.mark.parametrize("gates", list(GATES))
+@pytest.mark.parametrize("family", DELTA)
+def test_delta_kernels_survive_every_gate(family: str, gates: str, repeated_keys: bool) -> None:
+    """One key for all steps too, with shares up to 1, as layers make them."""
+    inputs = made(family, 2, 200, gates=gates, repeated_keys=repeated_keys)
+    if repeated_keys:
+        inputs["beta"] = inputs["beta"] - 1
+    faint = ("dlog_decay",) if gates in ("strong", "zero", "mixed") else ()
+    if repeated_keys and gates == "one":  # a sum over a chunk cancels to what one step adds
+        faint = ("dv", "dbeta")
+    assert_right(family, inputs, LIMIT[torch.bfloat16], faint)
+
+
+@pytest.mark.parametrize("family", DELTA)
+def test_delta_kernels_repeat_to_the_bit(family: str) -> None:
+    inputs = made(family, 3, 500)
+    one, two = (results(family, inputs, "fused") for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("family", DELTA)
+def test_delta_kernels_of_strided_and_unaligned_inputs(family: str) -> None:
+    inputs = made(family, 2, 100)
+    wide = torch.randn(2, 100, 4, 3 * 64 + 1, device="cuda").bfloat16()
+    inputs |= {"v": wide[..., 64:128], "q": inputs["q"].transpose(1, 2).contiguous().transpose(1, 2)}
+    assert_right(family, inputs, LIMIT[torch.bfloat16])
+    inputs["v"] = wide[..., 1:65]
+    assert_right(family, inputs, LIMIT[torch.bfloat16])
+
+
+@pytest.mark.parametrize("family", DELTA)
+def test_delta_without_a_kernel(family: str) -> None:
+    odd = make_inputs(family, 2, 100, heads=2, keys=32, values=64, dtype=torch.bfloat16,
+                      device="cuda")
+    assert not delta_operator.has_kernel(odd["q"], odd["v"])
+    assert_right(family, odd, LIMIT[torch.bfloat16])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

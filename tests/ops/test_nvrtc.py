@@ -14,6 +14,7 @@ import torch
 from mambabyte import ops
 from mambabyte.ops.build import kernel, nvrtc
 from mambabyte.ops.conv import cuda as cuda_conv
+from mambabyte.ops.delta import cuda as cuda_delta
 from mambabyte.ops.mamba import cuda as cuda_step
 from mambabyte.ops.scan import cuda as cuda_scan
 from mambabyte.ops.scan import plan as cuda_plan
@@ -50,6 +51,14 @@ def test_ssd_compiles(arch: str, states: int) -> None:
     program = cuda_ssd.program(states)
     cubin = program.compile(arch)
     assert set(cubin.lowered) == set(cuda_ssd.names(states))
+
+
+@needs_nvrtc
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_delta_rule_compiles(arch: str) -> None:
+    cubin = cuda_delta.program().compile(arch)
+    assert set(cubin.lowered) == set(cuda_delta.NAMES)
 
 
 STREAMED = [
@@ -239,7 +248,7 @@ def test_a_missing_nvrtc_is_one_line_that_says_what_to_install(
 def test_sources_use_no_headers_and_are_packaged() -> None:
     folder = Path(ops.__file__).parent
     sources = sorted(folder.rglob("*.cu"))
-    names = {"conv.cu", "scan.cu", "ssd.cu", "step.cu", "stream.cu"}
+    names = {"conv.cu", "delta.cu", "scan.cu", "ssd.cu", "step.cu", "stream.cu"}
     assert names <= {path.name for path in sources}
     for path in sources:
         assert not re.search(r"^\s*#\s*include", path.read_text(), re.MULTILINE), path.name

@@ -31,6 +31,13 @@ inline void load_transposed(u32 (&r)[4], const bfloat16 *at) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
+// An 8 x 8 matrix of bf16 by its diagonal; lane 4 g + t holds row g, columns 2t and 2t + 1.
+inline u32 transpose_8x8(u32 x) {
+    u32 r;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+    return r;
+}
+
 // The left operand of mma: rows m to m + 15 and columns k to k + 15 of a matrix that lies in memory
 // as it is, or TRANSPOSED (a row of memory is a column of it). `stride`: elements between rows.
 template <bool TRANSPOSED>

@@ -1,16 +1,22 @@
 """The gated delta rule as one PyTorch operator, ``torch.ops.mambabyte.gated_delta_rule``.
 
-It is the chunked form, which keeps nothing but its inputs and runs a second time in the backward
-pass: what it would keep else is some ten times as large.
+On a GPU it is the kernels of ``delta.cu`` where they fit (bf16, heads of 64 key and 64 value
+channels), which keep five or eight tensors of the size of ``v``. Everywhere else it is the chunked
+form, which keeps nothing but its inputs and runs a second time in the backward pass: what it would
+keep else is some ten times as large.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from mambabyte.ops.delta import cuda as kernels
 from mambabyte.ops.delta.chunked import CHUNK, chunked_delta
-from mambabyte.ops.library import Tensors, check_tensors, define
+from mambabyte.ops.library import Tensors, check_tensors, define, wants_gradient
+from mambabyte.ops.scan.operator import fused_available
 from mambabyte.ops.ssd.recompute import gradients_again
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -27,7 +33,8 @@ def fused_delta(
     Returns o (B, L, H, V) and the final state. Raises UserError for shapes, dtypes or devices
     that do not fit.
     """
-    o, final_state = _delta(q, k, v, log_decay, beta, initial_state)
+    tensors = (q, k, v, log_decay, beta, initial_state)
+    o, final_state, *_ = _delta(*tensors, wants_gradient(*tensors))
     return o, final_state
 
 
@@ -56,23 +63,53 @@ def _in_torch(
         return o.to(v.dtype), state
 
 
+def has_kernel(q: Tensor, v: Tensor) -> bool:
+    """Whether the GPU's kernels take these: bf16, heads of 64 key and 64 value channels."""
+    return (q.is_cuda and q.dtype == torch.bfloat16
+            and q.shape[3] == v.shape[3] == kernels.CHANNELS and fused_available(q.device)[0])
+
+
+def _forward(*args: Any) -> Tensors:
+    return (*_in_torch(*args[:-1]), *kernels.Kept.nothing(args[0]))
+
+
+def _forward_cuda(*args: Any) -> Tensors:
+    return kernels.forward(*args) if has_kernel(args[0], args[2]) else _forward(*args)
+
+
 def _backward(
-    do: Tensor, dstate: Tensor | None, *inputs: Tensor | None
+    do: Tensor, dstate: Tensor | None, *args: Any
 ) -> tuple[Tensor | None, ...]:
-    return gradients_again(_in_torch, (do, dstate), inputs)
+    return gradients_again(_in_torch, (do, dstate), args[:_INPUTS])
+
+
+def _backward_cuda(
+    do: Tensor, dstate: Tensor | None, *args: Any
+) -> tuple[Tensor | None, ...]:
+    if not has_kernel(args[0], args[2]):
+        return _backward(do, dstate, *args)
+    if not args[_INPUTS].numel():  # nothing was kept
+        again = (*args[:_INPUTS], True)
+        args = (*args[:_INPUTS], *kernels.forward(*again)[2:])
+    return kernels.backward(do, dstate, *args)
 
 
 def _shapes(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None,
+    save: bool,
 ) -> Tensors:
-    return v.new_empty(v.shape), beta.new_empty(q.shape[0], *q.shape[2:], v.shape[3])
+    last = beta.new_empty(q.shape[0], *q.shape[2:], v.shape[3])
+    kept = (kernels.Kept.empty(q, log_decay, save) if save and has_kernel(q, v)
+            else kernels.Kept.nothing(q))
+    return v.new_empty(v.shape), last, *kept
 
 
+_INPUTS = 6
 _delta = define(
     "gated_delta_rule",
     "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor beta, Tensor? initial_state",
-    "o, final_state",
-    forward={"cpu": _in_torch, "cuda": _in_torch},
-    backward={"cpu": _backward, "cuda": _backward},
+    "o, final_state", kept=", ".join(kernels.Kept._fields),
+    forward={"cpu": _forward, "cuda": _forward_cuda},
+    backward={"cpu": _backward, "cuda": _backward_cuda},
     check=_check, shapes=_shapes, in_torch=_in_torch, cast={"cuda": ("q", "k", "v")},
 )

@@ -27,7 +27,7 @@ def names(states: int) -> list[str]:
 @functools.cache
 def program(states: int) -> Program:
     return Program.from_file(
-        "build/types.cu", "build/mma.cu", "ssd/ssd.cu", names=names(states))
+        "build/types.cu", "build/mma.cu", "build/chunks.cu", "ssd/ssd.cu", names=names(states))
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def _shared(states: int, square: int, deep: int) -> int:
     return 2 * CHUNK * (square * (CHANNELS + 8) + deep * (states + 8))
 
 
-def _rows(x: Tensor) -> Tensor:
+def aligned_rows(x: Tensor) -> Tensor:
     """As it is where its rows can be read 16 bytes at a time."""
     ready = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and not any(
         step % 8 for step in x.stride()[:3])
@@ -63,7 +63,7 @@ class _Problem:
         self.blocks = self.batch * self.chunks * self.heads
         self.per_group = self.heads // B.shape[2]
         self.device = x.device.index
-        self.x, self.B, self.C = _rows(x), _rows(B), _rows(C)
+        self.x, self.B, self.C = aligned_rows(x), aligned_rows(B), aligned_rows(C)
         self.step, self.log_decay = step.contiguous(), log_decay.contiguous()
         self.sizes = (self.length, self.heads, self.per_group)
 
@@ -90,7 +90,7 @@ class _Problem:
         initial = None if initial is None else initial.contiguous()
         _launch(
             self.device, "ssd_pass", self.states, -(-last.numel() // _THREADS), 0,
-            states.data_ptr(), totals.data_ptr(), _pointer(initial), carries.data_ptr(),
+            states.data_ptr(), totals.data_ptr(), pointer(initial), carries.data_ptr(),
             last.data_ptr(), last.numel(), CHANNELS * self.states, self.chunks, self.heads,
             backward,
         )  # fmt: skip
@@ -114,7 +114,7 @@ def forward(
     _launch(
         p.device, f"ssd_output<{p.states}>", p.states, p.blocks, _shared(p.states, 1, 3),
         p.x.data_ptr(), p.step.data_ptr(), p.log_decay.data_ptr(), p.B.data_ptr(), p.C.data_ptr(),
-        _pointer(D), carries.data_ptr(), y.data_ptr(), *p.x.stride()[:3], *p.B.stride()[:3],
+        pointer(D), carries.data_ptr(), y.data_ptr(), *p.x.stride()[:3], *p.B.stride()[:3],
         *p.C.stride()[:3], *p.sizes,
     )  # fmt: skip
     return y, final_state, carries if save else carries.new_empty(0)
@@ -129,7 +129,7 @@ def backward(
     Every sum has a fixed order, so the same inputs give the same bits.
     """
     p = _Problem(x, step, log_decay, B, C)
-    dy = _rows(dy)
+    dy = aligned_rows(dy)
     dcarries, dinitial = p.passed_on(*p.chunk_states(dy, p.C, True), dfinal_state, True)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dstep, dlog_decay = torch.empty_like(p.step), torch.empty_like(p.step)
@@ -140,7 +140,7 @@ def backward(
     _launch(
         p.device, f"ssd_gradients<{p.states}>", p.states, p.blocks, _shared(p.states, 3, 4),
         dy.data_ptr(), p.x.data_ptr(), p.step.data_ptr(), p.log_decay.data_ptr(), p.B.data_ptr(),
-        p.C.data_ptr(), _pointer(D), carries.data_ptr(), dcarries.data_ptr(), dx.data_ptr(),
+        p.C.data_ptr(), pointer(D), carries.data_ptr(), dcarries.data_ptr(), dx.data_ptr(),
         dstep.data_ptr(), dlog_decay.data_ptr(), dB.data_ptr(), dC.data_ptr(), dD.data_ptr(),
         *dy.stride()[:3], *p.x.stride()[:3], *p.B.stride()[:3], *p.C.stride()[:3], *p.sizes,
     )  # fmt: skip
@@ -152,5 +152,5 @@ def backward(
             None if D is None else dD.sum(0), None if initial_state is None else dinitial)
 
 
-def _pointer(tensor: Tensor | None) -> int:
+def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()

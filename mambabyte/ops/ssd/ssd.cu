@@ -1,5 +1,5 @@
 // SSD, the scan of Mamba-2, in chunks of T steps on tensor cores, forward and backward. Follows
-// types.cu and mma.cu.
+// types.cu, mma.cu and chunks.cu.
 //
 // For a head, with decays a_s = exp(g_s) and steps d_s (float32, made before), in a chunk that is
 // entered with state h (P x N) and left with h':
@@ -12,33 +12,13 @@
 // ssd_gradients. A block has one chunk of one head; its four warps have 16 of 64 rows each. States
 // are float32 while they are added up and bf16 where they are a factor.
 //
-// W_ij = exp(u_i - u_j), u the cumulated log-decays of the chunk. A log-decay below LEAST counts as
-// LEAST, a factor of 9e-27: u stays small enough that its differences are good to 3e-4.
+// W_ij = exp(u_i - u_j), u the cumulated log-decays of the chunk.
 //
 // Every sum has a fixed order. Strides are in elements; the last axis has stride one.
 
-constexpr int T = 64, P = 64, WARPS = 4, THREADS = 32 * WARPS;
-constexpr int P_ROW = P + 8;  // of tiles in shared memory: rows 16 bytes apart modulo 128
-constexpr float LEAST = -60.f;
-constexpr unsigned ALL = ~0u;
-
-struct Strides {
-    int64 batch, time, head;
-};
+constexpr int P = 64, P_ROW = P + 8;
 
 // ------------------------------------------------------------------------------ parts of a block
-
-// Rows of COLUMNS elements from device memory into a tile; rows from `rows` on are zero.
-template <int COLUMNS>
-inline void load_tile(bfloat16 *tile, const bfloat16 *from, int64 stride, int rows) {
-    constexpr int PACKS = COLUMNS / 8;
-    for (int k = threadIdx.x; k < T * PACKS; k += THREADS) {
-        int row = k / PACKS, column = k % PACKS * 8;
-        float4 pack = {0.f, 0.f, 0.f, 0.f};
-        if (row < rows) pack = *(const float4 *)(from + row * stride + column);
-        *(float4 *)(tile + row * (COLUMNS + 8) + column) = pack;
-    }
-}
 
 // Multiplies the rows of a tile, each by its own number.
 template <int COLUMNS> inline void scale_rows(bfloat16 *tile, const float *by) {
@@ -47,29 +27,6 @@ template <int COLUMNS> inline void scale_rows(bfloat16 *tile, const float *by) {
         bfloat16 *at = tile + row * (COLUMNS + 8) + k % (COLUMNS / 2) * 2;
         *(u32 *)at = pack(load(at[0]) * by[row], load(at[1]) * by[row]);
     }
-}
-
-// The sum over lanes up to and with this one.
-inline float cumulated(float x) {
-    int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int far = 1; far < 32; far *= 2) {
-        float other = __shfl_sync(ALL, x, lane - far);
-        if (lane >= far) x += other;
-    }
-    return x;
-}
-
-inline float sum_of_warp(float x) {
-#pragma unroll
-    for (int far = 16; far; far /= 2) x += __shfl_xor_sync(ALL, x, far);
-    return x;
-}
-
-// Over the four lanes that hold one row of a product's sums.
-inline float sum_of_row(float x) {
-    x += __shfl_xor_sync(ALL, x, 1);
-    return x + __shfl_xor_sync(ALL, x, 2);
 }
 
 struct Chunk {
@@ -87,8 +44,7 @@ inline void load_steps(Chunk &chunk, const float *step, const float *log_decay, 
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int t = 2 * lane + k;
-        float value = t < rows ? log_decay[(int64)t * heads] : 0.f;
-        g[k] = value < LEAST ? LEAST : value;  // a nan stays one
+        g[k] = t < rows ? at_least(log_decay[(int64)t * heads]) : 0.f;
         chunk.step[t] = t < rows ? step[(int64)t * heads] : 0.f;
     }
     float sum = cumulated(g[0] + g[1]), before = __shfl_sync(ALL, sum, lane - 1);
@@ -96,24 +52,6 @@ inline void load_steps(Chunk &chunk, const float *step, const float *log_decay, 
     chunk.upto[2 * lane + 1] = sum;
     if (lane == 31) chunk.total = sum;
 }
-
-// Which chunk of which head a block has.
-struct Place {
-    int head, chunk, rows;
-    int64 batch, first;  // first: row of the chunk's first step in (B L)
-    inline Place(int length, int heads) {
-        int chunks = (length + T - 1) / T;
-        head = blockIdx.x % heads;
-        int rest = blockIdx.x / heads;
-        chunk = rest % chunks;
-        batch = rest / chunks;
-        rows = min(T, length - chunk * T);
-        first = batch * length + chunk * T;
-    }
-    inline int64 at(const Strides &s, int unit) const {
-        return batch * s.batch + chunk * T * s.time + unit * s.head;
-    }
-};
 
 // ---------------------------------------------------------------------------------------- states
 

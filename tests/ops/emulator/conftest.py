@@ -1,4 +1,4 @@
-"""The kernels of the convolution, of SSD and of the scan, emulated in place of those on a GPU.
+"""The kernels of the convolution, SSD, the delta rule and the scan, emulated in place of a GPU's.
 
 The cases of the GPU tests serve the emulated kernels as well. `make test` takes the first and the
 last case of each test, `make test-long` those between. All of them::
@@ -19,6 +19,7 @@ import torch
 from emulate import TAPS, Emulator
 
 from mambabyte.ops.conv import cuda as cuda_conv
+from mambabyte.ops.delta import cuda as cuda_delta
 from mambabyte.ops.scan import cuda as cuda_scan
 from mambabyte.ops.scan import plan as cuda_plan
 from mambabyte.ops.ssd import cuda as cuda_ssd
@@ -73,14 +74,31 @@ def convolution(built_convolution: Emulator, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cuda_conv, "raw_stream", lambda device: 0)
 
 
+def built_in_chunks(family: str, folder: Path, kept: Path) -> Emulator:
+    here = Path(cuda_ssd.__file__).parent.parent
+    sources = [(here / name).read_text() for name in (
+        "build/types.cu", "build/mma.cu", "build/chunks.cu", f"{family}/{family}.cu")]
+    (folder / f"{family}.cu").write_text("\n".join(["#define __expf expf", *sources]))
+    return Emulator(folder / f"{family}.cu", folder, kept)
+
+
 @pytest.fixture(scope="session")
 def built_ssd(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> Emulator:
-    folder = tmp_path_factory.mktemp("ssd")
-    here = Path(cuda_ssd.__file__).parent.parent
-    sources = [(here / name).read_text()
-               for name in ("build/types.cu", "build/mma.cu", "ssd/ssd.cu")]
-    (folder / "ssd.cu").write_text("\n".join(["#define __expf expf", *sources]))
-    return Emulator(folder / "ssd.cu", folder, kept)
+    return built_in_chunks("ssd", tmp_path_factory.mktemp("ssd"), kept)
+
+
+@pytest.fixture(scope="session")
+def built_delta(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> Emulator:
+    return built_in_chunks("delta", tmp_path_factory.mktemp("delta"), kept)
+
+
+@pytest.fixture
+def delta(built_delta: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(device, name, blocks, shared, *args) -> None:
+        parameters = cuda_delta._PARAMETERS[name.partition("<")[0]]
+        built_delta.launch(device, name, parameters, blocks, (128, 1), shared, *args)
+
+    monkeypatch.setattr(cuda_delta, "_launch", launch)
 
 
 @pytest.fixture

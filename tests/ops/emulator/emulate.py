@@ -48,7 +48,7 @@ INSTRUCTIONS = {
     r"st\.global\.b32": "st_global_if",
     r"cp\.async\.mbarrier\.arrive": "cp_async_arrive",
     r"cp\.async\.wait_all": "cp_async_wait_all",
-    r"cp\.async\.ca": "cp_async",
+    r"cp\.async\.c[ag]": "cp_async",
     r"mbarrier\.init": "mbarrier_init",
     r"mbarrier\.arrive": "mbarrier_arrive",
     r"mbarrier\.t\w+_wait": "mbarrier_try_wait",

@@ -268,8 +268,9 @@ static void st_shared_v2(uint32_t address, float x, float y) { write_at(address,
 static void st_global_if(uint32_t valid, char *to, uint32_t x) {
     if (valid) memcpy(to, &x, 4);
 }
-static void cp_async(uint32_t to, const char *from, int bytes, uint32_t wanted) {
-    if (wanted) fibers[threadIdx.x].copies.push_back({at(to), from, bytes, 0, false});
+static void cp_async(uint32_t to, const void *from, int bytes, uint32_t wanted = 1) {
+    if (to % 16 || size_t(from) % 16) fail("a misaligned copy");
+    if (wanted) fibers[threadIdx.x].copies.push_back({at(to), static_cast<const char *>(from), bytes, 0, false});
 }
 static void cp_async_wait_all() {
     while (!fibers[threadIdx.x].copies.empty()) land(fibers[threadIdx.x]);

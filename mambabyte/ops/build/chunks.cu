@@ -1,0 +1,80 @@
+// What kernels share whose blocks have a chunk of T steps of a head, in tiles of shared memory. Follows
+// types.cu and mma.cu.
+
+constexpr int T = 64, WARPS = 4, THREADS = 32 * WARPS;  // steps of a chunk
+// A log-decay below LEAST counts as LEAST, a factor of 9e-27: sums over a chunk stay so small that
+// their differences are good to 3e-4.
+constexpr float LEAST = -60.f;
+constexpr unsigned ALL = ~0u;
+
+inline float at_least(float log_decay) {
+    return log_decay < LEAST ? LEAST : log_decay;  // a nan stays one
+}
+
+struct Strides {
+    int64 batch, time, head;
+};
+
+// Rows of COLUMNS elements from device memory into a tile, whose rows are 16 bytes longer so
+// that eight of them lie in different banks; rows from `rows` on are zero.
+template <int COLUMNS>
+inline void load_tile(bfloat16 *tile, const bfloat16 *from, int64 stride, int rows) {
+    constexpr int PACKS = COLUMNS / 8;
+    for (int k = threadIdx.x; k < T * PACKS; k += THREADS) {
+        int row = k / PACKS, column = k % PACKS * 8;
+        float4 pack = {0.f, 0.f, 0.f, 0.f};
+        if (row < rows) pack = *(const float4 *)(from + row * stride + column);
+        *(float4 *)(tile + row * (COLUMNS + 8) + column) = pack;
+    }
+}
+
+// The sum over lanes up to and with this one.
+inline float cumulated(float x) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int far = 1; far < 32; far *= 2) {
+        float other = __shfl_sync(ALL, x, lane - far);
+        if (lane >= far) x += other;
+    }
+    return x;
+}
+
+inline float sum_of_warp(float x) {
+#pragma unroll
+    for (int far = 16; far; far /= 2) x += __shfl_xor_sync(ALL, x, far);
+    return x;
+}
+
+// Over the four lanes that hold one row of a product's sums.
+inline float sum_of_row(float x) {
+    x += __shfl_xor_sync(ALL, x, 1);
+    return x + __shfl_xor_sync(ALL, x, 2);
+}
+
+// Which chunk of which head a block has.
+struct Place {
+    int head, chunk, rows;
+    int64 batch, first;  // first: row of the chunk's first step in (B L)
+    inline Place(int length, int heads) {
+        int chunks = (length + T - 1) / T;
+        head = blockIdx.x % heads;
+        int rest = blockIdx.x / heads;
+        chunk = rest % chunks;
+        batch = rest / chunks;
+        rows = min(T, length - chunk * T);
+        first = batch * length + chunk * T;
+    }
+    inline int64 at(const Strides &s, int unit) const {
+        return batch * s.batch + chunk * T * s.time + unit * s.head;
+    }
+};
+
+// Starts a copy of 16 bytes to shared memory, of zeros unless valid.
+inline void copy_async(bfloat16 *to, const bfloat16 *from, bool valid) {
+    u32 address = (u32)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(address), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
+// Until the copies that this thread has started are done.
+inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
