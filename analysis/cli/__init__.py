@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from mambabyte import __version__
 from mambabyte.errors import UserError
@@ -42,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):  # text that a terminal's encoding lacks is shown as ?
         sys.stdout.reconfigure(errors="replace")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _ended_like_ctrl_c():
             warnings.showwarning = _note  # type: ignore[assignment]
             run: Callable[[list[str]], int] = importlib.import_module(COMMANDS[args[0]][0]).run
             return run(args[1:])
@@ -59,6 +63,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"no room left ({error.strerror}); what was finished is kept: make room and "
                      "run it again, with --resume where it has it")
+
+
+@contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """What a batch system, `kill` or a closed terminal sends does what Ctrl-C does. A SIGHUP that
+    is ignored, as under nohup, stays so."""
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before: dict[int, Any] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number and signal.getsignal(number) == signal.SIG_DFL:
+                    before[number] = signal.signal(number, interrupt)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fail(message: str) -> int:

@@ -1,8 +1,8 @@
 """One run of one notebook, in its own process: the only place that touches papermill.
 
-``python -m analysis.sweep.execute`` reads a Task as JSON on standard input. The run folder is
-written under a temporary name and renamed when complete; a run that is interrupted leaves nothing,
-a run that fails leaves a folder with the error, the notebook and what was printed.
+``python -m analysis.sweep.execute PARENT`` reads a Task as JSON on standard input. The run folder
+is written under a temporary name and renamed when complete; a run that is interrupted leaves
+nothing, a run that fails leaves a folder with the error, the notebook and what was printed.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +20,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from analysis.runs.folders import RECORD, update_record, write_record
-from mambabyte.config.files import make_dir, to_json
+from mambabyte.config.files import make_dir, put_in_place, scratch_dir, to_json
+from mambabyte.config.owners import end_with
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT_PATH = 90  # a UNIX socket's path has room for 107 bytes
@@ -71,10 +70,7 @@ def execute(task: Task) -> None:
         if error:
             _record_failure(temporary, task, error)
         _complete(temporary, task, time.perf_counter() - began)
-        folder = Path(task.folder)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        put_in_place(temporary, Path(task.folder))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -119,7 +115,8 @@ def _quiet_jupyter() -> Iterator[dict[str, str]]:
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     # A kernel imports what it needs; the debugger's frozen-modules warning is only noise here.
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
-    with tempfile.TemporaryDirectory(prefix="mb-", ignore_cleanup_errors=True) as folder:
+    with scratch_dir() as scratch:
+        folder = str(scratch)
         os.environ["JUPYTER_RUNTIME_DIR"] = folder
         os.environ["IPYTHONDIR"] = folder
         short = os.name == "posix" and len(folder) <= SHORT_PATH
@@ -186,18 +183,6 @@ def _first_line(text: str) -> str:
     return lines[0][:500] if lines else "(no message)"
 
 
-def _follow_parent() -> None:
-    """Ends this process when the sweep that started it is gone: no orphan disturbs a timing."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def _stop(_signal: int, _frame: Any) -> None:
     raise SystemExit(143)  # so that ``finally`` blocks shut the kernel down
 
@@ -205,7 +190,7 @@ def _stop(_signal: int, _frame: Any) -> None:
 def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to handle
-    _follow_parent()
+    end_with(int(sys.argv[1]))  # no orphan of a killed sweep disturbs a timing
     execute(Task(**json.load(sys.stdin)))
 
 

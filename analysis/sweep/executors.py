@@ -45,7 +45,7 @@ def make_executor(name: str = "serial", workers: int = 1, address: str = "") -> 
 def run_task(task: Task, started: Callable[[subprocess.Popen[str]], None] | None = None) -> None:
     """Executes a task in a fresh process; RuntimeError with its last words when that died."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "analysis.sweep.execute"], text=True, cwd=task.cwd,
+        [sys.executable, "-m", "analysis.sweep.execute", str(os.getpid())], text=True, cwd=task.cwd,
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         # Its own session: a Ctrl-C reaches the sweep alone, which then ends its runs in order.
         start_new_session=True,

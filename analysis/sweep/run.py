@@ -7,14 +7,11 @@ failed one stays visible and is tried again by the next sweep.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,8 @@ from analysis.studies import (
 from analysis.sweep.execute import Task
 from analysis.sweep.executors import make_executor, run_task
 from analysis.sweep.progress import Progress, make_progress
-from mambabyte.config.files import make_dir
+from mambabyte.config.files import make_dir, temporary_dir
+from mambabyte.config.owners import only_one, remove_leftovers
 from mambabyte.errors import UserError
 
 POLL_SECONDS = 0.2
@@ -83,8 +81,8 @@ def run_sweep(
     progress = progress or make_progress()
     make_dir(root)
     try:
-        with _only_sweep(root):
-            _remove_leftovers(root)
+        with only_one(root / ".lock", "runs a sweep"):
+            remove_leftovers(root)
             rows: list[Row] = []
             for stage in stages:
                 rows += _run(plan(stage, *point), pool, progress, force, len(rows), total)
@@ -115,7 +113,7 @@ def plan(
             tasks[name] = Task(
                 study=study.name, notebook=str(study.notebook), parameters=parameters,
                 run_id=name, folder=str(root / name),
-                temporary=str(root / f".{name}.{os.getpid()}.tmp"), sources=sources,
+                temporary=str(temporary_dir(root / name)), sources=sources,
                 profile=profile_of(study, parameters), command=command(study, parameters),
                 cwd=os.getcwd(),
             )
@@ -210,22 +208,3 @@ class _Tail:
 
     def _path(self) -> Path | None:
         return self._task.log if self._task.log.is_file() else None
-
-
-@contextmanager
-def _only_sweep(root: Path) -> Iterator[None]:
-    """One sweep a folder: two would remove each other's unfinished runs."""
-    with (root / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"another sweep is at work in {root}: wait for it, or give another --root"
-            ) from None
-        yield
-
-
-def _remove_leftovers(root: Path) -> None:
-    """Temporary folders of a sweep that was killed; no other sweep is alive here."""
-    for folder in root.glob(".*.tmp"):
-        shutil.rmtree(folder, ignore_errors=True)

@@ -7,15 +7,18 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from mambabyte.config import owners
 from mambabyte.errors import UserError
 
 
@@ -27,9 +30,13 @@ def cache_dir() -> Path:
 
 
 # What the machine says when it is not the program's fault: full, over quota or over the limit of a
-# file's size, read-only, forbidden, and a folder where a file should be or the reverse.
+# file's size, read-only, forbidden, too long a name, and a folder where a file should be or the
+# reverse.
 _NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
-                 errno.EISDIR, errno.ENOTDIR}
+                 errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR}
+
+# What a file system says that cannot be asked to wait for its disk, or not for a folder.
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 
 
 @contextmanager
@@ -55,14 +62,18 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises UserError where it cannot be written: a folder of that name, no right, no room.
     """
     check_file(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    with _writing(path):
+        _tidy(path.parent)
+        handle, name = tempfile.mkstemp(dir=path.parent, **_names(path.name[:40]))
     os.close(handle)
     temporary = Path(name)
     try:
         with _writing(path):
             yield temporary
             temporary.chmod(0o666 & ~_umask())
+            _sync(temporary)
             os.replace(temporary, path)
+            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -71,18 +82,14 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_dir(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` that becomes it when the block ends without an error."""
     make_dir(path.parent)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    with _writing(path):
+        _tidy(path.parent)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, **_names(path.name)))
     try:
         with _writing(path):
             yield temporary
             temporary.chmod(0o777 & ~_umask())
-            if path.exists():  # aside first: whole until the new one stands in its place
-                old = temporary.with_suffix(".old")
-                os.replace(path, old)
-                os.replace(temporary, path)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.replace(temporary, path)
+            put_in_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -107,6 +114,60 @@ def _strict(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def temporary_dir(path: Path) -> Path:
+    """The name of a folder beside ``path`` for this process to make: as those of ``whole_dir``, it
+    is removed by the next one to come if this process is killed."""
+    name = _names(path.name)
+    return path.parent / f"{name['prefix']}{secrets.token_hex(4)}{name['suffix']}"
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a complete folder to ``path``, on the disk before anything there gives way to it."""
+    for file in temporary.rglob("*"):
+        _sync(file)
+    _sync(temporary)
+    old = temporary.with_suffix(".old")
+    if path.exists():  # aside first: whole until the new one stands in its place
+        os.replace(path, old)
+    os.replace(temporary, path)
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def scratch_dir() -> Iterator[Path]:
+    """A folder in $TMPDIR for the time of the block, with a short name for sockets to live in."""
+    root = Path(tempfile.gettempdir())
+    owners.remove_leftovers(root)
+    folder = Path(tempfile.mkdtemp(dir=root, **_names("mb")))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _names(name: str) -> dict[str, str]:
+    return {"prefix": f".{name}.", "suffix": f".{owners.tag()}.tmp"}
+
+
+@cache
+def _tidy(folder: Path) -> None:
+    owners.remove_leftovers(folder)
+
+
+def _sync(path: Path) -> None:
+    """Until ``path`` is on the disk, and not only in the machine's memory."""
+    with suppress(PermissionError):  # nothing of ours is unreadable to us, but on odd systems
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno not in _NO_SYNC:
+                raise
+        finally:
+            os.close(handle)
+
+
 def write_json(path: Path, value: Any, indent: int = 2) -> None:
     with whole_file(path) as temporary:
         temporary.write_text(to_json(value, indent=indent, sort_keys=True) + "\n")
@@ -116,8 +177,10 @@ def check_file(path: Path) -> None:
     """Make the folder of ``path``; UserError where a file cannot be written there. Worth asking
     before a long computation whose result goes there."""
     make_dir(path.parent)
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+    with _writing(path):
+        if not path.is_dir():
+            return
+    raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
 
 
 def make_dir(path: Path) -> None:

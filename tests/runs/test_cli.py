@@ -294,19 +294,26 @@ def test_no_room_is_one_clear_line_and_leaves_no_file(text_file, tmp_path):
     assert not list((out / "run" / "checkpoints").iterdir())
 
 
-def test_task_keeps_the_seeds_that_ended_before_ctrl_c(tiny, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_task_keeps_the_seeds_that_ended_before_a_signal(name, tiny, monkeypatch, capsys):
     import mambabyte.task
 
-    real = mambabyte.task.run_task
+    real, number = mambabyte.task.run_task, getattr(signal, name)
+    if name == "SIGINT":  # where tests run in the background of a script it is ignored
+        monkeypatch.setattr(os, "kill", signal.default_int_handler)
+    elif signal.getsignal(number) == signal.SIG_IGN:
+        pytest.skip("ignored here, as under nohup")
 
     def second_is_interrupted(*args, seed, **kw):
         if seed:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         return real(*args, seed=seed, **kw)
 
     monkeypatch.setattr(mambabyte.task, "run_task", second_is_interrupted)
     args = ["task", "run", "ngram", "--corpus", str(tiny), "--characters", "9", "--seeds", "3"]
+    before = signal.getsignal(number)
     assert main([*args, "--json"]) == 130
+    assert signal.getsignal(number) == before
     out, err = capsys.readouterr()
     assert [row["seed"] for row in json.loads(out)["runs"]] == [0]
     assert "1 of 3 seeds" in err

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-import tempfile
 import time
 import zlib
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +22,7 @@ from analysis.studies.ablation import get_variant, variants
 from analysis.studies.claims.experiments.scan import CHUNK, TEXT, tokens
 from analysis.studies.claims.lab import Settings, experiment
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig, get_preset
+from mambabyte.config.files import scratch_dir
 from mambabyte.corpus import Corpus, load_corpus, sample_windows
 from mambabyte.errors import UserError
 from mambabyte.evaluate import score
@@ -180,9 +179,9 @@ def smoke(settings: Settings) -> dict[str, float]:
     data = np.frombuffer(text, dtype=np.uint8)
     model, recipe = smoke_configs(ModelConfig(), len(data))
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+    with scratch_dir() as folder, redirect_stdout(io.StringIO()):
         corpus = Corpus("tiny", "485 bytes", data, data[:100], data[:100])
-        result = train(model, recipe, corpus, Path(folder) / "run", evaluate_bytes=100)
+        result = train(model, recipe, corpus, folder / "run", evaluate_bytes=100)
     seconds = time.perf_counter() - began
 
     def passes(form: str) -> float:
