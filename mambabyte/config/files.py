@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,7 @@ def cache_dir() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(root) / "mambabyte"
 
+MANIFEST = "manifest.json"
 
 # What the machine says when it is not the program's fault: full, over quota or over the limit of a
 # file's size, read-only, forbidden, too long a name, and a folder where a file should be or the
@@ -64,7 +66,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     check_file(path)
     with _writing(path):
         _tidy(path.parent)
-        handle, name = tempfile.mkstemp(dir=path.parent, **_names(path.name[:40]))
+        handle, name = tempfile.mkstemp(_suffix(), f".{path.name[:40]}.", path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -79,17 +81,21 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_dir(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that becomes it when the block ends without an error."""
+def whole_dir(path: Path, ours: Collection[str] = ()) -> Iterator[Path]:
+    """A temporary folder beside ``path`` that becomes it when the block ends without an error.
+
+    If there is a folder already, what is in it stays, but for the names that are written again and
+    those in ``ours``: what we are known to have made.
+    """
     make_dir(path.parent)
     with _writing(path):
         _tidy(path.parent)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, **_names(path.name)))
+        temporary = Path(tempfile.mkdtemp(_suffix(), f".{path.name}.", path.parent))
     try:
         with _writing(path):
             yield temporary
             temporary.chmod(0o777 & ~_umask())
-            put_in_place(temporary, path)
+            put_in_place(temporary, path, ours)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -117,12 +123,22 @@ def _strict(value: Any) -> Any:
 def temporary_dir(path: Path) -> Path:
     """The name of a folder beside ``path`` for this process to make: as those of ``whole_dir``, it
     is removed by the next one to come if this process is killed."""
-    name = _names(path.name)
-    return path.parent / f"{name['prefix']}{secrets.token_hex(4)}{name['suffix']}"
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}{_suffix()}"
 
 
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Rename a complete folder to ``path``, on the disk before anything there gives way to it."""
+def put_in_place(temporary: Path, path: Path, ours: Collection[str] = ()) -> None:
+    """Rename a complete folder to ``path``, on the disk before anything there gives way to it.
+
+    ``ours`` as in ``whole_dir``.
+    """
+    for other in path.iterdir() if path.is_dir() else ():
+        copy = temporary / other.name
+        if other.name in ours or copy.exists():
+            continue
+        if other.is_dir() and not other.is_symlink():
+            shutil.copytree(other, copy, symlinks=True)
+        else:
+            shutil.copy2(other, copy, follow_symlinks=False)
     for file in temporary.rglob("*"):
         _sync(file)
     _sync(temporary)
@@ -139,15 +155,15 @@ def scratch_dir() -> Iterator[Path]:
     """A folder in $TMPDIR for the time of the block, with a short name for sockets to live in."""
     root = Path(tempfile.gettempdir())
     owners.remove_leftovers(root)
-    folder = Path(tempfile.mkdtemp(dir=root, **_names("mb")))
+    folder = Path(tempfile.mkdtemp(_suffix(), ".mb.", root))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _names(name: str) -> dict[str, str]:
-    return {"prefix": f".{name}.", "suffix": f".{owners.tag()}.tmp"}
+def _suffix() -> str:
+    return f".{owners.tag()}.tmp"
 
 
 @cache
@@ -166,6 +182,35 @@ def _sync(path: Path) -> None:
                 raise
         finally:
             os.close(handle)
+
+
+def write_manifest(folder: Path, **more: Any) -> None:
+    """Say in manifest.json that the files of ``folder`` are ours, with the SHA-256 of each, and
+    ``more``. Written last: a folder that has it is complete."""
+    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    write_json(folder / MANIFEST, {"sha256": sums, **more})
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What ``write_manifest`` wrote; None where there is none. ValueError if it is damaged."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not isinstance(found.get("sha256"), dict):
+        raise ValueError(f"{path} has no checksums")
+    return found
+
+
+def damaged(folder: Path, sums: dict[str, str]) -> list[str]:
+    """The names of ``sums`` whose file in ``folder`` is missing or has another SHA-256."""
+    return [name for name, digest in sums.items()
+            if not (folder / name).is_file() or _sha256(folder / name) != digest]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any, indent: int = 2) -> None:

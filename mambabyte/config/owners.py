@@ -107,7 +107,7 @@ def only_one(lock: Path, what: str) -> Iterator[None]:
     is nobody's: it is removed. A holder on another machine, which nobody here can ask, shows that
     it lives by touching its file; who meets one waits for three of these signs.
     """
-    for _ in range(5):
+    for attempt in range(6):
         mine = lock.with_name(f"{lock.name}.{tag()}")
         try:
             os.close(os.open(mine, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
@@ -123,12 +123,13 @@ def only_one(lock: Path, what: str) -> Iterator[None]:
             if other is None:
                 yield
                 return
+            if attempt == 5:
+                raise _taken(lock, what, other)
         finally:
             done.set()
             mine.unlink(missing_ok=True)
         # Two that come at once see each other: both step back, and come again at random times.
         time.sleep(random.uniform(0.0, 0.2))
-    raise _taken(lock, what, other)
 
 
 def _taken(lock: Path, what: str, other: Path) -> UserError:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mambabyte.config import owners
 from mambabyte.errors import UserError
 
 
@@ -141,6 +142,8 @@ def joined(device: str) -> Iterator[World]:
     backend = "nccl" if device.startswith("cuda") else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # of torchrun: without it nobody ends who waits here
+        owners.end_with(os.getppid())
     dist.init_process_group(backend)
     try:
         yield current()

@@ -7,10 +7,13 @@ checkpoints/step_*/ and, once the run has ended, result.json.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,6 +24,7 @@ import torch
 from mambabyte import checkpoint
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.config.files import make_dir, to_json, write_json
+from mambabyte.config.owners import only_one, remove_leftovers
 from mambabyte.config.provenance import provenance
 from mambabyte.corpus import Corpus, sample_windows
 from mambabyte.corpus.files import present
@@ -29,6 +33,7 @@ from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.evaluate import bits_per_byte
 from mambabyte.model import ByteLM, Mixer, distributed, mixers
 from mambabyte.ops import FORMS
+from mambabyte.ops.scan import cpu as native_scan
 from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
 from mambabyte.train.loop import DONE, Ended, optimise
 from mambabyte.train.metrics import Progress, drop_after
@@ -37,6 +42,7 @@ from mambabyte.train.schedule import bytes_before, learning_rate, schedule, stag
 from mambabyte.train.signals import stop_on_signal
 from mambabyte.train.step import EagerStep, Step, text_batches
 
+_LOG = logging.getLogger(__name__)
 LN2 = math.log(2)
 _AGREE_EVERY = 16  # steps after which several processes ask the first whether to stop, and the time
 
@@ -65,19 +71,41 @@ def train(
     """
     device = distributed.current().device(device)
     _refuse_what_cannot_run(model_config, config, corpus, device)
-    make_dir(run)
-    _refuse_taken(run, resume)
-    training = _Training(model_config, config, corpus, run, device, report)
-    if resume and checkpoint.saved(run):
-        training.restore()
-    training.open_folder()
-    ended = training.go()
-    result = training.result(ended)
-    if ended.stopped_by != "interrupt":
-        result |= training.score(corpus.valid[:evaluate_bytes], report_scoring)
-        if training.world.first:
-            write_json(run / "result.json", result)
-    return result
+    with _locked(run):
+        _refuse_taken(run, resume)
+        training = _Training(model_config, config, corpus, run, device, report)
+        if resume and checkpoint.saved(run):
+            training.restore()
+        training.open_folder()
+        ended = training.go()
+        result = training.result(ended)
+        if ended.stopped_by != "interrupt":
+            result |= training.score(corpus.valid[:evaluate_bytes], report_scoring)
+            if training.world.first:
+                write_json(run / "result.json", result)
+        return result
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """The run folder, made, tidied and to this training alone; of several processes the first
+    asks for all, so that UserError ends all."""
+    world, refused = distributed.current(), None
+    with ExitStack() as held:
+        if world.first:
+            try:
+                make_dir(run)
+                held.enter_context(only_one(run / ".lock", "trains"))
+            except UserError as error:
+                refused = str(error)
+        refused = world.agree(refused)
+        if refused:
+            raise UserError(refused)
+        if world.first:
+            for folder in (run, run / "checkpoints"):
+                remove_leftovers(folder)
+        world.wait()
+        yield
 
 
 class _Training:
@@ -117,6 +145,14 @@ class _Training:
         self.done = self.saved_at = self.resumed_at = saved["step"]
         self.seconds_before = saved["seconds"]
         self.joules_before = saved.get("joules")
+        now = _machine(self.device)
+        before = saved.get("machine")  # (first kept later as well)
+        changed = [f"{key} {value}, now {now[key]}" for key, value in before.items()
+                   if now.get(key, value) != value] if isinstance(before, dict) else []
+        if changed:
+            _LOG.warning("note: %s goes on otherwise than it began (%s): sums are rounded in "
+                         "another order, so its weights will not be bit for bit those of an "
+                         "unbroken run", self.run, "; ".join(changed))
 
     def open_folder(self) -> None:
         """Write what is known before the first step, and forget what will be done again."""
@@ -126,10 +162,16 @@ class _Training:
         write_json(self.run / "config.json",
                    {"model": asdict(self.model.config), "train": asdict(self.config)})
         write_json(self.run / "provenance.json", {
-            **provenance(), "corpus": self.corpus.name, "corpus_sha256": self.digests,
-            "device": self.device, "processes": self.world.size})
+            **provenance(), "run": self._run_id(), "corpus": self.corpus.name,
+            "corpus_sha256": self.digests, "device": self.device, "processes": self.world.size})
         (self.run / "result.json").unlink(missing_ok=True)
         drop_after(self.run / "metrics.jsonl", self.done)
+
+    def _run_id(self) -> str:
+        """That of the run from before, also if its checkpoints alone were copied here."""
+        newest = checkpoint.saved(self.run)[-1:]
+        return (checkpoint.run_id(self.run) or (newest and checkpoint.run_of(newest[0]))
+                or uuid.uuid4().hex)
 
     def go(self) -> Ended:
         """The steps that are left, stage after stage, and a checkpoint where they stop early."""
@@ -257,7 +299,8 @@ class _Training:
             return
         checkpoint.save_training(self.checkpoints, self.model, self.optimizer, {
             "step": self.done, "seconds": self.elapsed(), "joules": self.joules(),
-            "train": asdict(self.config), "text": self.digests["train"]})
+            "train": asdict(self.config), "text": self.digests["train"],
+            "machine": _machine(self.device)})
         self.saved_at = self.done
         if self.world.first:
             checkpoint.prune(self.checkpoints, self.config.keep_checkpoints)
@@ -289,6 +332,14 @@ class _Training:
         bits = bits_per_byte(scored, valid, report=report) if mine else None
         return {"valid_bits_per_byte": bits, "valid_bytes": len(valid),
                 "valid_split_bytes": len(self.corpus.valid)}
+
+
+def _machine(device: str) -> dict[str, Any]:
+    """What decides in which order sums are rounded, besides the recipe."""
+    on_cpu = device == "cpu"
+    return {"device": device.partition(":")[0],
+            "threads": torch.get_num_threads() if on_cpu else None,
+            "compiled scan": native_scan.available()[0] if on_cpu else None}
 
 
 # What may change between a run and its continuation without changing the weights.
