@@ -74,15 +74,18 @@ def flops_table(config: ModelConfig, length: int, *, causal: bool = True) -> pd.
 
 
 def _elementwise(config: ModelConfig) -> Operations:
-    """Norms (8 a channel with a mean, 4 without), residuals, activations, loss, and what each
-    mixer has of the kind."""
+    """Norms (8 a channel with a mean, 4 without), residuals, their gains, activations, loss, and
+    what each mixer has of the kind."""
     d = config.d_model
-    norms = config.n_layer * (2 if config.mlp_hidden else 1) + 1
+    branches = config.n_layer * (2 if config.mlp_hidden else 1)
+    norms = branches + 1 + config.embed_norm
+    gains = (branches * config.block_scales + 3 * config.n_layer * config.residual_mix
+             + 2 * sum(skip is not None for skip in config.skips))
     mixers = [mixer_of(letter).elementwise(config) for letter in config.layers]
     return Operations(
         "elementwise",
         norms * d * (8 if config.norm == "layer" else 4)
-        + config.n_layer * d * (2 if config.mlp_hidden else 1)
+        + (branches + gains) * d
         + sum(forward for forward, _ in mixers)
         + config.n_layer * 2 * config.mlp_hidden + 5 * config.vocab_size,
         sum(exp for _, exp in mixers) + config.vocab_size, FORMULA)

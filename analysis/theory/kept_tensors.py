@@ -51,10 +51,11 @@ def saved_terms(
     d, V = config.d_model, config.vocab_size
     found: list[Term] = []
     for i, letter in enumerate(config.layers):
-        if checkpointing:
+        if checkpointing:  # the embedded bytes are the first's input, a skip one of another's
             found.append(Term(i, "norm", "block input", tokens * d, FLOAT32))
             continue
         mixer = mixer_of(letter)
+        found += [Term(i, "residual", *t) for t in _residual_terms(config, i, tokens, itemsize)]
         rows = [("norm", *t)
                 for t in _norm_terms(config, tokens, device, itemsize, mixer.readers)]
         rows += mixer.kept(config, step)
@@ -68,6 +69,8 @@ def saved_terms(
     if config.embed_norm:
         head += [("head", "embedding before its norm", tokens * d, FLOAT32),
                  ("head", "1/rms of the embedding", tokens, FLOAT32)]
+    if config.embed_norm_gain and device == "cpu":
+        head.append(("head", "normalised embedding", tokens * d, FLOAT32))
     if config.logit_softcap:
         head.append(("head", "tanh of the logits", tokens * V, itemsize))
     if itemsize != FLOAT32:
@@ -79,6 +82,24 @@ def saved_terms(
         ("head", "weight of the mean", 1, FLOAT32),
     ]
     return found + [Term(-1, *row) for row in head]
+
+
+def _residual_terms(
+    config: ModelConfig, layer: int, tokens: int, itemsize: int
+) -> list[tuple[str, int, int]]:
+    """What the gains of a layer's branches, its mix and its skip keep. The embedded bytes are the
+    first layer's stream; a skip is the stream that the layer behind its source keeps, but for
+    the one of two neighbours."""
+    wide = tokens * config.d_model
+    terms = []
+    if config.residual_mix:
+        terms.append(("stream before its mix", wide, FLOAT32))
+    if config.skips[layer] == layer - 1:
+        terms.append(("skip", wide, FLOAT32))
+    if config.block_scales:
+        branches = 2 if config.mlp_hidden else 1
+        terms.append(("branches before their gains", branches * wide, itemsize))
+    return terms
 
 
 def _norm_terms(

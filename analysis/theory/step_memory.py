@@ -110,7 +110,7 @@ def budget(
 def _gradients_above(config: ModelConfig) -> list[int]:
     """Bytes of the gradients that exist when the backward pass comes to each layer."""
     groups = config.parameter_groups()
-    around = (groups["mlp"] + groups["norm"]) / config.n_layer
+    around = (groups["mlp"] + groups["norm"] + groups.get("residual", 0)) / config.n_layer
     # A tied head has its gradient first. The rows of an embedding of its own come last of all.
     found: list[float] = [groups.get("head", groups["embedding"])]
     for letter in reversed(config.layers):
@@ -131,15 +131,18 @@ def _optimizer_bytes(config: ModelConfig, optimizer: str) -> int:
             taken = [math.prod(shape) for name, shape in mixer.shapes(config).items()
                      if mixer.role(name, len(shape)) == "muon"]
             saved += sum(taken) + len(taken)
-        saved += config.parameter_groups()["mlp"] + (2 * config.n_layer if config.mlp_hidden else 0)
+        saved += config.n_layer * 2 * (config.d_model * config.mlp_hidden + bool(config.mlp_hidden))
     return (2 * config.n_parameters + _n_tensors(config) - saved) * FLOAT32
 
 
 def _n_tensors(config: ModelConfig) -> int:
     """Parameter tensors: AdamW keeps a step count of 4 bytes for each."""
     norm = {"layer": 2, "rms": 1, "rms_plain": 0}[config.norm]
-    block = norm + (2 + norm if config.mlp_hidden else 0)
-    ends = (1 if config.tied_head else 2) + norm
+    bias, gains = config.linear_bias, config.block_scales
+    block = norm + gains + 2 * config.residual_mix
+    block += 2 * (1 + bias) + norm + gains if config.mlp_hidden else 0
+    ends = (1 if config.tied_head else 2 + bias) + norm + config.embed_norm_gain
+    ends += sum(skip is not None for skip in config.skips)
     return ends + sum(block + len(mixer_of(letter).shapes(config)) for letter in config.layers)
 
 

@@ -75,6 +75,8 @@ class Architecture(Checked):
     """Heads of keys and values; fewer than n_head share them."""
     qk_norm: bool = False
     """Normalise queries and keys."""
+    qk_gain: NotNegative = 0.0
+    """Where a learned gain a head on the rotated queries starts; 0 is no gain."""
     rope_base: Positive = 10000.0
     """Base of the rotary frequencies."""
     rope_fraction: Annotated[float, above(0, 1)] = 1.0
@@ -93,13 +95,25 @@ class Architecture(Checked):
     embed_std: NotNegative = 0.02
     """Standard deviation of the embedding at the start."""
     embed_norm: bool = False
-    """Normalise the embedding before the first layer."""
+    """Normalise the embedding before the first layer, by its RMS."""
+    embed_norm_gain: bool = False
+    """Give that norm weights."""
     tied_head: bool = True
     """Use the embedding as the head as well."""
     zero_init_out: bool = False
     """Start the output projections at zero."""
     logit_softcap: NotNegative = 0.0
     """Cap the logits smoothly at this value; 0 does not."""
+
+    linear_bias: bool = False
+    """Biases in attention's projections, in MLPs and in a head of its own."""
+    block_scales: bool = False
+    """A gain a channel, from 1, on what each mixer and MLP adds to the residual stream."""
+    residual_mix: bool = False
+    """Before each layer: gains a channel, from 1 and 0, times the stream and the embedded bytes."""
+    unet_skips: bool = False
+    """Layers of the second half add what those of the first put out, last to first, times a gain a
+    channel, from 1."""
 
     scan_form: FormOrAuto = "auto"
     """Form of the scan of the Mamba layers; auto is the fused one where its kernels run."""
@@ -130,3 +144,16 @@ class Architecture(Checked):
     @property
     def mlp_hidden(self) -> int:
         return round(self.mlp_ratio * self.d_model)
+
+    @property
+    def skips(self) -> tuple[int | None, ...]:
+        """For each layer the one whose output it adds to its input, or None."""
+        half = self.n_layer // 2 if self.unet_skips else 0
+        return tuple(2 * half - 1 - i if half <= i < 2 * half else None
+                     for i in range(self.n_layer))
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether there are parts that the kernels which stream a whole model do not compute."""
+        return bool(self.qk_gain or self.embed_norm_gain or self.linear_bias or self.block_scales
+                    or self.residual_mix or self.unet_skips)

@@ -165,8 +165,12 @@ class AttentionSpec(MixerSpec):
     @classmethod
     def shapes(cls, config: Architecture) -> dict[str, Shape]:
         d, kv = config.d_model, config.n_kv_head * config.head_dim
-        return {"q_proj.weight": (d, d), "k_proj.weight": (kv, d), "v_proj.weight": (kv, d),
-                "out_proj.weight": (d, d)}
+        maps: dict[str, Shape] = {
+            "q_proj": (d, d), "k_proj": (kv, d), "v_proj": (kv, d), "out_proj": (d, d)}
+        found = {f"{name}.weight": shape for name, shape in maps.items()}
+        if config.linear_bias:
+            found |= {f"{name}.bias": shape[:1] for name, shape in maps.items()}
+        return found | ({"q_gain": (config.n_head,)} if config.qk_gain else {})
 
     @classmethod
     def group(cls, name: str) -> str:

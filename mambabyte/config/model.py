@@ -26,6 +26,8 @@ class ModelConfig(Architecture):
         if self.dt_min > self.dt_max:
             raise UserError(f"dt_min is {self.dt_min} and dt_max {self.dt_max}: expected "
                             "dt_min <= dt_max")
+        if self.embed_norm_gain and not self.embed_norm:
+            raise UserError("embed_norm_gain is set without embed_norm: it is that norm's gain")
         for letter in dict.fromkeys(self.layers):
             spec_of(letter).check(self)
         if self.n_parameters > MOST_PARAMETERS:
@@ -39,9 +41,11 @@ class ModelConfig(Architecture):
 
     def parameter_groups(self) -> dict[str, int]:
         """Exact parameter counts by role; a tied head counts once, as embedding."""
-        d = self.d_model
+        d, n, bias = self.d_model, self.n_layer, self.linear_bias
         per_norm = {"layer": 2 * d, "rms": d, "rms_plain": 0}[self.norm]
-        norms = self.n_layer * (2 if self.mlp_hidden else 1) + 1
+        branches = n * (2 if self.mlp_hidden else 1)  # mixers and MLPs
+        gains = (branches * self.block_scales + 2 * n * self.residual_mix
+                 + sum(skip is not None for skip in self.skips))
         mixers: dict[str, int] = {}
         for letter in sorted(set(self.layers), key=list(SPECS).index):
             spec = spec_of(letter)
@@ -51,10 +55,12 @@ class ModelConfig(Architecture):
                     self.layers.count(letter) * math.prod(shape))
         return {
             "embedding": self.vocab_size * d,
-            **({} if self.tied_head else {"head": self.vocab_size * d}),
+            **({} if self.tied_head else {"head": self.vocab_size * (d + bias)}),
             **mixers,
-            "mlp": self.n_layer * 2 * d * self.mlp_hidden,
-            "norm": norms * per_norm,
+            "mlp": n * (2 * d * self.mlp_hidden + bias * (self.mlp_hidden + d) * bool(
+                self.mlp_hidden)),
+            "norm": (branches + 1) * per_norm + self.embed_norm_gain * d,
+            **({"residual": gains * d} if gains else {}),
         }
 
     @property

@@ -42,8 +42,20 @@ class TrainConfig(Checked):
     """muon takes the matrices inside the layers, with its own rate; AdamW takes the rest."""
     muon_lr: NotNegative = 0.02
     """Largest learning rate of Muon."""
+    muon_weight_decay: NotNegative | None = None
+    """Weight decay of Muon's matrices; none is weight_decay."""
     muon_momentum: Momentum = 0.95
     """Momentum of Muon."""
+    muon_first_momentum: Momentum = 0.85
+    """Momentum of Muon's first step, where it rises."""
+    muon_momentum_steps: CountOrNone = 0
+    """Steps over which Muon's momentum rises; 0 does not."""
+    embed_lr: NotNegative | None = None
+    """Largest learning rate of the embedding; none is lr."""
+    head_lr: NotNegative | None = None
+    """Largest learning rate of a head of its own; none is lr."""
+    scalar_lr: NotNegative | None = None
+    """Largest learning rate of what has one axis, biases and gains; none is lr."""
     schedule: Literal["cosine", "stable"] = "cosine"
     """cosine falls to 0 over the whole run, stable is flat and falls over its last part."""
     decay_fraction: Annotated[float, above(0, 1)] = 0.4

@@ -20,6 +20,7 @@ from mambabyte.model.mixer import (
     Mixer,
     Operations,
     Step,
+    linear,
     register,
 )
 
@@ -164,10 +165,12 @@ class AttentionMixer(Mixer, AttentionSpec):
         # Of the first positions, where the same length comes again and again; see prepare.
         self.rotary: tuple[Tensor, Tensor] | None = None
         kv_width = self.n_kv_head * self.head_dim
-        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.k_proj = nn.Linear(config.d_model, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.d_model, kv_width, bias=False)
-        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.q_proj = linear(config, config.d_model, config.d_model)
+        self.k_proj = linear(config, config.d_model, kv_width)
+        self.v_proj = linear(config, config.d_model, kv_width)
+        self.out_proj = linear(config, config.d_model, config.d_model)
+        self.q_gain = nn.Parameter(torch.full((self.n_head,), config.qk_gain)) \
+            if config.qk_gain else None
         if config.zero_init_out:
             nn.init.zeros_(self.out_proj.weight)
 
@@ -193,6 +196,8 @@ class AttentionMixer(Mixer, AttentionSpec):
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
         table = self._table(seen, length, x.device)
         q, k = rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype)
+        if self.q_gain is not None:
+            q = q * self.q_gain.to(q.dtype)[:, None, None]
         if state is not None:
             k = torch.cat([state.k.to(k.dtype), k], dim=2)
             v = torch.cat([state.v.to(v.dtype), v], dim=2)
@@ -227,7 +232,8 @@ class AttentionMixer(Mixer, AttentionSpec):
 
     @classmethod
     def elementwise(cls, config: ModelConfig) -> tuple[float, float]:
-        return 3 * (config.d_model + config.n_kv_head * config.head_dim), 0  # rotation
+        rotation = 3 * (config.d_model + config.n_kv_head * config.head_dim)
+        return rotation + (config.d_model if config.qk_gain else 0), 0
 
     @classmethod
     def kernel_name(cls, config: ModelConfig, length: int, device: str = "cpu") -> str:
@@ -255,6 +261,10 @@ class AttentionMixer(Mixer, AttentionSpec):
                           FLOAT32 if wide else itemsize))
             heads = config.n_head + config.n_kv_head
             terms.append(("attention", "1/rms of q and k", tokens * heads, FLOAT32))
+        if config.qk_gain:
+            terms.append(("attention", "q before its gain", tokens * d, itemsize))
+            if itemsize != FLOAT32:
+                terms.append(("casts", "gain of q, cast", config.n_head, itemsize))
         _, count, block = blocks_of(length, cls.window_of(config))
         if count:
             terms += _kept_of_blocks(config, step, cls.window_of(config), count, block)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambabyte.config import ModelConfig
-from mambabyte.model.block import Block, make_norm
-from mambabyte.model.mixer import LayerState, Mixer, mixer_of
+from mambabyte.model.block import Block, RMSNorm, make_norm
+from mambabyte.model.mixer import LayerState, Mixer, linear, mixer_of
 
 
 class _Embed(torch.autograd.Function):
@@ -47,9 +47,11 @@ def embed(tokens: Tensor, table: Tensor) -> Tensor:
     return F.embedding(tokens, table)
 
 
-def without_state(layer: nn.Module, x: Tensor) -> Tensor:
+def without_state(
+    layer: nn.Module, x: Tensor, embedded: Tensor | None = None, skip: Tensor | None = None
+) -> Tensor:
     """A layer from the first byte on; the state it ends in is not kept."""
-    return layer(x, None)[0]
+    return layer(x, None, embedded, skip)[0]
 
 
 def head_loss(model: ByteLM, x: Tensor, targets: Tensor) -> Tensor:
@@ -75,15 +77,18 @@ class ByteLM(nn.Module):
         nn.init.normal_(self.embedding.weight, std=config.embed_std)
         kinds = {letter: mixer_of(letter) for letter in config.layers} | dict(mixers or {})
         self.kinds = kinds
-        self.layers = nn.ModuleList(Block(config, kinds[letter]) for letter in config.layers)
+        self.layers = nn.ModuleList(
+            Block(config, kinds[letter], skip is not None)
+            for letter, skip in zip(config.layers, config.skips, strict=True))
         self.norm_f = make_norm(config)
-        self.head = None if config.tied_head else nn.Linear(
-            config.d_model, config.vocab_size, bias=False)
+        self.norm_embedding = RMSNorm(config.d_model) if config.embed_norm_gain else None
+        self.head = None if config.tied_head else linear(
+            config, config.d_model, config.vocab_size)
         if self.head is not None and config.zero_init_out:
             nn.init.zeros_(self.head.weight)
         # How training runs a layer and what is behind the last, and in which type the residual
         # stream adds up; a fast step replaces them.
-        self.run_layer: Callable[[nn.Module, Tensor], Tensor] = without_state
+        self.run_layer: Callable[..., Tensor] = without_state
         self.run_head: Callable[..., Tensor] = head_loss
         self.residual_dtype: torch.dtype | None = None
 
@@ -119,28 +124,42 @@ class ByteLM(nn.Module):
         self, x: Tensor, state: list[LayerState] | None = None
     ) -> tuple[Tensor, list[LayerState]]:
         """From embedded bytes (B, L, d_model) to what the head reads, of the same shape."""
-        x = self._stem(x)
-        states = []
-        for i, layer in enumerate(self.layers):
-            x, layer_state = layer(x, None if state is None else state[i])
-            states.append(layer_state)
-        return self.norm_f(x), states
+        states: list[LayerState] = []
+
+        def run(layer: nn.Module, *streams: Tensor | None) -> Tensor:
+            x, *read = streams
+            y, after = layer(x, None if state is None else state[len(states)], *read)
+            states.append(after)
+            return cast(Tensor, y)
+
+        return self.norm_f(self._through(x, run)), states
 
     def through_layers(self, x: Tensor) -> Tensor:
         """For training: ``hidden`` from the first byte on, before the last norm, without the
         states; layers as ``run_layer`` does."""
-        x = self._stem(x if self.residual_dtype is None else x.to(self.residual_dtype))
-        for layer in self.layers:
-            x = self.run_layer(layer, x)
-        return x
+        return self._through(
+            x if self.residual_dtype is None else x.to(self.residual_dtype), self.run_layer)
 
-    def _stem(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],)) if self.config.embed_norm else x
+    def _through(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        """Embedded bytes (B, L, d_model) through the layers, each by ``run(layer, x, embedded,
+        skip)``; the last two, where no layer reads them, are None."""
+        config = self.config
+        if self.norm_embedding is not None:
+            x = self.norm_embedding(x)
+        elif config.embed_norm:
+            x = F.rms_norm(x, (x.shape[-1],))
+        embedded = x if config.residual_mix else None
+        outputs: dict[int, Tensor] = {}
+        for i, (layer, skip) in enumerate(zip(self.layers, config.skips, strict=True)):
+            x = run(layer, x, embedded, None if skip is None else outputs.pop(skip))
+            if i in config.skips:
+                outputs[i] = x
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, L, d_model) -> (B, L, V), capped where the configuration says so."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        logits = F.linear(hidden, weight)
+        table = self.embedding if self.head is None else self.head
+        logits = F.linear(hidden, table.weight, getattr(table, "bias", None))
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 

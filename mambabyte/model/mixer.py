@@ -207,6 +207,14 @@ def mixers(model: nn.Module, kind: type[_M]) -> list[_M]:
     return list(named_mixers(model, kind).values())
 
 
+def linear(config: ModelConfig, inputs: int, outputs: int) -> nn.Linear:
+    """A linear map, with a bias that starts at 0 where ``config`` says so."""
+    layer = nn.Linear(inputs, outputs, bias=config.linear_bias)
+    if config.linear_bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
 def widened(x: Tensor) -> Tensor:
     """In float32, or as it is in float64."""
     return x if x.dtype == torch.float64 else x.float()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.model.attention import AttentionMixer, AttentionState
-from mambabyte.model.block import MLP, Block
+from mambabyte.model.block import MLP, Block, RMSNorm
 from mambabyte.model.mamba import MambaMixer, MambaState
 from mambabyte.model.mixer import LayerState, Mixer, mixers
 from mambabyte.ops.build import c as native_build
@@ -32,7 +32,7 @@ Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
 MOST_BYTES = 16  # in one call; longer texts are faster in parallel
 _STALE = 2
 _PARTS = (ByteLM, Block, MLP, nn.ModuleList, nn.Embedding, nn.Linear, nn.Conv1d, nn.LayerNorm,
-          nn.RMSNorm)  # fmt: skip
+          RMSNorm)  # fmt: skip
 _ACTIVATIONS = {"relu2": 0, "gelu": 1, "silu": 2}
 _MAMBA = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight",
           "dt_proj.bias", "A_log", "D", "", "", "", "out_proj.weight")  # fmt: skip
@@ -66,11 +66,12 @@ def _library() -> _Library | None:
 def supports(model: nn.Module) -> bool:
     """Whether :class:`NativeModel` computes what ``model`` does.
 
-    A ByteLM of Mamba and attention layers, with any norm, MLP and head, in float32 on the CPU, of
+    A ByteLM of Mamba and attention layers, with any norm, MLP and head, without biases, gains of
+    branches, mixing or skips, in float32 on the CPU, of
     at least 256 symbols, with scan_form "auto" or "fused"; without hooks, foreign or parametrized
     parts, or autocast; and a C compiler.
     """
-    if type(model) is not ByteLM or model.config.vocab_size < 256:
+    if type(model) is not ByteLM or model.config.vocab_size < 256 or model.config.has_extras:
         return False
     if model.config.scan_form not in ("auto", "fused") or torch.is_autocast_enabled("cpu"):
         return False

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mambabyte.model import ByteLM
-from mambabyte.model.block import MLP, Block
+from mambabyte.model.block import MLP, Block, RMSNorm
 from mambabyte.model.mamba import MambaMixer, MambaState
 from mambabyte.ops.mamba.step import MAX_TAPS
 from mambabyte.ops.scan.operator import MAX_STATES, fused_available
@@ -29,7 +29,7 @@ Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
 MOST_BYTES = 256  # fed in one call; longer texts are faster in parallel
 PIECE = 4096  # bytes whose log-probabilities are fetched at a time
 _PARTS = (ByteLM, Block, MambaMixer, MLP, nn.ModuleList, nn.Embedding, nn.Linear, nn.Conv1d,
-          nn.LayerNorm, nn.RMSNorm)  # fmt: skip
+          nn.LayerNorm, RMSNorm)  # fmt: skip
 FIRST_DRAW, MOST_DRAW = 16, 256  # bytes drawn a launch: the first come soon, all come steadily
 
 
@@ -43,6 +43,8 @@ def unsupported(model: nn.Module) -> str:
     available, reason = fused_available(device)
     if not available:
         return reason
+    if config.has_extras:
+        return "biases, gains of branches, mixing and skips have no kernel"
     if set(config.layers) != {MambaMixer.letter} or config.dt_rank == "full":
         return "attention layers and full step-size projections have no kernel"
     if config.vocab_size != VOCABULARY or config.d_model % 4:

@@ -61,21 +61,35 @@ def make_optimizer(
         rate = torch.tensor(lr, device=named[0][1].device) if on_device else lr
         return {"params": parameters, "weight_decay": decay, "lr": rate, "peak_lr": lr, **more}
 
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW([
-            group([p for n, p in named if of[n] != "free"], config.weight_decay, config.lr),
-            group([p for n, p in named if of[n] == "free"], 0.0, config.lr),
-        ], lr=config.lr, betas=config.betas, eps=1e-8, fused=fused,
-            capturable=on_device and on_cuda)
-    by_role: dict[Role, list[Tensor]] = {"muon": [], "decay": [], "free": []}
+    muon = config.optimizer == "muon"
+    rates: dict[str, float | None] = {
+        "embedding.weight": config.embed_lr, "head.weight": config.head_lr}
+    scalar_lr = config.lr if config.scalar_lr is None else config.scalar_lr
+    # By weight decay and rate; these first, which every recipe has.
+    by_kind: dict[tuple[str, float], list[Tensor]] = {
+        ("decay", config.lr): [], ("free", scalar_lr): []}
+    by_muon: list[Tensor] = []
     for name, parameter in named:
-        by_role[of[name]].append(parameter)
-    return MuonAdamW([
-        group(by_role["muon"], config.weight_decay, config.muon_lr,
-              muon=True, momentum=config.muon_momentum),
-        group(by_role["decay"], config.weight_decay, config.lr, muon=False),
-        group(by_role["free"], 0.0, config.lr, muon=False),
-    ], betas=config.betas, fused=fused, capturable=on_device and on_cuda)
+        if muon and of[name] == "muon":
+            by_muon.append(parameter)
+        elif of[name] == "free":
+            by_kind["free", scalar_lr].append(parameter)
+        else:
+            lr = rates.get(name)
+            by_kind.setdefault(("decay", config.lr if lr is None else lr), []).append(parameter)
+    more = {"muon": False} if muon else {}
+    rest = [group(parameters, config.weight_decay if kind == "decay" else 0.0, lr, **more)
+            for (kind, lr), parameters in by_kind.items()]
+    if not muon:
+        return torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, eps=1e-8, fused=fused,
+                                 capturable=on_device and on_cuda)
+    decay = config.weight_decay if config.muon_weight_decay is None else config.muon_weight_decay
+    first = group(by_muon, decay, config.muon_lr, muon=True, momentum=config.muon_momentum)
+    if config.muon_momentum_steps:
+        first |= {"first_momentum": config.muon_first_momentum,
+                  "momentum_steps": config.muon_momentum_steps}
+    return MuonAdamW([first, *rest], betas=config.betas, fused=fused,
+                     capturable=on_device and on_cuda)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -84,7 +98,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Muon: the gradient goes into a momentum buffer, the Nesterov combination of the two is replaced
     by the nearest matrix with singular values near 1, and that, times lr and
-    max(1, rows / columns)^0.5, is subtracted. Decay is decoupled.
+    max(1, rows / columns)^0.5, is subtracted. Decay is decoupled. A group with "momentum_steps"
+    raises its momentum to "momentum" from "first_momentum" over that many of its first steps.
     """
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], fused: bool,
@@ -121,9 +136,12 @@ class MuonAdamW(torch.optim.Optimizer):
             buffers.append(state["momentum"])
         grads = [p.grad for p in parameters]
         # lr may be a tensor on the device, so that a captured step can be given another.
-        lr, beta = group["lr"], group["momentum"]
-        torch._foreach_lerp_(buffers, grads, 1 - beta)
-        updates = torch._foreach_lerp(grads, buffers, beta)
+        lr, beta = group["lr"], self._momentum(group, parameters[0].device)
+        fresh, old = 1 - beta, beta
+        if isinstance(beta, Tensor):
+            fresh, old = [fresh] * len(grads), [old] * len(grads)
+        torch._foreach_lerp_(buffers, grads, fresh)
+        updates = torch._foreach_lerp(grads, buffers, old)
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -137,6 +155,18 @@ class MuonAdamW(torch.optim.Optimizer):
                 rows, columns = parameters[i].shape
                 scale = max(1.0, rows / columns) ** 0.5
                 parameters[i].sub_((o.mT if t else o) * (lr * scale))
+
+    def _momentum(self, group: dict[str, Any], device: torch.device) -> Any:
+        """A number, or during and after a warm-up a tensor on the device: the steps are counted
+        there, so that a captured step counts its replays."""
+        steps = group.get("momentum_steps", 0)
+        if not steps:
+            return group["momentum"]
+        if "done" not in group:
+            group["done"] = torch.zeros((), device=device)
+        share = (group["done"] / steps).clamp(max=1.0)
+        group["done"] += 1
+        return group["first_momentum"] + share * (group["momentum"] - group["first_momentum"])
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:

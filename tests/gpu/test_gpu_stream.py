@@ -31,7 +31,8 @@ CONFIGS = {
         BYTE, d_model=128, n_layer=2, mlp_ratio=2.75, norm="rms_plain", embed_norm=True,
         mlp_activation="gelu"),
     "larger than shared memory": replace(
-        PRESETS["nano_ssm"].model, n_layer=3, mlp_activation="silu"),
+        PRESETS["nano_ssm"].model, n_layer=3, mlp_activation="silu", norm="rms_plain",
+        embed_norm_gain=False, linear_bias=False),
 }
 
 

@@ -39,6 +39,8 @@ def test_parameter_counts_are_exact_by_group(name):
             group = "norm"
         elif parts[2] == "mlp":
             group = "mlp"
+        elif parts[2].endswith("_gain"):
+            group = "residual"
         elif config.layers[int(parts[1])] == "A":
             group = "attention"
         else:

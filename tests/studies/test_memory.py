@@ -44,6 +44,12 @@ def random_case(seed: int) -> tuple[ModelConfig, int, int, str, bool]:
         tied_head=rng.random() < 0.7, rope_fraction=rng.choice([0.5, 1.0]),
         scan_form=list(FORMS)[seed % len(FORMS)],
         scan_chunk=rng.choice([None, 1, 2, 5, 8]))
+    if rng.random() < 0.5:
+        config = replace(
+            config, block_scales=rng.random() < 0.5, residual_mix=rng.random() < 0.5,
+            unet_skips=rng.random() < 0.5, linear_bias=rng.random() < 0.5,
+            qk_gain=rng.choice([0.0, 1.5]),
+            embed_norm_gain=config.embed_norm and rng.random() < 0.5)
     return (config, rng.choice([1, 2, 5]), rng.choice([2, 7, 16, 33]),
             rng.choice(AUTOCASTS), rng.random() < 0.2)
 

@@ -101,6 +101,36 @@ def test_the_rest_is_adamw():
         assert torch.equal(p, q) == (of[name] != "muon"), name
 
 
+def test_a_rate_each_and_decay_of_muon_alone():
+    recipe = replace(RECIPE, weight_decay=0.0, muon_weight_decay=0.025, embed_lr=0.3, head_lr=0.2,
+                     scalar_lr=0.1)
+    model = ByteLM(MODEL)
+    names = {p: n for n, p in model.named_parameters()}
+    of = roles(model)
+    for group in make_optimizer(model, recipe).param_groups:
+        for name in (names[p] for p in group["params"]):
+            expected = {"embedding.weight": 0.3, "head.weight": 0.2}.get(
+                name, {"muon": recipe.muon_lr, "free": 0.1, "decay": recipe.lr}[of[name]])
+            assert group["peak_lr"] == expected, name
+            assert group["weight_decay"] == (0.025 if of[name] == "muon" else 0.0)
+
+
+def test_the_momentum_rises_and_its_count_is_saved():
+    weight = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(3, 3, False)])})
+    recipe = replace(RECIPE, muon_momentum=0.9, muon_first_momentum=0.5, muon_momentum_steps=2)
+    optimizer = make_optimizer(weight, recipe)
+    (p,) = weight.parameters()
+    expected = torch.zeros(3, 3)
+    for beta in (0.5, 0.7, 0.9, 0.9):
+        p.grad = torch.randn(3, 3)
+        expected = beta * expected + (1 - beta) * p.grad
+        optimizer.step()
+        torch.testing.assert_close(optimizer.state[p]["momentum"], expected)
+    other = make_optimizer(weight, recipe)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["done"] == 4
+
+
 def test_resume_with_muon_is_exact(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("all work and no play makes a dull byte. " * 400)
@@ -148,6 +178,8 @@ def test_rates_may_be_tensors():
 
 
 @pytest.mark.parametrize("bad", [{"decay_fraction": 0.0}, {"muon_momentum": 1.0},
+                                 {"muon_first_momentum": -0.1}, {"muon_momentum_steps": -1},
+                                 {"embed_lr": -1.0}, {"muon_weight_decay": -0.1},
                                  {"time_aware": True, "max_seconds": 0.0}])
 def test_bad_recipes(bad):
     with pytest.raises(UserError):

@@ -17,6 +17,11 @@ COMPARISONS = ("steps", "wall-clock", "FLOPs", "joules")  # what is equal in eac
 PUBLISHED_MATRIX_LR = 0.04  # Muon
 PUBLISHED_EMBED_LR = 0.05
 PUBLISHED_EMBED_STD = 0.005
+PUBLISHED_SCALAR_LR = 0.04  # vectors: biases, gains, D
+PUBLISHED_MOMENTUM_STEPS = 500  # of Muon, from 0.85 to 0.95
+# What the script has around its layers: see ModelConfig.
+PUBLISHED_PARTS = {"norm": "rms_plain", "embed_norm": True, "qk_gain": 1.5, "block_scales": True,
+                   "residual_mix": True, "unet_skips": True}
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Variant:
     about: str
     model: dict[str, Any] = field(default_factory=dict)
     embed_lr: float = 0.0  # 0: as all others
+    scalar_lr: float = 0.0  # of what has one axis, likewise
+    momentum_steps: int = 0  # over which Muon's momentum rises
     muon: bool = False  # 2-D parameters of the blocks, A_log left out
     muon_a_log: bool = False
     frozen_taps: bool = False
@@ -43,6 +50,9 @@ VARIANTS: dict[str, Variant] = {
     "embedding rate": Variant("tied embedding trains at 0.05", embed_lr=PUBLISHED_EMBED_LR),
     "Muon": Variant("matrices by Muon at 0.04, A_log by AdamW", muon=True),
     "Muon with A_log": Variant("matrices and A_log by Muon", muon=True, muon_a_log=True),
+    "gains and skips": Variant("gains on branches and queries, embedding normalised and mixed into "
+                               "every layer, skips across the middle", PUBLISHED_PARTS),
+    "scalar rate": Variant("vectors train at 0.04", scalar_lr=PUBLISHED_SCALAR_LR),
     "frozen taps": Variant("convolution taps in no optimizer", frozen_taps=True),
     "bf16 weights": Variant("dt, B, C, taps, embedding and A_log stored in bfloat16",
                             bf16_weights=True),
@@ -50,9 +60,9 @@ VARIANTS: dict[str, Variant] = {
     "published": Variant(
         "all of the script's choices (its state is float32 after one step)",
         {"dt_rank": "full", "dt_init": "linear", "zero_init_out": True,
-         "embed_std": PUBLISHED_EMBED_STD},
-        embed_lr=PUBLISHED_EMBED_LR, muon=True, muon_a_log=True, frozen_taps=True,
-        bf16_weights=True),
+         "embed_std": PUBLISHED_EMBED_STD, **PUBLISHED_PARTS},
+        embed_lr=PUBLISHED_EMBED_LR, scalar_lr=PUBLISHED_SCALAR_LR, muon=True, muon_a_log=True,
+        momentum_steps=PUBLISHED_MOMENTUM_STEPS, frozen_taps=True, bf16_weights=True),
 }
 
 

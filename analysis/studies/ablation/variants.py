@@ -28,7 +28,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pandas as pd
 import torch
@@ -41,7 +40,7 @@ from mambabyte.model import ByteLM
 from mambabyte.model.mamba import MambaMixer, MambaState
 from mambabyte.ops.scan.recurrent import selective_scan_step
 from mambabyte.train import EagerStep, NonFiniteError, optimise
-from mambabyte.train.optim import roles
+from mambabyte.train.optim import MuonAdamW, roles
 from mambabyte.train.step import Batches
 
 
@@ -91,69 +90,40 @@ def round_weights(model: nn.Module) -> None:
             p.copy_(p.bfloat16())
 
 
-def make_optimizers(
-    model: ByteLM, variant: Variant, recipe: TrainConfig
-) -> list[torch.optim.Optimizer]:
+def make_optimizer(model: ByteLM, variant: Variant, recipe: TrainConfig) -> MuonAdamW:
     """AdamW as in mambabyte.train.optim, or Muon for block matrices and AdamW for the rest.
 
-    Each group carries its own peak rate as "peak_lr". Muon is torch's, with the script's momentum
-    0.95 and its scale max(1, rows / columns)^0.5.
+    Each group carries its own peak rate as "peak_lr". Muon has the script's momentum, 0.95, its
+    Newton-Schulz iteration and its scale, max(1, rows / columns)^0.5.
     """
     of = roles(model)
-    embedding, muon, rest = [], [], []
+    by_kind: dict[str, list[Tensor]] = {"muon": [], "decay": [], "free": [], "embedding": []}
     for name, p in model.named_parameters():
         if name.endswith("conv1d.weight") and variant.frozen_taps:
             continue
         in_block = name.startswith("layers.") and p.ndim == 2
         if name == "embedding.weight" and variant.embed_lr:
-            embedding.append(p)
+            by_kind["embedding"].append(p)
         elif variant.muon and in_block and (variant.muon_a_log or not name.endswith("A_log")):
-            muon.append(p)
+            by_kind["muon"].append(p)
         else:
-            rest.append((name, p))
-    groups: list[dict[str, Any]] = [
-        {"params": [p for n, p in rest if of[n] != "free"], "weight_decay": recipe.weight_decay},
-        {"params": [p for n, p in rest if of[n] == "free"], "weight_decay": 0.0},
-    ]
-    for group in groups:
-        group["peak_lr"] = recipe.lr
-    if embedding:
-        groups.append({"params": embedding, "weight_decay": 0.0, "peak_lr": variant.embed_lr})
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=recipe.betas)
-    ]
-    if muon:
-        optimizers.append(torch.optim.Muon(
-            [{"params": muon, "peak_lr": PUBLISHED_MATRIX_LR}], lr=PUBLISHED_MATRIX_LR,
-            weight_decay=0.0, momentum=0.95, adjust_lr_fn="original"))
-    return optimizers
-
-
-class Together:
-    """Several optimizers stepped as one."""
-
-    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        self.optimizers = optimizers
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
-
-    def step(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
+            by_kind["free" if of[name] == "free" else "decay"].append(p)
+    rates = {"muon": PUBLISHED_MATRIX_LR, "decay": recipe.lr,
+             "free": variant.scalar_lr or recipe.lr, "embedding": variant.embed_lr}
+    return MuonAdamW([
+        {"params": by_kind[kind], "lr": lr, "peak_lr": lr, "muon": kind == "muon",
+         "weight_decay": recipe.weight_decay if kind == "decay" else 0.0,
+         **({"momentum": 0.95, "first_momentum": 0.85, "momentum_steps": variant.momentum_steps}
+            if kind == "muon" else {})}
+        for kind, lr in rates.items()], recipe.betas, fused=False, capturable=False)
 
 
 def variant_step(
     model: ByteLM, variant: Variant, recipe: TrainConfig, batches: Batches, micro_batches: int = 1
 ) -> EagerStep:
-    """The eager step with the variant's optimizers."""
-    optimizer = Together(make_optimizers(model, variant, recipe))
-    return EagerStep(model, optimizer, batches, recipe, micro_batches=micro_batches)
+    """The eager step with the variant's optimizer."""
+    return EagerStep(model, make_optimizer(model, variant, recipe), batches, recipe,
+                     micro_batches=micro_batches)
 
 
 def train_variant(

@@ -10,39 +10,48 @@ import torch
 
 from analysis.studies.ablation import VARIANTS, documents, get_variant, variants
 from mambabyte.config import ModelConfig, TrainConfig
-from mambabyte.model import ByteLM
 
 SMALL = ModelConfig(d_model=16, n_layer=2, layer_pattern="MA", n_head=2, n_kv_head=2, d_state=4,
                     attention_window=32)
 
 
-def groups(name: str) -> dict[str, set[str]]:
+def groups(name: str) -> dict[bool, set[str]]:
+    """The names of the parameters that Muon takes (True) and that AdamW does."""
     variant = get_variant(name)
     model = variants.build(SMALL, variant, seed=0)
     names = {p: n for n, p in model.named_parameters()}
-    found = {}
-    for optimizer in variants.make_optimizers(model, variant, TrainConfig()):
-        owned = {names[p] for g in optimizer.param_groups for p in g["params"]}
-        found[type(optimizer).__name__] = owned
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for group in variants.make_optimizer(model, variant, TrainConfig()).param_groups:
+        owned = {names.pop(p) for p in group["params"]}  # KeyError for one that has two
+        found[group["muon"]] |= owned
     return found
 
 
-def test_each_parameter_has_one_optimizer():
-    every = {n for n, _ in ByteLM(SMALL).named_parameters()}
+def test_each_parameter_has_one_group():
     for name in VARIANTS:
-        owned = groups(name)
-        assert sum(map(len, owned.values())) == len(set().union(*owned.values()))
-        left_out = every - set().union(*owned.values())
-        frozen = get_variant(name).frozen_taps
-        assert left_out == ({"layers.0.mixer.conv1d.weight"} if frozen else set())
+        variant = get_variant(name)
+        every = {n for n, _ in variants.build(SMALL, variant, seed=0).named_parameters()}
+        left_out = every - set().union(*groups(name).values())
+        assert left_out == ({"layers.0.mixer.conv1d.weight"} if variant.frozen_taps else set())
 
 
 def test_muon_takes_a_log_only_when_asked():
     a_log = "layers.0.mixer.A_log"
-    assert a_log not in groups("Muon")["Muon"]
-    assert a_log in groups("Muon with A_log")["Muon"]
-    assert "layers.0.mixer.in_proj.weight" in groups("Muon")["Muon"]
-    assert "embedding.weight" not in groups("Muon")["Muon"]
+    assert a_log not in groups("Muon")[True]
+    assert a_log in groups("Muon with A_log")[True]
+    assert "layers.0.mixer.in_proj.weight" in groups("Muon")[True]
+    assert "embedding.weight" not in groups("Muon")[True]
+
+
+def test_the_published_rates_are_the_scripts():
+    variant = get_variant("published")
+    model = variants.build(SMALL, variant, seed=0)
+    names = {p: n for n, p in model.named_parameters()}
+    rate = {names[p]: g["peak_lr"] for g in variants.make_optimizer(
+        model, variant, TrainConfig()).param_groups for p in g["params"]}
+    assert rate["embedding.weight"] == 0.05
+    assert rate["layers.0.mixer.A_log"] == rate["layers.1.mixer.q_proj.weight"] == 0.04
+    assert {rate[n] for n in rate if n.endswith(("_gain", ".D", "bias"))} == {0.04}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -108,5 +117,5 @@ def test_documents_arithmetic():
     assert (ours["hybrid_ssm_layers"], ours["hybrid_attention_layers"]) == (7, 2)
     # in 512 x 2048, conv 5 x 1024, B and C 2 x 16 x 1024, dt 1024 x 1024 + 1024, A, D, out.
     ssm = 512 * 2048 + 5 * 1024 + 32 * 1024 + 1024 * 1024 + 1024 + 16 * 1024 + 1024 + 1024 * 512
-    attention = 2 * 512 * 512 + 2 * 512 * 256
+    attention = 2 * 512 * 512 + 2 * 512 * 256 + 8
     assert ours["ssm_over_attention_parameters"] == pytest.approx(ssm / attention)
