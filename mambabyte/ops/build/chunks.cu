@@ -28,6 +28,10 @@ inline void load_tile(bfloat16 *tile, const bfloat16 *from, int64 stride, int ro
     }
 }
 
+// Which 16 of a chunk's 64 rows a warp has. Where the rows of a triangle differ in length, the warps of
+// a multiprocessor's blocks that share an issue slot have different ones.
+inline int block_of_warp() { return (threadIdx.x / 32 + (blockIdx.x * 0x9e3779b9u >> 30)) % WARPS; }
+
 // The sum over lanes up to and with this one.
 inline float cumulated(float x) {
     int lane = threadIdx.x % 32;

@@ -10,6 +10,9 @@ inline u32 pack(float low, float high) {
     return r;
 }
 
+inline float low_of(u32 pair) { return __uint_as_float(pair << 16); }
+inline float high_of(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+
 // d (16 x 8) += a (16 x 16) b (16 x 8). Lane 4 g + t holds d[g][2t], d[g][2t + 1], d[g + 8][2t] and
 // d[g + 8][2t + 1].
 inline void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -60,12 +63,14 @@ inline void load_right(u32 (&b)[4], const bfloat16 *tile, int stride, int k, int
         load_transposed(b, tile + (k + down + i) * stride + n + right);
 }
 
-// sum (16 x 8 TILES) += left right, of 16 STEPS products each: left from registers.
+// sum (16 x 8 TILES) += left right, of 16 STEPS products each, or of those from `first` on and before
+// `last`: left from registers.
 template <bool RIGHT_TRANSPOSED, int TILES, int STEPS>
 inline void multiply(float (&sum)[TILES][4], const u32 (&left)[STEPS][4],
-                     const bfloat16 *right, int right_stride) {
+                     const bfloat16 *right, int right_stride, int first = 0, int last = STEPS) {
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
+        if (k < first || k >= last) continue;
 #pragma unroll
         for (int n = 0; n < TILES / 2; n++) {
             u32 b[4];
@@ -76,16 +81,18 @@ inline void multiply(float (&sum)[TILES][4], const u32 (&left)[STEPS][4],
     }
 }
 
-// The same with rows `row` to row + 15 of a matrix in shared memory on the left.
+// With rows `row` to row + 15 of a matrix in shared memory on the left; here first and last are of the
+// sum's blocks of 16 columns.
 template <bool LEFT_TRANSPOSED, bool RIGHT_TRANSPOSED, int STEPS, int TILES>
 inline void multiply(float (&sum)[TILES][4], const bfloat16 *left, int left_stride, int row,
-                     const bfloat16 *right, int right_stride) {
+                     const bfloat16 *right, int right_stride, int first = 0, int last = TILES / 2) {
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
         u32 a[4];
         load_left<LEFT_TRANSPOSED>(a, left, left_stride, row, 16 * k);
 #pragma unroll
         for (int n = 0; n < TILES / 2; n++) {
+            if (n < first || n >= last) continue;
             u32 b[4];
             load_right<RIGHT_TRANSPOSED>(b, right, right_stride, 16 * k, 16 * n);
             mma(sum[2 * n], a, b[0], b[1]);

@@ -27,9 +27,6 @@ constexpr int COLUMNS = 32, SLIM_ROW = COLUMNS + 8, SLIM = T * SLIM_ROW;  // val
 constexpr int PARTS = D / COLUMNS;
 constexpr int SCALES = 3 * D;  // numbers of a chunk that delta_pairs leaves for the passes
 
-inline float low_of(u32 pair) { return __uint_as_float(pair << 16); }
-inline float high_of(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-
 // Where a lane's numbers of a 16 x 16 block of sums or of a left operand lie: register j has row
 // lane / 4 + 8 (j % 2) and the columns 2 (lane % 4) + 8 (j / 2) and the next.
 struct Lane {

@@ -70,7 +70,7 @@ class _Problem:
     def chunk_states(self, x: Tensor, B: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
         """What each chunk adds to the state (B, K, H, P, N), and its log-decay (B, K, H)."""
         shape = (self.batch, self.chunks, self.heads)
-        states = self.step.new_empty(*shape, CHANNELS, self.states)
+        states = self.x.new_empty(*shape, CHANNELS, self.states)
         totals = self.step.new_empty(shape)
         _launch(
             self.device, f"ssd_states<{self.states}, {str(backward).lower()}>", self.states,
@@ -85,11 +85,11 @@ class _Problem:
     ) -> tuple[Tensor, Tensor]:
         """The state that each chunk is entered with (B, K, H, P, N) in bf16, and the last one;
         backward the gradients of the states that they are left with, and of the first."""
-        carries = torch.empty_like(states, dtype=torch.bfloat16)
-        last = states.new_empty(self.batch, self.heads, CHANNELS, self.states)
+        carries = torch.empty_like(states)
+        last = self.step.new_empty(self.batch, self.heads, CHANNELS, self.states)
         initial = None if initial is None else initial.contiguous()
         _launch(
-            self.device, "ssd_pass", self.states, -(-last.numel() // _THREADS), 0,
+            self.device, "ssd_pass", self.states, last.numel() // (2 * _THREADS), 0,
             states.data_ptr(), totals.data_ptr(), pointer(initial), carries.data_ptr(),
             last.data_ptr(), last.numel(), CHANNELS * self.states, self.chunks, self.heads,
             backward,
@@ -133,9 +133,9 @@ def backward(
     dcarries, dinitial = p.passed_on(*p.chunk_states(dy, p.C, True), dfinal_state, True)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dstep, dlog_decay = torch.empty_like(p.step), torch.empty_like(p.step)
-    # Of each head by itself: heads that share a group are added up below.
-    dB = p.step.new_empty(p.batch, p.length, p.heads, p.states)
-    dC, dD = torch.empty_like(dB), p.step.new_empty(p.batch * p.chunks, p.heads)
+    # dB and dC of each head by itself: heads that share a group are added up below.
+    dB, dC = (x.new_empty(p.batch, p.length, p.heads, p.states) for _ in range(2))
+    dD = p.step.new_empty(p.batch * p.chunks, p.heads)
     D = None if D is None else D.contiguous()
     _launch(
         p.device, f"ssd_gradients<{p.states}>", p.states, p.blocks, _shared(p.states, 3, 4),
@@ -145,10 +145,9 @@ def backward(
         *dy.stride()[:3], *p.x.stride()[:3], *p.B.stride()[:3], *p.C.stride()[:3], *p.sizes,
     )  # fmt: skip
 
-    def of_groups(gradient: Tensor) -> Tensor:
-        return gradient.unflatten(2, (-1, p.per_group)).sum(3).to(B.dtype)
-
-    return (dx, dstep, dlog_decay, of_groups(dB), of_groups(dC),
+    if p.per_group > 1:  # added up in float32 whatever the dtype
+        dB, dC = (t.unflatten(2, (-1, p.per_group)).sum(3) for t in (dB, dC))
+    return (dx, dstep, dlog_decay, dB, dC,
             None if D is None else dD.sum(0), None if initial_state is None else dinitial)
 
 

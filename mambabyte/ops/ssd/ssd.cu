@@ -10,7 +10,7 @@
 // ssd_states adds up what each chunk writes, ssd_pass hands states from chunk to chunk, ssd_output
 // has the rest; the backward mirrors them: ssd_states of dy and C, ssd_pass from the end, and
 // ssd_gradients. A block has one chunk of one head; its four warps have 16 of 64 rows each. States
-// are float32 while they are added up and bf16 where they are a factor.
+// are float32 while they are added up, and bf16 where they are a factor or what one chunk adds.
 //
 // W_ij = exp(u_i - u_j), u the cumulated log-decays of the chunk.
 //
@@ -60,7 +60,7 @@ inline void load_steps(Chunk &chunk, const float *step, const float *log_decay, 
 // (B, K, H): the log-decay of a whole chunk.
 template <int N, bool BACKWARD>
 __global__ void __launch_bounds__(THREADS) ssd_states(
-    const bfloat16 *x, const float *step, const float *log_decay, const bfloat16 *b, float *states,
+    const bfloat16 *x, const float *step, const float *log_decay, const bfloat16 *b, bfloat16 *states,
     float *totals, int64 x_batch, int64 x_time, int64 x_head, int64 b_batch, int64 b_time,
     int64 b_group, int length, int heads, int per_group) {
     constexpr int N_ROW = N + 8;
@@ -92,32 +92,34 @@ __global__ void __launch_bounds__(THREADS) ssd_states(
     for (int n = 0; n < N / 8; n++) {
 #pragma unroll
         for (int down = 0; down < 2; down++) {
-            float *to = states + (row + lane / 4 + 8 * down) * N + 8 * n + lane % 4 * 2;
-            *(float2 *)to = make_float2(sum[n][2 * down], sum[n][2 * down + 1]);
+            bfloat16 *to = states + (row + lane / 4 + 8 * down) * N + 8 * n + lane % 4 * 2;
+            *(u32 *)to = pack(sum[n][2 * down], sum[n][2 * down + 1]);
         }
     }
 }
 
 // From chunk to chunk: carries (B, K, H, size) is the state that a chunk is entered with, last (B, H,
 // size) the one behind the last chunk; backward, the gradient of the state that it is left with, and
-// that of the initial state. A thread has one number of the state.
+// that of the initial state. A thread has two numbers of the state.
 __global__ void __launch_bounds__(THREADS) ssd_pass(
-    const float *states, const float *totals, const float *initial, bfloat16 *carries, float *last,
+    const bfloat16 *states, const float *totals, const float *initial, bfloat16 *carries, float *last,
     int64 threads, int size, int chunks, int heads, int backward) {
     constexpr int AHEAD = 8;  // loads in flight
-    int64 id = blockIdx.x * (int64)THREADS + threadIdx.x;
+    int64 id = 2 * (blockIdx.x * (int64)THREADS + threadIdx.x);
     if (id >= threads) return;
     int64 unit = id / size;
     int head = (int)(unit % heads), i = (int)(id % size);
     int64 first = unit / heads * chunks * heads + head;
-    float h = initial ? initial[id] : 0.f;
+    float2 h = make_float2(0.f, 0.f);
+    if (initial) h = *(const float2 *)(initial + id);
     for (int k0 = 0; k0 < chunks; k0 += AHEAD) {
-        float next[AHEAD], decay[AHEAD];
+        u32 next[AHEAD];
+        float decay[AHEAD];
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
             int k = min(k0 + j, chunks - 1);
             int64 at = first + (int64)(backward ? chunks - 1 - k : k) * heads;
-            next[j] = states[at * size + i];
+            next[j] = *(const u32 *)(states + at * size + i);
             decay[j] = __expf(totals[at]);
         }
 #pragma unroll
@@ -125,11 +127,12 @@ __global__ void __launch_bounds__(THREADS) ssd_pass(
             int k = k0 + j;
             if (k >= chunks) break;
             int64 at = first + (int64)(backward ? chunks - 1 - k : k) * heads;
-            store(carries[at * size + i], h);
-            h = decay[j] * h + next[j];
+            *(u32 *)(carries + at * size + i) = pack(h.x, h.y);
+            h.x = decay[j] * h.x + low_of(next[j]);
+            h.y = decay[j] * h.y + high_of(next[j]);
         }
     }
-    last[id] = h;
+    *(float2 *)(last + id) = h;
 }
 
 // ---------------------------------------------------------------------------------------- output
@@ -155,9 +158,10 @@ __global__ void __launch_bounds__(THREADS) ssd_output(
     load_tile<N>(tile_h, carries + (int64)blockIdx.x * P * N, N, P);
     __syncthreads();
 
-    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16, g = row + lane / 4, t = lane % 4 * 2;
+    int lane = threadIdx.x % 32, block = block_of_warp(), row = 16 * block, g = row + lane / 4;
+    int t = lane % 4 * 2;
     float scores[T / 8][4] = {};
-    multiply<false, true, N / 16>(scores, tile_c, N_ROW, row, tile_b, N_ROW);
+    multiply<false, true, N / 16>(scores, tile_c, N_ROW, row, tile_b, N_ROW, 0, block + 1);
 #pragma unroll
     for (int n = 0; n < T / 8; n++) {
 #pragma unroll
@@ -177,7 +181,7 @@ __global__ void __launch_bounds__(THREADS) ssd_output(
 #pragma unroll
         for (int e = 0; e < 4; e++) sum[n][e] *= decay[e / 2];
     }
-    multiply<false>(sum, left, tile_x, P_ROW);
+    multiply<false>(sum, left, tile_x, P_ROW, 0, block + 1);
     float d = skip ? skip[here.head] : 0.f;
 #pragma unroll
     for (int down = 0; down < 2; down++) {
@@ -209,7 +213,7 @@ template <int N>
 __global__ void __launch_bounds__(THREADS) ssd_gradients(
     const bfloat16 *dy, const bfloat16 *x, const float *step, const float *log_decay,
     const bfloat16 *b, const bfloat16 *c, const float *skip, const bfloat16 *carries,
-    const bfloat16 *dcarries, bfloat16 *dx, float *dstep, float *dlog_decay, float *db, float *dc,
+    const bfloat16 *dcarries, bfloat16 *dx, float *dstep, float *dlog_decay, bfloat16 *db, bfloat16 *dc,
     float *dskip, int64 dy_batch, int64 dy_time, int64 dy_head, int64 x_batch, int64 x_time,
     int64 x_head, int64 b_batch, int64 b_time, int64 b_group, int64 c_batch, int64 c_time,
     int64 c_group, int length, int heads, int per_group) {
@@ -233,7 +237,7 @@ __global__ void __launch_bounds__(THREADS) ssd_gradients(
     load_tile<N>(tile_dh, dcarries + (int64)blockIdx.x * P * N, N, P);
     __syncthreads();
 
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = 16 * warp;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = block_of_warp(), row = 16 * block;
     int g = row + lane / 4, t = lane % 4 * 2;
     // Two sums over the whole tile: dh' . h and dy . x.
     float states = 0.f, skipped = 0.f;
@@ -253,8 +257,8 @@ __global__ void __launch_bounds__(THREADS) ssd_gradients(
     float direct[2] = {0.f, 0.f}, decayed[2] = {0.f, 0.f};
     {
         float s[T / 8][4] = {}, q[T / 8][4] = {}, column[T / 8][2] = {};
-        multiply<false, true, N / 16>(s, tile_b, N_ROW, row, tile_c, N_ROW);
-        multiply<false, true, P / 16>(q, tile_x, P_ROW, row, tile_dy, P_ROW);
+        multiply<false, true, N / 16>(s, tile_b, N_ROW, row, tile_c, N_ROW, block);
+        multiply<false, true, P / 16>(q, tile_x, P_ROW, row, tile_dy, P_ROW, block);
 #pragma unroll
         for (int n = 0; n < T / 8; n++) {
 #pragma unroll
@@ -307,7 +311,7 @@ __global__ void __launch_bounds__(THREADS) ssd_gradients(
                 sum[n][e] *= end[down] * d[down];
             }
         }
-        multiply<false>(sum, m, tile_dy, P_ROW);
+        multiply<false>(sum, m, tile_dy, P_ROW, block);
         float factor = skip ? skip[here.head] : 0.f;
 #pragma unroll
         for (int down = 0; down < 2; down++) {
@@ -334,15 +338,15 @@ __global__ void __launch_bounds__(THREADS) ssd_gradients(
 #pragma unroll
             for (int e = 0; e < 4; e++) sum[n][e] *= end[e / 2] * d[e / 2];
         }
-        multiply<false>(sum, ds, tile_c, N_ROW);
+        multiply<false>(sum, ds, tile_c, N_ROW, block);
 #pragma unroll
         for (int down = 0; down < 2; down++) {
             int j = g + 8 * down;
             if (j >= here.rows) continue;
-            float *to = db + (of_head + (int64)j * heads) * N + t;
+            bfloat16 *to = db + (of_head + (int64)j * heads) * N + t;
 #pragma unroll
             for (int n = 0; n < N / 8; n++)
-                *(float2 *)(to + 8 * n) = make_float2(sum[n][2 * down], sum[n][2 * down + 1]);
+                *(u32 *)(to + 8 * n) = pack(sum[n][2 * down], sum[n][2 * down + 1]);
         }
     }
     __syncthreads();  // all of tile_ds is there
@@ -359,17 +363,18 @@ __global__ void __launch_bounds__(THREADS) ssd_gradients(
                 read[down] += load(tile_c[(g + 8 * down) * N_ROW + 8 * n + t + e % 2]) * sum[n][e];
             }
         }
-        multiply<true, false, T / 16>(sum, tile_ds, P_ROW, row, tile_b, N_ROW);
+        for (int k = 0; k <= block; k++)
+            multiply<true, false, 1>(sum, tile_ds + 16 * k * P_ROW, P_ROW, row, tile_b + 16 * k * N_ROW, N_ROW);
 #pragma unroll
         for (int down = 0; down < 2; down++) {
             int i = g + 8 * down;
             float carried = sum_of_row(read[down]);
             if (t == 0) of_row[i] = decayed[down], from_carry[i] = carried;
             if (i >= here.rows) continue;
-            float *to = dc + (of_head + (int64)i * heads) * N + t;
+            bfloat16 *to = dc + (of_head + (int64)i * heads) * N + t;
 #pragma unroll
             for (int n = 0; n < N / 8; n++)
-                *(float2 *)(to + 8 * n) = make_float2(sum[n][2 * down], sum[n][2 * down + 1]);
+                *(u32 *)(to + 8 * n) = pack(sum[n][2 * down], sum[n][2 * down + 1]);
         }
     }
     __syncthreads();
