@@ -44,7 +44,8 @@ def fit(
     autocast = autocast_of(train_config, device)
 
     def step_of(batch: int, context: int) -> Budget:
-        return budget(model_config, batch, context, autocast, device, checkpointing,
+        part = -(-batch // train_config.micro_batches)
+        return budget(model_config, part, context, autocast, device, checkpointing,
                       train_config.optimizer)
 
     def required(batch: int, context: int) -> int:

@@ -28,6 +28,9 @@ class TrainConfig(Checked):
     """Bytes of a window."""
     batch_size: Count = 16
     """Windows of a step."""
+    micro_batches: Count = 1
+    """Equal parts of a step's windows, one after the other, whose gradients add up to those of all:
+    less memory for the same step."""
     n_steps: Count = 4000
     """Steps of the whole run."""
     lr: NotNegative = 3e-4
@@ -100,6 +103,10 @@ class TrainConfig(Checked):
             if getattr(self, first) > getattr(self, full):
                 raise UserError(f"{first} is {getattr(self, first)}: expected 0, or up to {full}, "
                                 f"{getattr(self, full)}")
+        for size in (self.batch_size, self.first_batch_size):
+            if size % self.micro_batches:
+                raise UserError(f"micro_batches is {self.micro_batches}: expected a divisor of "
+                                f"the batch of {size} windows")
         if self.parallel == "sharded":
             if self.optimizer != "adamw":
                 raise UserError(f"optimizer {self.optimizer!r} needs whole matrices: train sharded "

@@ -40,6 +40,7 @@ class Corpus:
     train: np.ndarray
     valid: np.ndarray
     test: np.ndarray
+    source: str = ""  # what ``load_corpus`` opens it by, from any folder; "" for one made otherwise
 
     def split(self, name: str) -> np.ndarray:
         if name not in SPLITS:
@@ -65,10 +66,10 @@ def load_corpus(name: str = "stdlib", report: Callable[[str], None] = lambda lin
     if path.is_dir():
         if any((path / f"wiki.{split}.raw").exists() for split in SPLITS):
             return _open_folder(path, path.name, "wiki.{train,valid,test}.raw in a folder")
-        return _cut(open_texts(path), path.name, "the text files of a folder")
+        return _cut(open_texts(path), path, "the text files of a folder")
     if path.is_file():
         data, what = open_text(path)
-        return _cut(data, path.name, f"one file, {what}" if what else "one text file")
+        return _cut(data, path, f"one file, {what}" if what else "one text file")
     raise UserError(
         f"corpus {name!r} is neither stdlib, wikitext103, a folder nor a file: check the path"
     )
@@ -95,7 +96,8 @@ def sample_starts(length: int, context: int, batch: int, seed: int, step: int) -
 
 
 def _open_own(folder: Path, name: str, about: str) -> Corpus:
-    return Corpus(name, about, **{split: mapped(folder / f"wiki.{split}.raw") for split in SPLITS})
+    return Corpus(name, about, **{split: mapped(folder / f"wiki.{split}.raw") for split in SPLITS},
+                  source=name)
 
 
 def _open_folder(folder: Path, name: str, about: str) -> Corpus:
@@ -106,13 +108,15 @@ def _open_folder(folder: Path, name: str, about: str) -> Corpus:
                         "wiki.train.raw, wiki.valid.raw and wiki.test.raw holds all three")
     opened = {split: open_text(path) for split, path in paths.items()}
     odd = (f"{split} is {what}" for split, (_, what) in opened.items() if what)
-    return Corpus(name, "; ".join([about, *odd]), **{s: data for s, (data, _) in opened.items()})
+    return Corpus(name, "; ".join([about, *odd]), **{s: data for s, (data, _) in opened.items()},
+                  source=str(folder.absolute()))
 
 
-def _cut(data: np.ndarray, name: str, about: str) -> Corpus:
+def _cut(data: np.ndarray, path: Path, about: str) -> Corpus:
     """A corpus from one text: 90 % to train on, 5 % to choose by, 5 % to test, in order."""
     valid, test = (next_begin(data, int(len(data) * share)) for share in (0.90, 0.95))
-    return Corpus(name, f"{about}, cut 90/5/5", data[:valid], data[valid:test], data[test:])
+    return Corpus(path.name, f"{about}, cut 90/5/5", data[:valid], data[valid:test], data[test:],
+                  str(path.absolute()))
 
 
 def _stdlib_documents() -> list[tuple[str, str]]:

@@ -32,7 +32,7 @@ from mambabyte.model import (
 )
 from mambabyte.train.optim import set_rates
 from mambabyte.train.precision import autocast
-from mambabyte.train.step import Loss, Reading, scan_form_in_use
+from mambabyte.train.step import Loss, Reading, backward_in_parts, scan_form_in_use
 
 WARM_UP = 3  # steps run one by one before the capture: they create the optimizer's state
 
@@ -129,16 +129,16 @@ class CapturedStep:
             with autocast(self.device, self.config.precision), torch.no_grad(), \
                     record_exponents(self.model) as exponents:
                 # not by the loss, whose compiled layers have no place to look into
-                self.model(self.windows(self._starts[self._done - 1])[0][:, :-1])
+                for part in self._starts[self._done - 1].chunk(self.config.micro_batches):
+                    self.model(self.windows(part)[0][:, :-1])
         return Reading(loss, norm, max(exponents.values(), default=None))
 
     def _step(self) -> None:
         starts = self._starts.index_select(0, self._index)[0]
-        with autocast(self.device, self.config.precision):
-            loss = self.loss(*self.windows(starts))
-        loss.backward()
+        loss = backward_in_parts(
+            lambda part: self.loss(*self.windows(part)), (starts,), self.device, self.config)
         grads = [p.grad for p in self._parameters if p.grad is not None]
-        self._world.average([loss.detach(), *grads])
+        self._world.average([loss, *grads])
         norm = nn.utils.get_total_norm(grads, foreach=True)
         if self.config.grad_clip:
             nn.utils.clip_grads_with_norm_(

@@ -6,7 +6,6 @@ checkpoints/step_*/ and, once the run has ended, result.json.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -26,18 +25,22 @@ from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.config.files import make_dir, to_json, write_json
 from mambabyte.config.owners import only_one, remove_leftovers
 from mambabyte.config.provenance import provenance
-from mambabyte.corpus import Corpus, sample_windows
+from mambabyte.corpus import Corpus
 from mambabyte.corpus.files import present
 from mambabyte.energy import NOT_MEASURED, EnergyMeter, total
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.evaluate import bits_per_byte
 from mambabyte.model import ByteLM, Mixer, distributed, mixers
-from mambabyte.ops import FORMS
-from mambabyte.ops.scan import cpu as native_scan
 from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
 from mambabyte.train.loop import DONE, Ended, optimise
 from mambabyte.train.metrics import Progress, drop_after
 from mambabyte.train.optim import make_optimizer
+from mambabyte.train.refusals import (
+    machine,
+    refuse_other_recipe,
+    refuse_taken,
+    refuse_what_cannot_run,
+)
 from mambabyte.train.schedule import bytes_before, learning_rate, schedule, stage_at, stages
 from mambabyte.train.signals import stop_on_signal
 from mambabyte.train.step import EagerStep, Step, text_batches
@@ -70,9 +73,9 @@ def train(
     last checkpoint written is then still good.
     """
     device = distributed.current().device(device)
-    _refuse_what_cannot_run(model_config, config, corpus, device)
+    refuse_what_cannot_run(model_config, config, corpus, device)
     with _locked(run):
-        _refuse_taken(run, resume)
+        refuse_taken(run, resume)
         training = _Training(model_config, config, corpus, run, device, report)
         if resume and checkpoint.saved(run):
             training.restore()
@@ -136,7 +139,7 @@ class _Training:
         """Go on from the newest checkpoint; UserError where recipe or text are others."""
         saved = checkpoint.load_training(
             checkpoint.find_checkpoint(self.run), self.model, self.optimizer)
-        _refuse_other_recipe(self.run, saved["train"], self.config)
+        refuse_other_recipe(self.run, saved["train"], self.config, saved["step"])
         # (A checkpoint from before this was kept does not say what it was trained on.)
         if saved.get("text", self.digests["train"]) != self.digests["train"]:
             raise UserError(f"{self.run} was trained on another text than {self.corpus.name} is "
@@ -145,7 +148,7 @@ class _Training:
         self.done = self.saved_at = self.resumed_at = saved["step"]
         self.seconds_before = saved["seconds"]
         self.joules_before = saved.get("joules")
-        now = _machine(self.device)
+        now = machine(self.device)
         before = saved.get("machine")  # (first kept later as well)
         changed = [f"{key} {value}, now {now[key]}" for key, value in before.items()
                    if now.get(key, value) != value] if isinstance(before, dict) else []
@@ -160,7 +163,8 @@ class _Training:
         if not self.world.first:
             return
         write_json(self.run / "config.json",
-                   {"model": asdict(self.model.config), "train": asdict(self.config)})
+                   {"model": asdict(self.model.config), "train": asdict(self.config),
+                    "corpus": self.corpus.source, "device": self.device.partition(":")[0]})
         write_json(self.run / "provenance.json", {
             **provenance(), "run": self._run_id(), "corpus": self.corpus.name,
             "corpus_sha256": self.digests, "device": self.device, "processes": self.world.size})
@@ -300,7 +304,7 @@ class _Training:
         checkpoint.save_training(self.checkpoints, self.model, self.optimizer, {
             "step": self.done, "seconds": self.elapsed(), "joules": self.joules(),
             "train": asdict(self.config), "text": self.digests["train"],
-            "machine": _machine(self.device)})
+            "machine": machine(self.device)})
         self.saved_at = self.done
         if self.world.first:
             checkpoint.prune(self.checkpoints, self.config.keep_checkpoints)
@@ -332,55 +336,3 @@ class _Training:
         bits = bits_per_byte(scored, valid, report=report) if mine else None
         return {"valid_bits_per_byte": bits, "valid_bytes": len(valid),
                 "valid_split_bytes": len(self.corpus.valid)}
-
-
-def _machine(device: str) -> dict[str, Any]:
-    """What decides in which order sums are rounded, besides the recipe."""
-    on_cpu = device == "cpu"
-    return {"device": device.partition(":")[0],
-            "threads": torch.get_num_threads() if on_cpu else None,
-            "compiled scan": native_scan.available()[0] if on_cpu else None}
-
-
-# What may change between a run and its continuation without changing the weights.
-_FREE_ON_RESUME = {"max_seconds", "log_every", "checkpoint_every", "keep_checkpoints",
-                   "idle_watts", "allow_study_form", "parallel"}
-
-
-def _refuse_other_recipe(run: Path, saved: dict[str, Any], config: TrainConfig) -> None:
-    now = json.loads(to_json(asdict(config)))
-    saved = {**asdict(TrainConfig()), **saved}  # a run from before a setting had its default
-    changed = [k for k in now if saved.get(k) != now[k] and k not in _FREE_ON_RESUME]
-    if changed:
-        raise UserError(f"{run} was trained with another {', '.join(changed)}: resume with the "
-                        "same options, or choose another run folder")
-
-
-def _refuse_what_cannot_run(
-    model_config: ModelConfig, config: TrainConfig, corpus: Corpus, device: str
-) -> None:
-    """UserError now for what would fail in the middle."""
-    refuse_study_form(model_config, config)
-    for stage in stages(config):
-        distributed.current().share(torch.empty(stage.batch_size))
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("no CUDA device is available: use --device cpu")
-    sample_windows(corpus.train, config.context, 1, 0, 0)  # does a window fit?
-    if model_config.vocab_size < 256:
-        raise UserError(f"vocab_size is {model_config.vocab_size}: text has bytes up to 255, so it "
-                        "must be at least 256")
-
-
-def _refuse_taken(run: Path, resume: bool) -> None:
-    if (run / "config.json").exists() and not resume:
-        goes_on = ("to continue it" if checkpoint.saved(run)
-                   else "to start it over, since it has no checkpoint yet")
-        raise UserError(f"{run} holds a run already: give --resume {goes_on}, or another folder")
-
-
-def refuse_study_form(model_config: ModelConfig, config: TrainConfig) -> None:
-    """UserError for a scan form that is a subject of study, unless it was asked for."""
-    form = FORMS.get(model_config.scan_form)
-    if form is not None and form.study and not config.allow_study_form:
-        raise UserError(f"scan form {model_config.scan_form!r} is a subject of study "
-                        f"({form.about}): train with auto, or give --train.allow-study-form")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mambabyte.config import TrainConfig
 from mambabyte.corpus import sample_windows
-from mambabyte.errors import NonFiniteError
+from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.model import ByteLM, distributed, record_exponents
 from mambabyte.ops import default_form
 from mambabyte.train.optim import Optimizer, make_optimizer, set_rates
@@ -54,18 +54,18 @@ class Step(Protocol):
 class EagerStep:
     """Loss, gradients, their norm, a look at both, then the update: one operation at a time.
 
-    ``loss(*batches(step))`` is a mean over the batch, in nats; None is ``model.loss``. With
-    ``micro_batches`` the batch is split along its first axis into as many equal parts, whose
-    gradients add up to that of the mean. ``config`` gives the precision and the clipping.
+    ``loss(*batches(step))`` is a mean over the batch, in nats; None is ``model.loss``. ``config``
+    gives the precision, the clipping, and how many equal parts the batch is split into along its
+    first axis, whose gradients add up to that of the mean.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, batches: Batches, config: TrainConfig, *,
-        loss: Loss | None = None, first_step: int = 0, micro_batches: int = 1,
+        loss: Loss | None = None, first_step: int = 0,
     ) -> None:
         self.model, self.optimizer, self.batches, self.config = model, optimizer, batches, config
         self.loss: Loss = loss or model.loss  # type: ignore[assignment]
-        self.index, self.micro_batches = first_step, micro_batches
+        self.index = first_step
         self.device = next(model.parameters()).device
         self._world = distributed.current()
         self._reading = Reading(math.nan, math.nan, None)
@@ -90,13 +90,7 @@ class EagerStep:
 
     def backward(self, batch: tuple[Tensor, ...]) -> Tensor:
         """Leave the gradients in the parameters; the loss, both as means over all processes."""
-        losses = []
-        for part in zip(*(t.chunk(self.micro_batches) for t in batch), strict=True):
-            with autocast(self.device, self.config.precision):
-                loss = self.loss(*part) / self.micro_batches
-            loss.backward()
-            losses.append(loss.detach())
-        total = torch.stack(losses).sum()
+        total = backward_in_parts(self.loss, batch, self.device, self.config)
         self._world.average([total, *(p.grad for p in self.model.parameters()
                                       if p.grad is not None)])
         return total
@@ -143,6 +137,25 @@ class EagerStep:
         names = [n for n, p in self.model.named_parameters()
                  if p.grad is not None and not torch.isfinite(p.grad).all()]
         return f"the gradient of {names[-1]}" if names else "the loss itself"
+
+
+def backward_in_parts(
+    loss: Loss, batch: tuple[Tensor, ...], device: torch.device, config: TrainConfig,
+) -> Tensor:
+    """Add the gradients of ``loss(*batch)``, a mean, to the parameters, in ``micro_batches`` equal
+    parts of the batch; the loss, detached. UserError where the batch does not divide."""
+    count = config.micro_batches
+    if len(batch[0]) % count:
+        raise UserError(f"micro_batches {count} does not divide the {len(batch[0])} windows of a "
+                        "process: choose a divisor of them")
+    losses = []
+    for part in zip(*(t.chunk(count) for t in batch), strict=True):
+        with autocast(device, config.precision):
+            mean = loss(*part)
+        share = mean / count if count > 1 else mean
+        share.backward()
+        losses.append(share.detach())
+    return torch.stack(losses).sum() if count > 1 else losses[0]
 
 
 def text_batches(

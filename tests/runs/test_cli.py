@@ -206,6 +206,40 @@ def test_weights_that_are_no_numbers_are_one_clear_line(run, tiny, capsys):
         assert "nan" in error_line(capsys, *command)
 
 
+def test_a_run_is_resumed_without_its_options(text_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    command = ["train", "--preset", "smoke", "--corpus", str(text_file), "--device", "cpu", "--out",
+               str(folder), "--train.lr", "1e-3", "--model.d-state", "4"]
+    assert main([*command, "--train.max-seconds", "1e-9"]) == 0
+    assert main(["train", "--out", str(folder), "--resume", "--train.max-seconds", "0", "--json"
+                 ]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["stopped_by"] == "n_steps"
+    kept = json.loads((folder / "config.json").read_text())
+    assert (kept["train"]["lr"], kept["model"]["d_state"]) == (1e-3, 4)
+    assert (kept["corpus"], kept["device"]) == (str(text_file), "cpu")
+    line = error_line(capsys, "train", "--out", folder, "--resume", "--train.lr", "2e-3")
+    assert "with lr 0.001, now 0.002" in line
+    # The same file makes another run.
+    again = ["train", "--config", folder / "config.json", "--out", tmp_path / "again"]
+    assert main([*map(str, again), "--train.n-steps", "1"]) == 0
+    other = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert other == kept | {"train": kept["train"] | {"n_steps": 1}}
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("a.toml", 'preset = "smoke"\n[train]\nlearning_rate = 1', "unknown field 'learning_rate'"),
+    ("a.toml", "[model]\nd_state = -1", "d_state is -1"), ("a.toml", "a = ", "is no JSON"),
+    ("a.json", '{"model": 3}', "expected named values"),
+    ("a.json", "[]", "expected some of preset"),
+    ("a.json", '{"modle": {}}', "['modle']"), ("a.json", '{"corpus": 3}', "corpus is 3")])
+def test_a_wrong_configuration_file_is_one_clear_line(name, text, message, tmp_path, capsys):
+    path = tmp_path / name
+    path.write_text(text)
+    line = error_line(capsys, "train", "--config", path, "--out", tmp_path / "run")
+    assert str(path) in line
+    assert message in line
+
+
 def test_checkpoint_faults_are_one_clear_line(run, capsys):
     from mambabyte.checkpoint import find_checkpoint
 

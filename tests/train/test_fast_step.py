@@ -10,8 +10,9 @@ import torch
 
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus, sample_windows
+from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
-from mambabyte.train import NonFiniteError, train, train_step
+from mambabyte.train import EagerStep, NonFiniteError, train, train_step
 from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
 from mambabyte.train.optim import make_optimizer
 from mambabyte.train.schedule import schedule
@@ -64,6 +65,22 @@ def test_equals_the_eager_step(optimizer, tolerance, clip):
     assert got == [pytest.approx(e, rel=tolerance) for e in expected]
     assert close(eager, fast, tolerance)
     assert expected[-1][0] < expected[0][0]
+
+
+def test_micro_batches_make_the_captured_step_too():
+    config = replace(RECIPE, batch_size=4)
+    _, whole = run_eager(config, "cpu")
+    for parts in (2, 4):
+        fast, got = run_fast(replace(config, micro_batches=parts), "cpu")
+        assert got == [pytest.approx(e, rel=1e-4) for e in whole]
+        eager, same = run_eager(replace(config, micro_batches=parts), "cpu")
+        assert same == [pytest.approx(e, rel=1e-4) for e in whole]
+        assert close(eager, fast, 1e-4)
+    with pytest.raises(UserError, match="expected a divisor of the batch of 4 windows"):
+        replace(config, micro_batches=3)
+    with pytest.raises(UserError, match="does not divide the 3 windows"):
+        EagerStep(fast, make_optimizer(fast, config), lambda step: (torch.zeros(3, 9).long(),),
+                  replace(config, micro_batches=2))(1.0)
 
 
 def test_windows_are_those_of_the_eager_step():

@@ -63,8 +63,8 @@ def test_micro_batches_make_the_step_of_the_whole_batch():
     for parts in (1, 2, 4):
         torch.manual_seed(0)
         model = ByteLM(MODEL)
-        step = EagerStep(model, make_optimizer(model, RECIPE), lambda _: (tokens,), RECIPE,
-                         micro_batches=parts)
+        recipe = replace(RECIPE, micro_batches=parts)
+        step = EagerStep(model, make_optimizer(model, recipe), lambda _: (tokens,), recipe)
         optimise(step, lambda number: 1.0, RECIPE.n_steps)
         found.append((step.read(), torch.cat([p.detach().flatten() for p in model.parameters()])))
     (whole, weights), *others = found

@@ -209,10 +209,30 @@ def test_a_run_folder_is_not_overwritten(corpus, tmp_path):
     train(MODEL, RECIPE, corpus, tmp_path / "run")
     with pytest.raises(UserError, match="holds a run already"):
         train(MODEL, RECIPE, corpus, tmp_path / "run")
-    with pytest.raises(UserError, match="another lr: resume"):
+    with pytest.raises(UserError, match=r"with lr 0.01, now 0.001: leave"):
         train(MODEL, replace(RECIPE, lr=1e-3), corpus, tmp_path / "run", resume=True)
     with pytest.raises(UserError, match="another model configuration"):
         train(replace(MODEL, d_state=8), RECIPE, corpus, tmp_path / "run", resume=True)
+
+
+def test_a_run_goes_on_for_more_steps_where_the_steps_done_stay_the_same(corpus, tmp_path):
+    longer = replace(RECIPE, n_steps=16, schedule="stable", warmup_fraction=0.125)
+    train(MODEL, longer, corpus, tmp_path / "whole")
+
+    def interrupt(progress):
+        if progress.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    shorter = replace(longer, n_steps=8, warmup_fraction=0.25)
+    run = tmp_path / "run"
+    train(MODEL, shorter, corpus, run, report=interrupt)
+    with pytest.raises(UserError, match=r"n_steps 8, now 16: with these, step 1 of the 4 done .*"
+                       r"warmup_fraction 0.125 for 16 steps"):
+        train(MODEL, replace(shorter, n_steps=16), corpus, run, resume=True)
+    train(MODEL, longer, corpus, run, resume=True)
+    assert same(weights(tmp_path / "whole"), weights(run))
+    with pytest.raises(UserError, match="step 11 of the 16 done"):  # where its rate began to fall
+        train(MODEL, replace(longer, n_steps=32, warmup_fraction=0.0625), corpus, run, resume=True)
 
 
 def test_another_text_is_not_resumed_on(corpus, tmp_path):

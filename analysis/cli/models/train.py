@@ -2,7 +2,8 @@
 
     mambabyte train --preset mamba_byte --corpus stdlib --out runs/first
     mambabyte train --preset hybrid_3_1 --train.context 512 --out runs/hybrid
-    mambabyte train --preset mamba_byte --out runs/first --resume
+    mambabyte train --out runs/first --resume
+    mambabyte train --config runs/first/config.json --train.lr 1e-3 --out runs/second
     torchrun --nproc-per-node 2 -m analysis.cli train --preset mamba_byte --out runs/two
     torchrun --nproc-per-node 2 -m analysis.cli train --out runs/shards --train.parallel sharded
 
@@ -19,7 +20,8 @@ from typing import Any
 
 from analysis.cli.console import Bar, say, training_note
 from analysis.cli.options import parse, pick_device, print_result
-from mambabyte.config import PRESETS, ModelConfig, TrainConfig, get_preset
+from analysis.cli.recipe import option, recipe
+from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 
 
@@ -29,12 +31,15 @@ class Options:
     """Run folder: configuration, metrics, checkpoints, result."""
     preset: str = "mamba_byte"
     """Named system that fills the other options."""
+    config: Path | None = None
+    """File that fills them too: JSON or TOML with some of preset, model, train, corpus and
+    device, such as a run's config.json."""
     corpus: str = "stdlib"
     """stdlib, wikitext103, a folder with wiki.*.raw, or a text file."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     resume: bool = False
-    """Continue the run in the folder from its newest checkpoint."""
+    """Continue the run in the folder from its newest checkpoint, with its own options."""
     json: bool = False
     """Print the result as JSON."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -42,10 +47,15 @@ class Options:
 
 
 def run(argv: list[str]) -> int:
-    preset = get_preset(_option(argv, "--preset") or "mamba_byte")
+    named, file, out = (option(argv, name) for name in ("--preset", "--config", "--out"))
+    own = Path(out or "") / "config.json"  # a run that is resumed knows what it is
+    if "--resume" in argv and out and not named and not file and own.is_file():
+        file = str(own)
+    start = recipe(named, file)
     about = (__doc__ or "") + "\nPresets:\n\n" + "\n".join(
         f"    {name}: {p.about}" for name, p in PRESETS.items())
-    default = Options(out=Path(), model=preset.model, train=preset.train)
+    default = Options(out=Path(), model=start.model, train=start.train,
+                      corpus=start.corpus or "stdlib", device=start.device or "auto")
     options = parse(Options, argv, "train", about, default)
     if options.out == Path():
         raise UserError("no run folder was given: add --out FOLDER")
@@ -110,13 +120,3 @@ def _train(options: Options, device: str, first: bool) -> int:
         *(["SMOKE PASS"] if smoke else []),
     ])
     return 130 if record["stopped_by"] == "interrupt" else 0
-
-
-def _option(argv: list[str], name: str) -> str | None:
-    """The value of one option, read before the others because it decides their defaults."""
-    for i, arg in enumerate(argv):
-        if arg == name and i + 1 < len(argv):
-            return argv[i + 1]
-        if arg.startswith(name + "="):
-            return arg.partition("=")[2]
-    return None

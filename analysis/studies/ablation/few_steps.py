@@ -42,7 +42,8 @@ def few_steps(
     text = encode_corpus(pieces, corpus, train_bytes, valid_bytes)
     micro = max(1, tokens_per_step // (micro_batch * context))
     choices = get_variant(variant)
-    recipe = TrainConfig(context=context, batch_size=micro_batch, seed=seed)
+    recipe = TrainConfig(context=context, batch_size=micro * micro_batch,
+                         micro_batches=micro, seed=seed)
 
     def batch(step: int) -> tuple[Tensor, ...]:
         parts = [sample_windows(text.ids, context, micro_batch, seed, (step + 1) * micro + i)
@@ -67,6 +68,6 @@ def few_steps(
             report(f"{name} step {done} of {steps}: {bits:.3f} bits per raw byte")
 
         look(0)
-        optimise(variant_step(model, choices, recipe, batch, micro), lambda step: 1.0, steps,
+        optimise(variant_step(model, choices, recipe, batch), lambda step: 1.0, steps,
                  after=look)
     return pd.DataFrame(rows)

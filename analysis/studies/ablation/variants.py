@@ -119,11 +119,10 @@ def make_optimizer(model: ByteLM, variant: Variant, recipe: TrainConfig) -> Muon
 
 
 def variant_step(
-    model: ByteLM, variant: Variant, recipe: TrainConfig, batches: Batches, micro_batches: int = 1
+    model: ByteLM, variant: Variant, recipe: TrainConfig, batches: Batches
 ) -> EagerStep:
     """The eager step with the variant's optimizer."""
-    return EagerStep(model, make_optimizer(model, variant, recipe), batches, recipe,
-                     micro_batches=micro_batches)
+    return EagerStep(model, make_optimizer(model, variant, recipe), batches, recipe)
 
 
 def train_variant(
