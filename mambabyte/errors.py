@@ -14,6 +14,10 @@ class UserError(Exception):
     rephrase.
     """
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the line alone, as on the command line."""
+        return [f"error: {self}"]
+
 
 class NonFiniteError(UserError):
     """A loss, a gradient or a probability became inf or nan; the message says where.

@@ -105,13 +105,18 @@ def write_run(run: Run, folder: Path | str) -> Path:
     the folder. A folder that a sweep has made, with its notebook in it, keeps what else is there.
     """
     folder = Path(folder)
-    if folder.is_dir() and not (folder / RECORD).exists():
+    if sweeps(folder):
         make_dir(folder)
         _write(run, folder)
     else:
         with whole_dir(folder) as temporary:
             _write(run, temporary)
     return folder
+
+
+def sweeps(folder: Path) -> bool:
+    """Whether a sweep has made a folder for a run that is not in it yet."""
+    return folder != RUNS and folder.is_dir() and not (folder / RECORD).exists()
 
 
 def _write(run: Run, folder: Path) -> None:

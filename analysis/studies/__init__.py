@@ -21,9 +21,9 @@ import dataclasses
 import hashlib
 import importlib
 import shlex
-import types
+import textwrap
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,13 @@ from typing import Any
 from analysis.runs import staleness as sources
 from analysis.runs.folders import ROOT, RUNS
 from analysis.runs.records import RECORDS
+from mambabyte.config.checks import fit, hints, read, shown, texts
 from mambabyte.config.files import to_json
 from mambabyte.errors import UserError, nearest
 
 DEFAULT_PROFILE = "quick"
-WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+RUN_DIR = "folder of the run; empty is reports/runs, in a folder of its own"
+WIDTH = 100
 COMPUTING = ("compute", "values", "tables")  # what a result depends on; drawings are made later
 
 
@@ -94,7 +96,7 @@ def get_study(name: str, studies: Mapping[str, Study] = STUDIES) -> Study:
 
 def profiles(study: Study) -> dict[str, dict[str, Any]]:
     """Profile name -> plain parameters, as a notebook and run.json hold them."""
-    return {name: _plain(p) for name, p in study.module().PROFILES.items()}
+    return {name: plain(p) for name, p in study.module().PROFILES.items()}
 
 
 def profile_parameters(study: Study, profile: str = DEFAULT_PROFILE) -> dict[str, Any]:
@@ -116,30 +118,28 @@ def validate(
 ) -> dict[str, Any]:
     """All parameters of a run, typed and plain: the profile's, replaced where given.
 
-    ``overrides`` come from a command line as strings or from code as values; either must fit the
-    type of the field. A tuple is written ``128,256`` or given as a list or tuple, and becomes a
-    list, as in the notebook. UserError names what was got, what was expected and what is known.
+    ``overrides`` come from a command line as strings, which are read, or from code as values. A
+    tuple is written ``128,256`` and becomes a list, as in the notebook. UserError names what was
+    got, what was expected and what is known.
     """
     if isinstance(study, str):
         study = get_study(study)
     parameters = profile_parameters(study, profile)
-    hints = typing.get_type_hints(study.module().Parameters)
+    types = hints(study.module().Parameters)
+    check_names(study, overrides)
     for name, value in overrides.items():
-        if name not in parameters:
-            known = ", ".join(f"{k} ({_type_name(hints[k])})" for k in parameters)
-            raise UserError(f"{study.name} has no parameter {name!r}{nearest(name, parameters)}; "
-                            f"it has {known}")
-        try:
-            parameters[name] = _convert(value, hints[name])
-        except (ValueError, TypeError, KeyError):
-            raise UserError(
-                f"{study.name} parameter {name}: got {value!r}, expected {_type_name(hints[name])}"
-                f", e.g. {_example(profile_parameters(study)[name])}") from None
-    if parameters.get("seed", 0) < 0:
-        raise UserError(f"{study.name} parameter seed: got {parameters['seed']}, expected 0 or "
-                        "more")
-    # The dataclass may check more than types, e.g. that a size is positive.
-    return _plain(make_parameters(study, parameters))
+        parameters[name] = read(value, types[name], f"{study.name} parameter {name}") \
+            if isinstance(value, str) else value
+    return plain(make_parameters(study, parameters))
+
+
+def check_names(study: Study, names: Iterable[str]) -> None:
+    """UserError for a name that is no parameter of the study: the nearest, and all there are."""
+    types = hints(study.module().Parameters)
+    for name in names:
+        if name not in types:
+            raise UserError(f"{study.name} has no parameter {shown(name)}{nearest(name, types)}; "
+                            f"it has {', '.join(types)}")
 
 
 def split_pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
@@ -156,11 +156,14 @@ def split_pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
 
 
 def make_parameters(study: Study, plain: Mapping[str, Any]) -> Any:
-    """The study's Parameters from plain values (lists become tuples)."""
+    """The study's Parameters from plain values (lists become tuples), each checked."""
     cls = study.module().Parameters
-    hints = typing.get_type_hints(cls)
-    return cls(**{k: tuple(v) if typing.get_origin(hints[k]) is tuple else v
-                  for k, v in plain.items()})
+    fitted = {name: fit(plain[name], hint, f"{study.name} parameter {name}")
+              for name, hint in hints(cls).items()}
+    try:
+        return cls(**fitted)
+    except UserError as error:  # what must hold between them
+        raise UserError(f"{study.name}: {error}") from None
 
 
 def run_id(study: Study, parameters: Mapping[str, Any], sources_digest: str = "") -> str:
@@ -179,69 +182,47 @@ def command(study: Study, parameters: Mapping[str, Any]) -> str:
     return " ".join(["mambabyte study", study.name, *parts])
 
 
-def _plain(parameters: Any) -> dict[str, Any]:
+def parameters_cell(study: Study) -> str:
+    """The source of the notebook's cell of parameters, with types and help, as papermill reads it.
+
+    ``papermill --help-notebook`` takes the last line of a value for its help, and no equals sign.
+    """
+    cls, quick = study.module().Parameters, profile_parameters(study)
+    said = texts(cls) | {"run_dir": RUN_DIR}
+    types = {name: _type_of(hint) for name, hint in hints(cls).items()} | {"run_dir": "str"}
+    lines = []
+    for name, value in (quick | {"run_dir": ""}).items():
+        head, tail = f"{name}: {types[name]} = ", f"  # {said[name]}" if said[name] else ""
+        whole = _literal(value)
+        if len(head + whole + tail) <= WIDTH or not isinstance(value, list):
+            lines.append(head + whole + tail)
+            continue
+        wrapped = textwrap.wrap(whole[1:-1] + ",", WIDTH - 4, break_long_words=False,
+                                break_on_hyphens=False)
+        lines += [f"{head}[", *(f"    {line}" for line in wrapped), f"]{tail}"]
+    return "\n".join(lines)
+
+
+def _type_of(hint: Any) -> str:
+    """The type of a field as papermill can read it: a name, or list[name]."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return f"list[{_type_of(inner[0])}]"
+    if origin is typing.Literal:
+        return type(inner[0]).__name__
+    return _type_of(inner[0]) if inner else hint.__name__
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    return to_json(value) if isinstance(value, str) else repr(value)
+
+
+def plain(parameters: Any) -> dict[str, Any]:
+    """A study's Parameters as a notebook and run.json hold them: by name, tuples as lists."""
     fields = {f.name: getattr(parameters, f.name) for f in dataclasses.fields(parameters)}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """``value`` as the type ``hint``; ValueError, TypeError or KeyError where it is not one.
-
-    A string is what a command line gives and is read; anything else must be of the type already
-    (an int is a float, a bool is no int).
-    """
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        if isinstance(value, str):
-            value = [part.strip() for part in value.strip("[]()").split(",") if part.strip()]
-        if not isinstance(value, (list, tuple)):
-            raise TypeError
-        return [_convert(part, typing.get_args(hint)[0]) for part in value]
-    if origin is typing.Literal:
-        return _choice(value, typing.get_args(hint))
-    if origin in (types.UnionType, typing.Union):
-        return _first_that_fits(value, typing.get_args(hint))
-    if hint is types.NoneType:
-        if value is None or value == "none":
-            return None
-        raise ValueError
-    if hint is bool and isinstance(value, str):
-        return WORDS[value.lower()]
-    if hint in (int, float) and isinstance(value, str):
-        return hint(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise TypeError
-    return value
-
-
-def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
-    for choice in choices:
-        if value == choice or (isinstance(value, str) and value == str(choice)):
-            return choice
-    raise ValueError
-
-
-def _first_that_fits(value: Any, hints: tuple[Any, ...]) -> Any:
-    # str last: every command-line string would fit it
-    for hint in sorted(hints, key=lambda h: h is str):
-        try:
-            return _convert(value, hint)
-        except (ValueError, TypeError, KeyError):
-            continue
-    raise ValueError
-
-
-def _type_name(hint: Any) -> str:
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        return f"list of {_type_name(typing.get_args(hint)[0])}"
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(_type_name(h) for h in typing.get_args(hint))
-    return {bool: "true or false", types.NoneType: "none"}.get(hint, getattr(hint, "__name__", ""))
 
 
 def _example(value: Any) -> str:

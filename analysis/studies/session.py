@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import html
 import sys
@@ -18,9 +19,19 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.runs.folders import INTERACTIVE, RUNS, Run, Table, tables_of, write_run
+from analysis.runs.folders import INTERACTIVE, RUNS, Run, Table, sweeps, tables_of, write_run
 from analysis.runs.records import check_record_folder, keep, write_record_folder
-from analysis.studies import Study, get_study, make_parameters, profile_parameters
+from analysis.studies import (
+    Study,
+    check_names,
+    command,
+    get_study,
+    make_parameters,
+    plain,
+    profile_of,
+    profile_parameters,
+    run_id,
+)
 from analysis.studies.drawing import drawings, figures, in_words
 from mambabyte.errors import UserError
 
@@ -31,14 +42,25 @@ def measure(
     study: Study | str, scope: Mapping[str, Any], report: Callable[[str], None] = print
 ) -> Run:
     """Runs a study; nothing is written. ``scope`` has its parameters by name, such as a notebook's
-    globals(), and ``run_dir``, where the run will be kept ("" by hand)."""
+    globals(), and ``run_dir``, where the run will be kept.
+
+    Without one, a notebook that nobody sits at (papermill's) keeps its run in a folder of its own
+    under reports/runs, with identity, sources and command as ``mambabyte study`` does, and a
+    notebook by hand in reports/runs/interactive. UserError for a parameter that the study does not
+    have or that does not fit it, in the words of the command line.
+    """
     if isinstance(study, str):
         study = get_study(study)
+    check_names(study, _injected(scope) - {"run_dir"})
     given = make_parameters(study, {name: scope[name] for name in profile_parameters(study)})
+    chosen = Path(scope.get("run_dir") or RUNS)
+    known = _identity(study, plain(given)) if _unattended() and not sweeps(chosen) else {}
+    began = time.perf_counter()
     compute = study.module("compute")
     settle = getattr(compute, "settle", None)  # fills in what was left to the machine
     p = settle(given) if settle else given
-    folder = Path(scope.get("run_dir") or RUNS / INTERACTIVE / study.name)
+    folder = chosen if scope.get("run_dir") else RUNS / str(
+        known.get("run_id", f"{INTERACTIVE}/{study.name}"))
     if study.reads_runs and not p.runs_root and scope.get("run_dir"):  # the runs beside this one
         p = dataclasses.replace(p, runs_root=str(folder.parent))
     found = compute.run(p, report)
@@ -52,8 +74,34 @@ def measure(
     # In the order of the captions, which is the report's.
     ordered = {name: Table(name, in_words(captions.get(name, ""), run), run.tables[name].frame)
                for name in dict.fromkeys((*captions, *frames)) if name in frames}
-    return dataclasses.replace(run, tables=ordered, figures={
-        name: drawing.of[0] for name, drawing in drawings(study).items() if drawing.is_in(run)})
+    return dataclasses.replace(
+        run, tables=ordered, seconds=round(time.perf_counter() - began, 3),
+        figures={name: drawing.of[0] for name, drawing in drawings(study).items()
+                 if drawing.is_in(run)}, **known)
+
+
+def _identity(study: Study, parameters: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run count in the report: the entries that a sweep writes as well."""
+    from mambabyte.config.provenance import provenance
+
+    sources = study.sources_digest()
+    return {"parameters": parameters, "run_id": run_id(study, parameters, sources),
+            "sources": sources, "profile": profile_of(study, parameters),
+            "provenance": {**provenance(), "command": command(study, parameters)}}
+
+
+def _unattended() -> bool:
+    """Whether this is a notebook that nobody sits at: papermill and its like allow no input."""
+    shell = sys.modules.get("IPython")
+    kernel = getattr(shell.get_ipython(), "kernel", None) if shell else None
+    return kernel is not None and not getattr(kernel, "_allow_stdin", True)
+
+
+def _injected(scope: Mapping[str, Any]) -> set[str]:
+    """The names that papermill was given: what it assigns in the cell that it puts in."""
+    cell = next((cell for cell in scope.get("In", ()) if cell.startswith("# Parameters\n")), "")
+    return {target.id for node in ast.parse(cell).body if isinstance(node, ast.Assign)
+            for target in node.targets if isinstance(target, ast.Name)}
 
 
 def show(run: Run, *names: str) -> None:

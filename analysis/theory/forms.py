@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from mambabyte.config.scan_forms import FORMS
-from mambabyte.errors import UserError
 
 # All but the form that takes the whole sequence as one chunk, whatever chunk is asked for, and the
 # one that differs from document_chunked in what it keeps alone.
@@ -14,12 +11,3 @@ ANY_CHUNK = tuple(name for name in FORMS if name not in ("document_cumsum", "doc
 PUBLISHED = ("document_chunked", "document_as_coded", "document_cumsum")
 # The order of the inputs whose gradients are compared.
 INPUTS = ("u", "delta", "A", "B", "C", "initial state")
-
-
-def check_forms(names: Sequence[str]) -> None:
-    """UserError for a name that is no form, and for no name at all."""
-    if not names:
-        raise UserError(f"no form is given: choose from {', '.join(FORMS)}")
-    for name in names:
-        if name not in FORMS:
-            raise UserError(f"form {name!r} is unknown: choose from {', '.join(FORMS)}")

@@ -13,10 +13,10 @@ from typing import Annotated, Literal
 from mambabyte.config.checks import (
     Checked,
     Count,
+    Layers,
     NotNegative,
     Positive,
     above,
-    between,
 )
 from mambabyte.config.scan_forms import FormOrAuto
 
@@ -32,7 +32,7 @@ class Architecture(Checked):
     """Symbols that the model reads and predicts; bytes are 256."""
     d_model: Count = 192
     """Width of the residual stream."""
-    n_layer: Annotated[int, between(1, 10_000)] = 4
+    n_layer: Layers = 4
     """Number of layers."""
     layer_pattern: str = "M"
     """Mixers, a letter a layer, cycled over n_layer: MMMA is three SSM layers to one of attention.

@@ -11,10 +11,14 @@ left to code.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import math
 import numbers
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -52,6 +56,10 @@ def at_least(least: float, below: float = math.inf) -> Rule:
         f"{least} or more" if below == math.inf else f"at least {least} and below {below}"))
 
 
+def multiple_of(step: int) -> Rule:
+    return Rule(lambda x: x > 0 and x % step == 0, lambda: f"that is a multiple of {step}")
+
+
 def one_of(names: Callable[[], Iterable[str]]) -> Rule:
     """A word of a registry, which is asked when a value is checked: it may grow."""
     return Rule(lambda x: x in list(names()), lambda: f"one of {', '.join(names())}", names)
@@ -79,11 +87,16 @@ Seed = Annotated[int, between(0, 2**63 - 1)]
 Positive = Annotated[float, above(0)]
 NotNegative = Annotated[float, at_least(0)]
 Share = Annotated[float, between(0, 1)]
+Layers = Annotated[int, between(1, 10_000)]
+Threads = Annotated[int, between(0, 1024)]  # 0 leaves torch's own choice
+Workers = Annotated[int, between(1, 1024)]
 
 
-_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 Device = Annotated[str, Rule(lambda text: bool(_DEVICE.fullmatch(text)),
-                             lambda: "auto, cpu, cuda or cuda:N")]
+                             lambda: "cpu, cuda or cuda:N")]
+DeviceOrAuto = Annotated[str, Rule(lambda text: text == "auto" or bool(_DEVICE.fullmatch(text)),
+                                   lambda: "auto, cpu, cuda or cuda:N")]
 
 
 class Checked:
@@ -107,6 +120,22 @@ def hints(cls: Any) -> dict[str, Any]:
 def _hints(cls: Any) -> dict[str, Any]:
     found = typing.get_type_hints(cls, include_extras=True)
     return {f.name: found[f.name] for f in dataclasses.fields(cls)}
+
+
+def texts(cls: type) -> dict[str, str]:
+    """What is said of every field of a dataclass: the string below it in its source, in one line.
+    """
+    found = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore
+        for field, said in itertools.pairwise(body):
+            match field, said:
+                case (ast.AnnAssign(target=ast.Name(id=name)),
+                      ast.Expr(value=ast.Constant(value=str(text)))):
+                    found[name] = " ".join(text.split())
+    return {name: found.get(name, "") for name in hints(cls)}
 
 
 def fit(value: Any, hint: Any, name: str) -> Any:
@@ -157,7 +186,7 @@ def words(hint: Any) -> str:
         return " ".join([words(base), *(rule.words() for rule in rules)])
     if origin is tuple:
         inner = typing.get_args(hint)
-        return f"{'a list' if inner[-1] is ... else f'{len(inner)} values'} of {words(inner[0])}"
+        return f"{'a list' if inner[-1] is ... else f'{len(inner)} values'}, each {words(inner[0])}"
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if origin in (types.UnionType, typing.Union):
@@ -169,7 +198,7 @@ def words(hint: Any) -> str:
 def shown(value: Any) -> str:
     """A value in a message: its first characters in one line, whatever it is."""
     try:
-        text = repr(value)
+        text = repr(list(value) if isinstance(value, tuple) else value)
     except Exception:  # an object's own, or a number of more digits than Python writes
         text = f"a {type(value).__name__}"
     text = "".join(c if c.isprintable() else " " for c in text)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
+from mambabyte.config.checks import one_of
 from mambabyte.config.model import ModelConfig
 from mambabyte.config.training import TrainConfig
 from mambabyte.errors import UserError
@@ -116,6 +118,9 @@ PRESETS: dict[str, Preset] = {
     "nano_ssm_1_1": _nano("modded_nanogpt, SSM and attention 1:1", layer_pattern="MA",
                           mlp_ratio=3.375),
 }
+
+
+PresetName = Annotated[str, one_of(lambda: PRESETS)]
 
 
 def get_preset(name: str) -> Preset:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.studies import STUDIES, profiles
+from analysis.studies import STUDIES, parameters_cell, profiles
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -81,6 +81,23 @@ def parameters_of(notebook: dict) -> dict:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
 def test_notebook_keeps_the_rules(path):
     assert problems(load(path)) == []
+
+
+def test_papermill_sees_types_and_help():
+    inspect = pytest.importorskip("papermill").inspect_notebook
+    for path in NOTEBOOKS:
+        shown = inspect(path)
+        assert list(shown) == list(parameters_of(load(path)))
+        for name, parameter in shown.items():
+            assert parameter["inferred_type_name"] != "None", name
+            assert parameter["help"], name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_the_cell_of_parameters_is_the_studys(path):
+    cell = next(c for c in code_cells(load(path)) if "parameters" in c["metadata"].get("tags", []))
+    # Its text: print(parameters_cell(get_study(NAME)))
+    assert source(cell) == parameters_cell(BY_FILE[path.name])
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)

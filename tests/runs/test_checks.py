@@ -66,7 +66,7 @@ def test_words_that_do_not_fit_are_refused(text, hint):
 
 
 def test_a_word_is_no_list_of_its_letters():
-    with pytest.raises(UserError, match=r"patterns is 'MMA': expected a list of text"):
+    with pytest.raises(UserError, match=r"patterns is 'MMA': expected a list, each text"):
         fit("MMA", tuple[str, ...], "patterns")
 
 

@@ -25,6 +25,7 @@ from analysis.studies import (
     run_id,
     validate,
 )
+from analysis.studies.session import measure
 from mambabyte.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,11 +81,11 @@ def test_values_are_typed(study, name, given, expected):
 def test_wrong_types_say_what_was_got_and_expected(study, name, given):
     with pytest.raises(UserError) as error:
         validate(study, {name: given})
-    assert f"tiny parameter {name}: got {given!r}, expected " in str(error.value)
+    assert f"tiny parameter {name} is {given!r}: expected " in str(error.value)
 
 
 def test_unknown_parameter_names_the_known_and_the_nearest(study):
-    with pytest.raises(UserError, match=r"no parameter 'size' \(did you mean sizes\?\).*n \(int\)"):
+    with pytest.raises(UserError, match=r"no parameter 'size' \(did you mean sizes\?\).* has n,"):
         validate(study, {"size": 1})
 
 
@@ -231,3 +232,33 @@ def test_a_study_depends_on_what_it_measures(name):
     assert f"analysis/studies/{name}/figures.py" not in names  # drawn when somebody looks
     assert any(n.startswith("mambabyte/") for n in names)
     assert not any(n.startswith(("analysis/report", "analysis/sweep", "tests")) for n in names)
+
+
+def by_papermill(name: str, **given) -> dict:
+    """A notebook's globals after papermill has put in the cell of what it was given."""
+    lines = ["# Parameters", *(f"{key} = {value!r}" for key, value in given.items())]
+    scope = studies.profiles(get_study(name))["quick"]
+    return {**scope, "run_dir": "", **given, "In": ["", "x = 1", "\n".join(lines) + "\n"]}
+
+
+@pytest.mark.parametrize(("name", "given"), [
+    ("memory", {"patern": ["M"]}), ("memory", {"batch": 2.5}), ("overflow", {"chunks": 16}),
+    ("overflow", {"decays": [0.1, float("inf")]}), ("ablation", {"tasks": ["recall 99"]}),
+    ("task", {"In": 1}),
+])
+def test_papermill_is_refused_as_the_command_line_is(name, given):
+    with pytest.raises(UserError) as same:
+        validate(name, given)
+    with pytest.raises(UserError) as error:
+        measure(name, by_papermill(name, **given))
+    assert str(error.value) == str(same.value)
+    assert "\n" not in str(error.value)
+    assert error.value._render_traceback_() == [f"error: {same.value}"]
+
+
+@pytest.mark.parametrize("given", [{"patterns": "MMA"}, {"patterns": "M,A"}, {"batch": "2"}])
+def test_papermill_gives_values_not_words(given):
+    """What is typed stands as it is in the notebook: MMA is not the patterns M, M and A."""
+    name, value = next(iter(given.items()))
+    with pytest.raises(UserError, match=f"memory parameter {name} is '{value}': expected"):
+        measure("memory", by_papermill("memory", **given))

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 
+from mambabyte.config import get_preset
+from mambabyte.config.checks import (
+    Checked,
+    Count,
+    CountOrNone,
+    Device,
+    Layers,
+    NotNegative,
+    Positive,
+    Rule,
+    Seed,
+    Threads,
+    Workers,
+    between,
+    entries,
+    one_of,
+)
+from mambabyte.config.mixers import LayerPattern
+from mambabyte.config.presets import PresetName
 from mambabyte.errors import UserError
 
 TITLE = "SSM, attention and hybrids"
@@ -85,77 +104,117 @@ def task_size(text: str) -> tuple[str, int]:
     return kind, int(size)
 
 
+def _is_task(text: str) -> bool:
+    kind, _, size = text.partition(" ")
+    return kind in TASKS and size.isascii() and size.isdigit() and 0 < int(size) < 10_000
+
+
+TaskName = Annotated[str, Rule(_is_task, lambda: f"a kind ({', '.join(TASKS)}) and a size, such as "
+                               "'recall 4'")]
+VariantName = Annotated[str, one_of(lambda: VARIANTS)]
+Seeds = Annotated[tuple[Seed, ...], entries()]
+
+
 @dataclass(frozen=True)
-class Parameters:
+class Parameters(Checked):
     """What is compared and how long. Defaults are the quick profile: a CPU and about a minute."""
 
     corpus: str = "stdlib"
-    device: str = "cpu"
-    threads: int = 1  # of torch on the CPU; 0 leaves torch's own choice
-    preset: str = "mamba_byte"  # norm, initialisation and the rest come from here
-    patterns: tuple[str, ...] = ("M", "MMMA", "MA", "A")
-    reference: str = "A"  # what the others are compared with, seed by seed
+    """text: stdlib, wikitext103, a folder or a file"""
+    device: Device = "cpu"
+    """where it runs: cpu, cuda or cuda:N"""
+    threads: Threads = 1
+    """of torch on the CPU; 0 leaves torch's own choice"""
+    preset: PresetName = "mamba_byte"
+    """norm, initialisation and the rest come from here"""
+    patterns: Annotated[tuple[LayerPattern, ...], entries(2)] = ("M", "MMMA", "MA", "A")
+    """layer patterns that are compared"""
+    reference: LayerPattern = "A"
+    """what the others are compared with, seed by seed"""
     match: Literal["mlp", "d_model"] = "mlp"
-    d_model: int = 48
-    n_layer: int = 4
-    n_head: int = 2
-    n_kv_head: int = 2
-    context: int = 128
-    batch_size: int = 4
-    steps: int = 100
-    lr: float = 3e-3
-    # True: a cosine to zero and one run a budget. False: a constant rate, one run for all.
+    """what makes the parameters equal: mlp or d_model"""
+    d_model: Count = 48
+    """width"""
+    n_layer: Layers = 4
+    """layers"""
+    n_head: Count = 2
+    """heads of attention"""
+    n_kv_head: Count = 2
+    """its heads of keys and values"""
+    context: Annotated[int, between(4, 10**9)] = 128
+    """bytes of a window; quality along a stream is shown from a quarter of it on"""
+    batch_size: Count = 4
+    """windows of a step"""
+    steps: Count = 100
+    """training steps of a compared system"""
+    lr: Positive = 3e-3
+    """largest learning rate"""
     decay: bool = False
-    seeds: tuple[int, ...] = (0, 1, 2)
-    # How a step of the compared systems is run, as TrainConfig.step; on a CPU always eager.
+    """a cosine to 0 and a run for each budget, or a constant rate and one for all"""
+    seeds: Seeds = (0, 1, 2)
+    """a training of every system for each"""
     step: Literal["auto", "eager", "graph", "compile"] = "auto"
-    max_seconds: float = 20.0  # of one run; 0 is no limit
-    heldout_windows: int = 24
-    characters: int = 300
-    streams: int = 8
-    stream_bytes: int = 1024
-    tasks: tuple[str, ...] = ("recall 4", "copy 8")
-    task_symbols: int = 8
-    task_layers: int = 2
-    task_steps: int = 200
-    task_batch: int = 64
-    task_seeds: tuple[int, ...] = (0,)
-    variants: tuple[str, ...] = tuple(VARIANTS)
-    variant_pattern: str = "MA"
-    variant_steps: int = 30
-    variant_seeds: tuple[int, ...] = (0,)
-    # sp1024 needs the package sentencepiece; 0 pieces leave it out.
-    pieces: int = 0
-    piece_train_bytes: int = 2_000_000
-    # The second document's few large steps, on pieces, at its own widths; 0 leaves them out.
-    few_steps: int = 0
-    few_tokens: int = 524_288
-    few_presets: tuple[str, ...] = ("ssm_1", "hybrid_3_1", "attention")
-    # Trainings whose time does not count (tasks, variants, pieces) that run beside each other.
-    workers: int = 1
+    """how a step is run: auto, eager, graph, compile; on a CPU always eager"""
+    max_seconds: NotNegative = 20.0
+    """of one training; 0 is no limit"""
+    heldout_windows: Count = 24
+    """windows of held-out text"""
+    characters: CountOrNone = 300
+    """characters whose greedy prediction is scored; 0 scores none"""
+    streams: Count = 8
+    """long streams on which drift is measured"""
+    stream_bytes: Count = 1024
+    """bytes of each, at least two contexts"""
+    tasks: Annotated[tuple[TaskName, ...], entries(0)] = ("recall 4", "copy 8")
+    """synthetic tasks, kind and size; may be empty"""
+    task_symbols: Annotated[int, between(2, 10_000)] = 8
+    """symbols of a task"""
+    task_layers: Layers = 2
+    """layers of its models"""
+    task_steps: Count = 200
+    """training steps of a task"""
+    task_batch: Count = 64
+    """samples of a step"""
+    task_seeds: Seeds = (0,)
+    """a training on every task for each"""
+    variants: Annotated[tuple[VariantName, ...], entries(0)] = tuple(VARIANTS)
+    """choices of the second document, one at a time; may be empty"""
+    variant_pattern: LayerPattern = "MA"
+    """layer pattern of the variants"""
+    variant_steps: Count = 30
+    """training steps of a variant"""
+    variant_seeds: Seeds = (0,)
+    """a training of every variant for each"""
+    pieces: CountOrNone = 0
+    """sentencepiece vocabulary; 0 leaves pieces out"""
+    piece_train_bytes: Count = 2_000_000
+    """bytes of text on which pieces are trained"""
+    few_steps: CountOrNone = 0
+    """the second document's few large steps, on pieces; 0 leaves them out"""
+    few_tokens: Count = 524_288
+    """tokens of such a step"""
+    few_presets: Annotated[tuple[PresetName, ...], entries()] = (
+        "ssm_1", "hybrid_3_1", "attention")
+    """systems that are trained so"""
+    workers: Workers = 1
+    """trainings beside each other whose time does not count (tasks, variants, pieces)"""
 
     def __post_init__(self) -> None:
-        if len(self.patterns) < 2 or len(set(self.patterns)) < len(self.patterns):
-            raise UserError(f"patterns are {', '.join(self.patterns) or 'none'}: a comparison "
-                            "needs two or more, each once")
+        super().__post_init__()
         if self.reference not in self.patterns:
-            raise UserError(f"reference {self.reference!r} is not among the patterns "
+            raise UserError(f"reference is {self.reference!r}: expected one of the patterns, "
                             f"{', '.join(self.patterns)}")
-        if not self.seeds:
-            raise UserError("no seeds are given: name at least one")
-        for name in ("steps", "batch_size", "heldout_windows", "streams"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.context < 4:
-            raise UserError(f"context is {self.context}: it must be at least 4, as quality along a "
-                            "stream is shown from a quarter of it on")
         if self.stream_bytes < 2 * self.context:
-            raise UserError(f"stream_bytes is {self.stream_bytes}: drift shows only past the "
-                            f"context, give at least {2 * self.context}")
-        for name in self.variants:
-            get_variant(name)
-        for name in self.tasks:
-            task_size(name)
+            raise UserError(f"stream_bytes is {self.stream_bytes}: expected {2 * self.context} or "
+                            "more, twice the context, as drift shows only past it")
+        for text in self.tasks:
+            kind, size = task_size(text)
+            if kind == "recall" and size > self.task_symbols:
+                raise UserError(f"tasks has {text!r}: expected at most task_symbols, "
+                                f"{self.task_symbols}, as keys are distinct")
+        for pattern in (*self.patterns, self.variant_pattern):  # refused here if it has no model
+            replace(get_preset(self.preset).model, d_model=self.d_model, n_layer=self.n_layer,
+                    n_head=self.n_head, n_kv_head=self.n_kv_head, layer_pattern=pattern)
 
 
 _FULL = Parameters(

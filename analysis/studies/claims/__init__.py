@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import pandas as pd
 
 from analysis.studies.claims.ledger import FirstRun
-from mambabyte.errors import UserError
+from mambabyte.config.checks import Checked, Count, Seed, entries
 
 TITLE = "The claims ledger"
 QUESTION = "Which statements of the two documents hold, by our numbers?"
@@ -16,34 +17,27 @@ READS_RUNS = True
 
 
 @dataclass(frozen=True)
-class Parameters:
+class Parameters(Checked):
     """Where the other studies' runs are, and how the ledger's own experiments are done."""
 
-    # "" is the folder that this run goes to, or the project's own by hand.
     runs_root: str = ""
-    # Of the paired trainings below; "auto" is a GPU where there is one, with captured steps.
-    device: str = "cpu"
-    seed: int = 0
-    initial_seeds: int = 4
-    fox_batch: int = 1
-    # Steps at which a tied head is compared with one of its own; a record has more of them.
-    tied_steps: tuple[int, ...] = (60, 180)
-    # Seeds and steps of two more comparisons: with each part of the block and without, and trained
-    # in parallel by the published scan but streamed by the step.
-    paired_seeds: int = 1
-    parts_steps: int = 150
-    streamed_steps: int = 60
-
-    def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"device {self.device!r}: choose auto, cpu or cuda")
-        for name in ("initial_seeds", "fox_batch", "paired_seeds", "parts_steps",
-                     "streamed_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if not self.tied_steps or list(self.tied_steps) != sorted({0, *self.tied_steps} - {0}):
-            raise UserError(f"tied_steps are {self.tied_steps}: give steps from 1 on in rising "
-                            "order, each once")
+    """folder of the other studies' runs; empty is where this run goes"""
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """where the paired trainings run: cpu, cuda or auto"""
+    seed: Seed = 0
+    """of the small experiments"""
+    initial_seeds: Count = 4
+    """draws of the untrained model"""
+    fox_batch: Count = 1
+    """sequences of the second document's example"""
+    tied_steps: Annotated[tuple[Count, ...], entries(rising=True)] = (60, 180)
+    """steps at which a tied head is compared with one of its own, rising"""
+    paired_seeds: Count = 1
+    """seeds of the paired trainings"""
+    parts_steps: Count = 150
+    """training steps with each part of the block and without"""
+    streamed_steps: Count = 60
+    """training steps by the published scan, to be streamed by the step"""
 
 
 PROFILES = {"quick": Parameters(),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import pandas as pd
 
-from analysis.theory.forms import ANY_CHUNK, check_forms
+from analysis.theory.forms import ANY_CHUNK
+from mambabyte.config.checks import Checked, Count, Device, Seed, between, entries
+from mambabyte.config.scan_forms import ScanForm
 from mambabyte.errors import UserError
 
 TITLE = "Gradients across chunk boundaries"
@@ -16,28 +19,31 @@ DOCUMENT_DIFFERENCE = 0.13  # %, scan against step, as the document measured it
 
 
 @dataclass(frozen=True)
-class Scans:
-    """The forms that are compared and the size of their scans; ``length`` and ``chunk`` in steps.
-    """
+class Scans(Checked):
+    """The forms that are compared and the size of their scans."""
 
-    forms: tuple[str, ...] = (
+    forms: Annotated[tuple[ScanForm, ...], entries()] = (
         "sequential", "chunked", "fused", "corrected_cumsum", "document_chunked", "segment_sum",
         "associative")
-    length: int = 128
-    chunk: int = 32
-    channels: int = 8
-    states: int = 16
-    seed: int = 0
-    # Where the forms run; the recurrence that they are held against runs on the CPU in float64.
-    device: str = "cpu"
+    """scan forms that are compared"""
+    length: Count = 128
+    """steps of a scan, more than a chunk"""
+    chunk: Count = 32
+    """steps of a chunk"""
+    channels: Count = 8
+    """channels of a scan"""
+    states: Count = 16
+    """states a channel"""
+    seed: Seed = 0
+    """of inputs, models and trainings"""
+    device: Device = "cpu"
+    """where the forms run; the definition is the CPU's, in float64"""
 
     def __post_init__(self) -> None:
-        check_forms(self.forms)
-        if not 1 <= self.chunk < self.length:
-            raise UserError(f"chunk {self.chunk} and length {self.length}: there is a boundary "
-                            "only with 1 <= chunk < length")
-        if min(self.channels, self.states) < 1:
-            raise UserError("channels and states must be 1 or more")
+        super().__post_init__()
+        if self.chunk >= self.length:
+            raise UserError(f"chunk is {self.chunk} and length {self.length}: expected a chunk "
+                            "shorter than the length, as there is no boundary otherwise")
 
 
 @dataclass(frozen=True)
@@ -45,24 +51,25 @@ class Parameters(Scans):
     """The scans that are compared, and the sizes of the recall task. Lengths in steps."""
 
     corpus: str = "stdlib"
-    # Draws of the untrained model's weights for the comparison of scan and step.
-    draws: int = 3
-    # How far the gradient reaches in training for recall; the last is the whole sequence.
-    segments: tuple[int, ...] = (4, 8, 32)
-    recall_length: int = 32
-    recall_far: int = 8
-    recall_steps: int = 200
-    recall_seeds: int = 3
+    """text: stdlib, wikitext103, a folder or a file"""
+    draws: Count = 3
+    """draws of the untrained model's weights, scan against step"""
+    segments: Annotated[tuple[Count, ...], entries(rising=True)] = (4, 8, 32)
+    """how far the gradient reaches in training, steps; the last is the whole sequence"""
+    recall_length: Annotated[int, between(3, 10**6)] = 32
+    """steps of a recall sequence"""
+    recall_far: Count = 8
+    """distance beyond which the far symbol lies"""
+    recall_steps: Count = 200
+    """training steps of recall"""
+    recall_seeds: Count = 3
+    """trainings of each kind"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.segments:
-            raise UserError("no segments are given: name at least one")
-        if min(self.draws, self.recall_steps, self.recall_seeds, *self.segments) < 1:
-            raise UserError("draws, recall_steps, recall_seeds and segments must be 1 or more")
-        if not 1 <= self.recall_far < self.recall_length - 1:
-            raise UserError(f"recall_far {self.recall_far} must lie inside recall_length "
-                            f"{self.recall_length}")
+        if self.recall_far >= self.recall_length - 1:
+            raise UserError(f"recall_far is {self.recall_far}: expected to lie inside "
+                            f"recall_length, {self.recall_length}")
 
 
 PROFILES = {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import pandas as pd
 
-from analysis.theory.forms import check_forms
-from mambabyte.errors import UserError
+from mambabyte.config.checks import Checked, Count, Layers, entries, multiple_of
+from mambabyte.config.mixers import LayerPattern
+from mambabyte.config.scan_forms import ScanForm
 
 TITLE = "Memory footprint"
 QUESTION = "How many bytes does one training step need, where do they go, and what fits?"
@@ -24,43 +25,33 @@ SCAN_FORMS = (
 
 
 @dataclass(frozen=True)
-class Parameters:
+class Parameters(Checked):
     """Sizes at which the closed form is held against the counts.
 
     ``batch``, ``context``, ``d_model`` and ``n_layer`` are those of the measured steps; the
     tables of the document's configurations and of the devices do not depend on them.
     """
 
-    forms: tuple[str, ...] = SCAN_FORMS
-    patterns: tuple[str, ...] = ("M", "A", "MMMA")
-    autocasts: tuple[Autocast, ...] = AUTOCASTS
-    batch: int = 2
-    context: int = 64
-    d_model: int = 64
-    n_layer: int = 2
-    # Lengths of the scan whose backward allocations are counted, slices against split.
-    slice_lengths: tuple[int, ...] = (128, 512, 2048)
-    # Layers of the document's original step (64 x 2048) that are counted on shapes alone.
-    counted_layers: int = 4
-    # Kept bytes and peaks by the allocator of this machine's GPU: "auto" where there is one. The
-    # other machines show those that are recorded.
+    forms: Annotated[tuple[ScanForm, ...], entries()] = SCAN_FORMS
+    """scan forms in the tables of whole steps"""
+    patterns: Annotated[tuple[LayerPattern, ...], entries()] = ("M", "A", "MMMA")
+    """layer patterns of the measured steps"""
+    autocasts: Annotated[tuple[Autocast, ...], entries()] = AUTOCASTS
+    """autocast of the measured steps: fp32, bf16, fp16"""
+    batch: Count = 2
+    """sequences of a measured step"""
+    context: Count = 64
+    """bytes of a sequence"""
+    d_model: Annotated[int, multiple_of(8)] = 64
+    """width, a multiple of 8: attention has 4 heads"""
+    n_layer: Layers = 2
+    """layers, at least as many as a pattern has letters"""
+    slice_lengths: Annotated[tuple[Count, ...], entries(2, rising=True)] = (128, 512, 2048)
+    """lengths whose backward allocations are counted, slices against split"""
+    counted_layers: Layers = 4
+    """layers of the document's original step that are counted on shapes alone"""
     cuda: Literal["auto", "on", "off"] = "off"
-
-    def __post_init__(self) -> None:
-        check_forms(self.forms)
-        for name in ("patterns", "autocasts"):
-            if not getattr(self, name):
-                raise UserError(f"{name} is empty: name at least one")
-        if len(set(self.slice_lengths)) < 2:
-            raise UserError(f"slice_lengths {self.slice_lengths}: growth shows only between two "
-                            "lengths, give at least two")
-        if set(self.autocasts) - set(AUTOCASTS):
-            raise UserError(f"autocasts {self.autocasts}: choose from {', '.join(AUTOCASTS)}")
-        sizes = (self.batch, self.context, self.d_model, self.n_layer, self.counted_layers,
-                 *self.slice_lengths)
-        if min(sizes) < 1:
-            raise UserError("batch, context, d_model, n_layer, counted_layers and slice_lengths "
-                            "must be 1 or more")
+    """whether this machine's GPU is measured: auto, on, off"""
 
 
 PROFILES = {

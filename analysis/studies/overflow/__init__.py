@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
 
 import pandas as pd
 
-from analysis.theory.forms import ANY_CHUNK, check_forms
+from analysis.theory.forms import ANY_CHUNK
+from mambabyte.config.checks import (
+    Checked,
+    Count,
+    CountOrNone,
+    Positive,
+    Seed,
+    between,
+    entries,
+)
+from mambabyte.config.scan_forms import FormOrAuto, ScanForm
 from mambabyte.errors import UserError
 
 TITLE = "Overflow versus chunk size"
@@ -14,78 +25,85 @@ QUESTION = "At which chunk size and decay does each form of the scan go wrong, a
 NOTEBOOK = "02_overflow_vs_chunk_size.ipynb"
 
 # The last two: u, delta, B and C rounded to that type, all arithmetic in float32.
-PRECISIONS = ("float32", "bfloat16", "float16", "bf16 inputs", "fp16 inputs")
-KINDS = ("constant", "data-dependent")
+Precision = Literal["float32", "bfloat16", "float16", "bf16 inputs", "fp16 inputs"]
+Kind = Literal["constant", "data-dependent"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Lengths = Annotated[tuple[Count, ...], entries(rising=True)]
+Nats = Annotated[tuple[Positive, ...], entries(rising=True)]
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The cells of the map, and the size of the scans in them.
+class Grid(Checked):
+    """The cells of the map, and the size of the scans in them."""
 
-    ``chunks`` in steps, ``decays`` in nats a step, ``length`` the sequence in steps. Precisions
-    other than float32 are mapped for ``low_precision_forms``.
-    """
-
-    forms: tuple[str, ...] = ANY_CHUNK
-    low_precision_forms: tuple[str, ...] = ("sequential", "corrected_cumsum", "segment_sum")
-    precisions: tuple[str, ...] = PRECISIONS
-    kinds: tuple[str, ...] = KINDS
-    chunks: tuple[int, ...] = (4, 8, 16, 32, 48, 64, 96, 128)
-    decays: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)
-    length: int = 128
-    channels: int = 2
-    states: int = 2
-    seed: int = 0
+    forms: Annotated[tuple[ScanForm, ...], entries()] = ANY_CHUNK
+    """scan forms of the map in float32"""
+    low_precision_forms: Annotated[tuple[ScanForm, ...], entries(0)] = (
+        "sequential", "corrected_cumsum", "segment_sum")
+    """scan forms of the map in the other precisions"""
+    precisions: Annotated[tuple[Precision, ...], entries()] = PRECISIONS
+    """precisions of the map"""
+    kinds: Annotated[tuple[Kind, ...], entries()] = KINDS
+    """decay the same at every step, or with a random factor"""
+    chunks: Lengths = (4, 8, 16, 32, 48, 64, 96, 128)
+    """chunk sizes of the map, steps, rising"""
+    decays: Nats = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)
+    """decays of the map, nats a step, rising"""
+    length: Count = 128
+    """steps of a scan of the map"""
+    channels: Count = 2
+    """its channels"""
+    states: Count = 2
+    """its states a channel"""
+    seed: Seed = 0
+    """of inputs, models and trainings"""
 
     def __post_init__(self) -> None:
-        check_forms(self.forms)
-        if self.low_precision_forms:
-            check_forms(self.low_precision_forms)
-        if not self.precisions or set(self.precisions) - set(PRECISIONS):
-            raise UserError(f"precisions {self.precisions}: choose from {', '.join(PRECISIONS)}")
-        if not self.kinds or set(self.kinds) - set(KINDS):
-            raise UserError(f"kinds {self.kinds}: choose from {', '.join(KINDS)}")
-        if not self.decays or min(self.decays) <= 0:
-            raise UserError("decays are nats a step, each above 0, at least one")
-        if min(self.chunks, default=0) < 1 or min(self.length, self.channels, self.states) < 1:
-            raise UserError("chunks, length, channels and states must be 1 or more")
+        super().__post_init__()
+        if not self.low_precision_forms and "float32" not in self.precisions:
+            raise UserError("low_precision_forms is empty: expected one or more, or float32 among "
+                            "the precisions, as the map would have no cell")
 
 
 @dataclass(frozen=True)
 class Parameters(Grid):
-    """The grid of the error map, and how far the training is followed."""
+    """The grid of the error map, and how far the training is followed. 0 of a size of the model
+    that is trained, of workers, and an empty trained_steps stand for what the device is fit for."""
 
     corpus: str = "stdlib"
-    fraction_lengths: tuple[int, ...] = (16, 32, 48, 56, 57, 64, 96, 128, 256, 512, 1024)
-    # Exponents of one channel when a training step crosses the bound on purpose.
-    crossings: tuple[float, ...] = (60.0, 87.0, 90.0, 120.0)
-    # The model that is trained: its width, layers, and how much of the schedule is done. 0 (of
-    # workers too) and an empty trained_steps stand for what the device is fit for.
-    d_model: int = 32
-    n_layer: int = 2
-    batch: int = 4
-    context: int = 64
-    schedule_steps: int = 4000
-    # Scan forms that are trained with, and the steps of the schedule that each does at most.
-    trained_forms: tuple[str, ...] = ("auto", "corrected_cumsum", "document_chunked")
-    trained_steps: tuple[int, ...] = (600, 400, 400)
-    every: int = 20
-    # Where the training runs: cpu, cuda, or auto, the GPU if there is one. The map is made on the
-    # CPU in any case.
-    device: str = "cpu"
-    workers: int = 1  # trainings beside each other: a GPU has room for all three
+    """text: stdlib, wikitext103, a folder or a file"""
+    fraction_lengths: Lengths = (16, 32, 48, 56, 57, 64, 96, 128, 256, 512, 1024)
+    """lengths at which pairs past the bound are counted, rising"""
+    crossings: Nats = (60.0, 87.0, 90.0, 120.0)
+    """exponents of one channel when a step crosses the bound on purpose, rising"""
+    d_model: CountOrNone = 32
+    """width of the model that is trained; 0 as the device allows"""
+    n_layer: Annotated[int, between(0, 10_000)] = 2
+    """its layers; 0 as the device allows"""
+    batch: CountOrNone = 4
+    """sequences of a training step; 0 as the device allows"""
+    context: CountOrNone = 64
+    """bytes of a sequence; 0 as the device allows"""
+    schedule_steps: Count = 4000
+    """steps of the whole schedule"""
+    trained_forms: Annotated[tuple[FormOrAuto, ...], entries()] = (
+        "auto", "corrected_cumsum", "document_chunked")
+    """scan forms that are trained with"""
+    trained_steps: Annotated[tuple[Count, ...], entries(0, once=False)] = (600, 400, 400)
+    """steps that each of them does at most; empty as the device allows"""
+    every: Count = 20
+    """steps between two readings of the exponent"""
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """where the training runs: cpu, cuda or auto; the map is the CPU's"""
+    workers: Annotated[int, between(0, 1024)] = 1
+    """trainings beside each other; 0 as the device allows"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.every < 1 or min(self.fraction_lengths, default=0) < 1:
-            raise UserError("every must be 1 or more, and each of fraction_lengths, at least one")
-        if not self.crossings or min(self.crossings) <= 0:
-            raise UserError("crossings are nats, each above 0, at least one")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"device {self.device!r}: choose auto, cpu or cuda")
-        if not self.trained_forms or len(self.trained_steps) not in (0, len(self.trained_forms)):
-            raise UserError(f"trained_forms has {len(self.trained_forms)} entries and "
-                            f"trained_steps {len(self.trained_steps)}: one number a form")
+        if len(self.trained_steps) not in (0, len(self.trained_forms)):
+            raise UserError(f"trained_steps has {len(self.trained_steps)} entries: expected one "
+                            f"for each of the {len(self.trained_forms)} trained_forms, or none")
 
 
 PROFILES = {

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from analysis.measure.scans import Scan, scan_of
 from analysis.measure.threads import threads
-from analysis.studies.overflow import Grid
+from analysis.studies.overflow import Grid, Kind, Precision
+from analysis.studies.overflow.error_tables import WHOLE
 from analysis.theory.bounds import SILENT, boundary
 from analysis.theory.forms import INPUTS, PUBLISHED
 from mambabyte.ops.scan.recurrent import sequential_scan
@@ -137,7 +138,7 @@ def error_map(p: Grid, report: Callable[[str], None]) -> pd.DataFrame:
             report(f"error map: {kind} decay, {precision}, {len(forms)} forms")
             tensors = _rounded(exact, precision)
             for form in forms:
-                for chunk in p.chunks if form not in ("sequential", "document_cumsum") else (0,):
+                for chunk in p.chunks if form not in WHOLE else (0,):
                     found = results_of(scan_of(form), tensors, chunk, p.seed)
                     parts.append(_map_rows(kind, precision, form, chunk or p.length, p.decays,
                                            found, references))
@@ -156,8 +157,8 @@ class Cell:
 
 
 def cell(
-    p: Grid, form: str, decay: float, chunk: int, precision: str = "float32",
-    kind: str = "constant",
+    p: Grid, form: str, decay: float, chunk: int, precision: Precision = "float32",
+    kind: Kind = "constant",
 ) -> Cell:
     """The map's cell at any decay and chunk, on its grid or between, and where y goes wrong."""
     p = replace(p, forms=(form,), low_precision_forms=(form,), precisions=(precision,),

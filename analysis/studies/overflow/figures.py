@@ -15,7 +15,14 @@ from matplotlib.path import Path
 from analysis import plots
 from analysis.studies.drawing import Drawing
 from analysis.studies.overflow import PRECISIONS
-from analysis.studies.overflow.error_tables import KEYS, NOISE_CHUNK, PARTS, outcome_counts, slug
+from analysis.studies.overflow.error_tables import (
+    KEYS,
+    NOISE_CHUNK,
+    PARTS,
+    WHOLE,
+    outcome_counts,
+    slug,
+)
 from analysis.theory import bounds
 
 # Outcomes of a cell (analysis.studies.overflow.error_map.outcome) -> what the legend says, colour,
@@ -39,7 +46,8 @@ def error_maps(outcomes: pd.DataFrame, precision: str, kind: str) -> Figure:
     rows = -(-len(panels) // _COLUMNS)
     figure, grid = plots.new_figure(
         rows, _COLUMNS, size=(10.0, 1.55 * rows + 1.1), sharex=True, sharey=True, squeeze=False)
-    chunks = np.unique(cells["chunk"].to_numpy(float))
+    chunked = cells[~cells["form"].isin(WHOLE)]
+    chunks = np.unique((chunked if len(chunked) else cells)["chunk"].to_numpy(float))
     for axes, (form, part) in zip(grid.ravel(), panels, strict=False):
         _map(axes, cells[(cells["form"] == form) & (cells["of"] == part)], chunks,
              partial(bounds.boundary, form, dtype=precision))
@@ -62,10 +70,10 @@ def error_maps(outcomes: pd.DataFrame, precision: str, kind: str) -> Figure:
 def _map(
     axes: plots.Axes, rows: pd.DataFrame, chunks: np.ndarray, bound: Callable[[float], float],
 ) -> None:
-    """One map. A form that has no chunks, and so one row, fills the height."""
+    """One map. A form that has no chunks fills the height."""
     outcomes = rows.set_index("chunk").drop(columns=list(KEYS[:-1]))
     x, y = _edges(np.array([float(decay) for decay in outcomes])), _edges(chunks)
-    across = y if len(outcomes) == len(chunks) else y[[0, -1]]
+    across = y[[0, -1]] if set(rows["form"]) <= {*WHOLE} else y
     cells = outcomes.to_numpy(object)
     for names, _, colour, hatch in LOOKS:
         boxes = _boxes(np.isin(cells.astype(str), names), x, across)
@@ -272,7 +280,8 @@ FIGURES = (
                 "where it is small; the others keep it.",
         alt="Lines of relative error against decay: flat near rounding for segment sums, "
             "associative and stable chunks, rising for the corrected cumsum and pairwise "
-            "differences."),
+            "differences.",
+        when=lambda noise: bool(((noise["kind"] == "constant") & noise["form"].isin(NOISY)).any())),
     Drawing(
         "pairs", pair_shares, ("pairs",), "Past the bound for the whole-sequence trick, untrained "
         "model",

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from analysis.measure.scans import runnable
-from analysis.studies.overflow import PRECISIONS, Grid, figures
+from analysis.studies.overflow import PRECISIONS, Grid, Kind, Precision, figures
 from analysis.studies.overflow.error_map import Cell, cell
 from analysis.theory.forms import ANY_CHUNK
 
@@ -28,7 +28,7 @@ def panel(p: Grid) -> Any:
 
 
 def _show_cell(
-    p: Grid, form: str, decay: float, chunk: int, precision: str, kind: str
+    p: Grid, form: str, decay: float, chunk: int, precision: Precision, kind: Kind
 ) -> Cell:
     from IPython.display import display
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import pandas as pd
 
-from mambabyte.errors import UserError
+from mambabyte.config.checks import Checked, Positive, above
 
 TITLE = "The task: accuracy under an energy cap"
 QUESTION = "Which system reaches which accuracy for how many joules?"
@@ -17,17 +18,13 @@ VALID, HELD_OUT = "validation accuracy", "held-out training text, accuracy"
 
 
 @dataclass(frozen=True)
-class Parameters:
-    """``target`` is the accuracy whose price is asked for, ``cap`` the joules that may be spent."""
+class Parameters(Checked):
+    """What is asked of the recorded runs."""
 
-    target: float = 0.70
-    cap: float = 5000.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.target < 1:
-            raise UserError(f"target is {self.target}: an accuracy lies between 0 and 1")
-        if self.cap <= 0:
-            raise UserError(f"cap is {self.cap}: give joules above 0")
+    target: Annotated[float, above(0, 1)] = 0.70
+    """accuracy whose price is asked for, above 0 and at most 1"""
+    cap: Positive = 5000.0
+    """joules that may be spent"""
 
 
 PROFILES = {"quick": Parameters()}

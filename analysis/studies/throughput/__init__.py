@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import pandas as pd
 
-from mambabyte.config.scan_forms import FORMS
-from mambabyte.errors import UserError
+from mambabyte.config import get_preset
+from mambabyte.config.checks import (
+    Checked,
+    Count,
+    CountOrNone,
+    Device,
+    Layers,
+    NotNegative,
+    Positive,
+    Threads,
+    entries,
+    one_of,
+)
+from mambabyte.config.mixers import LayerPattern
+from mambabyte.config.presets import PresetName
+from mambabyte.config.scan_forms import FORMS, FormOrAuto
 
 TITLE = "Throughput and energy"
 QUESTION = "How do time and energy per byte grow with length, and who is fastest where?"
@@ -20,53 +34,81 @@ INDEXED_ABOUT = "the recurrence with every step's inputs indexed in the loop, as
 PASSES = ("forward", "forward+backward")
 
 
+FormOrLoop = Annotated[str, one_of(lambda: [*FORMS, INDEXED])]
+Lengths = Annotated[tuple[Count, ...], entries(rising=True)]
+
+
 @dataclass(frozen=True)
-class Parameters:
+class Parameters(Checked):
     """What is timed. Defaults are the quick profile: a CPU and under a minute."""
 
-    device: str = "cpu"
-    threads: int = 1  # of torch on the CPU; 0 leaves torch's own choice
-    preset: str = "mamba_byte"
-    d_model: int = 32
-    d_state: int = 16
-    n_layer: int = 4
-    n_head: int = 2
-    lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
-    batch_size: int = 1
-    batches: tuple[int, ...] = (1, 4, 16)
-    batch_length: int = 128
-    # Empty: every form there is, and the second document's loop. The repairs of the trick cost
-    # what it costs (clamped, epsilon, centred) or a chunk times as much (all pairs).
-    forms: tuple[str, ...] = ("sequential", "chunked", "fused", "corrected_cumsum",
-                              "document_chunked", "document_cumsum", "associative", INDEXED)
-    mixer_forms: tuple[str, ...] = ("auto", "chunked")
-    rounds: int = 5
-    guard_seconds: float = 0.25
-    allocation_lengths: tuple[int, ...] = (64, 128, 256, 512)
-    stream_positions: tuple[int, ...] = (0, 256, 1024, 4096)
-    stream_steps: int = 60
-    stream_window: int = 1024
-    patterns: tuple[str, ...] = ("M", "MMMA", "MA", "A")
-    # Scan form of whole training steps: those beside "auto" show what the form is worth.
-    training_forms: tuple[str, ...] = ("auto", "chunked", "document_chunked")
-    train_context: int = 256
-    train_batch: int = 4
-    train_steps: int = 4
-    # As TrainConfig.step; on a CPU always eager.
+    device: Device = "cpu"
+    """where it runs: cpu, cuda or cuda:N"""
+    threads: Threads = 1
+    """of torch on the CPU; 0 leaves torch's own choice"""
+    preset: PresetName = "mamba_byte"
+    """norm, initialisation and the rest come from here"""
+    d_model: Count = 32
+    """width"""
+    d_state: Count = 16
+    """states a channel"""
+    n_layer: Layers = 4
+    """layers of the streamed and trained models"""
+    n_head: Count = 2
+    """heads of attention"""
+    lengths: Lengths = (64, 128, 256, 512, 1024, 2048)
+    """sequence lengths of scans and mixers, rising"""
+    batch_size: Count = 1
+    """sequences at these lengths"""
+    batches: Lengths = (1, 4, 16)
+    """batches at one length, rising"""
+    batch_length: Count = 128
+    """that length"""
+    # The repairs of the trick cost what it costs (clamped, epsilon, centred) or a chunk times as
+    # much (all pairs).
+    forms: Annotated[tuple[FormOrLoop, ...], entries(0)] = (
+        "sequential", "chunked", "fused", "corrected_cumsum", "document_chunked",
+        "document_cumsum", "associative", INDEXED)
+    """scan forms that are timed; empty is every one, and the second document's loop"""
+    mixer_forms: Annotated[tuple[FormOrAuto, ...], entries()] = ("auto", "chunked")
+    """scan forms of whole SSM mixers"""
+    rounds: Count = 5
+    """rounds of timing, a median over them"""
+    guard_seconds: Positive = 0.25
+    """a case that would take longer is skipped"""
+    allocation_lengths: Annotated[tuple[Count, ...], entries(rising=True)] = (64, 128, 256, 512)
+    """lengths at which a backward pass's allocations are counted, rising"""
+    stream_positions: Annotated[tuple[CountOrNone, ...], entries(rising=True)] = (
+        0, 256, 1024, 4096)
+    """bytes seen before a streamed byte is timed, rising"""
+    stream_steps: Count = 60
+    """streamed bytes that are timed at each"""
+    stream_window: Count = 1024
+    """keys that windowed attention keeps"""
+    patterns: Annotated[tuple[LayerPattern, ...], entries()] = ("M", "MMMA", "MA", "A")
+    """layer patterns whose training steps are timed"""
+    training_forms: Annotated[tuple[FormOrAuto, ...], entries()] = (
+        "auto", "chunked", "document_chunked")
+    """scan forms of the training steps of the pure SSM"""
+    train_context: Count = 256
+    """bytes of a window of a training step"""
+    train_batch: Count = 4
+    """its windows"""
+    train_steps: Count = 4
+    """training steps that are timed"""
     train_step: Literal["auto", "eager", "graph", "compile"] = "auto"
-    energy_seconds: float = 0.1  # least length of one reading of energy; a GPU's counter is slow
+    """how a step is run: auto, eager, graph, compile; on a CPU always eager"""
+    energy_seconds: NotNegative = 0.1
+    """least length of one reading of energy: a GPU's counter is slow"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto, fp32 or bf16; auto is bf16 on a GPU"""
 
     def __post_init__(self) -> None:
-        for name in self.forms:
-            if name not in FORMS and name != INDEXED:
-                raise UserError(f"scan form {name!r} is unknown: choose {', '.join(FORMS)} or "
-                                f"{INDEXED}")
-        if list(self.lengths) != sorted(set(self.lengths)) or not self.lengths:
-            raise UserError(f"lengths are {self.lengths}: give them in rising order, each once")
-        for name in ("mixer_forms", "allocation_lengths", "stream_positions"):
-            if not getattr(self, name):
-                raise UserError(f"{name} is empty: name at least one")
+        super().__post_init__()
+        for pattern in ("M", "A", *self.patterns):  # refused here if it has no model
+            replace(get_preset(self.preset).model, d_model=self.d_model, d_state=self.d_state,
+                    n_layer=self.n_layer, n_head=self.n_head, n_kv_head=self.n_head,
+                    layer_pattern=pattern)
 
 
 PROFILES = {
