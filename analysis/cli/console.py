@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import unicodedata
+from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from mambabyte.train import Progress as TrainingProgress
+# Marks that turn the direction of what follows, past the end of the text that has them.
+REORDERING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def say(line: str) -> None:
@@ -33,6 +36,33 @@ def write(text: str, stream: TextIO) -> None:
         os.close(nowhere)
 
 
+def escaped(text: str) -> str:
+    """``text`` with its control characters as \\x1b: a terminal would obey them. Tabs and line
+    ends stay; marks that reorder text do not."""
+    return "".join(
+        c if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in REORDERING)
+        else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class _Rows(Progress):
+    """A bar and, in a row of its own, what is known now: whole on 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+
+
+class _Place(TimeRemainingColumn):
+    """Where the work stands in the caller's own words, else the time that remains."""
+
+    max_refresh = None  # type: ignore[assignment]  # the caller's words are never old
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["place"]) if task.fields["place"] else super().render(task)
+
+
 class Bar:
     """A bar for work of known length: ``with Bar("scoring") as bar: bar(0.5, "note")``."""
 
@@ -42,11 +72,10 @@ class Bar:
         self._live: Progress | None = None
         console = Console(stderr=True)
         if console.is_terminal:
-            self._live = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"),
-                TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
-            )
-            self._task = self._live.add_task(title, total=1.0, note="")
+            self._live = _Rows(
+                TextColumn("{task.description}"), BarColumn(bar_width=None),
+                TextColumn("{task.percentage:.0f}%"), _Place(), console=console, expand=True)
+            self._task = self._live.add_task(title, total=1.0, place="", note="")
 
     def __enter__(self) -> Bar:
         if self._live:
@@ -65,22 +94,18 @@ class Bar:
         if title != self.title:
             self.title, self._tenth = title, 0
             if self._live:
-                self._live.update(self._task, description=title, completed=0.0, note="")
+                self._live.update(self._task, description=title, completed=0.0, place="", note="")
 
-    def __call__(self, done: float, note: str = "", *, line: bool = False) -> None:
-        """``done`` in [0, 1]; off a terminal a line is printed every tenth, or always if asked."""
+    def __call__(
+        self, done: float, note: str = "", *, place: str = "", line: bool = False
+    ) -> None:
+        """``done`` in [0, 1]; ``place`` stands beside the bar, ``note`` in a row below it.
+
+        Off a terminal a line is printed every tenth, or always if asked.
+        """
         if self._live:
-            self._live.update(self._task, completed=done, note=note)
+            self._live.update(self._task, completed=done, place=place, note=note)
         elif line or int(done * 10) > self._tenth:
             self._tenth = int(done * 10)
-            say(f"{self.title} {done:4.0%} {note}".rstrip())
-
-
-def training_note(p: TrainingProgress) -> str:
-    """One line about a training step, in the units of the field."""
-    parts = [f"step {p.step}/{p.n_steps}", f"loss {p.loss:.4f}", f"{p.bits_per_byte:.4f} bits/byte",
-             f"{p.bytes_per_second / 1e3:.1f} kB/s", f"{p.seconds:.0f} s"]
-    if p.exponent is not None:
-        parts.append(f"exponent {p.exponent:.1f}")
-    parts.append("energy not measured" if p.joules is None else f"{p.joules:.0f} J")
-    return ", ".join(parts)
+            words = ", ".join(part for part in (place, note) if part)
+            say(f"{self.title} {done:4.0%} {words}".rstrip())

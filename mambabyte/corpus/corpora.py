@@ -219,10 +219,10 @@ def _fetch_wikitext(report: Callable[[str], None]) -> Path:
                 got = pooch.retrieve(registry["base_url"] + file["path"], file["sha256"],
                                      path=folder / "parquet", progressbar=False)
             except Exception as error:  # requests, ssl and socket each have their own classes
-                first = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UserError(
-                    f"could not download wikitext103 ({first}): check the network, or put "
-                    "wiki.{train,valid,test}.raw into a folder and name that folder"
+                    f"could not download wikitext103 ({_cause(error)}): check the network, put "
+                    "wiki.{train,valid,test}.raw into a folder and name that, or use stdlib, which "
+                    "needs no network"
                 ) from None
             parts[split].append(Path(got))
     for split in SPLITS:
@@ -230,6 +230,18 @@ def _fetch_wikitext(report: Callable[[str], None]) -> Path:
         write_raw(parts[split], folder / f"wiki.{split}.raw", sums[split])
     shutil.rmtree(folder / "parquet", ignore_errors=True)
     return folder
+
+
+def _cause(error: BaseException) -> str:
+    """The first cause of an error in a few words. Each layer of a network library wraps the one
+    below and quotes it whole: the innermost has the system's own word."""
+    seen: list[BaseException] = []
+    inner: BaseException | None = error
+    while inner is not None and inner not in seen:
+        seen.append(inner)
+        inner = inner.__cause__ or inner.__context__
+    text = getattr(seen[-1], "strerror", None) or str(seen[-1]) or type(seen[-1]).__name__
+    return text.splitlines()[0][:100]
 
 
 def write_raw(parquet: list[Path], raw: Path, sha256: str | None = None) -> None:

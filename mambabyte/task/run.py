@@ -75,6 +75,7 @@ def build(
         raise UserError(f"{len(data)} training bytes: expected at least 64")
     config, recipe, ngram = system.model, replace(system.train, seed=seed), system.ngram
     if is_smoke(len(data)):
+        report(f"SMOKE mode ({len(data)} training bytes): a tiny model in place of the system's")
         if config is not None:
             config, recipe = smoke_configs(config, len(data))
         if ngram is not None:
@@ -238,7 +239,8 @@ def run_task(
         fitted, failure = None, str(error).split(". ")[0]
     energy = meter.read(at="the end of training")
     row: dict[str, Any] = {
-        "about": system.about, "seed": seed, "device": device, "joules": energy.joules,
+        "about": system.about, "smoke": is_smoke(len(train_data)), "seed": seed,
+        "device": device, "joules": energy.joules,
         "gross_joules": energy.gross_joules, "idle_watts": idle_watts,
         "energy_source": energy.source, "seconds": energy.seconds,
         "within_cap": energy.seconds <= CAP_SECONDS, "failure": failure,

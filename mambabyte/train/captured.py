@@ -32,7 +32,7 @@ from mambabyte.model import (
 )
 from mambabyte.train.optim import set_rates
 from mambabyte.train.precision import autocast
-from mambabyte.train.step import Loss, Reading, backward_in_parts, scan_form_in_use
+from mambabyte.train.step import Loss, Reading, backward_in_parts, remedy
 
 WARM_UP = 3  # steps run one by one before the capture: they create the optimizer's state
 
@@ -121,8 +121,8 @@ class CapturedStep:
             raise NonFiniteError(
                 f"step {step + 1}: the loss or the gradient norm is not finite. It was seen at a "
                 "later step, since the step does not wait for the device. Checkpoints written "
-                f"before it are good. {scan_form_in_use(self.model)}lower lr, or find the layer "
-                "with --train.step eager", step)
+                f"before it are good. {remedy(self.model, self.config)}; to find the layer, "
+                "train with --train.step eager", step)
         exponents: dict[int, float] = {}
         measure, self._measure = self._measure, False
         if measure:

@@ -41,7 +41,7 @@ from mambabyte.train.refusals import (
     refuse_taken,
     refuse_what_cannot_run,
 )
-from mambabyte.train.schedule import bytes_before, learning_rate, schedule, stage_at, stages
+from mambabyte.train.schedule import bytes_before, schedule, stage_at, stages
 from mambabyte.train.signals import stop_on_signal
 from mambabyte.train.step import EagerStep, Step, text_batches
 
@@ -59,15 +59,17 @@ def train(
     device: str = "cpu",
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
+    watch: Callable[[Progress], None] = lambda progress: None,
     report_scoring: Callable[[float], None] = lambda done: None,
     evaluate_bytes: int = 100_000,
 ) -> dict[str, Any]:
     """Train and return the result record, which is also in ``run``/result.json.
 
-    ``report`` is called every ``log_every`` steps, ``report_scoring`` with the share done while the
-    held-out text is scored at the end. The loop ends at ``n_steps``, at ``max_seconds``, or at
-    Ctrl-C, SIGTERM or SIGHUP; each leaves a checkpoint that ``resume`` goes on from. A run is
-    deterministic for a seed on one machine: batches depend on (seed, step) alone.
+    ``report`` is called at what is logged, the first step and every ``log_every`` steps; ``watch``
+    at every step besides, where to look costs no wait for the device; ``report_scoring`` with the
+    share done while the held-out text is scored at the end. The loop ends at ``n_steps``, at
+    ``max_seconds``, or at Ctrl-C, SIGTERM or SIGHUP; each leaves a checkpoint that ``resume`` goes
+    on from. A run is deterministic for a seed on one machine: batches depend on (seed, step) alone.
 
     Raises UserError for a configuration that cannot run and NonFiniteError when it diverges; the
     last checkpoint written is then still good.
@@ -76,7 +78,7 @@ def train(
     refuse_what_cannot_run(model_config, config, corpus, device)
     with _locked(run):
         refuse_taken(run, resume)
-        training = _Training(model_config, config, corpus, run, device, report)
+        training = _Training(model_config, config, corpus, run, device, report, watch)
         if resume and checkpoint.saved(run):
             training.restore()
         training.open_folder()
@@ -116,10 +118,10 @@ class _Training:
 
     def __init__(
         self, model_config: ModelConfig, config: TrainConfig, corpus: Corpus, run: Path,
-        device: str, report: Callable[[Progress], None],
+        device: str, report: Callable[[Progress], None], watch: Callable[[Progress], None],
     ) -> None:
         self.config, self.corpus, self.run, self.device = config, corpus, run, device
-        self.report, self.world = report, distributed.current()
+        self.report, self.watch, self.world = report, watch, distributed.current()
         self.checkpoints, self.digests = run / "checkpoints", corpus.digest()
         torch.manual_seed(config.seed)
         self.model = ByteLM(model_config)
@@ -132,6 +134,7 @@ class _Training:
         self.optimizer = make_optimizer(self.model, config, on_device=not self.waits)
         self.step: Step | None = None
         self.done, self.saved_at, self.resumed_at = 0, -1, 0
+        self.share = 0.0  # of the peak learning rate, at the last step
         self.seconds_before = 0.0
         self.joules_before: float | None = 0.0  # None: the run before was not measured
 
@@ -265,33 +268,42 @@ class _Training:
         every = self.config.time_aware and number % _AGREE_EVERY == 0
         if self.world.size == 1 or every:  # else each process would have a rate of its own
             self.clock = self.world.agree(self.elapsed())
-        return schedule(number, self.config, self.clock)
+        self.share = schedule(number, self.config, self.clock)
+        return self.share
 
     def _due(self, done: int, every: int) -> bool:
         return done % every == 0 or done == self.config.n_steps
 
+    def _logs(self, done: int) -> bool:
+        return done == 1 or self._due(done, self.config.log_every)
+
     def _measures(self, number: int) -> bool:
-        return self._due(number + 1, self.config.log_every) and any(
+        return self._logs(number + 1) and any(
             mixer.has_decays for mixer in mixers(self.model, Mixer))
 
     def _after(self, done: int) -> None:
         assert self.step is not None
         self.done = done
-        log = self._due(done, self.config.log_every)
-        due = self._due(done, self.config.checkpoint_every)
-        if log or due:
-            reading = self.step.read()
-        if log:
-            now, seen = time.perf_counter(), bytes_before(done, self.config)
-            rate = (seen - bytes_before(self.logged_at, self.config)) / max(
-                now - self.logged, 1e-9)
-            self.logged, self.logged_at = now, done
-            self._log(self.metrics, Progress(
-                done, self.config.n_steps, reading.loss, reading.loss / LN2, reading.grad_norm,
-                learning_rate(done - 1, self.config), rate, self.elapsed(), seen,
-                reading.exponent, self.joules()))
-        if due:
+        if self._logs(done):
+            progress = self._progress()
+            self.logged, self.logged_at = time.perf_counter(), done
+            self._log(self.metrics, progress)
+        elif self.waits:
+            self.watch(self._progress())
+        if self._due(done, self.config.checkpoint_every):
+            self.step.read()  # no checkpoint of a run that has diverged
             self._save()
+
+    def _progress(self) -> Progress:
+        """The last step, and the speed since the last one that was logged."""
+        assert self.step is not None
+        reading, now = self.step.read(), time.perf_counter()
+        seen = bytes_before(self.done, self.config)
+        rate = (seen - bytes_before(self.logged_at, self.config)) / max(now - self.logged, 1e-9)
+        return Progress(
+            self.done, self.config.n_steps, reading.loss, reading.loss / LN2, reading.grad_norm,
+            self.config.lr * self.share, rate, self.elapsed(), seen, reading.exponent,
+            self.joules())
 
     def _log(self, metrics: TextIO, progress: Progress) -> None:
         metrics.write(to_json(asdict(progress)) + "\n")

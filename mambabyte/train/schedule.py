@@ -19,21 +19,25 @@ def schedule(step: int, config: TrainConfig, elapsed_seconds: float = 0.0) -> fl
 
     Linear warm-up over ``warmup_fraction`` of the steps, then a cosine to zero, or flat and then
     linear to zero over the last ``decay_fraction``. A time-aware schedule advances with the steps
-    or with the clock, whichever is further on: it is at zero when ``max_seconds`` are over.
+    or with the clock, whichever is further on, in its warm-up too: it is at zero when
+    ``max_seconds`` are over.
 
     The first step of the published schedule has rate 0 and does nothing; here it has 1/warmup.
     """
-    warmup = max(1, int(config.warmup_fraction * config.n_steps))
-    if config.warmup_fraction and step < warmup:
-        return (step + 1) / warmup
-    done = step / config.n_steps
-    if config.time_aware:
-        done = max(done, elapsed_seconds / config.max_seconds)
-    done = min(1.0, done)
+    warmup = warmup_steps(config)
+    clock = elapsed_seconds / config.max_seconds if config.time_aware else 0.0
+    if step < warmup and clock < config.warmup_fraction:
+        return max((step + 1) / warmup, clock / config.warmup_fraction)
+    done = min(1.0, max(step / config.n_steps, clock))
     if config.schedule == "stable":
         return min(1.0, (1 - done) / config.decay_fraction)
-    start = min(warmup, config.n_steps - 1) / config.n_steps if config.warmup_fraction else 0.0
+    start = min(warmup, config.n_steps - 1) / config.n_steps
     return 0.5 * (1 + math.cos(math.pi * max(0.0, (done - start) / (1 - start))))
+
+
+def warmup_steps(config: TrainConfig) -> int:
+    """Steps of the warm-up where the clock does not end it earlier; 0 without one."""
+    return max(1, int(config.warmup_fraction * config.n_steps)) if config.warmup_fraction else 0
 
 
 def learning_rate(step: int, config: TrainConfig, elapsed_seconds: float = 0.0) -> float:

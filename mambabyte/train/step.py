@@ -20,7 +20,7 @@ from mambabyte.config import TrainConfig
 from mambabyte.corpus import sample_windows
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.model import ByteLM, distributed, record_exponents
-from mambabyte.ops import default_form
+from mambabyte.ops import FORMS, default_form
 from mambabyte.train.optim import Optimizer, make_optimizer, set_rates
 from mambabyte.train.precision import autocast
 from mambabyte.train.schedule import schedule, stage_at
@@ -110,8 +110,8 @@ class EagerStep:
         where = self._first_not_finite(batch)
         raise NonFiniteError(
             f"step {self.index + 1}: loss {loss}, gradient norm {norm}; first not finite in "
-            f"{where}. Checkpoints written before it are good. {scan_form_in_use(self.model)}"
-            "lower lr, or train with scan form auto", self.index)
+            f"{where}. Checkpoints written before it are good. "
+            f"{remedy(self.model, self.config)}", self.index)
 
     def _first_not_finite(self, batch: tuple[Tensor, ...]) -> str:
         """The first module whose output is not finite, else the parameter whose gradient is not."""
@@ -194,9 +194,13 @@ def train_step(
     return one.read()
 
 
-def scan_form_in_use(model: nn.Module) -> str:
-    """A sentence for an error message, empty for a model without a configuration."""
-    if not isinstance(model, ByteLM):
-        return ""
+def remedy(model: nn.Module, config: TrainConfig) -> str:
+    """What to change after a loss that is not finite, by the scan form that computed it."""
+    lower = f"lower lr, which is {config.lr:g}"
+    if not isinstance(model, ByteLM) or not model.config.uses_scan_form:
+        return lower
     form = model.config.scan_form
-    return f"Scan form: {default_form(model.device) if form == 'auto' else form}; "
+    if FORMS.get(form) and FORMS[form].study:
+        return f"Scan form {form} is a subject of study ({FORMS[form].about}): train with auto"
+    name = default_form(model.device) if form == "auto" else form
+    return f"Scan form: {name}, which has no exponent that overflows; {lower}"

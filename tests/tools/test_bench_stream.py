@@ -33,14 +33,22 @@ def test_rows_and_values() -> None:
     assert set(values) == set(bench_stream.VALUES)
     assert values["scoring_seconds"] > 0 < values["window_seconds"]
     assert values["different_hits"] == 0
-    assert len(lines) == len(frame) + 2
+    assert sum("us" in line.split()[-1] for line in lines) == len(frame)
+    after = frame[frame["seen"] == 9].set_index("way")["bytes_per_second"]
+    assert values["generation_bytes_per_second"] == after[bench_stream.DRAW]
+    assert values["streaming_bytes_per_second"] == after[bench_stream.BYTE]
 
 
 def test_the_command_writes_a_record(tmp_path, capsys) -> None:
     record = tmp_path / "throughput" / "streaming"
     arguments = ["bench", "stream", "--preset", "smoke", "--streams", "1", "--seen", "4",
-                 "--characters", "0", "--device", "cpu", "--json", "--record", str(record)]
+                 "--characters", "0", "--device", "cpu", "--record", str(record)]
     assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "streaming: one byte in, one distribution out: " in out
+    assert out.count(": not asked for") == 5
+    assert "nan" not in out
+    assert main([*arguments[:-2], "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["stream"]) == 3
     assert len(load_record(record).tables["stream"].frame) == 3
     assert main(["bench", "stream", "--streams", "0", "--device", "cpu"]) == 2

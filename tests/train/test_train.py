@@ -56,7 +56,7 @@ def test_training_reduces_the_loss_and_leaves_a_complete_folder(corpus, tmp_path
     assert result["valid_bits_per_byte"] < 8
     assert json.loads((tmp_path / "run/result.json").read_text())["steps"] == 60
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [10, 20, 30, 40, 50, 60]
+    assert [json.loads(line)["step"] for line in lines] == [1, 10, 20, 30, 40, 50, 60]
     record = json.loads((tmp_path / "run/provenance.json").read_text())
     assert {"date", "command", "commit", "versions", "machine", "corpus_sha256"} <= record.keys()
     assert json.loads(lines[0])["exponent"] > 0

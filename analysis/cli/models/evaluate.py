@@ -1,6 +1,7 @@
 """Bits per byte and greedy next-character accuracy of a checkpoint.
 
-    mambabyte eval runs/first --corpus stdlib --split valid
+    mambabyte eval runs/first
+    mambabyte eval runs/first --corpus stdlib --split test
     mambabyte eval runs/first --corpus wiki/ --characters 60000 --mode streaming --json
 
 The task scores the first 60,000 characters of a split. Both modes give the same predictions:
@@ -16,7 +17,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from analysis.cli.console import Bar, say
+from analysis.cli.console import Bar
 from analysis.cli.options import parse, pick_device, print_result
 
 
@@ -24,8 +25,9 @@ from analysis.cli.options import parse, pick_device, print_result
 class Options:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """Run folder or checkpoint folder."""
-    corpus: str = "stdlib"
-    """stdlib, wikitext103, a folder with wiki.*.raw, or a text file."""
+    corpus: str = "auto"
+    """The run's own with auto; else stdlib, wikitext103, a folder with wiki.*.raw, or a text file.
+    """
     split: Literal["train", "valid", "test"] = "valid"
     characters: int = 60_000
     """How many characters of the split to score, from its start."""
@@ -40,8 +42,8 @@ class Options:
 def run(argv: list[str]) -> int:
     options = parse(Options, argv, "eval", __doc__)
 
+    from analysis.cli.models.origin import corpus_of
     from mambabyte.checkpoint import load_model
-    from mambabyte.corpus import load_corpus
     from mambabyte.errors import UserError
     from mambabyte.evaluate import score, score_streaming
     from mambabyte.stream import CharModel
@@ -51,7 +53,7 @@ def run(argv: list[str]) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}: it must be at least 1")
     model = load_model(options.checkpoint, pick_device(options.device))
-    corpus = load_corpus(options.corpus, say)
+    corpus = corpus_of(options.checkpoint, options.corpus)
     whole = corpus.split(options.split)
     data = whole[: options.bytes or 4 * options.characters + 3]
     count = options.bytes or options.characters  # no text has more characters than bytes

@@ -181,4 +181,5 @@ def _line(row: dict[str, Any]) -> str:
         cell("valid_accuracy", 9, ".4f"), cell("valid_bits_per_byte", 7, ".4f"),
         cell("test_accuracy", 9, ".4f"), cell("test_bits_per_byte", 7, ".4f"),
         cell("n_parameters", 10, ",d"), cell("bytes_seen", 12, ",d"),
-        cell("peak_memory_bytes", 9, ".0f", 2**-20)])
+        cell("peak_memory_bytes", 9, ".0f", 2**-20),
+        *(["SMOKE: a tiny model, not this system"] if row.get("smoke") else [])])

@@ -1,15 +1,18 @@
 """Train a model on a corpus, or resume a run.
 
-    mambabyte train --preset mamba_byte --corpus stdlib --out runs/first
+    mambabyte train --out runs/first
+    mambabyte train --out runs/first --resume --train.max-seconds 120
+    mambabyte train --preset mamba_byte --corpus path/to/text.txt --out runs/mine
     mambabyte train --preset hybrid_3_1 --train.context 512 --out runs/hybrid
-    mambabyte train --out runs/first --resume
     mambabyte train --config runs/first/config.json --train.lr 1e-3 --out runs/second
     torchrun --nproc-per-node 2 -m analysis.cli train --preset mamba_byte --out runs/two
     torchrun --nproc-per-node 2 -m analysis.cli train --out runs/shards --train.parallel sharded
 
-The presets fill the --model and --train options; each can be overridden. A corpus below 10,000
-training bytes, or SMOKE_TEST_ONLY=1, selects smoke mode: the parts are checked and the smoke
-configuration trains for two steps.
+The presets fill the --model and --train options; each can be overridden. Without --preset it is
+quick_start on a CPU, which reads well after its 60 seconds, and mamba_byte on a GPU; with --resume,
+model, recipe and corpus are those that the run was started with. A corpus below 10,000 training
+bytes, or SMOKE_TEST_ONLY=1, selects smoke mode: the parts are checked and the smoke configuration
+trains for two steps.
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.cli.console import Bar, say, training_note
+from analysis.cli.console import Bar, say
 from analysis.cli.options import parse, pick_device, print_result
 from analysis.cli.recipe import option, recipe
+from analysis.cli.training import Story, describe, replaced
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 
@@ -29,7 +33,7 @@ from mambabyte.errors import UserError
 class Options:
     out: Path
     """Run folder: configuration, metrics, checkpoints, result."""
-    preset: str = "mamba_byte"
+    preset: str = "auto"
     """Named system that fills the other options."""
     config: Path | None = None
     """File that fills them too: JSON or TOML with some of preset, model, train, corpus and
@@ -49,9 +53,11 @@ class Options:
 def run(argv: list[str]) -> int:
     named, file, out = (option(argv, name) for name in ("--preset", "--config", "--out"))
     own = Path(out or "") / "config.json"  # a run that is resumed knows what it is
+    if named == "auto":
+        named = None
     if "--resume" in argv and out and not named and not file and own.is_file():
         file = str(own)
-    start = recipe(named, file)
+    start = recipe(named if named or file else _usual(argv), file)
     about = (__doc__ or "") + "\nPresets:\n\n" + "\n".join(
         f"    {name}: {p.about}" for name, p in PRESETS.items())
     default = Options(out=Path(), model=start.model, train=start.train,
@@ -67,11 +73,20 @@ def run(argv: list[str]) -> int:
         return _train(options, device, world.first)
 
 
+def _usual(argv: list[str]) -> str:
+    """The preset of a command that names none. Its help waits for no torch, which knows of GPUs."""
+    if {"-h", "--help"} & {*argv}:
+        return "quick_start"
+    return ("quick_start" if pick_device(option(argv, "--device") or "auto") == "cpu"
+            else "mamba_byte")
+
+
 def _train(options: Options, device: str, first: bool) -> int:
     """Train on ``device``; of several processes only the first one talks."""
     from mambabyte import train as training
     from mambabyte.config.provenance import provenance
     from mambabyte.corpus import load_corpus
+    from mambabyte.ops import default_form
     from mambabyte.train.smoke import is_smoke, smoke_check, smoke_configs
 
     corpus = load_corpus(options.corpus, say)
@@ -85,27 +100,31 @@ def _train(options: Options, device: str, first: bool) -> int:
 
         model, recipe = smoke_configs(model, len(corpus.train))
         say(f"SMOKE mode (train={len(corpus.train)} bytes) ctx={recipe.context}")
+        say(replaced(options.model, options.train, model, recipe))
         torch.manual_seed(recipe.seed)
         record["smoke"] = smoke_check(ByteLM(model).to(device), corpus.train)
     if not first:
         record |= training.train(
             model, recipe, corpus, options.out, device=device, resume=options.resume)
         return 130 if record["stopped_by"] == "interrupt" else 0
-    say(f"{model.n_parameters / 1e6:.2f}M parameters, layers {model.layers}, context "
-        f"{recipe.context}, batch {recipe.batch_size}, {recipe.n_steps} steps on {device}, "
-        f"commit {provenance()['commit']}")
+    say(f"{describe(model, recipe)} on {device}, {corpus.name}, commit {provenance()['commit']}")
     if options.resume and not any((options.out / "checkpoints").glob("step_*")):
         say(f"{options.out} has no checkpoint to resume from: starting at the first step")
+    form = default_form(device) if model.scan_form == "auto" else model.scan_form
+    story = Story(model, recipe, form)
     with Bar("training") as bar:
+        def show(p: training.Progress, line: bool = False) -> None:
+            for note in story.notes(p):
+                say(f"note: {note}")
+            bar(story.done(p), story.state(p), place=story.place(p), line=line)
+
         def scoring(done: float) -> None:
             bar.stage("scoring held-out text")
             bar(done)
 
         record |= training.train(
             model, recipe, corpus, options.out, device=device, resume=options.resume,
-            report=lambda p: bar(p.step / p.n_steps, training_note(p), line=True),
-            report_scoring=scoring,
-        )
+            report=lambda p: show(p, line=True), watch=show, report_scoring=scoring)
     record["run"] = options.out
     bits = record.get("valid_bits_per_byte")
     energy = record["energy_source"]  # says "not measured" and why, where it was not
@@ -117,6 +136,6 @@ def _train(options: Options, device: str, first: bool) -> int:
         f"{record['valid_bytes']} bytes of {record['valid_split_bytes']}",
         f"energy: {energy}",
         f"run folder: {options.out}",
-        *(["SMOKE PASS"] if smoke else []),
+        *(["SMOKE PASS"] if smoke else story.advice(record, options.out)),
     ])
     return 130 if record["stopped_by"] == "interrupt" else 0

@@ -209,8 +209,9 @@ def bench_stream(options: Options) -> int:
     lines = [f"{row.way:20} {row.streams:5} streams {row.seen:8} seen {row.microseconds:10.1f} us "
              f"[{row.low:.1f}, {row.high:.1f}] {row.bytes_per_second:12.0f} bytes/s "
              f"{_energy(row.joules_per_megabyte)}" for row in frame.itertuples()]
-    lines += [f"{VALUES[name][1]}: {_plain(value)} {VALUES[name][0]}"
-              for name, value in values.items()]
+    lines += [f"{about}: " + (f"{_plain(values[name])} {unit}".rstrip() if name in values
+                              else "not asked for")
+              for name, (unit, about) in VALUES.items()]
     print_result(record, options.json, lines)
     return 0
 
@@ -345,7 +346,8 @@ def describe(row: dict) -> str:
         return f"{head} not measured: {row['note']}"
     text = (f"{head} {row['median_seconds'] * 1e6:11.1f} us "
             f"[{row['low_seconds'] * 1e6:.1f}, {row['high_seconds'] * 1e6:.1f}] "
-            f"x{row['ratio_to_fused']:.2f}")
+            + (f"x{row['ratio_to_fused']:.2f}" if row["ratio_to_fused"] == row["ratio_to_fused"]
+               else "(fused not asked for)"))
     if row["fraction_of_floor"] == row["fraction_of_floor"]:
         text += f", {row['fraction_of_floor']:.0%} of the floor's speed"
     if row["peak_bytes"] == row["peak_bytes"]:

@@ -1,5 +1,6 @@
 """Streaming a model: bytes a second against streams and bytes seen, scoring time, joules.
 
+*Generation* is the engine drawing its own bytes; *streaming* is one byte in, one distribution out.
 ``run_bench`` takes every way there is on the device: one call of the model a byte through torch,
 the stream that ``mambabyte generate`` and ``eval`` use, and on a GPU the one-launch kernel with
 several streams at once. Bytes are drawn greedily and fed back, so every byte waits for the one
@@ -36,6 +37,8 @@ COLUMNS = {
     "joules_per_megabyte": "gross, by the machine's own counter",
 }
 VALUES = {  # unit, and what it is
+    "generation_bytes_per_second": ("bytes/s", "generation: the engine draws its own bytes"),
+    "streaming_bytes_per_second": ("bytes/s", "streaming: one byte in, one distribution out"),
     "scoring_seconds": ("s", "scoring the text, byte after byte"),
     "window_seconds": ("s", "scoring the same text in parallel windows"),
     "different_hits": ("characters", "predicted right by one of the two ways only"),
@@ -51,7 +54,8 @@ def run_bench(
     seen: Sequence[int] = (100, 1000, 10_000, 100_000, 1_000_000), characters: int = 60_000,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Rows with COLUMNS, and VALUES of scoring the first ``characters`` characters of ``text``.
+    """Rows with COLUMNS, and VALUES: generation and streaming of one text after the most bytes of
+    ``seen``, and scoring the first ``characters`` characters of ``text``, unless that is 0.
 
     What a machine does not count is nan. The speed of scoring depends on the model: each place
     where it thinks of a character of several bytes is asked about again.
@@ -73,14 +77,19 @@ def run_bench(
     stream = ByteStream(model)
     done = 1
     for before in sorted(seen):
+        say(f"{BYTE}: reading on to {before:,} bytes")
         while done < before:
             piece = text[: min(len(text), 1 << 16, before - done)]
             stream.feed(piece)
             done += len(piece)
         case(BYTE, 1, before, functools.partial(_by_feeding, stream))
         case(DRAW, 1, before, functools.partial(_by_drawing, stream))
-    return pd.DataFrame(rows, columns=list(COLUMNS)), (
-        _scoring(model, text, characters, say) if characters else {})
+    last = {row["way"]: float(row["bytes_per_second"]) for row in rows}  # type: ignore[arg-type]
+    values = {name: last[way] for name, way in (
+        ("generation_bytes_per_second", DRAW), ("streaming_bytes_per_second", BYTE)) if way in last}
+    if characters:
+        values |= _scoring(model, text, characters, say)
+    return pd.DataFrame(rows, columns=list(COLUMNS)), values
 
 
 def _scoring(
@@ -91,6 +100,7 @@ def _scoring(
             "window_seconds": functools.partial(score, model)}
     values, hits = {}, []
     for name, way in ways.items():
+        say(f"{VALUES[name][1]}: {characters:,} characters")
         way(text, min(characters, 2000))  # compiles, fills caches
         values[name] = seconds_of(lambda way=way: hits.append(  # type: ignore[misc]
             way(text, characters).hits), device)
