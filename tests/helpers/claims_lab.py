@@ -35,6 +35,7 @@ TYPICAL = {
     "operations.calls": 363, "operations.in_float32": 1, "operations.backward_exponent": 1.95,
     "operations.built_from_both": 1, "operations.all_of_torch": 1,
     "operations.split_exponent": 1.0, "operations.bytes_per_element": 99,
+    "operations.loop_per_step": 27,
     "operations.bytes_published": 1923, "operations.bytes_cut_once": 341,
     "streaming.state_bytes_16": 116736, "streaming.state_bytes_512": 116736,
     "streaming.bytes_moved_16": 5.1e6, "streaming.bytes_moved_512": 5.1e6,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from mambabyte.train import autocast
 SPACE = "\u2581"  # how sentencepiece writes a space inside a piece
 # 256 byte pieces and <unk> are always there; less leaves nothing to learn.
 FEWEST_PIECES = 258
+PRIOR = 30.0  # occurrences
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,22 @@ class PieceText:
     held_bytes: np.ndarray  # (raw bytes,) uint8
     held: np.ndarray  # the ids of the same text; their bytes were added up and checked
 
+    @cached_property
+    def counted_bits(self) -> dict[str, float]:
+        """What counting needs for the held-out text, in bits per raw byte: how often each piece
+        comes in the training text, and how often after the piece before."""
+        size, raw = self.pieces.size, len(self.held_bytes)
+        single = np.bincount(self.ids, minlength=size) + 1.0
+        single /= single.sum()
+        pairs = np.bincount(self.ids[:-1] * size + self.ids[1:], minlength=size**2)
+        before, after = self.held[:-1], self.held[1:]
+        seen = np.bincount(self.ids[:-1], minlength=size)[before]
+        # Frequencies without the piece before weigh as much as PRIOR occurrences of it do.
+        pair = (pairs[before * size + after] + PRIOR * single[after]) / (seen + PRIOR)
+        first = -np.log2(single[self.held[0]])
+        return {"unigram_bits_per_raw_byte": float(-np.log2(single[self.held]).sum() / raw),
+                "bigram_bits_per_raw_byte": float((first - np.log2(pair).sum()) / raw)}
+
     def steps_for(self, raw_bytes: int, tokens_a_step: int) -> int:
         """Steps after which about ``raw_bytes`` bytes of the training text were seen; 1 or more."""
         return max(1, round(raw_bytes / (tokens_a_step * self.bytes_per_id)))
@@ -150,6 +168,7 @@ def learn_pieces(
         "tokens": held, "raw_bytes": raw, "bytes_per_token": raw / held,
         "bits_per_token": bits * raw / held, "bits_per_raw_byte": bits,
         "uniform_bits_per_raw_byte": math.log2(text.pieces.size) * held / raw,
+        **text.counted_bits,
     }
 
 

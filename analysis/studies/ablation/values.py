@@ -66,6 +66,9 @@ def values(r: Results, p: Parameters) -> Values:
         "bytes_per_piece": Value(one.get("bytes_per_token"), "bytes", "held-out text, sp1024"),
         "pieces_uniform_bits": Value(one.get("uniform_bits_per_raw_byte"), "bits/byte",
                                      "on pieces, of a model that knows nothing"),
+        **{f"pieces_{kind}_bits": Value(one.get(f"{kind}_bits_per_raw_byte"), "bits/byte",
+                                        f"of held-out text by counting {what}")
+           for kind, what in (("unigram", "pieces"), ("bigram", "pairs of pieces"))},
         "pieces_bits": Value(float(r.tokens["bits_per_raw_byte"].min()) if len(r.tokens) else None,
                              "bits/byte", "best run on pieces, per raw byte"),
         "pieces_raw_bytes": Value(one.get("raw_bytes"), "bytes", "held-out text that both read"),

@@ -2,11 +2,12 @@
 
 Only the files are read. A run whose sources have changed since is not evidence. The stronger of
 two speaks: an accelerator's before a processor's, then full runs and records before quick runs,
-then the newest; its name and machine stand beside the verdict.
+then the larger, then the newest; its name and machine stand beside the verdict.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ from analysis.studies import STUDIES
 from analysis.studies.task.record import COLUMNS
 
 PROFILES = ("full", "quick")
+# Parameters that say how large a run was.
+SIZES = ("d_model", "n_layer", "context", "batch", "batch_size", "steps", "schedule_steps", "seeds",
+         "lengths", "paired_seeds", "parts_steps", "streamed_steps", "tied_steps", "characters")
 _TASK_WORDS = {column: key for column, (key, factor) in COLUMNS.items() if factor == 1}
 
 
@@ -114,10 +118,20 @@ class Evidence:
         return [r for r in mine if _on_accelerator(r)] if accelerator else mine
 
 
-def _strength(run: Run) -> tuple[bool, bool]:
-    """What speaks first: a card's numbers before a processor's, then whatever is not a quick run.
-    A record was made to be kept, with parameters of its own."""
-    return _on_accelerator(run), run.profile != "quick"
+def _strength(run: Run) -> tuple[bool, bool, float]:
+    """What speaks first: a card's numbers before a processor's, then whatever is not a quick run,
+    then the larger. A record was made to be kept, with parameters of its own."""
+    return _on_accelerator(run), run.profile != "quick", _work(run.parameters)
+
+
+def _work(parameters: Mapping[str, Any]) -> float:
+    """How much was done, to compare runs of one study: the product of what sizes they have."""
+    def size(value: Any) -> float:
+        if isinstance(value, (list, tuple)):  # seeds by their number, lengths by the longest
+            return max([len(value), *(v for v in value if isinstance(v, (int, float)))])
+        return float(value or 1)
+
+    return math.prod(size(parameters[name]) for name in SIZES if parameters.get(name))
 
 
 def _task_of(run: Run, system: str) -> Source | None:

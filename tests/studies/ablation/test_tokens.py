@@ -11,7 +11,9 @@ import torch
 
 from analysis.studies.ablation.few_steps import few_steps
 from analysis.studies.ablation.tokens import (
+    PRIOR,
     Pieces,
+    PieceText,
     bits_per_raw_byte,
     check_bytes,
     piece_byte_lengths,
@@ -41,6 +43,17 @@ def test_piece_lengths_and_their_check():
         check_bytes(np.array([2]), lengths, " thee")
     with pytest.raises(UserError, match="stand for 0 bytes"):
         check_bytes(np.array([0]), lengths, "x")
+
+
+def test_counted_bits_by_hand():
+    pieces = Pieces(None, np.array([1, 1, 2]))
+    text = PieceText(pieces, np.array([0, 1, 0, 1, 2]), np.zeros(4, np.uint8), np.array([0, 1, 2]))
+    single = np.array([3, 3, 2]) / 8  # one more each than counted
+    assert text.counted_bits["unigram_bits_per_raw_byte"] == pytest.approx(
+        -np.log2(single).sum() / 4)
+    pair = [(2 + PRIOR * single[1]) / (2 + PRIOR), (1 + PRIOR * single[2]) / (2 + PRIOR)]
+    assert text.counted_bits["bigram_bits_per_raw_byte"] == pytest.approx(
+        -(np.log2(single[0]) + np.log2(pair).sum()) / 4)
 
 
 def test_pieces_without_the_package_are_one_clear_line(monkeypatch):

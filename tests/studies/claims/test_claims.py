@@ -106,7 +106,8 @@ def test_digest_of_the_study_follows_the_ledger_and_its_checks():
 
 def test_no_verdict_is_returned_without_looking():
     """A check whose every return is the same constant verdict would not be a check."""
-    allowed = {"open_statement", "leader_energy", "best_of_runs"}  # cannot be had
+    # cannot be had
+    allowed = {"open_statement", "compiled_loop", "leader_energy", "best_of_runs"}
     for module in claims.CHECK_MODULES:
         for node in ast.parse(Path(module.__file__).read_text()).body:
             if not (isinstance(node, ast.FunctionDef)
@@ -225,6 +226,24 @@ def test_gather_prefers_full_then_newest_and_drops_stale(tmp_path, monkeypatch):
     assert (value.what, value.text) == (3.0, "c (a CPU)")
     finding = claims.judge(BY_ID["eval-cheap"], lab(found))
     assert "out of date" in finding.reason
+
+
+def test_the_larger_of_two_runs_speaks_and_is_named():
+    """Whatever is newer; but a card's number before any of a processor's."""
+    sizes = {"small": (100, (0, 1, 2)), "few seeds": (1000, (0,)), "large": (1000, (0, 1, 2))}
+    runs = [replace(run_of("made-up", {"x": float(i)}, name=name),
+                    parameters={"device": "cpu", "steps": steps, "seeds": seeds})
+            for i, (name, (steps, seeds)) in enumerate(sizes.items())]
+    for order in (runs, runs[::-1]):
+        found = Evidence(tuple(order)).value("made-up", "x")
+        assert found is not None
+        assert (found.what, found.name) == (2.0, "large")
+    card = run_of("made-up", {"x": 9.0}, device="cuda", name="card")
+    found = Evidence((card, *runs)).value("made-up", "x")
+    assert found is not None
+    assert found.name == "card"
+    quick = replace(runs[2], profile="quick")
+    assert Evidence((quick, runs[0])).value("made-up", "x").name == "small"
 
 
 def test_unmeasured_value_is_no_evidence():

@@ -186,9 +186,10 @@ def test_the_stronger_evidence_speaks_and_is_named():
 def test_the_longest_training_speaks_first():
     quick = run_of("ablation", {"ssm_steps": -0.5, "hybrid_steps": -0.5}, name="quick")
     long = run_of("ablation", {"ssm_steps": 0.5, "hybrid_steps": 0.4}, name="long")
-    runs = (replace(quick, parameters={"steps": 80}), replace(long, parameters={"steps": 1000}))
+    runs = (replace(quick, parameters={"steps": 80, "device": "cuda"}),
+            replace(long, parameters={"steps": 1000}))
     found = Evidence(runs[:1], runs[1:])
-    assert found.value("ablation", "ssm_steps").name == "quick"
+    assert found.value("ablation", "ssm_steps").name == "quick"  # the card's
     assert found.value("ablation", "ssm_steps", most="steps").name == "long"
     assert verdict("speed-not-quality", found) == FAILS
 

@@ -21,7 +21,7 @@ from analysis.studies.claims.ledger import (
     sig,
 )
 from analysis.theory.flops import flops_per_byte
-from mambabyte.config import PRESETS, ModelConfig, TrainConfig
+from mambabyte.config import PRESETS, ModelConfig, TrainConfig, get_preset
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.train.schedule import learning_rate
@@ -377,6 +377,18 @@ def tied_head(lab: Lab, claim: Claim) -> Finding:
     return Finding(verdict, f"{2 * table:,} -> {table:,}", "Tying halves embedding and head "
                    f"together; the head's own count falls from {table:,} to 0, {share:.1%} of the "
                    "model.")
+
+
+@check
+def compiled_loop(lab: Lab, claim: Claim) -> Finding:
+    """Open: what is measured is how large a graph compiling would have had to deal with."""
+    context = lab.fact("second_batch", "context")
+    layers = get_preset("ssm_1").model.layers.count("M")
+    calls = lab["operations.loop_per_step"] * context * layers
+    return Finding(OPEN, f"{calls:,.0f} operations", f"Unrolled, the loop of SSM-1 is a graph of "
+                   f"{calls:,.0f} operations forward and backward for {context:,} pieces "
+                   f"({lab['operations.loop_per_step']:.0f} a step and layer). It would take: "
+                   f"{claim.note}", "computed here")
 
 
 @check

@@ -225,6 +225,31 @@ def batch_on_the_card(lab: Lab, claim: Claim) -> Finding:
 
 
 @check
+def switched_off(lab: Lab, claim: Claim) -> Finding:
+    """Our reading of the script with attention alone, counted, against the baseline's own log."""
+    ours, logged = _with_pieces("attention"), lab.fact("naive_baseline", "parameters")
+    verdict = HOLDS if ours == claim.number == logged else FAILS
+    return Finding(verdict, f"{ours:,} parameters", f"With attention in all nine layers the model "
+                   f"has {ours:,} parameters; the competition's baseline logged {logged:,}. "
+                   "It keeps the skips, gains and mixing that the text does not name, so a "
+                   "comparison with it is one of layers alone.",
+                   f"computed here; {lab.fact('naive_baseline', 'source')}")
+
+
+@check
+def unseen_by_the_clock(lab: Lab, claim: Claim) -> Finding:
+    """What the script does before its clock starts: warm-up steps, which it then undoes."""
+    budget, step = claim.numbers
+    steps = lab.fact("second_script", "warmup_steps")
+    before = steps * step
+    verdict = HOLDS if before < 0.1 * budget else CAVEAT if before < budget else FAILS
+    return Finding(verdict, f"{before:.0f} s before it", f"The clock of {budget:.0f} s covers "
+                   f"training steps alone: not the {steps} steps that warm the script up, "
+                   f"{before:.0f} s at {step:g} s a step, nor validation, nor compiling. (The step "
+                   "was timed on another card.)", str(lab.fact("second_script", "source")))
+
+
+@check
 def production_ratio(lab: Lab, claim: Claim) -> Finding:
     ratios = lab.fact("production_hybrids", "ratios")
     verdict = HOLDS if all(near(r, claim.number, 0.2) for r in ratios) else CAVEAT

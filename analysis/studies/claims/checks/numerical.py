@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from analysis.studies.claims.checks.published import FirstRun, first_run
 from analysis.studies.claims.evidence import Source
+from analysis.studies.claims.experiments.scan import CHUNK
 from analysis.studies.claims.experiments.streamed import COLUMNS, streamed_table
 from analysis.studies.claims.lab import Lab
 from analysis.studies.claims.ledger import (
@@ -196,6 +197,25 @@ def chunks_do_not_overflow(lab: Lab, claim: Claim) -> Finding:
                    f"times larger overflow.{trained}{author} The chunks postpone the overflow, "
                    "they do not exclude it.", recorded.text if recorded else
                    lost.source if lost else "computed here")
+
+
+@check
+def chunk_limit(lab: Lab, claim: Claim) -> Finding:
+    """The longest chunk whose exponent float32 holds: of the model as it starts, in training, and
+    at the step sizes that torch's own initialisation gives."""
+    limit, start = lab["overflow.log_max"], lab["initial.exponent"]
+    recorded = _followed(lab)("highest_exponent")
+    first = int(CHUNK * limit / start)
+    later = first if recorded is None else int(CHUNK * limit / float(recorded.what))
+    at_torch = int(limit / (math.log(2) * MODEL.d_state)) + 1
+    verdict = HOLDS if claim.number <= later else CAVEAT if claim.number <= first and (
+        recorded is None) else FAILS
+    trained = "" if recorded is None else f", {later} in training"
+    return Finding(verdict, f"{first} at the start{trained}", f"The longest chunk in float32's "
+                   f"range is {first} for the untrained model{trained}, and {at_torch} at the step "
+                   "sizes near ln 2 that torch's default gives, as in the second document: a limit "
+                   "of the weights, not of the length.",
+                   recorded.text if recorded else "computed here")
 
 
 @check

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from analysis.studies.claims.checks.published import first_run
 from analysis.studies.claims.evidence import Source
@@ -131,7 +133,7 @@ def tying_is_neutral(lab: Lab, claim: Claim) -> Finding:
     start = (f"Small models on one text: the tied one is {early:+.2f} bits a byte from one with a "
              f"head of its own ({lab['tying.head_parameters']:,.0f} parameters more) after "
              f"{first} steps and {late:+.2f} after {last}")
-    if recorded is not None:
+    if recorded is not None and int(recorded.what.iloc[-1]["steps"]) >= last:
         row = recorded.what.iloc[-1]
         end, steps = float(row["tied minus own, bits/byte"]), int(row["steps"])
         verdict = HOLDS if end <= 0.01 else CAVEAT if end <= 0.05 else FAILS
@@ -199,11 +201,18 @@ def signs_of_life(lab: Lab, claim: Claim) -> Finding:
     none, one = lab["counts.bits_0"], lab["counts.bits_1"]
     uniform = lab.value("ablation", "pieces_uniform_bits")
     small, steps = (lab.value("ablation", n) for n in ("pieces_ssm_bits", "pieces_steps"))
+    unigram, bigram = (lab.value("ablation", f"pieces_{n}gram_bits") for n in ("uni", "bi"))
     verdict = FAILS if claim.number >= none else CAVEAT if claim.number > one - 1.0 else HOLDS
     pieces = "" if uniform is None or small is None or steps is None else (
         f" On 1,024 pieces knowing nothing costs {float(uniform.what):.2f}, so it has learned "
         f"{float(uniform.what) - claim.number:.2f} bits; a small SSM of ours on pieces is at "
-        f"{float(small.what):.2f} after {float(steps.what):.0f} steps on a CPU.")
+        f"{float(small.what):.2f} after {float(steps.what):.0f} steps.")
+    if unigram is not None and bigram is not None:
+        pieces += (f" Counting pieces costs {float(unigram.what):.3f} bits a raw byte, counting "
+                   f"pairs of them {float(bigram.what):.3f}: it is at the frequencies of pieces.")
+    if (log := lab.published("naive_baseline")) is not None:
+        pieces += (f" The competition's own attention passes it between steps 10 "
+                   f"({_logged(log, 10):.2f}) and 50 ({_logged(log, 50):.2f}).")
     return Finding(verdict, f"{none:.2f} and {one:.2f} by counting", f"Byte counts alone give "
                    f"{none:.2f} bits a byte on held-out prose, counts after one byte {one:.2f}: "
                    f"{claim.number:.4f} is {none - claim.number:.2f} below letter frequencies and "
@@ -215,21 +224,32 @@ def signs_of_life(lab: Lab, claim: Claim) -> Finding:
 def five_steps(lab: Lab, claim: Claim) -> Finding:
     five, more, none = (lab["second_steps.bits_5"], lab["second_steps.bits_40"],
                         lab["counts.bits_0"])
+    log = lab.published("naive_baseline")
+    beside = "" if log is None else (
+        f" The competition's log of the script's attention alone, {log['tokens']:,} tokens a step, "
+        f"is at {_logged(log, 5):.2f} bits a byte in step 5 and at {log['valid_bits'][0]} after "
+        f"{log['valid_steps'][0]}.")
     large = lab.value("ablation", "few_steps_best_bits")
     tokens = lab.value("ablation", "few_steps_tokens")
     if large is not None and tokens is not None:
         best = float(large.what)
         verdict = HOLDS if best <= claim.number * 1.1 else INCONSISTENT
-        return Finding(verdict, f"{best:.2f} after 5 steps", "With all of their choices, steps of "
-                       f"{tokens.what:,} tokens, the full learning rate and pieces, the best of "
-                       f"their systems is at {best:.2f} bits a raw byte after five; a small hybrid "
-                       f"here at {five:.2f}.", large.text)
+        return Finding(verdict, f"{best:.2f} after 5 steps", "With the choices that the record "
+                       f"has, steps of {tokens.what:,} tokens, the full learning rate and pieces, "
+                       f"the best of their systems is at {best:.2f} bits a raw byte after five; a "
+                       f"small hybrid here at {five:.2f}.{beside}", large.text)
     verdict = HOLDS if five <= claim.number * 1.1 else INCONSISTENT
     return Finding(verdict, f"{five:.2f} after 5 steps, {more:.2f} after 40", f"A small hybrid "
                    f"with the document's choices is at {five:.2f} bits a byte after five steps "
                    f"(byte counts: {none:.2f}), at {more:.2f} after 40 and at "
                    f"{lab['second_steps.bits_250']:.2f} after 250. Five steps to "
-                   f"{claim.number:.2f} is not believable; 200 large ones may be.")
+                   f"{claim.number:.2f} is not believable; 200 large ones may be.{beside}")
+
+
+def _logged(log: Mapping[str, Any], step: int) -> float:
+    """Bits per byte of a training loss in the log, at the bytes a piece of its validation."""
+    nats = dict(zip(log["train_steps"], log["train_nats"], strict=True))[step]
+    return float(nats * log["valid_bits"][0] / log["valid_nats"][0])
 
 
 @check

@@ -255,7 +255,17 @@ def operations(settings: Settings) -> dict[str, float]:
         "bytes_per_element": _moved_per_element("document_chunked", backward=False),
         "bytes_published": _moved_per_element("document_chunked"),
         "bytes_cut_once": _moved_per_element("corrected_cumsum"),
+        "loop_per_step": (_loop_calls(48) - _loop_calls(16)) / 32,
     }
+
+
+def _loop_calls(length: int) -> int:
+    """Operations of a layer, forward and backward, whose scan is a loop over ``length`` steps."""
+    mixer = _mixer("sequential")
+    x = torch.randn(1, length, mixer.in_proj.in_features, requires_grad=True)
+    with _Operations() as counter:
+        mixer(x, None)[0].sum().backward()
+    return counter.calls
 
 
 def _mixer(form: str) -> MambaMixer:
