@@ -48,15 +48,17 @@ def fit(
         return budget(model_config, part, context, autocast, device, checkpointing,
                       train_config.optimizer)
 
+    allowance = ALLOWANCE_BYTES if device == "cuda" else 0
+
     def required(batch: int, context: int) -> int:
-        return step_of(batch, context).peak + ALLOWANCE_BYTES
+        return step_of(batch, context).peak + allowance
 
     batch, context = train_config.batch_size, train_config.context
     step = step_of(batch, context)
     breakdown = {
         "weights": step.weights, "gradients": step.gradients, "optimizer": step.optimizer,
         "activations": step.activations, "workspace": step.workspace,
-        "libraries": step.libraries, "allowance": ALLOWANCE_BYTES,
+        "libraries": step.libraries, "allowance": allowance,
     }
     total = required(batch, context)
     if device_memory_bytes is None:

@@ -57,7 +57,8 @@ def budget(
 
     The peak is looked for at the moments that can be it: the loss (going forward, where the
     output of the last norm and the logits are alive as variables, and going backward), each
-    layer's mixer at the moments that it names, its MLP going backward, and the optimizer's step.
+    layer's mixer at the moments that it names, its MLP going backward, the embedding, and the
+    optimizer's step.
     Layers after the one at hand are not yet there (forward) or no longer (backward). A
     checkpointed layer goes forward a second time, in the backward pass.
     """
@@ -72,6 +73,9 @@ def budget(
            for i in range(config.n_layer)]
     stays = [sum(t.bytes for t in terms if t.layer == i) for i in range(config.n_layer)]
 
+    # A tied table has two gradients, of the head and of the rows looked up, until they are added.
+    table = config.vocab_size * d * FLOAT32 if config.tied_head else 0
+
     # Bytes of activations and workspace, and of the gradients of weights: these appear from the
     # head down, and all of them exist at the end.
     moments: dict[str, tuple[int, int]] = {
@@ -79,8 +83,12 @@ def budget(
             0 if itemsize == FLOAT32 else
             tokens * (d * FLOAT32 + config.vocab_size * itemsize)), 0),
         "loss, backward": (kept + 2 * tokens * config.vocab_size * FLOAT32, 0),
+        "embedding, backward": (tokens * d * FLOAT32, n_bytes + table),
         "optimizer step": (0, n_bytes),
     }
+    if config.tied_head and itemsize == FLOAT32:
+        # The head's gradient is a transposed product, into which autograd does not add in place.
+        moments["embedding, sum of its gradients"] = (0, n_bytes + 2 * table)
     above = _gradients_above(config)
     for i, letter in enumerate(config.layers):
         # What lies below, and this layer whole: under checkpointing it is there for a while, made
@@ -101,7 +109,7 @@ def budget(
     libraries = LIBRARY_BYTES if device == "cuda" else 0
     moment = max(moments, key=lambda name: sum(moments[name]))
     taken, gradients = moments[moment]
-    left = 0 if moment == "optimizer step" else kept
+    left = 0 if moment.startswith(("embedding", "optimizer")) else kept
     return Budget(
         resolve_form(config, device), autocast, n_bytes, gradients,
         _optimizer_bytes(config, optimizer), left, taken - left, libraries, moment)

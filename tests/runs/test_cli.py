@@ -77,6 +77,7 @@ def test_smoke_mode_from_the_shell(tiny, tmp_path):
     assert record["smoke"]["scan_output_error"] < 1e-5
     assert record["energy_source"]
     assert "SMOKE mode (train=436 bytes) ctx=64" in done.stderr
+    assert "memory: a step needs 0.0" in done.stderr
     assert "step 2/2" in done.stderr
     assert record["bytes_seen"] < 1000  # a smoke run is over at once
 
@@ -238,6 +239,25 @@ def test_a_wrong_configuration_file_is_one_clear_line(name, text, message, tmp_p
     line = error_line(capsys, "train", "--config", path, "--out", tmp_path / "run")
     assert str(path) in line
     assert message in line
+
+
+def test_memory_answers_for_a_run_and_for_the_options_of_train(run, capsys):
+    def asked(*args: object) -> dict:
+        assert main(["memory", *map(str, args), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    kept = json.loads((run / "config.json").read_text())
+    own = asked(run, "--device", "cpu")
+    assert (own["model"], own["train"]) == (kept["model"], kept["train"])
+    assert own == asked(run / "config.json", "--device", "cpu") | {"run": str(run)}
+    one = asked(run, "--train.batch-size", 1, "--device", "cpu")
+    assert one["required_bytes"] < own["required_bytes"]
+    assert one["required_bytes"] == asked(run, "--batch-size", 1, "--device", "cpu")[
+        "required_bytes"]
+    wide = asked("--preset", "smoke", "--model.vocab-size", 9000, "--model.no-tied-head")
+    assert wide["model"]["vocab_size"] == 9000
+    assert not wide["model"]["tied_head"]
+    assert "nowhere" in error_line(capsys, "memory", "nowhere")
 
 
 def test_checkpoint_faults_are_one_clear_line(run, capsys):

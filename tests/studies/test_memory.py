@@ -98,6 +98,33 @@ def test_peaks_cover_patterns_and_checkpointing() -> None:
     assert (frame["predicted / profiled"] - 1).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("autocast", ["fp32", "bf16"])
+def test_the_gradients_of_a_large_table_are_counted(tied: bool, autocast: str) -> None:
+    """A tied table has the head's gradient, that of its rows, and in float32 their sum."""
+    config = ModelConfig(vocab_size=4096, d_model=32, n_layer=1, d_state=2, tied_head=tied)
+    table = 4096 * 32 * 4
+    step = budget(config, 1, 8, autocast)
+    measured = measure_peak(config, 1, 8, autocast)
+    assert step.worst_moment.startswith("embedding")
+    assert step.gradients + step.activations + step.workspace == pytest.approx(measured, rel=5e-3)
+    extra = {(True, "fp32"): 2, (True, "bf16"): 1}.get((tied, autocast), 0)
+    assert step.gradients == 4 * config.n_parameters + extra * table
+
+
+def test_a_cpu_has_no_context() -> None:
+    on = {device: fit(ModelConfig(), TrainConfig(), None, device) for device in ("cpu", "cuda")}
+    assert on["cpu"].breakdown["allowance"] == on["cpu"].breakdown["libraries"] == 0
+    assert on["cuda"].breakdown["allowance"] == ALLOWANCE_BYTES
+    assert on["cpu"].required_bytes == on["cpu"].budget.peak
+
+
+def test_micro_batches_need_the_memory_of_one() -> None:
+    whole = fit(ModelConfig(), TrainConfig(batch_size=4), None).required_bytes
+    parts = TrainConfig(batch_size=16, micro_batches=4)
+    assert fit(ModelConfig(), parts, None).required_bytes == whole
+
+
 def test_a_peak_does_not_depend_on_what_was_profiled_before() -> None:
     """What an earlier profile saw allocated and only the collector releases is no release here."""
     def leave_a_cycle() -> None:

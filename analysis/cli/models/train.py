@@ -17,7 +17,7 @@ trains for two steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,7 @@ def _train(options: Options, device: str, first: bool) -> int:
             model, recipe, corpus, options.out, device=device, resume=options.resume)
         return 130 if record["stopped_by"] == "interrupt" else 0
     say(f"{describe(model, recipe)} on {device}, {corpus.name}, commit {provenance()['commit']}")
+    say(_forecast(model, recipe, device))
     if options.resume and not any((options.out / "checkpoints").glob("step_*")):
         say(f"{options.out} has no checkpoint to resume from: starting at the first step")
     form = default_form(device) if model.scan_form == "auto" else model.scan_form
@@ -139,3 +140,30 @@ def _train(options: Options, device: str, first: bool) -> int:
         *(["SMOKE PASS"] if smoke else story.advice(record, options.out)),
     ])
     return 130 if record["stopped_by"] == "interrupt" else 0
+
+
+def _forecast(model: ModelConfig, recipe: TrainConfig, device: str) -> str:
+    """A line on the memory that a step needs, by the closed form, and whether it is there."""
+    import os
+
+    import torch
+
+    from analysis.theory.fit import fit
+    from mambabyte.model import distributed
+
+    world = distributed.current().size
+    if world > 1 and recipe.parallel == "sharded":
+        return "memory: no forecast for a model that is sharded"
+    on_cuda = device.startswith("cuda")
+    room = (torch.cuda.mem_get_info(device)[1] if on_cuda else
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    try:
+        own = replace(recipe, batch_size=recipe.batch_size // world, micro_batches=min(
+            recipe.micro_batches, recipe.batch_size // world)) if world > 1 else recipe
+        found = fit(model, own, room, "cuda" if on_cuda else "cpu")
+    except UserError as error:
+        return f"memory: no forecast ({error})"
+    need = f"memory: a step needs {found.required_bytes / 1e9:.3g} GB of {room / 1e9:.3g} GB"
+    return need if found.fits else (
+        f"{need}: it will not fit; --train.batch-size {found.largest_batch} would, or more "
+        "--train.micro-batches")
