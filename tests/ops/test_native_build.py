@@ -41,8 +41,8 @@ def test_compiler_present_means_available() -> None:
 
 @needs_native
 def test_several_processes_compile_at_once(tmp_path: Path) -> None:
-    started = [probe(XDG_CACHE_HOME=str(tmp_path)) for _ in range(3)]
-    assert [p.communicate()[0].split()[0] for p in started] == ["True"] * 3
+    started = [probe(XDG_CACHE_HOME=str(tmp_path)) for _ in range(2)]
+    assert [p.communicate()[0].split()[0] for p in started] == ["True"] * 2
     files = [p.name for p in (tmp_path / "mambabyte").iterdir()]
     assert [name[-3:] for name in files] == [".so"]  # one, and no temporary file is left
 

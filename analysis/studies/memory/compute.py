@@ -50,13 +50,17 @@ def run(p: Parameters, report: Callable[[str], None]) -> Results:
         report("counting what slices in a loop allocate")
         slices = slices_frame(p.slice_lengths)
         report("the document's configurations")
-        on_gpu = p.cuda == "on" or (p.cuda == "auto" and torch.cuda.is_available())
-        gpu, cuda = gpu_frame(on_gpu, report)
+        gpu, cuda = gpu_frame(measures_gpu(p.cuda), report)
         return Results(
             saved, peaks, full_tensors_frame(), five_to_seven_frame(), terms_frame(),
             budgets_frame(p.forms),
             state_frame(), slices, *device_frames(p.forms), _document_frame(p.counted_layers), cuda,
             libraries_frame(cuda), gpu)
+
+
+def measures_gpu(cuda: str) -> bool:
+    """Whether a GPU is measured, by the parameter ``cuda``; "auto" is where there is one."""
+    return cuda == "on" or (cuda == "auto" and torch.cuda.is_available())
 
 
 def _config(p: Parameters, form: str, pattern: str) -> ModelConfig:
