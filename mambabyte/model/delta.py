@@ -32,6 +32,7 @@ from mambabyte.model.mixer import (
 )
 from mambabyte.ops import gated_delta_rule
 from mambabyte.ops.causal_conv import causal_conv
+from mambabyte.ops.delta import cuda as kernels
 from mambabyte.ops.delta.chunked import CHUNK
 from mambabyte.ops.ssd.decay import chunk_length
 
@@ -219,6 +220,12 @@ class DeltaMixer(Mixer, DeltaSpec):
                        if len(shape) == 2 or name == "o_norm.weight"
                        or (len(shape) == 3 and not one_kernel))
             terms.append(("casts", "weights, cast", cast, itemsize))
+        if has_kernel(cls, config, step):
+            chunks = step.batch * -(-step.length // kernels.CHUNK) * heads
+            tiles = 7 if cls.gates(config) == keys else 4
+            terms += [("rule", "matrices and states of chunks",
+                       tiles * chunks * kernels.CHUNK * kernels.CHANNELS, itemsize),
+                      ("rule", "decays of chunks", 3 * chunks * kernels.CHANNELS, FLOAT32)]
         return [Kept(*term) for term in terms]
 
     @classmethod
@@ -235,15 +242,28 @@ class DeltaMixer(Mixer, DeltaSpec):
         return {"rule backward": (there + rule_workspace(cls, config, step), done)}
 
 
+def has_kernel(mixer: type[DeltaMixer], config: ModelConfig, step: Step) -> bool:
+    """Whether the rule of a step runs in its own kernels."""
+    heads, keys, values = mixer.widths(config)
+    return (step.device == "cuda" and step.itemsize != FLOAT32
+            and keys == values == heads * kernels.CHANNELS)
+
+
 def rule_workspace(mixer: type[DeltaMixer], config: ModelConfig, step: Step) -> int:
     """Bytes that the backward pass of the rule takes above what is kept.
 
-    They are the intermediate tensors of a second forward of the chunked form: numbers a key
-    channel (where each has a gate, in every round of the halving), a value channel, a pair of
-    steps in a chunk and a state of a chunk, fitted to the profiler's count at eight sizes; whole
-    steps come out within 8 %.
+    Of the kernels they are gradients: of the states between chunks, and of the inputs. Of the
+    chunked form they are the intermediate tensors of a second forward: numbers a key channel (where
+    each has a gate, in every round of the halving), a value channel, a pair of steps in a chunk and
+    a state of a chunk, fitted to the profiler's count at eight sizes; whole steps come out within
+    8 %.
     """
     heads, keys, values = mixer.widths(config)
+    if has_kernel(mixer, config, step):
+        chunks = step.batch * -(-step.length // kernels.CHUNK)
+        return (step.itemsize * (chunks * values * kernels.CHANNELS
+                                 + step.tokens * (2 * keys + values))
+                + FLOAT32 * step.tokens * (mixer.gates(config) + heads))
     chunk = chunk_length(CHUNK, step.length)
     chunks = step.batch * -(-step.length // chunk)
     padded = chunks * chunk

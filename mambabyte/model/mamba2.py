@@ -221,6 +221,6 @@ def scan_workspace(config: ModelConfig, step: Step) -> int:
     chunk = ssd_kernels.CHUNK if has_kernel(config, step) else chunk_length(CHUNK, step.length)
     chunks = step.batch * -(-step.length // chunk)
     if has_kernel(config, step):
-        return chunks * D * N * (FLOAT32 + step.itemsize) + 2 * FLOAT32 * step.tokens * heads * N
+        return 2 * step.itemsize * N * (chunks * D + step.tokens * heads)
     padded = chunks * chunk
     return FLOAT32 * (13 * padded * D // 2 + 6 * padded * heads * chunk + 4 * chunks * D * N)

@@ -9,6 +9,7 @@ import torch
 
 from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.delta import cuda as kernels
+from mambabyte.ops.delta import operator
 from mambabyte.ops.delta.recurrent import recurrent_delta
 from tests.helpers.family_cases import make_inputs
 
@@ -57,7 +58,68 @@ def assert_right(inputs, faint=()):
     ("channel gates", 70, {}), ("gated delta", 1, {}), ("channel gates", 1, {}),
     ("channel gates", 130, {"heads": 2, "batch": 2}), ("gated delta", 64, {"heads": 2}),
     ("gated delta", 150, {"gates": "mixed"}), ("channel gates", 150, {"gates": "mixed"}),
-    ("gated delta", 100, {"gates": "one"}), ("channel gates", 100, {"gates": "one"}),
-    ("gated delta", 70, {})])
+    ("gated delta", 100, {"gates": "one"}), ("gated delta", 70, {}),
+    pytest.param("channel gates", 100, {"gates": "one"}, marks=pytest.mark.long)])
 def test_parity(family, length, more) -> None:
     assert_right(prepared(family, length, **more))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("gates", ["gentle", "mixed"])
+@pytest.mark.parametrize("family", ["gated delta", "channel gates"])
+def test_one_key_written_over_and_over(family, gates) -> None:
+    inputs = list(prepared(family, 100, gates=gates, repeated_keys=True))
+    inputs[4] = inputs[4] - 1  # shares up to 1, as layers make them
+    assert_right(inputs)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["gated delta", "channel gates"])
+def test_the_same_bits_and_nothing_read_past_the_end(family) -> None:
+    inputs = prepared(family, 33)
+    torch.manual_seed(0)
+    do, dstate = torch.randn(1, 33, 1, 64).bfloat16(), torch.randn(1, 1, 64, 64)
+    longer = [torch.cat([t, torch.full_like(t, torch.nan)], 1)[:, :33] for t in inputs[:5]]
+    found = []
+    for some in (inputs, (*longer, inputs[5])):
+        o, last, *kept = kernels.forward(*some, True)
+        found.append([o, last, *kernels.backward(do, dstate, *some, *kept)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["gated delta", "channel gates"])
+def test_without_states_and_without_a_backward_pass(family) -> None:
+    *inputs, state = prepared(family, 66)
+    o, last, *kept = kernels.forward(*inputs, None, False)
+    o1, last1, *kept1 = kernels.forward(*inputs, torch.zeros_like(state), True)
+    assert torch.equal(o, o1)
+    assert torch.equal(last, last1)
+    assert all(t.numel() == 0 for t in kept)
+    found = kernels.backward(o, None, *inputs, None, *kept1)
+    assert found[5] is None
+    again = kernels.backward(o, torch.zeros_like(state), *inputs, None, *kept1)
+    assert all(torch.equal(a, b) for a, b in zip(found[:5], again[:5], strict=True))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["gated delta", "channel gates"])
+def test_a_shut_gate_keeps_nothing_of_what_was_before(family) -> None:
+    inputs = list(prepared(family, 70))
+    inputs[3][0, 20] = -torch.inf
+    o, last, *_ = kernels.forward(*inputs, False)
+    inputs[2] = inputs[2].clone()
+    inputs[2][0, :20] = 1
+    inputs[5] = torch.zeros_like(inputs[5])
+    o1, last1, *_ = kernels.forward(*inputs, False)
+    assert relative_rms(o[0, 20:], o1[0, 20:]) < 1e-6
+    assert relative_rms(last, last1) < 1e-6
+
+
+def test_a_trace_has_the_shapes_of_what_is_kept(monkeypatch) -> None:
+    monkeypatch.setattr(operator, "has_kernel", lambda q, v: True)
+    for family in ("gated delta", "channel gates"):
+        inputs = prepared(family, 1)
+        for one, two in zip(kernels.forward(*inputs, True), operator._shapes(*inputs, True),
+                            strict=True):
+            assert (one.shape, one.dtype, one.stride()) == (two.shape, two.dtype, two.stride())
