@@ -17,10 +17,10 @@ struct Strides {
 
 // Rows of COLUMNS elements from device memory into a tile, whose rows are 16 bytes longer so
 // that eight of them lie in different banks; rows from `rows` on are zero.
-template <int COLUMNS>
+template <int COLUMNS, int COUNT = THREADS>
 inline void load_tile(bfloat16 *tile, const bfloat16 *from, int64 stride, int rows) {
     constexpr int PACKS = COLUMNS / 8;
-    for (int k = threadIdx.x; k < T * PACKS; k += THREADS) {
+    for (int k = threadIdx.x; k < T * PACKS; k += COUNT) {
         int row = k / PACKS, column = k % PACKS * 8;
         float4 pack = {0.f, 0.f, 0.f, 0.f};
         if (row < rows) pack = *(const float4 *)(from + row * stride + column);

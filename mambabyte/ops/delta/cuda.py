@@ -14,14 +14,12 @@ from mambabyte.ops.ssd.cuda import aligned_rows, pointer
 
 CHANNELS = 64  # key and value channels of a head, the one number there is a kernel for
 CHUNK = 64  # steps, and rows of a tile
-_THREADS = 128
-_PARTS = 2  # blocks that share the value channels of a head in a pass
+_THREADS = {"delta_pairs": 128, "delta_forward": 512, "delta_backward": 512, "delta_gradients": 256}
 _PARAMETERS = {
     "delta_pairs": "8P6q2i", "delta_forward": "12P9q2i", "delta_backward": "11P9q2i",
     "delta_gradients": "13P9q2i"}
 NAMES = tuple(f"{name}<{gate}>" for name in _PARAMETERS for gate in ("false", "true"))
 _TILE = 2 * CHUNK * (CHANNELS + 8)  # bytes in bf16; twice that in float32
-_SLIM = 2 * CHUNK * (CHANNELS // _PARTS + 8)
 
 
 @functools.cache
@@ -38,7 +36,8 @@ def _kernel(name: str, device: int) -> Kernel:
 def _launch(device: int, name: str, blocks: int, shared: int, *args: int) -> None:
     kernel = _kernel(name, device)
     kernel.allow_shared(shared)
-    kernel.launch((blocks, 1, 1), (_THREADS, 1, 1), shared, raw_stream(device), *args)
+    threads = _THREADS[name.partition("<")[0]]
+    kernel.launch((blocks, 1, 1), (threads, 1, 1), shared, raw_stream(device), *args)
 
 
 class Kept(NamedTuple):
@@ -89,8 +88,7 @@ class _Problem:
                 self.length, self.heads)
 
     def pass_shared(self) -> int:
-        tiles, slim = (5, 2) if self.by_channel else (4, 3)
-        return 2 * (tiles * _TILE + _SLIM) + slim * _SLIM
+        return (2 * 6 + 2 if self.by_channel else 2 * 5 + 3) * _TILE
 
     def state(self) -> Tensor:
         return self.beta.new_empty(self.batch, self.heads, CHANNELS, CHANNELS)
@@ -109,14 +107,14 @@ def forward(
     p, v = _Problem(q, k, log_decay, beta), aligned_rows(v)
     kept = Kept.empty(q, log_decay, save)
     p.launch(
-        "delta_pairs", p.blocks, (8 if p.by_channel else 4) * _TILE,
+        "delta_pairs", p.blocks, (5 if p.by_channel else 4) * _TILE,
         p.q.data_ptr(), p.k.data_ptr(), p.log_decay.data_ptr(), p.beta.data_ptr(),
         *kept.of_chunks(), *p.steps)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     last = p.state()
     initial = None if initial_state is None else initial_state.contiguous()
     p.launch(
-        "delta_forward", p.batch * p.heads * _PARTS, p.pass_shared(),
+        "delta_forward", p.batch * p.heads, p.pass_shared(),
         p.q.data_ptr(), p.k.data_ptr(), v.data_ptr(), *kept.of_chunks(),
         pointer(initial), o.data_ptr(), pointer(kept.missing if save else None),
         pointer(kept.carries if save else None), last.data_ptr(), *p.steps, *v.stride()[:3])
@@ -136,7 +134,7 @@ def backward(
     dcarries, dinitial = torch.empty_like(saved.carries), p.state()
     dlast = None if dlast is None else dlast.contiguous()
     p.launch(
-        "delta_backward", p.batch * p.heads * _PARTS, p.pass_shared(),
+        "delta_backward", p.batch * p.heads, p.pass_shared(),
         p.q.data_ptr(), p.k.data_ptr(), do.data_ptr(), *saved.of_chunks(),
         pointer(dlast), dv.data_ptr(), dcarries.data_ptr(), dinitial.data_ptr(), *p.steps,
         *do.stride()[:3])

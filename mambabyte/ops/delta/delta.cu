@@ -23,15 +23,16 @@
 
 constexpr int D = 64, ROW = D + 8, TILE = T * ROW;  // of bf16 tiles
 constexpr int WIDE_ROW = 72;                        // of float32 tiles: rows 32 bytes apart modulo 128
-constexpr int COLUMNS = 32, SLIM_ROW = COLUMNS + 8, SLIM = T * SLIM_ROW;  // value channels of a pass
-constexpr int PARTS = D / COLUMNS;
+// In the passes four warps have some of the value channels, in delta_gradients some of the key channels.
+constexpr int PARTS = 4, COLUMNS = D / PARTS, PASS_THREADS = PARTS * THREADS;
+constexpr int HALVES = 2, KEYS = D / HALVES, WIDE_THREADS = HALVES * THREADS;
 constexpr int SCALES = 3 * D;  // numbers of a chunk that delta_pairs leaves for the passes
 
 // Where a lane's numbers of a 16 x 16 block of sums or of a left operand lie: register j has row
 // lane / 4 + 8 (j % 2) and the columns 2 (lane % 4) + 8 (j / 2) and the next.
 struct Lane {
     int warp, g, t;
-    inline Lane() : warp(threadIdx.x / 32), g(threadIdx.x % 32 / 4), t(threadIdx.x % 4 * 2) {}
+    inline Lane() : warp(threadIdx.x / 32 % WARPS), g(threadIdx.x % 32 / 4), t(threadIdx.x % 4 * 2) {}
     inline int row(int j) const { return 16 * warp + g + 8 * (j % 2); }
     inline int column(int j) const { return t + 8 * (j / 2); }
 };
@@ -40,21 +41,23 @@ struct Lane {
 
 // Cumulates the log-decays of a chunk: u[t * WIDE_ROW + c] with a gate a channel, else u[t]. Steps that
 // are not there do not decay. To be followed by a barrier.
-template <bool CHANNEL>
+template <bool CHANNEL, int COUNT>
 inline void load_gates(float *u, const float *log_decay, int heads, int rows) {
     if (CHANNEL) {
-        int c = threadIdx.x % D, first = threadIdx.x / D * (T / 2);
-        float sum[T / 2], upto = 0.f;
+        constexpr int STEPS = T * D / COUNT;
+        int c = threadIdx.x % D, part = threadIdx.x / D, first = part * STEPS;
+        float sum[STEPS], upto = 0.f, before = 0.f;
 #pragma unroll
-        for (int i = 0; i < T / 2; i++)
+        for (int i = 0; i < STEPS; i++)
             sum[i] = first + i < rows ? log_decay[(int64)(first + i) * heads * D + c] : 0.f;
 #pragma unroll
-        for (int i = 0; i < T / 2; i++) sum[i] = upto += at_least(sum[i]);
-        if (first == 0) u[(T / 2 - 1) * WIDE_ROW + c] = upto;
+        for (int i = 0; i < STEPS; i++) sum[i] = upto += at_least(sum[i]);
+        u[part * WIDE_ROW + c] = upto;
         __syncthreads();
-        float before = first ? u[(T / 2 - 1) * WIDE_ROW + c] : 0.f;
+        for (int i = 0; i < part; i++) before += u[i * WIDE_ROW + c];
+        __syncthreads();
 #pragma unroll
-        for (int i = 0; i < T / 2; i++) u[(first + i) * WIDE_ROW + c] = before + sum[i];
+        for (int i = 0; i < STEPS; i++) u[(first + i) * WIDE_ROW + c] = before + sum[i];
     } else if (threadIdx.x < 32) {
         int t = 2 * threadIdx.x;
         float g[2];
@@ -247,7 +250,9 @@ inline void add_pairs(float (&a)[2][4], float (&n)[2][4], const u32 (&k)[D / 16]
     }
 }
 
-// Blocks of 2 SIZE steps, SIZE 16 or 32: the keys of their first halves, which other warps read.
+// Blocks of 2 SIZE steps, SIZE 16 or 32: where the keys of their first halves lie, which other warps read.
+template <int SIZE> inline int place_of_keys(int row) { return SIZE == 32 ? 32 + row : row / 32 * 16 + row % 16; }
+
 template <int SIZE>
 inline void share_keys(bfloat16 *tile, const u32 (&k)[D / 16][4], const float *u, const float *beta) {
     Lane lane;
@@ -257,7 +262,7 @@ inline void share_keys(bfloat16 *tile, const u32 (&k)[D / 16][4], const float *u
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             int row = lane.row(j), column = 16 * c + lane.column(j);
-            *(u32 *)(tile + row * ROW + column) =
+            *(u32 *)(tile + place_of_keys<SIZE>(row) * ROW + column) =
                 scaled(k[c][j], to_base<SIZE>(u, row, column), beta[row]);
         }
     }
@@ -279,8 +284,8 @@ inline void pairs_across(float *tile_a, bfloat16 *reads, const bfloat16 *shared_
             keys[0][j] = scaled(k[c][j], decay, 1.f);
             queries[0][j] = scaled(q[c][j], decay, 1.f);
         }
-        multiply<true>(a, keys, shared_keys + first * ROW + 16 * c, ROW);
-        multiply<true>(n, queries, shared_keys + first * ROW + 16 * c, ROW);
+        multiply<true>(a, keys, shared_keys + place_of_keys<SIZE>(first) * ROW + 16 * c, ROW);
+        multiply<true>(n, queries, shared_keys + place_of_keys<SIZE>(first) * ROW + 16 * c, ROW);
     }
 #pragma unroll
     for (int block = 0; block < SIZE / 16; block++) {
@@ -304,14 +309,14 @@ __global__ void __launch_bounds__(THREADS) delta_pairs(
     int64 q_time, int64 q_head, int64 k_batch, int64 k_time, int64 k_head, int length, int heads) {
     extern __shared__ __align__(128) char shared[];
     bfloat16 *tile_q = (bfloat16 *)shared, *tile_k = tile_q + TILE;
-    float *tile_a = (float *)(tile_k + TILE);
-    float *u = tile_a + T * WIDE_ROW;                              // with CHANNEL alone
-    bfloat16 *far_keys = (bfloat16 *)(u + T * WIDE_ROW), *farther_keys = far_keys + TILE;  // too
+    float *tile_a = (float *)(CHANNEL ? tile_q : tile_k + TILE);  // in the place of q and k, or behind
+    float *u = (float *)(tile_k + TILE);                          // with CHANNEL alone
+    bfloat16 *far_keys = (bfloat16 *)(u + T * WIDE_ROW);          // too
     __shared__ float gates[T], share[T];
     if (!CHANNEL) u = gates;
     Place here(length, heads);
     int64 of_head = here.first * heads + here.head;
-    load_gates<CHANNEL>(u, log_decay + of_head * (CHANNEL ? D : 1), heads, here.rows);
+    load_gates<CHANNEL, THREADS>(u, log_decay + of_head * (CHANNEL ? D : 1), heads, here.rows);
     load_shares(share, beta + of_head, heads, here.rows);
     load_tile<D>(tile_q, q + here.at({q_batch, q_time, q_head}, here.head), q_time, here.rows);
     load_tile<D>(tile_k, k + here.at({k_batch, k_time, k_head}, here.head), k_time, here.rows);
@@ -321,6 +326,20 @@ __global__ void __launch_bounds__(THREADS) delta_pairs(
     inverse += (int64)blockIdx.x * T * T, reads += (int64)blockIdx.x * T * T;
     scales += (int64)blockIdx.x * SCALES;
     if (CHANNEL) {
+        u32 *to = (u32 *)(decayed + (int64)blockIdx.x * 3 * T * D);
+        for (int i = threadIdx.x; i < T * D / 2; i += THREADS) {
+            int row = i / (D / 2), column = i % (D / 2) * 2;
+            float2 here = *(const float2 *)(u + row * WIDE_ROW + column);
+            float2 last = *(const float2 *)(u + (T - 1) * WIDE_ROW + column);
+            float2 start = make_float2(__expf(here.x), __expf(here.y));
+            float2 end = make_float2(__expf(last.x - here.x), __expf(last.y - here.y));
+            u32 key = *(const u32 *)(tile_k + row * ROW + column);
+            u32 query = *(const u32 *)(tile_q + row * ROW + column);
+            to[i] = scaled(key, start, 1.f);
+            to[T * D / 2 + i] = scaled(query, start, 1.f);
+            to[T * D + i] = scaled(key, end, share[row]);
+        }
+        if (threadIdx.x < D) scales[threadIdx.x] = __expf(u[(T - 1) * WIDE_ROW + threadIdx.x]);
         u32 keys[D / 16][4], queries[D / 16][4];
         float a[2][4] = {}, n[2][4] = {}, own[2] = {0.f, 0.f};
 #pragma unroll
@@ -333,7 +352,7 @@ __global__ void __launch_bounds__(THREADS) delta_pairs(
                               high_of(keys[c][j]) * high_of(queries[c][j]);
         }
         share_keys<16>(far_keys, keys, u, share);
-        share_keys<32>(farther_keys, keys, u, share);
+        share_keys<32>(far_keys, keys, u, share);
         add_pairs<8>(a, n, keys, queries, u, share);
         add_pairs<4>(a, n, keys, queries, u, share);
         add_pairs<2>(a, n, keys, queries, u, share);
@@ -345,11 +364,17 @@ __global__ void __launch_bounds__(THREADS) delta_pairs(
             for (int e = 0; e < 2; e++)  // row and column agree in their halves
                 if (lane.t + e == lane.g) n[down][2 * down + e] = diagonal;
         }
+        __syncthreads();  // no warp needs the tiles of q and k any more
         store_pairs(tile_a, reads, lane.warp, a, n);
-        __syncthreads();
         pairs_across<16>(tile_a, reads, far_keys, keys, queries, u);
-        pairs_across<32>(tile_a, reads, farther_keys, keys, queries, u);
+        pairs_across<32>(tile_a, reads, far_keys, keys, queries, u);
     } else {
+        if (threadIdx.x < T) {
+            int t = threadIdx.x;
+            scales[t] = __expf(gates[T - 1]);
+            scales[D + t] = __expf(gates[t]);
+            scales[2 * D + t] = __expf(gates[T - 1] - gates[t]) * share[t];
+        }
         for (int block = 0; block <= lane.warp; block++) {
             float a[2][4] = {}, n[2][4] = {};
             multiply<false, true, D / 16>(a, tile_k, ROW, 16 * lane.warp, tile_k + 16 * block * ROW, ROW);
@@ -373,38 +398,17 @@ __global__ void __launch_bounds__(THREADS) delta_pairs(
         ((u32 *)inverse)[i] = above ? 0u : pack(pair.x, pair.y);
         if (above) ((u32 *)reads)[i] = 0u;
     }
-    if (CHANNEL) {
-        u32 *to = (u32 *)(decayed + (int64)blockIdx.x * 3 * T * D);
-        for (int i = threadIdx.x; i < T * D / 2; i += THREADS) {
-            int row = i / (D / 2), column = i % (D / 2) * 2;
-            float2 here = *(const float2 *)(u + row * WIDE_ROW + column);
-            float2 last = *(const float2 *)(u + (T - 1) * WIDE_ROW + column);
-            float2 start = make_float2(__expf(here.x), __expf(here.y));
-            float2 end = make_float2(__expf(last.x - here.x), __expf(last.y - here.y));
-            u32 key = *(const u32 *)(tile_k + row * ROW + column);
-            u32 query = *(const u32 *)(tile_q + row * ROW + column);
-            to[i] = scaled(key, start, 1.f);
-            to[T * D / 2 + i] = scaled(query, start, 1.f);
-            to[T * D + i] = scaled(key, end, share[row]);
-        }
-        if (threadIdx.x < D) scales[threadIdx.x] = __expf(u[(T - 1) * WIDE_ROW + threadIdx.x]);
-    } else if (threadIdx.x < T) {
-        int t = threadIdx.x;
-        scales[t] = __expf(gates[T - 1]);
-        scales[D + t] = __expf(gates[t]);
-        scales[2 * D + t] = __expf(gates[T - 1] - gates[t]) * share[t];
-    }
 }
 
 // ---------------------------------------------------------------------------------------- passes
 
-// Which value channels of which head a block of a pass has.
+// Which head a block of a pass has, and which value channels its threads.
 struct Part {
     int head, column, chunks;
     int64 batch, unit;  // unit: of (B, H)
     inline Part(int length, int heads) {
-        column = blockIdx.x % PARTS * COLUMNS;
-        unit = blockIdx.x / PARTS;
+        column = threadIdx.x / THREADS * COLUMNS;
+        unit = blockIdx.x;
         head = (int)(unit % heads);
         batch = unit / heads;
         chunks = (length + T - 1) / T;
@@ -413,13 +417,12 @@ struct Part {
 };
 
 // Starts copies of the rows of a tile, zeros for those that are not there.
-template <int WIDTH>
 inline void copy_tile(bfloat16 *tile, const bfloat16 *from, int64 stride, int rows) {
-    constexpr int PACKS = WIDTH / 8;
+    constexpr int PACKS = D / 8;
 #pragma unroll
-    for (int i = 0; i < T * PACKS / THREADS; i++) {
-        int k = threadIdx.x + i * THREADS, row = k / PACKS, column = k % PACKS * 8;
-        copy_async(tile + row * (WIDTH + 8) + column, from + (row < rows ? row : 0) * stride + column,
+    for (int i = 0; i < T * PACKS / PASS_THREADS; i++) {
+        int k = threadIdx.x + i * PASS_THREADS, row = k / PACKS, column = k % PACKS * 8;
+        copy_async(tile + row * ROW + column, from + (row < rows ? row : 0) * stride + column,
                    row < rows);
     }
 }
@@ -427,7 +430,7 @@ inline void copy_tile(bfloat16 *tile, const bfloat16 *from, int64 stride, int ro
 // What a pass reads of a chunk, but for its own sequence: (I + A)^-1, N, keys, queries and P'. With a
 // gate a head keys and queries are as they came, and the keys serve for P' too.
 template <bool CHANNEL> struct Tiles {
-    static constexpr int COUNT = CHANNEL ? 5 : 4, SIZE = COUNT * TILE + SLIM;
+    static constexpr int COUNT = CHANNEL ? 5 : 4, SIZE = (COUNT + 1) * TILE;
     bfloat16 *inverse, *reads, *keys, *queries, *ends, *own;
     inline explicit Tiles(bfloat16 *at)
         : inverse(at), reads(at + TILE), keys(at + 2 * TILE), queries(at + 3 * TILE),
@@ -445,24 +448,23 @@ inline void fetch(const Tiles<CHANNEL> &tiles, const Source &from, const Part &p
     int64 block = part.block(chunk, from.heads);
     int rows = min(T, from.length - chunk * T);
     int64 first = (int64)chunk * T;
-    copy_tile<T>(tiles.inverse, from.inverse + block * T * T, T, T);
-    copy_tile<T>(tiles.reads, from.reads + block * T * T, T, T);
+    copy_tile(tiles.inverse, from.inverse + block * T * T, T, T);
+    copy_tile(tiles.reads, from.reads + block * T * T, T, T);
     if (CHANNEL) {
         const bfloat16 *decayed = from.decayed + block * 3 * T * D;
-        copy_tile<D>(tiles.keys, decayed, D, T);
-        copy_tile<D>(tiles.queries, decayed + T * D, D, T);
-        copy_tile<D>(tiles.ends, decayed + 2 * T * D, D, T);
+        copy_tile(tiles.keys, decayed, D, T);
+        copy_tile(tiles.queries, decayed + T * D, D, T);
+        copy_tile(tiles.ends, decayed + 2 * T * D, D, T);
     } else {
         const Strides &q = from.of_q, &k = from.of_k;
-        copy_tile<D>(tiles.keys, from.k + part.batch * k.batch + first * k.time + part.head * k.head,
+        copy_tile(tiles.keys, from.k + part.batch * k.batch + first * k.time + part.head * k.head,
                      k.time, rows);
-        copy_tile<D>(tiles.queries, from.q + part.batch * q.batch + first * q.time + part.head * q.head,
+        copy_tile(tiles.queries, from.q + part.batch * q.batch + first * q.time + part.head * q.head,
                      q.time, rows);
     }
     const Strides &own = from.of_own;
-    copy_tile<COLUMNS>(
-        tiles.own, from.own + part.batch * own.batch + first * own.time + part.head * own.head + part.column,
-        own.time, rows);
+    copy_tile(tiles.own, from.own + part.batch * own.batch + first * own.time + part.head * own.head,
+              own.time, rows);
 }
 
 inline void swap(bfloat16 *&one, bfloat16 *&two) {
@@ -493,7 +495,7 @@ inline void load_state(float (&s)[N][4], const float *from) {
 // missing (B, K, H, T, D): X. carries (B, K, H, D, D): S at the start of each chunk. Both null if there
 // is no backward pass to come. last (B, H, D, D).
 template <bool CHANNEL>
-__global__ void __launch_bounds__(THREADS) delta_forward(
+__global__ void __launch_bounds__(PASS_THREADS) delta_forward(
     const bfloat16 *q, const bfloat16 *k, const bfloat16 *v, const bfloat16 *inverse,
     const bfloat16 *reads, const bfloat16 *decayed, const float *scales, const float *initial,
     bfloat16 *o, bfloat16 *missing, bfloat16 *carries, float *last, int64 q_batch, int64 q_time,
@@ -501,8 +503,8 @@ __global__ void __launch_bounds__(THREADS) delta_forward(
     int length, int heads) {
     using Stage = Tiles<CHANNEL>;
     extern __shared__ __align__(128) char shared[];
-    bfloat16 *stages = (bfloat16 *)shared, *tile_s = stages + 2 * Stage::SIZE, *tile_r = tile_s + SLIM;
-    bfloat16 *tile_end = tile_r + SLIM;  // with a gate a head alone
+    bfloat16 *stages = (bfloat16 *)shared, *tile_s = stages + 2 * Stage::SIZE, *tile_r = tile_s + TILE;
+    bfloat16 *tile_end = tile_r + TILE;  // with a gate a head alone
     Part part(length, heads);
     Lane lane;
     Source source{q, k, inverse, reads, decayed, v, {q_batch, q_time, q_head}, {k_batch, k_time, k_head},
@@ -523,7 +525,7 @@ __global__ void __launch_bounds__(THREADS) delta_forward(
         }
         for_each_pair([&](int n, int down, int row, int column) {
             u32 pair = pack(s[n][2 * down], s[n][2 * down + 1]);
-            *(u32 *)(tile_s + row * SLIM_ROW + column) = pair;
+            *(u32 *)(tile_s + row * ROW + part.column + column) = pair;
             if (carries) *(u32 *)(carries + (block * D + row) * D + part.column + column) = pair;
         });
         wait_for_copies();
@@ -532,32 +534,33 @@ __global__ void __launch_bounds__(THREADS) delta_forward(
             fetch(Stage(stages + (chunk + 1) % 2 * Stage::SIZE), source, part, chunk + 1);
 
         float r[N][4] = {}, y[N][4] = {}, x[N][4] = {};
-        multiply<false, false, D / 16>(r, tiles.keys, ROW, 16 * lane.warp, tile_s, SLIM_ROW);
-        multiply<false, false, D / 16>(y, tiles.queries, ROW, 16 * lane.warp, tile_s, SLIM_ROW);
+        multiply<false, false, D / 16>(r, tiles.keys, ROW, 16 * lane.warp, tile_s + part.column, ROW);
+        multiply<false, false, D / 16>(y, tiles.queries, ROW, 16 * lane.warp, tile_s + part.column, ROW);
         for_each_pair([&](int n, int down, int row, int column) {
-            const bfloat16 *own = tiles.own + row * SLIM_ROW + column;
+            const bfloat16 *own = tiles.own + row * ROW + part.column + column;
             float one = load(own[0]) - start[down] * r[n][2 * down];
             float two = load(own[1]) - start[down] * r[n][2 * down + 1];
-            *(u32 *)(tile_r + row * SLIM_ROW + column) = pack(one, two);
+            *(u32 *)(tile_r + row * ROW + part.column + column) = pack(one, two);
             y[n][2 * down] *= start[down], y[n][2 * down + 1] *= start[down];
         });
         __syncthreads();
         for (int block = 0; block <= lane.warp; block++)
             multiply<false, false, 1>(x, tiles.inverse + 16 * block, ROW, 16 * lane.warp,
-                                      tile_r + 16 * block * SLIM_ROW, SLIM_ROW);
+                                      tile_r + 16 * block * ROW + part.column, ROW);
         for_each_pair([&](int n, int down, int row, int column) {
             float one = x[n][2 * down], two = x[n][2 * down + 1];
             u32 pair = pack(one, two);
-            *(u32 *)(tile_s + row * SLIM_ROW + column) = pair;  // in the place of S, which was read
-            if (!CHANNEL) *(u32 *)(tile_end + row * SLIM_ROW + column) = pack(one * end[down], two * end[down]);
+            *(u32 *)(tile_s + row * ROW + part.column + column) = pair;  // in the place of S, which was read
+            if (!CHANNEL) *(u32 *)(tile_end + row * ROW + part.column + column) = pack(one * end[down], two * end[down]);
             if (missing) *(u32 *)(missing + (block * T + row) * D + part.column + column) = pair;
             s[n][2 * down] *= total[down], s[n][2 * down + 1] *= total[down];
         });
         __syncthreads();
-        multiply<true, false, T / 16>(s, tiles.ends, ROW, 16 * lane.warp, CHANNEL ? tile_s : tile_end, SLIM_ROW);
+        multiply<true, false, T / 16>(s, tiles.ends, ROW, 16 * lane.warp, (CHANNEL ? tile_s : tile_end) + part.column,
+                                     ROW);
         for (int block = 0; block <= lane.warp; block++)
             multiply<false, false, 1>(y, tiles.reads + 16 * block, ROW, 16 * lane.warp,
-                                      tile_s + 16 * block * SLIM_ROW, SLIM_ROW);
+                                      tile_s + 16 * block * ROW + part.column, ROW);
         for_each_pair([&](int n, int down, int row, int column) {
             int64 step = (int64)chunk * T + row;
             if (step < length)
@@ -578,7 +581,7 @@ __global__ void __launch_bounds__(THREADS) delta_forward(
 //
 // dcarries (B, K, H, D, D): E at each chunk's end.
 template <bool CHANNEL>
-__global__ void __launch_bounds__(THREADS) delta_backward(
+__global__ void __launch_bounds__(PASS_THREADS) delta_backward(
     const bfloat16 *q, const bfloat16 *k, const bfloat16 *dy, const bfloat16 *inverse,
     const bfloat16 *reads, const bfloat16 *decayed, const float *scales, const float *dlast,
     bfloat16 *dv, bfloat16 *dcarries, float *dinitial, int64 q_batch, int64 q_time, int64 q_head,
@@ -586,8 +589,8 @@ __global__ void __launch_bounds__(THREADS) delta_backward(
     int heads) {
     using Stage = Tiles<CHANNEL>;
     extern __shared__ __align__(128) char shared[];
-    bfloat16 *stages = (bfloat16 *)shared, *tile_e = stages + 2 * Stage::SIZE, *tile_y = tile_e + SLIM;
-    bfloat16 *tile_dy = tile_y + SLIM;  // with a gate a head alone
+    bfloat16 *stages = (bfloat16 *)shared, *tile_e = stages + 2 * Stage::SIZE, *tile_y = tile_e + TILE;
+    bfloat16 *tile_dy = tile_y + TILE;  // with a gate a head alone
     Part part(length, heads);
     Lane lane;
     Source source{q, k, inverse, reads, decayed, dy, {q_batch, q_time, q_head}, {k_batch, k_time, k_head},
@@ -608,7 +611,7 @@ __global__ void __launch_bounds__(THREADS) delta_backward(
         }
         for_each_pair([&](int n, int down, int row, int column) {
             u32 pair = pack(e[n][2 * down], e[n][2 * down + 1]);
-            *(u32 *)(tile_e + row * SLIM_ROW + column) = pair;
+            *(u32 *)(tile_e + row * ROW + part.column + column) = pair;
             *(u32 *)(dcarries + (block * D + row) * D + part.column + column) = pair;
         });
         wait_for_copies();
@@ -616,28 +619,28 @@ __global__ void __launch_bounds__(THREADS) delta_backward(
         if (chunk > 0) fetch(Stage(stages + (chunk - 1) % 2 * Stage::SIZE), source, part, chunk - 1);
 
         float y[N][4] = {}, z[N][4] = {};
-        multiply<false, false, D / 16>(y, tiles.ends, ROW, 16 * lane.warp, tile_e, SLIM_ROW);
+        multiply<false, false, D / 16>(y, tiles.ends, ROW, 16 * lane.warp, tile_e + part.column, ROW);
         if (!CHANNEL) {
             for_each_pair([&](int n, int down, int row, int column) {
-                const bfloat16 *own = tiles.own + row * SLIM_ROW + column;
-                *(u32 *)(tile_dy + row * SLIM_ROW + column) =
+                const bfloat16 *own = tiles.own + row * ROW + part.column + column;
+                *(u32 *)(tile_dy + row * ROW + part.column + column) =
                     pack(start[down] * load(own[0]), start[down] * load(own[1]));
                 y[n][2 * down] *= end[down], y[n][2 * down + 1] *= end[down];
             });
         }
         for (int block = lane.warp; block < T / 16; block++)
             multiply<true, false, 1>(y, tiles.reads + 16 * block * ROW, ROW, 16 * lane.warp,
-                                     tiles.own + 16 * block * SLIM_ROW, SLIM_ROW);
+                                     tiles.own + 16 * block * ROW + part.column, ROW);
         for_each_pair([&](int n, int down, int row, int column) {
-            *(u32 *)(tile_y + row * SLIM_ROW + column) = pack(y[n][2 * down], y[n][2 * down + 1]);
+            *(u32 *)(tile_y + row * ROW + part.column + column) = pack(y[n][2 * down], y[n][2 * down + 1]);
         });
         __syncthreads();
         for (int block = lane.warp; block < T / 16; block++)
             multiply<true, false, 1>(z, tiles.inverse + 16 * block * ROW, ROW, 16 * lane.warp,
-                                     tile_y + 16 * block * SLIM_ROW, SLIM_ROW);
+                                     tile_y + 16 * block * ROW + part.column, ROW);
         for_each_pair([&](int n, int down, int row, int column) {
             float one = z[n][2 * down], two = z[n][2 * down + 1];
-            *(u32 *)(tile_e + row * SLIM_ROW + column) = pack(-start[down] * one, -start[down] * two);
+            *(u32 *)(tile_e + row * ROW + part.column + column) = pack(-start[down] * one, -start[down] * two);
             int64 step = (int64)chunk * T + row;
             if (step < length)
                 *(u32 *)(dv + ((part.batch * length + step) * heads + part.head) * D + part.column + column) =
@@ -645,9 +648,9 @@ __global__ void __launch_bounds__(THREADS) delta_backward(
             e[n][2 * down] *= total[down], e[n][2 * down + 1] *= total[down];
         });
         __syncthreads();
-        multiply<true, false, T / 16>(e, tiles.queries, ROW, 16 * lane.warp, CHANNEL ? tiles.own : tile_dy,
-                                      SLIM_ROW);
-        multiply<true, false, T / 16>(e, tiles.keys, ROW, 16 * lane.warp, tile_e, SLIM_ROW);
+        multiply<true, false, T / 16>(e, tiles.queries, ROW, 16 * lane.warp, (CHANNEL ? tiles.own : tile_dy) +
+                                      part.column, ROW);
+        multiply<true, false, T / 16>(e, tiles.keys, ROW, 16 * lane.warp, tile_e + part.column, ROW);
         swap(tile_e, tile_y);  // of the two only Z may still be read
     }
     for_each_pair([&](int n, int down, int row, int column) {
@@ -707,13 +710,13 @@ inline void multiply_turned(float (&sum)[2][4], const u32 (&left)[4], const u32 
     mma(sum[1], left, turned[2], turned[3]);
 }
 
-// Pairs in different halves of 2 SIZE steps within the warp's 16; y, r and their transposes as left
-// operands, lower and upper triangular without the diagonal.
+// Pairs in different halves of 2 SIZE steps within the warp's 16. Y and R are lower triangular there,
+// without the diagonal.
 template <int SIZE>
-inline void gradients_within(Sums &to, const u32 (&y)[4], const u32 (&y_turned)[4], const u32 (&r)[4],
-                             const u32 (&r_turned)[4], const u32 (&q)[4], const u32 (&k)[4],
-                             const float *u, const float *beta, int column) {
+inline void gradients_within(Sums &to, const bfloat16 *tile_y, const bfloat16 *tile_r, const u32 (&q)[4],
+                             const u32 (&k)[4], const float *u, const float *beta, int column) {
     Lane lane;
+    int own = 16 * lane.warp;
     float2 decay[4];
     u32 keys[4], queries[4], keys_turned[4], queries_turned[4];
 #pragma unroll
@@ -725,7 +728,11 @@ inline void gradients_within(Sums &to, const u32 (&y)[4], const u32 (&y_turned)[
         keys_turned[j] = transpose_8x8(keys[j]);
         queries_turned[j] = transpose_8x8(queries[j]);
     }
-    u32 of_y[4] = {}, of_y_turned[4] = {}, of_both[4] = {};
+    u32 y[4], r[4], y_turned[4], r_turned[4], of_y[4] = {}, of_y_turned[4] = {}, of_both[4] = {};
+    load_left<false>(y, tile_y, ROW, own, own);
+    load_left<false>(r, tile_r, ROW, own, own);
+    load_left<true>(y_turned, tile_y, ROW, own, own);
+    load_left<true>(r_turned, tile_r, ROW, own, own);
     if (SIZE == 8) {
         of_y[1] = y[1], of_y_turned[2] = y_turned[2];
         of_both[1] = r[1], of_both[2] = r_turned[2];
@@ -752,7 +759,7 @@ template <int SIZE> inline int place_of_queries(int row) { return SIZE == 32 ? r
 template <int SIZE>
 inline void share_scaled(bfloat16 *keys, bfloat16 *queries, const bfloat16 *tile_q, const bfloat16 *tile_k,
                          const float *u, const float *beta) {
-    for (int i = threadIdx.x; i < T * D / 2; i += THREADS) {
+    for (int i = threadIdx.x; i < T * D / 2; i += WIDE_THREADS) {
         int row = i / (D / 2), column = i % (D / 2) * 2;
         bool second = is_second<SIZE>(row);
         float2 decay = to_base<SIZE>(u, row, column);
@@ -863,7 +870,7 @@ inline void sum_before(float (&x)[2], float &all) {
 
 // dq, dk (B, L, H, D); dlog_decay (B, L, H, D or 1) and dbeta (B, L, H).
 template <bool CHANNEL>
-__global__ void __launch_bounds__(THREADS) delta_gradients(
+__global__ void __launch_bounds__(WIDE_THREADS, 2) delta_gradients(
     const bfloat16 *q, const bfloat16 *k, const bfloat16 *dy, const bfloat16 *dv, const float *log_decay,
     const float *beta, const bfloat16 *missing, const bfloat16 *carries, const bfloat16 *dcarries,
     bfloat16 *dq, bfloat16 *dk, float *dlog_decay, float *dbeta, int64 q_batch, int64 q_time, int64 q_head,
@@ -876,61 +883,62 @@ __global__ void __launch_bounds__(THREADS) delta_gradients(
     bfloat16 *tile_far = tile_x + TILE, *tile_queries = tile_far + TILE;  // with CHANNEL alone
     float *u = (float *)(tile_queries + TILE);                            // too
     __shared__ float gates[T], share[T], diagonal[T], of_state[D], of_pairs[WARPS][D], of_ends[WARPS][D];
+    __shared__ float of_share[HALVES][T];
     if (!CHANNEL) u = gates;
     Place here(length, heads);
     int64 of_head = here.first * heads + here.head;
-    load_gates<CHANNEL>(u, log_decay + of_head * (CHANNEL ? D : 1), heads, here.rows);
+    load_gates<CHANNEL, WIDE_THREADS>(u, log_decay + of_head * (CHANNEL ? D : 1), heads, here.rows);
     load_shares(share, beta + of_head, heads, here.rows);
-    load_tile<D>(tile_q, q + here.at({q_batch, q_time, q_head}, here.head), q_time, here.rows);
-    load_tile<D>(tile_k, k + here.at({k_batch, k_time, k_head}, here.head), k_time, here.rows);
-    load_tile<D>(tile_s, carries + (int64)blockIdx.x * D * D, D, D);
-    load_tile<D>(tile_e, dcarries + (int64)blockIdx.x * D * D, D, D);
-    load_tile<D>(tile_y, dy + here.at({dy_batch, dy_time, dy_head}, here.head), dy_time, here.rows);
-    load_tile<D>(tile_r, dv + of_head * D, (int64)heads * D, here.rows);
-    load_tile<D>(tile_x, missing + (int64)blockIdx.x * T * D, D, T);
+    load_tile<D, WIDE_THREADS>(tile_q, q + here.at({q_batch, q_time, q_head}, here.head), q_time, here.rows);
+    load_tile<D, WIDE_THREADS>(tile_k, k + here.at({k_batch, k_time, k_head}, here.head), k_time, here.rows);
+    load_tile<D, WIDE_THREADS>(tile_s, carries + (int64)blockIdx.x * D * D, D, D);
+    load_tile<D, WIDE_THREADS>(tile_e, dcarries + (int64)blockIdx.x * D * D, D, D);
+    load_tile<D, WIDE_THREADS>(tile_y, dy + here.at({dy_batch, dy_time, dy_head}, here.head), dy_time, here.rows);
+    load_tile<D, WIDE_THREADS>(tile_r, dv + of_head * D, (int64)heads * D, here.rows);
+    load_tile<D, WIDE_THREADS>(tile_x, missing + (int64)blockIdx.x * T * D, D, T);
     __syncthreads();
 
     Lane lane;
-    int own = 16 * lane.warp;
-    u32 of_y[D / 16][4], of_z[D / 16][4], of_x[D / 16][4];
+    int own = 16 * lane.warp, half = threadIdx.x / THREADS;
+    u32 of_y[D / 16][4], of_z[D / 16][4], of_x[D / 16][4], mine[D / 16][4];
 #pragma unroll
     for (int c = 0; c < D / 16; c++) {
         load_left<false>(of_y[c], tile_y, ROW, own, 16 * c);
         load_left<false>(of_z[c], tile_r, ROW, own, 16 * c);
         load_left<false>(of_x[c], tile_x, ROW, own, 16 * c);
+#pragma unroll
+        for (int j = 0; j < 4; j++) mine[c][j] = half ? of_z[c][j] : of_y[c][j];
     }
-    __syncwarp();
-    // Pairs take the place of dO and Z, of which other warps do not need these rows.
+    __syncthreads();
+    // Pairs take the place of dO and Z, of which other warps do not need these rows: Y from one half of
+    // the threads, R from the other.
     for (int block = 0; block <= lane.warp; block++) {
-        float y[2][4] = {}, r[2][4] = {};
-        multiply<true>(y, of_y, tile_x + 16 * block * ROW, ROW);
-        multiply<true>(r, of_z, tile_x + 16 * block * ROW, ROW);
+        float pairs[2][4] = {};
+        multiply<true>(pairs, mine, tile_x + 16 * block * ROW, ROW);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             int row = lane.row(j), column = 16 * block + lane.column(j);
-            float pairs[2][2];
+            float pair[2];
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                float one = y[j / 2][2 * (j % 2) + h], two = r[j / 2][2 * (j % 2) + h];
-                float weight = CHANNEL ? 1.f : __expf(gates[row] - gates[min(column + h, row)]);
-                bool behind = column + h < row;
-                if (column + h == row) diagonal[row] = one;
-                pairs[0][h] = behind ? one * weight : 0.f;
-                pairs[1][h] = behind ? -two * weight : 0.f;
+                float value = pairs[j / 2][2 * (j % 2) + h];
+                if (!half && column + h == row) diagonal[row] = value;
+                if (!CHANNEL) value *= __expf(gates[row] - gates[min(column + h, row)]);
+                pair[h] = column + h < row ? (half ? -value : value) : 0.f;
             }
-            *(u32 *)(tile_y + row * ROW + column) = pack(pairs[0][0], pairs[0][1]);
-            *(u32 *)(tile_r + row * ROW + column) = pack(pairs[1][0], pairs[1][1]);
+            *(u32 *)((half ? tile_r : tile_y) + row * ROW + column) = pack(pair[0], pair[1]);
         }
     }
-    {  // of exp(u_T), a key channel for two threads
-        int c = threadIdx.x / 2, half = threadIdx.x % 2 * (D / 2);
+    {  // of exp(u_T), a key channel for four threads
+        int c = threadIdx.x / 4;
         float sum = 0.f;
 #pragma unroll
-        for (int i = 0; i < D / 2; i += 2) {
-            u32 s = *(const u32 *)(tile_s + c * ROW + half + i), e = *(const u32 *)(tile_e + c * ROW + half + i);
+        for (int i = 0; i < D / 8; i++) {
+            int at = c * ROW + threadIdx.x % 4 * 2 + 8 * i;
+            u32 s = *(const u32 *)(tile_s + at), e = *(const u32 *)(tile_e + at);
             sum += low_of(s) * low_of(e) + high_of(s) * high_of(e);
         }
-        sum += __shfl_xor_sync(ALL, sum, 1);
+        sum = sum_of_row(sum);
         of_state[c] = sum * __expf(CHANNEL ? u[(T - 1) * WIDE_ROW + c] : gates[T - 1]);
     }
     __syncthreads();
@@ -938,23 +946,16 @@ __global__ void __launch_bounds__(THREADS) delta_gradients(
         share_scaled<16>(tile_near, tile_queries, tile_q, tile_k, u, share);
         share_scaled<32>(tile_far, tile_queries, tile_q, tile_k, u, share);
     } else {
-        for (int i = threadIdx.x; i < T * D / 2; i += THREADS) {
+        for (int i = threadIdx.x; i < T * D / 2; i += WIDE_THREADS) {
             int row = i / (D / 2), at = row * ROW + i % (D / 2) * 2;
             *(u32 *)(tile_near + at) = scaled(*(const u32 *)(tile_k + at), make_float2(share[row], share[row]), 1.f);
         }
     }
     __syncthreads();
 
-    u32 y[4], r[4], y_turned[4], r_turned[4];
-    if (CHANNEL) {
-        load_left<false>(y, tile_y, ROW, own, own);
-        load_left<false>(r, tile_r, ROW, own, own);
-        load_left<true>(y_turned, tile_y, ROW, own, own);
-        load_left<true>(r_turned, tile_r, ROW, own, own);
-    }
-    float of_share[2] = {0.f, 0.f}, of_u[2] = {0.f, 0.f}, of_end[2] = {0.f, 0.f};
+    float shares[2] = {0.f, 0.f}, of_u[2] = {0.f, 0.f}, of_end[2] = {0.f, 0.f};
 #pragma unroll 1
-    for (int c = 0; c < D; c += 16) {
+    for (int c = half * KEYS; c < (half + 1) * KEYS; c += 16) {
         Sums to;
         u32 queries[4], keys[4];
         load_left<false>(queries, tile_q, ROW, own, c);
@@ -980,10 +981,10 @@ __global__ void __launch_bounds__(THREADS) delta_gradients(
             }
         }
         if (CHANNEL) {
-            gradients_within<8>(to, y, y_turned, r, r_turned, queries, keys, u, share, c);
-            gradients_within<4>(to, y, y_turned, r, r_turned, queries, keys, u, share, c);
-            gradients_within<2>(to, y, y_turned, r, r_turned, queries, keys, u, share, c);
-            gradients_within<1>(to, y, y_turned, r, r_turned, queries, keys, u, share, c);
+            gradients_within<8>(to, tile_y, tile_r, queries, keys, u, share, c);
+            gradients_within<4>(to, tile_y, tile_r, queries, keys, u, share, c);
+            gradients_within<2>(to, tile_y, tile_r, queries, keys, u, share, c);
+            gradients_within<1>(to, tile_y, tile_r, queries, keys, u, share, c);
             gradients_across<16>(to, tile_y, tile_r, tile_queries, tile_near, queries, keys, u, share, c);
             gradients_across<32>(to, tile_y, tile_r, tile_queries, tile_far, queries, keys, u, share, c);
         } else {
@@ -1000,7 +1001,7 @@ __global__ void __launch_bounds__(THREADS) delta_gradients(
                 float of_p = to.dp[j][h] + same * query + end[j][h];
                 of_q[h] = to.dq[j][h] + same * beta_i * key;
                 of_k[h] = to.dr[j][h] + beta_i * of_p;
-                of_share[j % 2] += key * of_p;
+                shares[j % 2] += key * of_p;
                 end[j][h] *= beta_i * key;  // now what exp(u_T - u) gets
                 if (!CHANNEL) of_u[j % 2] += to.du[j][h], of_end[j % 2] += end[j][h];
             }
@@ -1047,17 +1048,19 @@ __global__ void __launch_bounds__(THREADS) delta_gradients(
     }
 #pragma unroll
     for (int down = 0; down < 2; down++) {
-        int row = lane.row(down);
-        float sum = sum_of_row(of_share[down]), later = sum_of_row(of_u[down]), end = sum_of_row(of_end[down]);
+        float sum = sum_of_row(shares[down]), later = sum_of_row(of_u[down]), end = sum_of_row(of_end[down]);
         if (lane.t) continue;
-        if (row < here.rows) dbeta[of_head + (int64)row * heads] = sum;
-        if (!CHANNEL) of_pairs[0][row] = later, of_ends[0][row] = end;
+        of_share[half][lane.row(down)] = sum;
+        if (!CHANNEL) of_pairs[half][lane.row(down)] = later, of_ends[half][lane.row(down)] = end;
     }
-    if (CHANNEL) return;
     __syncthreads();
-    if (lane.warp > 0) return;
+    if (threadIdx.x < here.rows)
+        dbeta[of_head + (int64)threadIdx.x * heads] = of_share[0][threadIdx.x] + of_share[1][threadIdx.x];
+    if (CHANNEL || threadIdx.x >= 32) return;
     int id = threadIdx.x, t = 2 * id;
-    float later = of_pairs[0][t] + of_pairs[0][t + 1], ends = cumulated(of_ends[0][t] + of_ends[0][t + 1]);
+    float second = of_pairs[0][t + 1] + of_pairs[1][t + 1], first_end = of_ends[0][t] + of_ends[1][t];
+    float later = of_pairs[0][t] + of_pairs[1][t] + second;
+    float ends = cumulated(first_end + of_ends[0][t + 1] + of_ends[1][t + 1]);
 #pragma unroll
     for (int far = 1; far < 32; far *= 2) {
         float other = __shfl_sync(ALL, later, id + far);
@@ -1069,5 +1072,5 @@ __global__ void __launch_bounds__(THREADS) delta_gradients(
     float total = sum_of_warp(of_state[t] + of_state[t + 1]);
     if (t < here.rows) dlog_decay[of_head + (int64)t * heads] = later + before + total;
     if (t + 1 < here.rows)
-        dlog_decay[of_head + (int64)(t + 1) * heads] = rest + of_pairs[0][t + 1] + before + of_ends[0][t] + total;
+        dlog_decay[of_head + (int64)(t + 1) * heads] = rest + second + before + first_end + total;
 }

@@ -95,8 +95,9 @@ def built_delta(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> Emulato
 @pytest.fixture
 def delta(built_delta: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     def launch(device, name, blocks, shared, *args) -> None:
-        parameters = cuda_delta._PARAMETERS[name.partition("<")[0]]
-        built_delta.launch(device, name, parameters, blocks, (128, 1), shared, *args)
+        family = name.partition("<")[0]
+        built_delta.launch(device, name, cuda_delta._PARAMETERS[family], blocks,
+                           (cuda_delta._THREADS[family], 1), shared, *args)
 
     monkeypatch.setattr(cuda_delta, "_launch", launch)
 
