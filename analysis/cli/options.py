@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from analysis.cli.console import write
+from analysis.cli.console import escaped, write
 from mambabyte.config.files import to_json
 
 T = TypeVar("T")
@@ -29,6 +29,15 @@ def parse(options: type[T], argv: list[str], command: str, about: str | None,
 def print_result(record: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """The result on stdout: the record as JSON, or lines for people."""
     write(to_json(record) if as_json else "\n".join(lines), sys.stdout)
+
+
+def cell(value: Any) -> str:
+    """A value in a table: numbers in at most four digits, or all of a large one's, - for none."""
+    if value is None or value != value:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return escaped(str(value))
 
 
 def pick_device(device: str) -> str:

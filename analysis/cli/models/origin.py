@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from analysis.cli.console import say
 from mambabyte.errors import UserError
@@ -25,6 +24,7 @@ def corpus_of(checkpoint: Path, asked: str) -> Corpus:
 
     Raises UserError where the run does not say what it was trained on, or that is gone.
     """
+    from analysis.runs.trainings import read_json
     from mambabyte.corpus import load_corpus
 
     folder = run_folder(checkpoint)
@@ -48,15 +48,6 @@ def corpus_of(checkpoint: Path, asked: str) -> Corpus:
         say(f"note: the run was trained on another text than {corpus.name} is now"
             f"{_named(origin)}; the held-out part may hold what it has seen")
     return corpus
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is none that can be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _named(origin: dict) -> str:
