@@ -32,7 +32,7 @@ from analysis.runs.folders import RUNS, Run, Table, list_runs
 from analysis.runs.records import RECORDS, load_records, machine_name
 from analysis.studies import STUDIES, Study
 from analysis.studies.drawing import Figure, figures
-from mambabyte.config.files import check_file, whole_dir, whole_file
+from mambabyte.config.files import check_file, made, whole_dir, whole_file, write_manifest
 from mambabyte.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -86,9 +86,10 @@ def build_report(
                   for r in page.shown if r.notebook}
     text = page.render()
     check_page(text, appendices.keys(), draft=draft)
-    with whole_dir(out.parent / APPENDICES) as folder:
+    with whole_dir(out.parent / APPENDICES, ours=made(out.parent / APPENDICES)) as folder:
         for name, content in appendices.items():
             (folder / Path(name).name).write_text(content, encoding="utf-8")
+        write_manifest(folder)
     with whole_file(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return out

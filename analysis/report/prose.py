@@ -97,7 +97,8 @@ class Prose:
     def _measured(self, path: str) -> bool:
         name = path.partition(".")[0]
         among = self._among(name)
-        if name not in among:
+        known_not_to_be = self._sources.draft or name in self._sources.problems
+        if name not in among and known_not_to_be:
             return False
         found = self._find(path, among)
         return found is not None and found.value is not None

@@ -13,6 +13,7 @@ folder without it is not a run. Reading needs neither torch nor matplotlib.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -23,8 +24,8 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.runs.frames import flat, read_frame, write_frame
-from mambabyte.config.files import make_dir, to_json, whole_dir, whole_file
+from analysis.runs.frames import flat, read_frame, table_file, write_frame
+from mambabyte.config.files import damaged, make_dir, sha256, to_json, whole_dir, whole_file
 from mambabyte.errors import UserError
 
 Plain = float | int | str | bool | None
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "reports" / "runs"
 INTERACTIVE = "interactive"  # folder of runs recorded by hand; not part of the report
 RECORD = "run.json"
+SEAL = "record_sha256"
 FORMAT = 2
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*\Z")
@@ -109,7 +111,7 @@ def write_run(run: Run, folder: Path | str) -> Path:
         make_dir(folder)
         _write(run, folder)
     else:
-        with whole_dir(folder) as temporary:
+        with whole_dir(folder, ours=made(folder)) as temporary:
             _write(run, temporary)
     return folder
 
@@ -117,6 +119,15 @@ def write_run(run: Run, folder: Path | str) -> Path:
 def sweeps(folder: Path) -> bool:
     """Whether a sweep has made a folder for a run that is not in it yet."""
     return folder != RUNS and folder.is_dir() and not (folder / RECORD).exists()
+
+
+def made(folder: Path) -> set[str]:
+    """The names in a run folder that are its run's; what else is there is the user's and stays."""
+    if not folder.exists():
+        return set()
+    record = _read_record(folder)
+    tables = {f"{name}{kind}" for name in record.get("tables", ()) for kind in (".csv", ".parquet")}
+    return {RECORD, "notebook.ipynb", "log.txt", "stderr.txt", *tables}
 
 
 def _write(run: Run, folder: Path) -> None:
@@ -140,8 +151,44 @@ def _write(run: Run, folder: Path) -> None:
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """run.json of a folder, an entry a line. Its order is the order of the report."""
+    record = {"format": FORMAT, **record}
+    if "sha256" in record:
+        record[SEAL] = _seal(record)
     with whole_file(folder / RECORD) as path:
-        path.write_text(_lines({"format": FORMAT, **record}, 2) + "\n", encoding="utf-8")
+        path.write_text(_lines(record, 2) + "\n", encoding="utf-8")
+
+
+def seal(folder: Path, **entries: Any) -> None:
+    """Adds the last entries to a run.json, with the SHA-256 of its tables and of itself: who reads
+    the folder from then on is told where one is not what was written."""
+    record = {**_read_record(folder), **entries}
+    files = [table_file(folder, name) for name in record.get("tables", ())]
+    write_record(folder, {**record, "sha256": {file.name: sha256(file) for file in files}})
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    """SHA-256 of the entries of a run.json but this."""
+    rest = {key: value for key, value in record.items() if key != SEAL}
+    return hashlib.sha256(to_json(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """run.json of a folder; UserError where it is none."""
+    path = folder / RECORD
+    try:
+        if path.exists() and not path.is_file():  # to read a pipe would be to wait for ever
+            raise ValueError(f"{RECORD} is no file")
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or "format" not in record:
+            raise ValueError(f"{RECORD} has no format")
+        return record
+    except (OSError, ValueError) as error:
+        raise _broken(folder, error) from None
+
+
+def _broken(folder: Path, error: Exception) -> UserError:
+    return UserError(f"{folder} is not a complete run folder ({type(error).__name__}: {error}): "
+                     "delete it and run the sweep again")
 
 
 def _lines(value: Any, levels: int) -> str:
@@ -164,16 +211,23 @@ def load_run(folder: Path | str) -> Run:
     """Reads a run folder; UserError where it is none, was damaged or is of an older version."""
     folder = Path(folder)
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = _read_record(folder)
         if record["format"] != FORMAT:
             raise UserError(
                 f"{folder} has format {record['format']}, this version reads {FORMAT}: "
                 "delete the folder and run the sweep again")
+        if record["status"] not in ("done", "failed"):
+            raise ValueError(f"status is {record['status']!r}, expected done or failed")
         tables = {check_name("table", name): Table(name, caption, read_frame(folder, name))
                   for name, caption in record.get("tables", {}).items()}
         figures = record.get("figures", {})
         for name, table in figures.items():
             tables[check_name("figure", name) and table]
+        wrong = damaged(folder, record.get("sha256", {}))
+        if record.get(SEAL, _seal(record)) != _seal(record):
+            wrong.append(RECORD)
+        if wrong:
+            raise ValueError(f"{wrong[0]} is not what was written, its SHA-256 is another")
         return Run(
             study=check_name("study", record["study"]), parameters=record["parameters"],
             values={n: Value(_decode(v["value"]), v.get("unit", ""), v.get("about", ""))
@@ -187,9 +241,7 @@ def load_run(folder: Path | str) -> Run:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{folder} is not a complete run folder ({type(error).__name__}: {error}): "
-            "delete it and run the sweep again") from None
+        raise _broken(folder, error) from None
 
 
 def list_runs(root: Path | str = RUNS) -> list[Run]:
@@ -197,7 +249,7 @@ def list_runs(root: Path | str = RUNS) -> list[Run]:
     root = Path(root)
     if not root.is_dir():
         return []
-    folders = (p for p in root.iterdir() if (p / RECORD).is_file() and not p.name.startswith("."))
+    folders = (p for p in root.iterdir() if (p / RECORD).exists() and not p.name.startswith("."))
     return [load_run(p) for p in sorted(folders)]
 
 

@@ -65,16 +65,24 @@ def write_frame(folder: Path, name: str, frame: pd.DataFrame) -> Path:
 
 def read_frame(folder: Path, name: str) -> pd.DataFrame:
     """The inverse of write_frame; a column with unmeasured cells has dtype object and None."""
-    path = folder / f"{name}.csv"
-    if path.is_file():
+    path = table_file(folder, name)
+    if path.suffix == ".csv":
         return _read_csv(path)
     import pyarrow.parquet as pq
 
-    table = pq.read_table(folder / f"{name}.parquet")
+    table = pq.read_table(path)
     return pd.DataFrame({
         column: pd.Series(values.to_pylist(), dtype=object) if values.null_count
         else values.to_pandas()
         for column, values in zip(table.column_names, table.columns, strict=True)})
+
+
+def table_file(folder: Path, name: str) -> Path:
+    """The file of a table; ValueError where there is none, as for a folder of its name."""
+    for path in (folder / f"{name}.csv", folder / f"{name}.parquet"):
+        if path.is_file():
+            return path
+    raise ValueError(f"there is no file {name}.csv or {name}.parquet")
 
 
 def _read_csv(path: Path) -> pd.DataFrame:

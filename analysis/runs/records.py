@@ -12,7 +12,7 @@ from dataclasses import replace
 from fnmatch import filter as filter_names
 from pathlib import Path
 
-from analysis.runs.folders import RECORD, ROOT, Run, check_name, load_run, write_run
+from analysis.runs.folders import RECORD, ROOT, Run, check_name, load_run, made, seal, write_run
 from mambabyte.errors import UserError
 
 DATA = ROOT / "data"
@@ -26,6 +26,7 @@ def write_record_folder(run: Run, folder: Path | str) -> Path:
         raise UserError(f"{folder}: a record is a finished run with a title and a line about it")
     check_name("record", Path(folder).name)
     write_run(run, folder)
+    seal(Path(folder))
     load_record(Path(folder))  # a record that cannot be read back is not one
     return Path(folder)
 
@@ -37,6 +38,7 @@ def check_record_folder(folder: Path) -> None:
         raise UserError(f"{folder} is there and is no record: choose another folder")
     if folder.is_file():
         raise UserError(f"{folder} is a file: a record is a folder")
+    made(folder)  # a run.json that is not ours is not written over
 
 
 def keep(run: Run, patterns: Sequence[str]) -> Run:

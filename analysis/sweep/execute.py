@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from analysis.runs.folders import RECORD, update_record, write_record
+from analysis.runs.folders import RECORD, made, seal, write_record
 from mambabyte.config.files import make_dir, put_in_place, scratch_dir, to_json
 from mambabyte.config.owners import end_with
+from mambabyte.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT_PATH = 90  # a UNIX socket's path has room for 107 bytes
@@ -70,9 +71,17 @@ def execute(task: Task) -> None:
         if error:
             _record_failure(temporary, task, error)
         _complete(temporary, task, time.perf_counter() - began)
-        put_in_place(temporary, Path(task.folder))
+        folder = Path(task.folder)
+        put_in_place(temporary, folder, _made(folder))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _made(folder: Path) -> set[str]:
+    try:
+        return made(folder)
+    except UserError:  # damaged; it has this run's name, so the names in it are a run's
+        return set()
 
 
 def _papermill(task: Task, log: TextIO, errors: TextIO) -> str:
@@ -137,7 +146,7 @@ def _record_failure(temporary: Path, task: Task, error: str) -> None:
 def _complete(temporary: Path, task: Task, seconds: float) -> None:
     """What the sweep knows: identity, sources, duration and the command that repeats it."""
     record = json.loads((temporary / RECORD).read_text(encoding="utf-8"))
-    update_record(
+    seal(
         temporary, parameters=task.parameters, run_id=task.run_id, sources=task.sources,
         profile=task.profile, seconds=round(seconds, 3),
         provenance={**record["provenance"], "command": task.command},

@@ -187,7 +187,7 @@ def _sync(path: Path) -> None:
 def write_manifest(folder: Path, **more: Any) -> None:
     """Say in manifest.json that the files of ``folder`` are ours, with the SHA-256 of each, and
     ``more``. Written last: a folder that has it is complete."""
-    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    sums = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
     write_json(folder / MANIFEST, {"sha256": sums, **more})
 
 
@@ -202,13 +202,23 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return found
 
 
+def made(folder: Path) -> set[str]:
+    """The names in ``folder`` that its manifest says are ours, with its own."""
+    try:
+        manifest = read_manifest(folder)
+    except ValueError:
+        return set()
+    return set() if manifest is None else {MANIFEST, *manifest["sha256"]}
+
+
 def damaged(folder: Path, sums: dict[str, str]) -> list[str]:
     """The names of ``sums`` whose file in ``folder`` is missing or has another SHA-256."""
     return [name for name, digest in sums.items()
-            if not (folder / name).is_file() or _sha256(folder / name) != digest]
+            if not (folder / name).is_file() or sha256(folder / name) != digest]
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
