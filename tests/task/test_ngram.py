@@ -6,8 +6,11 @@ import json
 import math
 from collections import Counter, defaultdict
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from analysis.cli.models.ngram import run as command
 from mambabyte.config import ModelConfig
@@ -144,6 +147,52 @@ def test_files_round_trip_and_refuse_what_is_not_a_model(tmp_path):
     model.save(path)
     with pytest.raises(UserError, match="order 3 do not agree"):
         NgramModel.load(path)
+
+
+WRONG = {
+    "nan discount": lambda t, about: about.update(discount="nan"),
+    "negative discount": lambda t, about: about.update(discount="-0.5"),
+    "cut order": lambda t, about: about.update(order="3"),
+    "cut tables": lambda t, about: (about.update(order="3"), [t.pop(k) for k in list(t)
+                                                              if k.startswith("3.")]),
+    "long order": lambda t, about: about.update(order=str(10**12)),
+    "no order": lambda t, about: (about.update(order="0"), t.clear()),
+    "other bytes": lambda t, about: about.update(bytes_counted="7"),
+    "totals": lambda t, about: t["2.total"].add_(1),
+    "counts": lambda t, about: (t["2.count"].add_(1), t["2.total"].add_(
+        t["2.start"][1:] - t["2.start"][:-1])),
+    "dtype": lambda t, about: t.update({"1.total": t["1.total"].float()}),
+    "symbols": lambda t, about: t["0.symbol"].copy_(t["0.symbol"].flip(0)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_tables_that_do_not_agree_are_not_scored(name, tmp_path, caplog):
+    """Of a file without a checksum: with one nothing could be changed at all."""
+    path = tmp_path / "n.safetensors"
+    count(DATA, 4).save(path)
+    with safe_open(path, "pt") as file:
+        tensors, about = load_file(path), file.metadata()
+    about.pop("sha256")
+    save_file(tensors, path, about)
+    NgramModel.load(path)
+    assert "has no checksum" in caplog.text
+    WRONG[name](tensors, about)
+    save_file(tensors, path, about)
+    with pytest.raises(UserError, match="no n-gram model"):
+        NgramModel.load(path)
+
+
+def test_a_flipped_bit_of_a_file_is_told(tmp_path):
+    path = tmp_path / "n.safetensors"
+    count(DATA, 4).save(path)
+    whole = path.read_bytes()
+    for position in np.random.default_rng(0).integers(0, len(whole), size=60):
+        changed = bytearray(whole)
+        changed[position] ^= 1 << int(position % 8)
+        path.write_bytes(changed)
+        with pytest.raises(UserError):
+            NgramModel.load(path)
 
 
 @pytest.mark.parametrize("kwargs", [{"order": 0}, {"discount": 0.0}, {"discount": 1.0}])
