@@ -24,10 +24,31 @@ from mambabyte.errors import UserError
 
 
 def cache_dir() -> Path:
-    """Where corpora and compiled kernels are kept: $XDG_CACHE_HOME/mambabyte or ~/.cache/..."""
+    """Where corpora and compiled kernels are kept: $XDG_CACHE_HOME/mambabyte or ~/.cache/...
+
+    Made for its user alone, as some of what is in it runs.
+    """
     # expanduser, not Path.home(): without a home directory that raises
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    private_dir(Path(root) / "mambabyte")
     return Path(root) / "mambabyte"
+
+
+def private_dir(path: Path) -> bool:
+    """Make a folder that its user alone may enter, whatever the umask; false if that is
+    impossible, or if it is somebody else's."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        about = path.stat()
+        if hasattr(os, "getuid") and about.st_uid != os.getuid():
+            return False
+        if about.st_mode & 0o777 != 0o700:
+            path.chmod(0o700)
+        return path.is_dir()
+    except OSError:
+        return False
 
 MANIFEST = "manifest.json"
 

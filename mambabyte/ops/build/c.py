@@ -11,13 +11,16 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mambabyte.config.files import cache_dir
+from mambabyte.config.files import cache_dir, scratch_dir
+from mambabyte.ops.build import store
 
 __all__ = ["FLAGS", "HEADERS", "TUNING", "load"]
 
@@ -26,6 +29,7 @@ HEADERS = Path(__file__).parent  # what sources may include
 # no -ffast-math: it would break nan and inf
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-shared", "-fPIC", "-pthread"]
+PATIENCE_SECONDS = 120  # for all that a compiler is asked about one source
 # the first that the compiler accepts
 TUNING: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
 
@@ -43,7 +47,7 @@ def load(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL | str:
     compiler = next((path for name in candidates if name and (path := shutil.which(name))), None)
     if compiler is None:
         return "no C compiler (looked for $CC, cc, gcc, clang)"
-    directory = next((path for path in _cache_directories() if _usable(path)), None)
+    directory = next((path for path in _cache_directories() if store.usable(path)), None)
     if directory is None:
         return "no writable directory for the compiled library"
     try:
@@ -51,10 +55,13 @@ def load(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL | str:
         key = hashlib.sha256(repr(stamp).encode() + _processor().encode())
         for part in (source, *sorted(HEADERS.glob("*.h"))):
             key.update(part.read_bytes())
-        target = directory / f"{source.stem}-{key.hexdigest()[:24]}.so"
-        if not target.exists() and (reason := _compile(compiler, source, defines, target)):
-            return reason
-        return ctypes.CDLL(str(target))
+        made_from = f"{source.stem}-{key.hexdigest()[:24]}"
+        if found := store.find(directory, made_from, ".so"):
+            return ctypes.CDLL(str(found[0]))
+        return ctypes.CDLL(str(store.keep(
+            directory, made_from, lambda path: _compile(compiler, source, defines, path), ".so")))
+    except CompilerError as error:
+        return str(error)
     except OSError as error:
         return f"cannot load the compiled library: {error}"
 
@@ -77,34 +84,37 @@ def _cache_directories() -> list[Path]:
     return [cache_dir(), Path(tempfile.gettempdir()) / f"mambabyte-{user}"]
 
 
-def _usable(directory: Path) -> bool:
-    """Make the directory; false if we cannot write to it or somebody else owns it."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mine = not hasattr(os, "getuid") or directory.stat().st_uid == os.getuid()
-        return mine and os.access(directory, os.W_OK | os.X_OK)
-    except OSError:
-        return False
+class CompilerError(Exception):
+    """Why there is no library, in one line."""
 
 
-def _compile(compiler: str, source: Path, defines: Sequence[str], target: Path) -> str:
-    """Compile to ``target`` through a temporary name; returns "" or the reason of the failure."""
-    reason = ""
-    for tuning in TUNING:
-        handle, name = tempfile.mkstemp(suffix=".tmp", dir=target.parent)
-        os.close(handle)
-        command = [compiler, *FLAGS, *tuning, f"-I{HEADERS}", *defines, str(source), "-o", name,
-                   "-lm"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            if done.returncode == 0:
-                os.replace(name, target)  # atomic: another process sees all of it or nothing
-                return ""
-            errors = [line for line in done.stderr.splitlines() if "error" in line]
-            reason = (errors or done.stderr.splitlines() or ["no message"])[0].strip()
-        except (OSError, subprocess.TimeoutExpired) as error:
-            reason = str(error)
-        finally:
-            if os.path.exists(name):
-                os.unlink(name)
-    return f"{compiler} failed: {reason}"
+_hanging: set[str] = set()  # compilers that have been waited for once
+
+
+def _compile(compiler: str, source: Path, defines: Sequence[str], target: Path) -> None:
+    """Compile to ``target``; CompilerError with the reason of a failure."""
+    reason, end = "", time.monotonic() + PATIENCE_SECONDS
+    for tuning in () if compiler in _hanging else TUNING:
+        command = [compiler, *FLAGS, *tuning, f"-I{HEADERS}", *defines, str(source),
+                   "-o", str(target), "-lm"]
+        with scratch_dir() as scratch:  # where the compiler keeps its own files
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
+                env={**os.environ, "TMPDIR": str(scratch)})
+            try:
+                _, said = process.communicate(timeout=max(end - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                _hanging.add(compiler)
+                break
+            finally:
+                if process.poll() is None:  # with the processes that it has started
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.communicate()
+        if process.returncode == 0:
+            return
+        errors = [line for line in said.splitlines() if "error" in line]
+        reason = (errors or said.splitlines() or ["no message"])[0].strip()
+    if compiler in _hanging:
+        reason = f"it gave no answer in {PATIENCE_SECONDS} seconds and is not asked again"
+    raise CompilerError(f"{compiler} failed: {reason}")

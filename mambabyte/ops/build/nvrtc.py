@@ -28,7 +28,6 @@ import json
 import os
 import struct
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +35,9 @@ from pathlib import Path
 import torch
 
 from mambabyte.config.files import cache_dir, to_json
+from mambabyte.ops.build import store
 
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 _DEFAULT_OPTIONS = ("--std=c++17", "--use_fast_math", "-default-device")
 
 
@@ -247,13 +247,10 @@ def cache_folder() -> Path:
 
 
 def _read_cache(digest: str, arch: str) -> Cubin | None:
-    try:
-        data = (cache_folder() / digest).read_bytes()
-    except OSError:
+    found = store.find(cache_folder(), digest)
+    if found is None:
         return None
-    checksum, payload = data[:32], data[32:]
-    if hashlib.sha256(payload).digest() != checksum:
-        return None  # cut short or damaged: compile again and replace it
+    payload = found[1]
     (length,) = struct.unpack_from("<I", payload)
     return Cubin(arch, payload[4 + length :], json.loads(payload[4 : 4 + length]))
 
@@ -261,15 +258,7 @@ def _read_cache(digest: str, arch: str) -> Cubin | None:
 def _write_cache(digest: str, cubin: Cubin) -> None:
     header = to_json(cubin.lowered).encode()
     payload = struct.pack("<I", len(header)) + header + cubin.image
-    temporary = None
-    try:
-        folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(payload).digest() + payload)
-        os.replace(temporary, folder / digest)  # atomic: other processes may do the same
-    except OSError:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+    folder = cache_folder()
+    if store.usable(folder):
+        with contextlib.suppress(OSError):
+            store.keep(folder, digest, lambda path: path.write_bytes(payload))
