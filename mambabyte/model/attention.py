@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from mambabyte.model.mixer import (
 )
 
 MAX_BLOCK = 1024  # queries in one block of a sliding window
+TILE = 128  # queries, and keys, that FlexAttention skips or takes together
 
 
 class AttentionState(NamedTuple):
@@ -127,6 +129,47 @@ def _sdpa(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
+def window_tiles(length: int, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of TILE queries by TILE keys each: whether any pair is visible, and whether all are; bool
+    (ceil(length / TILE), the same)."""
+    row = torch.arange(-(-length // TILE), device=device)[:, None]
+    before = TILE * (row - row.T)  # from the first key of a tile to its first query
+    reached = (before >= 0) & (before - (TILE - 1) < window)
+    return reached, (before > 0) & (before + TILE - 1 < window)
+
+
+def flex_window(
+    length: int, window: int, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """``windowed_attention`` of whole sequences, for a compiler: one kernel that visits only what
+    the window reaches, in tiles of TILE by TILE (FlexAttention, arXiv:2412.05496).
+
+    (q (B, H, length, d), k, v (B, G, length, d)) -> (B, H, length, d). Called without a compiler it
+    computes all scores.
+    """
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention  # loads the compiler
+
+    reached, whole = window_tiles(length, window, device)
+
+    def listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+        # how many of each row, and which: those come first
+        order = tiles.int().argsort(dim=1, descending=True, stable=True)
+        return tiles.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query - key < window)
+
+    mask = BlockMask.from_kv_blocks(
+        *listed(reached & ~whole), *listed(whole), BLOCK_SIZE=TILE, mask_mod=visible,
+        seq_lengths=(length, length))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return y  # type: ignore[return-value]  # alone, as no log-sum-exp is asked for
+
+    return attention
+
+
 def blocks_of(length: int, window: int) -> tuple[int, int, int]:
     """How ``windowed_attention`` cuts a sequence without a past: (bytes of plain causal
     attention, blocks behind them, queries a block)."""
@@ -164,6 +207,7 @@ class AttentionMixer(Mixer, AttentionSpec):
         self.rope_base, self.rope_fraction = config.rope_base, config.rope_fraction
         # Of the first positions, where the same length comes again and again; see prepare.
         self.rotary: tuple[Tensor, Tensor] | None = None
+        self.flex: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # the same; on a GPU
         kv_width = self.n_kv_head * self.head_dim
         self.q_proj = linear(config, config.d_model, config.d_model)
         self.k_proj = linear(config, config.d_model, kv_width)
@@ -175,10 +219,14 @@ class AttentionMixer(Mixer, AttentionSpec):
             nn.init.zeros_(self.out_proj.weight)
 
     def prepare(self, context: int) -> None:
-        """Compute the rotary table of sequences of this length once."""
+        """Compute the rotary table of sequences of this length once, and on a GPU which tiles the
+        window reaches."""
+        device = self.q_proj.weight.device
         self.rotary = None
-        cos, sin = self._table(0, context, self.q_proj.weight.device)
+        cos, sin = self._table(0, context, device)
         self.rotary = cos.float(), sin.float()
+        longer = device.type == "cuda" and context > self.window
+        self.flex = flex_window(context, self.window, device) if longer else None
 
     def _table(self, position: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self.rotary is not None and position == 0 and len(self.rotary[0]) == length:
@@ -201,12 +249,21 @@ class AttentionMixer(Mixer, AttentionSpec):
         if state is not None:
             k = torch.cat([state.k.to(k.dtype), k], dim=2)
             v = torch.cat([state.v.to(v.dtype), v], dim=2)
-        y = windowed_attention(q, k, v, self.window)
+        if self._takes_flex(q, k):
+            y = self.flex(q, k, v)  # type: ignore[misc]
+        else:
+            y = windowed_attention(q, k, v, self.window)
         y = self.out_proj(y.transpose(1, 2).flatten(2))
         # The next byte sees itself and window - 1 keys from before it.
         keep = min(self.window - 1, k.shape[2])
         start = k.shape[2] - keep
         return y, AttentionState(k[:, :, start:], v[:, :, start:], seen + length)
+
+    def _takes_flex(self, q: Tensor, k: Tensor) -> bool:
+        # Its own compilation would cost seconds where the step is not compiled anyway.
+        return (self.flex is not None and torch.compiler.is_compiling()
+                and q.dtype != torch.float32 and self.rotary is not None
+                and q.shape[2] == k.shape[2] == len(self.rotary[0]))
 
     def as_configured(self, config: ModelConfig) -> bool:
         return self.window == self.window_of(config)

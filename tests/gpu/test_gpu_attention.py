@@ -7,6 +7,8 @@ import torch
 from scan_cases import relative_rms
 from torch import Tensor
 
+from mambabyte.config import ModelConfig
+from mambabyte.model import AttentionMixer
 from mambabyte.model.attention import windowed_attention
 
 # What torch itself warns of depends on the machine.
@@ -60,3 +62,24 @@ def test_memory_is_linear_in_the_length() -> None:
 
     peak(1024)  # the libraries' own
     assert peak(16384) < 2.2 * peak(8192)
+
+
+@pytest.mark.parametrize(("window", "length"), [(64, 300), (100, 128), (256, 1000), (1024, 2049)])
+def test_a_compiled_step_attends_as_an_eager_one(window: int, length: int) -> None:
+    torch._dynamo.reset()
+    config = ModelConfig(d_model=96, n_layer=1, layer_pattern="A", n_head=3, n_kv_head=1,
+                         attention_window=window)
+    mixer = AttentionMixer(config).cuda().bfloat16()
+    x = torch.randn(2, length, 96, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weights = [x, *mixer.parameters()]
+    wanted = mixer(x, None)[0]
+    expected = torch.autograd.grad(wanted.square().sum(), weights)
+    mixer.prepare(length)
+    compiled = torch.compile(lambda x: mixer(x, None)[0], dynamic=False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        y = compiled(x)
+        found = torch.autograd.grad(y.square().sum(), weights)
+    assert any("flex" in event.key for event in profile.key_averages())
+    assert relative_rms(y, wanted) < 2e-2
+    for one, two in zip(found, expected, strict=True):
+        assert relative_rms(one, two) < 2e-2

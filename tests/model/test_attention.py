@@ -126,6 +126,36 @@ def test_a_stream_equals_one_call(pieces: list[int]) -> None:
     assert relative_rms(torch.cat(parts, 1), whole) < 1e-12
 
 
+@pytest.mark.parametrize("window", [1, 2, 100, 128, 129, 200, 256, 257, 500])
+@pytest.mark.parametrize("length", [1, 128, 129, 500])
+def test_tiles_are_those_that_the_window_reaches(window: int, length: int) -> None:
+    size = -(-length // module.TILE) * module.TILE
+    age = torch.arange(size)[:, None] - torch.arange(size)
+    seen = ((age >= 0) & (age < window)).unflatten(1, (-1, module.TILE)).unflatten(
+        0, (-1, module.TILE)).transpose(1, 2).flatten(2)
+    reached, whole = module.window_tiles(length, window, torch.device("cpu"))
+    assert torch.equal(reached, seen.any(-1))
+    assert torch.equal(whole, seen.all(-1))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("default")  # torch's word that it should be compiled
+def test_a_compiled_step_attends_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer = AttentionMixer(replace(CONFIG, d_model=64)).bfloat16()
+    x = torch.randn(2, 20, 64, dtype=torch.bfloat16)
+    wanted = mixer(x, None)[0]
+    mixer.prepare(20)
+    assert mixer.flex is None  # a CPU has no gradients of it
+    mixer.flex, calls = module.flex_window(20, 8, x.device), []
+    monkeypatch.setattr(mixer, "flex", lambda *qkv, flex=mixer.flex: calls.append(0) or flex(*qkv))
+    assert torch.equal(mixer(x, None)[0], wanted)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert relative_rms(mixer(x, None)[0], wanted) < 1e-2
+    mixer(x[:, :9], None)  # another length, and behind a state
+    mixer(x, mixer(x, None)[1])
+    assert len(calls) == 2
+
+
 def test_a_mixer_names_its_kernel() -> None:
     assert AttentionMixer.kernel_name(CONFIG, 8) == "attention, causal"
     assert AttentionMixer.kernel_name(CONFIG, 9) == "attention, blocks of 8 by 16"
