@@ -50,7 +50,7 @@ def find(folder: Path, made_from: str, suffix: str = "") -> tuple[Path, bytes] |
 
 
 def keep(
-    folder: Path, made_from: str, write: Callable[[Path], None], suffix: str = ""
+    folder: Path, made_from: str, write: Callable[[Path], object], suffix: str = ""
 ) -> Path:
     """Put the file that ``write`` makes at the path it is given into ``folder``; OSError where
     that fails, and whatever ``write`` raises."""
