@@ -15,6 +15,7 @@ from mambabyte.corpus.utf8 import START_BYTE, as_bytes, first_characters
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.stream import ByteModel, ByteStream, CharModel
 from mambabyte.stream.greedy import Windows, greedy_codes
+from mambabyte.stream.streams import place_of
 
 TASK_CHARACTERS = 60_000  # the public task scores these many characters of a split
 _WINDOWS = {"cpu": 512, "cuda": 2048}  # bytes; a call costs as much as some 100, or some 10,000
@@ -54,7 +55,7 @@ def byte_log_probs(
     """
     was_training = model.training
     model.eval()
-    device = model.device
+    device = place_of(model)
     inputs = torch.tensor([START_BYTE, *data[:-1]], device=device)[None]
     state, parts = None, []
     for start in range(0, inputs.shape[1], window):
@@ -116,7 +117,7 @@ def score(
     raw = np.frombuffer(as_bytes(text), np.uint8)
     if not len(raw):
         raise UserError("there is nothing to score: the text is empty")
-    was_training, device = model.training, model.device
+    was_training, device = model.training, place_of(model)
     model.eval()
     window = window or _WINDOWS.get(device.type, _WINDOWS["cpu"])
     inputs = np.concatenate([np.array([START_BYTE], np.uint8), raw[:-1]])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambabyte.config import ModelConfig
+from mambabyte.errors import UserError
 from mambabyte.model.block import Block, RMSNorm, make_norm
 from mambabyte.model.mixer import LayerState, Mixer, linear, mixer_of
 
@@ -45,6 +46,26 @@ def embed(tokens: Tensor, table: Tensor) -> Tensor:
     if bf16 and torch.is_grad_enabled() and small:
         return _Embed.apply(tokens, table)
     return F.embedding(tokens, table)
+
+
+def symbols(tokens: Tensor, least: int = 1) -> Tensor:
+    """``tokens`` (B, L) of any integers as int64; UserError for another type, shape, or an L below
+    ``least``."""
+    if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
+        raise UserError(f"tokens are {tokens.dtype}: expected integers, bytes for one")
+    if tokens.ndim != 2 or tokens.shape[1] < least:
+        raise UserError(f"tokens have shape {tuple(tokens.shape)}: expected (batch, length), with "
+                        f"a length of at least {least}")
+    return tokens.long()
+
+
+def _refuse_unknown(tokens: Tensor, size: int) -> None:
+    """UserError for symbols that a model of ``size`` symbols does not have. Asked when a CPU has
+    found one; a GPU ends the process with an assertion of its own."""
+    low, high = tokens.min().item(), tokens.max().item()
+    if low < 0 or high >= size:
+        raise UserError(f"tokens are from {low} to {high}: the model has {size} symbols, from 0 "
+                        "on") from None
 
 
 def without_state(
@@ -109,7 +130,13 @@ class ByteLM(nn.Module):
         tokens (B, L) integers; returns (B, L, V) and one state a layer. Feeding a sequence in
         pieces, each with the state of the one before, gives what one call gives.
         """
-        hidden, states = self.hidden(self.embedding(tokens), state)
+        tokens = symbols(tokens)
+        try:
+            x = self.embedding(tokens)
+        except IndexError:
+            _refuse_unknown(tokens, self.config.vocab_size)
+            raise
+        hidden, states = self.hidden(x, state)
         return self.logits(hidden), states
 
     def reconfigured(self, **changes: Any) -> ByteLM:
@@ -164,6 +191,16 @@ class ByteLM(nn.Module):
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1]."""
-        x = self.through_layers(embed(tokens[:, :-1], self.embedding.weight))
-        return self.run_head(self, x, tokens[:, 1:])
+        """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1].
+
+        tokens (B, L + 1) integers; UserError where there is nothing to predict.
+        """
+        tokens = symbols(tokens, least=2)
+        if not len(tokens):
+            raise UserError("tokens have no rows: the mean over an empty batch is no number")
+        try:
+            x = self.through_layers(embed(tokens[:, :-1], self.embedding.weight))
+            return self.run_head(self, x, tokens[:, 1:])
+        except IndexError:
+            _refuse_unknown(tokens, self.config.vocab_size)
+            raise

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from mambabyte.config import ModelConfig
 from mambabyte.config.mixers import SPECS, MixerSpec, Shape, add_spec, letters_in_words
 from mambabyte.errors import UserError
+from mambabyte.ops.precision import without_autocast
 
 FLOAT32 = 4  # bytes
 # What can check a closed form of operations: torch's counter sees matrix products and
@@ -223,7 +224,7 @@ def widened(x: Tensor) -> Tensor:
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """RMS norm of the last axis without weights, in x's dtype: some releases of torch take it to
     float32 under autocast."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 

@@ -17,7 +17,7 @@ from mambabyte.corpus.utf8 import (
     continuation_range,
     utf8_length,
 )
-from mambabyte.errors import NonFiniteError
+from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.stream import cpu as native_model
 from mambabyte.stream import cuda as cuda_model
 
@@ -41,6 +41,14 @@ class ByteModel(Protocol):
     def train(self, mode: bool = True) -> Self: ...
 
 
+def place_of(model: ByteModel) -> torch.device:
+    """The device of a model's weights; UserError where they have no numbers."""
+    if model.device.type == "meta":
+        raise UserError("the model is on the device meta, where weights have no numbers: load a "
+                        "checkpoint, or make it on cpu or cuda")
+    return model.device
+
+
 Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
 
 
@@ -56,7 +64,7 @@ def advance_of(model: ByteModel) -> Advance:
         logits, state = model(torch.tensor([list(data)], device=device), state)
         return torch.log_softmax(logits[0, -1].float(), -1).cpu(), state
 
-    device = model.device
+    device = place_of(model)
     shortcuts = {"cpu": native_model.shortcut, "cuda": cuda_model.shortcut}
     shortcut = shortcuts.get(device.type)
     return advance if shortcut is None else shortcut(model, advance)
@@ -69,10 +77,18 @@ class ByteStream:
     """
 
     def __init__(self, model: ByteModel) -> None:
-        self._advance = advance_of(model)
+        self._model, self._advance = model, advance_of(model)
         self._state: Any = None
         self.log_probs = torch.empty(0)
         self.feed(bytes([START_BYTE]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: the model and the place; how it goes on is found anew."""
+        return {name: value for name, value in self.__dict__.items() if name != "_advance"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._advance = advance_of(self._model)
 
     def feed(self, data: bytes) -> None:
         """Advance by ``data`` in one call; nothing happens when it is empty."""

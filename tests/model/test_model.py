@@ -16,11 +16,14 @@ import torch
 import torch.nn.functional as F
 
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig, get_preset
+from mambabyte.config.mixers import SPECS
 from mambabyte.errors import UserError
+from mambabyte.evaluate import bits_per_byte, score
 from mambabyte.model import ByteLM, record_exponents
 from mambabyte.model.attention import AttentionMixer, rotary_table, rotate
 from mambabyte.model.mamba import MambaMixer
 from mambabyte.ops.compare import relative_rms
+from mambabyte.stream import ByteStream
 
 SMALL = ModelConfig(d_model=32, n_layer=4, d_state=4, n_head=4, n_kv_head=2, attention_window=12)
 
@@ -234,3 +237,51 @@ def test_a_layer_with_other_scan_inputs_has_them_in_every_call():
         for t in range(x.shape[1]):
             y, state = layer(x[:, t : t + 1], state)
             assert relative_rms(y, whole[:, t : t + 1]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_tokens_may_be_any_integers(dtype: torch.dtype) -> None:
+    model = ByteLM(ModelConfig(d_model=16, n_layer=2, layer_pattern="MA", d_state=2, n_head=2,
+                               n_kv_head=2))
+    tokens = torch.randint(0, 256, (2, 9))
+    assert torch.equal(model(tokens.to(dtype))[0], model(tokens)[0])
+    grads = []
+    for given in (tokens, tokens.to(dtype)):
+        model.zero_grad()
+        model.loss(given).backward()
+        grads.append(model.embedding.weight.grad.clone())
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize(("tokens", "message"), [
+    (torch.rand(1, 3), "expected integers"), (torch.ones(1, 3).bool(), "expected integers"),
+    (torch.tensor([1, 2]), r"shape \(2,\)"), (torch.zeros(2, 0).long(), r"shape \(2, 0\)"),
+    (torch.tensor([[1, 300]]), "from 1 to 300: the model has 256 symbols"),
+    (torch.tensor([[-1, 3]]), "from -1 to 3")])
+def test_tokens_that_are_none_are_one_clear_line(tokens: torch.Tensor, message: str) -> None:
+    model = ByteLM(ModelConfig(d_model=8, n_layer=1, d_state=2))
+    for use in (model, model.loss):
+        with pytest.raises(UserError, match=message):
+            use(tokens)
+
+
+def test_an_empty_batch_has_no_loss() -> None:
+    model = ByteLM(ModelConfig(d_model=8, n_layer=1, d_state=2))
+    assert model(torch.zeros(0, 5).long())[0].shape == (0, 5, 256)
+    for tokens in (torch.zeros(0, 5), torch.zeros(2, 1)):
+        with pytest.raises(UserError, match="tokens have"):
+            model.loss(tokens.long())
+
+
+@pytest.mark.parametrize("letter", SPECS)
+def test_shapes_are_found_on_the_meta_device(letter: str) -> None:
+    config = ModelConfig(d_model=16, n_layer=1, layer_pattern=letter, d_state=2, n_head=2,
+                         n_kv_head=2, ssd_head_dim=16, ssd_d_state=4, delta_head_dim=8)
+    with torch.device("meta"):
+        model = ByteLM(config)
+        model.loss(torch.zeros(2, 5, dtype=torch.long)).backward()
+    assert model.embedding.weight.grad.shape == (256, 16)
+    for use in (ByteStream, lambda model: score(model, b"abc"),
+                lambda model: bits_per_byte(model, b"abc")):
+        with pytest.raises(UserError, match="on the device meta"):
+            use(model)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -117,6 +119,19 @@ def test_what_has_no_quick_way_is_not_read_in_one_go(trained):
     before = stream.log_probs
     assert stream.read(b"abc") is None
     assert stream.log_probs is before
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_stream_that_was_pickled_goes_on_from_its_place(trained, copied):
+    stream, chars = ByteStream(trained), CharModel(trained)
+    stream.feed(b"the qu")
+    for char in "é the":
+        chars.observe(char)
+    other, others = copied(stream), copied(chars)
+    for one in (stream, other):
+        one.feed(b"ick")
+    assert torch.equal(stream.log_probs, other.log_probs)
+    assert others.predict() == chars.predict()
 
 
 def test_longer_characters_are_sometimes_predicted_and_right(trained):

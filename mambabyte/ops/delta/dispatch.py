@@ -11,6 +11,7 @@ from mambabyte.errors import UserError
 from mambabyte.ops.delta.chunked import CHUNK, chunked_delta
 from mambabyte.ops.delta.operator import fused_delta
 from mambabyte.ops.delta.recurrent import recurrent_delta
+from mambabyte.ops.precision import without_autocast
 from mambabyte.ops.ssd.dispatch import check_shapes, wide_dtype
 
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
@@ -81,7 +82,7 @@ def gated_delta_rule(
             q.to(dtype), k.to(dtype), v.to(dtype), gate, beta.to(wide), state)
         return o.to(v.dtype), state
     # Autocast would take the products to bf16; the state accumulates in float32 or better.
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v.device):
         if state is None:
             state = v.new_zeros(batch, heads, keys, v.shape[3], dtype=wide)
         o, state = FORMS[form](

@@ -16,6 +16,7 @@ from torch import Tensor
 from mambabyte.ops.delta import cuda as kernels
 from mambabyte.ops.delta.chunked import CHUNK, chunked_delta
 from mambabyte.ops.library import Tensors, check_tensors, define, wants_gradient
+from mambabyte.ops.precision import without_autocast
 from mambabyte.ops.scan.operator import fused_available
 from mambabyte.ops.ssd.recompute import gradients_again
 
@@ -54,7 +55,7 @@ def _check(
 def _in_torch(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         wide = beta.dtype
         if state is None:
             state = beta.new_zeros(q.shape[0], *q.shape[2:], v.shape[3])

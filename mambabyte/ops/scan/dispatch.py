@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mambabyte.config.scan_forms import FORMS
 from mambabyte.errors import UserError
+from mambabyte.ops.precision import autocasts
 from mambabyte.ops.scan import operator
 from mambabyte.ops.scan.chunked import chunked_scan
 from mambabyte.ops.scan.cumsum import (
@@ -109,5 +110,5 @@ def _in_one_dtype(
     """Whether the fused operator takes these dtypes; the chunked form computes in the widest."""
     wide = u.dtype == torch.float64
     return all(t is None or wide or t.dtype != torch.float64 for t in others) and (
-        torch.is_autocast_enabled(u.device.type)
+        autocasts(u.device)
         or all(t is None or t.dtype == u.dtype for t in streams))

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambabyte.ops.precision import without_autocast
+
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
@@ -66,7 +68,7 @@ def complete_scan(
     float32 or the widest that is given.
     """
     # Autocast would take the sum over states to bf16; a scan accumulates in float32 or better.
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u.device):
         dtype = torch.float32
         for t in (u, delta, A, B, C, D, z, delta_bias, initial_state):
             if t is not None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
+from mambabyte.ops.precision import without_autocast
 from mambabyte.ops.ssd.chunked import CHUNK, chunked_ssd
 from mambabyte.ops.ssd.operator import fused_ssd
 from mambabyte.ops.ssd.recurrent import recurrent_ssd
@@ -69,7 +70,7 @@ def ssd_scan(
         form = "recurrent" if length == 1 else "fused"
 
     # Autocast would take the products to bf16; the state accumulates in float32 or better.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         wide = wide_dtype(x, dt, A, B, C, initial_state)
         step = dt.to(wide)
         if dt_bias is not None:
@@ -86,7 +87,7 @@ def ssd_scan(
         y, state = fused_ssd(
             x.to(dtype), step, log_decay, B.to(dtype), C.to(dtype), skip, state)
         return y.to(x.dtype), state
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         u = x.to(wide)
         if state is None:
             state = u.new_zeros(batch, heads, channels, B.shape[3])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mambabyte.ops.library import Tensors, check_tensors, define, wants_gradient
+from mambabyte.ops.precision import without_autocast
 from mambabyte.ops.scan.operator import fused_available
 from mambabyte.ops.ssd import cuda as kernels
 from mambabyte.ops.ssd.chunked import CHUNK, chunked_ssd
@@ -54,7 +55,7 @@ def _in_torch(
     x: Tensor, step: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         u = x.to(step.dtype)
         if state is None:
             state = u.new_zeros(*u.shape[:1], *u.shape[2:], B.shape[3])

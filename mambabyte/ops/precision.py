@@ -1,0 +1,21 @@
+"""Whether autocast is on, and arithmetic without it, on any device; some, as meta, have none."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of this device."""
+    return (torch.amp.is_autocast_available(device.type)
+            and torch.is_autocast_enabled(device.type))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which operators compute in the types of their arguments."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
