@@ -123,7 +123,8 @@ def _kinds(model: ByteLM) -> list[_Kind]:
 
 
 def _readable(x: Tensor) -> bool:
-    return x.dtype is torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+    return (x.dtype is torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+            and x.numel() * x.element_size() <= x.untyped_storage().nbytes())
 
 
 class NativeModel:
@@ -160,8 +161,8 @@ class NativeModel:
         self._conv_state = (1, config.d_conv - 1, config.d_inner)
         self._ssm_state = (1, config.d_inner, config.d_state)
         self._pack_states = struct.Struct(f"{7 * config.n_layer}q").pack
-        self._pointers: list[int] = []
-        self._words, self._layers, self._kept = b"", b"", torch.empty(0)
+        self._shapes = [_shape(slot.get(name)) for slot, name in self._slots]
+        self._weights = _Weights([], [], b"", b"", torch.empty(0))
 
     def __call__(
         self, data: bytes, state: list[LayerState] | None
@@ -169,9 +170,12 @@ class NativeModel:
         """Advance by ``data``, a byte or more; log p is (V,) float32."""
         pointers = [0 if (x := slot.get(name)) is None else x.data_ptr()
                     for slot, name in self._slots]
-        if pointers != self._pointers:
-            self._follow(pointers)
+        # C reads what this call holds: another thread may give the model other parameters, and
+        # this object other weights.
+        weights = self._weights if pointers == self._weights.pointers else self._follow()
         length = len(data)
+        if not length:
+            raise UserError("there is no byte to advance by")
         held: list[Tensor] = []  # kept alive while C reads their memory
         words: list[int] = []
         after: list[LayerState] = []
@@ -184,11 +188,11 @@ class NativeModel:
         result = _new(self.config.vocab_size)
         states = self._pack_states(*words)
         while True:
-            kept = self._kept  # C reads it; another thread may replace it
-            call = _pack_call(length, position, result.data_ptr(), kept.data_ptr())
-            failed = self._library.advance(self._words, self._layers, states, call, data)
+            call = _pack_call(length, position, result.data_ptr(), weights.kept.data_ptr())
+            failed = self._library.advance(weights.words, weights.layers, states, call, data)
             if failed == _STALE:
-                self._keep()
+                self._weights = weights = weights._replace(
+                    kept=self._keep(weights.words, weights.layers))
             elif failed:
                 raise MemoryError("native model: no scratch memory")
             else:
@@ -201,6 +205,8 @@ class NativeModel:
         conv_state, ssm_state = _new(*self._conv_state), _new(*self._ssm_state)
         if before is not None:
             first, second = _plain(before.conv_state), _plain(before.ssm_state)
+            _check("conv_state", first, self._conv_state)
+            _check("ssm_state", second, self._ssm_state)
             held += first, second
             words += first.data_ptr(), second.data_ptr()
         else:
@@ -215,9 +221,12 @@ class NativeModel:
         stored = position = 0
         old = [0, 0, 0, 0]
         if before is not None:
+            stored = before.k.shape[2] if before.k.ndim == 4 else 0
+            for name, x in (("k", before.k), ("v", before.v)):
+                _check(name, x, (1, self.config.n_kv_head, stored, self.config.head_dim))
             first, second = _plain_rows(before.k), _plain_rows(before.v)
             held += first, second
-            stored, position = first.shape[2], before.position
+            position = before.position
             old = [first.data_ptr(), second.data_ptr(), first.stride(1), second.stride(1)]
         shape = (1, self.config.n_kv_head, stored + length, self.config.head_dim)
         k, v = _new(*shape), _new(*shape)
@@ -225,30 +234,52 @@ class NativeModel:
         start = max(0, stored + length - (self.config.attention_window - 1))
         return AttentionState(k[:, :, start:], v[:, :, start:], position + length)
 
-    def _follow(self, pointers: list[int]) -> None:
-        """Note where the weights are."""
-        for slot, name in self._slots:
-            x = slot.get(name)
-            if x is not None and not _readable(x):
+    def _follow(self) -> _Weights:
+        """Note where the weights are, and hold them."""
+        held = [None if (x := slot.get(name)) is None else x.detach() for slot, name in self._slots]
+        for (_, name), x, shape in zip(self._slots, held, self._shapes, strict=True):
+            if _shape(x) != shape or (x is not None and not _readable(x)):
+                what = "gone" if x is None else f"{tuple(x.shape)} {x.dtype} on {x.device}"
                 raise UserError(
-                    f"{name} is {x.dtype} on {x.device} now: a stream goes on as it began, with "
-                    "contiguous float32 on the CPU; begin another"
+                    f"{name} is {what} now: a stream goes on as it began, with contiguous float32 "
+                    "of the same shape on the CPU; begin another"
                 )
-        self._words = _pack_model(*self._shape, *pointers[:4])
+        pointers = [0 if x is None else x.data_ptr() for x in held]
+        words = _pack_model(*self._shape, *pointers[:4])
         size = (len(pointers) - 4) // len(self._kinds)
-        words: list[int] = []
+        each: list[int] = []
         for i, kind in enumerate(self._kinds):
-            words += kind.tag, *pointers[4 + i * size : 4 + (i + 1) * size]
-        self._layers = struct.pack(f"{len(words)}q", *words)
-        self._keep()
-        self._pointers = pointers
+            each += kind.tag, *pointers[4 + i * size : 4 + (i + 1) * size]
+        layers = struct.pack(f"{len(each)}q", *each)
+        self._weights = _Weights(pointers, held, words, layers, self._keep(words, layers))
+        return self._weights
 
-    def _keep(self) -> None:
-        """Make the transposed parameters; a new tensor, as another thread may read the old one."""
-        size = self._library.kept_size(self._words)
+    def _keep(self, words: bytes, layers: bytes) -> Tensor:
+        """The transposed parameters; a new tensor, as another thread may read the old one."""
+        size = self._library.kept_size(words)
         kept = _new(len(self._kinds) * size)
-        self._library.keep(self._words, self._layers, kept.data_ptr())
-        self._kept = kept
+        self._library.keep(words, layers, kept.data_ptr())
+        return kept
+
+
+class _Weights(NamedTuple):
+    """What C reads of a model, kept alive as one: the addresses are those of ``held``."""
+
+    pointers: list[int]
+    held: list[Tensor | None]  # in the order of the slots
+    words: bytes  # the C struct ``model``
+    layers: bytes  # the C structs ``layer``
+    kept: Tensor
+
+
+def _shape(x: Tensor | None) -> torch.Size | None:
+    return None if x is None else x.shape
+
+
+def _check(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.shape != shape or x.device.type != "cpu":
+        raise UserError(f"{name} of the state is {tuple(x.shape)} on {x.device}, expected {shape} "
+                        "on the CPU: a stream goes on from a state of its own model at batch 1")
 
 
 class _Kind(NamedTuple):

@@ -236,6 +236,68 @@ def test_threads_and_a_fork() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.parametrize("kept_stale", [False, True])
+def test_parameters_replaced_during_a_call_are_not_freed(kept_stale: bool) -> None:
+    """As another thread may do while C runs, which has no lock."""
+    model = make(CONFIGS["mamba_byte"])
+    native = NativeModel(model)
+    wanted, _ = native(b"a", None)
+    library = native._library
+    others = []
+
+    def advance(*words: bytes) -> int:
+        for p in model.parameters():
+            p.data = torch.full_like(p, float("nan"))
+            others.append(torch.full_like(p, float("nan")))  # would take the freed memory
+        return library.advance(*words)
+
+    if kept_stale:
+        with torch.no_grad():
+            model.layers[0].mixer.A_log.mul_(1.5)
+        wanted, _ = NativeModel(model)(b"a", None)
+    native._library = library._replace(advance=advance)
+    got, _ = native(b"a", None)
+    assert torch.equal(got, wanted)
+    native._library = library
+    assert native(b"a", None)[0].isnan().any()  # the next byte is the new model's
+
+
+def test_nothing_of_another_shape_reaches_c() -> None:
+    model = make(CONFIGS["hybrid"])
+    native = NativeModel(model)
+    _, state = native(b"a", None)
+    for i, layer in enumerate(state):
+        for name in layer._fields:
+            value = getattr(layer, name)
+            if isinstance(value, torch.Tensor):
+                for wrong in (value[..., :1], value[:0], torch.cat([value, value]), value[0]):
+                    bad = [*state[:i], layer._replace(**{name: wrong}), *state[i + 1:]]
+                    with pytest.raises(UserError, match=r"of the state is|expected"):
+                        native(b"b", bad)
+    with pytest.raises(UserError, match="no byte"):
+        native(b"", state)
+    for name, p in model.named_parameters():
+        whole = p.data
+        for wrong in (whole[:1].clone(), whole.double(), torch.cat([whole, whole])):
+            if wrong.shape == whole.shape and wrong.dtype == whole.dtype:
+                continue
+            p.data = wrong
+            with pytest.raises(UserError, match="now: a stream goes on as it began"):
+                native(b"b", state)
+        p.data = whole
+        if whole.numel():
+            storage = whole.untyped_storage()
+            size = storage.nbytes()
+            kept = whole.clone()
+            storage.resize_(0)
+            with pytest.raises(UserError, match="now: a stream goes on as it began"):
+                native(b"b", state)
+            storage.resize_(size)
+            whole.copy_(kept)
+        native(b"b", state)
+        assert name
+
+
 def test_a_byte_costs_the_same_after_many() -> None:
     """C is told the same of a byte early and late: nothing from which its work could grow."""
     native = NativeModel(make(CONFIGS["smoke"]))
