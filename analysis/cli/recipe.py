@@ -11,6 +11,7 @@ from typing import Any
 
 from mambabyte.config import ModelConfig, TrainConfig, get_preset
 from mambabyte.config.checks import from_plain, shown
+from mambabyte.config.public import from_public, is_public
 from mambabyte.errors import UserError
 
 _PARTS = ("preset", "model", "train", "corpus", "device")
@@ -30,7 +31,8 @@ def recipe(preset: str | None, file: str | Path | None = None) -> Recipe:
     """That of ``file``, whose missing fields are those of ``preset``; of ``preset`` without a file.
 
     A file is JSON or TOML and has some of "preset", "model", "train", "corpus" and "device", such
-    as the config.json of a run folder, or that folder itself. Raises UserError for any other.
+    as the config.json of a run folder, or that folder itself; or it is the configuration of a
+    public Mamba or Mamba-2, which says the model alone. Raises UserError for any other.
     """
     if file is None:
         base = get_preset(preset or "mamba_byte")
@@ -38,6 +40,12 @@ def recipe(preset: str | None, file: str | Path | None = None) -> Recipe:
     path = Path(file)
     path = path / "config.json" if path.is_dir() else path
     values = _read(path)
+    if is_public(values):
+        base = get_preset(preset or "mamba_byte")
+        try:
+            return Recipe(from_public(values), base.train)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     base = get_preset(preset or values.get("preset", "mamba_byte"))
     words = {name: values.get(name) or None for name in ("corpus", "device")}
     for name, word in words.items():
@@ -62,6 +70,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON, nor TOML named .toml ({error})") from None
+    if isinstance(values, dict) and is_public(values):
+        return values
     if not isinstance(values, dict) or not values.keys() <= set(_PARTS):
         raise UserError(f"{path} has {shown(list(values) if isinstance(values, dict) else values)}:"
                         f" expected some of {', '.join(_PARTS)}, as the config.json of a run has")

@@ -3,11 +3,13 @@
     mambabyte memory --preset mamba_byte --batch-size 64 --context 2048 --device-memory 40GB
     mambabyte memory --preset hybrid_3_1 --device-memory 16GiB --json
     mambabyte memory runs/first --train.micro-batches 4 --device cpu
+    mambabyte memory path/to/mamba-130m-hf/config.json --device-memory 24GB
     mambabyte memory --model.d-model 512 --model.n-layer 12 --train.precision fp32
     mambabyte memory --preset mamba_byte_original --scan-form document_chunked --device-memory 40GB
 
-A run folder, or a file as ``train --config`` takes it, stands for its model and training; the
-options of train change them. The study `memory` holds these formulas against measurements.
+A run folder, or a file as ``train --config`` takes it, or the config.json of a public Mamba or
+Mamba-2, stands for its model and training; the options of train change them. The study `memory`
+holds these formulas against measurements.
 """
 
 from __future__ import annotations
