@@ -164,8 +164,7 @@ def flex_window(
         seq_lengths=(length, length))
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-        return y  # type: ignore[return-value]  # alone, as no log-sum-exp is asked for
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
     return attention
 
@@ -293,10 +292,16 @@ class AttentionMixer(Mixer, AttentionSpec):
         return rotation + (config.d_model if config.qk_gain else 0), 0
 
     @classmethod
-    def kernel_name(cls, config: ModelConfig, length: int, device: str = "cpu") -> str:
-        """Causal up to the window, beyond it in blocks; torch chooses the kernel behind each."""
-        _, count, block = blocks_of(length, cls.window_of(config))
-        reach = cls.window_of(config) + block
+    def kernel_name(
+        cls, config: ModelConfig, length: int, device: str = "cpu", compiled: bool = False
+    ) -> str:
+        """Causal up to the window; beyond it FlexAttention in compiled steps on a GPU, else blocks
+        of which torch chooses the kernel."""
+        window = cls.window_of(config)
+        _, count, block = blocks_of(length, window)
+        if count and device == "cuda" and compiled:
+            return f"attention, window {window} by FlexAttention"
+        reach = window + block
         return f"attention, blocks of {block} by {reach}" if count else "attention, causal"
 
     @classmethod

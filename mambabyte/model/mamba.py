@@ -260,7 +260,9 @@ class MambaMixer(Mixer, MambaSpec):
         return 2 * config.d_inner, config.d_inner  # SiLU behind the convolution
 
     @classmethod
-    def kernel_name(cls, config: ModelConfig, length: int, device: str = "cpu") -> str:
+    def kernel_name(
+        cls, config: ModelConfig, length: int, device: str = "cpu", compiled: bool = False
+    ) -> str:
         return f"scan, {resolve_form(config, device)}"
 
     @classmethod

@@ -156,8 +156,11 @@ class Mixer(nn.Module, MixerSpec):
         raise NotImplementedError(f"{cls.__name__} does not say what it keeps")
 
     @classmethod
-    def kernel_name(cls, config: ModelConfig, length: int, device: str = "cpu") -> str:
-        """How a sequence of ``length`` bytes is mixed from its first byte on, for tables."""
+    def kernel_name(
+        cls, config: ModelConfig, length: int, device: str = "cpu", compiled: bool = False
+    ) -> str:
+        """How a sequence of ``length`` bytes is mixed from its first byte on, for tables;
+        ``compiled`` is whether the whole step is."""
         return f"{cls.about}, torch"
 
     @classmethod

@@ -159,6 +159,8 @@ def test_a_compiled_step_attends_as_any_other(monkeypatch: pytest.MonkeyPatch) -
 def test_a_mixer_names_its_kernel() -> None:
     assert AttentionMixer.kernel_name(CONFIG, 8) == "attention, causal"
     assert AttentionMixer.kernel_name(CONFIG, 9) == "attention, blocks of 8 by 16"
+    assert AttentionMixer.kernel_name(CONFIG, 9, "cuda", compiled=True) == (
+        "attention, window 8 by FlexAttention")
 
 
 def test_weights_under_another_window_are_shared() -> None:

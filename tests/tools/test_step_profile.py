@@ -30,6 +30,7 @@ from mambabyte.model.mamba import MambaMixer
     ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "matrix products"),
     ("void at::native::multi_tensor_apply_kernel<FusedOptimizer>", "optimizer"),
     ("triton_per_fused__to_copy_native_layer_norm_0", "norms"),
+    ("triton_tem_fused_flex_attention_backward_transpose_view_5", "attention"),
     ("triton_poi_fused_add_causal_conv_backward_view_6", "other compiled code")])
 def test_operators_belong_to_parts(operator: str, part: str) -> None:
     assert part_of(operator) == part

@@ -40,6 +40,7 @@ _STEPS = 1 << 14  # starts drawn for a captured step: more than a benchmark ever
 
 # The first pattern that is found in a name of an operator (CPU) or a kernel (CUDA) names its part.
 PARTS: tuple[tuple[str, str], ...] = (
+    ("attention", r"flex_attention"),
     ("norms", r"^triton_.*norm"),
     ("other compiled code", r"^triton_"),
     ("scan", r"selective_scan|_Scan|(tile|any)_(forward|backward|adjoint|carry|sums)"),
@@ -133,10 +134,11 @@ def use_published_mixers(model: ByteLM) -> None:
         model.set_submodule(name, _PublishedMixer(mixer, model.config))
 
 
-def mixers_as_run(config: ModelConfig, context: int, device: str) -> str:
+def mixers_as_run(config: ModelConfig, context: int, device: str, compiled: bool) -> str:
     """How a step of ``context`` bytes runs each kind of mixer that a model has."""
     kind = torch.device(device).type
-    names = [mixer_of(letter).kernel_name(config, context, kind) for letter in config.layers]
+    names = [mixer_of(letter).kernel_name(config, context, kind, compiled)
+             for letter in config.layers]
     return "; ".join(dict.fromkeys(names))
 
 
@@ -172,7 +174,7 @@ def bench_steps(
         steppers[name], peak = training_step(config, recipe, device, way, changes.get(name))
         rows.append({"system": name, "parameters": config.n_parameters, "peak_bytes": peak,
                      "mixers": "scan, mamba-ssm" if name in changes
-                     else mixers_as_run(config, recipe.context, device)})
+                     else mixers_as_run(config, recipe.context, device, way == "compile")})
         say(f"{name}: {config.n_parameters:,} parameters, ready")
     joules = dict.fromkeys(configs, 0.0)
     counts = {name: max(1, round(seconds / rounds / seconds_of(stepper, device, 2)))
@@ -251,6 +253,11 @@ def training_step(
     return step, torch.cuda.max_memory_allocated(device) - before if cuda else float("nan")
 
 
+def _short(kernel: str) -> str:
+    """The name of a kernel without its return type and its arguments, which run to a page."""
+    return kernel.removeprefix("void ").replace("(anonymous namespace)::", "").partition("(")[0]
+
+
 def _parts(
     system: str, step: Callable[[], Any], device: str, ms: float, steps: int = 3
 ) -> list[dict[str, Any]]:
@@ -275,5 +282,5 @@ def _parts(
         spent = {part: value * ms / total for part, value in spent.items()}
     whole = sum(spent.values())
     return [{"system": system, "part": part, "ms": value, "share": value / whole,
-             "kernel": longest.get(part, (0.0, ""))[1]}
+             "kernel": _short(longest.get(part, (0.0, ""))[1])}
             for part, value in sorted(spent.items(), key=lambda item: -item[1])]
