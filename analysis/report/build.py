@@ -31,7 +31,7 @@ from analysis.report.select import Selection, advice, select
 from analysis.runs.folders import RUNS, Run, Table, list_runs
 from analysis.runs.records import RECORDS, load_records, machine_name
 from analysis.studies import STUDIES, Study
-from analysis.studies.drawing import Figure, figures
+from analysis.studies.drawing import Figure, figures, tables_shown
 from mambabyte.config.files import check_file, made, whole_dir, whole_file, write_manifest
 from mambabyte.errors import UserError
 
@@ -261,7 +261,7 @@ class _Page:
         for figure in figures(run, self._registry).values():
             self._blocks[f"figure.{name}.{figure.name}"] = _figure(
                 macros, name, figure, self._registry[run.study], machine)
-        for table in run.tables.values():
+        for table in tables_shown(run, self._registry).values():
             if not table.caption:  # the data of a figure
                 continue
             self._blocks[f"table.{name}.{table.name}"] = _table(macros, name, table, machine, kind,

@@ -95,11 +95,15 @@ class Prose:
         return self._checked(path, self._sources.records, missing)
 
     def _measured(self, path: str) -> bool:
-        name = path.partition(".")[0]
+        name, _, key = path.partition(".")
         among = self._among(name)
         known_not_to_be = self._sources.draft or name in self._sources.problems
         if name not in among and known_not_to_be:
             return False
+        others = (*self._sources.runs.values(), *self._sources.records.values())
+        if key not in among[name].values and any(
+                key in run.values for run in others if run.study == among[name].study):
+            return False  # older than the value, which others of its study have
         found = self._find(path, among)
         return found is not None and found.value is not None
 

@@ -8,7 +8,8 @@ frozen dataclass ``Parameters`` whose defaults are the quick values, ``PROFILES`
 - ``compute``: ``run(parameters, report) -> Results``
 - ``values``: ``values(found, parameters) -> dict[str, Value]``, the answer in named numbers
 - ``tables``: ``TABLES``, name of a field of Results -> caption, for the frames that are tables (the
-  others are data of figures), and ``WORDED``, name -> a function, for those kept in words
+  others are data of figures), ``WORDED``, name -> a function, for those kept in words, and
+  ``SHOWN``, for those that readers see with what follows from their cells
 - ``figures``: ``FIGURES``, a tuple of analysis.studies.drawing.Drawing
 - ``panel``, where sliders say more than a table: ``panel(parameters)``
 

@@ -8,12 +8,12 @@ numbers whenever somebody looks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
-from analysis.runs.folders import Run
+from analysis.runs.folders import Run, Table
 from analysis.studies import STUDIES, Study
 from mambabyte.errors import UserError
 
@@ -101,6 +101,15 @@ def _figure(drawing: Drawing, arguments: list[Any], run: Run) -> Figure:
         in_words(drawing.alt, run), data, lambda: drawing.draw(*arguments),
         lambda: "\0".join(repr(a.to_dict("list") if isinstance(a, pd.DataFrame) else a)
                           for a in arguments))
+
+
+def tables_shown(run: Run, registry: Mapping[str, Study] = STUDIES) -> dict[str, Table]:
+    """The tables of a run as readers see them: what follows from other cells, such as an interval
+    from its points, is made now, by ``SHOWN`` of the study's ``tables``."""
+    made = getattr(registry[run.study].module("tables"), "SHOWN", {}) if run.study in registry \
+        else {}
+    return {name: replace(table, frame=made[name](table.frame)) if name in made else table
+            for name, table in run.tables.items()}
 
 
 def in_words(text: Words, run: Run) -> str:

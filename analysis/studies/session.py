@@ -32,7 +32,7 @@ from analysis.studies import (
     profile_parameters,
     run_id,
 )
-from analysis.studies.drawing import drawings, figures, in_words
+from analysis.studies.drawing import drawings, figures, in_words, tables_shown
 from mambabyte.errors import UserError
 
 MISSING = "(pip install ipywidgets, and run this cell again, for a panel of sliders)"
@@ -109,16 +109,16 @@ def show(run: Run, *names: str) -> None:
     its name, and a name that this run has not is passed over."""
     from analysis.plots.svg import svg
 
-    drawn = figures(run)
+    drawn, tables = figures(run), tables_shown(run)
     for name in names:
         if name in drawn:
             figure = drawn[name]
             _show_words(figure.title, figure.caption)
             _show({"image/svg+xml": svg(figure.draw(), f"{run.study}.{name}"),
                    "text/plain": figure.alt})
-        if name in run.tables and run.tables[name].caption:
-            _show_words("", run.tables[name].caption)
-            frame = run.tables[name].frame
+        if name in tables and tables[name].caption:
+            _show_words("", tables[name].caption)
+            frame = tables[name].frame
             _show({"text/html": frame.to_html(index=False, max_rows=60, na_rep=""),
                    "text/plain": frame.to_string(index=False, max_rows=60)})
 

@@ -250,6 +250,7 @@ class Results:
     curves: pd.DataFrame  # held-out bits per byte along every run
     comparisons: pd.DataFrame  # bits per byte of every run at every budget
     paired: pd.DataFrame  # differences to the reference over seeds
+    text: pd.DataFrame  # what the held-out text leaves open, at equal steps
     positions: pd.DataFrame  # by position in a long stream
     accuracy: pd.DataFrame  # greedy character accuracy by position in the scored stream, means
     unigram_bits: float  # held-out bits per byte of the training split's byte frequencies

@@ -39,6 +39,7 @@ from analysis.studies.ablation.trained import (
     curves_table,
     positions_table,
     runs_table,
+    text_table,
     unigram_bits,
     with_quality,
 )
@@ -104,6 +105,7 @@ def _run(p: Parameters, report: Callable[[str], None]) -> Results:
         curves=curves_table(learned, flops, per_step, p.steps),
         comparisons=comparisons,
         paired=differences_table(comparisons, p.patterns, p.reference),
+        text=text_table(trained, windows, p.reference),
         positions=positions_table(trained, streams, p.context),
         accuracy=accuracy_by_position(scores, p.context),
         unigram_bits=unigram_bits(corpus.train, windows),

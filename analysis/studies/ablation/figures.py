@@ -205,7 +205,7 @@ FIGURES = (
         "differences", differences, ("comparisons", "patterns", "reference"),
         "Difference to the reference at equal cost",
         caption="Paired by seed. Small marks are seeds, the bar is their mean; a vertical line is "
-                "a 95 % bootstrap interval and appears from five seeds on.",
+                "a 95 % interval, Student's t below ten seeds, and appears from three on.",
         alt="One panel a comparison; marks for each layer pattern above or below the zero line of "
             "the reference pattern."),
     Drawing(

@@ -149,18 +149,24 @@ def captured_text_step(model: ByteLM, train: np.ndarray, recipe: TrainConfig) ->
 
 @torch.no_grad()
 def heldout_bits(model: ByteLM, windows: Tensor, batch: int = 32) -> float:
-    """Mean bits per byte of windows (n, context + 1), each scored from an empty state.
+    """Mean bits per byte of windows (n, context + 1), each scored from an empty state."""
+    return float(window_bits(model, windows, batch).mean())
+
+
+@torch.no_grad()
+def window_bits(model: ByteLM, windows: Tensor, batch: int = 32) -> np.ndarray:
+    """Bits per byte of each window (n,), scored from an empty state.
 
     By the model as it is written: what training compiled is for its own shapes.
     """
-    nats = 0.0
+    bits = []
     with autocast(model.device, "auto"):
         for part in windows.split(batch):
             tokens = part.to(model.device)
-            logits = model(tokens[:, :-1])[0].float()
-            nats += F.cross_entropy(
-                logits.flatten(0, 1), tokens[:, 1:].flatten()).item() * len(part)
-    return nats / len(windows) / LN2
+            nats = F.cross_entropy(model(tokens[:, :-1])[0].float().flatten(0, 1),
+                                   tokens[:, 1:].flatten(), reduction="none")
+            bits.append(nats.view(len(part), -1).mean(1) / LN2)
+    return torch.cat(bits).double().cpu().numpy()
 
 
 def heldout_windows(data: np.ndarray, context: int, count: int) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pandas as pd
 
-from analysis.measure.statistics import paired_table
-from analysis.runs.frames import in_words, not_measured
+from analysis.measure.statistics import paired_difference, paired_table
+from analysis.runs.frames import not_measured
 from analysis.studies.ablation import COMPARISONS
 from analysis.studies.drawing import Words
 
@@ -22,7 +23,10 @@ TABLES: dict[str, Words] = {
                   "ratios there.",
     "runs": "Every run: cost, held-out bits per byte in fresh windows and as a stream, and greedy "
             "character accuracy.",
-    "paired": "Mean paired differences, bits per byte, with the points.",
+    "paired": "Mean paired differences, bits per byte, with the points and the 95 % interval that "
+              "they give.",
+    "text": "The held-out text as a sample: its bytes, and the error that its windows leave in "
+            "each mean over seeds, and in its difference to the reference on the same windows.",
     "accuracy": "Greedy character accuracy by position in one stream from the start of the split.",
     "variants": "Variants: bits per byte and the half-life of the slowest state.",
     "state_dtypes": "The dtype of the state in the second document's loop: allocated in bfloat16, "
@@ -51,14 +55,30 @@ def differences_table(
     return not_measured(table)
 
 
-def paired_in_words(paired: pd.DataFrame) -> pd.DataFrame:
-    """The table of differences with "few seeds" in place of an interval that was not made of them;
-    a difference that was not measured stays so."""
-    why = pd.Series("few seeds", index=paired.index, dtype=object).where(
-        paired["mean"].notna(), None)
-    for column in ("low", "high"):
-        paired = in_words(paired, column, why, "{:.4f}")
-    return paired
+INTERVAL = ["low", "high", "method"]
 
 
-WORDED = {"paired": paired_in_words}
+def without_intervals(paired: pd.DataFrame) -> pd.DataFrame:
+    """The differences as they are kept: what their points say is worked out by who shows them."""
+    return paired.drop(columns=INTERVAL)
+
+
+def with_intervals(paired: pd.DataFrame) -> pd.DataFrame:
+    """The differences with the interval that their points give today, whatever a record holds;
+    "few seeds" where they are too few, and nothing where nothing was measured."""
+    rows = []
+    for points in paired["points"]:
+        differences = [float(x) for x in str(points or "").split(",") if x.strip()]
+        found = paired_difference(differences, [0.0] * len(differences)) if differences else None
+        few = found is not None and math.isnan(found.low)
+        rows.append((None, None, "not measured") if found is None else
+                    ("few seeds", "few seeds", found.method) if few else
+                    (f"{found.low:+.4f}", f"{found.high:+.4f}", found.method))
+    kept = without_intervals(paired) if set(INTERVAL) <= set(paired) else paired
+    shown = pd.DataFrame(rows, columns=INTERVAL, index=paired.index, dtype=object)
+    at = list(kept).index("mean") + 1
+    return pd.concat([kept.iloc[:, :at], shown, kept.iloc[:, at:]], axis=1)
+
+
+WORDED = {"paired": without_intervals}
+SHOWN = {"paired": with_intervals}

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from analysis.measure.statistics import text_error
 from analysis.runs.frames import not_measured
 from analysis.studies.ablation.budgets import Runs, step_costs
-from analysis.studies.ablation.learning import position_bits
+from analysis.studies.ablation.learning import position_bits, window_bits
 from mambabyte.config.mixers import uses_window
 from mambabyte.evaluate import Score
 from mambabyte.model import ByteLM
@@ -121,6 +122,27 @@ def accuracy_by_position(
     return pd.DataFrame(rows).pivot_table(
         index=["first character", "last character"], columns="pattern", values="accuracy",
         sort=False).rename_axis(columns=None).reset_index()
+
+
+def text_table(
+    models: Mapping[tuple[str, int], ByteLM], windows: Tensor, reference: str
+) -> pd.DataFrame:
+    """What held-out ``windows`` (n, context + 1) leave open, a row a pattern: another text of that
+    length would give other means. Windows lie apart, so each counts as one draw."""
+    bits: dict[str, list[np.ndarray]] = {}
+    for (pattern, _), model in models.items():
+        bits.setdefault(pattern, []).append(window_bits(model, windows))
+    means = {pattern: np.mean(rows, 0) for pattern, rows in bits.items()}
+
+    def row(pattern: str, each: np.ndarray) -> dict[str, object]:
+        apart = each - means[reference]
+        own = pattern == reference
+        return {"pattern": pattern, "held-out bytes": windows[:, 1:].numel(),
+                "bits per byte": float(each.mean()), "error over the text": text_error(each, 1),
+                f"minus {reference}": None if own else float(apart.mean()),
+                "its error": None if own else text_error(apart, 1)}
+
+    return pd.DataFrame([row(*item) for item in means.items()])
 
 
 def unigram_bits(train: np.ndarray, windows: Tensor) -> float:

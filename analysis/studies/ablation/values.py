@@ -31,6 +31,13 @@ def values(r: Results, p: Parameters) -> Values:
         "best_bits": Value(float(bits[best]), "bits/byte", "its held-out bits per byte"),
         "reference": Value(reference, "", "pattern that the others are compared with"),
         "reference_bits": Value(float(bits[reference]), "bits/byte", "its held-out bits per byte"),
+        "heldout_bytes": Value(int(r.text["held-out bytes"].iloc[0]), "bytes",
+                               "held-out text that every system was scored on"),
+        "text_error": Value(float(r.text["error over the text"].max()), "bits/byte",
+                            "standard error that this text leaves in a system's mean, the largest"),
+        "difference_text_error": Value(
+            float(r.text["its error"].dropna().astype(float).max()), "bits/byte",
+            "the same of a difference to the reference on the same windows"),
         "unigram_bits": Value(r.unigram_bits, "bits/byte",
                               "of byte frequencies alone: what is reached without any context"),
         "ssm_char_accuracy": Value(_get(accuracy, "M"), "", "greedy next-character accuracy, M"),

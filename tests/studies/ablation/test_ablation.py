@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.measure.statistics import paired_difference, paired_table
+from analysis.measure.statistics import paired_difference, paired_table, student_interval
 from analysis.studies.ablation import compute as ablation
 from analysis.studies.ablation import learning
 from analysis.studies.ablation import values as answers
@@ -23,8 +23,10 @@ from analysis.studies.ablation.learning import (
     heldout_bits,
     heldout_windows,
     position_bits,
+    window_bits,
 )
-from analysis.studies.ablation.trained import accuracy_by_position, unigram_bits
+from analysis.studies.ablation.tables import with_intervals, without_intervals
+from analysis.studies.ablation.trained import accuracy_by_position, text_table, unigram_bits
 from analysis.studies.ablation.values import _lead_values
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus
@@ -56,6 +58,41 @@ def test_interval_of_many_pairs_is_near_students():
     assert paired.method == "BCa"
     assert paired.low == pytest.approx(a.mean() - half, abs=0.15 * half)
     assert paired.high == pytest.approx(a.mean() + half, abs=0.15 * half)
+
+
+def test_a_records_interval_follows_from_its_points_today():
+    """Whatever it was stored as: an old BCa interval, words, or nothing."""
+    points = ["-0.16, -0.15, -0.17, -0.18, -0.14", "+0.1000, +0.2000", ""]
+    old = pd.DataFrame({
+        "pattern": ["M", "MA", "A"], "mean": [-0.16, 0.15, None],
+        "low": ["-9.9", "few seeds", None],
+        "high": ["9.9", "few seeds", None], "pairs": [5, 2, 0], "method": ["BCa", "BCa", "none"],
+        "points": points})
+    for stored in (old, without_intervals(old)):
+        shown = with_intervals(stored)
+        low, high = student_interval(np.array([-0.16, -0.15, -0.17, -0.18, -0.14]))
+        assert shown["low"].tolist() == [f"{low:+.4f}", "few seeds", None]
+        assert shown["high"].tolist() == [f"{high:+.4f}", "few seeds", None]
+        assert shown["method"].tolist() == [
+            "Student's t", "points only (2 seeds, fewer than 3)", "not measured"]
+        assert shown["points"].tolist() == points
+    assert not set(without_intervals(old)) & {"low", "high", "method"}
+
+
+def test_the_text_is_a_sample_and_its_error_is_that_of_windows():
+    torch.manual_seed(0)
+    config = ModelConfig(d_model=8, n_layer=1, d_state=2, layer_pattern="A", n_head=2, n_kv_head=2)
+    models = {(p, 0): ByteLM(config) for p in ("A", "other")}
+    windows = torch.randint(0, 256, (40, 17))
+    table = text_table(models, windows, "A").set_index("pattern")
+    bits = window_bits(models["A", 0], windows)
+    assert table.loc["A", "bits per byte"] == pytest.approx(heldout_bits(models["A", 0], windows))
+    assert table.loc["A", "held-out bytes"] == 40 * 16
+    assert table.loc["A", "error over the text"] == pytest.approx(
+        bits.std(ddof=1) / 40**0.5, rel=0.1)
+    apart = window_bits(models["other", 0], windows) - bits
+    assert table.loc["other", "minus A"] == pytest.approx(apart.mean())
+    assert table.loc["other", "its error"] == pytest.approx(apart.std(ddof=1) / 40**0.5, rel=0.1)
 
 
 def test_pairing_removes_what_seeds_share():
@@ -279,7 +316,7 @@ def test_captured_steps_are_the_steps_one_by_one() -> None:
 
 def test_accuracy_by_position_is_a_mean_over_seeds():
     def scored(*hits: int) -> Score:
-        return Score(1.0, 0.5, len(hits), len(hits), np.array(hits, bool))
+        return Score(1.0, 0.5, len(hits), len(hits), 0, np.array(hits, bool))
 
     frame = accuracy_by_position(
         {("M", 0, 9): scored(1, 1, 0, 0, 1), ("M", 1, 9): scored(1, 0, 0, 0, 1),
