@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
+from mambabyte.ops.library import FLOATS, check_tensors
 
 
 def selective_scan_fn(
@@ -44,8 +45,12 @@ def selective_scan_fn(
 
     Raises UserError for a complex A and for shapes that do not agree.
     """
-    if any(t.is_complex() for t in (A, B, C)):
+    if any(isinstance(t, Tensor) and t.is_complex() for t in (A, B, C)):
         raise UserError("A, B and C must be real: the complex (S4D-Lin) form is not supported")
+    optional = {name: t for name, t in (("z", z), ("D", D), ("delta_bias", delta_bias))
+                if t is not None}
+    for name, t in {"u": u, "delta": delta, "A": A, "B": B, "C": C, **optional}.items():
+        check_tensors(name, t, None, FLOATS)
     if u.ndim != 3 or A.ndim != 2 or A.shape[0] != u.shape[1]:
         raise UserError(
             f"u has shape {tuple(u.shape)} and A {tuple(A.shape)}: expected (batch, channels, "

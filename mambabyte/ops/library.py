@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 from mambabyte.errors import UserError
 
-__all__ = ["Tensors", "check_tensors", "constant_in_graphs", "define", "wants_gradient"]
+__all__ = ["FLOATS", "Tensors", "check_tensors", "constant_in_graphs", "define", "wants_gradient"]
 
 Tensors = tuple[Tensor, ...]
 Kernel = Callable[..., tuple[Tensor | None, ...]]
@@ -33,6 +33,9 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
 # ------------------------------------------------------------------------------- the arguments
+
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_tensors(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mambabyte.errors import UserError
-from mambabyte.ops import selective_scan
+from mambabyte.ops import selective_scan, selective_scan_fn
 from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.delta.dispatch import gated_delta_rule
 from mambabyte.ops.ssd.decay import decayed_products
@@ -266,3 +266,20 @@ def test_errors_are_one_line(family, change, message):
     with pytest.raises(UserError, match=message) as error:
         OPERATORS[family](**make_inputs(family, 2, 5) | change)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_what_is_no_real_floating_number_is_refused_by_every_form(dtype: torch.dtype) -> None:
+    """Their results are in the dtype of their inputs: integers would be cut without a word."""
+    x = torch.ones(1, 5, 2, 4)
+    flat, states = torch.ones(1, 5, 2), torch.ones(1, 5, 1, 3)
+    for form in ("auto", "chunked", "recurrent", "fused"):
+        with pytest.raises(UserError, match=f"x is {dtype}"):
+            ssd_scan(x.to(dtype), flat, -flat[0, 0], states, states, form=form)
+        with pytest.raises(UserError, match=f"C is {dtype}"):
+            ssd_scan(x, flat, -flat[0, 0], states, states.to(dtype), form=form)
+        with pytest.raises(UserError, match=f"v is {dtype}"):
+            gated_delta_rule(x, x, x.to(dtype), -flat, flat, form=form)
+    with pytest.raises(UserError, match=f"u is {dtype}"):
+        selective_scan_fn(flat.to(dtype), flat, -torch.ones(5, 3), torch.ones(1, 3, 2),
+                          torch.ones(1, 3, 2))

@@ -11,8 +11,9 @@ from mambabyte.errors import UserError
 from mambabyte.ops.delta.chunked import CHUNK, chunked_delta
 from mambabyte.ops.delta.operator import fused_delta
 from mambabyte.ops.delta.recurrent import recurrent_delta
+from mambabyte.ops.library import FLOATS, check_tensors
 from mambabyte.ops.precision import without_autocast
-from mambabyte.ops.ssd.dispatch import check_shapes, wide_dtype
+from mambabyte.ops.ssd.dispatch import wide_dtype
 
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "recurrent": recurrent_delta, "chunked": chunked_delta}
@@ -53,6 +54,8 @@ def gated_delta_rule(
     if form not in ("auto", "fused", *FORMS):
         raise UserError(
             f"delta rule form {form!r} is unknown: choose auto, fused, {', '.join(FORMS)}")
+    for name, tensor in (("k", k), ("v", v), ("log_decay", log_decay)):
+        check_tensors(name, tensor, None, FLOATS)
     if k.ndim != 4 or k.shape[1] < 1:
         raise UserError(f"k has shape {tuple(k.shape)}: expected (batch, length >= 1, heads, "
                         "key channels)")
@@ -61,10 +64,11 @@ def gated_delta_rule(
                         "channels)")
     batch, length, heads, keys = k.shape
     gates = (batch, length, heads)
-    check_shapes(
-        q=(q, tuple(k.shape)), v=(v, (*gates, v.shape[3])), beta=(beta, gates),
-        log_decay=(log_decay, gates if log_decay.ndim == 3 else tuple(k.shape)),
-        initial_state=(initial_state, (batch, heads, keys, v.shape[3])))
+    check_tensors("k", k, None, FLOATS, (
+        ("q", q, tuple(k.shape), None), ("v", v, (*gates, v.shape[3]), None),
+        ("beta", beta, gates, None),
+        ("log_decay", log_decay, gates if log_decay.ndim == 3 else tuple(k.shape), None),
+        ("initial_state?", initial_state, (batch, heads, keys, v.shape[3]), None)))
     if chunk_size is not None and chunk_size < 1:
         raise UserError(f"chunk_size is {chunk_size}: it must be at least 1")
     if form == "auto":

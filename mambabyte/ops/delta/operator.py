@@ -15,12 +15,10 @@ from torch import Tensor
 
 from mambabyte.ops.delta import cuda as kernels
 from mambabyte.ops.delta.chunked import CHUNK, chunked_delta
-from mambabyte.ops.library import Tensors, check_tensors, define, wants_gradient
+from mambabyte.ops.library import FLOATS, Tensors, check_tensors, define, wants_gradient
 from mambabyte.ops.precision import without_autocast
 from mambabyte.ops.scan.operator import fused_available
 from mambabyte.ops.ssd.recompute import gradients_again
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def fused_delta(
@@ -46,7 +44,7 @@ def _check(
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     gates = (batch, length, heads)
     gate = 1 if log_decay.ndim == 4 and log_decay.shape[3] == 1 else keys
-    check_tensors("q", q, None, _DTYPES, (
+    check_tensors("q", q, None, FLOATS, (
         ("k", k, tuple(q.shape), q.dtype), ("v", v, (*gates, v.shape[-1]), q.dtype),
         ("log_decay", log_decay, (*gates, gate), wide), ("beta", beta, gates, wide),
         ("initial_state?", state, (batch, heads, keys, v.shape[-1]), wide)))

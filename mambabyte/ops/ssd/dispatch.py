@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
+from mambabyte.ops.library import FLOATS, check_tensors
 from mambabyte.ops.precision import without_autocast
 from mambabyte.ops.ssd.chunked import CHUNK, chunked_ssd
 from mambabyte.ops.ssd.operator import fused_ssd
@@ -53,6 +54,8 @@ def ssd_scan(
     """
     if form not in ("auto", "fused", *FORMS):
         raise UserError(f"SSD form {form!r} is unknown: choose auto, fused, {', '.join(FORMS)}")
+    check_tensors("x", x, None, FLOATS)
+    check_tensors("B", B, None, FLOATS)
     if x.ndim != 4 or x.shape[1] < 1:
         raise UserError(f"x has shape {tuple(x.shape)}: expected (batch, length >= 1, heads, "
                         "channels)")
@@ -60,10 +63,11 @@ def ssd_scan(
     if B.ndim != 4 or B.shape[2] < 1 or heads % B.shape[2]:
         raise UserError(f"B has shape {tuple(B.shape)}: expected ({batch}, {length}, groups, "
                         f"states) with groups a divisor of {heads} heads")
-    check_shapes(
-        dt=(dt, (batch, length, heads)), A=(A, (heads,)), D=(D, (heads,)),
-        dt_bias=(dt_bias, (heads,)), B=(B, (batch, length, *B.shape[2:])), C=(C, tuple(B.shape)),
-        initial_state=(initial_state, (batch, heads, channels, B.shape[3])))
+    check_tensors("x", x, None, FLOATS, (
+        ("dt", dt, (batch, length, heads), None), ("A", A, (heads,), None),
+        ("D?", D, (heads,), None), ("dt_bias?", dt_bias, (heads,), None),
+        ("B", B, (batch, length, *B.shape[2:]), None), ("C", C, tuple(B.shape), None),
+        ("initial_state?", initial_state, (batch, heads, channels, B.shape[3]), None)))
     if chunk_size is not None and chunk_size < 1:
         raise UserError(f"chunk_size is {chunk_size}: it must be at least 1")
     if form == "auto":
@@ -102,10 +106,3 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
     """What to compute in: float32, or float64 where any of the tensors is."""
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if wide else torch.float32
-
-
-def check_shapes(**expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """Raises UserError for the first tensor that has not the shape beside it; None is skipped."""
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise UserError(f"{name} has shape {tuple(tensor.shape)}: expected {shape}")

@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambabyte.ops.library import Tensors, check_tensors, define, wants_gradient
+from mambabyte.ops.library import FLOATS, Tensors, check_tensors, define, wants_gradient
 from mambabyte.ops.precision import without_autocast
 from mambabyte.ops.scan.operator import fused_available
 from mambabyte.ops.ssd import cuda as kernels
 from mambabyte.ops.ssd.chunked import CHUNK, chunked_ssd
 from mambabyte.ops.ssd.recompute import gradients_again
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def fused_ssd(
@@ -45,7 +43,7 @@ def _check(
     batch, length, heads, channels = x.shape
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     gates, groups = (batch, length, heads), (batch, length, *B.shape[2:])
-    check_tensors("x", x, None, _DTYPES, (
+    check_tensors("x", x, None, FLOATS, (
         ("step", step, gates, wide), ("log_decay", log_decay, gates, wide),
         ("B", B, groups, x.dtype), ("C", C, groups, x.dtype), ("D?", D, (heads,), wide),
         ("initial_state?", state, (batch, heads, channels, B.shape[3]), wide)))
