@@ -245,7 +245,7 @@ class DeltaMixer(Mixer, DeltaSpec):
 def has_kernel(mixer: type[DeltaMixer], config: ModelConfig, step: Step) -> bool:
     """Whether the rule of a step runs in its own kernels."""
     heads, keys, values = mixer.widths(config)
-    return (step.device == "cuda" and step.itemsize != FLOAT32
+    return (step.device == "cuda" and step.dtype == torch.bfloat16
             and keys == values == heads * kernels.CHANNELS)
 
 

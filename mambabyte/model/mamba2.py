@@ -205,7 +205,7 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
 
 def has_kernel(config: ModelConfig, step: Step) -> bool:
     """Whether the scan of a step runs in SSD's own kernels."""
-    return (step.device == "cuda" and step.itemsize != FLOAT32
+    return (step.device == "cuda" and step.dtype == torch.bfloat16
             and config.ssd_head_dim == ssd_kernels.CHANNELS
             and config.ssd_d_state in ssd_kernels.STATES)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
-from mambabyte.ops import ssd_scan
+from mambabyte.ops import gated_delta_rule, ssd_scan
 from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.delta import operator as delta_operator
 from mambabyte.ops.ssd import operator as ssd_operator
@@ -179,6 +179,22 @@ def test_ssd_past_two_to_the_31() -> None:
     assert relative_rms(last, last_2) < LIMIT[torch.bfloat16]
 
 
+def test_delta_past_two_to_the_31() -> None:
+    length, heads = 720_000, 48
+    x = torch.randn(1, length, heads, 64, device="cuda", dtype=torch.bfloat16) / 8
+    assert x.numel() > 2**31
+    gate, beta = -torch.rand(1, length, heads, device="cuda"), torch.rand(1, length, heads).cuda()
+    half = length // 2
+    with torch.no_grad():
+        o, last = gated_delta_rule(x, x, x, gate, beta, form="fused")
+        first, second = ([t[:, :half] for t in (x, x, x, gate, beta)],
+                         [t[:, half:] for t in (x, x, x, gate, beta)])
+        _, state = gated_delta_rule(*first, form="fused")
+        end, last_2 = gated_delta_rule(*second, initial_state=state, form="fused")
+    assert relative_rms(o[:, -1000:], end[:, -1000:]) < LIMIT[torch.bfloat16]
+    assert relative_rms(last, last_2) < LIMIT[torch.bfloat16]
+
+
 @pytest.mark.parametrize("family", list(OPERATORS))
 def test_captured_in_a_graph(family: str) -> None:
     inputs = made(family, 2, 130)
@@ -207,6 +223,11 @@ def test_opcheck() -> None:
     tensors = (x, dt.float(), dt.float() * A, B, C, D, state)
     torch.library.opcheck(torch.ops.mambabyte.ssd.default,
                           (*(t.detach().requires_grad_() for t in tensors), True))
+    for family in DELTA:
+        q, k, v, gate, beta, state = made(family, 1, 70).values()
+        tensors = (q, k, v, gate if gate.ndim == 4 else gate.unsqueeze(-1), beta.float(), state)
+        torch.library.opcheck(torch.ops.mambabyte.gated_delta_rule.default,
+                              (*(t.detach().requires_grad_() for t in tensors), True))
 
 
 @pytest.mark.parametrize("letter", "SDK")

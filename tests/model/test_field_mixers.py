@@ -15,7 +15,9 @@ from analysis.theory.step_memory import budget, state_bytes
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model import MIXERS, ByteLM
+from mambabyte.model.mixer import Step
 from mambabyte.ops.compare import relative_rms
+from mambabyte.ops.delta import cuda as kernels
 from mambabyte.train.optim import make_optimizer, roles
 
 BASE = ModelConfig(d_model=32, n_layer=2, norm="rms", ssd_head_dim=16, ssd_d_state=8,
@@ -86,6 +88,19 @@ def test_state_bytes_are_those_of_a_stream(config):
         shapes = {name: tuple(t.shape[1:]) for name, t in layer._asdict().items()
                   if isinstance(t, torch.Tensor)}
         assert shapes == MIXERS[letter].state_shapes(config, 19)
+
+@pytest.mark.parametrize("letter", "DK")
+def test_what_the_rules_kernels_keep_is_counted(letter):
+    config = replace(BASE, layer_pattern=letter, d_model=128, delta_head_dim=64)
+    q = torch.empty(3, 70, 2, 64, dtype=torch.bfloat16)
+    gate = torch.empty(3, 70, 2, 64 if letter == "K" else 1)
+    kept = sum(t.nbytes for t in kernels.Kept.empty(q, gate, True))
+    found = [t for t in MIXERS[letter].kept(config, Step(3, 70, torch.bfloat16, "cuda"))
+             if t.part == "rule"]
+    assert kept == sum(t.elements * t.itemsize for t in found)
+    other = MIXERS[letter].kept(config, Step(3, 70, torch.float16, "cuda"))
+    assert not [t for t in other if t.part == "rule"]
+
 
 
 @by_config
