@@ -14,7 +14,7 @@ from mambabyte.ops.ssd.cuda import aligned_rows, pointer
 
 CHANNELS = 64  # key and value channels of a head, the one number there is a kernel for
 CHUNK = 64  # steps, and rows of a tile
-_THREADS = {"delta_pairs": 128, "delta_forward": 512, "delta_backward": 512, "delta_gradients": 256}
+_THREADS = {"delta_pairs": 128, "delta_forward": 256, "delta_backward": 256, "delta_gradients": 128}
 _PARAMETERS = {
     "delta_pairs": "8P6q2i", "delta_forward": "12P9q2i", "delta_backward": "11P9q2i",
     "delta_gradients": "13P9q2i"}

@@ -23,9 +23,7 @@
 
 constexpr int D = 64, ROW = D + 8, TILE = T * ROW;  // of bf16 tiles
 constexpr int WIDE_ROW = 72;                        // of float32 tiles: rows 32 bytes apart modulo 128
-// In the passes four warps have some of the value channels, in delta_gradients some of the key channels.
-constexpr int PARTS = 4, COLUMNS = D / PARTS, PASS_THREADS = PARTS * THREADS;
-constexpr int HALVES = 2, KEYS = D / HALVES, WIDE_THREADS = HALVES * THREADS;
+constexpr int PARTS = 2, COLUMNS = D / PARTS, PASS_THREADS = PARTS * THREADS;  // of a pass: four warps a part
 constexpr int SCALES = 3 * D;  // numbers of a chunk that delta_pairs leaves for the passes
 
 // Where a lane's numbers of a 16 x 16 block of sums or of a left operand lie: register j has row
@@ -39,7 +37,15 @@ struct Lane {
 
 // ---------------------------------------------------------------------------------------- gates
 
-// Cumulates the log-decays of a chunk: u[t * WIDE_ROW + c] with a gate a channel, else u[t]. Steps that
+inline float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+inline float log2_decay(float log_decay) { return at_least(log_decay) * 1.44269504f; }
+
+// Cumulates the log-decays of a chunk, to the base 2: u[t * WIDE_ROW + c] with a gate a channel, else u[t]. Steps that
 // are not there do not decay. To be followed by a barrier.
 template <bool CHANNEL, int COUNT>
 inline void load_gates(float *u, const float *log_decay, int heads, int rows) {
@@ -51,7 +57,7 @@ inline void load_gates(float *u, const float *log_decay, int heads, int rows) {
         for (int i = 0; i < STEPS; i++)
             sum[i] = first + i < rows ? log_decay[(int64)(first + i) * heads * D + c] : 0.f;
 #pragma unroll
-        for (int i = 0; i < STEPS; i++) sum[i] = upto += at_least(sum[i]);
+        for (int i = 0; i < STEPS; i++) sum[i] = upto += log2_decay(sum[i]);
         u[part * WIDE_ROW + c] = upto;
         __syncthreads();
         for (int i = 0; i < part; i++) before += u[i * WIDE_ROW + c];
@@ -63,7 +69,7 @@ inline void load_gates(float *u, const float *log_decay, int heads, int rows) {
         float g[2];
 #pragma unroll
         for (int k = 0; k < 2; k++)
-            g[k] = t + k < rows ? at_least(log_decay[(int64)(t + k) * heads]) : 0.f;
+            g[k] = t + k < rows ? log2_decay(log_decay[(int64)(t + k) * heads]) : 0.f;
         float sum = cumulated(g[0] + g[1]), before = __shfl_sync(ALL, sum, threadIdx.x - 1);
         u[t] = (t ? before : 0.f) + g[0];
         u[t + 1] = sum;
@@ -83,8 +89,7 @@ template <int SIZE> inline int base_of(int row) { return row / (2 * SIZE) * (2 *
 template <int SIZE> inline float2 to_base(const float *u, int row, int column) {
     float2 here = *(const float2 *)(u + row * WIDE_ROW + column);
     float2 base = *(const float2 *)(u + base_of<SIZE>(row) * WIDE_ROW + column);
-    float sign = is_second<SIZE>(row) ? 1.f : -1.f;
-    return make_float2(__expf(sign * (here.x - base.x)), __expf(sign * (here.y - base.y)));
+    return make_float2(exp2_of(-fabsf(here.x - base.x)), exp2_of(-fabsf(here.y - base.y)));
 }
 
 inline u32 scaled(u32 pair, float2 by, float factor) {
@@ -217,19 +222,21 @@ inline void store_pairs(float *tile, bfloat16 *reads, int block, const float (&a
 // Adds the pairs of blocks of 2 SIZE steps that lie in different halves, within the warp's 16 steps. The
 // rows that key and query registers hold are the columns as well.
 template <int SIZE>
-inline void add_pairs(float (&a)[2][4], float (&n)[2][4], const u32 (&k)[D / 16][4],
-                      const u32 (&q)[D / 16][4], const float *u, const float *beta) {
+inline void add_pairs(float (&a)[2][4], float (&n)[2][4], const bfloat16 *tile_k, const bfloat16 *tile_q,
+                      const float *u, const float *beta) {
     Lane lane;
     float of_a[2][4] = {}, of_n[2][4] = {};
-#pragma unroll
-    for (int c = 0; c < D / 16; c++) {
+#pragma unroll 1  // code that is read again and again is short
+    for (int c = 0; c < D; c += 16) {
         u32 keys[4], queries[4];
+        load_left<false>(keys, tile_k, ROW, 16 * lane.warp, c);
+        load_left<false>(queries, tile_q, ROW, 16 * lane.warp, c);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             int row = lane.row(j);
-            float2 decay = to_base<SIZE>(u, row, 16 * c + lane.column(j));
-            keys[j] = scaled(k[c][j], decay, is_second<SIZE>(row) ? 1.f : beta[row]);
-            queries[j] = scaled(q[c][j], decay, 1.f);
+            float2 decay = to_base<SIZE>(u, row, c + lane.column(j));
+            keys[j] = scaled(keys[j], decay, is_second<SIZE>(row) ? 1.f : beta[row]);
+            queries[j] = scaled(queries[j], decay, 1.f);
         }
 #pragma unroll
         for (int right = 0; right < (SIZE == 8 ? 1 : 2); right++) {
@@ -254,39 +261,42 @@ inline void add_pairs(float (&a)[2][4], float (&n)[2][4], const u32 (&k)[D / 16]
 template <int SIZE> inline int place_of_keys(int row) { return SIZE == 32 ? 32 + row : row / 32 * 16 + row % 16; }
 
 template <int SIZE>
-inline void share_keys(bfloat16 *tile, const u32 (&k)[D / 16][4], const float *u, const float *beta) {
-    Lane lane;
-    if (is_second<SIZE>(16 * lane.warp)) return;
-#pragma unroll
-    for (int c = 0; c < D / 16; c++) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            int row = lane.row(j), column = 16 * c + lane.column(j);
-            *(u32 *)(tile + place_of_keys<SIZE>(row) * ROW + column) =
-                scaled(k[c][j], to_base<SIZE>(u, row, column), beta[row]);
-        }
+inline void share_keys(bfloat16 *to, const bfloat16 *tile_k, const float *u, const float *beta) {
+    for (int i = threadIdx.x; i < T * D / 4; i += THREADS) {
+        int k = i / (D / 2), row = k / SIZE * (2 * SIZE) + k % SIZE, column = i % (D / 2) * 2;
+        *(u32 *)(to + place_of_keys<SIZE>(row) * ROW + column) =
+            scaled(*(const u32 *)(tile_k + row * ROW + column), to_base<SIZE>(u, row, column), beta[row]);
     }
 }
 
 template <int SIZE>
-inline void pairs_across(float *tile_a, bfloat16 *reads, const bfloat16 *shared_keys,
-                         const u32 (&k)[D / 16][4], const u32 (&q)[D / 16][4], const float *u) {
+inline void pairs_across(float (&a)[SIZE / 8][4], float (&n)[SIZE / 8][4], const bfloat16 *shared_keys,
+                         const bfloat16 *tile_k, const bfloat16 *tile_q, const float *u) {
     Lane lane;
     if (!is_second<SIZE>(16 * lane.warp)) return;
-    float a[SIZE / 8][4] = {}, n[SIZE / 8][4] = {};
     int first = 16 * lane.warp / (2 * SIZE) * (2 * SIZE);
-#pragma unroll
-    for (int c = 0; c < D / 16; c++) {
+#pragma unroll 1
+    for (int c = 0; c < D; c += 16) {
         u32 keys[1][4], queries[1][4];
+        load_left<false>(keys[0], tile_k, ROW, 16 * lane.warp, c);
+        load_left<false>(queries[0], tile_q, ROW, 16 * lane.warp, c);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            float2 decay = to_base<SIZE>(u, lane.row(j), 16 * c + lane.column(j));
-            keys[0][j] = scaled(k[c][j], decay, 1.f);
-            queries[0][j] = scaled(q[c][j], decay, 1.f);
+            float2 decay = to_base<SIZE>(u, lane.row(j), c + lane.column(j));
+            keys[0][j] = scaled(keys[0][j], decay, 1.f);
+            queries[0][j] = scaled(queries[0][j], decay, 1.f);
         }
-        multiply<true>(a, keys, shared_keys + place_of_keys<SIZE>(first) * ROW + 16 * c, ROW);
-        multiply<true>(n, queries, shared_keys + place_of_keys<SIZE>(first) * ROW + 16 * c, ROW);
+        multiply<true>(a, keys, shared_keys + place_of_keys<SIZE>(first) * ROW + c, ROW);
+        multiply<true>(n, queries, shared_keys + place_of_keys<SIZE>(first) * ROW + c, ROW);
     }
+}
+
+template <int SIZE>
+inline void store_across(float *tile_a, bfloat16 *reads, const float (&a)[SIZE / 8][4],
+                         const float (&n)[SIZE / 8][4]) {
+    Lane lane;
+    if (!is_second<SIZE>(16 * lane.warp)) return;
+    int first = 16 * lane.warp / (2 * SIZE) * (2 * SIZE);
 #pragma unroll
     for (int block = 0; block < SIZE / 16; block++) {
         float one[2][4], two[2][4];
@@ -303,7 +313,7 @@ inline void pairs_across(float *tile_a, bfloat16 *reads, const bfloat16 *shared_
 // K', Q' and P'. scales (B, K, H, 3, D): exp(u_T) of each key channel, and with a gate a head exp(u_i)
 // and beta_i exp(u_T - u_i).
 template <bool CHANNEL>
-__global__ void __launch_bounds__(THREADS) delta_pairs(
+__global__ void __launch_bounds__(THREADS, 4) delta_pairs(
     const bfloat16 *q, const bfloat16 *k, const float *log_decay, const float *beta,
     bfloat16 *inverse, bfloat16 *reads, bfloat16 *decayed, float *scales, int64 q_batch,
     int64 q_time, int64 q_head, int64 k_batch, int64 k_time, int64 k_head, int length, int heads) {
@@ -331,32 +341,31 @@ __global__ void __launch_bounds__(THREADS) delta_pairs(
             int row = i / (D / 2), column = i % (D / 2) * 2;
             float2 here = *(const float2 *)(u + row * WIDE_ROW + column);
             float2 last = *(const float2 *)(u + (T - 1) * WIDE_ROW + column);
-            float2 start = make_float2(__expf(here.x), __expf(here.y));
-            float2 end = make_float2(__expf(last.x - here.x), __expf(last.y - here.y));
+            float2 start = make_float2(exp2_of(here.x), exp2_of(here.y));
+            float2 end = make_float2(exp2_of(last.x - here.x), exp2_of(last.y - here.y));
             u32 key = *(const u32 *)(tile_k + row * ROW + column);
             u32 query = *(const u32 *)(tile_q + row * ROW + column);
             to[i] = scaled(key, start, 1.f);
             to[T * D / 2 + i] = scaled(query, start, 1.f);
             to[T * D + i] = scaled(key, end, share[row]);
         }
-        if (threadIdx.x < D) scales[threadIdx.x] = __expf(u[(T - 1) * WIDE_ROW + threadIdx.x]);
-        u32 keys[D / 16][4], queries[D / 16][4];
+        if (threadIdx.x < D) scales[threadIdx.x] = exp2_of(u[(T - 1) * WIDE_ROW + threadIdx.x]);
+        share_keys<16>(far_keys, tile_k, u, share);
+        share_keys<32>(far_keys, tile_k, u, share);
         float a[2][4] = {}, n[2][4] = {}, own[2] = {0.f, 0.f};
 #pragma unroll
-        for (int c = 0; c < D / 16; c++) {
-            load_left<false>(keys[c], tile_k, ROW, 16 * lane.warp, 16 * c);
-            load_left<false>(queries[c], tile_q, ROW, 16 * lane.warp, 16 * c);
+        for (int c = 0; c < D; c += 16) {
+            u32 keys[4], queries[4];
+            load_left<false>(keys, tile_k, ROW, 16 * lane.warp, c);
+            load_left<false>(queries, tile_q, ROW, 16 * lane.warp, c);
 #pragma unroll
             for (int j = 0; j < 4; j++)
-                own[j % 2] += low_of(keys[c][j]) * low_of(queries[c][j]) +
-                              high_of(keys[c][j]) * high_of(queries[c][j]);
+                own[j % 2] += low_of(keys[j]) * low_of(queries[j]) + high_of(keys[j]) * high_of(queries[j]);
         }
-        share_keys<16>(far_keys, keys, u, share);
-        share_keys<32>(far_keys, keys, u, share);
-        add_pairs<8>(a, n, keys, queries, u, share);
-        add_pairs<4>(a, n, keys, queries, u, share);
-        add_pairs<2>(a, n, keys, queries, u, share);
-        add_pairs<1>(a, n, keys, queries, u, share);
+        add_pairs<8>(a, n, tile_k, tile_q, u, share);
+        add_pairs<4>(a, n, tile_k, tile_q, u, share);
+        add_pairs<2>(a, n, tile_k, tile_q, u, share);
+        add_pairs<1>(a, n, tile_k, tile_q, u, share);
 #pragma unroll
         for (int down = 0; down < 2; down++) {
             float diagonal = sum_of_row(own[down]) * share[lane.row(down)];
@@ -364,16 +373,20 @@ __global__ void __launch_bounds__(THREADS) delta_pairs(
             for (int e = 0; e < 2; e++)  // row and column agree in their halves
                 if (lane.t + e == lane.g) n[down][2 * down + e] = diagonal;
         }
+        __syncthreads();  // the shared keys are there
+        float far_a[2][4] = {}, far_n[2][4] = {}, farther_a[4][4] = {}, farther_n[4][4] = {};
+        pairs_across<16>(far_a, far_n, far_keys, tile_k, tile_q, u);
+        pairs_across<32>(farther_a, farther_n, far_keys, tile_k, tile_q, u);
         __syncthreads();  // no warp needs the tiles of q and k any more
         store_pairs(tile_a, reads, lane.warp, a, n);
-        pairs_across<16>(tile_a, reads, far_keys, keys, queries, u);
-        pairs_across<32>(tile_a, reads, far_keys, keys, queries, u);
+        store_across<16>(tile_a, reads, far_a, far_n);
+        store_across<32>(tile_a, reads, farther_a, farther_n);
     } else {
         if (threadIdx.x < T) {
             int t = threadIdx.x;
-            scales[t] = __expf(gates[T - 1]);
-            scales[D + t] = __expf(gates[t]);
-            scales[2 * D + t] = __expf(gates[T - 1] - gates[t]) * share[t];
+            scales[t] = exp2_of(gates[T - 1]);
+            scales[D + t] = exp2_of(gates[t]);
+            scales[2 * D + t] = exp2_of(gates[T - 1] - gates[t]) * share[t];
         }
         for (int block = 0; block <= lane.warp; block++) {
             float a[2][4] = {}, n[2][4] = {};
@@ -382,7 +395,7 @@ __global__ void __launch_bounds__(THREADS) delta_pairs(
 #pragma unroll
             for (int e = 0; e < 8; e++) {
                 int i = lane.row(e / 2 % 2), j = 16 * block + 8 * (e / 4) + lane.t + e % 2;
-                float weight = i >= j ? __expf(gates[i] - gates[j]) * share[j] : 0.f;
+                float weight = i >= j ? exp2_of(gates[i] - gates[j]) * share[j] : 0.f;
                 a[e / 4][e % 4] = i > j ? a[e / 4][e % 4] * weight : 0.f;
                 n[e / 4][e % 4] = i >= j ? n[e / 4][e % 4] * weight : 0.f;
             }
@@ -759,7 +772,7 @@ template <int SIZE> inline int place_of_queries(int row) { return SIZE == 32 ? r
 template <int SIZE>
 inline void share_scaled(bfloat16 *keys, bfloat16 *queries, const bfloat16 *tile_q, const bfloat16 *tile_k,
                          const float *u, const float *beta) {
-    for (int i = threadIdx.x; i < T * D / 2; i += WIDE_THREADS) {
+    for (int i = threadIdx.x; i < T * D / 2; i += THREADS) {
         int row = i / (D / 2), column = i % (D / 2) * 2;
         bool second = is_second<SIZE>(row);
         float2 decay = to_base<SIZE>(u, row, column);
@@ -870,7 +883,7 @@ inline void sum_before(float (&x)[2], float &all) {
 
 // dq, dk (B, L, H, D); dlog_decay (B, L, H, D or 1) and dbeta (B, L, H).
 template <bool CHANNEL>
-__global__ void __launch_bounds__(WIDE_THREADS, 2) delta_gradients(
+__global__ void __launch_bounds__(THREADS) delta_gradients(
     const bfloat16 *q, const bfloat16 *k, const bfloat16 *dy, const bfloat16 *dv, const float *log_decay,
     const float *beta, const bfloat16 *missing, const bfloat16 *carries, const bfloat16 *dcarries,
     bfloat16 *dq, bfloat16 *dk, float *dlog_decay, float *dbeta, int64 q_batch, int64 q_time, int64 q_head,
@@ -883,79 +896,78 @@ __global__ void __launch_bounds__(WIDE_THREADS, 2) delta_gradients(
     bfloat16 *tile_far = tile_x + TILE, *tile_queries = tile_far + TILE;  // with CHANNEL alone
     float *u = (float *)(tile_queries + TILE);                            // too
     __shared__ float gates[T], share[T], diagonal[T], of_state[D], of_pairs[WARPS][D], of_ends[WARPS][D];
-    __shared__ float of_share[HALVES][T];
     if (!CHANNEL) u = gates;
     Place here(length, heads);
     int64 of_head = here.first * heads + here.head;
-    load_gates<CHANNEL, WIDE_THREADS>(u, log_decay + of_head * (CHANNEL ? D : 1), heads, here.rows);
+    load_gates<CHANNEL, THREADS>(u, log_decay + of_head * (CHANNEL ? D : 1), heads, here.rows);
     load_shares(share, beta + of_head, heads, here.rows);
-    load_tile<D, WIDE_THREADS>(tile_q, q + here.at({q_batch, q_time, q_head}, here.head), q_time, here.rows);
-    load_tile<D, WIDE_THREADS>(tile_k, k + here.at({k_batch, k_time, k_head}, here.head), k_time, here.rows);
-    load_tile<D, WIDE_THREADS>(tile_s, carries + (int64)blockIdx.x * D * D, D, D);
-    load_tile<D, WIDE_THREADS>(tile_e, dcarries + (int64)blockIdx.x * D * D, D, D);
-    load_tile<D, WIDE_THREADS>(tile_y, dy + here.at({dy_batch, dy_time, dy_head}, here.head), dy_time, here.rows);
-    load_tile<D, WIDE_THREADS>(tile_r, dv + of_head * D, (int64)heads * D, here.rows);
-    load_tile<D, WIDE_THREADS>(tile_x, missing + (int64)blockIdx.x * T * D, D, T);
+    load_tile<D>(tile_q, q + here.at({q_batch, q_time, q_head}, here.head), q_time, here.rows);
+    load_tile<D>(tile_k, k + here.at({k_batch, k_time, k_head}, here.head), k_time, here.rows);
+    load_tile<D>(tile_s, carries + (int64)blockIdx.x * D * D, D, D);
+    load_tile<D>(tile_e, dcarries + (int64)blockIdx.x * D * D, D, D);
+    load_tile<D>(tile_y, dy + here.at({dy_batch, dy_time, dy_head}, here.head), dy_time, here.rows);
+    load_tile<D>(tile_r, dv + of_head * D, (int64)heads * D, here.rows);
+    load_tile<D>(tile_x, missing + (int64)blockIdx.x * T * D, D, T);
     __syncthreads();
 
     Lane lane;
-    int own = 16 * lane.warp, half = threadIdx.x / THREADS;
-    u32 of_y[D / 16][4], of_z[D / 16][4], of_x[D / 16][4], mine[D / 16][4];
+    int own = 16 * lane.warp;
+    u32 of_y[D / 16][4], of_z[D / 16][4], of_x[D / 16][4];
 #pragma unroll
     for (int c = 0; c < D / 16; c++) {
         load_left<false>(of_y[c], tile_y, ROW, own, 16 * c);
         load_left<false>(of_z[c], tile_r, ROW, own, 16 * c);
         load_left<false>(of_x[c], tile_x, ROW, own, 16 * c);
-#pragma unroll
-        for (int j = 0; j < 4; j++) mine[c][j] = half ? of_z[c][j] : of_y[c][j];
     }
-    __syncthreads();
-    // Pairs take the place of dO and Z, of which other warps do not need these rows: Y from one half of
-    // the threads, R from the other.
+    __syncwarp();
+    // Pairs take the place of dO and Z, of which other warps do not need these rows.
     for (int block = 0; block <= lane.warp; block++) {
-        float pairs[2][4] = {};
-        multiply<true>(pairs, mine, tile_x + 16 * block * ROW, ROW);
+        float y[2][4] = {}, r[2][4] = {};
+        multiply<true>(y, of_y, tile_x + 16 * block * ROW, ROW);
+        multiply<true>(r, of_z, tile_x + 16 * block * ROW, ROW);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             int row = lane.row(j), column = 16 * block + lane.column(j);
-            float pair[2];
+            float pairs[2][2];
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                float value = pairs[j / 2][2 * (j % 2) + h];
-                if (!half && column + h == row) diagonal[row] = value;
-                if (!CHANNEL) value *= __expf(gates[row] - gates[min(column + h, row)]);
-                pair[h] = column + h < row ? (half ? -value : value) : 0.f;
+                float one = y[j / 2][2 * (j % 2) + h], two = r[j / 2][2 * (j % 2) + h];
+                float weight = CHANNEL ? 1.f : exp2_of(gates[row] - gates[min(column + h, row)]);
+                bool behind = column + h < row;
+                if (column + h == row) diagonal[row] = one;
+                pairs[0][h] = behind ? one * weight : 0.f;
+                pairs[1][h] = behind ? -two * weight : 0.f;
             }
-            *(u32 *)((half ? tile_r : tile_y) + row * ROW + column) = pack(pair[0], pair[1]);
+            *(u32 *)(tile_y + row * ROW + column) = pack(pairs[0][0], pairs[0][1]);
+            *(u32 *)(tile_r + row * ROW + column) = pack(pairs[1][0], pairs[1][1]);
         }
     }
-    {  // of exp(u_T), a key channel for four threads
-        int c = threadIdx.x / 4;
+    {  // of exp(u_T), a key channel for two threads
+        int c = threadIdx.x / 2, half = threadIdx.x % 2 * (D / 2);
         float sum = 0.f;
 #pragma unroll
-        for (int i = 0; i < D / 8; i++) {
-            int at = c * ROW + threadIdx.x % 4 * 2 + 8 * i;
-            u32 s = *(const u32 *)(tile_s + at), e = *(const u32 *)(tile_e + at);
+        for (int i = 0; i < D / 2; i += 2) {
+            u32 s = *(const u32 *)(tile_s + c * ROW + half + i), e = *(const u32 *)(tile_e + c * ROW + half + i);
             sum += low_of(s) * low_of(e) + high_of(s) * high_of(e);
         }
-        sum = sum_of_row(sum);
-        of_state[c] = sum * __expf(CHANNEL ? u[(T - 1) * WIDE_ROW + c] : gates[T - 1]);
+        sum += __shfl_xor_sync(ALL, sum, 1);
+        of_state[c] = sum * exp2_of(CHANNEL ? u[(T - 1) * WIDE_ROW + c] : gates[T - 1]);
     }
     __syncthreads();
     if (CHANNEL) {
         share_scaled<16>(tile_near, tile_queries, tile_q, tile_k, u, share);
         share_scaled<32>(tile_far, tile_queries, tile_q, tile_k, u, share);
     } else {
-        for (int i = threadIdx.x; i < T * D / 2; i += WIDE_THREADS) {
+        for (int i = threadIdx.x; i < T * D / 2; i += THREADS) {
             int row = i / (D / 2), at = row * ROW + i % (D / 2) * 2;
             *(u32 *)(tile_near + at) = scaled(*(const u32 *)(tile_k + at), make_float2(share[row], share[row]), 1.f);
         }
     }
     __syncthreads();
 
-    float shares[2] = {0.f, 0.f}, of_u[2] = {0.f, 0.f}, of_end[2] = {0.f, 0.f};
+    float of_share[2] = {0.f, 0.f}, of_u[2] = {0.f, 0.f}, of_end[2] = {0.f, 0.f};
 #pragma unroll 1
-    for (int c = half * KEYS; c < (half + 1) * KEYS; c += 16) {
+    for (int c = 0; c < D; c += 16) {
         Sums to;
         u32 queries[4], keys[4];
         load_left<false>(queries, tile_q, ROW, own, c);
@@ -972,12 +984,12 @@ __global__ void __launch_bounds__(WIDE_THREADS, 2) delta_gradients(
                 int e = 2 * (j % 2) + h;
                 float upto = CHANNEL ? u[row * WIDE_ROW + column + h] : gates[row];
                 float total = CHANNEL ? u[(T - 1) * WIDE_ROW + column + h] : gates[T - 1];
-                float start = __expf(upto), key = h ? high_of(keys[j]) : low_of(keys[j]);
+                float start = exp2_of(upto), key = h ? high_of(keys[j]) : low_of(keys[j]);
                 to.dq[j][h] = start * read[j / 2][e];
                 to.dr[j][h] = -start * other[j / 2][e];
                 to.du[j][h] = (h ? high_of(queries[j]) : low_of(queries[j])) * to.dq[j][h] + key * to.dr[j][h];
                 to.dp[j][h] = 0.f;
-                end[j][h] = __expf(total - upto) * written[j / 2][e];
+                end[j][h] = exp2_of(total - upto) * written[j / 2][e];
             }
         }
         if (CHANNEL) {
@@ -1001,7 +1013,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, 2) delta_gradients(
                 float of_p = to.dp[j][h] + same * query + end[j][h];
                 of_q[h] = to.dq[j][h] + same * beta_i * key;
                 of_k[h] = to.dr[j][h] + beta_i * of_p;
-                shares[j % 2] += key * of_p;
+                of_share[j % 2] += key * of_p;
                 end[j][h] *= beta_i * key;  // now what exp(u_T - u) gets
                 if (!CHANNEL) of_u[j % 2] += to.du[j][h], of_end[j % 2] += end[j][h];
             }
@@ -1048,19 +1060,17 @@ __global__ void __launch_bounds__(WIDE_THREADS, 2) delta_gradients(
     }
 #pragma unroll
     for (int down = 0; down < 2; down++) {
-        float sum = sum_of_row(shares[down]), later = sum_of_row(of_u[down]), end = sum_of_row(of_end[down]);
+        int row = lane.row(down);
+        float sum = sum_of_row(of_share[down]), later = sum_of_row(of_u[down]), end = sum_of_row(of_end[down]);
         if (lane.t) continue;
-        of_share[half][lane.row(down)] = sum;
-        if (!CHANNEL) of_pairs[half][lane.row(down)] = later, of_ends[half][lane.row(down)] = end;
+        if (row < here.rows) dbeta[of_head + (int64)row * heads] = sum;
+        if (!CHANNEL) of_pairs[0][row] = later, of_ends[0][row] = end;
     }
+    if (CHANNEL) return;
     __syncthreads();
-    if (threadIdx.x < here.rows)
-        dbeta[of_head + (int64)threadIdx.x * heads] = of_share[0][threadIdx.x] + of_share[1][threadIdx.x];
-    if (CHANNEL || threadIdx.x >= 32) return;
+    if (lane.warp > 0) return;
     int id = threadIdx.x, t = 2 * id;
-    float second = of_pairs[0][t + 1] + of_pairs[1][t + 1], first_end = of_ends[0][t] + of_ends[1][t];
-    float later = of_pairs[0][t] + of_pairs[1][t] + second;
-    float ends = cumulated(first_end + of_ends[0][t + 1] + of_ends[1][t + 1]);
+    float later = of_pairs[0][t] + of_pairs[0][t + 1], ends = cumulated(of_ends[0][t] + of_ends[0][t + 1]);
 #pragma unroll
     for (int far = 1; far < 32; far *= 2) {
         float other = __shfl_sync(ALL, later, id + far);
@@ -1072,5 +1082,5 @@ __global__ void __launch_bounds__(WIDE_THREADS, 2) delta_gradients(
     float total = sum_of_warp(of_state[t] + of_state[t + 1]);
     if (t < here.rows) dlog_decay[of_head + (int64)t * heads] = later + before + total;
     if (t + 1 < here.rows)
-        dlog_decay[of_head + (int64)(t + 1) * heads] = rest + second + before + first_end + total;
+        dlog_decay[of_head + (int64)(t + 1) * heads] = rest + of_pairs[0][t + 1] + before + of_ends[0][t] + total;
 }

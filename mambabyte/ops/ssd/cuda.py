@@ -15,13 +15,14 @@ CHUNK = 64  # steps, and rows of a tile
 _THREADS = 128
 _PARAMETERS = {
     "ssd_states": "6P6q3i", "ssd_pass": "5Pq4i", "ssd_output": "8P9q3i",
-    "ssd_gradients": "15P12q3i"}
+    "ssd_gradients": "15P12q3i",
+    "ssd_groups": "4Pqi"}
 
 
 def names(states: int) -> list[str]:
     """The kernels for that many states."""
     return [f"ssd_states<{states}, false>", f"ssd_states<{states}, true>", "ssd_pass",
-            f"ssd_output<{states}>", f"ssd_gradients<{states}>"]
+            f"ssd_output<{states}>", f"ssd_gradients<{states}>", f"ssd_groups<{states}>"]
 
 
 @functools.cache
@@ -145,8 +146,12 @@ def backward(
         *dy.stride()[:3], *p.x.stride()[:3], *p.B.stride()[:3], *p.C.stride()[:3], *p.sizes,
     )  # fmt: skip
 
-    if p.per_group > 1:  # added up in float32 whatever the dtype
-        dB, dC = (t.unflatten(2, (-1, p.per_group)).sum(3) for t in (dB, dC))
+    if p.per_group > 1:
+        heads, packs = (dB, dC), B.numel() // 8
+        dB, dC = (torch.empty(B.shape, dtype=B.dtype, device=B.device) for _ in range(2))
+        _launch(
+            p.device, f"ssd_groups<{p.states}>", p.states, -(-2 * packs // _THREADS), 0,
+            *(t.data_ptr() for t in (*heads, dB, dC)), packs, p.per_group)
     return (dx, dstep, dlog_decay, dB, dC,
             None if D is None else dD.sum(0), None if initial_state is None else dinitial)
 

@@ -413,3 +413,25 @@ __global__ void __launch_bounds__(THREADS) ssd_gradients(
         if (lane == 0) dskip[blockIdx.x] = of_skip;
     }
 }
+
+// Adds up what the heads of each group have: db, dc (B, L, G, H / G, N) -> sum_b, sum_c (B, L, G, N). A
+// thread has eight numbers of one of the two.
+template <int N>
+__global__ void __launch_bounds__(THREADS) ssd_groups(
+    const bfloat16 *db, const bfloat16 *dc, bfloat16 *sum_b, bfloat16 *sum_c, int64 packs, int per_group) {
+    int64 id = blockIdx.x * (int64)THREADS + threadIdx.x;
+    if (id >= 2 * packs) return;
+    bool second = id >= packs;
+    int64 pack_id = second ? id - packs : id, group = pack_id / (N / 8);
+    const bfloat16 *from = (second ? dc : db) + group * per_group * N + pack_id % (N / 8) * 8;
+    float sum[8] = {};
+    for (int head = 0; head < per_group; head++) {
+        Pack<bfloat16, 8> some = *(const Pack<bfloat16, 8> *)(from + head * N);
+#pragma unroll
+        for (int k = 0; k < 8; k++) sum[k] += load(some.at[k]);
+    }
+    Pack<bfloat16, 8> result;
+#pragma unroll
+    for (int k = 0; k < 8; k++) store(result.at[k], sum[k]);
+    *(Pack<bfloat16, 8> *)((second ? sum_c : sum_b) + pack_id * 8) = result;
+}
