@@ -39,10 +39,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_tensors(
-    name: str,
-    x: Tensor | None,
-    shape: tuple[int, ...] | None,
-    dtypes: Sequence[torch.dtype],
+    name: str, x: Tensor | None, shape: tuple[int, ...] | None, dtypes: Sequence[torch.dtype],
     others: Iterable[tuple[str, Tensor | None, tuple[int, ...], torch.dtype | None]] = (),
 ) -> None:
     """Whether tensors fit together, before any of them reaches native code.
@@ -100,20 +97,11 @@ def constant_in_graphs(function: Function) -> Function:
 
 
 def define(
-    name: str,
-    inputs: str,
-    results: str,
-    *,
-    flags: str = "",
-    kept: str = "",
-    forward: Mapping[str, Kernel],
-    backward: Mapping[str, Kernel] | None = None,
-    check: Callable[..., None],
-    check_backward: Callable[..., None] | None = None,
-    shapes: Callable[..., Tensors],
-    backward_shapes: Callable[..., Tensors] | None = None,
-    in_torch: Callable[..., Tensors],
-    cast: Mapping[str, Sequence[str]] | None = None,
+    name: str, inputs: str, results: str, *, flags: str = "", kept: str = "",
+    forward: Mapping[str, Kernel], backward: Mapping[str, Kernel] | None = None,
+    check: Callable[..., None], check_backward: Callable[..., None] | None = None,
+    shapes: Callable[..., Tensors], backward_shapes: Callable[..., Tensors] | None = None,
+    in_torch: Callable[..., Tensors], cast: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:
     """Define ``torch.ops.mambabyte.NAME`` and, with ``backward``, ``NAME_backward``; returns the
     function to call: the first, without the detour through PyTorch's dispatcher where that has
@@ -137,36 +125,109 @@ def define(
 
     ``cast`` names, by device, the inputs that autocast casts where the first is not float64.
     """
-    tensors = _names(inputs)
-    result_names, kept_names = _names(results), _names(kept)
-    count, outputs = len(tensors), len(result_names)
-    arguments = ", ".join(filter(None, (inputs, flags, "bool save" if kept else "")))
-    listed = ", ".join(f"Tensor {n}" for n in (*result_names, *kept_names))
-    _LIBRARY.define(f"{name}({arguments}) -> ({listed})", tags=_TAGS)
-    operator = getattr(torch.ops.mambabyte, name).default
-    required = _required(arguments)
+    tensors, result_names, kept_names = map(_names, (inputs, results, kept))
+    count = len(tensors)
+    operator, required = _declare(
+        name, (inputs, flags, "bool save" if kept else ""), (*result_names, *kept_names))
 
     def with_kept(*args: Any) -> Tensors:
         """``in_torch`` with the operator's signature: it needs nothing kept."""
         found = in_torch(*(args[:-1] if kept else args))
         return (*found, *(args[0].new_empty(0) for _ in kept_names))
 
-    gradient: Any = None
-    gradient_kernels: dict[str, Kernel] = {}
+    def below(*args: Any) -> Tensors:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    kernels = {device: _checked(kernel, required, check, bool(kept), shapes)
+               for device, kernel in forward.items()}
+    record = None
     if backward is not None:
         gradient, gradient_kernels = _define_backward(
             name, inputs, result_names, kept_names, flags, backward, check_backward,
             backward_shapes, in_torch)
+        record = _recorded(count, len(result_names), bool(kept), below, gradient,
+                           gradient_kernels).apply
+
+    def above(run: Callable[..., Tensors], args: tuple[Any, ...]) -> Tensors:
+        if torch.is_grad_enabled():
+            for value in args[:count]:
+                if isinstance(value, Tensor) and value.requires_grad:
+                    return with_kept(*args) if record is None else record(run, *args)
+        return run(*args)
+
+    def autograd(*args: Any) -> Tensors:
+        if _transformed():
+            return with_kept(*args)
+        return above(kernels.get(_plain(args), below), args)
+
+    def call(*args: Any) -> Tensors:
+        kernel = None if torch.compiler.is_compiling() else kernels.get(_plain(args))
+        return operator(*args) if kernel is None else above(kernel, args)
+
+    _register(name, operator, kernels, autograd, shapes)
+    for device, chosen in (cast or {}).items():
+        places = [tensors.index(n) for n in chosen]
+        _LIBRARY.impl(name, _autocast(operator, device, places), f"Autocast{device.upper()}")
+    return call
+
+
+def _checked(
+    kernel: Kernel, required: list[tuple[int, str]], check: Callable[..., None], keeps: bool,
+    shapes: Callable[..., Tensors],
+) -> Callable[..., Any]:
+    """``kernel`` behind its check; an empty first input has empty results."""
+
+    def run(*args: Any) -> Any:
+        _all_given(required, args)
+        check(*(args[:-1] if keeps else args))
+        return kernel(*args) if args[0].numel() else shapes(*args)
+
+    return run
+
+
+def _declare(
+    name: str, arguments: Sequence[str], results: Iterable[str]
+) -> tuple[Any, list[tuple[int, str]]]:
+    """Make the schema known; returns the operator, and the places and names of the arguments that
+    may not be None."""
+    declared = ", ".join(filter(None, arguments))
+    listed = ", ".join(f"Tensor {n}" for n in results)
+    _LIBRARY.define(f"{name}({declared}) -> ({listed})", tags=_TAGS)
+    parts = [part.split() for part in declared.split(",")]
+    return (getattr(torch.ops.mambabyte, name).default,
+            [(i, named) for i, (kind, named) in enumerate(parts) if kind == "Tensor"])
+
+
+def _register(
+    name: str, operator: Any, kernels: Mapping[str, Callable[..., Any]],
+    autograd: Callable[..., Tensors], shapes: Callable[..., Tensors],
+) -> None:
+    """What the dispatcher calls, by device, above autograd, without data and under vmap."""
+    for device, kernel in kernels.items():
+        _LIBRARY.impl(name, kernel, device.upper())
+    _LIBRARY.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"mambabyte::{name}", shapes, lib=_LIBRARY)
+    torch.library.register_vmap(f"mambabyte::{name}", _one_by_one(operator), lib=_LIBRARY)
+
+
+def _recorded(
+    count: int, outputs: int, keeps: bool, below: Callable[..., Tensors], gradient: Any,
+    gradient_kernels: Mapping[str, Kernel],
+) -> type[torch.autograd.Function]:
+    """The node of an operator in autograd's graph: ``apply(run, *arguments)`` runs ``run``, a
+    checked kernel or ``below``, the dispatcher's; of the arguments ``count`` are inputs, of what
+    comes back ``outputs`` are results and the rest is kept for ``gradient``."""
 
     class Recorded(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, run: Callable[..., Tensors], *args: Any) -> Tensors:
             output = run(*args)
             ctx.set_materialize_grads(False)  # no zeros for a result that is not used
-            if kept:
+            if keeps:
                 ctx.mark_non_differentiable(*output[outputs:])
             ctx.save_for_backward(*args[:count], *output[outputs:])
-            ctx.flags = args[count : len(args) - bool(kept)]
+            ctx.flags = args[count : len(args) - keeps]
             ctx.first = output[0].shape
             # Autograd gives back what passed the forward's checks; hooks may give anything.
             hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -188,46 +249,7 @@ def define(
             rest = [None] * (len(needed) - count - 1)
             return (None, *[g if n else None for n, g in wanted], *rest)
 
-    def above(run: Callable[..., Tensors], args: tuple[Any, ...]) -> Tensors:
-        if torch.is_grad_enabled():
-            for value in args[:count]:
-                if isinstance(value, Tensor) and value.requires_grad:
-                    return with_kept(*args) if backward is None else Recorded.apply(run, *args)
-        return run(*args)
-
-    def below(*args: Any) -> Tensors:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*args)
-
-    def autograd(*args: Any) -> Tensors:
-        if _transformed():
-            return with_kept(*args)
-        return above(kernels.get(_plain(args), below), args)
-
-    def call(*args: Any) -> Tensors:
-        kernel = None if torch.compiler.is_compiling() else kernels.get(_plain(args))
-        return operator(*args) if kernel is None else above(kernel, args)
-
-    def on(device: str) -> Callable[..., Tensors]:
-        kernel = forward[device]
-
-        def checked(*args: Any) -> Any:
-            _all_given(required, args)
-            check(*(args[:-1] if kept else args))
-            return kernel(*args) if args[0].numel() else shapes(*args)
-
-        return checked
-
-    kernels = {device: on(device) for device in forward}
-    for device, kernel in kernels.items():
-        _LIBRARY.impl(name, kernel, device.upper())
-    _LIBRARY.impl(name, autograd, "Autograd")
-    torch.library.register_fake(f"mambabyte::{name}", shapes, lib=_LIBRARY)
-    torch.library.register_vmap(f"mambabyte::{name}", _one_by_one(operator), lib=_LIBRARY)
-    for device, chosen in (cast or {}).items():
-        places = [tensors.index(n) for n in chosen]
-        _LIBRARY.impl(name, _autocast(operator, device, places), f"Autocast{device.upper()}")
-    return call
+    return Recorded
 
 
 def _define_backward(
@@ -237,14 +259,11 @@ def _define_backward(
 ) -> tuple[Any, dict[str, Kernel]]:  # fmt: skip
     """Define ``NAME_backward``; returns it, and by device what it runs once all is checked."""
     first, *others = results
-    count, outputs = len(_names(inputs)), len(results)
-    arguments = ", ".join(filter(None, (
+    given = _names(inputs)
+    count, outputs = len(given), len(results)
+    operator, required = _declare(f"{name}_backward", (
         f"Tensor d{first}", *(f"Tensor? d{n}" for n in others), inputs,
-        *(f"Tensor {n}" for n in kept), flags)))
-    listed = ", ".join(f"Tensor d{n}" for n in _names(inputs))
-    _LIBRARY.define(f"{name}_backward({arguments}) -> ({listed})", tags=_TAGS)
-    operator = getattr(torch.ops.mambabyte, f"{name}_backward").default
-    required = _required(arguments)
+        *(f"Tensor {n}" for n in kept), flags), (f"d{n}" for n in given))
 
     def like_inputs(*args: Any) -> Tensors:
         given = args[outputs : outputs + count]
@@ -266,42 +285,37 @@ def _define_backward(
 
         return call
 
-    def differentiable(*args: Any) -> Tensors:
-        """The gradient of the form in torch, of which there is a gradient."""
-        upstream, given = args[:outputs], args[outputs : outputs + count]
-        with torch.enable_grad():
-            mine = [None if t is None else t.view_as(t) for t in given]
-            present = [t if t.requires_grad else t.requires_grad_()
-                       for t in mine if t is not None]
-            found = in_torch(*mine, *args[outputs + count + len(kept) :])
-            pairs = [(r, g) for r, g in zip(found, upstream, strict=True) if g is not None]
-            gradients = iter(torch.autograd.grad(
-                [r for r, _ in pairs], present, [g for _, g in pairs], create_graph=True,
-                materialize_grads=True))
-        return tuple(args[0].new_empty(0) if t is None else next(gradients) for t in given)
-
     def autograd(*args: Any) -> Tensors:
         recorded = torch.is_grad_enabled() and any(
             isinstance(t, Tensor) and t.requires_grad for t in args)
         if recorded or _transformed():
-            return differentiable(*args)
+            return _differentiable(
+                in_torch, args[:outputs], args[outputs : outputs + count],
+                args[outputs + count + len(kept) :])
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
     kernels = {device: unchecked(kernel) for device, kernel in backward.items()}
-    for device, kernel in kernels.items():
-        _LIBRARY.impl(f"{name}_backward", checked(kernel), device.upper())
-    _LIBRARY.impl(f"{name}_backward", autograd, "Autograd")
-    full_name = f"mambabyte::{name}_backward"
-    torch.library.register_fake(full_name, shapes or like_inputs, lib=_LIBRARY)
-    torch.library.register_vmap(full_name, _one_by_one(operator), lib=_LIBRARY)
+    _register(f"{name}_backward", operator,
+              {device: checked(kernel) for device, kernel in kernels.items()}, autograd,
+              shapes or like_inputs)
     return operator, kernels
 
 
-def _required(arguments: str) -> list[tuple[int, str]]:
-    """Places and names of the tensors that may not be None."""
-    parts = [part.split() for part in arguments.split(",")]
-    return [(i, name) for i, (kind, name) in enumerate(parts) if kind == "Tensor"]
+def _differentiable(
+    in_torch: Callable[..., Tensors], upstream: tuple[Any, ...], given: tuple[Any, ...],
+    flags: tuple[Any, ...],
+) -> Tensors:
+    """The gradient of the form in torch, of which there is a gradient."""
+    with torch.enable_grad():
+        mine = [None if t is None else t.view_as(t) for t in given]
+        present = [t if t.requires_grad else t.requires_grad_() for t in mine if t is not None]
+        pairs = [(r, g) for r, g in zip(in_torch(*mine, *flags), upstream, strict=True)
+                 if g is not None]
+        gradients = iter(torch.autograd.grad(
+            [r for r, _ in pairs], present, [g for _, g in pairs], create_graph=True,
+            materialize_grads=True))
+    return tuple(upstream[0].new_empty(0) if t is None else next(gradients) for t in given)
 
 
 def _all_given(required: list[tuple[int, str]], args: tuple[Any, ...]) -> None:
