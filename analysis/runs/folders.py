@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ SEAL = "record_sha256"
 FORMAT = 2
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*\Z")
+# What a name of an earlier version is called now, in run.json and in the cells of tables.
+_RENAMED = {"headroom": "exponent", "sequential": "recurrent"}
+_OLD = re.compile(rf'(?<=["_])({"|".join(_RENAMED)})(?=["_])')
 # JSON has no words for these; None (null) is "not measured".
 _WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -220,19 +223,24 @@ def load_run(folder: Path | str) -> Run:
             raise ValueError(f"status is {record['status']!r}, expected done or failed")
         tables = {check_name("table", name): Table(name, caption, read_frame(folder, name))
                   for name, caption in record.get("tables", {}).items()}
-        figures = record.get("figures", {})
-        for name, table in figures.items():
+        for name, table in record.get("figures", {}).items():
             tables[check_name("figure", name) and table]
         wrong = damaged(folder, record.get("sha256", {}))
         if record.get(SEAL, _seal(record)) != _seal(record):
             wrong.append(RECORD)
         if wrong:
             raise ValueError(f"{wrong[0]} is not what was written, its SHA-256 is another")
+        text = to_json(record)
+        if _OLD.search(text):
+            record = json.loads(_OLD.sub(lambda old: _RENAMED[old[0]], text))
+            tables = {name: replace(t, frame=t.frame.replace(_RENAMED).rename(columns=_RENAMED))
+                      for name, t in tables.items()}
         return Run(
             study=check_name("study", record["study"]), parameters=record["parameters"],
             values={n: Value(_decode(v["value"]), v.get("unit", ""), v.get("about", ""))
                     for n, v in record.get("values", {}).items()},
-            tables=tables, figures=figures, provenance=record.get("provenance", {}),
+            tables=tables, figures=record.get("figures", {}),
+            provenance=record.get("provenance", {}),
             title=record.get("title", ""), about=record.get("about", ""),
             status=record["status"], error=record.get("error", ""),
             run_id=record.get("run_id", ""), sources=record.get("sources", ""),

@@ -135,24 +135,24 @@ def count_flops(config: ModelConfig, length: int, batch: int = 1) -> pd.DataFram
 
 def layer_flops_crossover(
     config: ModelConfig, mixer: type[Mixer] = MambaMixer, other: type[Mixer] = AttentionMixer
-) -> int:
-    """The least length at which ``mixer``, an SSM layer, trains with fewer operations than
-    ``other``, attention.
+) -> int | None:
+    """The least length at which ``mixer`` trains with fewer operations than ``other``, attention.
 
-    Both are bare mixers of ``config``'s width, attention causal over the whole length. It exists
-    because attention's cost a byte grows with the length and the SSM's does not.
+    Both are bare mixers of ``config``'s width, attention causal over the whole length. None for a
+    mixer whose cost a byte grows with the length as attention's does.
     """
-    wide = replace(config, attention_window=2**40)
+    wide = replace(config, attention_window=2**39)
 
     def cost(kind: type[Mixer], length: int) -> float:
         return sum(part.forward * (1 + part.backward_ratio)
                    for part in kind.operations(wide, length))
 
-    ssm = cost(mixer, 1)
     low, high = 0, 1
-    while cost(other, high) <= ssm:
+    while cost(other, high) <= cost(mixer, high):
         low, high = high, 2 * high
+        if high > wide.attention_window:
+            return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if cost(other, middle) <= ssm else (low, middle)
+        low, high = (middle, high) if cost(other, middle) <= cost(mixer, middle) else (low, middle)
     return high

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from analysis.theory.flops import flops_per_byte
+from analysis.theory.sizes import at_size
 from analysis.theory.step_memory import state_bytes
 from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
@@ -53,8 +54,9 @@ def match_parameters(
     if by == "d_model":
         step = 2 * config.n_head
         widths = list(range(step, 64 * step + config.d_model * 4, step))
-        best = min(widths, key=lambda w: abs(replace(config, d_model=w).n_parameters - target))
-        return Matched(replace(config, d_model=best), target)
+        sized = [at_size(config, w, config.n_layer, config.n_head, config.n_kv_head)
+                 for w in widths]
+        return Matched(min(sized, key=lambda c: abs(c.n_parameters - target)), target)
     raise UserError(f"match {by!r} is unknown: choose mlp or d_model")
 
 

@@ -40,6 +40,8 @@ class Rule:
     fits: Callable[[Any], bool]
     words: Callable[[], str]
     known: Callable[[], Iterable[str]] | None = None  # the words that fit, where they are few
+    renamed: Mapping[str, str] = dataclasses.field(  # old word -> what it is called now
+        default_factory=dict, compare=False)
 
 
 def between(least: float, most: float) -> Rule:
@@ -60,9 +62,11 @@ def multiple_of(step: int) -> Rule:
     return Rule(lambda x: x > 0 and x % step == 0, lambda: f"that is a multiple of {step}")
 
 
-def one_of(names: Callable[[], Iterable[str]]) -> Rule:
-    """A word of a registry, which is asked when a value is checked: it may grow."""
-    return Rule(lambda x: x in list(names()), lambda: f"one of {', '.join(names())}", names)
+def one_of(names: Callable[[], Iterable[str]], renamed: Mapping[str, str] | None = None) -> Rule:
+    """A word of a registry, which is asked when a value is checked: it may grow. Words of earlier
+    versions, the keys of ``renamed``, are read as what they are called now."""
+    return Rule(lambda x: x in list(names()), lambda: f"one of {', '.join(names())}", names,
+                renamed or {})
 
 
 def entries(least: int = 1, *, once: bool = True, rising: bool = False) -> Rule:
@@ -210,8 +214,10 @@ def _fit(value: Any, hint: Any) -> Any:
     if origin is Annotated:
         value = _fit(value, typing.get_args(hint)[0])
         for rule in hint.__metadata__:
-            if isinstance(rule, Rule) and not rule.fits(value):
-                raise ValueError
+            if isinstance(rule, Rule):
+                value = rule.renamed.get(value, value) if rule.renamed else value
+                if not rule.fits(value):
+                    raise ValueError
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):  # a word is no list of its letters

@@ -180,7 +180,7 @@ class AttentionSpec(MixerSpec):
 class LocalAttentionSpec(AttentionSpec):
     """Attention over the last ``local_window`` bytes alone."""
 
-    about = "local attention"
+    about = name = "local attention"
 
     @classmethod
     def window_of(cls, config: Architecture) -> int:

@@ -22,7 +22,7 @@ class Form:
 
 
 FORMS: dict[str, Form] = {
-    "sequential": Form("the definition, one step after another"),
+    "recurrent": Form("the definition, one step after another"),
     "chunked": Form("stable chunks, no exponent is ever positive", chunk=32),
     "fused": Form("one native kernel forward, one backward (CPU or CUDA)"),
     "corrected_cumsum": Form(
@@ -65,8 +65,12 @@ FORMS: dict[str, Form] = {
     "associative": Form("pairs (decay, state) joined by doubling, no exponent", chunk=32),
 }
 
-ScanForm = Annotated[str, one_of(lambda: FORMS)]
-FormOrAuto = Annotated[str, one_of(lambda: ["auto", *FORMS])]
+# Names of earlier versions, read wherever a form is given.
+OLD_NAMES = {"sequential": "recurrent"}
+
+ScanForm = Annotated[str, one_of(lambda: FORMS, OLD_NAMES)]
+FormOrAuto = Annotated[str, one_of(lambda: ["auto", *FORMS], OLD_NAMES)]
+
 # What "auto" means.
 AUTO_ABOUT = "fused where its kernels run, else the stable chunks"
 

@@ -247,7 +247,7 @@ def operator_against_definition(
     mine = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
     exact = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
     y, h = operator(**mine, **options)
-    y_ref, h_ref = operator(**exact, **options, form="recurrent")
+    y_ref, h_ref = operator(**exact, **options | {"form": "recurrent"})
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.device)
     grads = torch.autograd.grad((y * weight).sum() + h.sum(), list(mine.values()))
     grads_ref = torch.autograd.grad(

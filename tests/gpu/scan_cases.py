@@ -85,7 +85,7 @@ def results(
 
 
 def definition(
-    inputs: Inputs, softplus: bool = True, form: str = "sequential", weights_seed: int = 1
+    inputs: Inputs, softplus: bool = True, form: str = "recurrent", weights_seed: int = 1
 ) -> dict[str, Tensor]:
     """The same in float64, step by step, on the same rounded inputs."""
     u = inputs["u"]

@@ -255,7 +255,7 @@ def test_nan_and_inf_spread_as_in_the_definition(where: str, value: float) -> No
     inputs = make_inputs(2, 40, 16)
     inputs[where][1, 20, 3] = value
     y, state = scan(inputs)
-    exact_y, exact_state = scan({n: t.double() for n, t in inputs.items()}, "sequential")
+    exact_y, exact_state = scan({n: t.double() for n, t in inputs.items()}, "recurrent")
     assert torch.equal(y.isfinite(), exact_y.isfinite())
     assert torch.equal(state.isfinite(), exact_state.isfinite())
     finite = exact_y.isfinite()

@@ -105,7 +105,7 @@ def test_convolution_refuses_what_does_not_fit() -> None:
 @pytest.mark.parametrize(("batch", "channels", "states"), [(1, 384, 16), (3, 33, 5), (130, 64, 64)])
 def test_scan_step_is_the_scan_at_length_1(batch, channels, states, dtype) -> None:
     inputs = make_inputs(batch, 1, channels, states, dtype)
-    exact_y, exact_state = scan({n: t.double() for n, t in inputs.items()}, "sequential")
+    exact_y, exact_state = scan({n: t.double() for n, t in inputs.items()}, "recurrent")
     row = {n: t[:, 0] if t.ndim == 3 and n != "initial_state" else t for n, t in inputs.items()}
     y, state = scan_step(
         row["u"], row["delta"], row["A"], row["B"], row["C"], row["D"], row["z"],
@@ -146,7 +146,7 @@ def exact_step(tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         "u": u, "delta": F.linear(low, dt_proj), "A": A, "B": B, "C": C, "D": D,
         "z": z[:, None], "delta_bias": dt_bias, "initial_state": state,
     }  # fmt: skip
-    y, state = scan(inputs, "sequential")
+    y, state = scan(inputs, "recurrent")
     return y[:, 0], tail, state
 
 

@@ -53,7 +53,7 @@ def made(config: ModelConfig) -> ByteLM:
 
 def exact(model: ByteLM, tokens: Tensor, state=None) -> tuple[Tensor, list]:
     """Log-probabilities and states in float64 by the definition of the scan."""
-    double = ByteLM(replace(model.config, scan_form="sequential")).double().eval()
+    double = ByteLM(replace(model.config, scan_form="recurrent")).double().eval()
     double.load_state_dict({k: v.double().cpu() for k, v in model.state_dict().items()})
     with torch.no_grad():
         logits, state = double(tokens.cpu().long(), state)

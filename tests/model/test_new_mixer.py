@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from analysis.measure.allocations import measure_peak, measure_saved
+from analysis.studies import gradients, throughput
 from analysis.studies.ablation import compute as ablation
+from analysis.studies.gradients import mixers as gradient_mixers
+from analysis.studies.memory.closed_form import state_frame
+from analysis.studies.throughput import compute as throughput_study
+from analysis.studies.throughput.tables import crossovers_in_words
 from analysis.theory.flops import count_flops
 from analysis.theory.kept_tensors import AUTOCASTS, saved_terms
 from analysis.theory.step_memory import budget, state_bytes
@@ -158,6 +163,25 @@ def test_it_goes_into_the_ablation(text_file: Path) -> None:
     equal = found.comparisons[found.comparisons["comparison"] == "steps"]
     assert equal["bits_per_byte"].notna().all()
     assert set(equal["pattern"]) == {"E", "M", "ME"}
+
+
+def test_it_goes_into_every_study() -> None:
+    at_boundary = gradient_mixers.mixer_frame(gradients.Scans(length=8, chunk=4)).set_index(
+        ["mixer", "gradient of"])
+    assert len(at_boundary) == 2 * len(SPECS)
+    assert (at_boundary[["one call", "two calls"]] < 1e-5).all(axis=None)
+    cut = at_boundary["state detached"].unstack()
+    assert (cut["inputs before the boundary"] == 1).all()
+    assert ((cut["weights"] > 0.01) & (cut["weights"] < 1)).all()
+    state = state_frame()
+    assert {"E", "K", "MMMA"} <= set(state["pattern"])
+    p = throughput.Parameters(mixers=("E",), d_model=8, n_head=2, n_layer=1, lengths=(4, 8),
+                              batches=(1,), rounds=1, stream_positions=(0,), stream_steps=1)
+    timed = throughput_study.time_mixers(p, lambda line: None)
+    assert set(timed["mixer"]) == {"moving average", "attention"}
+    crossed = crossovers_in_words(throughput_study.find_crossovers(p, timed))
+    assert set(crossed["crossover_in_operations"]) == {"1"}
+    assert "moving average" in set(throughput_study.time_streaming(p)["system"])
 
 
 def test_a_mixer_must_say_what_it_is_asked(config: ModelConfig) -> None:

@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_refused_or_taken(name: str) -> None:
 @native
 def test_the_scan_that_ended_the_process() -> None:
     u, delta, A, b, c, *_ = scan_inputs()
-    for form in ("auto", "fused", "chunked", "sequential"):
+    for form in ("auto", "fused", "chunked", "recurrent"):
         with pytest.raises(UserError, match="delta is None"):
             selective_scan(u, None, A, b, c, form=form)  # type: ignore[arg-type]
         with pytest.raises(UserError, match=r"u is torch\.int64"):
@@ -144,7 +144,7 @@ def test_an_empty_batch_is_empty() -> None:
 @pytest.mark.parametrize("wide", range(5))
 def test_auto_takes_float64_beside_float32(wide: int) -> None:
     inputs = scan_inputs()[:5]
-    wanted, _ = selective_scan(*(t.double() for t in inputs), form="sequential")
+    wanted, _ = selective_scan(*(t.double() for t in inputs), form="recurrent")
     inputs[wide] = inputs[wide].double()
     y, state = selective_scan(*inputs)
     assert y.dtype == inputs[0].dtype
@@ -181,7 +181,7 @@ def test_transforms_are_those_of_the_definition(name: str, form: str) -> None:
     rest = [t[:1] if t.ndim == 3 else t for t in rest] + [normal(D, K).double()]
     transform = TRANSFORMS[name]
     torch.testing.assert_close(transform(scalar(form, rest), rest[0]),
-                               transform(scalar("sequential", rest), rest[0]))
+                               transform(scalar("recurrent", rest), rest[0]))
 
 
 def test_the_dtypes_of_a_step_are_those_of_the_kernels() -> None:

@@ -61,7 +61,7 @@ def test_ssd_is_the_selective_scan_with_a_decay_a_head():
     y1, state1 = selective_scan(
         x.flatten(2), dt.repeat_interleave(5, 2), rates, B[:, :, 0], C[:, :, 0],
         D.repeat_interleave(5), delta_softplus=True, initial_state=h.flatten(1, 2),
-        form="sequential")
+        form="recurrent")
     assert relative_rms(y.flatten(2), y1) < 1e-14
     assert relative_rms(state.flatten(1, 2), state1) < 1e-14
 

@@ -52,10 +52,10 @@ def call(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
     return fused_scan(*tensors, delta_softplus=True)  # type: ignore[arg-type]
 
 
-def sequential(u, delta, A, B, C, D, z, bias, state):  # type: ignore[no-untyped-def]
+def recurrent(u, delta, A, B, C, D, z, bias, state):  # type: ignore[no-untyped-def]
     return selective_scan(
         u, delta, A, B, C, D, z, delta_bias=bias, delta_softplus=True, initial_state=state,
-        form="sequential",
+        form="recurrent",
     )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def test_results_equal_the_definition(dtype: torch.dtype) -> None:
     tensors = leaves(dtype, shape=(2, 37, 20), states=16)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     limit = 1e-5 if dtype == torch.float32 else 4e-3
-    (y, state), (true_y, true_state) = call(*tensors), sequential(*exact)
+    (y, state), (true_y, true_state) = call(*tensors), recurrent(*exact)
     assert (y.dtype, state.dtype) == (dtype, torch.float32)
     weights = (torch.randn_like(y), torch.randn_like(state))
     found = torch.autograd.grad((y, state), tensors, weights)
@@ -182,7 +182,7 @@ def test_any_options_and_any_set_of_gradients(present: list[bool], wanted: list[
         [None if t is None else t.clone().requires_grad_(w) for t, w in pairs]
         for pairs in [list(zip(tensors, wanted, strict=True))] * 2
     )
-    for function, args in ((call, mine), (sequential, theirs)):
+    for function, args in ((call, mine), (recurrent, theirs)):
         y, state = function(*args)
         if y.requires_grad:
             (y.square().sum() + state.sum()).backward()
@@ -195,7 +195,7 @@ def test_any_options_and_any_set_of_gradients(present: list[bool], wanted: list[
 @native
 def test_gradients_through_the_state_alone() -> None:
     mine, theirs = leaves(torch.float64), leaves(torch.float64)
-    for function, args in ((call, mine), (sequential, theirs)):
+    for function, args in ((call, mine), (recurrent, theirs)):
         function(*args)[1].square().sum().backward()
     for name, one, two in zip(NAMES, mine, theirs, strict=True):
         expected = torch.zeros_like(two) if two.grad is None else two.grad
@@ -220,7 +220,7 @@ def test_second_order_is_that_of_the_definition() -> None:
         tensors = tuple(leaves(torch.float64, shape=(1, 4, 2)))
         return torch.autograd.functional.hessian(scalar, tensors)
 
-    torch.testing.assert_close(second(call), second(sequential))
+    torch.testing.assert_close(second(call), second(recurrent))
 
 
 @native

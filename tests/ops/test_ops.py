@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
 from mambabyte.ops import FORMS, selective_scan, selective_scan_step
 from mambabyte.ops.causal_conv import causal_conv
@@ -58,6 +59,13 @@ def results_and_grads(inputs, dtype, form, chunk=None, softplus=True, need=NAMES
     return y, h, dict(zip(need, torch.autograd.grad(loss, [x[k] for k in need]), strict=True))
 
 
+def test_the_definition_answers_to_its_old_name():
+    inputs = [torch.rand(shape) for shape in ((1, 3, 2), (1, 3, 2), (2, 2), (1, 3, 2), (1, 3, 2))]
+    torch.testing.assert_close(selective_scan(*inputs, form="sequential"),
+                               selective_scan(*inputs, form="recurrent"))
+    assert ModelConfig(scan_form="sequential") == ModelConfig(scan_form="recurrent")
+
+
 def test_definition_against_hand_calculation():
     # One channel, one state, A = -ln 2 and delta = 1: the state halves at each step.
     u = torch.tensor([[[1.0], [0.0], [4.0]]], dtype=torch.float64)
@@ -65,7 +73,7 @@ def test_definition_against_hand_calculation():
     A = torch.tensor([[-math.log(2.0)]], dtype=torch.float64)
     B = torch.tensor([[[1.0], [7.0], [0.5]]], dtype=torch.float64)
     C = torch.tensor([[[1.0], [3.0], [2.0]]], dtype=torch.float64)
-    y, h = selective_scan(u, delta, A, B, C, form="sequential")
+    y, h = selective_scan(u, delta, A, B, C, form="recurrent")
     # h: 1; 0.5; 0.25 + 4 * 0.5 = 2.25.   y = C h: 1; 1.5; 4.5.
     assert y.flatten().tolist() == pytest.approx([1.0, 1.5, 4.5], abs=1e-15)
     assert h.item() == pytest.approx(2.25, abs=1e-15)
@@ -79,7 +87,7 @@ def test_definition_with_every_option_by_hand():
     A, B, C = number(-1, 1, 1), number(3, 1, 1, 1), number(5, 1, 1, 1)
     D, h0 = number(0.5, 1), number(10, 1, 1, 1)
     y, h = selective_scan(u, delta, A, B, C, D, z, delta_bias=bias, delta_softplus=True,
-                          initial_state=h0, form="sequential")
+                          initial_state=h0, form="recurrent")
     dt = math.log1p(math.exp(0.5))
     state = math.exp(-dt) * 10 + dt * 3 * 2
     silu = 1 / (1 + math.exp(-1))
@@ -92,7 +100,7 @@ def test_definition_gradients_against_finite_differences():
 
     def f(*args):
         return selective_scan(*args[:7], delta_bias=args[7], delta_softplus=True,
-                              initial_state=args[8], form="sequential")
+                              initial_state=args[8], form="recurrent")
 
     assert torch.autograd.gradcheck(f, tuple(inputs.values()))
 
@@ -105,7 +113,7 @@ def test_definition_gradients_against_finite_differences():
 )
 def test_right_forms_equal_the_definition(form, shape, chunk):
     inputs = make_inputs(*shape)
-    y_ref, h_ref, g_ref = results_and_grads(inputs, torch.float64, "sequential")
+    y_ref, h_ref, g_ref = results_and_grads(inputs, torch.float64, "recurrent")
     y, h, grads = results_and_grads(inputs, torch.float32, form, chunk)
     # float32 rounding is 6e-8 a step; sums over a few hundred terms stay below these.
     assert relative_rms(y, y_ref) < 1e-6
@@ -121,7 +129,7 @@ def test_stable_forms_survive_extreme_decay(form, decay):
     inputs["A"] = torch.full((4, 3), decay)
     inputs["delta"] = torch.full((2, 70, 4), 0.541324854612918)  # softplus of it is 1
     inputs["delta_bias"] = torch.zeros(4)
-    y_ref, h_ref, g_ref = results_and_grads(inputs, torch.float64, "sequential")
+    y_ref, h_ref, g_ref = results_and_grads(inputs, torch.float64, "recurrent")
     y, h, grads = results_and_grads(inputs, torch.float32, form, 32)
     assert relative_rms(y, y_ref) < 1e-6
     assert relative_rms(h, h_ref) < 1e-6
@@ -136,7 +144,7 @@ def test_stable_forms_survive_extreme_decay(form, decay):
        st.integers(1, 60), st.integers(0, 2**20))
 def test_chunked_any_shape(batch, length, channels, states, chunk, seed):
     inputs = make_inputs(batch, length, channels, states, seed=seed)
-    y_ref, h_ref, g_ref = results_and_grads(inputs, torch.float64, "sequential")
+    y_ref, h_ref, g_ref = results_and_grads(inputs, torch.float64, "recurrent")
     y, h, grads = results_and_grads(inputs, torch.float64, "chunked", chunk)
     assert relative_rms(y, y_ref) < 1e-12
     assert relative_rms(h, h_ref) < 1e-12
@@ -186,7 +194,7 @@ def test_step_is_the_scan_at_length_one():
     x = make_inputs(2, 1, 4, 3)
     dt = F.softplus(x["delta"])
     y, h = selective_scan(x["u"], dt, x["A"], x["B"], x["C"],
-                          initial_state=x["initial_state"], form="sequential")
+                          initial_state=x["initial_state"], form="recurrent")
     y1, h1 = selective_scan_step(x["u"][:, 0], dt[:, 0], x["A"], x["B"][:, 0], x["C"][:, 0],
                                  x["initial_state"])
     assert torch.equal(y[:, 0], y1)
@@ -223,7 +231,7 @@ def test_published_formula_computes_another_recurrence(form):
     args = [x[k] for k in ("u", "delta", "A", "B", "C")]
     y, h = selective_scan(*args, initial_state=x["initial_state"], form=form)
     y_pub, h_pub = published_recurrence(*args, x["initial_state"])
-    y_def, _ = selective_scan(*args, initial_state=x["initial_state"], form="sequential")
+    y_def, _ = selective_scan(*args, initial_state=x["initial_state"], form="recurrent")
     assert relative_rms(y, y_pub) < 1e-12  # exactly that recurrence, in float64 ...
     assert relative_rms(h, h_pub) < 1e-12
     assert relative_rms(y, y_def) > 1e-2  # ... and not the model's
@@ -246,7 +254,7 @@ def test_cumsum_overflows_where_derived(form, last_good):
 
 
 def test_forms_say_what_they_are():
-    assert STABLE == ["sequential", "chunked", "fused", "segment_sum", "associative"]
+    assert STABLE == ["recurrent", "chunked", "fused", "segment_sum", "associative"]
 
 
 @pytest.mark.parametrize(("form", "why"), [
@@ -258,7 +266,7 @@ def test_fragile_repairs_fail_where_the_stable_forms_do_not(form, why):
     inputs = make_inputs(2, 32, 4, 3)
     inputs |= {"A": torch.full((4, 3), -12.0), "delta": torch.ones(2, 32, 4),
                "delta_bias": torch.zeros(4)}
-    y_ref, _, g_ref = results_and_grads(inputs, torch.float64, "sequential", softplus=False)
+    y_ref, _, g_ref = results_and_grads(inputs, torch.float64, "recurrent", softplus=False)
 
     def errors(name):
         y, _, grads = results_and_grads(inputs, torch.float32, name, 32, softplus=False)

@@ -37,7 +37,7 @@ def by_the_scan(x, z, tail, state, w, b, x_proj, dt_proj, dt_bias, A, D):  # typ
     low, B, C = F.linear(u, x_proj).split([rank, states, states], dim=2)
     y, state = selective_scan(
         u, F.linear(low, dt_proj), A, B, C, D, z[:, None], delta_bias=dt_bias,
-        delta_softplus=True, initial_state=state, form="sequential",
+        delta_softplus=True, initial_state=state, form="recurrent",
     )  # fmt: skip
     return y[:, 0], tail, state
 
@@ -74,7 +74,7 @@ def test_scan_step_is_the_scan_at_length_1() -> None:
     y, new_state = scan_step(u, delta, A, B, C, D, z, D, state, True)
     wanted, wanted_state = selective_scan(
         u[:, None], delta[:, None], A, B[:, None], C[:, None], D, z[:, None], delta_bias=D,
-        delta_softplus=True, initial_state=state, form="sequential",
+        delta_softplus=True, initial_state=state, form="recurrent",
     )  # fmt: skip
     torch.testing.assert_close(y, wanted[:, 0])
     torch.testing.assert_close(new_state, wanted_state)

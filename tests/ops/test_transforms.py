@@ -90,10 +90,10 @@ TRANSFORMS: dict[str, Callable[[Function, Tensor, Tensor], Any]] = {
 def functions(column: str) -> tuple[Function, Function]:
     """What a column is about, and its definition."""
     if column.startswith("scan, "):
-        return scan(column.removeprefix("scan, ")), scan("sequential")
+        return scan(column.removeprefix("scan, ")), scan("recurrent")
     if column == "convolution":
         return convolution(), convolution()
-    return whole_model("auto"), whole_model("sequential")
+    return whole_model("auto"), whole_model("recurrent")
 
 
 def test_the_table_has_every_transform() -> None:

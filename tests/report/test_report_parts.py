@@ -15,7 +15,7 @@ from analysis.report.html import tables, text
 from analysis.report.html.check import check_page
 from analysis.report.html.markdown import formula, to_html
 from mambabyte.errors import UserError
-from mambabyte.ops.scan.recurrent import sequential_scan
+from mambabyte.ops.scan.recurrent import recurrent_scan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,7 +24,7 @@ def test_worked_example_is_the_recurrence():
     steps = worked_example()
     columns = {k: torch.tensor([[[getattr(s, k)] for s in steps]], dtype=torch.float64)
                for k in ("u", "delta", "B", "C")}  # (1, 5, 1)
-    y, state = sequential_scan(
+    y, state = recurrent_scan(
         columns["u"], columns["delta"], torch.tensor([[A]], dtype=torch.float64), columns["B"],
         columns["C"], torch.zeros(1, 1, 1, dtype=torch.float64))
     skip = 0.5 * columns["u"]

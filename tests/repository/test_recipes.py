@@ -69,7 +69,7 @@ def test_a_scan_form(monkeypatch):
     monkeypatch.setitem(SCANS, "loop", loop)
     for found, wanted in zip(
         selective_scan(u, delta, A, B, C, form="loop"),
-        selective_scan(u, delta, A, B, C, form="sequential"), strict=True,
+        selective_scan(u, delta, A, B, C, form="recurrent"), strict=True,
     ):
         torch.testing.assert_close(found, wanted)
 

@@ -38,6 +38,22 @@ def test_what_is_written_is_read(tmp_path):
     assert {"date", "commit", "machine", "versions"} <= run.provenance.keys()
 
 
+def test_names_of_earlier_versions_are_read(tmp_path):
+    forms = DATA.assign(form=["sequential", "chunked", "sequential scan"], sequential=[1, 2, 3])
+    write_run(Run(
+        "tiny", {"forms": ["sequential", "chunked"]},
+        {"bf16_sequential_cells": Value(3, "cells"), "sound": Value("sequential", "", "words")},
+        tables_of({"followed": ("", forms)}), {"headroom": "followed"}), tmp_path / "old")
+    run = load_run(tmp_path / "old")
+    assert run.parameters == {"forms": ["recurrent", "chunked"]}
+    assert run.figures == {"exponent": "followed"}
+    assert run.values["bf16_recurrent_cells"].value == 3
+    assert run.values["sound"].value == "recurrent"
+    frame = run.tables["followed"].frame
+    assert list(frame["form"]) == ["recurrent", "chunked", "sequential scan"]
+    assert list(frame["recurrent"]) == [1, 2, 3]
+
+
 ODD = pd.DataFrame({
     "nan": [1.0, math.nan], "none": pd.Series([None, 2.0], dtype=object),
     "both": pd.Series([None, math.nan], dtype=object), "inf": [math.inf, -math.inf],

@@ -55,8 +55,8 @@ def make(config: ModelConfig) -> ByteLM:
 
 @torch.inference_mode()
 def definition(model: ByteLM, data: bytes) -> Tensor:
-    """Log p (L, V) by the sequential scan in float64."""
-    exact = ByteLM(replace(model.config, scan_form="sequential"))
+    """Log p (L, V) by the recurrence in float64."""
+    exact = ByteLM(replace(model.config, scan_form="recurrent"))
     exact.load_state_dict(model.state_dict())
     for module in exact.modules():
         if isinstance(module, nn.RMSNorm):

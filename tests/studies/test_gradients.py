@@ -24,9 +24,9 @@ from analysis.studies.gradients import (
 )
 from analysis.studies.gradients.scan_against_step import scan_against_step
 from mambabyte.errors import UserError
-from mambabyte.ops.scan.recurrent import sequential_scan
+from mambabyte.ops.scan.recurrent import recurrent_scan
 
-RIGHT = ("sequential", "chunked", "corrected_cumsum", "segment_sum", "associative", "pairwise",
+RIGHT = ("recurrent", "chunked", "corrected_cumsum", "segment_sum", "associative", "pairwise",
          "centred")
 SMALL = boundary_gradients.Scans(
     forms=(*RIGHT, "document_chunked"), length=24, chunk=8, channels=3, states=4)
@@ -60,7 +60,7 @@ def test_the_documents_gradient_has_one_factor_too_many() -> None:
     exact = boundary_gradients.make_inputs(12, 2, 1, 0)
     weight = torch.ones_like(exact[0])
     own = boundary_gradients.whole_gradients(scan_of("document_chunked"), exact, 4, 8, weight)
-    true = boundary_gradients.whole_gradients(sequential_scan, exact, 0, 8, weight)
+    true = boundary_gradients.whole_gradients(recurrent_scan, exact, 0, 8, weight)
     decay = torch.exp(exact[1] * exact[2][:, 0])  # one state: a_k of each channel
     torch.testing.assert_close(own["d u"][:, :8], (decay * true["d u"])[:, :8])
 
@@ -76,7 +76,7 @@ def test_truncation_loses_everything_before_the_boundary(boundaries: pd.DataFram
 def test_two_calls_through_the_state_are_one() -> None:
     exact = boundary_gradients.make_inputs(20, 2, 3, 1)
     weight = torch.randn(exact[0].shape, dtype=torch.float64)
-    for form in ("sequential", "chunked", "corrected_cumsum"):
+    for form in ("recurrent", "chunked", "corrected_cumsum"):
         joined = boundary_gradients.whole_gradients(scan_of(form), exact, 5, 10, weight)
         parts = boundary_gradients.later_loss_gradients(scan_of(form), exact, 5, 10, weight)
         for name in joined:
@@ -150,7 +150,7 @@ def test_what_is_never_joined_is_never_learned(segment: int, learns: bool) -> No
 
 def test_segments_that_all_fall_short_leave_the_far_task_unmeasured(text_file: object) -> None:
     p = gradients.Parameters(
-        forms=("sequential", "document_chunked"), length=16, chunk=8, channels=2, states=2,
+        forms=("recurrent", "document_chunked"), length=16, chunk=8, channels=2, states=2,
         corpus=str(text_file), draws=1, segments=(2, 4), recall_steps=1, recall_seeds=1)
     found = gradients.run(p, lambda line: None)
     values = answers.values(found, p)

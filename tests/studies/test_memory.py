@@ -18,7 +18,7 @@ from analysis.studies.memory.scans import five_to_seven_frame, full_tensors_fram
 from analysis.theory.fit import ALLOWANCE_BYTES, DEVICES_GB, fit, parse_memory
 from analysis.theory.kept_tensors import AUTOCASTS, saved_terms
 from analysis.theory.step_memory import budget, state_bytes
-from mambabyte.config import PRESETS, ModelConfig, TrainConfig
+from mambabyte.config import PRESETS, SPECS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.ops import FORMS
@@ -89,7 +89,7 @@ def test_peak_within_five_percent(
         pytest.skip(native_scan.available()[1])
     config = ModelConfig(d_model=48, n_layer=2, n_head=2, n_kv_head=2, layer_pattern=pattern,
                          scan_form=form, scan_chunk=32)
-    batch, length = 2, 256 if form != "sequential" else 48
+    batch, length = 2, 256 if form != "recurrent" else 48
     step = budget(config, batch, length, autocast, checkpointing=checkpointing)
     measured = measure_peak(config, batch, length, autocast, checkpointing)
     assert (step.peak - step.weights - step.optimizer) / measured == pytest.approx(1, abs=0.05)
@@ -164,7 +164,8 @@ def test_a_checkpointed_layer_goes_forward_beside_the_gradients_above_it() -> No
 def test_devices_have_hybrids_attention_and_checkpointing(what: str) -> None:
     frame = device_frames(("chunked", "fused"))[("batch", "context").index(what)]
     assert {*zip(frame["pattern"], frame["form"], strict=True)} == {
-        ("M", "chunked"), ("M", "fused"), ("MMMA", "chunked"), ("MMMA", "fused"), ("A", "none")}
+        ("M", "chunked"), ("M", "fused"), ("MMMA", "chunked"), ("MMMA", "fused"),
+        *((letter, "none") for letter in SPECS if letter != "M")}
     for gb in DEVICES_GB:
         largest = frame.pivot_table(index=["pattern", "form", "autocast"],
                                     columns="checkpointing", values=f"{what} on {gb} GB")
@@ -205,7 +206,7 @@ def test_full_tensors_of_each_form() -> None:
     kept = frame["kept, full tensors"]
     assert kept["document_chunked"] == kept["document_cumsum"] == kept["corrected_cumsum"] == 5
     assert kept["document_as_coded"] == 6
-    assert kept["sequential"] == pytest.approx(2, abs=0.01)
+    assert kept["recurrent"] == pytest.approx(2, abs=0.01)
     assert kept["fused"] == 1 / native_scan.TILE  # a state every few steps
     assert kept["segment_sum"] == pytest.approx(3 + 32, abs=0.1)  # T weights; masks and a state
     for form in FORMS:

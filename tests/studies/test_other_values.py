@@ -23,13 +23,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "memory": {"forms": ["chunked", "document_chunked"], "patterns": ["M"], "autocasts": ["fp32"],
                "batch": 1, "context": 8, "d_model": 16, "n_layer": 1, "slice_lengths": [64, 128],
                "counted_layers": 1},
-    "overflow": {"forms": ["sequential", "chunked", "corrected_cumsum"],
+    "overflow": {"forms": ["recurrent", "chunked", "corrected_cumsum"],
                  "low_precision_forms": ["chunked"], "precisions": ["float32", "bfloat16"],
                  "chunks": [4, 8], "decays": [0.1, 6.4], "length": 16,
                  "fraction_lengths": [16, 64], "crossings": [60.0, 90.0], "d_model": 16,
                  "n_layer": 1, "batch": 1, "context": 32, "schedule_steps": 40,
                  "trained_steps": [4, 4, 4], "every": 2},
-    "gradients": {"forms": ["sequential", "chunked", "document_chunked"], "length": 16, "chunk": 4,
+    "gradients": {"forms": ["recurrent", "chunked", "document_chunked"], "length": 16, "chunk": 4,
                   "channels": 2, "states": 2, "draws": 1, "segments": [2, 8], "recall_length": 8,
                   "recall_far": 2, "recall_steps": 24, "recall_seeds": 1},
     "ablation": {"patterns": ["M", "A"], "d_model": 16, "n_layer": 2, "context": 16,
@@ -37,7 +37,8 @@ SMALL: dict[str, dict[str, Any]] = {
                  "streams": 1, "stream_bytes": 32, "tasks": ["copy 2"], "task_steps": 3,
                  "task_batch": 2, "variants": ["field", "zero out_proj"], "variant_steps": 2},
     "throughput": {"d_model": 8, "d_state": 2, "n_layer": 1, "lengths": [8, 16], "batches": [1, 2],
-                   "batch_length": 8, "forms": ["sequential", "chunked"], "mixer_forms": ["auto"],
+                   "batch_length": 8, "forms": ["recurrent", "chunked"], "mixers": ["M", "K"],
+                   "mixer_forms": ["auto"],
                    "rounds": 1, "allocation_lengths": [8, 16], "stream_positions": [0, 4],
                    "stream_steps": 2, "stream_window": 4, "patterns": ["M", "A"],
                    "training_forms": ["auto"], "train_context": 8, "train_batch": 1,
@@ -106,7 +107,7 @@ def test_a_map_whose_chunks_are_shorter_than_the_scan(tmp_path):
     from analysis.studies.overflow.error_map import error_map
     from analysis.studies.overflow.error_tables import gradient_noise, outcomes_by_decay
 
-    grid = Grid(forms=("sequential", "chunked"), precisions=("float32",), kinds=("constant",),
+    grid = Grid(forms=("recurrent", "chunked"), precisions=("float32",), kinds=("constant",),
                 chunks=(2, 4, 8), decays=(0.1, 1.6), length=16)
     errors = error_map(grid, lambda line: None)
     figure = drawn.error_maps(outcomes_by_decay(errors), "float32", "constant")
@@ -117,4 +118,4 @@ def test_a_map_whose_chunks_are_shorter_than_the_scan(tmp_path):
     assert 8 < high < 16  # the axis is that of the chunks, not of the recurrence's length
     # ... and no form of the figure of the gradient of A is in this run
     noise = next(d for d in drawn.FIGURES if d.name == "gradient_noise")
-    assert not noise.when(gradient_noise(errors).assign(form="sequential"))
+    assert not noise.when(gradient_noise(errors).assign(form="recurrent"))

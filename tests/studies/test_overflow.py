@@ -16,19 +16,22 @@ from analysis.runs.records import RECORDS, load_record
 from analysis.studies.overflow import KINDS, PRECISIONS, PROFILES, error_map, error_tables, figures
 from analysis.studies.overflow import compute as overflow
 from analysis.studies.overflow import values as answers
+from analysis.studies.overflow.mixers import mixer_frame
 from analysis.theory import bounds
 from analysis.theory.forms import ANY_CHUNK
-from mambabyte.config import PRESETS, ModelConfig, TrainConfig
+from mambabyte.config import PRESETS, SPECS, ModelConfig, TrainConfig
+from mambabyte.config.mixers import kind_of
 from mambabyte.errors import UserError
+from mambabyte.model.mixer import mixer_of
 from mambabyte.ops import FORMS
 from mambabyte.ops.scan import repairs
 from mambabyte.ops.scan.dispatch import SCANS
-from mambabyte.ops.scan.recurrent import sequential_scan
+from mambabyte.ops.scan.recurrent import recurrent_scan
 
 REPAIRS = [name for name, scan in SCANS.items()
            if scan.__module__ == repairs.__name__]
 SMALL = overflow.Parameters(
-    forms=tuple(f for f in ANY_CHUNK if f not in ("sequential", "fused")), low_precision_forms=(),
+    forms=tuple(f for f in ANY_CHUNK if f not in ("recurrent", "fused")), low_precision_forms=(),
     precisions=("float32",), kinds=("constant",), chunks=(8, 32, 64),
     decays=(0.02, 0.4, 1.6, 12.8), length=64)
 
@@ -59,7 +62,7 @@ def test_every_repair_is_a_form() -> None:
 def test_repairs_are_exact_where_nothing_is_repaired(name: str, chunk: int) -> None:
     exact = inputs(0.02, 37)
     found = error_map.results_of(scan_of(name), exact, chunk, 0)
-    reference = error_map.results_of(sequential_scan, exact, 0, 0)
+    reference = error_map.results_of(recurrent_scan, exact, 0, 0)
     tolerance = 1e-9 if name == "epsilon" else 1e-12
     for key in reference:
         assert error_map.relative_errors(found[key], reference[key]).max() < tolerance, key
@@ -131,7 +134,7 @@ def test_late_mask_has_the_value_of_pairwise_and_no_gradient() -> None:
 def test_differences_of_sums_lose_the_gradient_of_a_strong_decay(errors: pd.DataFrame) -> None:
     # Far inside the bound of pairwise, which has none, and of the corrected form at chunk 4.
     exact = inputs(12.0, 4)
-    reference = error_map.results_of(sequential_scan, exact, 0, 0)
+    reference = error_map.results_of(recurrent_scan, exact, 0, 0)
     single = [t.float() for t in exact]
 
     def error(form: str) -> float:
@@ -153,11 +156,11 @@ def test_the_published_form_is_another_recurrence(errors: pd.DataFrame) -> None:
 
 def test_gradient_of_a_by_row_is_that_of_the_row_alone() -> None:
     exact = error_map.inputs([0.1, 0.7], 12, 2, 3, "data-dependent", 3)
-    together = error_map.results_of(sequential_scan, exact, 0, 5)["d A"]
+    together = error_map.results_of(recurrent_scan, exact, 0, 5)["d A"]
     u, delta, A, B, C, state = exact
     for i in range(2):
         alone = error_map.results_of(
-            sequential_scan, [t[i : i + 1] for t in (u, delta)] + [A] + [
+            recurrent_scan, [t[i : i + 1] for t in (u, delta)] + [A] + [
                 t[i : i + 1] for t in (B, C, state)], 0, 5)["d A"]
         torch.testing.assert_close(together[i : i + 1], alone)
 
@@ -237,7 +240,7 @@ def test_first_chunks_of_both_kinds_and_every_gradient() -> None:
 
 
 def test_rounded_inputs_keep_float32_arithmetic() -> None:
-    p = replace(SMALL, forms=("sequential",), low_precision_forms=("sequential",),
+    p = replace(SMALL, forms=("recurrent",), low_precision_forms=("recurrent",),
                 precisions=("bf16 inputs", "fp16 inputs", "float16"), decays=(0.4,))
     found = error_map.error_map(p, lambda line: None).set_index("precision")["value error"]
     # 11 bits of a number against 8, and either sum in float32: the fp16 inputs are 2^-11 off.
@@ -265,8 +268,8 @@ def test_the_map_as_a_table_and_its_counts(errors: pd.DataFrame) -> None:
 
 
 def test_maps_are_of_value_and_gradient_and_of_every_form() -> None:
-    p = replace(SMALL, low_precision_forms=("sequential", "pairwise"), kinds=KINDS,
-                forms=(*SMALL.forms, "sequential"), precisions=("float32", "bf16 inputs"))
+    p = replace(SMALL, low_precision_forms=("recurrent", "pairwise"), kinds=KINDS,
+                forms=(*SMALL.forms, "recurrent"), precisions=("float32", "bf16 inputs"))
     outcomes = error_tables.outcomes_by_decay(error_map.error_map(p, lambda line: None))
     found = {d.name: d for d in figures.FIGURES if d.of == ("outcomes",) and d.when(outcomes)}
     assert set(found) == {"map", "map_data_dependent", "map_bf16_inputs"}
@@ -276,6 +279,17 @@ def test_maps_are_of_value_and_gradient_and_of_every_form() -> None:
         assert titles == {f"{form}\n{part}" for form in set(cells["form"])
                           for part in ("value", "gradient")}
     assert "associative" in set(found["map"].data(outcomes)["form"])
+
+
+def test_no_mixers_own_operator_has_a_bound_on_its_decays() -> None:
+    found = mixer_frame(replace(SMALL, length=48))
+    names = {kind_of(letter) for letter in SPECS if mixer_of(letter).has_decays}
+    assert set(found["mixer"]) == names >= {"SSM", "Mamba-2", "Kimi Delta Attention"}
+    assert (found["largest exponent of 32 steps"] > bounds.log_max()).any()
+    assert (found["largest exponent of a step"] <= found["largest exponent of 32 steps"]).all()
+    errors = found.filter(regex="error of")
+    assert (errors.filter(regex="fp32") < 1e-5).all(axis=None)
+    assert (errors.filter(regex="bf16") < 1e-2).all(axis=None)
 
 
 def test_cells_are_drawn_where_they_are() -> None:
@@ -293,13 +307,13 @@ def test_a_training_that_ended_early_has_a_panel_of_the_first_steps() -> None:
         {"form": form, "step": step, "layer": 0, "largest exponent in 32 steps": 50.0 + step / 4}
         for form, steps in (("auto", 1000), ("corrected_cumsum", 150))
         for step in range(0, steps + 1, 50)])
-    whole, early = figures.headroom_lines(followed).axes
+    whole, early = figures.exponent_lines(followed).axes
     assert early.lines[0].get_xdata().max() == 250
     # Named at its end only where it reaches the end.
     named = {text.get_text() for text in whole.texts}
     assert "stable (auto)" in named
     assert "corrected_cumsum" not in named
-    assert len(figures.headroom_lines(followed[followed["form"] == "auto"]).axes) == 1
+    assert len(figures.exponent_lines(followed[followed["form"] == "auto"]).axes) == 1
 
 
 def test_the_record_of_the_map_is_of_the_full_profile() -> None:
@@ -365,7 +379,7 @@ def test_a_run_without_float32_has_no_count_of_its_cells(text_file: object) -> N
     assert values["trained_steps"].value == 1
     assert values["stable_crossed"].value is None
     assert values["bfloat16_corrected_cumsum_cells"].value == 2
-    assert values["bfloat16_sequential_silent"].value is None
+    assert values["bfloat16_recurrent_silent"].value is None
     assert values["sound_forms"].value == "none"
 
 

@@ -39,7 +39,7 @@ class Parameters:
     timed: bool = True
     sizes: tuple[int, ...] = (128, 256)
     forms: tuple[str, ...] = ("chunked",)
-    form: Literal["chunked", "sequential"] = "chunked"
+    form: Literal["chunked", "recurrent"] = "chunked"
     cap: int | None = None
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ def notebook(path: Path, *cells: str) -> Path:
     ("n", "12", 12), ("n", 12, 12), ("rate", "1e-3", 1e-3), ("rate", 2, 2.0),
     ("timed", "no", False), ("timed", True, True), ("sizes", "1, 2,3", [1, 2, 3]),
     ("sizes", (4, 5), [4, 5]), ("sizes", "[6]", [6]), ("forms", "a,b", ["a", "b"]),
-    ("corpus", "7", "7"), ("form", "sequential", "sequential"), ("cap", "none", None),
+    ("corpus", "7", "7"), ("form", "recurrent", "recurrent"), ("cap", "none", None),
     ("cap", "5", 5),
 ])
 def test_values_are_typed(study, name, given, expected):

@@ -186,7 +186,7 @@ def test_not_measured():
 
 TINY = throughput.Parameters(
     d_model=8, n_layer=2, d_state=4, lengths=(8, 16, 32), batches=(1, 2), batch_length=8,
-    forms=("sequential", "chunked", "document_chunked", scan_timing.INDEXED), mixer_forms=("auto",),
+    forms=("recurrent", "chunked", "document_chunked", scan_timing.INDEXED), mixer_forms=("auto",),
     rounds=1, guard_seconds=5.0, allocation_lengths=(64, 128, 256, 512),
     stream_positions=(0, 40), stream_steps=2, stream_window=16, patterns=("M", "A"),
     train_context=8, train_batch=1, train_steps=1)
@@ -195,7 +195,7 @@ TINY = throughput.Parameters(
 def test_indexed_loop_computes_the_definition():
     inputs = scan_timing._scan_inputs(TINY, 2, 9, grad=True)
     y, h = scan_timing.indexed_scan(*inputs)
-    y_ref, h_ref = scan_timing.selective_scan(*inputs, delta_softplus=True, form="sequential")
+    y_ref, h_ref = scan_timing.selective_scan(*inputs, delta_softplus=True, form="recurrent")
     assert torch.allclose(y, y_ref, atol=1e-5)
     assert torch.allclose(h, h_ref, atol=1e-5)
 
@@ -221,7 +221,7 @@ def test_quadratic_forms_show_in_the_count(found):
     table = found.allocation_exponents.set_index(["what", "form"])["exponent"]
     assert table["zero_fill_bytes", scan_timing.INDEXED] == pytest.approx(2.0, abs=0.01)
     assert table["zero_fill_bytes", "document_chunked"] == pytest.approx(2.0, abs=0.05)
-    assert table["allocated_bytes", "sequential"] == pytest.approx(1.0, abs=0.05)
+    assert table["allocated_bytes", "recurrent"] == pytest.approx(1.0, abs=0.05)
     assert table["allocated_bytes", "chunked"] == pytest.approx(1.0, abs=0.05)
 
 
@@ -262,8 +262,11 @@ def test_an_empty_list_of_what_is_timed_is_refused(name):
 
 
 def test_a_crossing_that_did_not_happen_says_by_when():
-    frame = pd.DataFrame({"crossover_length": [None, 512.0], "longest_length": [2048, 2048]})
-    assert crossovers_in_words(frame)["crossover_length"].tolist() == ["not by 2,048", "512"]
+    frame = pd.DataFrame({"crossover_length": [None, 512.0], "longest_length": [2048, 2048],
+                          "crossover_in_operations": [None, 1245]})
+    words = crossovers_in_words(frame)
+    assert words["crossover_length"].tolist() == ["not by 2,048", "512"]
+    assert words["crossover_in_operations"].tolist() == ["never", "1,245"]
 
 
 @pytest.mark.parametrize(("low", "high", "reading"), [

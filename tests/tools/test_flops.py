@@ -18,7 +18,7 @@ from analysis.theory.flops import (
 from analysis.theory.matching import GPU_WIDTHS, match_parameters, match_patterns, systems_table
 from mambabyte.config import ModelConfig, get_preset
 from mambabyte.errors import UserError
-from mambabyte.model import ByteLM
+from mambabyte.model import AttentionMixer, ByteLM
 from mambabyte.model.attention import mean_keys
 
 SMALL = ModelConfig(d_model=32, n_layer=3, layer_pattern="MA", n_head=4, n_kv_head=2, d_state=8,
@@ -85,6 +85,7 @@ def test_ssm_cost_does_not_grow_with_length_and_attention_does():
 def test_crossover_is_where_it_says():
     config = replace(get_preset("mamba_byte").model, attention_window=2**30)
     at = layer_flops_crossover(config)
+    assert layer_flops_crossover(config, AttentionMixer) is None  # never below itself
     cost = {}
     for length in (at - 1, at):
         for letter in "MA":

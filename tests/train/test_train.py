@@ -20,7 +20,7 @@ from mambabyte.corpus import load_corpus
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.ops.scan.dispatch import SCANS
-from mambabyte.ops.scan.recurrent import sequential_scan
+from mambabyte.ops.scan.recurrent import recurrent_scan
 from mambabyte.train import EagerStep, NonFiniteError, train, train_step
 from mambabyte.train.metrics import read_metrics
 from mambabyte.train.optim import make_optimizer, roles
@@ -282,7 +282,7 @@ def test_smoke_mode_is_chosen(monkeypatch):
     assert is_smoke(10**9)
 
 
-@pytest.mark.parametrize("form", ["auto", "sequential", "chunked"])
+@pytest.mark.parametrize("form", ["auto", "recurrent", "chunked"])
 def test_smoke_passes_when_the_scan_is_right(corpus, form):
     model, recipe = smoke_configs(ModelConfig(scan_form=form), 485)
     assert (model.d_model, model.n_layer, model.d_state) == (32, 2, 8)
@@ -301,15 +301,15 @@ def test_smoke_fails_when_the_recurrence_is_wrong(corpus, form):
 @pytest.mark.parametrize("fault", ["nan", "gradient", "state"])
 def test_smoke_fails_on_subtler_faults(corpus, fault, monkeypatch):
     def faulty(u, delta, A, B, C, state, chunk):
-        y, h = sequential_scan(u, delta, A, B, C, state)
+        y, h = recurrent_scan(u, delta, A, B, C, state)
         if fault == "nan":
             y = y.clone()
             y[0, -1, 0] = float("nan")
         if fault == "gradient" and u.shape[1] > 1:  # right value, gradient cut at half the length
             half = u.shape[1] // 2
-            _, cut = sequential_scan(
+            _, cut = recurrent_scan(
                 u[:, :half], delta[:, :half], A, B[:, :half], C[:, :half], state)
-            late, h = sequential_scan(
+            late, h = recurrent_scan(
                 u[:, half:], delta[:, half:], A, B[:, half:], C[:, half:], cut.detach())
             y = torch.cat([y[:, :half], late], 1)
         if fault == "state":

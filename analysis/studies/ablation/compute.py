@@ -45,6 +45,7 @@ from analysis.studies.ablation.trained import (
 )
 from analysis.theory.flops import count_flops, flops_table
 from analysis.theory.matching import GPU_WIDTHS, Matched, match_patterns, systems_table
+from analysis.theory.sizes import at_size
 from mambabyte.config import ModelConfig, TrainConfig, get_preset
 from mambabyte.corpus import Corpus, load_corpus
 from mambabyte.errors import UserError
@@ -136,9 +137,8 @@ def _multiple(p: Parameters) -> int:
 
 def base_config(p: Parameters) -> ModelConfig:
     """The preset at the study's width and depth; attention looks back one training context."""
-    return replace(
-        get_preset(p.preset).model, d_model=p.d_model, n_layer=p.n_layer, n_head=p.n_head,
-        n_kv_head=p.n_kv_head, attention_window=p.context)
+    return at_size(get_preset(p.preset).model, p.d_model, p.n_layer, p.n_head, p.n_kv_head,
+                   attention_window=p.context)
 
 
 def recipe(p: Parameters, seed: int, steps: int) -> TrainConfig:

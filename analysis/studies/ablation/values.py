@@ -16,7 +16,7 @@ def values(r: Results, p: Parameters) -> Values:
     bits = r.systems.set_index("pattern")["bits_per_byte"]
     best = str(bits.idxmin())
     reference = str(r.paired["reference"].iloc[0])
-    hybrids = [p for p in bits.index if set(p) == {"M", "A"}]
+    hybrids = [p for p in bits.index if len(set(p)) > 1]
     state = r.systems.set_index("pattern")["state_bytes"]
     accuracy = r.runs.dropna(subset=["char_accuracy"]).groupby("pattern")["char_accuracy"].mean()
     products = r.flop_check[r.flop_check["counted"] == MATMUL]["formula_over_counter"]

@@ -184,8 +184,7 @@ def published_state_dtypes(steps: int = 2) -> pd.DataFrame:
 
 
 def warmdown_multiplier(
-    step: int, elapsed_seconds: float, *, iterations: int, cap_seconds: float,
-    warmdown: int = 1200,
+    step: int, elapsed_seconds: float, *, iterations: int, cap_seconds: float, warmdown: int = 1200,
 ) -> float:
     """Learning-rate factor of the script's schedule before step ``step`` (from 0).
 

@@ -23,7 +23,7 @@ class Scans(Checked):
     """The forms that are compared and the size of their scans."""
 
     forms: Annotated[tuple[ScanForm, ...], entries()] = (
-        "sequential", "chunked", "fused", "corrected_cumsum", "document_chunked", "segment_sum",
+        "recurrent", "chunked", "fused", "corrected_cumsum", "document_chunked", "segment_sum",
         "associative")
     """scan forms that are compared"""
     length: Count = 128
@@ -86,6 +86,7 @@ class Results:
 
     boundaries: pd.DataFrame  # error of each gradient at every boundary
     distances: pd.DataFrame  # size and error of the gradient by distance
+    mixers: pd.DataFrame  # every mixer at one boundary
     checks: pd.DataFrame  # gradcheck, and the comparison that it cannot make
     steps: pd.DataFrame  # scan against step in the untrained model
     recall: pd.DataFrame  # accuracy by distance after truncated training

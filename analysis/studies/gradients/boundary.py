@@ -26,7 +26,7 @@ from analysis.measure.scans import Scan, scan_of
 from analysis.studies.gradients import Scans
 from analysis.theory.forms import INPUTS
 from mambabyte.ops.compare import relative_rms
-from mambabyte.ops.scan.recurrent import sequential_scan
+from mambabyte.ops.scan.recurrent import recurrent_scan
 
 
 def make_inputs(
@@ -97,14 +97,14 @@ def boundary_frame(p: Scans) -> pd.DataFrame:
     exact, weight = _inputs_and_weight(p)
     rows = []
     for boundary in range(p.chunk, p.length, p.chunk):
-        reference = whole_gradients(sequential_scan, exact, 0, boundary, weight)
+        reference = whole_gradients(recurrent_scan, exact, 0, boundary, weight)
         for form, precision in [(f, d) for f in p.forms for d in ("float64", "float32")]:
             if form == "fused" and precision == "float64" and p.device != "cpu":
                 continue  # the kernels of a GPU are for training: float32 and below
             tensors = [t.to(p.device, getattr(torch, precision)) for t in exact]
             found = whole_gradients(scan_of(form), tensors, p.chunk, boundary, weight)
             rows += _boundary_rows(form, precision, boundary, found, reference)
-        cut = later_loss_gradients(sequential_scan, exact, 0, boundary, weight, detach=True)
+        cut = later_loss_gradients(recurrent_scan, exact, 0, boundary, weight, detach=True)
         rows += _boundary_rows("truncated", "float64", boundary, cut, reference)
     return pd.DataFrame(rows)
 
@@ -142,7 +142,7 @@ def distance_frame(p: Scans) -> pd.DataFrame:
     """
     exact, weight = _inputs_and_weight(p)
     boundary = (p.length - 1) // p.chunk * p.chunk
-    reference = whole_gradients(sequential_scan, exact, 0, boundary, weight)["d u"]
+    reference = whole_gradients(recurrent_scan, exact, 0, boundary, weight)["d u"]
     size = reference.square().mean((0, 2)).sqrt()
     found = {}
     for form in p.forms:
@@ -171,8 +171,8 @@ def gradcheck_frame(p: Scans) -> pd.DataFrame:
     inputs = tuple(t.clone().requires_grad_() for t in (u, delta, A, B, C, state))
     weight = torch.randn(u.shape, generator=torch.Generator().manual_seed(p.seed),
                          dtype=torch.float64)
-    reference = whole_gradients(sequential_scan, list(inputs), 0, 0, weight)
-    y_exact, _ = sequential_scan(u, delta, A, B, C, state)
+    reference = whole_gradients(recurrent_scan, list(inputs), 0, 0, weight)
+    y_exact, _ = recurrent_scan(u, delta, A, B, C, state)
     rows = []
     for form in p.forms:
         scan = scan_of(form)

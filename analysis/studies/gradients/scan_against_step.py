@@ -58,7 +58,7 @@ def _logits_and_scan(
     mixers = ssm_layers(model)
     mixer = mixers[0]
     found = []
-    for name in (mixer.form, "sequential"):
+    for name in (mixer.form, "recurrent"):
         for each in mixers:
             each.form = name
         logits, _ = model(tokens)

@@ -8,7 +8,7 @@ from analysis.runs.folders import Value
 from analysis.studies.gradients import DOCUMENT_DIFFERENCE, Parameters, Results
 
 # Forms that compute the recurrence and are within their bounds at these decays.
-RIGHT = ("sequential", "chunked", "fused", "corrected_cumsum", "pairwise", "segment_sum",
+RIGHT = ("recurrent", "chunked", "fused", "corrected_cumsum", "pairwise", "segment_sum",
          "associative")
 
 

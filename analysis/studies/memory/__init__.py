@@ -20,7 +20,7 @@ AUTOCASTS: tuple[Autocast, ...] = ("fp32", "bf16", "fp16")
 AS_CODED = "in the script's own order"  # (delta x B) u, see mambabyte.ops.scan.cumsum
 # What the tables of whole steps show. All pairs of a chunk would be ten times off their scale.
 SCAN_FORMS = (
-    "sequential", "chunked", "corrected_cumsum", "document_chunked", "document_cumsum", "fused",
+    "recurrent", "chunked", "corrected_cumsum", "document_chunked", "document_cumsum", "fused",
 )
 
 
@@ -68,6 +68,7 @@ class Results:
 
     saved: pd.DataFrame  # closed form against count, each form, pattern and autocast state
     peaks: pd.DataFrame  # closed form against the profiler
+    mixers: pd.DataFrame  # kept bytes and peak of every mixer, at two lengths
     full_tensors: pd.DataFrame  # (B, L, D, N) tensors that each form keeps
     five_to_seven: pd.DataFrame  # those of the document's form alive at each moment
     terms: pd.DataFrame  # each tensor of one layer of the document's original step

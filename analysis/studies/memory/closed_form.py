@@ -11,10 +11,11 @@ import pandas as pd
 from analysis.theory.fit import ALLOWANCE_BYTES, DEVICES_GB, LARGEST, fit
 from analysis.theory.kept_tensors import saved_terms
 from analysis.theory.step_memory import budget, state_bytes
-from mambabyte.config import PRESETS, ModelConfig
+from mambabyte.config import PRESETS, SPECS, ModelConfig
 from mambabyte.config.mixers import uses_scan_form
 
 GB = 1e9
+MIXED = "MMMA"  # the pattern of the field's hybrids
 # The recipes' own. fp16 autocast has the bytes of bf16, but for the states that the fused scan
 # leaves for its backward pass on a GPU: kept in float32 they are twice as large.
 PRECISIONS: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
@@ -75,11 +76,11 @@ def budgets_frame(forms: Sequence[str]) -> pd.DataFrame:
 
 
 def state_frame() -> pd.DataFrame:
-    """Streaming state of mamba_byte, of attention at its size, and of the 3:1 mixture."""
+    """Streaming state of every mixer at the size of mamba_byte, and of the 3:1 mixture."""
     rows = []
     for exponent in range(4, 21, 2):
         seen = 2**exponent
-        for pattern in ("M", "A", "MMMA"):
+        for pattern in (*SPECS, MIXED):
             # A window no shorter than the text: the plain KV cache of attention.
             config = replace(PRESETS["mamba_byte"].model, layer_pattern=pattern,
                              attention_window=2**21)
@@ -89,7 +90,7 @@ def state_frame() -> pd.DataFrame:
 
 
 def device_frames(forms: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What fits each common device: mamba_byte by form, its 3:1 hybrid, and attention.
+    """What fits each common device: mamba_byte by form, its 3:1 hybrid, and the other mixers.
 
     The largest batch at context 1024, and the largest context at batch 16, with and without
     activation checkpointing; and what the document's original step needs. Attention sees the
@@ -119,7 +120,9 @@ def device_frames(forms: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _systems(forms: Sequence[str]) -> list[tuple[str, str]]:
-    """(pattern, form) of the table of devices; the step-by-step scan is nobody's way to train."""
-    scans = [form for form in forms if form != "sequential"]
+    """(pattern, form) of the table of devices, without the form that takes step by step."""
+    scans = [form for form in forms if form != "recurrent"]
     mixed = [form for form in scans if form in ("document_chunked", "chunked", "fused")]
-    return [*(("M", form) for form in scans), *(("MMMA", form) for form in mixed), ("A", "auto")]
+    return [*((letter, form) for letter in SPECS
+              for form in (scans if uses_scan_form(letter) else ("auto",))),
+            *((MIXED, form) for form in mixed)]

@@ -32,9 +32,10 @@ from analysis.studies.memory.scans import (
     slices_frame,
 )
 from analysis.theory.kept_tensors import Autocast, saved_terms
+from analysis.theory.sizes import at_size
 from analysis.theory.step_memory import budget
-from mambabyte.config import PRESETS, ModelConfig, TrainConfig
-from mambabyte.config.mixers import uses_scan_form
+from mambabyte.config import PRESETS, SPECS, ModelConfig, TrainConfig
+from mambabyte.config.mixers import kind_of, uses_scan_form
 from mambabyte.ops.scan.memory import FLOAT32, scan_workspace
 
 GB = 1e9
@@ -43,16 +44,16 @@ GB = 1e9
 def run(p: Parameters, report: Callable[[str], None]) -> Results:
     """Closed form, counts, and what follows from them. The same numbers on every run."""
     with threads(1):
-        report("counting saved tensors")
-        saved = _saved_frame(p)
-        report("measuring peaks with the profiler")
-        peaks = _peaks_frame(p)
+        report("counting saved tensors, measuring peaks with the profiler")
+        saved, peaks = _counted_frames(p)
+        report("every mixer against length")
+        mixers = _mixers_frame(p)
         report("counting what slices in a loop allocate")
         slices = slices_frame(p.slice_lengths)
         report("the document's configurations")
         gpu, cuda = gpu_frame(measures_gpu(p.cuda), report)
         return Results(
-            saved, peaks, full_tensors_frame(), five_to_seven_frame(), terms_frame(),
+            saved, peaks, mixers, full_tensors_frame(), five_to_seven_frame(), terms_frame(),
             budgets_frame(p.forms),
             state_frame(), slices, *device_frames(p.forms), _document_frame(p.counted_layers), cuda,
             libraries_frame(cuda), gpu)
@@ -64,50 +65,70 @@ def measures_gpu(cuda: str) -> bool:
 
 
 def _config(p: Parameters, form: str, pattern: str) -> ModelConfig:
-    n_layer = max(p.n_layer, len(pattern))
-    return ModelConfig(d_model=p.d_model, n_layer=n_layer, layer_pattern=pattern, n_head=4,
-                       n_kv_head=4, scan_form=form)
+    return at_size(ModelConfig(), p.d_model, max(p.n_layer, len(pattern)), 4,
+                   layer_pattern=pattern, scan_form=form)
 
 
 def _cases(p: Parameters) -> list[tuple[str, str, Autocast, bool]]:
     """(form, pattern, autocast, checkpointing) of every step that is counted and profiled."""
     cases: list[tuple[str, str, Autocast, bool]] = []
     for pattern in p.patterns:
-        for form in runnable(p.forms) if uses_scan_form(pattern) else ("sequential",):
+        for form in runnable(p.forms) if uses_scan_form(pattern) else ("recurrent",):
             for autocast in p.autocasts:
                 cases += [(form, pattern, autocast, False), (form, pattern, autocast, True)]
     return cases
 
 
-def _saved_frame(p: Parameters) -> pd.DataFrame:
-    rows = []
+def _counted_frames(p: Parameters) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Kept bytes and peaks of every case: closed form, count by hooks, peak by the profiler."""
+    saved, peaks = [], []
     for form, pattern, autocast, checkpointing in _cases(p):
-        config = _config(p, form, pattern)
-        predicted = sum(t.bytes for t in saved_terms(
-            config, p.batch, p.context, autocast, checkpointing=checkpointing))
-        measured = measure_saved(config, p.batch, p.context, autocast, checkpointing)
-        rows.append({
-            "form": form if uses_scan_form(pattern) else "none", "pattern": pattern,
-            "autocast": autocast,
-            "checkpointing": checkpointing, "predicted, B": predicted, "counted, B": measured,
-            "predicted / counted": predicted / measured})
+        key = {"form": form if uses_scan_form(pattern) else "none", "pattern": pattern,
+               "autocast": autocast, "checkpointing": checkpointing}
+        sizes = (_config(p, form, pattern), p.batch, p.context, autocast)
+        kept, counted = _kept(*sizes, checkpointing)
+        saved.append({**key, "predicted, B": kept, "counted, B": counted,
+                      "predicted / counted": kept / counted})
+        moment, peak, profiled = _peak(*sizes, checkpointing)
+        peaks.append({**key, "worst moment": moment, "predicted, B": peak, "profiled, B": profiled,
+                      "predicted / profiled": peak / profiled})
+    return pd.DataFrame(saved), pd.DataFrame(peaks)
+
+
+def _mixers_frame(p: Parameters) -> pd.DataFrame:
+    """A row a registered mixer and context: what a step of one layer keeps and takes in float32."""
+    rows = []
+    for letter in SPECS:
+        config = at_size(ModelConfig(), p.d_model, 1, 4, layer_pattern=letter)
+        for context in (p.context, 4 * p.context):
+            kept, counted = _kept(config, p.batch, context)
+            _, peak, profiled = _peak(config, p.batch, context)
+            rows.append({
+                "mixer": kind_of(letter), "context, bytes": context, "kept, B": kept,
+                "kept, predicted / counted": kept / counted, "peak, B": peak,
+                "peak, predicted / profiled": peak / profiled})
     return pd.DataFrame(rows)
 
 
-def _peaks_frame(p: Parameters) -> pd.DataFrame:
-    rows = []
-    for form, pattern, autocast, checkpointing in _cases(p):
-        config = _config(p, form, pattern)
-        step = budget(config, p.batch, p.context, autocast, checkpointing=checkpointing)
-        predicted = step.peak - step.weights - step.optimizer
-        measured = measure_peak(config, p.batch, p.context, autocast, checkpointing)
-        rows.append({
-            "form": form if uses_scan_form(pattern) else "none", "pattern": pattern,
-            "autocast": autocast,
-            "checkpointing": checkpointing, "worst moment": step.worst_moment,
-            "predicted, B": predicted, "profiled, B": measured,
-            "predicted / profiled": predicted / measured})
-    return pd.DataFrame(rows)
+def _kept(
+    config: ModelConfig, batch: int, context: int, autocast: Autocast = "fp32",
+    checkpointing: bool = False,
+) -> tuple[int, int]:
+    """Bytes kept for the backward pass by the closed form, and as counted."""
+    terms = saved_terms(config, batch, context, autocast, checkpointing=checkpointing)
+    return (sum(t.bytes for t in terms),
+            measure_saved(config, batch, context, autocast, checkpointing))
+
+
+def _peak(
+    config: ModelConfig, batch: int, context: int, autocast: Autocast = "fp32",
+    checkpointing: bool = False,
+) -> tuple[str, int, int]:
+    """The moment and the bytes of the peak above weights and optimizer by the closed form, and
+    as profiled."""
+    step = budget(config, batch, context, autocast, checkpointing=checkpointing)
+    return (step.worst_moment, step.peak - step.weights - step.optimizer,
+            measure_peak(config, batch, context, autocast, checkpointing))
 
 
 def _document_frame(counted_layers: int) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from analysis import plots
 from analysis.studies.drawing import Drawing
+from mambabyte.config.mixers import kind_of
 
 # Category -> colour and hatching: the hatching says what the colour says.
 PARTS = {
@@ -18,7 +19,6 @@ PARTS = {
     "activations kept": (plots.BLUE, "//"),
     "workspace at the peak, libraries": (plots.ORANGE, ".."),
 }
-PATTERNS = {"M": "SSM (M)", "A": "attention, full KV cache (A)", "MMMA": "hybrid 3:1 (MMMA)"}
 SIZE = (5.2, 3.8)  # inches: on a phone the words are still as large as those around the figure
 
 
@@ -68,12 +68,14 @@ def budget_bars(budgets: pd.DataFrame, configuration: str, devices_gb: tuple[int
 def state_lines(state: pd.DataFrame) -> Figure:
     """Bytes of the streaming state over the bytes seen: constant, or growing for ever."""
     figure, axes = plots.new_figure(size=SIZE)
-    for pattern, look in plots.looks(list(PATTERNS)).items():
+    ends = {}
+    for pattern, look in plots.looks(list(dict.fromkeys(state["pattern"]))).items():
         rows = state[state["pattern"] == pattern]
         axes.plot(rows["bytes seen"], rows["state, B"], **look)
-        _name_line(axes, rows["bytes seen"], rows["state, B"], PATTERNS[pattern], look["color"],
-                   above=pattern != "MMMA")
+        ends[f"{kind_of(pattern)} ({pattern})"] = (
+            rows["bytes seen"].iloc[-1], rows["state, B"].iloc[-1], look["color"])
     _bytes_against(axes, state["bytes seen"], "bytes seen", "streaming state, bytes")
+    plots.label_lines(axes, ends)
     return figure
 
 
@@ -117,17 +119,18 @@ FIGURES = (
         ("budgets",), "One training step at batch 64, context 2048",
         caption="Peak bytes by category, predicted for a GPU. The cumulated-sum forms and the "
                 "chunked form keep five full tensors a layer and are far beyond a 40 GB device; "
-                "the sequential form keeps two; the fused scan keeps none. bf16 autocast (the "
+                "the recurrent form keeps two; the fused scan keeps none. bf16 autocast (the "
                 "lower bar of each form) changes little: the full tensors stay float32. Weights, "
                 "gradients and AdamW's moments are too small to be seen at this scale.",
         alt="Stacked horizontal bars of predicted peak memory for each scan form, in float32 and "
             "under bf16 autocast, with dashed lines at devices of 40, 80 and 141 GB."),
     Drawing(
         "state", state_lines, ("state",), "Streaming state against bytes seen",
-        caption="The state of SSM layers does not grow. A full KV cache grows with every byte, and "
-                "so does a hybrid's, at a quarter of the rate.",
-        alt="Log-log lines: the SSM state is constant, those of attention and of the hybrid grow "
-            "in proportion to the bytes seen."),
+        caption="The states of recurrent layers do not grow, and that of local attention stops "
+                "growing at its window. A full KV cache grows with every byte, and so does a "
+                "hybrid's, at a quarter of the rate.",
+        alt="Log-log lines: the states of recurrent mixers are constant, those of attention and of "
+            "the hybrid grow in proportion to the bytes seen."),
     Drawing(
         "slices", slice_lines, ("slices",), "Slices in a loop make the backward pass quadratic",
         caption="Bytes that one backward pass of a scan in chunks of 32 allocates in all. The "

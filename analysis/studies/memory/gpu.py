@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor
 
 from analysis.measure.allocations import autocast_to, build_model
 from analysis.runs.frames import not_measured
@@ -29,6 +29,7 @@ from analysis.theory.step_memory import LIBRARY_BYTES, budget
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model.mamba import resolve_form
+from mambabyte.train import EagerStep
 from mambabyte.train.optim import make_optimizer
 
 MB = 1e6
@@ -43,7 +44,7 @@ Case = tuple[ModelConfig, int, int, Autocast, bool]
 def cuda_cases() -> list[Case]:
     """What a GPU machine measures: both document configurations and sizes around them.
 
-    The sequential form launches kernels step by step and the whole-sequence form is small work
+    The recurrent form launches kernels step by step and the whole-sequence form is small work
     that says no more when it is larger, so both are measured at small sizes alone.
     """
     model = PRESETS["mamba_byte"].model
@@ -51,7 +52,7 @@ def cuda_cases() -> list[Case]:
     forms: dict[str, tuple[tuple[int, int], ...]] = {
         **dict.fromkeys(("document_chunked", "chunked", "corrected_cumsum", "fused"),
                         (small, medium, large, document)),
-        "document_cumsum": (small, medium), "sequential": (small,)}
+        "document_cumsum": (small, medium), "recurrent": (small,)}
     cases: list[Case] = []
     for form, sizes in forms.items():
         config = replace(model, scan_form=form)
@@ -126,20 +127,22 @@ def _cuda_step(
 ) -> tuple[int, int]:
     """Allocated bytes that a loss holds, and the peak of a step, on the GPU."""
     model = build_model(config, checkpointing, "cuda")
-    optimizer = make_optimizer(model, TrainConfig())
     tokens = torch.randint(0, config.vocab_size, (batch, length + 1), device="cuda")
     kept = 0
-    for _ in range(3):
-        optimizer.zero_grad(set_to_none=True)
+
+    def loss(tokens: Tensor) -> Tensor:
+        nonlocal kept
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        with autocast_to("cuda", autocast):
-            loss = model.loss(tokens)
+        with autocast_to("cuda", autocast):  # fp16 too, which no recipe has
+            value = model.loss(tokens)
         kept = torch.cuda.memory_allocated() - before
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        del loss
+        return value
+
+    recipe = TrainConfig(precision="fp32")
+    step = EagerStep(model, make_optimizer(model, recipe), lambda _: (tokens,), recipe, loss=loss)
+    for _ in range(3):
+        step(1.0)
     return kept, torch.cuda.max_memory_allocated()
 
 

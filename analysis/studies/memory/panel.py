@@ -8,7 +8,7 @@ from typing import Any
 from analysis.studies.memory import Parameters, figures
 from analysis.studies.memory.closed_form import budgets_at, smallest_devices
 from analysis.theory.fit import DEVICES_GB
-from mambabyte.config import ModelConfig, get_preset
+from mambabyte.config import SPECS, ModelConfig, get_preset
 from mambabyte.config.mixers import uses_scan_form
 
 
@@ -23,7 +23,7 @@ def panel(p: Parameters, preset: str = "mamba_byte") -> Any:
         lambda batch, context, pattern: _show_step(p, model, batch, context, pattern),
         batch=SelectionSlider(options=powers[:11], value=64, continuous_update=False),
         context=SelectionSlider(options=powers[6:], value=2048, continuous_update=False),
-        pattern=Dropdown(options=("M", "MMMA", "MA", "A"), value=model.layer_pattern))
+        pattern=Dropdown(options=(*SPECS, "MMMA", "MA"), value=model.layer_pattern))
 
 
 def _show_step(

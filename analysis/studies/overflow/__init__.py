@@ -40,7 +40,7 @@ class Grid(Checked):
     forms: Annotated[tuple[ScanForm, ...], entries()] = ANY_CHUNK
     """scan forms of the map in float32"""
     low_precision_forms: Annotated[tuple[ScanForm, ...], entries(0)] = (
-        "sequential", "corrected_cumsum", "segment_sum")
+        "recurrent", "corrected_cumsum", "segment_sum")
     """scan forms of the map in the other precisions"""
     precisions: Annotated[tuple[Precision, ...], entries()] = PRECISIONS
     """precisions of the map"""
@@ -129,6 +129,7 @@ class Results:
     inside: pd.DataFrame  # cells of the trick within its bound
     first: pd.DataFrame  # first chunk size at which each thing happens to value and gradients
     verdicts: pd.DataFrame  # one row a form
+    mixers: pd.DataFrame  # every mixer under strong decay: exponents, errors of its operator
     pairs: pd.DataFrame  # share of pairs past the bound, by length
     followed: pd.DataFrame  # exponents while training, by form
     endings: pd.DataFrame  # how each training ended

@@ -1,9 +1,9 @@
 """Study: where each form of the scan goes wrong, how it shows, and whether training gets there.
 
-Three parts: the bound of each form by arithmetic (analysis.theory.bounds), the map of errors over
+Four parts: the bound of each form by arithmetic (analysis.theory.bounds), the map of errors over
 chunk size, decay and precision (analysis.studies.overflow.error_map, and error_tables for its
-tables), and the exponents of models untrained, training and pushed across the bound
-(analysis.measure.exponents).
+tables), every mixer under strong decay (analysis.studies.overflow.mixers), and the exponents of
+models untrained, training and pushed across the bound (analysis.measure.exponents).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from analysis.studies.overflow.error_tables import (
     outcomes_by_decay,
     verdicts,
 )
+from analysis.studies.overflow.mixers import mixer_frame
 from analysis.theory.bounds import first_overflow, log_max
 from mambabyte.config import PRESETS
 from mambabyte.errors import UserError
@@ -69,6 +70,8 @@ def run(p: Parameters, report: Callable[[str], None]) -> Results:
     p = settle(replace(p, forms=runnable(p.forms)))
     with threads(1):
         errors = error_map(p, report)
+        report("every mixer under strong decay")
+        mixers = mixer_frame(p)
         report("the untrained model")
         pairs = pairs_past_bound(p.corpus, p.seed, p.fraction_lengths)
         followed, endings = follow_forms(p, report)
@@ -77,8 +80,8 @@ def run(p: Parameters, report: Callable[[str], None]) -> Results:
         document = _document_frame(initial_exponents(p.corpus, p.seed))
     return Results(
         outcomes_by_decay(errors), errors_by_decay(errors), gradient_noise(errors),
-        inside_bound(errors, TRICKS), first_chunks(errors), verdicts(errors), pairs, followed,
-        endings, extrapolate(followed, PRESETS["mamba_byte"].train), crossing, document)
+        inside_bound(errors, TRICKS), first_chunks(errors), verdicts(errors), mixers, pairs,
+        followed, endings, extrapolate(followed, PRESETS["mamba_byte"].train), crossing, document)
 
 
 def follow_forms(

@@ -29,7 +29,7 @@ from analysis.studies.overflow import Grid, Kind, Precision
 from analysis.studies.overflow.error_tables import WHOLE
 from analysis.theory.bounds import SILENT, boundary
 from analysis.theory.forms import INPUTS, PUBLISHED
-from mambabyte.ops.scan.recurrent import sequential_scan
+from mambabyte.ops.scan.recurrent import recurrent_scan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # u, delta, B and C rounded to that type, all arithmetic in float32.
@@ -130,7 +130,7 @@ def error_map(p: Grid, report: Callable[[str], None]) -> pd.DataFrame:
     for kind in p.kinds:
         exact = inputs(p.decays, p.length, p.channels, p.states, kind, p.seed)
         references = {
-            "definition": results_of(sequential_scan, exact, 0, p.seed),
+            "definition": results_of(recurrent_scan, exact, 0, p.seed),
             "published": results_of(published_recurrence, exact, 0, p.seed),
         }
         for precision in p.precisions:
@@ -166,7 +166,7 @@ def cell(
     with threads(1):
         row = error_map(p, lambda line: None).iloc[0]
         exact = inputs(p.decays, p.length, p.channels, p.states, kind, p.seed)
-        own: Scan = published_recurrence if form in PUBLISHED else sequential_scan
+        own: Scan = published_recurrence if form in PUBLISHED else recurrent_scan
         reference = own(*exact, 0)[0][0]  # (L, channels)
         y = scan_of(form)(*_rounded(exact, precision), chunk)[0][0].double()
     error = ((y - reference).abs() / reference.abs().max()).amax(-1)

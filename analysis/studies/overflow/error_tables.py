@@ -16,7 +16,7 @@ NEVER = "never"
 CROSSED = "first step above the bound"
 TRICKS = ("corrected_cumsum", "document_chunked", "centred")  # loud past the bound, unrepaired
 # Forms that have no chunks: one cell a decay, which the map shows at every height.
-WHOLE = ("sequential", "document_cumsum")
+WHOLE = ("recurrent", "document_cumsum")
 NOISE_CHUNK = 8  # the chunk size at which the error of the gradient of A is drawn
 KEYS = ("kind", "precision", "form", "of", "chunk")  # of a row of the map
 OUTCOMES = ("right", "rough", "silent", "inf", "nan")  # see error_map.outcome

@@ -204,7 +204,7 @@ def pair_shares(pairs: pd.DataFrame) -> Figure:
     return figure
 
 
-def headroom_lines(followed: pd.DataFrame) -> Figure:
+def exponent_lines(followed: pd.DataFrame) -> Figure:
     """The largest exponent of a chunk of 32 while a model trains, a line each form, and the bound.
 
     Where a curve ends in the first half of the longest, a second panel shows the first steps.
@@ -219,7 +219,7 @@ def headroom_lines(followed: pd.DataFrame) -> Figure:
         1, 2 if short else 1, squeeze=False, **({"width_ratios": (3, 2)} if short else {}))
     whole = grid[0, 0]
     end = max(line.iloc[-1] for line in lines.values() if line.index[-1] == longest)
-    _headroom(whole, lines, bound, right=end > 1.5 * bound)  # where no curve crosses the words
+    _exponents(whole, lines, bound, right=end > 1.5 * bound)  # where no curve crosses the words
     plots.label_lines(whole, {
         _trained(name): (lines[name].index[-1], lines[name].iloc[-1], look["color"])
         for name, look in plots.looks(names).items() if name not in short})
@@ -227,7 +227,7 @@ def headroom_lines(followed: pd.DataFrame) -> Figure:
         early = grid[0, 1]
         last = max(int(lines[name].index[-1]) for name in short)
         limit = min(50 * math.ceil(1.5 * last / 50), longest)
-        _headroom(early, {name: line[line.index <= limit] for name, line in lines.items()}, bound)
+        _exponents(early, {name: line[line.index <= limit] for name, line in lines.items()}, bound)
         for name in short:
             early.plot(lines[name].index[-1], lines[name].iloc[-1], "x", color=plots.INK,
                        markersize=9, label="ended here" if name == short[0] else None)
@@ -241,7 +241,7 @@ def _trained(form: str) -> str:
     return "stable (auto)" if form == "auto" else form
 
 
-def _headroom(
+def _exponents(
     axes: plots.Axes, lines: dict[str, pd.Series], bound: float, right: bool = False
 ) -> None:
     """``lines``: form -> largest exponent by step; ``right``: where the bound is named."""
@@ -288,7 +288,7 @@ FIGURES = (
         caption="Share of (channel, state) pairs and of channels whose exponent overflows float32.",
         alt="Rising curves from zero at length 56; counted and closed form of the pairs coincide."),
     Drawing(
-        "headroom", headroom_lines, ("followed",), "Exponent of 32 steps while training",
+        "exponent", exponent_lines, ("followed",), "Exponent of 32 steps while training",
         caption="Largest cumulated log-decay over batch, channels, states and layers. Training "
                 "makes fast states faster. A curve that ends at the bound ended in nan there.",
         alt="One line a form of the scan, rising from above 50 over the training steps; the stable "

@@ -118,7 +118,7 @@ def _by_precision(verdict: pd.DataFrame) -> dict[str, Value]:
     rows = verdict.set_index(["precision", "form"])
     found: dict[str, Value] = {}
     for precision in PRECISIONS[1:]:
-        for form, columns in (("sequential", ("cells", "silent", "worst finite value error",
+        for form, columns in (("recurrent", ("cells", "silent", "worst finite value error",
                                               "worst finite gradient error")),
                               ("corrected_cumsum", ("cells", "loud"))):
             row = rows.loc[(precision, form)] if (precision, form) in rows.index else None

@@ -19,6 +19,8 @@ LOOKS = {
     "attention": (plots.VERMILION, "s"), "n-gram alone": (plots.GREEN, "^"),
     "not known": (plots.MUTED, "X"),
 }
+# Of the kinds of other mixers, in the order in which they appear.
+MORE = ((plots.ORANGE, "v"), (plots.SKY, "P"), (plots.BLACK, "*"))
 FLOOR = 0.58  # accuracies below are drawn at the edge, with their number
 
 
@@ -28,10 +30,11 @@ def pareto(points: pd.DataFrame, systems: pd.DataFrame, target: float) -> Figure
     """
     figure, (left, right) = plots.new_figure(
         1, 2, size=(11.0, 5.8), sharey=True, width_ratios=(1.35, 1))
-    _systems(left, systems)
+    looks = _looks(points["kind"])
+    _systems(left, systems, looks)
     held_out = points[points["held-out training text, accuracy"].notna()]
     for row in held_out.to_dict("records"):
-        _point(right, row["kind"], row["with n-gram"], row["energy (J)"],
+        _point(right, looks[row["kind"]], row["with n-gram"], row["energy (J)"],
                row["held-out training text, accuracy"], size=5.5 if row["trial"] else 7.5)
     energies = points["energy (J)"].astype(float)
     for axes, title in ((left, "systems, validation split"),
@@ -46,33 +49,45 @@ def pareto(points: pd.DataFrame, systems: pd.DataFrame, target: float) -> Figure
                          title)
     left.set_ylim(FLOOR, None)
     right.set_ylabel("")
-    figure.legend(handles=_legend(points), loc="outside lower center", ncols=4)
+    figure.legend(handles=_legend(looks), loc="outside lower center", ncols=4)
     _name(left, systems)
     figure.again = lambda panels: _name(panels[0], systems)  # type: ignore[attr-defined]
     return figure
 
 
-def _point(axes: Axes, kind: str, ngram: bool | None, x: float, y: float, size: float) -> None:
-    colour, marker = LOOKS[kind]
+def _looks(kinds: pd.Series) -> dict[str, tuple[str, str]]:
+    """Colour and marker of every kind, the known ones first; a fourth new kind looks as the first.
+    """
+    new = (kind for kind in dict.fromkeys(kinds) if kind not in LOOKS)
+    return {**{kind: look for kind, look in LOOKS.items() if kind in set(kinds)},
+            **{kind: MORE[i % len(MORE)] for i, kind in enumerate(new)}}
+
+
+def _point(
+    axes: Axes, look: tuple[str, str], ngram: bool | None, x: float, y: float, size: float
+) -> None:
+    colour, marker = look
     axes.plot([x], [max(y, FLOOR)], marker=marker, color=colour, linestyle="none",
               markersize=size, markeredgewidth=1.6,
               markerfacecolor=colour if ngram else plots.PAPER, zorder=3,
               clip_on=y >= FLOOR)
 
 
-def _systems(axes: Axes, systems: pd.DataFrame) -> None:
+def _systems(
+    axes: Axes, systems: pd.DataFrame, looks: dict[str, tuple[str, str]]
+) -> None:
     front = systems[systems["on the front"]]
     axes.step(front["energy (J)"], front["validation accuracy"], where="post", color=plots.MUTED,
               linewidth=1.2, linestyle=(0, (2, 2)), marker="", zorder=1)
     for row in systems.to_dict("records"):
         x, y = row["energy (J)"], row["validation accuracy"]
-        colour, _ = LOOKS[row["kind"]]
+        colour, _ = looks[row["kind"]]
         if row["seeds"] > 1:
             ends: dict[str, Any] = {"color": colour, "linewidth": 1.4, "marker": "", "zorder": 2,
                                     "linestyle": "-"}
             axes.plot([x, x], [row["lowest accuracy"], row["highest accuracy"]], **ends)
             axes.plot([row["lowest energy (J)"], row["highest energy (J)"]], [y, y], **ends)
-        _point(axes, row["kind"], row["with n-gram"], x, y, size=9.0)
+        _point(axes, looks[row["kind"]], row["with n-gram"], x, y, size=9.0)
 
 
 # Where a name may stand, in points from its point: (x, y), x > 0 to the right of it.
@@ -123,11 +138,10 @@ def _meet(one: Box, other: Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-def _legend(points: pd.DataFrame) -> list[Line2D]:
-    kinds = [k for k in LOOKS if k in set(points["kind"])]
+def _legend(looks: dict[str, tuple[str, str]]) -> list[Line2D]:
     shape: dict[str, Any] = {"linestyle": "none", "markersize": 8, "markeredgewidth": 1.6}
-    handles = [Line2D([], [], color=LOOKS[k][0], marker=LOOKS[k][1], label=k, **shape)
-               for k in kinds]
+    handles = [Line2D([], [], color=colour, marker=marker, label=kind, **shape)
+               for kind, (colour, marker) in looks.items()]
     return [
         *handles,
         Line2D([], [], color=plots.MUTED, marker="o", label="with an n-gram model", **shape),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import pandas as pd
 
-from mambabyte.config import get_preset
+from analysis.theory.sizes import at_size
+from mambabyte.config import SPECS, get_preset
 from mambabyte.config.checks import (
     Checked,
     Count,
@@ -22,7 +23,7 @@ from mambabyte.config.checks import (
 )
 from mambabyte.config.mixers import LayerPattern
 from mambabyte.config.presets import PresetName
-from mambabyte.config.scan_forms import FORMS, FormOrAuto
+from mambabyte.config.scan_forms import FORMS, OLD_NAMES, FormOrAuto
 
 TITLE = "Throughput and energy"
 QUESTION = "How do time and energy per byte grow with length, and who is fastest where?"
@@ -34,7 +35,8 @@ INDEXED_ABOUT = "the recurrence with every step's inputs indexed in the loop, as
 PASSES = ("forward", "forward+backward")
 
 
-FormOrLoop = Annotated[str, one_of(lambda: [*FORMS, INDEXED])]
+Letter = Annotated[str, one_of(lambda: SPECS)]
+FormOrLoop = Annotated[str, one_of(lambda: [*FORMS, INDEXED], OLD_NAMES)]
 Lengths = Annotated[tuple[Count, ...], entries(rising=True)]
 
 
@@ -67,9 +69,11 @@ class Parameters(Checked):
     # The repairs of the trick cost what it costs (clamped, epsilon, centred) or a chunk times as
     # much (all pairs).
     forms: Annotated[tuple[FormOrLoop, ...], entries(0)] = (
-        "sequential", "chunked", "fused", "corrected_cumsum", "document_chunked",
+        "recurrent", "chunked", "fused", "corrected_cumsum", "document_chunked",
         "document_cumsum", "associative", INDEXED)
     """scan forms that are timed; empty is every one, and the second document's loop"""
+    mixers: Annotated[tuple[Letter, ...], entries(0)] = ()
+    """letters of the mixers timed beside attention; empty is every one"""
     mixer_forms: Annotated[tuple[FormOrAuto, ...], entries()] = ("auto", "chunked")
     """scan forms of whole SSM mixers"""
     rounds: Count = 5
@@ -105,10 +109,9 @@ class Parameters(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for pattern in ("M", "A", *self.patterns):  # refused here if it has no model
-            replace(get_preset(self.preset).model, d_model=self.d_model, d_state=self.d_state,
-                    n_layer=self.n_layer, n_head=self.n_head, n_kv_head=self.n_head,
-                    layer_pattern=pattern)
+        for pattern in (*(self.mixers or SPECS), *self.patterns):  # refused if it has no model
+            at_size(get_preset(self.preset).model, self.d_model, self.n_layer, self.n_head,
+                    d_state=self.d_state, layer_pattern=pattern)
 
 
 PROFILES = {
@@ -118,7 +121,7 @@ PROFILES = {
         lengths=(128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
         batches=(1, 4, 16, 64), batch_length=1024, rounds=5, guard_seconds=1.0, threads=0,
         allocation_lengths=(128, 256, 512, 1024),
-        mixer_forms=("auto", "chunked", "sequential"),
+        mixer_forms=("auto", "chunked", "recurrent"),
         stream_positions=(0, 1024, 4096, 16384, 65536), stream_steps=50,
         train_context=1024, train_batch=16, train_steps=5,
         train_step="compile", energy_seconds=0.5),
@@ -134,7 +137,7 @@ class Results:
     exponents: pd.DataFrame  # fitted to both
     allocations: pd.DataFrame  # bytes that a backward pass makes, by form and length
     allocation_exponents: pd.DataFrame  # of all bytes, and of the zero-filled ones
-    crossovers: pd.DataFrame  # the length from which an SSM mixer beats attention
+    crossovers: pd.DataFrame  # the length from which a mixer beats attention
     streaming: pd.DataFrame  # latency of one byte against bytes seen
     training: pd.DataFrame  # whole training steps: bytes/s, joules per megabyte
     peers: pd.DataFrame  # the scan against other implementations, recorded on a GPU

@@ -33,10 +33,13 @@ from analysis.studies.throughput.scans import (
 )
 from analysis.theory.flops import flops_per_byte, layer_flops_crossover
 from analysis.theory.matching import match_patterns
-from mambabyte.config import ModelConfig, TrainConfig, get_preset
+from analysis.theory.sizes import at_size
+from mambabyte.config import SPECS, ModelConfig, TrainConfig, get_preset
+from mambabyte.config.mixers import kind_of, spec_of
 from mambabyte.energy import EnergyMeter
 from mambabyte.errors import UserError
-from mambabyte.model import AttentionMixer, ByteLM, LayerState, MambaMixer, Mixer
+from mambabyte.model import AttentionMixer, ByteLM, LayerState, MambaMixer
+from mambabyte.model.mixer import mixer_of
 from mambabyte.ops import FORMS
 from mambabyte.stream import advance_of
 from mambabyte.train import autocast
@@ -86,22 +89,28 @@ def _run(p: Parameters, forms: tuple[str, ...], report: Callable[[str], None]) -
 
 
 def model_config(p: Parameters, pattern: str = "M", form: str = "auto") -> ModelConfig:
-    return replace(
-        get_preset(p.preset).model, d_model=p.d_model, d_state=p.d_state, n_layer=p.n_layer,
-        n_head=p.n_head, n_kv_head=p.n_head, layer_pattern=pattern, scan_form=form,
-        attention_window=2**30)
+    return at_size(get_preset(p.preset).model, p.d_model, p.n_layer, p.n_head, d_state=p.d_state,
+                   layer_pattern=pattern, scan_form=form, attention_window=2**30)
+
+
+def mixers_of(p: Parameters) -> dict[str, tuple[str, str]]:
+    """The mixers that are compared by name, attention among them: letter, and form of the scan."""
+    found: dict[str, tuple[str, str]] = {}
+    for letter in dict.fromkeys((*(p.mixers or SPECS), AttentionMixer.letter)):
+        if spec_of(letter).uses_scan_form:
+            found |= {f"{kind_of(letter)} ({form})": (letter, form) for form in p.mixer_forms}
+        else:
+            found[kind_of(letter)] = letter, "auto"
+    return found
 
 
 def time_mixers(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
-    """One SSM mixer a form, and one causal attention mixer, at the points of ``time_scans``."""
-    mixers = {f"SSM ({form})": (MambaMixer, form) for form in p.mixer_forms}
-    kinds: dict[str, tuple[type[Mixer], str]] = {
-        **mixers, "attention": (AttentionMixer, "auto")}
+    """Every mixer, those with a scan in each form, at the points of ``time_scans``."""
     cases = [
         Case((name, direction, batch if batch != p.batch_size else "lengths"), length,
-             partial(_make_mixer, p, kind, form, direction, batch, length),
+             partial(_make_mixer, p, letter, form, direction, batch, length),
              {"mixer": name, "pass": direction, "batch": batch})
-        for name, (kind, form) in kinds.items() for direction in PASSES
+        for name, (letter, form) in mixers_of(p).items() for direction in PASSES
         for batch, length in points(p)]
     return per_byte(measure(
         cases, rounds=p.rounds, guard_seconds=p.guard_seconds, device=p.device, report=report,
@@ -109,10 +118,10 @@ def time_mixers(p: Parameters, report: Callable[[str], None]) -> pd.DataFrame:
 
 
 def _make_mixer(
-    p: Parameters, kind: type[Mixer], form: str, direction: str, batch: int, length: int
+    p: Parameters, letter: str, form: str, direction: str, batch: int, length: int
 ) -> Callable[[], None]:
     torch.manual_seed(0)
-    mixer = kind(model_config(p, kind.letter, form)).to(p.device)
+    mixer = mixer_of(letter)(model_config(p, letter, form)).to(p.device)
     backward = direction == PASSES[1]
     x = torch.randn(batch, length, p.d_model, device=p.device, requires_grad=backward)
 
@@ -126,28 +135,34 @@ def _make_mixer(
 
 
 def find_crossovers(p: Parameters, mixers: pd.DataFrame) -> pd.DataFrame:
-    """The length from which each SSM mixer is cheaper than attention; by the clock and by count.
+    """The length from which each mixer is cheaper than attention; by the clock and by count.
 
     ``in_operations`` compares forward and backward operations of the two layers in closed form.
     """
+    config, attention = model_config(p), kind_of(AttentionMixer.letter)
+    operations = {letter: layer_flops_crossover(config, mixer_of(letter))
+                  for letter, _ in mixers_of(p).values() if letter != AttentionMixer.letter}
     rows = []
     for direction in PASSES:
         one = mixers[(mixers["pass"] == direction) & mixers["ms"].notna()
                      & (mixers["batch"] == p.batch_size)]
         wide = one.pivot(index="length", columns="mixer", values="ms").astype(float)
-        for name in (c for c in wide if c != "attention"):
-            both = wide[[name, "attention"]].dropna()
-            at = crossover(both.index.tolist(), both[name].tolist(), both["attention"].tolist())
+        for name, (letter, _) in mixers_of(p).items():
+            if letter not in operations:
+                continue
+            both = wide[[name, attention]].dropna()
+            at = crossover(both.index.tolist(), both[name].tolist(), both[attention].tolist())
             longest = both.index.max()
             rows.append({
                 "mixer": name, "pass": direction, "crossover_length": at,
                 "longest_length": int(longest),
                 "ssm_over_attention_there": float(both.loc[longest, name]
-                                                  / both.loc[longest, "attention"]),
+                                                  / both.loc[longest, attention]),
+                "crossover_in_operations": operations[letter],
             })
-    frame = pd.DataFrame(rows)
-    return not_measured(frame.assign(
-        crossover_in_operations=layer_flops_crossover(model_config(p))))
+    return not_measured(pd.DataFrame(rows, columns=[
+        "mixer", "pass", "crossover_length", "longest_length", "ssm_over_attention_there",
+        "crossover_in_operations"]))
 
 
 # ---------------------------------------------------------------------------------- streaming
@@ -157,14 +172,19 @@ def find_crossovers(p: Parameters, mixers: pd.DataFrame) -> pd.DataFrame:
 def time_streaming(p: Parameters) -> pd.DataFrame:
     """Latency of one more byte at batch 1 after so many bytes, and the state it carries.
 
-    Attention twice: with a cache of the last ``stream_window`` keys, and with all of them.
+    A mixer whose cache a window bounds is there twice: with the last ``stream_window`` keys, and
+    with all of them.
     """
-    systems = {
-        "SSM": model_config(p, "M"),
-        f"attention, last {p.stream_window} keys":
-            replace(model_config(p, "A"), attention_window=p.stream_window),
-        "attention, all keys": model_config(p, "A"),
-    }
+    systems: dict[str, ModelConfig] = {}
+    for letter in dict.fromkeys(letter for letter, _ in mixers_of(p).values()):
+        whole, name = model_config(p, letter), kind_of(letter)
+        shapes = mixer_of(letter).state_shapes
+        bounded = replace(whole, attention_window=p.stream_window)
+        if shapes(whole, 2**20) == shapes(bounded, 2**20):
+            systems[name] = whole
+        else:
+            systems |= {f"{name}, last {p.stream_window} keys": bounded,
+                        f"{name}, all keys": whole}
     states: dict[tuple[str, int], tuple[ByteLM, list[LayerState]]] = {}
     for name, config in systems.items():
         torch.manual_seed(0)

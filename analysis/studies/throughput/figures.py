@@ -28,7 +28,7 @@ from mambabyte.config.mixers import uses_scan_form
 
 # One order for all figures, so that a form looks the same in each. There are seven looks, so
 # seven forms are drawn; the others, which coincide with some of these, are in the data.
-FORMS = ("fused", "chunked", "sequential", "indexed loop", "document_chunked", "associative",
+FORMS = ("fused", "chunked", "recurrent", "indexed loop", "document_chunked", "associative",
          "corrected_cumsum")
 MIXERS = ("SSM (auto)", "attention")
 
@@ -81,14 +81,15 @@ def allocations(frame: pd.DataFrame) -> Figure:
 
 
 def mixer_time(mixers: pd.DataFrame, crossovers: pd.DataFrame) -> Figure:
-    """SSM and attention mixers against length; the line marks where operations are equal."""
+    """Mixers against length; the line marks where the first takes attention's operations."""
     order = _present(MIXERS, mixers["mixer"])
     some = mixers[mixers["batch"] == mixers["batch"].mode().iloc[0]]
     figure, axes = new_figure(1, 2, size=(10.0, 4.4), sharey=True)
     for ax, direction in zip(axes, PASSES, strict=True):
         _lines(ax, some[some["pass"] == direction], "mixer", "ms", order, named=False)
-        mark_line(ax, x=float(crossovers["crossover_in_operations"].iloc[0]),
-                  text="equal operations")
+        if len(crossovers):
+            mark_line(ax, x=float(crossovers["crossover_in_operations"].iloc[0]),
+                      text="equal operations")
         label_axes(ax, "length, bytes", "time of a call, ms", direction)
     legend_below(figure)
     return figure
@@ -239,10 +240,11 @@ FIGURES = (
         alt="Two panels of dots on a log axis of time, one row a shape: the fused scan, its "
             "variant that recomputes, mamba-ssm and attention, and a tick for the floor."),
     Drawing(
-        "mixers", mixer_time, ("mixers", "crossovers"), "SSM and attention mixers against length",
+        "mixers", mixer_time, ("mixers", "crossovers"), "Mixers against length",
         caption="Median of a call (on a GPU a captured graph), log-log. 'auto' is the default form "
-                "of the scan; the dashed line is the length of equal operations.",
-        alt="Two log-log panels of time against length: SSM mixers by scan form, and attention."),
+                "of the scan; the dashed line is the length at which the first mixer and attention "
+                "take equal operations.",
+        alt="Two log-log panels of time against length, one line a mixer, the SSM by scan form."),
     Drawing(
         "batch", batch_time, ("scans", "mixers", "batch_length"),
         "Time of a window against the batch",
@@ -254,8 +256,8 @@ FIGURES = (
         "streaming", streaming, ("streaming",), "Latency and state of streaming",
         caption="Left: median latency of one more byte. Right: the bytes carried from one byte to "
                 "the next.",
-        alt="Two panels against bytes seen: latency, and state in bytes on a log axis, for SSM, "
-            "windowed attention and attention with all keys."),
+        alt="Two panels against bytes seen: latency, and state in bytes on a log axis, one line a "
+            "mixer; attention with a window and with all keys."),
     Drawing(
         "energy", energy, ("mixers", "scans"), "Joules per megabyte against length",
         caption="Gross joules per megabyte (1e6 bytes) of a call, forward and backward, log-log: "

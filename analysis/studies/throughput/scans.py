@@ -26,7 +26,7 @@ def indexed_scan(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence with every step's inputs indexed in the loop, as the second document has it.
 
-    The same values as form "sequential", whose loop unbinds once; the difference is what autograd
+    The same values as form "recurrent", whose loop unbinds once; the difference is what autograd
     makes of ``u[:, t]``. delta is given before its softplus.
     """
     h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1], dtype=torch.float32)

@@ -9,9 +9,11 @@ from analysis.studies.drawing import Words
 
 
 def crossovers_in_words(crossovers: pd.DataFrame) -> pd.DataFrame:
-    """The same with "not by N" where attention is still the faster one at the longest length N."""
+    """The same with "not by N" where attention is still the faster one at the longest length N, and
+    "never" where a mixer takes as many operations at any length."""
     longest = "not by " + crossovers["longest_length"].map("{:,}".format)
-    return in_words(crossovers, "crossover_length", longest)
+    return in_words(in_words(crossovers, "crossover_length", longest),
+                    "crossover_in_operations", "never")
 
 
 WORDED = {"crossovers": crossovers_in_words}
@@ -21,7 +23,7 @@ TABLES: dict[str, Words] = {
                  "still in it, undecided that the interval is wider than 1.",
     "allocation_exponents": "Exponents of bytes against length: all that is allocated, and the "
                             "zero-filled gradients of slices.",
-    "crossovers": "The length from which the SSM mixer stays the faster one, and that of equal "
+    "crossovers": "The length from which each mixer stays faster than attention, and that of equal "
                   "operations.",
     "training": "Training steps: time, throughput and energy.",
 }

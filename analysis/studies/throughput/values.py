@@ -72,19 +72,20 @@ def values(r: Results, p: Parameters) -> dict[str, Value]:
             "length from which the SSM mixer is faster than attention, forward"),
         "crossover_backward": Value(cross["crossover_length"].get((one, PASSES[1])), "bytes",
                                     "the same with the backward pass"),
-        "crossover_operations": Value(int(r.crossovers["crossover_in_operations"].iloc[0]), "bytes",
-                                      "length from which the SSM layer takes fewer operations"),
+        "crossover_operations": Value(
+            cross["crossover_in_operations"].get((one, PASSES[0])), "bytes",
+            "length from which the SSM layer takes fewer operations"),
         "ssm_over_attention": Value(
             cross["ssm_over_attention_there"].get((one, PASSES[1])), "times",
             "SSM mixer over attention at the longest length, both passes"),
         "stream_positions": Value(int(r.streaming["bytes_seen"].max()), "bytes",
                                   "most bytes seen before a streamed byte"),
         "stream_growth_ssm": Value(
-            growth["SSM"], "times", "latency there over latency at the start"),
+            growth.get("SSM"), "times", "latency there over latency at the start"),
         "stream_growth_window": Value(
             growth[windowed], "times", "the same, attention with a window"),
         "stream_growth_cache": Value(growth[every], "times", "the same, attention with all keys"),
-        "stream_state_bytes": Value(int(state["SSM"]), "B", "state of the SSM stream"),
+        "stream_state_bytes": Value(state.get("SSM"), "B", "state of the SSM stream"),
         "stream_cache_bytes": Value(int(state[every]), "B", "cache of all keys there"),
         "train_ssm_bytes_per_second": Value(speed.get(auto), "B/s", "whole training steps, SSM"),
         "train_ssm_over_attention": Value(

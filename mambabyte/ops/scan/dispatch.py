@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mambabyte.config.scan_forms import FORMS
+from mambabyte.config.scan_forms import FORMS, OLD_NAMES
 from mambabyte.errors import UserError
 from mambabyte.ops.precision import autocasts
 from mambabyte.ops.scan import operator
@@ -21,7 +21,7 @@ from mambabyte.ops.scan.cumsum import (
     document_chunked_scan,
     document_cumsum_scan,
 )
-from mambabyte.ops.scan.recurrent import Scan, complete_scan, sequential_scan
+from mambabyte.ops.scan.recurrent import Scan, complete_scan, recurrent_scan
 from mambabyte.ops.scan.repairs import (
     associative_scan,
     centred_cumsum_scan,
@@ -34,7 +34,7 @@ from mambabyte.ops.scan.repairs import (
 
 # The forms in torch; "fused" is the operator, which takes the unprepared inputs.
 SCANS: dict[str, Scan] = {
-    "sequential": sequential_scan,
+    "recurrent": recurrent_scan,
     "chunked": chunked_scan,
     "corrected_cumsum": corrected_chunked_cumsum_scan,
     "document_chunked": document_chunked_scan,
@@ -56,19 +56,9 @@ def default_form(device: torch.device | str = "cpu", dtype: torch.dtype = torch.
 
 
 def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    *,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    form: str = "auto",
-    chunk_size: int | None = None,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    z: Tensor | None = None, *, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+    initial_state: Tensor | None = None, form: str = "auto", chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Selective scan of Mamba (arXiv:2312.00752, section 3), with state in and state out.
 
@@ -89,6 +79,7 @@ def selective_scan(
         fits = A.shape[-1] <= operator.MAX_STATES and _in_one_dtype(
             u, (delta, B, C, z), (A, D, delta_bias, initial_state))
         form = default_form(u.device, u.dtype) if fits else "chunked"
+    form = OLD_NAMES.get(form, form)
     if form not in FORMS:
         raise UserError(f"scan form {form!r} is unknown: choose auto, {', '.join(FORMS)}")
     if chunk_size is not None and chunk_size < 1:

@@ -5,7 +5,7 @@ B L D N float32 elements: the scan's intermediates before they are summed over t
 
 What autograd keeps, read off the formulas (analysis.studies.memory.scans counts it):
 
-sequential        2 full tensors: exp(delta_t A) and h_t of every step.
+recurrent         2 full tensors: exp(delta_t A) and h_t of every step.
 document_chunked  5: b, exp(log_decay - cs), exp(cs), the bracket it multiplies, h. log_decay is
                   a sixth while the forward pass of the layer lasts (sub and cumsum keep nothing).
 document_as_coded 6: delta x B too, which (delta x B) u needs for the gradient of u. It is the
@@ -68,7 +68,7 @@ def scan_terms(
     if form == "fused":
         shape = _fused_saved_shape(batch, length, channels, states, device, dtype)
         return [("state checkpoints", math.prod(shape), FLOAT32)]
-    if form == "sequential":
+    if form == "recurrent":
         return [
             ("decays exp(delta A)", full, FLOAT32),
             ("states h", full, FLOAT32),
@@ -177,7 +177,7 @@ def scan_workspace(form: str, batch: int, length: int, channels: int, states: in
     if form == "chunked":
         # Forward: log_decay, the stacked local states and the product with the carries.
         return 3 * full, 3 * full
-    if form == "sequential":
+    if form == "recurrent":
         return 0, 6 * batch * channels * states * FLOAT32
     return 0, 0
 

@@ -105,17 +105,9 @@ def _kernels(device_type: str) -> ModuleType:
 
 
 def fused_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    delta_softplus: bool = False,
-    recompute: bool = False,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    z: Tensor | None = None, delta_bias: Tensor | None = None, initial_state: Tensor | None = None,
+    delta_softplus: bool = False, recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The fused scan: arguments and results as in :func:`mambabyte.ops.selective_scan`.
 
@@ -270,10 +262,9 @@ def _saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
 
 
 def _shapes(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
-    delta_softplus: bool, save: bool,
-) -> Tensors:  # fmt: skip
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, initial_state: Tensor | None, delta_softplus: bool, save: bool,
+) -> Tensors:
     return (
         u.new_empty(u.shape),
         A.new_empty(u.shape[0], *A.shape),

@@ -32,7 +32,7 @@ def selective_scan_step(
     return (state * C[:, None, :]).sum(-1), state
 
 
-def sequential_scan(
+def recurrent_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The scan as L steps. Shapes as in mambabyte.ops.selective_scan; ``chunk`` is not used."""
@@ -48,17 +48,8 @@ def sequential_scan(
 
 
 def complete_scan(
-    scan: Scan,
-    chunk: int,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
+    scan: Scan, chunk: int, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     """``mambabyte.ops.selective_scan`` by one form in torch, with bias, softplus, initial state,

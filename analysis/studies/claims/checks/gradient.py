@@ -37,8 +37,8 @@ def _on_text(lab: Lab) -> tuple[float, int, Source] | None:
     """Loss with the published formula minus loss with the exact scan on the same batches of text:
     the mean over the last quarter of the recorded steps, and the last of them. The untrained
     model's loss is not one of them."""
-    found = (lab.table("overflow", "headroom", like=DOCUMENT, most="batch")
-             or lab.table("overflow", "headroom"))
+    found = (lab.table("overflow", "followed", like=DOCUMENT, most="batch")
+             or lab.table("overflow", "followed"))
     if found is None:
         return None
     rows = found.what

@@ -210,7 +210,7 @@ def batch_on_the_card(lab: Lab, claim: Claim) -> Finding:
     """One micro-batch of the script's default batch, forward and backward, by the closed form."""
     facts = {key: lab.fact("second_batch", key) for key in ("tokens", "micro_batches", "context")}
     batch = facts["tokens"] // facts["micro_batches"] // facts["context"]
-    model = replace(get_preset("hybrid_3_1").model, vocab_size=1024, scan_form="sequential")
+    model = replace(get_preset("hybrid_3_1").model, vocab_size=1024, scan_form="recurrent")
     step = budget(model, batch, facts["context"], "bf16", "cuda", optimizer="muon")
     peak, room = step.peak / 1e9, claim.number * 2**30 / 1e9
     verdict = HOLDS if peak < room else INCONSISTENT

@@ -235,7 +235,7 @@ def _loop_over_attention(
     if mixers is None:
         return None
     loops = {"a mixer whose steps are split once": _milliseconds(
-        mixers.what, "mixer", "SSM (sequential)")}
+        mixers.what, "mixer", "SSM (recurrent)")}
     indexed: dict[tuple[int, int], float] = {}
     for name in ("scan_time", "batch"):
         scans = lab.table("throughput", name, accelerator=True)

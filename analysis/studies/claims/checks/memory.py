@@ -235,7 +235,7 @@ def fix_fits(lab: Lab, claim: Claim) -> Finding:
     """The original step with the one fix that the claim's identity names."""
     fixed = {
         "fix-checkpointing": lambda: peak(ORIGINAL.train, checkpointing=True),
-        "fix-recurrent": lambda: _peak(replace(PUBLISHED, scan_form="sequential")),
+        "fix-recurrent": lambda: _peak(replace(PUBLISHED, scan_form="recurrent")),
         "fix-d-state-8": lambda: _peak(replace(PUBLISHED, d_state=8)),
     }[claim.id]()
     before = peak(ORIGINAL.train)

@@ -61,14 +61,14 @@ def scan_step(settings: Settings) -> dict[str, float]:
         published = ByteLM(replace(config, scan_form="document_chunked")).to(dtype).eval()
         models = {
             form: ByteLM(replace(config, scan_form=form)).to(dtype).eval()
-            for form in ("sequential", "corrected_cumsum")}
+            for form in ("recurrent", "corrected_cumsum")}
         x = tokens(80)
         with torch.no_grad():
             for model in models.values():
                 model.load_state_dict(published.state_dict())
             state, logits = None, []
             for t in range(80):
-                y, state = models["sequential"](x[:, t:t + 1], state)
+                y, state = models["recurrent"](x[:, t:t + 1], state)
                 logits.append(y)
             step = torch.cat(logits, 1)
             parallel, _ = published(x)
@@ -85,7 +85,7 @@ def formula(settings: Settings) -> dict[str, float]:
     """What the published formulas compute, in float64, against the two recurrences."""
     inputs = [t.detach() for t in scan_inputs(30, dtype=torch.float64, seed=settings.seed)]
     u, delta, A, B, C = inputs
-    y, _ = selective_scan(*inputs, form="sequential")
+    y, _ = selective_scan(*inputs, form="recurrent")
     whole, _ = selective_scan(*inputs, form="document_cumsum")
     chunked, _ = selective_scan(*inputs, form="document_chunked", chunk_size=8)
     early = torch.zeros(1, u.shape[2], A.shape[1], dtype=torch.float64)  # a_t (h_{t-1} + b_t)
@@ -117,7 +117,7 @@ def overflow(settings: Settings) -> dict[str, float]:
         y, _ = selective_scan(*inputs, form="document_chunked", chunk_size=CHUNK)
         if not torch.isfinite(y).all() and "chunk_fails_at_decay" not in found:
             stable, _ = selective_scan(*inputs, form="chunked", chunk_size=CHUNK)
-            exact, _ = selective_scan(*(t.double() for t in inputs), form="sequential")
+            exact, _ = selective_scan(*(t.double() for t in inputs), form="recurrent")
             found |= {
                 "chunk_fails_at_decay": decay, "is_nan": float(torch.isnan(y).any()),
                 "exp_cs_there": float(torch.exp(torch.tensor(-CHUNK * decay))),
@@ -142,7 +142,7 @@ def gradient(settings: Settings) -> dict[str, float]:
         everything = torch.autograd.grad((y * weight).sum(), inputs)
         return across, torch.cat([g.flatten() / g.abs().max() for g in everything])
 
-    exact, exact_all = first_to_last("sequential", torch.float64)
+    exact, exact_all = first_to_last("recurrent", torch.float64)
     found = {}
     for form in ("document_chunked", "corrected_cumsum"):
         for bits, dtype in ((32, torch.float32), (64, torch.float64)):
@@ -261,7 +261,7 @@ def operations(settings: Settings) -> dict[str, float]:
 
 def _loop_calls(length: int) -> int:
     """Operations of a layer, forward and backward, whose scan is a loop over ``length`` steps."""
-    mixer = _mixer("sequential")
+    mixer = _mixer("recurrent")
     x = torch.randn(1, length, mixer.in_proj.in_features, requires_grad=True)
     with _Operations() as counter:
         mixer(x, None)[0].sum().backward()

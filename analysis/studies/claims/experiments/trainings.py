@@ -205,7 +205,7 @@ def mixers(settings: Settings) -> dict[str, float]:
     config = replace(PRESETS["mamba_byte"].model, d_model=128, n_head=4, n_kv_head=4)
     x = torch.randn(1, 256, 128, generator=torch.Generator().manual_seed(0), requires_grad=True)
     kinds: dict[str, nn.Module] = {"attention": AttentionMixer(config)}
-    for name, form in (("loop", "sequential"), ("published", "document_chunked"), ("auto", "auto")):
+    for name, form in (("loop", "recurrent"), ("published", "document_chunked"), ("auto", "auto")):
         kinds[name] = MambaMixer(replace(config, scan_form=form))
 
     def once(mixer: nn.Module) -> float:
