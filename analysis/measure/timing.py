@@ -259,8 +259,8 @@ def _wait(device: str) -> None:
 
 
 def _make_room(device: str) -> None:
-    """Give memory back where much of it is taken: doing so after every call took most of the time
-    of a study of hundreds of points."""
+    """Release cached memory once a quarter of the card is reserved: to do so after every call took
+    most of the time of a study of hundreds of points."""
     if device.startswith("cuda") and torch.cuda.memory_reserved(device) > (
             torch.cuda.get_device_properties(device).total_memory // 4):
         release(device)

@@ -1,8 +1,8 @@
 """Figures of one piece: new_figure gives axes in the house style, the rest labels them.
 
-A study's plots live in ``analysis/plots/STUDY.py``: functions that take a DataFrame and return a
-matplotlib Figure. Colours, line styles and markers come from the style's cycle, so line style
-and marker repeat what the colour says; ask for ``look(i)`` where the order must be fixed.
+A study's figures are in ``analysis/studies/STUDY/figures.py``: functions that take a DataFrame and
+return a matplotlib Figure. Colours, line styles and markers come from the style's cycle, so line
+style and marker repeat what the colour says; ask for ``look(i)`` where the order must be fixed.
 
 The report recolours ink, grid and the cycle's colours for dark screens.
 """

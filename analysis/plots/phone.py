@@ -1,6 +1,6 @@
 """The same figure for a phone: as wide as its screen, panels one below the other, text as large.
 
-Works on any figure of this package, so a study draws once and the recorder keeps both.
+Works on any figure of this package, so a study draws once and the report has both.
 """
 
 from __future__ import annotations

@@ -113,6 +113,6 @@ def _conditions(run: Run) -> tuple[str, str, str, str]:
         machine.get("cpu", "") if isinstance(machine, Mapping) else "")
     commit = str(run.provenance.get("commit", ""))
     data = run.provenance.get("data") or run.parameters.get("corpus_sha256") or ""
-    # A tree that differs from its commit is known by nothing.
+    # No commit names a tree with changes that are not committed.
     return ("" if "dirty" in commit else commit, str(data),
             str(run.parameters.get("precision", "")), card)

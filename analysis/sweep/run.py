@@ -51,18 +51,10 @@ class Row:
 
 
 def run_sweep(
-    names: Sequence[str] = (),
-    *,
-    profile: str = DEFAULT_PROFILE,
-    overrides: Mapping[str, Any] | None = None,
-    grid: Mapping[str, Sequence[Any]] | None = None,
-    root: Path | str = RUNS,
-    executor: str = "serial",
-    workers: int = 1,
-    address: str = "",
-    force: bool = False,
-    progress: Progress | None = None,
-    registry: Mapping[str, Study] = STUDIES,
+    names: Sequence[str] = (), *, profile: str = DEFAULT_PROFILE,
+    overrides: Mapping[str, Any] | None = None, grid: Mapping[str, Sequence[Any]] | None = None,
+    root: Path | str = RUNS, executor: str = "serial", workers: int = 1, address: str = "",
+    force: bool = False, progress: Progress | None = None, registry: Mapping[str, Study] = STUDIES,
 ) -> list[Row]:
     """Runs every combination that is not done yet and returns one row for each.
 

@@ -9,20 +9,7 @@ from mambabyte.model.mamba2 import Mamba2Mixer
 from mambabyte.model.mixer import MIXERS, LayerState, Mixer, mixers, register
 
 __all__ = [
-    "MIXERS",
-    "AttentionMixer",
-    "ByteLM",
-    "GatedDeltaNetMixer",
-    "KimiDeltaMixer",
-    "LayerState",
-    "LocalAttentionMixer",
-    "Mamba2Mixer",
-    "MambaMixer",
-    "Mixer",
-    "embed",
-    "head_loss",
-    "mixers",
-    "record_exponents",
-    "register",
-    "without_state",
+    "MIXERS", "AttentionMixer", "ByteLM", "GatedDeltaNetMixer", "KimiDeltaMixer", "LayerState",
+    "LocalAttentionMixer", "Mamba2Mixer", "MambaMixer", "Mixer", "embed", "head_loss", "mixers",
+    "record_exponents", "register", "without_state",
 ]

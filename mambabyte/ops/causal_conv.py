@@ -18,8 +18,7 @@ FUSED_TAPS = TAPS
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None = None,
-    silu: bool = False,
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None = None, silu: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``y_t = bias + sum_k weight_k x_{t-K+1+k}``, where positions before x come from ``tail``.
 

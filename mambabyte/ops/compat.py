@@ -23,15 +23,8 @@ from mambabyte.ops.library import FLOATS, check_tensors
 
 
 def selective_scan_fn(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan in mamba-ssm's layout: time is the last dimension.
@@ -152,15 +145,8 @@ def _scan_by_state(
     states = []
     for n in range(A.shape[1]):
         y, state = _scan_by_group(
-            u,
-            delta,
-            A[:, n : n + 1],
-            ones if B.ndim == 2 else B[:, :, n : n + 1],
-            ones if C.ndim == 2 else C[:, :, n : n + 1],
-            None,
-            None,
-            delta_bias,
-            delta_softplus,
+            u, delta, A[:, n : n + 1], ones if B.ndim == 2 else B[:, :, n : n + 1],
+            ones if C.ndim == 2 else C[:, :, n : n + 1], None, None, delta_bias, delta_softplus,
         )
         if B.ndim == 2:
             y, state = y * B[:, n].to(wide), state * B[:, n : n + 1].to(wide)

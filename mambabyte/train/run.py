@@ -51,17 +51,11 @@ _AGREE_EVERY = 16  # steps after which several processes ask the first whether t
 
 
 def train(
-    model_config: ModelConfig,
-    config: TrainConfig,
-    corpus: Corpus,
-    run: Path,
-    *,
-    device: str = "cpu",
-    resume: bool = False,
+    model_config: ModelConfig, config: TrainConfig, corpus: Corpus, run: Path, *,
+    device: str = "cpu", resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
     watch: Callable[[Progress], None] = lambda progress: None,
-    report_scoring: Callable[[float], None] = lambda done: None,
-    evaluate_bytes: int = 100_000,
+    report_scoring: Callable[[float], None] = lambda done: None, evaluate_bytes: int = 100_000,
 ) -> dict[str, Any]:
     """Train and return the result record, which is also in ``run``/result.json.
 
@@ -194,7 +188,7 @@ class _Training:
             for stage in stages(self.config):
                 if stage.end <= self.done:
                     continue
-                self.step = None  # frees the memory of the graph before, of other windows
+                self.step = None  # frees the last stage's graph, captured for other windows
                 self.step = self._strategy()
                 try:
                     ended = optimise(

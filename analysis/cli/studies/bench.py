@@ -15,9 +15,10 @@ the scan cost at the ceilings that the run itself measures.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import tyro
@@ -113,54 +114,38 @@ def run(argv: list[str]) -> int:
 
 def bench_scan(options: Options) -> int:
     from analysis.measure.bench.scan import DEFAULT_PEERS, run_bench
-    from analysis.runs.folders import Run, tables_of
-    from analysis.runs.records import write_record_folder
-    from mambabyte.config.provenance import provenance
 
     frame = run_bench(
         [parse_shape(text) for text in options.shapes] or None, options.dtype,
         options.peers or DEFAULT_PEERS, pick_device(options.device), options.repeats, say,
     )
     machine = frame.attrs["machine"]
-    rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
-    record = {"bench": rows, "ceilings": machine, "provenance": provenance()}
-    if options.record:
-        write_record_folder(Run(
-            "throughput", machine, tables=tables_of({"bench": (TABLE, short_table(frame))}),
-            title="The scan against its peers", about=ABOUT), options.record)
+    _keep(options, machine, {}, {"bench": (TABLE, short_table(frame))},
+          "The scan against its peers", ABOUT)
     lines = [f"{name}: {value}" for name, value in machine.items()]
     for (batch, length, channels), group in frame.groupby(["batch", "length", "channels"],
                                                           sort=False):
         lines += ["", f"({batch}, {length}, {channels})"]
         lines += [describe(row) for row in group.to_dict("records")]
-    print_result(record, options.json, lines)
-    return 0
+    return _print(options, {"bench": _rows(frame), "ceilings": machine}, lines)
 
 
 def bench_mixers(options: Options) -> int:
     from analysis.measure.bench.mixers import FAMILIES, run_bench
     from analysis.measure.ceilings import describe_machine
-    from analysis.runs.folders import Run, tables_of
-    from analysis.runs.records import write_record_folder
-    from mambabyte.config.provenance import provenance
 
     device = pick_device(options.device)
     machine = describe_machine(device)
     frame = run_bench(
         [parse_shape(text) for text in options.shapes] or None, options.peers or tuple(FAMILIES),
         device, options.repeats, say)
-    rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
-    record = {"bench": rows, "ceilings": machine, "provenance": provenance()}
-    if options.record:
-        write_record_folder(Run(
-            "throughput", machine, tables=tables_of({"bench": (MIXERS_TABLE, frame)}),
-            title="The field's mixers and their peers", about=MIXERS_ABOUT), options.record)
+    _keep(options, machine, {}, {"bench": (MIXERS_TABLE, frame)},
+          "The field's mixers and their peers", MIXERS_ABOUT)
     lines = [f"{name}: {value}" for name, value in machine.items()]
     for shape, group in frame.groupby(["batch", "length", "heads"], sort=False):
         lines += ["", f"{shape}"]
         lines += [describe_mixer(row) for row in group.to_dict("records")]
-    print_result(record, options.json, lines)
-    return 0
+    return _print(options, {"bench": _rows(frame), "ceilings": machine}, lines)
 
 
 def describe_mixer(row: dict) -> str:
@@ -179,11 +164,8 @@ def bench_stream(options: Options) -> int:
     import torch
 
     from analysis.measure.bench.stream import VALUES, run_bench
-    from analysis.runs.folders import Run, Value, tables_of
-    from analysis.runs.records import write_record_folder
     from mambabyte.checkpoint import load_model
     from mambabyte.config import get_preset
-    from mambabyte.config.provenance import provenance
     from mambabyte.corpus import load_corpus
     from mambabyte.errors import UserError
     from mambabyte.model import ByteLM
@@ -196,34 +178,25 @@ def bench_stream(options: Options) -> int:
              else ByteLM(get_preset(options.preset).model))
     frame, values = run_bench(model.to(device).eval(), bytes(corpus.valid), options.streams,
                               options.seen, options.characters, say)
-    if options.record:
-        write_record_folder(Run(
-            "throughput", {"preset": options.preset, "device": device, "corpus": corpus.name,
-                           "trained": options.checkpoint is not None,
-                           "characters": options.characters},
-            {name: Value(value, *VALUES[name]) for name, value in values.items()},
-            tables_of({"stream": (STREAM_TABLE, stream_table(frame))}),
-            title=f"Streaming {options.preset}", about=STREAM_ABOUT), options.record)
-    record = {"stream": frame.astype(object).where(frame.notna(), None).to_dict("records"),
-              **values, "provenance": provenance()}
+    _keep(options, {"preset": options.preset, "device": device, "corpus": corpus.name,
+                    "trained": options.checkpoint is not None, "characters": options.characters},
+          {name: (value, *VALUES[name]) for name, value in values.items()},
+          {"stream": (STREAM_TABLE, stream_table(frame))},
+          f"Streaming {options.preset}", STREAM_ABOUT)
     lines = [f"{row.way:20} {row.streams:5} streams {row.seen:8} seen {row.microseconds:10.1f} us "
              f"[{row.low:.1f}, {row.high:.1f}] {row.bytes_per_second:12.0f} bytes/s "
              f"{_energy(row.joules_per_megabyte)}" for row in frame.itertuples()]
     lines += [f"{about}: " + (f"{_plain(values[name])} {unit}".rstrip() if name in values
                               else "not asked for")
               for name, (unit, about) in VALUES.items()]
-    print_result(record, options.json, lines)
-    return 0
+    return _print(options, {"stream": _rows(frame), **values}, lines)
 
 
 def bench_step(options: Options) -> int:
     from dataclasses import replace
 
     from analysis.measure.bench.steps import bench_steps, rivals, step_values
-    from analysis.runs.folders import Run, Value, tables_of
-    from analysis.runs.records import write_record_folder
     from mambabyte.config import get_preset
-    from mambabyte.config.provenance import provenance
     from mambabyte.errors import UserError
 
     preset, device = get_preset(options.preset), pick_device(options.device)
@@ -238,19 +211,12 @@ def bench_step(options: Options) -> int:
     say(f"{options.preset} on {device}, {way}: {recipe.batch_size} x {recipe.context} bytes a step")
     frame, parts = bench_steps(rivals(model, options.patterns, recipe.context), recipe, device, way,
                                say=say, published=bool(options.peers))
-    if options.record:
-        write_record_folder(Run(
-            "throughput", {
-                "preset": options.preset, "d_model": model.d_model, "n_layer": model.n_layer,
-                "device": device, "way": way,
-                "batch_size": recipe.batch_size, "context": recipe.context},
-            {name: Value(*value) for name, value in step_values(frame).items()},
-            tables_of({"steps": (STEPS_TABLE, steps_table(frame)),
-                       "parts": (PARTS_TABLE, parts_table(parts))}),
-            title=f"Training steps at {model.n_layer} layers of width {model.d_model}, windows of "
-                  f"{recipe.context:,} bytes", about=STEPS_ABOUT), options.record)
-    record = {"steps": frame.astype(object).where(frame.notna(), None).to_dict("records"),
-              "parts": parts.to_dict("records"), "provenance": provenance()}
+    _keep(options, {"preset": options.preset, "d_model": model.d_model, "n_layer": model.n_layer,
+                    "device": device, "way": way, "batch_size": recipe.batch_size,
+                    "context": recipe.context}, step_values(frame),
+          {"steps": (STEPS_TABLE, steps_table(frame)), "parts": (PARTS_TABLE, parts_table(parts))},
+          f"Training steps at {model.n_layer} layers of width {model.d_model}, windows of "
+          f"{recipe.context:,} bytes", STEPS_ABOUT)
     lines = []
     for row in frame.itertuples():
         lines.append(
@@ -259,8 +225,32 @@ def bench_step(options: Options) -> int:
             f"{_energy(row.joules_per_megabyte)}  {row.mixers}")
         lines += [f"    {part.part:22} {part.ms:9.3f} ms {part.share:6.1%}  {part.kernel[:60]}"
                   for part in parts[parts["system"] == row.system].itertuples()]
-    print_result(record, options.json, lines)
+    return _print(options, {"steps": _rows(frame), "parts": parts.to_dict("records")}, lines)
+
+
+def _keep(
+    options: Options, parameters: dict[str, Any], values: Mapping[str, tuple[Any, str, str]],
+    tables: dict[str, tuple[str, pd.DataFrame]], title: str, about: str,
+) -> None:
+    """The result as a record, where one was asked for."""
+    from analysis.runs.folders import Run, Value, tables_of
+    from analysis.runs.records import write_record_folder
+
+    if options.record:
+        write_record_folder(Run(
+            "throughput", parameters, {name: Value(*value) for name, value in values.items()},
+            tables_of(tables), title=title, about=about), options.record)
+
+
+def _print(options: Options, found: dict[str, Any], lines: list[str]) -> int:
+    from mambabyte.config.provenance import provenance
+
+    print_result({**found, "provenance": provenance()}, options.json, lines)
     return 0
+
+
+def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return _measured(frame).to_dict("records")
 
 
 def _energy(joules_per_megabyte: float) -> str:

@@ -12,21 +12,19 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.measure.bench.peers import Peer, peer_installed
-from analysis.measure.bench.scan import DIRECTIONS, PeerCase, interleaved, peak_bytes_of
+from analysis.measure.bench import peers as engine
+from analysis.measure.bench.peers import Peer, Shape, bench_peers
 from mambabyte.errors import UserError
 from mambabyte.ops import gated_delta_rule, ssd_scan
-from mambabyte.ops.compare import relative_rms
 
 HEAD = 64  # channels
-Shape = tuple[int, int, int]  # B, L, heads
-GPU_SHAPES: tuple[Shape, ...] = ((16, 1024, 6), (64, 2048, 6), (8, 2048, 24), (1, 65536, 24))
+GPU_SHAPES: tuple[Shape, ...] = (  # B, L, heads
+    (16, 1024, 6), (64, 2048, 6), (8, 2048, 24), (1, 65536, 24))
 CPU_SHAPES: tuple[Shape, ...] = ((4, 512, 6), (1, 2048, 6))
 COLUMNS = {
     "batch": "sequences",
@@ -34,15 +32,7 @@ COLUMNS = {
     "heads": f"of {HEAD} channels",
     "family": "which recurrence",
     "peer": "whose implementation",
-    "direction": "forward (no gradients) or forward+backward (through autograd)",
-    "median_seconds": "of all repeats; the peers of a shape take turns in one run",
-    "low_seconds": "first quartile",
-    "high_seconds": "third quartile",
-    "timing": "cuda graph (no host overhead), eager or wall clock",
-    "peak_bytes": "most GPU memory taken by a call, beyond its inputs",
-    "error_output": "relative RMS of y against the float64 definition, at a reduced size",
-    "error_gradient": "the worst relative RMS of a gradient, likewise",
-    "note": "why there is no number",
+    **engine.COLUMNS,
 }
 
 
@@ -165,61 +155,19 @@ def run_bench(
         raise UserError(f"family {unknown[0]!r} is unknown: choose from {', '.join(FAMILIES)}")
     rows: list[dict[str, object]] = []
     for shape in shapes or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES):
-        for family in families:
-            rows += _bench_family(shape, family, dtype, device, repeats, say, seconds_per_peer)
+        reduced = (min(shape[0], 2), min(shape[1], 200), min(shape[2], 4))
+        for name in families:
+            family = FAMILIES[name]
+
+            def make(
+                small: bool, family: Family = family, sizes: tuple[Shape, Shape] = (shape, reduced)
+            ) -> dict[str, Tensor]:
+                return family.make(sizes[small], dtype, device)
+
+            rows += bench_peers(
+                family.peers, make, family.exact, device, repeats, seconds_per_peer,
+                lambda line, about=f"{shape} {name}": say(f"{about}, {line}"),  # type: ignore[misc]
+                batch=shape[0], length=shape[1], heads=shape[2], family=name)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-def _bench_family(
-    shape: Shape, name: str, dtype: torch.dtype, device: torch.device, repeats: int,
-    say: Callable[[str], None], seconds_per_peer: float,
-) -> list[dict[str, object]]:
-    family = FAMILIES[name]
-    rows: dict[tuple[str, str], dict[str, object]] = {}
-    cases: dict[str, PeerCase] = {}
-    for peer_name, peer in family.peers.items():
-        mine = {d: {"batch": shape[0], "length": shape[1], "heads": shape[2], "family": name,
-                    "peer": peer_name, "direction": d, "note": peer_installed(peer, device)}
-                for d in DIRECTIONS}
-        rows |= {(peer_name, d): row for d, row in mine.items()}
-        if mine[DIRECTIONS[0]]["note"]:
-            say(f"{shape} {name}, {peer_name}: {mine[DIRECTIONS[0]]['note']}")
-            continue
-        try:
-            output, gradient = _errors(family, peer, shape, dtype, device)
-            cases[peer_name] = PeerCase(peer, family.make(shape, dtype, device))
-            for direction, row in mine.items():
-                row["error_output"] = output
-                row["peak_bytes"] = peak_bytes_of(cases[peer_name], direction, device)
-            mine[DIRECTIONS[1]]["error_gradient"] = gradient
-        except Exception as failure:  # a peer that breaks is a row that says so
-            cases.pop(peer_name, None)
-            reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
-            for row in mine.values():
-                row["note"] = reason
-            say(f"{shape} {name}, {peer_name}: {reason}")
-    for direction in DIRECTIONS:
-        found = interleaved(cases, direction, device, repeats, seconds_per_peer)
-        for peer_name, (samples, timing) in found.items():
-            low, median, high = np.quantile(samples, [0.25, 0.5, 0.75])
-            rows[peer_name, direction].update(
-                median_seconds=median, low_seconds=low, high_seconds=high, timing=timing)
-            say(f"{shape} {name}, {peer_name}, {direction}: {median * 1e6:.1f} us")
-    return list(rows.values())
-
-
-def _errors(
-    family: Family, peer: Peer, shape: Shape, dtype: torch.dtype, device: torch.device
-) -> tuple[float, float]:
-    """Relative RMS of y and of the worst gradient, on the same rounded inputs."""
-    if family.exact is None:
-        return float("nan"), float("nan")
-    inputs = family.make((min(shape[0], 2), min(shape[1], 200), min(shape[2], 4)), dtype, device)
-    case = PeerCase(peer, inputs)
-    exact = PeerCase(Peer("", family.exact), {n: t.double() for n, t in inputs.items()})
-    exact.dy = case.dy.double()
-    errors = [relative_rms(one, two) for one, two in zip(
-        case.forward_backward(), exact.forward_backward(), strict=True)]
-    return errors[0], float(np.max(errors[1:]))  # a NaN stays a NaN

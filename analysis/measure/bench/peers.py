@@ -1,99 +1,75 @@
-"""What the scan is timed against: peers get the same inputs, each in its own layout."""
+"""Implementations against each other: the same inputs, in turns, errors beside times."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mambabyte.ops import selective_scan
-from mambabyte.ops.scan.operator import fused_available, fused_scan
+from analysis.measure.timing import captured, device_seconds_of, in_turns, quartiles
+from mambabyte.ops.compare import relative_rms
 
-Shape = tuple[int, int, int]  # B, L, D
+Shape = tuple[int, int, int]
+Inputs = dict[str, Tensor]
 GPU_ONLY = ("mamba_ssm", "fla")
+DIRECTIONS = ("forward", "forward+backward")
+COLUMNS = {
+    "direction": "forward (no gradients) or forward+backward (through autograd)",
+    "median_seconds": "of all repeats; the peers of a shape take turns in one run",
+    "low_seconds": "first quartile",
+    "high_seconds": "third quartile",
+    "timing": "cuda graph (no host overhead), eager or wall clock",
+    "peak_bytes": "most GPU memory taken by a call, beyond its inputs",
+    "error_output": "relative RMS of y against the float64 definition, at a reduced size",
+    "error_gradient": "the worst relative RMS of a gradient, likewise",
+    "note": "why there is no number",
+}
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Something to time. ``prepare`` turns inputs (B, L, D) into what ``call`` takes and gives."""
+    """Something to time. ``prepare`` turns inputs (B, L, ..) into what ``call`` takes and gives."""
 
     about: str
     call: Callable[..., Tensor]
-    prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda inputs: inputs
-    restore: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+    prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs
+    restore: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor  # its own inverse
     needs: str = ""  # a module
-    stores_states: bool = False  # all B L D N of them
-    is_scan: bool = True
+    stores_states: bool = False  # those of every step
+    is_scan: bool = True  # whether the definition is its reference
 
 
-def torch_form(form: str) -> Callable[..., Tensor]:
-    def call(u, delta, A, B, C, D, z, delta_bias):
-        return selective_scan(
-            u, delta, A, B, C, D, z, delta_bias=delta_bias, delta_softplus=True, form=form
-        )[0]
+class PeerCase:
+    """One peer on one shape: its inputs, and the two things to time."""
 
-    return call
+    def __init__(self, peer: Peer, inputs: Inputs) -> None:
+        self.peer = peer
+        self.inputs = {name: t.detach().requires_grad_()
+                       for name, t in peer.prepare(inputs).items()}
+        y = self.forward()
+        generator = torch.Generator(device=y.device).manual_seed(1)
+        like = peer.restore("y", y)
+        dy = torch.randn(like.shape, generator=generator, device=y.device).to(y.dtype)
+        self.dy = peer.restore("dy", dy).contiguous()
 
+    def forward(self) -> Tensor:
+        with torch.no_grad():
+            return self.peer.call(**self.inputs)
 
-def _recompute(u, delta, A, B, C, D, z, delta_bias):
-    return fused_scan(u, delta, A, B, C, D, z, delta_bias, None, True, recompute=True)[0]
+    def forward_backward(self) -> list[Tensor]:
+        y = self.peer.call(**self.inputs)
+        return [y.detach(), *torch.autograd.grad(y, list(self.inputs.values()), self.dy)]
 
-
-def _mamba_ssm(u, delta, A, B, C, D, z, delta_bias):
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, True)
-
-
-def _mambapy(u, delta, A, B, C, D, z, delta_bias):
-    from mambapy.pscan import pscan
-
-    dt = F.softplus(delta.float() + delta_bias)
-    x = u.float()
-    decay = torch.exp(dt.unsqueeze(-1) * A)  # (B, L, D, N)
-    drive = (dt * x).unsqueeze(-1) * B.float().unsqueeze(2)
-    y = (pscan(decay, drive) @ C.float().unsqueeze(-1)).squeeze(3) + D * x
-    return (y * F.silu(z.float())).to(u.dtype)
-
-
-def _sdpa(u: Tensor, delta: Tensor, z: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(u, delta, z, is_causal=True)
-
-
-def _channels_first(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n: t.transpose(1, 2).contiguous() if t.ndim == 3 else t for n, t in inputs.items()}
-
-
-def _heads(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Queries, keys and values of the same width: (B, L, D) -> (B, D / 64, L, 64)."""
-    width = 64 if inputs["u"].shape[2] % 64 == 0 else inputs["u"].shape[2]
-    return {
-        name: inputs[name].unflatten(2, (-1, width)).transpose(1, 2).contiguous()
-        for name in ("u", "delta", "z")
-    }
-
-
-def _channels_last(name: str, tensor: Tensor) -> Tensor:
-    return tensor.transpose(1, 2) if tensor.ndim == 3 else tensor
-
-
-PEERS: dict[str, Peer] = {
-    "fused": Peer("this project's kernels", torch_form("fused")),
-    "fused, recompute": Peer("the same, keeping no states for the backward", _recompute),
-    "mamba_ssm": Peer(
-        "state-spaces/mamba, CUDA", _mamba_ssm, _channels_first, _channels_last, "mamba_ssm"
-    ),
-    "mambapy": Peer("mamba.py's parallel scan", _mambapy, needs="mambapy", stores_states=True),
-    "chunked": Peer("stable torch form", torch_form("chunked"), stores_states=True),
-    "document_chunked": Peer(
-        "log-cumsum in chunks, as published", torch_form("document_chunked"), stores_states=True
-    ),
-    "sdpa": Peer("causal attention of the same width, for scale", _sdpa, _heads, is_scan=False),
-}
+    def run(self, direction: str) -> object:
+        return self.forward() if direction == DIRECTIONS[0] else self.forward_backward()
 
 
 def peer_installed(peer: Peer, device: torch.device) -> str:
@@ -105,35 +81,93 @@ def peer_installed(peer: Peer, device: torch.device) -> str:
     return ""
 
 
-def peer_available(name: str, device: torch.device) -> tuple[bool, str]:
-    """Whether that peer can be run on the device, and if not why, in one line."""
-    if missing := peer_installed(PEERS[name], device):
-        return False, missing
-    if name == "mamba_ssm" and importlib.util.find_spec("selective_scan_cuda") is None:
-        return False, "mamba_ssm was installed without its Mamba-1 kernel"
-    if name.startswith("fused"):
-        return fused_available(device)
-    return True, ""
+def bench_peers(
+    peers: Mapping[str, Peer], make: Callable[[bool], Inputs], exact: Callable[..., Tensor] | None,
+    device: torch.device, repeats: int, seconds_per_peer: float, say: Callable[[str], None], *,
+    refuse: Callable[[str], str] = lambda name: "", **labels: object,
+) -> list[dict[str, Any]]:
+    """Time every peer on one set of inputs; a row a (peer, direction), with ``labels``, "peer" and
+    COLUMNS.
+
+    ``make(reduced)`` gives the inputs, or few of them for the comparison with ``exact``, the
+    definition (None: there is none). ``refuse(name)`` says why a peer is left out, "" if it is not.
+    A peer that breaks is a row that says so.
+    """
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    cases: dict[str, PeerCase] = {}
+    for name, peer in peers.items():
+        note = peer_installed(peer, device) or refuse(name)
+        mine = {d: {**labels, "peer": name, "direction": d, "note": note} for d in DIRECTIONS}
+        rows |= {(name, d): row for d, row in mine.items()}
+        try:
+            if not note:
+                errors = _errors(peer, exact, make(True)) if exact and peer.is_scan else None
+                cases[name] = PeerCase(peer, make(False))
+                for direction, row in mine.items():
+                    row["peak_bytes"] = _peak_bytes(cases[name], direction, device)
+                    if errors:
+                        row["error_output"] = errors[0]
+                        note = row["note"] = "" if math.isfinite(sum(errors)) else (
+                            "wrong: its results are not finite at the reduced size")
+                if errors:
+                    mine[DIRECTIONS[1]]["error_gradient"] = errors[1]
+        except Exception as failure:
+            cases.pop(name, None)
+            note = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            for row in mine.values():
+                row["note"] = note
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        if note:
+            say(f"{name}: {note}")
+    for direction in DIRECTIONS:
+        found = _interleaved(cases, direction, device, repeats, seconds_per_peer)
+        for name, (samples, timing) in found.items():
+            low, median, high = quartiles(samples)
+            rows[name, direction].update(median_seconds=median, low_seconds=low, high_seconds=high,
+                                         repeats=len(samples), timing=timing)
+            say(f"{name} {direction}: {median * 1e6:.1f} us")
+    return list(rows.values())
 
 
-def make_inputs(
-    shape: Shape, states: int, dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> dict[str, Tensor]:
-    """Inputs as a trained layer has them, in (B, L, D)."""
-    batch, length, channels = shape
-    generator = torch.Generator(device=device).manual_seed(seed)
+def _errors(peer: Peer, exact: Callable[..., Tensor], inputs: Inputs) -> tuple[float, float]:
+    """Relative RMS of y and of the worst gradient against float64, on the same rounded inputs."""
+    case = PeerCase(peer, inputs)
+    true = PeerCase(Peer("", exact), {name: t.double() for name, t in inputs.items()})
+    true.dy = peer.restore("dy", case.dy).double()
+    output, *gradients = [
+        relative_rms(peer.restore(name, one), two) for name, one, two in zip(
+            ("y", *true.inputs), case.forward_backward(), true.forward_backward(), strict=True)]
+    return output, float(np.max(gradients))  # a NaN stays a NaN
 
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator, device=device)
 
-    rates = torch.arange(1, states + 1, device=device, dtype=torch.float32)
-    return {
-        "u": normal(batch, length, channels).to(dtype),
-        "delta": normal(batch, length, channels).to(dtype),
-        "A": -rates.repeat(channels, 1),
-        "B": normal(batch, length, states).to(dtype),
-        "C": normal(batch, length, states).to(dtype),
-        "D": normal(channels),
-        "z": normal(batch, length, channels).to(dtype),
-        "delta_bias": normal(channels) - 3,
-    }
+def _peak_bytes(case: PeerCase, direction: str, device: torch.device) -> float:
+    if device.type != "cuda":
+        return float("nan")
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    kept = case.run(direction)
+    torch.cuda.synchronize(device)
+    del kept
+    return float(torch.cuda.max_memory_allocated(device) - before)
+
+
+def _interleaved(
+    cases: Mapping[str, PeerCase], direction: str, device: torch.device, repeats: int,
+    seconds_per_peer: float,
+) -> dict[str, tuple[list[float], str]]:
+    """Samples of each peer, taken in turns so that drift of the machine meets all alike."""
+    flush = None
+    if device.type == "cuda":
+        size = torch.cuda.get_device_properties(device).L2_cache_size
+        flush = torch.empty(2 * max(size, 1 << 25), dtype=torch.uint8, device=device)
+    timers, wanted = {}, {}
+    for name, case in cases.items():
+        timers[name] = run, _ = captured(functools.partial(case.run, direction), device)
+        device_seconds_of(run, flush)
+        once = statistics.median(device_seconds_of(run, flush) for _ in range(2))
+        wanted[name] = max(3, min(repeats, int(seconds_per_peer / max(once, 1e-9))))
+    samples = in_turns({name: functools.partial(device_seconds_of, run, flush)
+                        for name, (run, _) in timers.items()}, wanted)
+    return {name: (samples[name], how) for name, (_, how) in timers.items() if samples[name]}

@@ -17,32 +17,25 @@ elements of s bytes,
 
 from __future__ import annotations
 
-import functools
-import math
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.measure.bench.peers import PEERS, Peer, Shape, make_inputs, peer_available, torch_form
+from analysis.measure.bench import peers as engine
+from analysis.measure.bench.peers import Peer, Shape, bench_peers, peer_installed
 from analysis.measure.ceilings import describe_machine
-from analysis.measure.timing import captured, device_seconds_of, in_turns, quartiles
 from mambabyte.errors import UserError
-from mambabyte.ops.compare import relative_rms
+from mambabyte.ops import selective_scan
+from mambabyte.ops.scan.operator import fused_available, fused_scan
 
-GPU_SHAPES: tuple[Shape, ...] = (
-    (16, 1024, 384),
-    (64, 2048, 384),
-    (8, 2048, 1536),
-    (1, 65536, 1536),
-    (1, 16384, 384),
-    (128, 256, 384),
-)
+GPU_SHAPES: tuple[Shape, ...] = (  # B, L, D
+    (16, 1024, 384), (64, 2048, 384), (8, 2048, 1536), (1, 65536, 1536), (1, 16384, 384),
+    (128, 256, 384))
 CPU_SHAPES: tuple[Shape, ...] = ((4, 512, 384), (1, 2048, 384), (16, 128, 384))
-DIRECTIONS = ("forward", "forward+backward")
 COLUMNS = {
     "batch": "sequences",
     "length": "steps a sequence",
@@ -50,84 +43,113 @@ COLUMNS = {
     "states": "N",
     "dtype": "of u, delta, B, C, z",
     "peer": "what was timed, see PEERS",
-    "direction": "forward (no gradients) or forward+backward (through autograd)",
-    "median_seconds": "of all repeats; the peers of a shape take turns in one run",
-    "low_seconds": "first quartile",
-    "high_seconds": "third quartile",
+    **engine.COLUMNS,
     "repeats": "how many were timed",
-    "timing": "cuda graph (no host overhead), eager or wall clock",
     "ratio_to_fused": "median over that of fused on the same row group; above 1, fused is faster",
     "floor_seconds": "least time at the measured ceilings, by the formula of this module",
     "fraction_of_floor": "floor over median: 1 is the best possible",
-    "peak_bytes": "most GPU memory taken by a call, beyond its inputs",
-    "error_output": "relative RMS of y against the float64 definition, at a reduced size",
-    "error_gradient": "the worst relative RMS of a gradient, likewise",
-    "note": "why there is no number",
 }
 DEFAULT_PEERS = ("fused", "fused, recompute", "mamba_ssm", "mambapy", "chunked", "sdpa")
 SLOW_ELEMENTS = 1 << 28  # state elements above which peers that store them all are left out
 
 
-class PeerCase:
-    """One peer on one shape: its inputs, and the two things to time."""
+def torch_form(form: str) -> Callable[..., Tensor]:
+    def call(u, delta, A, B, C, D, z, delta_bias):
+        return selective_scan(
+            u, delta, A, B, C, D, z, delta_bias=delta_bias, delta_softplus=True, form=form
+        )[0]
 
-    def __init__(self, peer: Peer, inputs: dict[str, Tensor]) -> None:
-        self.peer = peer
-        prepared = peer.prepare(inputs)
-        self.inputs = {name: t.detach().requires_grad_() for name, t in prepared.items()}
-        with torch.no_grad():
-            y = peer.call(**self.inputs)
-        generator = torch.Generator(device=y.device).manual_seed(1)
-        like = peer.restore("y", y)
-        dy = torch.randn(like.shape, generator=generator, device=y.device).to(y.dtype)
-        self.dy = peer.restore("dy", dy).contiguous()  # restore is its own inverse
-
-    def forward(self) -> Tensor:
-        with torch.no_grad():
-            return self.peer.call(**self.inputs)
-
-    def forward_backward(self) -> list[Tensor]:
-        y = self.peer.call(**self.inputs)
-        return [y.detach(), *torch.autograd.grad(y, list(self.inputs.values()), self.dy)]
-
-    def run(self, direction: str) -> object:
-        return self.forward() if direction == "forward" else self.forward_backward()
+    return call
 
 
-def peak_bytes_of(case: PeerCase, direction: str, device: torch.device) -> float:
-    if device.type != "cuda":
-        return float("nan")
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    kept = case.run(direction)
-    torch.cuda.synchronize(device)
-    del kept
-    return float(torch.cuda.max_memory_allocated(device) - before)
+def _recompute(u, delta, A, B, C, D, z, delta_bias):
+    return fused_scan(u, delta, A, B, C, D, z, delta_bias, None, True, recompute=True)[0]
 
 
-def _errors(
-    peer: Peer, shape: Shape, states: int, dtype: torch.dtype, device: torch.device
-) -> tuple[float, float]:
-    """Relative RMS of y and of the worst gradient against float64, on the same rounded inputs."""
-    if not peer.is_scan:
-        return float("nan"), float("nan")
+def _mamba_ssm(u, delta, A, B, C, D, z, delta_bias):
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, True)
+
+
+def _mambapy(u, delta, A, B, C, D, z, delta_bias):
+    from mambapy.pscan import pscan
+
+    dt = F.softplus(delta.float() + delta_bias)
+    x = u.float()
+    decay = torch.exp(dt.unsqueeze(-1) * A)  # (B, L, D, N)
+    drive = (dt * x).unsqueeze(-1) * B.float().unsqueeze(2)
+    y = (pscan(decay, drive) @ C.float().unsqueeze(-1)).squeeze(3) + D * x
+    return (y * F.silu(z.float())).to(u.dtype)
+
+
+def _sdpa(u: Tensor, delta: Tensor, z: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(u, delta, z, is_causal=True)
+
+
+def _channels_first(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.transpose(1, 2).contiguous() if t.ndim == 3 else t for n, t in inputs.items()}
+
+
+def _heads(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Queries, keys and values of the same width: (B, L, D) -> (B, D / 64, L, 64)."""
+    width = 64 if inputs["u"].shape[2] % 64 == 0 else inputs["u"].shape[2]
+    return {
+        name: inputs[name].unflatten(2, (-1, width)).transpose(1, 2).contiguous()
+        for name in ("u", "delta", "z")
+    }
+
+
+def _channels_last(name: str, tensor: Tensor) -> Tensor:
+    return tensor.transpose(1, 2) if tensor.ndim == 3 else tensor
+
+
+PEERS: dict[str, Peer] = {
+    "fused": Peer("this project's kernels", torch_form("fused")),
+    "fused, recompute": Peer("the same, keeping no states for the backward", _recompute),
+    "mamba_ssm": Peer(
+        "state-spaces/mamba, CUDA", _mamba_ssm, _channels_first, _channels_last, "mamba_ssm"
+    ),
+    "mambapy": Peer("mamba.py's parallel scan", _mambapy, needs="mambapy", stores_states=True),
+    "chunked": Peer("stable torch form", torch_form("chunked"), stores_states=True),
+    "document_chunked": Peer(
+        "log-cumsum in chunks, as published", torch_form("document_chunked"), stores_states=True
+    ),
+    "sdpa": Peer("causal attention of the same width, for scale", _sdpa, _heads, is_scan=False),
+}
+
+
+def peer_available(name: str, device: torch.device) -> str:
+    """Why that peer cannot be run on the device, in one line; "" if it can."""
+    if missing := peer_installed(PEERS[name], device):
+        return missing
+    if name == "mamba_ssm" and importlib.util.find_spec("selective_scan_cuda") is None:
+        return "mamba_ssm was installed without its Mamba-1 kernel"
+    available, reason = fused_available(device) if name.startswith("fused") else (True, "")
+    return "" if available else reason
+
+
+def make_inputs(
+    shape: Shape, states: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> dict[str, Tensor]:
+    """Inputs as a trained layer has them, in (B, L, D)."""
     batch, length, channels = shape
-    small = (min(batch, 2), min(length, 200), min(channels, 64))
-    inputs = make_inputs(small, states, dtype, device)
-    case = PeerCase(peer, inputs)
-    exact = PeerCase(
-        Peer("", torch_form("sequential")), {name: t.double() for name, t in inputs.items()}
-    )
-    exact.dy = peer.restore("dy", case.dy).double()
-    names = ("y", *exact.inputs)
-    errors = [
-        relative_rms(peer.restore(name, one), two)
-        for name, one, two in zip(
-            names, case.forward_backward(), exact.forward_backward(), strict=True
-        )
-    ]
-    return errors[0], float(np.max(errors[1:]))  # a NaN stays a NaN
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, device=device)
+
+    rates = torch.arange(1, states + 1, device=device, dtype=torch.float32)
+    return {
+        "u": normal(batch, length, channels).to(dtype),
+        "delta": normal(batch, length, channels).to(dtype),
+        "A": -rates.repeat(channels, 1),
+        "B": normal(batch, length, states).to(dtype),
+        "C": normal(batch, length, states).to(dtype),
+        "D": normal(channels),
+        "z": normal(batch, length, channels).to(dtype),
+        "delta_bias": normal(channels) - 3,
+    }
 
 
 def floor_seconds(
@@ -148,20 +170,11 @@ def floor_seconds(
     return forward + max(traffic / copy, exps, 11 * steps * states / fma)
 
 
-# ------------------------------------------------------------------------------------- the bench
-
-
 def run_bench(
-    shapes: Sequence[Shape] | None = None,
-    dtype: str | None = None,
-    peers: Sequence[str] = DEFAULT_PEERS,
-    device: str | torch.device | None = None,
-    repeats: int = 30,
-    progress: Callable[[str], None] | None = None,
-    *,
-    states: int = 16,
-    seconds_per_peer: float = 10.0,
-    machine: dict[str, object] | None = None,
+    shapes: Sequence[Shape] | None = None, dtype: str | None = None,
+    peers: Sequence[str] = DEFAULT_PEERS, device: str | torch.device | None = None,
+    repeats: int = 30, progress: Callable[[str], None] | None = None, *, states: int = 16,
+    seconds_per_peer: float = 10.0, machine: dict[str, object] | None = None,
 ) -> pd.DataFrame:
     """Time the peers on each shape; one row a (shape, peer, direction), columns as in COLUMNS.
 
@@ -184,16 +197,14 @@ def run_bench(
     if machine is None:
         say("measuring the machine's ceilings")
         machine = describe_machine(device)
+    kind = getattr(torch, dtype)
     rows = []
     for shape in shapes or (GPU_SHAPES if on_gpu else CPU_SHAPES):
-        for row in _bench_shape(
-            shape, getattr(torch, dtype), peers, device, repeats, states, seconds_per_peer, say
-        ):
-            row["dtype"] = dtype
+        for row in _bench_shape(shape, kind, peers, device, repeats, states, seconds_per_peer, say):
             if PEERS[row["peer"]].is_scan:
-                size = getattr(torch, dtype).itemsize
-                row["floor_seconds"] = floor_seconds(shape, states, size, machine, row["direction"])
-            rows.append(row)
+                row["floor_seconds"] = floor_seconds(
+                    shape, states, kind.itemsize, machine, row["direction"])
+            rows.append({**row, "dtype": dtype})
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     frame["fraction_of_floor"] = frame["floor_seconds"] / frame["median_seconds"]
     keys = ["batch", "length", "channels", "direction"]
@@ -207,69 +218,20 @@ def run_bench(
 def _bench_shape(
     shape: Shape, dtype: torch.dtype, peers: Sequence[str], device: torch.device, repeats: int,
     states: int, seconds_per_peer: float, say: Callable[[str], None],
-) -> Iterator[dict]:  # fmt: skip
-    rows: dict[tuple[str, str], dict] = {}
-    cases: dict[str, PeerCase] = {}
-    elements = shape[0] * shape[1] * shape[2] * states
-    for name in peers:
-        available, note = peer_available(name, device)
-        if available and PEERS[name].stores_states and elements > SLOW_ELEMENTS:
-            available, note = False, f"left out: it would store {elements:.2g} states several times"
-        for direction in DIRECTIONS:
-            rows[name, direction] = {
-                "batch": shape[0], "length": shape[1], "channels": shape[2], "states": states,
-                "peer": name, "direction": direction, "note": "" if available else note,
-            }  # fmt: skip
-        if not available:
-            say(f"{shape} {name}: {note}")
-            continue
-        try:
-            error = _errors(PEERS[name], shape, states, dtype, device)
-            cases[name] = PeerCase(PEERS[name], make_inputs(shape, states, dtype, device))
-            for direction in DIRECTIONS:
-                row = rows[name, direction]
-                row["error_output"], row["error_gradient"] = error[0], float("nan")
-                row["peak_bytes"] = peak_bytes_of(cases[name], direction, device)
-                if PEERS[name].is_scan and not math.isfinite(sum(error)):
-                    row["note"] = "wrong: its results are not finite at the reduced size"
-            rows[name, DIRECTIONS[1]]["error_gradient"] = error[1]
-        except Exception as failure:  # a peer that breaks is a row that says so
-            cases.pop(name, None)
-            reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
-            for direction in DIRECTIONS:
-                rows[name, direction]["note"] = reason
-            say(f"{shape} {name}: {reason}")
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    for direction in DIRECTIONS:
-        for name, (samples, timing) in interleaved(
-            cases, direction, device, repeats, seconds_per_peer
-        ).items():
-            low, median, high = quartiles(samples)
-            rows[name, direction].update(
-                median_seconds=median, low_seconds=low, high_seconds=high,
-                repeats=len(samples), timing=timing,
-            )  # fmt: skip
-            say(f"{shape} {name} {direction}: {median * 1e6:.1f} us")
-    yield from rows.values()
+) -> list[dict]:
+    batch, length, channels = shape
+    elements = batch * length * channels * states
 
+    def refuse(name: str) -> str:
+        if PEERS[name].stores_states and elements > SLOW_ELEMENTS:
+            return f"left out: it would store {elements:.2g} states several times"
+        return peer_available(name, device)
 
-def interleaved(
-    cases: dict[str, PeerCase], direction: str, device: torch.device, repeats: int,
-    seconds_per_peer: float,
-) -> dict[str, tuple[list[float], str]]:  # fmt: skip
-    """Samples of each peer, taken in turns so that drift of the machine meets all alike."""
-    flush = None
-    if device.type == "cuda":
-        size = torch.cuda.get_device_properties(device).L2_cache_size
-        flush = torch.empty(2 * max(size, 1 << 25), dtype=torch.uint8, device=device)
-    timers, wanted = {}, {}
-    for name, case in cases.items():
-        run, how = captured(functools.partial(case.run, direction), device)
-        timers[name] = run, how
-        device_seconds_of(run, flush)
-        once = statistics.median(device_seconds_of(run, flush) for _ in range(2))
-        wanted[name] = max(3, min(repeats, int(seconds_per_peer / max(once, 1e-9))))
-    samples = in_turns({name: functools.partial(device_seconds_of, run, flush)
-                        for name, (run, _) in timers.items()}, wanted)
-    return {name: (samples[name], how) for name, (_, how) in timers.items() if samples[name]}
+    def make(reduced: bool) -> dict[str, Tensor]:
+        size = (min(batch, 2), min(length, 200), min(channels, 64)) if reduced else shape
+        return make_inputs(size, states, dtype, device)
+
+    return bench_peers(
+        {name: PEERS[name] for name in peers}, make, torch_form("recurrent"), device, repeats,
+        seconds_per_peer, lambda line: say(f"{shape} {line}"), refuse=refuse,
+        batch=batch, length=length, channels=channels, states=states)

@@ -143,13 +143,13 @@ def mixers_as_run(config: ModelConfig, context: int, device: str, compiled: bool
 
 
 def bench_steps(
-    configs: dict[str, ModelConfig], recipe: TrainConfig, device: str, way: Way,
-    rounds: int = 7, seconds: float = 0.0, say: Callable[[str], None] = lambda line: None,
-    published: bool = False,
+    configs: dict[str, ModelConfig], recipe: TrainConfig, device: str, way: Way, rounds: int = 7,
+    seconds: float = 0.0, say: Callable[[str], None] = lambda line: None, published: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(steps, parts). With ``published`` the first system is also timed with mamba-ssm's modules.
- ``seconds`` is how long each system runs in all rounds together; 0 is one
-    second on the CPU and one a round on a GPU, whose counter of energy may be a tenth of one old.
+
+    ``seconds`` is how long each system runs in all rounds together; 0 is one second on the CPU,
+    and one second a round on a GPU, whose energy counter moves only every tenth of a second.
 
     steps: a row a system, with ms (median over rounds and quartiles), bytes/s, gross joules per
     megabyte (nan where the machine does not count them), peak memory (nan on the CPU) and how its

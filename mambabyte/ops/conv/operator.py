@@ -27,10 +27,7 @@ DTYPES = {
 
 
 def fused_causal_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    tail: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, tail: Tensor | None = None,
     silu: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``silu(bias + sum_k weight_k x_{t-K+1+k})``; positions before x come from ``tail``.

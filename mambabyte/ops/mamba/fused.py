@@ -32,14 +32,8 @@ DEVICES = ("cuda", "meta")
 
 
 def fused_mixer(
-    xz: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
+    dt_bias: Tensor, A: Tensor, D: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From in_proj's output to out_proj's input, for sequences that begin without a state.
 

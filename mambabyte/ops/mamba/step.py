@@ -24,16 +24,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def mamba_step(
-    x: Tensor,
-    z: Tensor,
-    tail: Tensor,
-    state: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
+    x: Tensor, z: Tensor, tail: Tensor, state: Tensor, conv_weight: Tensor,
+    conv_bias: Tensor | None, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor,
     D: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One byte through a layer's convolution, projections and scan.
@@ -53,16 +45,8 @@ def mamba_step(
 
 
 def scan_step(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    state: Tensor,
-    delta_softplus: bool = False,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, state: Tensor, delta_softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The scan at length 1: u, delta, z (B, D); B, C (B, N); state (B, D, N).
 

@@ -122,19 +122,10 @@ def _stream_dtype(x: Tensor, real: torch.dtype) -> torch.dtype:
 
 
 def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    save: bool,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, initial_state: Tensor | None, delta_softplus: bool, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The scan of ``ops/sequential.py``; shapes as in the module's docstring.
+    """The scan of ``ops/scan/recurrent.py``; shapes as in the module's docstring.
 
     Returns y ``(B, L, D)`` in u's dtype, the final state ``(B, D, N)`` in float32 (float64 if u
     is), and the checkpoints for :func:`backward`, of shape :func:`saved_shape` (empty if not
@@ -166,19 +157,9 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    saved: Tensor,
-    delta_softplus: bool,
+    dy: Tensor, dfinal_state: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
+    C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None,
+    initial_state: Tensor | None, saved: Tensor, delta_softplus: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of :func:`forward`, whose ``saved`` it takes.
 
@@ -250,16 +231,8 @@ def _param(x: _MaybeTensor, real: torch.dtype) -> _MaybeTensor:
 
 
 def scan_step(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    state: Tensor | None,
-    delta_softplus: bool,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, state: Tensor | None, delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     """One time step: :func:`forward` at length 1, bit for bit, with less overhead per call.
 
@@ -278,27 +251,12 @@ def scan_step(
     y = torch.empty_like(u)
     last = torch.empty((batch, channels, d_state), dtype=real, device=u.device)
     words = _pack_step(
-        batch,
-        channels,
-        d_state,
-        delta_softplus,
-        torch.get_num_threads() if batch > 1 else 1,
-        u.dtype is half,
-        delta.dtype is half,
-        B.dtype is half,
-        C.dtype is half,
-        z is not None and z.dtype is half,
-        u.data_ptr(),
-        delta.data_ptr(),
-        B.data_ptr(),
-        C.data_ptr(),
-        0 if z is None else z.data_ptr(),
-        y.data_ptr(),
-        A.data_ptr(),
-        0 if D is None else D.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if h0 is None else h0.data_ptr(),
-        last.data_ptr(),
+        batch, channels, d_state, delta_softplus, torch.get_num_threads() if batch > 1 else 1,
+        u.dtype is half, delta.dtype is half, B.dtype is half, C.dtype is half,
+        z is not None and z.dtype is half, u.data_ptr(), delta.data_ptr(), B.data_ptr(),
+        C.data_ptr(), 0 if z is None else z.data_ptr(), y.data_ptr(), A.data_ptr(),
+        0 if D is None else D.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        0 if h0 is None else h0.data_ptr(), last.data_ptr(),
     )
     if _library(real is torch.float64).scan_step(words):
         raise MemoryError("native selective scan: no scratch memory")
@@ -322,15 +280,8 @@ def conv_step(
     weight, bias = _param(weight, real), _param(bias, real)
     y, tail_out = torch.empty_like(x), torch.empty_like(tail)
     words = _pack_conv(
-        x.shape[0],
-        x.shape[-1],
-        weight.shape[-1],
-        x.dtype is torch.bfloat16,
-        x.data_ptr(),
-        tail.data_ptr(),
-        y.data_ptr(),
-        tail_out.data_ptr(),
-        weight.data_ptr(),
+        x.shape[0], x.shape[-1], weight.shape[-1], x.dtype is torch.bfloat16, x.data_ptr(),
+        tail.data_ptr(), y.data_ptr(), tail_out.data_ptr(), weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
     )
     _library(real is torch.float64).conv_step(words)

@@ -76,14 +76,8 @@ def _kernel(name: str, device: int, parameters: str) -> Kernel:
 
 
 def _launch(
-    device: int,
-    name: str,
-    parameters: str,
-    blocks: int,
-    threads: tuple[int, int],
-    shared: int,
-    *args: int,
-    overlap: bool = False,
+    device: int, name: str, parameters: str, blocks: int, threads: tuple[int, int], shared: int,
+    *args: int, overlap: bool = False,
 ) -> None:
     """With ``overlap``, only to be used after another kernel of the same call, the launch need not
     wait for that one's end."""
@@ -202,12 +196,7 @@ class _Scan:
         sizes = (self.batch, self.length, self.channels, self.d_state)
         out_time = 0 if output is None else output.stride(1)
         return (
-            *map(_address, pointers),
-            *strides,
-            *sizes,
-            *plan,
-            self.period,
-            out_time,
+            *map(_address, pointers), *strides, *sizes, *plan, self.period, out_time,
             2 * CHUNK * out_time,
         )
 
