@@ -14,7 +14,7 @@ import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -39,6 +39,17 @@ _OTHER = ("the file is missing, truncated or damaged; use another checkpoint, or
           "to resume from the one before")
 _NAME = re.compile(r"step_\d{8,}")
 _FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "progress.json")
+
+
+class Stateful(Protocol):
+    """What a checkpoint asks of an optimizer, of torch's or ours."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, saved: dict[str, Any]) -> Any: ...
 
 
 def load_model(path: Path | str, device: str = "cpu") -> ByteLM:
@@ -132,7 +143,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def save_training(
-    folder: Path, model: ByteLM, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
+    folder: Path, model: ByteLM, optimizer: Stateful, progress: dict[str, Any]
 ) -> Path:
     """Write everything a resumed run needs to ``folder``/step_XXXXXXXX; returns that path.
 
@@ -157,7 +168,7 @@ def save_training(
 
 
 def load_training(
-    folder: Path, model: ByteLM, optimizer: torch.optim.Optimizer
+    folder: Path, model: ByteLM, optimizer: Stateful
 ) -> dict[str, Any]:
     """Restore model and optimizer from a checkpoint folder; returns its progress record."""
     saved, given = asdict(load_config(folder)), asdict(model.config)
@@ -202,7 +213,7 @@ def _load_progress(folder: Path) -> dict[str, Any]:
 
 
 def _load_state(
-    folder: Path, optimizer: torch.optim.Optimizer, step: int
+    folder: Path, optimizer: Stateful, step: int
 ) -> dict[int, dict[str, Tensor]]:
     """What the optimizer knows of each parameter, by number; UserError for what does not fit."""
     path = folder / "optimizer.safetensors"

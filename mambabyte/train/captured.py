@@ -30,7 +30,7 @@ from mambabyte.model import (
     record_exponents,
     without_state,
 )
-from mambabyte.train.optim import set_rates
+from mambabyte.train.optim import Optimizer, set_rates
 from mambabyte.train.precision import autocast
 from mambabyte.train.step import Loss, Reading, backward_in_parts, remedy
 
@@ -70,7 +70,7 @@ class CapturedStep:
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer,
+        self, model: nn.Module, loss: Loss, optimizer: Optimizer,
         windows: Callable[[Tensor], tuple[Tensor, ...]], starts: Tensor, config: TrainConfig,
         first_step: int = 0, capture: bool | None = None,
     ) -> None:

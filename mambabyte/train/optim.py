@@ -45,7 +45,7 @@ def roles(model: nn.Module) -> dict[str, Role]:
 
 def make_optimizer(
     model: nn.Module, config: TrainConfig, on_device: bool = False
-) -> torch.optim.Optimizer:
+) -> MuonAdamW:
     """The optimizer of a recipe; every parameter is in exactly one group.
 
     Each group has ``peak_lr``: its rate where the schedule is 1. With ``on_device`` the rates are
@@ -53,9 +53,6 @@ def make_optimizer(
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     of = roles(model)
-    on_cuda = bool(named) and named[0][1].is_cuda
-    # One pass over each parameter: a quarter of the time on a CPU.
-    fused = bool(named) and named[0][1].device.type in ("cpu", "cuda")
 
     def group(parameters: list[Tensor], decay: float, lr: float, **more: Any) -> dict[str, Any]:
         rate = torch.tensor(lr, device=named[0][1].device) if on_device else lr
@@ -77,24 +74,27 @@ def make_optimizer(
         else:
             lr = rates.get(name)
             by_kind.setdefault(("decay", config.lr if lr is None else lr), []).append(parameter)
-    more = {"muon": False} if muon else {}
-    rest = [group(parameters, config.weight_decay if kind == "decay" else 0.0, lr, **more)
+    rest = [group(parameters, config.weight_decay if kind == "decay" else 0.0, lr)
             for (kind, lr), parameters in by_kind.items()]
     if not muon:
-        return torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, eps=1e-8, fused=fused,
-                                 capturable=on_device and on_cuda)
+        return MuonAdamW(rest, config.betas)
     decay = config.weight_decay if config.muon_weight_decay is None else config.muon_weight_decay
     first = group(by_muon, decay, config.muon_lr, muon=True, momentum=config.muon_momentum)
     if config.muon_momentum_steps:
         first |= {"first_momentum": config.muon_first_momentum,
                   "momentum_steps": config.muon_momentum_steps}
-    return MuonAdamW([first, *rest], betas=config.betas, fused=fused,
-                     capturable=on_device and on_cuda)
+    return MuonAdamW([first, *rest], config.betas)
 
 
-class MuonAdamW(torch.optim.Optimizer):
+class MuonAdamW:
     """Muon (Jordan 2024, kellerjordan.github.io/posts/muon) for the groups marked ``muon``, AdamW
-    for the others, as one optimizer: one state to save, one list of groups to schedule.
+    (Loshchilov and Hutter 2017, arXiv:1711.05101) for the others, as one optimizer: one state to
+    save, one list of groups to schedule. A group has "params", "lr" and "weight_decay".
+
+    No torch.optim.Optimizer: to make one imports torch's compiler, which takes as long as all else
+    that a training on a CPU imports (docs/log/cpu.md). AdamW is torch's own fused kernel: one pass
+    over each parameter, a quarter of the time on a CPU. It is given steps and rates as tensors on
+    the device, so that a captured step can be replayed.
 
     Muon: the gradient goes into a momentum buffer, the Nesterov combination of the two is replaced
     by the nearest matrix with singular values near 1, and that, times lr and
@@ -102,39 +102,65 @@ class MuonAdamW(torch.optim.Optimizer):
     raises its momentum to "momentum" from "first_momentum" over that many of its first steps.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], fused: bool,
-                 capturable: bool, eps: float = 1e-8) -> None:
-        groups = [g for g in groups if g["params"]]
-        super().__init__(groups, {"lr": 1e-3})
-        rest = [g for g in self.param_groups if not g["muon"]]
-        # It adds its own defaults to the groups it is given: they are the same dictionaries.
-        self._adamw = torch.optim.AdamW(
-            rest, betas=betas, eps=eps, fused=fused, capturable=capturable) if rest else None
-        if self._adamw is not None:
-            for mine, its in zip(rest, self._adamw.param_groups, strict=True):
-                mine.update({k: v for k, v in its.items() if k not in mine})
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float],
+                 eps: float = 1e-8) -> None:
+        self.param_groups = [{"muon": False, **group} for group in groups if group["params"]]
+        self.betas, self.eps = betas, eps
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self._parameters():
+            if set_to_none:
+                p.grad = None
+            elif p.grad is not None:
+                p.grad.zero_()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        if self._adamw is not None:  # loading a state replaces groups and state: hand over both
-            self._adamw.param_groups = [g for g in self.param_groups if not g["muon"]]
-            self._adamw.state = self.state
-            self._adamw.step()
+    def step(self) -> None:
         for group in self.param_groups:
-            if group["muon"]:
-                self._muon(group)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                (self._muon if group["muon"] else self._adamw)(group, parameters)
 
-    def _muon(self, group: dict[str, Any]) -> None:
-        parameters = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim.Optimizer's: the state by a parameter's number, and the groups."""
+        number = {p: i for i, p in enumerate(self._parameters())}
+        return {"state": {number[p]: values for p, values in self.state.items()},
+                "param_groups": [{**group, "params": [number[p] for p in group["params"]]}
+                                 for group in self.param_groups]}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        parameters = self._parameters()
+        for group, given in zip(self.param_groups, saved["param_groups"], strict=True):
+            group.update({k: v for k, v in given.items() if k != "params"})
+        self.state = {parameters[i]: {k: v.to(parameters[i].device) for k, v in values.items()}
+                      for i, values in saved["state"].items()}
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for p in parameters:
+            if p not in self.state:
+                self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
+                                 "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        means, squares, steps = ([self.state[p][name] for p in parameters]
+                                 for name in ("exp_avg", "exp_avg_sq", "step"))
+        torch._foreach_add_(steps, 1)
+        torch._fused_adamw_(
+            parameters, [p.grad for p in parameters if p.grad is not None], means, squares, [],
+            steps, lr=group["lr"],
+            beta1=self.betas[0], beta2=self.betas[1], weight_decay=group["weight_decay"],
+            eps=self.eps, amsgrad=False, maximize=False)
+
+    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         buffers = []
         for p in parameters:
-            state = self.state[p]
+            state = self.state.setdefault(p, {})
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(p)
             buffers.append(state["momentum"])
-        grads = [p.grad for p in parameters]
+        grads = [p.grad for p in parameters if p.grad is not None]
         # lr may be a tensor on the device, so that a captured step can be given another.
         lr, beta = group["lr"], self._momentum(group, parameters[0].device)
         fresh, old = 1 - beta, beta

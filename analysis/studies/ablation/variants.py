@@ -115,7 +115,7 @@ def make_optimizer(model: ByteLM, variant: Variant, recipe: TrainConfig) -> Muon
          "weight_decay": recipe.weight_decay if kind == "decay" else 0.0,
          **({"momentum": 0.95, "first_momentum": 0.85, "momentum_steps": variant.momentum_steps}
             if kind == "muon" else {})}
-        for kind, lr in rates.items()], recipe.betas, fused=False, capturable=False)
+        for kind, lr in rates.items()], recipe.betas)
 
 
 def variant_step(
