@@ -93,7 +93,7 @@ def test_two_processes_equal_one(two, corpus_path, tmp_path, step):
     for name, value in one.items():
         assert torch.allclose(value, other[name], atol=1e-5), name
     losses = [(p / "metrics.jsonl").read_text().count("\n") for p in (tmp_path / "one", two / step)]
-    assert losses == [2, 2]  # written once, by the first process
+    assert losses == [3, 3]  # written once, by the first process
 
 
 def test_two_processes_have_one_clock(two):
