@@ -12,7 +12,7 @@ import torch
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.corpus import sample_windows
 from mambabyte.errors import UserError
-from mambabyte.model import ByteLM
+from mambabyte.model import ByteLM, Mixer, mixers
 from mambabyte.ops.compare import relative_rms
 
 SMOKE_BYTES = 10_000  # fewer training bytes than this mean smoke mode
@@ -41,14 +41,19 @@ def scan_errors(model: ByteLM, tokens: torch.Tensor) -> dict[str, float]:
     inputs; see ``Mixer.against_definition``.
     """
     worst = {"output": 0.0, "state": 0.0, "gradient": 0.0}
-    x = model.embedding(tokens)
-    for layer in model.blocks:
-        for name, pairs in layer.mixer.against_definition(layer.norm(x)).items():
+    inputs: list[tuple[Mixer, torch.Tensor]] = []
+    handles = [mixer.register_forward_pre_hook(lambda m, args: inputs.append((m, args[0])))
+               for mixer in mixers(model, Mixer)]
+    with torch.no_grad():
+        model(tokens)
+    for handle in handles:
+        handle.remove()
+    for mixer, x in inputs:
+        for name, pairs in mixer.against_definition(x).items():
             for found, expected in pairs:
                 error = relative_rms(found, expected)
                 # not (error <= worst): a nan must not pass
                 worst[name] = error if not error <= worst[name] else worst[name]
-        x, _ = layer(x, None)
     return worst
 
 

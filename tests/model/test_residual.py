@@ -17,6 +17,7 @@ from mambabyte.stream import ByteStream
 from mambabyte.stream.cpu import supports
 from mambabyte.train import autocast
 from mambabyte.train.optim import roles
+from mambabyte.train.smoke import scan_errors
 
 PLAIN = ModelConfig(d_model=16, n_layer=5, layer_pattern="MAMA", d_state=4, n_head=4, n_kv_head=2,
                     attention_window=12, mlp_ratio=2.0, norm="rms", qk_norm=True, tied_head=False,
@@ -94,6 +95,13 @@ def test_a_residual_stream_in_bf16_stays_so():
     with autocast(torch.device("cpu"), "bf16"):
         model.loss(torch.randint(0, 256, (1, 20)))
     assert set(seen) == {torch.bfloat16}
+
+
+def test_the_smoke_check_looks_at_every_mixer_where_it_stands():
+    found = scan_errors(randomised(FULL), torch.randint(0, 256, (1, 12)))
+    assert 0 < found["output"] < 1e-5
+    wrong = randomised(replace(FULL, scan_form="document_chunked"))
+    assert scan_errors(wrong, torch.randint(0, 256, (1, 12)))["output"] > 1e-2
 
 
 def test_optimizers_treat_them_as_gains_and_kernels_leave_them_alone():
