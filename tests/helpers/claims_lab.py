@@ -108,10 +108,11 @@ def on_gpu(values: dict | None = None, tables: dict | None = None, study: str = 
     return Evidence((run_of(study, values, tables, device="cuda"),))
 
 
-def task(*rows: dict) -> Evidence:
-    """A record of whole runs; what a row lacks is as on a good day."""
+def task(*rows: dict, job: str = "one") -> Evidence:
+    """A record of whole runs, of one job unless told; what a row lacks is as on a good day."""
     good = {"system": "mamba_byte_as_written", "seconds": 200.0, "joules": 15e3, "steps": 4000,
             "valid_accuracy": 0.7, "failure": None}
     record = run_of("task", name="gpu-task")
     frame = pd.DataFrame([{**good, **row} for row in rows])
-    return Evidence((), (replace(record, tables={"runs": Table("runs", "", frame)}),))
+    return Evidence((), (replace(record, tables={"runs": Table("runs", "", frame)},
+                                 provenance={"job": {"id": job}} if job else {}),))

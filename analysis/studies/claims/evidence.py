@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.runs.folders import RUNS, Run, list_runs
+from analysis.runs.jobs import Job, job_of
 from analysis.runs.records import RECORDS, load_records
 from analysis.studies import STUDIES
 from analysis.studies.task.record import COLUMNS
@@ -33,6 +34,7 @@ class Source:
     name: str  # the run's identity or the record's name
     machine: str
     parameters: Mapping[str, Any] = field(default_factory=dict)  # of that run
+    job: Job | None = None  # None: several commands, or unknown
 
     @property
     def text(self) -> str:
@@ -165,7 +167,10 @@ def gather(runs_root: Path | str = "", records_root: Path | str = "") -> Evidenc
 
 
 def _source(what: Any, run: Run) -> Source:
-    return Source(what, run.run_id or run.folder.name, _machine(run), run.parameters)
+    # What was run under the task's rules was a command a system, unless the record has its job.
+    one = "job" in run.provenance or run.study != "task"
+    return Source(what, run.run_id or run.folder.name, _machine(run), run.parameters,
+                  job_of(run) if one else None)
 
 
 def _on_accelerator(run: Run) -> bool:

@@ -26,6 +26,12 @@ def joined(*sources: Source | None) -> str:
     return "; ".join(dict.fromkeys(s.text for s in sources if s is not None))
 
 
+def one_job(*sources: Source | None) -> bool:
+    """Whether all were measured in one job: a ratio of times, joules or bytes needs that."""
+    jobs = [s.job for s in sources if s is not None]
+    return all(job is not None and jobs[0] is not None and jobs[0].same(job) for job in jobs)
+
+
 def mean(rows: pd.DataFrame, column: str) -> float:
     return float(rows[column].dropna().astype(float).mean())
 
@@ -95,6 +101,7 @@ class ScanCost:
     size: str
     how: str  # the published scan's time was found
     source: str
+    rival: str = ""  # words on a kernel of another job, of which no ratio is made
 
     @property
     def ratio(self) -> float:
@@ -104,7 +111,7 @@ class ScanCost:
     def words(self) -> str:
         return (f"At {self.size} the published scan takes {self.published:.3g} ms a layer forward "
                 f"and backward{self.how}, {self.name} {self.kernel:.2g}: {self.ratio:.0f} times as "
-                "long")
+                f"long{self.rival}")
 
 
 def scan_times(lab: Lab, *forms: str) -> tuple[pd.Series, str, Source] | None:
@@ -146,10 +153,12 @@ def _kernels_there(lab: Lab) -> tuple[dict[str, float], Source | None]:
 
 
 def scan_cost(lab: Lab) -> ScanCost | None:
-    """The published scan against mamba-ssm's kernel where that was timed, else against ours, at the
-    document's size: by a measurement, or by the difference of two steps. Else at another size."""
+    """The published scan against mamba-ssm's kernel where that was timed in the same job, else
+    against ours, at the document's size: by a measurement, or by the difference of two steps. Else
+    at another size."""
     kernels, bench = _kernels_there(lab)
-    timed, steps = scan_times(lab, PUBLISHED, "fused"), _by_difference(lab, kernels.get("fused"))
+    timed = scan_times(lab, PUBLISHED, "fused")
+    steps = _by_difference(lab, kernels.get("fused"), bench)
     own_size = f"{SIZE[0]} x {SIZE[1]}"
     if timed is not None and (timed[1] == own_size or steps is None):
         times, size, source = timed
@@ -159,17 +168,22 @@ def scan_cost(lab: Lab) -> ScanCost | None:
         ours, size = kernels["fused"], own_size
     else:
         return None
-    if "mamba_ssm" in kernels and size == own_size:
+    if "mamba_ssm" in kernels and size == own_size and one_job(source, bench):
         return ScanCost(published, kernels["mamba_ssm"], "mamba-ssm's kernel", size, how,
                         joined(source, bench))
-    return ScanCost(published, ours, "a fused scan", size, how, source.text)
+    rival = ("" if "mamba_ssm" not in kernels or size != own_size else
+             f"; mamba-ssm's kernel took {kernels['mamba_ssm']:.2g} in another command")
+    return ScanCost(published, ours, "this project's fused scan", size, how,
+                    joined(source, bench if rival else None), rival)
 
 
-def _by_difference(lab: Lab, fused_ms: float | None) -> tuple[float, str, Source] | None:
+def _by_difference(
+    lab: Lab, fused_ms: float | None, bench: Source | None
+) -> tuple[float, str, Source] | None:
     """Milliseconds of one published scan from captured steps with it and with the fused one, how
     that was found, and where."""
     whole, fused = training_step(lab, "M", PUBLISHED), training_step(lab, "M", "auto")
-    if whole is None or fused is None or fused_ms is None:
+    if whole is None or fused is None or fused_ms is None or not one_job(whole[1], bench):
         return None
     slow, fast = float(whole[0]["ms"]), float(fused[0]["ms"])
     layers = FINAL.model.n_layer

@@ -260,6 +260,22 @@ def test_systems_are_taken_from_one_record():
     assert {source.name for source in found} == {"older"}
 
 
+def test_costs_of_different_jobs_have_no_ratio():
+    """Both numbers stand there, as they were measured."""
+    rows = systems(0.2, -0.01, seeds=3)
+    for claim in ("genuinely-competitive", "closer-to-baseline"):
+        one, several = (claims.judge(BY_ID[claim], lab(task(*rows, job=job))) for job in ("a", ""))
+        assert "x the energy" in str(one.ours)
+        assert "energy" not in str(several.ours)
+        assert "several commands" in several.reason
+        assert (one.verdict, several.verdict) == (HOLDS, CAVEAT)
+    base = {"system": "modded_nanogpt", "joules": 15e3, "seconds": 30.0}
+    one, several = (str(claims.judge(BY_ID["train-cheap"], lab(task({}, base, job=job))).ours)
+                    for job in ("a", ""))
+    assert "x the baseline" in one
+    assert several.endswith("two jobs")
+
+
 @pytest.mark.parametrize(("hybrid", "seeds", "joules", "after"), [
     (-0.02, 3, 15.5e3, HOLDS), (-0.02, 1, 15.5e3, CAVEAT), (-0.02, 3, 20e3, CAVEAT),
     (0.05, 3, 14e3, CAVEAT), (0.05, 3, 20e3, FAILS), (0.5, 3, 14e3, FAILS)])

@@ -17,6 +17,7 @@ from analysis.studies.claims.recorded import (
     half_depth_ratios,
     joined,
     kernel_times,
+    one_job,
     scan_cost,
     scan_times,
     training_step,
@@ -185,9 +186,14 @@ def longer_window_speed(lab: Lab, claim: Claim) -> Finding:
     written = lab["operations.backward_exponent"]
     fails = kept < 0.8 or rates[long][0] < rates[long][1]
     verdict = FAILS if fails else HOLDS if written < 1.15 else CAVEAT
-    return Finding(verdict, f"{kept:.2f} x and {attention:.2f} x", f"With a fused scan the SSM "
+    together = one_job(steps[short][2], steps[long][2])
+    cell = (f"{kept:.2f} x and {attention:.2f} x" if together else
+            ", ".join(f"{a:.1f} and {b:.1f} MB/s with {n}" for n, (a, b) in (
+                (short, rates[short]), (long, rates[long]))))
+    times = f", {kept:.2f} times as many a second" if together else " (another command)"
+    return Finding(verdict, cell, f"With a fused scan the SSM "
                    f"trains on {rates[long][0]:.1f} MB/s with windows of {long} bytes and "
-                   f"{rates[short][0]:.1f} with {short}, {kept:.2f} times as many a second; "
+                   f"{rates[short][0]:.1f} with {short}{times}; "
                    f"attention on {rates[long][1]:.1f} and {rates[short][1]:.1f}. At {short} the "
                    f"two are {rates[short][0] / rates[short][1]:.2f} to 1. With the scan as "
                    f"published what the backward pass writes grows with exponent {written:.2f}, "

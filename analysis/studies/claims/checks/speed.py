@@ -7,7 +7,7 @@ from analysis.studies.claims.checks.published import fast_hybrids
 from analysis.studies.claims.evidence import Source
 from analysis.studies.claims.lab import Lab
 from analysis.studies.claims.ledger import CAVEAT, FAILS, HOLDS, Claim, Finding, check, compare
-from analysis.studies.claims.recorded import joined, step_ms, whole_run
+from analysis.studies.claims.recorded import joined, one_job, step_ms, whole_run
 from analysis.theory.flops import flops_per_byte, flops_table
 from mambabyte.config import get_preset
 from mambabyte.evaluate import TASK_CHARACTERS
@@ -94,7 +94,9 @@ def eval_is_cheap(lab: Lab, claim: Claim) -> Finding:
         f" The baseline's published log scores {board['scoring_characters_per_second']} characters "
         f"a second, {TASK_CHARACTERS / board['scoring_characters_per_second']:.0f} s for all, on "
         "another card.")
-    return Finding(verdict, f"{seconds:.0f} s, {windowed / ssm:.1f} x attention's speed",
+    speed = (f", {windowed / ssm:.1f} x attention's speed"
+             if written is None or one_job(written[1], table) else "")
+    return Finding(verdict, f"{seconds:.0f} s{speed}",
                    f"A streamed byte takes {ssm:.2f} ms {how}: {seconds:.0f} s for "
                    f"{TASK_CHARACTERS:,}, {seconds / 300:.0%} of what training may take. Attention "
                    f"of the same width takes {windowed:.2f} ms with a window and {every:.2f} with "
