@@ -86,6 +86,8 @@ def build_report(
                   for r in page.shown if r.notebook}
     text = page.render()
     check_page(text, appendices.keys(), draft=draft)
+    for content in appendices.values():
+        check_page(content, [])
     with whole_dir(out.parent / APPENDICES, ours=made(out.parent / APPENDICES)) as folder:
         for name, content in appendices.items():
             (folder / Path(name).name).write_text(content, encoding="utf-8")

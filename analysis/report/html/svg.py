@@ -6,6 +6,7 @@ a script nor load anything.
 
 from __future__ import annotations
 
+import math
 import re
 import xml.etree.ElementTree as ET
 
@@ -38,7 +39,10 @@ _LOCAL_URL = re.compile(r"url\(\s*['\"]?#([\w.:-]+)['\"]?\s*\)")
 _PNG = "data:image/png;base64,"
 # A hundredth of a pixel is enough: a third of the page's bytes are digits beyond.
 _COORDINATES = _words("d points x y")
-_LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")
+_LONG_NUMBER = re.compile(r"(?<!\d)-?\d++\.\d{3,}")  # each digit is looked at once
+
+MOST_DRAWN = 100_000  # elements of a figure, each as often as it is drawn
+_REFERENCE = re.compile(r"url\(\s*['\"]?#([\w.:-]+)")
 
 # Colours of style.mplstyle -> variables that the page defines for light and dark.
 THEME = {
@@ -57,19 +61,40 @@ def inline_svg(svg: str, prefix: str, title: str, alt: str) -> Markup:
     """
     try:
         root = ET.fromstring(svg)
+        if root.tag != SVG + "svg":
+            raise UserError(f"figure {prefix} is not SVG: run its study again")
+        if _drawn(root, {name: e for e in root.iter() if (name := e.get("id"))}, {}) > MOST_DRAWN:
+            raise UserError(f"figure {prefix} draws more than {MOST_DRAWN:,} elements, or one "
+                            "within itself: a browser would stop at it")
+        width, height = _size(root)
+        body = "".join(_element(child, prefix) for child in root)
     except ET.ParseError as error:
         raise UserError(f"figure {prefix} is not readable SVG ({error}): run its study again") \
             from None
-    if root.tag != SVG + "svg":
-        raise UserError(f"figure {prefix} is not SVG: run its study again")
-    width, height = _size(root)
-    body = "".join(_element(child, prefix) for child in root)
+    except RecursionError:
+        raise UserError(f"figure {prefix} has elements within elements beyond all reason: run its "
+                        "study again") from None
     return Markup(  # every part below is escaped or made of checked characters
         f'<svg class="plot" role="img" aria-labelledby="{prefix}-t {prefix}-d" '
         f'viewBox="0 0 {width:g} {height:g}" '
         f'style="--width:{width:.0f}px;max-width:{1.5 * width:.0f}px">'
         f'<title id="{prefix}-t">{html(title)}</title>'
         f'<desc id="{prefix}-d">{html(alt)}</desc>{body}</svg>')
+
+
+def _drawn(
+    element: ET.Element, named: dict[str, ET.Element], known: dict[int, float]
+) -> float:
+    """How many elements a browser draws for one: those within it, and those that it refers to
+    (``use``, patterns, clips) each time anew. Infinite where one refers to itself."""
+    if id(element) not in known:
+        known[id(element)] = math.inf  # until it is known, which it is not if asked within itself
+        text = " ".join(element.attrib.values())
+        href = element.get(XLINK_HREF) or element.get("href") or ""
+        others = [named[name] for name in {href.removeprefix("#"), *_REFERENCE.findall(text)}
+                  if name in named]
+        known[id(element)] = 1 + sum(_drawn(e, named, known) for e in (*element, *others))
+    return known[id(element)]
 
 
 def _size(root: ET.Element) -> tuple[float, float]:
@@ -130,6 +155,7 @@ def _style(style: str, prefix: str) -> str:
 
 
 def _font(value: str) -> list[str]:
+    value = value[:200]  # of a name of fonts without end nobody needs more
     size = re.search(r"(\d+(?:\.\d+)?)px", value)
     weight = re.search(r"\b(bold|[1-9]00)\b", value.partition("px")[0])
     slope = "italic" if re.search(r"\b(italic|oblique)\b", value) else ""

@@ -1,0 +1,58 @@
+"""Figures that would stop whoever reads or draws them, and what a page may do."""
+
+from __future__ import annotations
+
+import pytest
+
+from analysis.report.html.svg import inline_svg
+from mambabyte.errors import UserError
+from tests.helpers.report_world import World
+
+BOMBS = {
+    "use": "".join(f'<g id="a{i}">' + f'<use href="#a{i + 1}"/>' * 10 + "</g>" for i in range(9))
+           + '<g id="a9"><path d="M0 0"/></g>',
+    "pattern": "".join(f'<pattern id="a{i}">' + f'<rect fill="url(#a{i + 1})"/>' * 10
+                       + "</pattern>" for i in range(9)) + '<pattern id="a9"/>',
+    "itself": '<g id="a0"><use href="#a0"/></g>',
+    "one another": '<g id="a0"><use href="#b"/></g><g id="b"><use href="#a0"/></g>',
+    "nested": "<g>" * 5000 + "</g>" * 5000,
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_figure_that_grows_without_end_is_refused(name):
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1">{}<use href="#a0"/></svg>'
+    with pytest.raises(UserError, match=r"figure p (draws more|has elements)"):
+        inline_svg(svg.format(BOMBS[name]), "p", "t", "a")
+
+
+def test_a_mark_used_many_times_is_drawn():
+    marks = '<defs><path id="m" d="M0 0"/></defs>' + '<use href="#m" x="1"/>' * 2000
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1">{marks}</svg>'
+    assert inline_svg(svg, "p", "t", "a").count("<use") == 2000
+
+
+@pytest.mark.parametrize("attribute", ['style="font: {}"', 'd="{}"', 'x="{}"', 'style="fill: {}"'])
+@pytest.mark.parametrize("text", ["1" * 300_000, "url(" * 80_000, " " * 300_000, "-1." * 100_000])
+def test_long_attributes_take_no_longer_than_their_length(attribute, text):
+    """Done within a moment, where the square of the length would be hours."""
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg"><path {attribute.format(text)}/></svg>'
+    assert "<path" in inline_svg(svg, "p", "t", "a")
+
+
+def test_no_page_sends_or_loads_anything(world: World):
+    (world.run() / "notebook.ipynb").write_text(
+        '{"cells": [{"cell_type": "markdown", "source": "[there](https://example.org)"}]}')
+    pages = [world.build(), (world.out.parent / "appendices" / "tiny-1.html").read_text()]
+    for page in pages:
+        policy = page.partition('http-equiv="Content-Security-Policy" content="')[2].split('"')[0]
+        for rule in ("default-src 'none'", "base-uri 'none'", "form-action 'none'"):
+            assert rule in policy.split("; ")
+
+
+def test_an_appendix_passes_the_check_of_the_page(world: World):
+    (world.run() / "notebook.ipynb").write_text(
+        '{"cells": [{"cell_type": "markdown", "source": "[gone](#nowhere)"}]}')
+    with pytest.raises(UserError, match="leads to #"):
+        world.build()
+    assert not world.out.exists()
