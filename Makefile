@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: report test test-long lab check clean help
+.PHONY: report test test-long lab check lock clean help
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -28,20 +28,29 @@ check: $(VENV)/.test
 lab: $(VENV)/.lab            ## JupyterLab on the notebooks, same environment
 	$(BIN)/jupyter lab notebooks
 
+lock:            ## pin every package of the two commands with its hashes (needs uv)
+	echo setuptools | uv pip compile pyproject.toml - --extra test --generate-hashes --universal \
+	  --python-version 3.11 --constraint constraints.txt --no-header --no-annotate \
+	  --no-emit-index-url --quiet --upgrade --output-file requirements.lock
+
 clean:                       ## delete the environment and what was generated
 	rm -rf $(VENV) reports/runs reports/report.html reports/appendices
 
+# LOCKED=1: the very files of requirements.lock, by their hashes, and no others.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+
 # Each stamp is newer than what it was made from, so nothing is installed twice.
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt $(if $(LOCKED),requirements.lock)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else 0'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable .
+	$(if $(LOCKED),$(PIP) --require-hashes --requirement requirements.lock)
+	$(PIP) --constraint constraints.txt --editable . $(if $(LOCKED),--no-deps --no-build-isolation)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.ready
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(if $(LOCKED),,$(PIP) --constraint constraints.txt --editable '.[test]')
 	@touch $@
 
 $(VENV)/.lab: $(VENV)/.ready
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[lab]'
+	$(PIP) --constraint constraints.txt --editable '.[lab]'
 	@touch $@

@@ -10,6 +10,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,6 +33,23 @@ def test_environment_yml_equals_pyproject():
     assert sorted(pip[:-1]) == sorted(expected)
     python = project["requires-python"]
     assert f"  - python{python}" in lines
+
+
+def test_the_lock_pins_every_package_with_its_hashes():
+    """``make LOCKED=1`` installs what is here and nothing else; ``make lock`` writes it anew."""
+    text = (ROOT / "requirements.lock").read_text()
+    pins = {}
+    for entry in text.replace("\\\n", " ").splitlines():
+        name, version = re.match(r"([a-z0-9.-]+)==(\S+)", entry).groups()
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), name
+        pins.setdefault(name, set()).add(version)
+    assert "://" not in text
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"], "setuptools>=77"]
+    for requirement in map(Requirement, wanted):
+        versions = pins[canonicalize_name(requirement.name)]
+        assert all(requirement.specifier.contains(v) for v in versions), requirement
+    assert f"torch=={next(iter(pins['torch']))}" in (ROOT / "constraints.txt").read_text()
 
 
 def test_version_is_one():
