@@ -1,0 +1,122 @@
+"""Every C source under the compiler's checkers, with threads; scan.c is in tests/ops."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.sanitized import run_sanitized
+
+PACKAGE = Path(__file__).resolve().parents[2] / "mambabyte"
+needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+
+CONV = """
+#include "conv.c"
+#include <stdio.h>
+#include <stdlib.h>
+static real *data(int64_t n) {
+  real *p = malloc((n ? n : 1) * sizeof *p);
+  for (int64_t i = 0; i < n; i++) p[i] = (real)((i * 7919) % 101) / 101 - (real).5;
+  return p;
+}
+static void once(int64_t b, int64_t l, int64_t d, int64_t k, int tail) {
+  conv_args a = {.batch = b, .length = l, .channels = d, .taps = k, .silu = 1, .threads = 4,
+    .x_batch = l * d, .x_time = d, .dy_batch = l * d, .dy_time = d, .x = data(b * l * d),
+    .tail = tail ? data(b * (k - 1) * d) : NULL, .weight = data(d * k),
+    .bias = tail ? data(d) : NULL, .y = data(b * l * d), .dy = data(b * l * d),
+    .dx = data(b * l * d), .dtail = tail ? data(b * (k - 1) * d) : NULL, .dweight = data(d * k),
+    .dbias = tail ? data(d) : NULL};
+  if (conv_forward(&a) || conv_backward(&a)) abort();
+}
+int main(void) {
+  for (int64_t k = 1; k <= MAX_TAPS; k++)
+    once(1, 1, 1, k, 1), once(2, 17, 33, k, 0), once(3, 5, 300, k, 1), once(1, 2, 129, k, 1);
+  puts("clean");
+}
+"""
+
+NGRAM = """
+#include "ngram.c"
+#include <stdio.h>
+static void once(int64_t n, int order, int values) {
+  uint8_t *text = malloc(n + order - 1), *common = malloc(n);
+  int32_t *place = malloc(n * sizeof *place);
+  for (int64_t i = 0; i < n + order - 1; i++) text[i] = (uint8_t)((i * i * 7919 + i / 3) % values);
+  if (sort_contexts(text, n, order, 4, place, common)) abort();
+  char *seen = calloc(n, 1);
+  for (int64_t i = 0; i < n; i++)
+    if (place[i] < 0 || place[i] >= n || seen[place[i]]++ || common[i] > order) abort();
+  int64_t child[3] = {0, 1, 2};
+  int32_t start[3] = {0, 2, 4}, count[4] = {1, 2, 3, 4}, starts[3], totals[2], counts[4];
+  uint8_t symbol[4] = {0, 255, 0, 64}, symbols[4];
+  if (shorten(2, child, start, symbol, count, 0, starts, totals, symbols, counts) != 4) abort();
+  if (totals[0] != 3 || totals[1] != 7) abort();
+}
+int main(void) {
+  once(1, 1, 2), once(2, 16, 256), once(1000, 5, 3), once(5000, 16, 2), once(3000, 2, 256);
+  once(3000, 12, 1);
+  puts("clean");
+}
+"""
+
+STREAM = """
+#include "model.c"
+#include <pthread.h>
+#include <stdio.h>
+static real *data(int64_t n, real lo) {
+  real *p = malloc((n ? n : 1) * sizeof *p);
+  for (int64_t i = 0; i < n; i++) p[i] = lo + (real)((i * 7919) % 101) / 101;
+  return p;
+}
+enum { W = 12, D = 24, N = 3, K = 4, R = 2, V = 257, BYTES = 5 };
+static model m;
+static layer l[1];
+static real *kept;
+static void *stream(void *unused) { /* states are each thread's own, the model is shared */
+  unsigned char bytes[BYTES] = {1, 2, 3, 4, 255};
+  memory s = {0};
+  call c = {BYTES, 0, data(V, 0), kept};
+  for (int i = 0; i < 20; i++) {
+    s.first_out = data((K - 1) * D, 0), s.second_out = data(D * N, 0);
+    if (advance(&m, l, &s, &c, bytes)) abort();
+    s.first_in = s.first_out, s.second_in = s.second_out, c.position += BYTES;
+  }
+  return c.log_probs;
+}
+int main(void) {
+  m = (model){.layers = 1, .width = W, .vocabulary = V, .norm_kind = NORM_LAYER, .channels = D,
+    .states = N, .taps = K, .rank = R, .norm_eps = 1e-5, .tiny_eps = 1e-7,
+    .embedding = data(V * W, -.5), .norm = data(W, 0), .norm_bias = data(W, 0)};
+  m.head = m.embedding;
+  l[0] = (layer){.norm = data(W, 0), .norm_bias = data(W, 0), .in_proj = data(2 * D * W, -.5),
+    .conv = data(D * K, -.5), .conv_bias = data(D, 0), .x_proj = data((R + 2 * N) * D, -.5),
+    .dt_proj = data(D * R, -.5), .dt_bias = data(D, -.5), .A_log = data(D * N, 0),
+    .D = data(D, 0), .out_proj = data(D * W, -.5)};
+  kept = malloc(kept_size(&m) * sizeof *kept);
+  keep(&m, l, kept);
+  pthread_t id[4];
+  void *got[4];
+  for (int i = 0; i < 4; i++) pthread_create(&id[i], NULL, stream, NULL);
+  for (int i = 0; i < 4; i++) pthread_join(id[i], &got[i]);
+  for (int i = 1; i < 4; i++) if (memcmp(got[0], got[i], V * sizeof(real))) abort();
+  puts("clean");
+}
+"""
+
+
+@needs_compiler
+@pytest.mark.long
+@pytest.mark.parametrize("checks", ["address,undefined", "thread"])
+@pytest.mark.parametrize(("driver", "folder"), [
+    (CONV, "ops/conv"), (NGRAM, "task"), (STREAM, "ops/stream")], ids=["conv", "ngram", "stream"])
+def test_sanitizers(driver, folder, checks, tmp_path):
+    run_sanitized(tmp_path, driver, PACKAGE / folder, checks)
+
+
+def test_no_source_is_left_out():
+    scan = Path(__file__).parents[1] / "ops/test_native_build.py"
+    drivers = [CONV, NGRAM, STREAM, scan.read_text()]
+    for source in PACKAGE.rglob("*.c"):
+        assert any(f'#include "{source.name}"' in driver for driver in drivers), source
