@@ -87,6 +87,16 @@ def test_what_is_read_is_in_its_record(section: Path, records: dict[str, Run]) -
             assert found.value is not None, f"{name}.{key}"
 
 
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda path: path.stem)
+def test_what_is_placed_is_in_its_record(section: Path, records: dict[str, Run]) -> None:
+    prose = section.read_text(encoding="utf-8")
+    for kind, name, key in re.findall(r"(table|figure)\('([\w-]+)\.([\w-]+)'", prose):
+        if name in records:
+            run = records[name]
+            assert key in (run.figures if kind == "figure" else run.tables), f"{kind} {name}.{key}"
+            assert kind == "figure" or run.tables[key].caption, f"{kind} {name}.{key}"
+
+
 def test_every_other_number_is_needed() -> None:
     written = {number for path in SECTIONS
                for number, _ in literals(path.read_text(encoding="utf-8"))}

@@ -77,7 +77,8 @@ VARIANTS: dict[str, Variant] = {
                             bf16_weights=True),
     "bf16 state": Variant("the state rounded to bfloat16 at every step", bf16_state=True),
     "published": Variant(
-        "all of the script's choices (its state is float32 after one step)",
+        "all of the script's choices, but for arithmetic in the weights that it stores in bfloat16 "
+        "(its state is float32 after one step)",
         {"dt_rank": "full", "dt_init": "linear", "zero_init_out": True,
          "embed_std": PUBLISHED_EMBED_STD, **PUBLISHED_PARTS},
         embed_lr=PUBLISHED_EMBED_LR, scalar_lr=PUBLISHED_SCALAR_LR, muon=True, muon_a_log=True,
