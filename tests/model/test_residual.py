@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from analysis.theory.flops import count_flops
+from analysis.theory.step_memory import budget
 from mambabyte.config import PRESETS, ModelConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
@@ -112,10 +114,24 @@ def test_optimizers_treat_them_as_gains_and_kernels_leave_them_alone():
         other = randomised(replace(PLAIN, **change))
         assert not supports(other)
         at_once, one_by_one = ByteStream(other), ByteStream(other)
-        at_once.feed(b"through torch")
-        for byte in b"through torch":
+        at_once.feed(b"torch")
+        for byte in b"torch":
             one_by_one.feed(bytes([byte]))
         torch.testing.assert_close(at_once.log_probs, one_by_one.log_probs, atol=1e-5, rtol=1e-5)
+
+
+def test_operations_and_optimizer_of_all_parts_are_counted_ones():
+    config = replace(FULL, scan_form="chunked")
+    products = count_flops(config, 20, 2)
+    assert (products[products["counted"] == "matrix product"]["formula_over_counter"] == 1).all()
+    model = ByteLM(config)
+    n, tensors = model.config.n_parameters, len(list(model.parameters()))
+    assert sum(p.numel() for p in model.parameters()) == n
+    assert budget(config, 1, 8).optimizer == 8 * n + 4 * tensors
+    of = roles(model)
+    by_muon = [p for name, p in model.named_parameters() if of[name] == "muon"]
+    assert budget(config, 1, 8, optimizer="muon").optimizer == 8 * n + 4 * tensors - 4 * sum(
+        p.numel() + 1 for p in by_muon)
 
 
 def test_a_gain_without_its_norm_is_refused():
