@@ -34,7 +34,7 @@ lock:            ## pin every package of the two commands with its hashes (needs
 	  --no-emit-index-url --quiet --upgrade --output-file requirements.lock
 
 clean:                       ## delete the environment and what was generated
-	rm -rf $(VENV) reports/runs reports/report.html reports/appendices
+	rm -rf $(VENV) reports/runs reports/report.html reports/report-evidence
 
 # LOCKED=1: the very files of requirements.lock, by their hashes, and no others.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check

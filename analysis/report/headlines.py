@@ -32,6 +32,7 @@ class Side:
     what: str
     ours: float
     theirs: float | None
+    label: str = ""  # what in few words, for figures: cost and variant of the rival
 
     @property
     def wins(self) -> bool:
@@ -49,6 +50,7 @@ class Headline:
     """A claim with both sides, all of one job, and how often it was measured."""
 
     id: str
+    short: str  # its name in figures
     claim: str
     ours: str
     theirs: str
@@ -77,8 +79,16 @@ class Headline:
 
 def load_headlines(records: Mapping[str, Run], path: Path = FILE) -> tuple[Headline, ...]:
     """The rows with their numbers; UserError where a record or a side of it is missing."""
-    rows = tomllib.loads(path.read_text(encoding="utf-8"))["headline"]
-    return tuple(_headline(row, records) for row in rows)
+    return tuple(_headline(row, records) for row in _rows(path))
+
+
+def headline_records(path: Path = FILE) -> list[str]:
+    """Names of the records that the rows read, each once."""
+    return list(dict.fromkeys(row["record"] for row in _rows(path)))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return list(tomllib.loads(path.read_text(encoding="utf-8"))["headline"])
 
 
 def table(headlines: Sequence[Headline]) -> str:
@@ -97,8 +107,8 @@ def _headline(row: Mapping[str, Any], records: Mapping[str, Run]) -> Headline:
     if untold:
         raise UserError(f"headline {row['id']!r} leaves out what {name} has of both sides: "
                         f"{', '.join(untold)}")
-    return Headline(row["id"], row["claim"], row["ours"], row["theirs"], name, job_of(run),
-                    row["n"], tuple(_side(row, side, run) for side in row["sides"]),
+    return Headline(row["id"], row["short"], row["claim"], row["ours"], row["theirs"], name,
+                    job_of(run), row["n"], tuple(_side(row, side, run) for side in row["sides"]),
                     row.get("elsewhere", ""))
 
 
@@ -106,11 +116,18 @@ def _side(row: Mapping[str, Any], side: Mapping[str, str], run: Run) -> Side:
     if "table" in row:
         column = side["ours"]
         return Side(side["what"], float(_cells(row, run, "ours_row")[column]),
-                    float(_cells(row, run, "theirs_row")[column]))
+                    float(_cells(row, run, "theirs_row")[column]), side["what"])
     ours = _value(row, run, side["ours"])
     if row.get("differences"):
         return Side(side["what"], ours, None)
-    return Side(side["what"], ours, _value(row, run, side["theirs"]))
+    return Side(side["what"], ours, _value(row, run, side["theirs"]), _label(row, side, run))
+
+
+def _label(row: Mapping[str, Any], side: Mapping[str, str], run: Run) -> str:
+    """ "ms_a_half_the_layers" beside "ms_a" -> "ms, half the layers"."""
+    first, this = (s["theirs"].partition("_")[2] for s in (row["sides"][0], side))
+    variant = this.removeprefix(first).strip("_").replace("_", " ")
+    return ", ".join(filter(None, (run.values[side["theirs"]].unit, variant)))
 
 
 def _value(row: Mapping[str, Any], run: Run, name: str) -> float:

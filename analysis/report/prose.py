@@ -4,10 +4,13 @@ In ``reports/sections/*.md``::
 
     Peak memory is {{ value('memory.peak') | bytes }}, {{ value('memory.share') | percent }} of it
     saved activations; on the accelerator {{ record('h200-memory.peak') | bytes }}.
-    {{ figure('memory.peak') }}            places a figure here rather than after the prose
+    {{ figure('memory.peak') }}            places a figure here; what no prose places is not shown
     {{ table('memory.layers') }}           the same for a table
+    {% call finding('h200-memory.peak') %}Half of it is ...{% endcall %}    a figure under a heading
     {{ value('throughput.joules', missing='not measured') }}     where None is expected
     {% if measured('throughput.joules') %} ... {% endif %}       true where it was measured
+    {{ cell('h200-memory.cuda', 'peak, MB', form='fused') }}     one cell of a table
+    {{ column('h200-memory.cuda', 'peak, MB') | max }}           all cells of a column
     {{ parameter('memory.context') }}      a parameter of the run that the numbers come from
 
 Filters: sig(3) fixed(2) percent(1) times(1) bytes yesno(yes, no) integer. Numbers without a
@@ -25,10 +28,11 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
-from analysis.report.example import worked_example
 from analysis.report.headlines import load_headlines, table
-from analysis.report.html.markdown import to_html
+from analysis.report.html.markdown import to_html, to_line
 from analysis.report.html.text import binary_bytes, fixed, number, plain
+from analysis.report.parts.blocks import Blocks
+from analysis.report.parts.example import first_lost, worked_example
 from analysis.report.select import advice
 from analysis.runs.folders import Run, Value
 from analysis.runs.jobs import quantity
@@ -56,21 +60,23 @@ class Sources:
 
 
 class Prose:
-    """Renders sections; ``blocks`` holds the HTML of figures and tables by "figure.study.name".
+    """Renders the sections of one page; ``blocks`` makes the figures and tables that they place,
+    each once."""
 
-    ``used`` collects the blocks that prose has placed.
-    """
-
-    def __init__(self, sources: Sources, blocks: Mapping[str, Markup]) -> None:
+    def __init__(self, sources: Sources, blocks: Blocks) -> None:
         self._sources = sources
         self._blocks = blocks
-        self.used: set[str] = set()
+        self._placed: dict[str, Markup] = {}
         self._environment = ImmutableSandboxedEnvironment(
             undefined=StrictUndefined, autoescape=False, finalize=_finalize)
         self._environment.globals.update(
             value=self._value, record=self._record, measured=self._measured, unit=self._unit,
-            parameter=self._parameter, headlines=self._headlines, headline=self._headline,
-            figure=self._placer("figure"), table=self._placer("table"),
+            parameter=self._parameter, cell=self._cell, column=self._column,
+            headlines=self._headlines, headline=self._headline,
+            figure=lambda path: self._place("figure", path, self._blocks.figure(path)),
+            table=lambda path: self._place("table", path, self._blocks.table(path)),
+            finding=lambda path, caller: self._place(
+                "figure", path, self._blocks.figure(path, to_line(caller()))),
             example=_example, number=lambda v, digits=4: Text(number(v, digits)))
         self._environment.filters.update(FILTERS)
 
@@ -86,7 +92,7 @@ class Prose:
             raise UserError(f"{name}{line}: {error.message}") from None
         except (TypeError, ValueError, ZeroDivisionError, AttributeError, KeyError) as error:
             raise UserError(f"{name}: {type(error).__name__}: {error}") from None
-        return Markup(_SLOT.sub(lambda m: self._blocks.get(m[1], m[0]), page))
+        return Markup(_SLOT.sub(lambda m: self._placed.get(m[1], m[0]), page))
 
     def _value(self, path: str, missing: str | None = None) -> Any:
         return self._checked(path, self._sources.runs, missing)
@@ -124,6 +130,36 @@ class Prose:
         return Text(plain(run.parameters[name])) if isinstance(run.parameters[name], list) \
             else run.parameters[name]
 
+    def _column(self, path: str, column: str, where: Mapping[str, Any] | None = None,
+                **cells: Any) -> list[Any]:
+        """The cells of a column in the rows whose other cells are as said, in ``where`` for
+        columns whose names are no Python names."""
+        name, _, key = path.partition(".")
+        run = self._run(name, self._among(name))
+        if run is None:
+            return [_gap(path)]
+        if key not in run.tables:
+            raise UserError(f"there is no table {path!r}{nearest(key, run.tables)}")
+        frame = run.tables[key].frame
+        for wanted in (column, *(where or {}), *cells):
+            if wanted not in frame:
+                raise UserError(f"{path} has no column {wanted!r}{nearest(wanted, frame)}")
+        for other, value in {**(where or {}), **cells}.items():
+            frame = frame[frame[other] == value]
+        unit = column.rpartition(", ")[2].rpartition("(")[2].rstrip(")")
+        found = [v.item() if hasattr(v, "item") else v for v in frame[column]]
+        if not found or None in found:
+            raise UserError(f"{path}: {column!r} of {dict(where or {}, **cells)} was not measured")
+        return [quantity(path, Value(v, unit), run) for v in found]
+
+    def _cell(self, path: str, column: str, where: Mapping[str, Any] | None = None,
+              **cells: Any) -> Any:
+        """The one such cell."""
+        found = self._column(path, column, where, **cells)
+        if len(found) != 1:
+            raise UserError(f"{path}: {len(found)} rows are {dict(where or {}, **cells)}, not one")
+        return found[0]
+
     def _headlines(self) -> Text:
         """The table of data/headlines.toml, the same as in the README."""
         return Text(f"\n\n{table(load_headlines(self._sources.records))}\n\n")
@@ -135,18 +171,16 @@ class Prose:
                 return Text(found.measured)
         raise UserError(f"there is no headline {identity!r} in data/headlines.toml")
 
-    def _placer(self, kind: str) -> Callable[[str], Text]:
-        def place(path: str) -> Text:
-            study = path.partition(".")[0]
-            key = f"{kind}.{path}"
-            if key not in self._blocks:
-                if study in self._sources.problems and self._sources.draft:
-                    return _gap(path)
-                raise UserError(f"there is no {kind} {path!r}"
-                                f"{nearest(key, self._blocks).replace(f'{kind}.', '')}")
-            self.used.add(key)
-            return Text(f"\n\n[[{key}]]\n\n")
-        return place
+    def _place(self, kind: str, path: str, block: Markup | None) -> Text:
+        key = f"{kind}.{path}"
+        if block is None:
+            if path.partition(".")[0] in self._sources.problems and self._sources.draft:
+                return _gap(path)
+            raise UserError(f"there is no {kind} {path!r}{nearest(path, self._blocks.names(kind))}")
+        if key in self._placed:
+            raise UserError(f"the {kind} {path!r} is placed twice on one page: once is enough")
+        self._placed[key] = block
+        return Text(f"\n\n[[{key}]]\n\n")
 
     def _checked(self, path: str, among: Mapping[str, Run], missing: str | None) -> Any:
         """The value, as one that refuses a ratio with a value of another job."""
@@ -205,9 +239,10 @@ def _gap(path: str) -> _Gap:
     return _Gap(f"**[missing: {path}]**")
 
 
-def _example(field: str, t: int) -> float:
-    """A number of the worked example: example('h', 3)."""
-    return float(getattr(worked_example()[t - 1], field))
+def _example(field: str, t: int | None = None) -> float:
+    """A number of the worked example: example('h', 3), or without a step of the repetition that is
+    the first to be lost: example('exponent')."""
+    return float(getattr(first_lost() if t is None else worked_example()[t - 1], field))
 
 
 def _finalize(value: Any) -> Any:

@@ -47,9 +47,7 @@ def write_frame(folder: Path, name: str, frame: pd.DataFrame) -> Path:
     Both keep None and NaN apart: the first was not measured, the second was NaN. In the CSV words
     are in quotes, None is an empty cell, and nan, inf, -inf, true and false stand for themselves.
     """
-    cells = {str(c): _cells(f"{name}: column {c!r}", frame[c]) for c in frame.columns}
-    rows = [[_word(c) for c in cells], *map(list, zip(*cells.values(), strict=True))]
-    text = "".join(",".join(row) + "\n" for row in rows)
+    text = csv_text(name, frame)
     if len(text) <= LARGEST_CSV:
         path = folder / f"{name}.csv"
         path.write_text(text, encoding="utf-8", newline="")
@@ -61,6 +59,13 @@ def write_frame(folder: Path, name: str, frame: pd.DataFrame) -> Path:
     pq.write_table(pa.table({str(c): _arrow(frame[c]) for c in frame.columns}), path,
                    compression="zstd")
     return path
+
+
+def csv_text(name: str, frame: pd.DataFrame) -> str:
+    """The CSV of ``write_frame``, of any size."""
+    cells = {str(c): _cells(f"{name}: column {c!r}", frame[c]) for c in frame.columns}
+    rows = [[_word(c) for c in cells], *map(list, zip(*cells.values(), strict=True))]
+    return "".join(",".join(row) + "\n" for row in rows)
 
 
 def read_frame(folder: Path, name: str) -> pd.DataFrame:

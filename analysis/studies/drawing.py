@@ -69,6 +69,7 @@ class Figure:
     caption: str
     alt: str
     data: pd.DataFrame
+    table: str  # the table of the run that is drawn
     draw: Callable[[], Any]
     key: Callable[[], str]  # other arguments of ``draw``, another key
 
@@ -94,11 +95,22 @@ def figures(run: Run, registry: Mapping[str, Study] = STUDIES) -> dict[str, Figu
     return found
 
 
+def figure_of(run: Run, name: str, registry: Mapping[str, Study] = STUDIES) -> Figure | None:
+    """One figure of a run: of those that it names, or what its study has learned to draw since of
+    the same tables. None where it has no such figure."""
+    if name in run.figures:
+        return figures(run, registry).get(name)
+    drawing = drawings(registry[run.study]).get(name) if run.study in registry else None
+    if drawing is None or not drawing.is_in(run):
+        return None
+    return _figure(drawing, drawing.arguments(run) or [], run)
+
+
 def _figure(drawing: Drawing, arguments: list[Any], run: Run) -> Figure:
     data = drawing.data(*arguments) if drawing.data else arguments[0]
     return Figure(
         drawing.name, in_words(drawing.title, run), in_words(drawing.caption, run),
-        in_words(drawing.alt, run), data, lambda: drawing.draw(*arguments),
+        in_words(drawing.alt, run), data, drawing.of[0], lambda: drawing.draw(*arguments),
         lambda: "\0".join(repr(a.to_dict("list") if isinstance(a, pd.DataFrame) else a)
                           for a in arguments))
 

@@ -55,11 +55,12 @@ class World:
     def __init__(self, root: Path) -> None:
         self.runs, self.prose = root / "runs", root / "prose"
         self.records, self.out = root / "records", root / "out" / "report.html"
+        self.evidence = root / "out" / "report-evidence"
         (self.prose / "sections").mkdir(parents=True)
         self.study = Study("tiny", "Tiny", "Is it small?", root / "tiny.ipynb",
                            "tests.helpers.tiny", root)
         self.notebook("x = 1")
-        self.config('front = ["summary"]')
+        self.config('article = ["summary"]')
         self.section("summary", "It is {{ value('tiny.slope') | sig(2) }} ms.")
 
     def notebook(self, code: str) -> None:
@@ -77,6 +78,18 @@ class World:
         return write_run(self.runs, name, **{"sources": self.study.sources_digest(), **changes})
 
     def build(self, draft: bool = False) -> str:
+        """The article."""
         path = build_report(self.runs, self.out, prose=self.prose, draft=draft,
                             records_root=self.records, registry={"tiny": self.study})
         return path.read_text(encoding="utf-8")
+
+    def page(self, name: str = "tiny", draft: bool = False) -> str:
+        """A page of the evidence, after building."""
+        self.build(draft)
+        return (self.evidence / f"{name}.html").read_text(encoding="utf-8")
+
+    def pages(self) -> dict[str, str]:
+        """Every page, after building, by name; the article is "report"."""
+        self.build()
+        return {path.stem: path.read_text(encoding="utf-8")
+                for path in (self.out, *sorted(self.evidence.glob("*.html")))}

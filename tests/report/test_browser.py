@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from analysis.studies.claims.compute import count
 from analysis.studies.claims.ledger import VERDICTS, load_ledger
 from analysis.studies.claims.tables import TABLES
 from tests.helpers.chromium import CHROME, Browser
-from tests.report.test_report_hostile import HOSTILE, harmless_page, hostile_page
+from tests.report.test_report_hostile import HOSTILE, harmless_pages, hostile_pages
 
 pytestmark = pytest.mark.skipif(
     CHROME is None, reason="no Chromium found: install one or set CHROME to its path")
@@ -75,10 +76,14 @@ def report(tmp_path_factory) -> Path:
     sections.mkdir(parents=True)
     (sections / "summary.md").write_text(
         f"# Found\n\n$$\n{' + '.join(['x_{i}^2'] * 40)}\n$$\n\n"
+        "{% call finding('tiny.times') %}It grows: " + f"{LONG}" + "{% endcall %}\n\n"
         f"[evidence](#tiny-figure-times) {LONG}\n\n"
         f"| a | b |\n|---|---|\n| {LONG} | {LONG} |\n\n```\n{LONG}\n```\n")
+    (sections / "tiny.md").write_text(
+        "{{ figure('tiny.times') }}\n\n{{ table('tiny.wide') }}\n\n# On your machine\n\nHere.")
+    (sections / "claims.md").write_text("{{ table('claims.claims') }}")
     (root / "prose" / "report.toml").write_text(
-        f'title = "A title with {LONG}"\nfront = ["summary"]\n')
+        f'title = "A title with {LONG}"\narticle = ["summary"]\n')
     return build_report(root / "runs", root / "out" / "report.html", prose=root / "prose",
                         records_root=root / "none", registry={"tiny": study})
 
@@ -92,13 +97,19 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(report) -> list[Path]:
-    return [report, *sorted((report.parent / "appendices").glob("*.html"))]
+    return [report, *sorted((report.parent / "report-evidence").glob("*.html"))]
+
+
+@pytest.fixture(scope="module")
+def claims_page(report) -> Path:
+    return report.parent / "report-evidence" / "claims.html"
 
 
 @pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_runs_clean_loads_nothing_and_fits(browser, pages, width, theme):
-    assert len(pages) == 3
+    assert [page.stem for page in pages] == ["report", "claims", "machines", "notebook-tiny-1",
+                                             "notebook-tiny-2", "tiny"]
     for page in pages:
         browser.open(page, width, theme)
         # Nothing may be wider than the screen, folded parts included.
@@ -119,7 +130,7 @@ def test_links_and_anchors_resolve(browser, pages):
                 decodeURIComponent(a.hash.slice(1)))).map((a) => a.href)""") == []
         files = browser.run("""[...document.querySelectorAll("a[href]")].map((a) =>
             a.getAttribute("href")).filter((href) => !href.startsWith("#"))""")
-        assert all((page.parent / name).is_file() for name in files)
+        assert all((page.parent / name.partition("#")[0]).is_file() for name in files)
 
 
 def test_dark_is_dark_and_figures_follow(browser, report):
@@ -134,8 +145,8 @@ def test_dark_is_dark_and_figures_follow(browser, report):
     assert shades("dark") == [pytest.approx(0.09, abs=0.05), pytest.approx(0.9, abs=0.08)]
 
 
-def test_readable_without_scripts(browser, report):
-    browser.open(report, 1280, scripts=False)
+def test_readable_without_scripts(browser, claims_page):
+    browser.open(claims_page, 1280, scripts=False)
     rows = browser.ask("Runtime.evaluate", returnByValue=True,
                        expression="document.querySelectorAll('table.ledger tbody').length")
     browser.ask("Emulation.setScriptExecutionDisabled", value=False)
@@ -149,8 +160,8 @@ SHOWN = """[...document.querySelectorAll("table.ledger tbody")]
     .filter((body) => !body.hidden).map((body) => body.rows[0].cells[0].textContent)"""
 
 
-def test_ledger_filters_and_sorts(browser, report):
-    browser.open(report, 1280)
+def test_ledger_filters_and_sorts(browser, claims_page):
+    browser.open(claims_page, 1280)
     assert browser.run(f"""(() => {{
         const input = document.querySelector(".filter input");
         input.value = "hold not";
@@ -162,7 +173,7 @@ def test_ledger_filters_and_sorts(browser, report):
         select.value = value;
         select.dispatchEvent(new Event("change"));
     })"""
-    browser.open(report, 1280)
+    browser.open(claims_page, 1280)
     assert browser.run("""[...document.querySelectorAll(".filter select")].map((s) =>
         s.labels[0].firstChild.data.trim() + s.options.length)""") == ["verdict4", "kind3"]
     browser.run(f"{choose}(1, 'memory')")
@@ -220,19 +231,30 @@ def test_accessibility_checker_finds_nothing(browser, report, width, theme):
     assert accessibility(browser) == []
 
 
-def test_accessibility_checker_finds_nothing_in_appendices(browser, pages):
+def test_accessibility_checker_finds_nothing_in_the_evidence(browser, pages):
     for page in pages[1:]:
         browser.open(page, 1280)
-        assert [f for f in accessibility(browser) if not f.startswith(APPENDIX_STYLE)] == []
+        style = APPENDIX_STYLE if page.stem.startswith("notebook") else ()
+        assert [f for f in accessibility(browser) if not f.startswith(style)] == []
 
 
-def test_prints_on_paper(browser, report):
+def test_contents_mark_the_section_that_is_read(browser, report):
     browser.open(report, 1280)
+    assert browser.run("document.querySelector('nav [aria-current=page]').textContent") == \
+        "The article"
+    browser.run("document.querySelector('h2.finding').scrollIntoView()")
+    assert browser.run("""new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(
+        () => done(document.querySelector("nav [aria-current=true]").textContent))))""") == \
+        "It grows"
+
+
+def test_prints_on_paper(browser, pages):
+    browser.open(pages[-1], 1280)
     pdf = base64.b64decode(browser.ask("Page.printToPDF")["data"])
     assert pdf.startswith(b"%PDF")
-    assert len(pdf) > 10_000
+    assert len(pdf) > 5_000
     browser.ask("Emulation.setEmulatedMedia", media="print")
-    shown = browser.run("""["details.fold > .scroll", ".drawing.narrow", "table.ledger tbody"].map(
+    shown = browser.run("""["details.here > .facts", ".drawing.narrow", "figure"].map(
         (s) => document.querySelector(s).checkVisibility({contentVisibilityAuto: true}))""")
     assert shown == [False, False, True]  # folded parts stay closed
 
@@ -255,52 +277,87 @@ def real(tmp_path_factory) -> Path:
     return build_report(root / "runs", root / "out" / "report.html", draft=True)
 
 
-@pytest.mark.parametrize("theme", THEMES)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_the_projects_own_pages_fit_and_run_clean(browser, real, width, theme):
-    browser.open(real, width, theme)
-    # Records and ledger are there, no figure is cut, and its words can be read.
-    assert browser.run("document.querySelectorAll('.record').length") == len(load_records())
-    cut, small = browser.run("""(() => {
-        const cut = [], small = [];
-        for (const svg of document.querySelectorAll("svg.plot")) {
-            const box = svg.getBoundingClientRect(), drawing = svg.closest(".drawing");
-            if (box.width === 0) continue;
-            const scale = box.width / svg.viewBox.baseVal.width;
-            if (drawing.scrollWidth > drawing.clientWidth + 1) cut.push(drawing.parentElement.id);
-            for (const text of svg.querySelectorAll("text")) {  // 7 px: exponents
-                const size = parseFloat(text.style.fontSize);
-                if (size > 7 && size * scale < 8.9) small.push(text.textContent);
-            }
+def own_pages(article: Path) -> list[Path]:
+    return [article, *sorted((article.parent / "report-evidence").glob("*.html"))]
+
+
+# Drawings that are cut, and words of theirs that are too small to be read.
+DRAWINGS = """(() => {
+    const cut = [], small = [];
+    for (const svg of document.querySelectorAll("svg.plot")) {
+        const box = svg.getBoundingClientRect(), drawing = svg.closest(".drawing");
+        if (box.width === 0) continue;
+        const scale = box.width / svg.viewBox.baseVal.width;
+        if (drawing.scrollWidth > drawing.clientWidth + 1) cut.push(drawing.parentElement.id);
+        for (const text of svg.querySelectorAll("text")) {  // 7 px: exponents
+            const size = parseFloat(text.style.fontSize);
+            if (size > 7 && size * scale < 7.9) small.push(text.textContent);
         }
-        return [cut, small.slice(0, 5)];
-    })()""")
-    assert (cut, small) == ([], [])
-    assert browser.run("document.querySelectorAll('.drawing.narrow').length") > 20
-    assert browser.run("""[...document.querySelectorAll("table.claims")].filter((table) =>
-        table.scrollWidth > table.parentElement.clientWidth + 1).length""") == 0
-    browser.run(OPEN_ALL)
-    assert browser.run("document.documentElement.scrollWidth - window.innerWidth") <= 0
-    assert browser.complaints() == []
-    assert browser.requests() == [real.as_uri()]
-    if (width, theme) in ((360, "dark"), (1280, "light")):  # each width and each theme once
-        browser.run(THIN)
-        assert accessibility(browser) == []
+    }
+    return [cut, small.slice(0, 5)];
+})()"""
+
+
+@pytest.mark.parametrize(("width", "theme"), [(360, "dark"), (768, "light"), (1280, "light")])
+def test_the_projects_own_pages_fit_and_run_clean(browser, real, width, theme):
+    for page in own_pages(real):
+        browser.open(page, width, theme)
+        assert browser.run(DRAWINGS) == [[], []], page.name
+        browser.run(OPEN_ALL)
+        assert browser.run("document.documentElement.scrollWidth - window.innerWidth") <= 0
+        assert browser.run("""[...document.querySelectorAll("table.claims")].filter((table) =>
+            table.scrollWidth > table.parentElement.clientWidth + 1).length""") == 0
+        assert browser.complaints() == []
+        assert browser.requests() == [page.as_uri()]
+        if width != 768 and page.stem in ("report", "claims", "throughput"):
+            browser.run(THIN)
+            assert accessibility(browser) == [], page.name
+
+
+def test_the_projects_report_is_an_article_with_evidence_behind_it(browser, real):
+    sizes = {page.name: page.stat().st_size for page in own_pages(real)}
+    assert sizes.pop("report.html") < 2e6
+    assert all(size < 1.5e6 for size in sizes.values()), sizes
+    browser.open(real, 1280)
+    assert 8 <= browser.run("document.querySelectorAll('figure').length") <= 12
+    assert browser.run("document.querySelectorAll('h2.finding').length") == browser.run(
+        "document.querySelectorAll('figure').length")
+    # The first figure is on the first screen, the four answers on the first three.
+    assert browser.run("document.querySelector('figure svg').getBoundingClientRect().bottom") < 800
+    for question in ("Does it overflow?", "Will it fit?", "Which mixer?", "What does a joule buy?"):
+        words, bottom = browser.run("""((question) => {
+            const found = [...document.querySelectorAll("p > strong")].find((strong) =>
+                strong.textContent === question).parentElement;
+            return [found.textContent, found.getBoundingClientRect().bottom];
+        })""" + f"({question!r})")
+        assert len(re.findall(r"\d", words)) > 5, question
+        assert "missing" not in words, question
+        assert bottom < 3 * 800, question
+    names = browser.run("[...document.querySelectorAll('h1, h2, h3')].map((h) => h.textContent)")
+    assert len(names) == len(set(names))
+    records = [page for page in own_pages(real) if "claims" not in page.name]
+    shown = "".join(page.read_text(encoding="utf-8") for page in records)
+    assert all(shown.count(f'id="record-{name}"') == 1 for name in load_records()
+               if name != "cpu-tied-head")
 
 
 @pytest.mark.parametrize("evil", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_strings_do_nothing_in_a_browser(browser, world, evil):
     count = """[...document.querySelectorAll("*")].map((e) => e.localName).filter((n) =>
         ["script", "img", "iframe", "object", "embed", "link", "style", "form"].includes(n))"""
-    harmless_page(world)
-    browser.open(world.out, 360)
-    harmless = browser.run(count)
-    hostile_page(world, evil)
-    browser.open(world.out, 360)
-    assert browser.run(count) == harmless
-    assert browser.run("""[...document.querySelectorAll("*")].some((e) =>
-        [...e.attributes].some((a) => a.name.startsWith("on")))""") is False
-    browser.run(OPEN_ALL)
-    assert browser.run("document.documentElement.scrollWidth - window.innerWidth") <= 0
-    assert browser.complaints() == []
-    assert browser.requests() == [world.out.as_uri()]
+    harmless_pages(world)
+    pages = [world.out, world.evidence / "tiny.html", world.evidence / "claims.html"]
+    harmless = []
+    for page in pages:
+        browser.open(page, 360)
+        harmless.append(browser.run(count))
+    hostile_pages(world, evil)
+    for page, expected in zip(pages, harmless, strict=True):
+        browser.open(page, 360)
+        assert browser.run(count) == expected
+        assert browser.run("""[...document.querySelectorAll("*")].some((e) =>
+            [...e.attributes].some((a) => a.name.startsWith("on")))""") is False
+        browser.run(OPEN_ALL)
+        assert browser.run("document.documentElement.scrollWidth - window.innerWidth") <= 0
+        assert browser.complaints() == []
+        assert browser.requests() == [page.as_uri()]

@@ -27,10 +27,12 @@ def test_prose_takes_its_numbers_from_runs(world):
                   "E {{ value('tiny.best') }} F {{ unit('tiny.slope') }} "
                   "G {{ parameter('tiny.n') }} "
                   "H {{ value('tiny.joules', missing='not measured') }} "
-                  "{% if not measured('tiny.joules') %}I{% endif %}")
+                  "{% if not measured('tiny.joules') %}I{% endif %} "
+                  "J {{ cell('tiny.lengths', 'time, ms', {'length, bytes': 1}) }} "
+                  "K {{ column('tiny.lengths', 'length, bytes') | max }}")
     page = world.build()
-    assert ("A 0.51 B 0.5123 C 3 MiB D 51.2\u202f% E chunked F ms/byte G 3 H not measured I"
-            in page)
+    assert ("A 0.51 B 0.5123 C 3 MiB D 51.2\u202f% E chunked F ms/byte G 3 H not measured I "
+            "J 0.5 K 2" in page)
 
 
 @pytest.mark.parametrize(("words", "match"), [
@@ -41,6 +43,10 @@ def test_prose_takes_its_numbers_from_runs(world):
     ("{{ figure('tiny.absent') }}", r"there is no figure 'tiny\.absent'"),
     ("{{ parameter('tiny.m') }}", "no parameter 'm'"),
     ("{{ nothing }}", "nothing"),
+    ("{{ cell('tiny.absent', 'a') }}", "there is no table 'tiny.absent'"),
+    ("{{ cell('tiny.times', 'lengths') }}", "has no column 'lengths'.*length, bytes"),
+    ("{{ cell('tiny.lengths', 'time, ms') }}", "2 rows are {}, not one"),
+    ("{{ cell('tiny.lengths', 'energy, J', {'length, bytes': 1}) }}", "was not measured"),
     ("{{ value('tiny.slope') | wrong }}", r"summary\.md line 1: .*wrong"),
     ("{% if %}", r"sections/summary\.md line 1"),
     ("{{ ''.__class__.__mro__ }}", "unsafe"),
@@ -67,8 +73,9 @@ def test_stale_run_breaks_the_build_and_marks_a_draft(world):
         world.build()
     assert not world.out.exists()
     assert "out of date" in world.build(draft=True)
+    assert "out of date" in world.page(draft=True)
     world.run("tiny-2")
-    assert "out of date" not in world.build()
+    assert "out of date" not in world.build() + world.page()
 
 
 def test_study_without_a_run_breaks_the_build_and_marks_a_draft(world):
@@ -76,7 +83,7 @@ def test_study_without_a_run_breaks_the_build_and_marks_a_draft(world):
         world.build()
     page = world.build(draft=True)
     assert "[missing: tiny.slope]" in page
-    assert "No finished run" in page
+    assert "No finished run" in world.page(draft=True)
 
 
 def test_a_draft_computes_and_links_where_a_study_is_missing(world):
@@ -102,15 +109,15 @@ def test_full_profile_speaks_before_quick_and_newer_before_older(world):
     world.run("tiny-3", **slope(3), profile="full")
     assert "It is 3 ms" in world.build()
     world.run("tiny-4", **slope(4), profile="", parameters={"n": 9})
-    page = world.build()
-    assert "It is 3 ms" in page
+    assert "It is 3 ms" in world.build()
+    page = world.page()
     assert "Runs with other parameters" in page
     assert "tiny-4" in page
 
 
 def test_missing_configuration_is_a_clear_error(world):
     world.run()
-    world.config('front = ["absent"]')
+    world.config('article = ["absent"]')
     with pytest.raises(UserError, match="names the section 'absent'"):
         world.build()
     world.config("colour = 1")
@@ -126,14 +133,16 @@ def test_missing_configuration_is_a_clear_error(world):
 def test_same_input_same_bytes(world):
     world.run()
     world.run("tiny-2", status="failed", error="boom", parameters={"n": 4})
-    first = world.build()
-    assert first == world.build()
-    assert len(first) > 5000
+    first = world.pages()
+    assert first == world.pages()
+    assert set(first) == {"report", "tiny", "machines"}
+    assert all(len(page) > 5000 for page in first.values())
 
 
 def test_every_figure_has_words_and_data(world):
     world.run()
-    page = world.build()
+    world.section("tiny", "{{ figure('tiny.times') }}")
+    page = world.page()
     figure = re.search(r'<figure id="tiny-figure-times">.*?</figure>', page, re.S)[0]
     assert 'role="img"' in figure
     assert re.search(r"<title [^>]*>Time over length</title>", figure)
@@ -143,11 +152,15 @@ def test_every_figure_has_words_and_data(world):
     assert '<th scope="col"' in figure
     assert "not measured" in figure
     assert ">nan<" in figure
+    assert '<a href="data/tiny-1/lengths.csv">' in figure
+    assert (world.evidence / "data" / "tiny-1" / "lengths.csv").read_text() == (
+        world.runs / "tiny-1" / "lengths.csv").read_text()
 
 
 def test_a_figure_is_there_for_wide_screens_and_for_narrow_ones(world):
     world.run()
-    page = world.build()
+    world.section("tiny", "{{ figure('tiny.times') }}")
+    page = world.page()
     assert re.search(r'class="drawing wide"><svg [^>]*viewBox="0 0 518.4 ', page)
     assert re.search(r'class="drawing narrow"><svg [^>]*viewBox="0 0 324 ', page)
 
@@ -155,14 +168,60 @@ def test_a_figure_is_there_for_wide_screens_and_for_narrow_ones(world):
 def test_prose_places_figures_once(world):
     world.run()
     world.section("tiny", "Before.\n\n{{ figure('tiny.times') }}\n\nAfter.")
-    page = world.build()
+    page = world.page()
     assert page.count('<figure id="tiny-figure-times">') == 1
     assert page.index("Before.") < page.index("<figure") < page.index("After.")
+    world.section("tiny", "Words alone.")  # what prose does not place is data, not a figure
+    assert "<figure" not in world.page()
+    world.section("tiny", 2 * "{{ figure('tiny.times') }}\n\n")
+    with pytest.raises(UserError, match=r"'tiny\.times' is placed twice"):
+        world.build()
+
+
+def test_a_finding_is_a_figure_under_what_it_shows(world):
+    world.run()
+    world.section("summary", "{% call finding('tiny.times') %}It takes {{ value('tiny.slope') | "
+                  "sig(2) }} ms (*n* = 2){% endcall %}\n\nSo.")
+    page = world.build()
+    assert re.search(r'<h2 class="finding" id="[\w-]+">It takes 0\.51 ms \(<em>n</em> = 2\)</h2>',
+                     page)
+    figure = page[page.index("<figure"):page.index("</figure>")]
+    assert "run of this machine" in figure
+    assert 'href="report-evidence/tiny.html#run-tiny"' in figure
+    assert 'href="report-evidence/data/tiny-1/lengths.csv"' in figure
+    assert "commit 0123456789ab" in figure
+
+
+def test_what_this_machine_measured_is_folded_behind_the_records(world):
+    folder = world.run()
+    write_record(world, folder, "h200-tiny")
+    world.section("tiny", "Known.\n\n# On your machine\n\nHere {{ value('tiny.best') }}.")
+    page = world.page()
+    folded = page[page.index('<details class="here" id="run-tiny">'):]
+    assert page.index("Known.") < page.index('id="record-h200-tiny"') < page.index(folded)
+    assert "Here chunked." in folded
+    assert "fitted" in folded  # the values, in words
+    assert page.count(">On your machine<") == 1
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(world):
+    world.run()
+    world.evidence.mkdir(parents=True)
+    (world.evidence / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="was not made by this command"):
+        world.build()
+    assert (world.evidence / "mine.txt").read_text() == "mine"
+    assert not world.out.exists()
+    (world.evidence / "mine.txt").unlink()
+    world.build()
+    (world.evidence / "old.html").write_text("of an earlier report")
+    world.build()
+    assert not (world.evidence / "old.html").exists()
 
 
 def test_page_loads_nothing(world):
     world.run()
-    page = world.build()
+    page = "".join(world.pages().values())
     assert not re.search(r"<(link|iframe|object|embed|base)\b", page)
     assert not re.search(r"\b(src|srcset|poster)=", page)
     assert "@import" not in page
@@ -174,13 +233,14 @@ def test_failed_runs_are_shown_as_failed(world):
     world.run()
     world.run("tiny-2", status="failed", error="ValueError: boom", parameters={"n": 4}, values={},
               tables={}, figures={})
-    page = world.build()
+    assert "1 of the runs failed" in world.build()
+    page = world.page("machines")
     failed = page[page.index('id="failed-runs"'):]
     assert "ValueError: boom" in failed
     assert "tiny-2" in failed
     # Once the same parameters have run well, the failure is no news.
     world.run("tiny-3", parameters={"n": 4})
-    assert 'id="failed-runs"' not in world.build()
+    assert 'id="failed-runs"' not in world.page("machines")
 
 
 def test_failed_headline_says_so(world):
@@ -193,10 +253,10 @@ def test_ledger_is_a_run_whose_tables_can_be_filtered(world):
     world.run()
     world.section("tiny", "Words.")
     write_run(world.runs, "claims-1", study="claims")
-    page = world.build()
-    ledger = page[page.index('<section id="claims"'):]
-    assert '<table class="ledger">' in ledger
-    assert '<table class="ledger">' not in page[:page.index('<section id="claims"')]
+    world.section("claims", "{{ table('claims.times') }}")
+    pages = world.pages()
+    assert '<table class="ledger">' in pages["claims"]
+    assert all('<table class="ledger">' not in page for n, page in pages.items() if n != "claims")
 
 
 def test_records_are_marked_with_their_machine(world):
@@ -206,13 +266,15 @@ def test_records_are_marked_with_their_machine(world):
     (folder / "run.json").unlink()
     world.run("tiny-2")
     world.section("summary", "{{ record('h200-tiny.slope') | sig(2) }} {{ value('tiny.slope') }}")
-    page = world.build()
-    record = re.search(r'<section class="record" id="record-h200-tiny">.*?</section>', page,
-                       re.S)[0]
-    assert "measured on NVIDIA H200" in record
-    assert 'id="h200-tiny-figure-times"' in record
-    assert "0.51 0.5123" in page
-    assert page.count("<h3 id=\"machine-") == 2
+    world.section("tiny", "{{ figure('h200-tiny.times') }}")
+    pages = world.pages()
+    record = re.search(r'<section class="record" id="record-h200-tiny">.*?</section>',
+                       pages["tiny"], re.S)[0]
+    assert "NVIDIA H200" in record
+    assert '<a href="data/h200-tiny/times.csv">' in record
+    assert "NVIDIA H200" in pages["tiny"][:pages["tiny"].index("</figure>")]
+    assert "0.51 0.5123" in pages["report"]
+    assert pages["machines"].count("<h2 id=\"machine-") == 2
 
 
 def test_record_keeps_nan_and_not_measured_apart(world):
@@ -238,6 +300,7 @@ def test_bad_record_is_a_clear_error(world, change, match):
     data = json.loads((path / "run.json").read_text())
     change(data)
     write_run_json(path, data)
+    world.section("tiny", "{{ figure('r.times') }}")
     with pytest.raises(UserError, match=match):
         world.build()
 

@@ -43,28 +43,37 @@ class Elements(HTMLParser):
 
 @pytest.mark.parametrize("evil", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_strings_cannot_inject_or_break(world, evil):
-    harmless = Elements(harmless_page(world)).found
-    page = hostile_page(world, evil)
-    found = Elements(page).found
-    assert {tag for tag, _ in found} <= {tag for tag, _ in harmless}
-    assert [tag for tag, _ in found].count("script") == 1
-    assert not [a for _, a in found if any(k.startswith("on") for k in a)]
-    # Links go where the harmless page's go, or to the parts that a failed run adds.
-    extra = {a.get("href") for _, a in found} - {a.get("href") for _, a in harmless}
-    assert all(link.startswith("#") for link in extra)
-    assert not re.search("[\u202a-\u202e\u2066-\u2069\u200e\u200f\x00-\x08\x0b-\x1f]", page)
-    assert page.encode("utf-8")
-    assert page.rstrip().endswith("</html>")
+    harmless = {n: Elements(p).found for n, p in harmless_pages(world).items()}
+    pages = hostile_pages(world, evil)
+    assert pages.keys() == harmless.keys()
+    for name, page in pages.items():
+        found = Elements(page).found
+        assert {tag for tag, _ in found} <= {tag for tag, _ in harmless[name]}
+        assert [tag for tag, _ in found].count("script") == 1
+        assert not [a for _, a in found if any(k.startswith("on") for k in a)]
+        # Links go to the files that the harmless page's go to, or to parts of this one.
+        assert files(found) <= files(harmless[name])
+        assert not re.search("[\u202a-\u202e\u2066-\u2069\u200e\u200f\x00-\x08\x0b-\x1f]", page)
+        assert page.encode("utf-8")
+        assert page.rstrip().endswith("</html>")
 
 
-def harmless_page(world) -> str:
+def files(elements: list[tuple[str, dict]]) -> set[str]:
+    return {(a.get("href") or "").partition("#")[0] for _, a in elements}
+
+
+def harmless_pages(world) -> dict[str, str]:
     """A report with a run, a failed run, a record and a ledger."""
     folder = world.run()
     write_record(world, folder, "tiny-record")
     world.run("tiny-2", status="failed", error="boom", parameters={"n": 4})
-    world.section("tiny", "Best: {{ value('tiny.best') }} end.")
+    world.section("summary",
+                  "{% call finding('tiny.times') %}{{ value('tiny.best') }}{% endcall %}")
+    world.section("tiny", "Best: {{ value('tiny.best') }} end.\n\n{{ figure('tiny.times') }}\n\n"
+                  "{{ table('tiny.times') }}\n\n{{ table('tiny-record.times') }}")
+    world.section("claims", "{{ table('claims.times') }}")
     claims(world, "a claim")
-    return world.build()
+    return world.pages()
 
 
 def claims(world, words: str) -> None:
@@ -78,7 +87,7 @@ def claims(world, words: str) -> None:
         cell)]))
 
 
-def hostile_page(world, evil: str) -> str:
+def hostile_pages(world, evil: str) -> dict[str, str]:
     """The same report with ``evil`` wherever a run, a record or a ledger has words."""
     claims(world, evil)
     update_record(world.runs / "tiny-1", **{
@@ -97,7 +106,7 @@ def hostile_page(world, evil: str) -> str:
     update_record(world.records / "tiny" / "tiny-record", title=evil, about=evil,
                   tables={"times": evil, "lengths": ""}, parameters={"words": evil},
                   provenance={**PROVENANCE, "date": evil, "machine": {"cpu": evil}})
-    return world.build()
+    return world.pages()
 
 
 def test_hostile_svg_is_disarmed():
@@ -182,11 +191,11 @@ def test_appendix_is_written_and_linked(world):
     folder = world.run()
     (folder / "notebook.ipynb").write_text(json.dumps({"cells": [
         {"cell_type": "code", "source": "1 + 1", "metadata": {}, "outputs": []}]}))
-    assert 'href="appendices/tiny-1.html"' in world.build()
+    assert 'href="notebook-tiny-1.html"' in world.page()
     other = world.run("tiny-2", parameters={"n": 5}, profile="")
     (other / "notebook.ipynb").write_text('{"cells": []}')
-    assert '<a href="appendices/tiny-2.html">tiny-2</a>' in world.build()
-    appendix = (world.out.parent / "appendices" / "tiny-1.html").read_text()
+    assert '<a href="notebook-tiny-2.html">tiny-2</a>' in world.page()
+    appendix = world.page("notebook-tiny-1")
     assert "default-src 'none'" in appendix
     assert "script" not in appendix.replace("script-src", "")
-    check_page(appendix, [])
+    check_page(appendix, "notebook-tiny-1.html", [])

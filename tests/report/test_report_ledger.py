@@ -7,11 +7,11 @@ import re
 import pandas as pd
 import pytest
 
-from analysis.report.build import unique_labels
 from analysis.report.html.text import powers
-from analysis.report.ledger import ledger
-from analysis.report.machines import gigabytes
-from analysis.report.names import layer_patterns, scan_forms
+from analysis.report.pages import unique_labels
+from analysis.report.parts.ledger import ledger
+from analysis.report.parts.machines import gigabytes
+from analysis.report.parts.names import layer_patterns, scan_forms
 from analysis.studies.throughput import INDEXED
 from mambabyte.config import PRESETS
 from mambabyte.ops import FORMS
@@ -81,16 +81,15 @@ def test_one_machine_is_one_entry_with_what_took_place_on_it(world):
         write_record(world, folder, f"h200-{name}")
         (folder / "run.json").unlink()
     world.run("tiny-1")
-    page = world.build()
-    machines = page[page.index('<section id="machines"'):]
-    assert machines.count("<h3") == 2
+    machines = world.page("machines")
+    assert machines.count('<h2 id="machine-') == 2
     assert machines.count("NVIDIA H200, 150 GB") == 1
     assert "270 GB" in machines
     assert not re.search(r"\d{9}", machines)
     for name in ("a", "b"):
-        assert f'<a href="#record-h200-{name}">h200-{name}</a>' in machines
+        assert f'<a href="tiny.html#record-h200-{name}">h200-{name}</a>' in machines
     assert "8, 4" in machines or "4, 8" in machines
-    assert '<a href="#tiny">Tiny</a>' in machines
+    assert '<a href="tiny.html#tiny">Tiny</a>' in machines
 
 
 def test_gigabytes():

@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.report.example import A, worked_example
 from analysis.report.html import tables, text
 from analysis.report.html.check import check_page
 from analysis.report.html.markdown import formula, to_html
+from analysis.report.links import resolve
+from analysis.report.parts.example import A, first_lost, repeated, worked_example
 from mambabyte.errors import UserError
 from mambabyte.ops.scan.recurrent import recurrent_scan
 
@@ -34,6 +35,32 @@ def test_worked_example_is_the_recurrence():
     assert len(steps) == 5
     assert steps[0].h == 0.5  # by hand: h = 0 + 0.5 * 1 * 1
     assert steps[1].h == pytest.approx(0.5 * math.exp(-0.5) + 1.0)
+
+
+def test_the_example_goes_on_to_where_single_precision_ends():
+    steps = worked_example()
+    assert [s.by_factors for s in steps] == pytest.approx([s.h for s in steps], rel=1e-12)
+    assert steps[0].published == pytest.approx(math.exp(-0.5) * 0.5)  # by hand: a (0 + b)
+    lost = first_lost()
+    before = repeated()[lost.more - 1]
+    assert math.isinf(lost.total)
+    assert math.isinf(lost.by_factors)
+    assert lost.h == pytest.approx(before.h)  # the loop does not notice
+    # exp of the next exponent is past float32, whose end is 2 to the power of 128
+    assert before.exponent + 3 * 1.0 > 128 * math.log(2) - math.log(3 * 1.1)
+    assert before.by_factors == pytest.approx(before.h, rel=1e-5)
+
+
+def test_links_lead_to_the_page_that_has_the_part():
+    pages = resolve({
+        "report.html": '<a href="#here">a</a> <a href="#there">b</a> <a href="#no">c</a>'
+                       '<p id="here">',
+        "e/one.html": '<a class="x" href="#there">a</a> <a href="#here">b</a> <h1 id="there">',
+        "e/two.html": '<a href="#there">a</a>'})
+    assert re.findall('href="([^"]*)"', pages["report.html"]) == ["#here", "e/one.html#there",
+                                                                 "#no"]
+    assert re.findall('href="([^"]*)"', pages["e/one.html"]) == ["#there", "../report.html#here"]
+    assert re.findall('href="([^"]*)"', pages["e/two.html"]) == ["one.html#there"]
 
 
 @pytest.mark.parametrize(("value", "expected"), [
@@ -87,7 +114,7 @@ def test_headings_fit_below_the_section():
 ])
 def test_page_check_can_fail(page, match):
     with pytest.raises(UserError, match=match):
-        check_page(page, [])
+        check_page(page, "page.html", [])
 
 
 def luminance(colour: str) -> float:

@@ -77,11 +77,13 @@ def test_a_scan_form(monkeypatch):
 def test_a_report_section(world):
     world.section("more", "What else there is: {{ value('tiny.slope') }}.")
     world.run()
-    with pytest.raises(UserError, match=r"more\.md is shown nowhere: name it in front or back"):
+    with pytest.raises(UserError, match=r"more\.md is shown nowhere: name it in article or pages"):
         world.build()
-    world.config('front = ["summary", "more"]\n[titles]\nmore = "And more"')
-    page = world.build()
-    assert "And more" in page
+    world.config('article = ["summary", "more"]\n[titles]\nmore = "And more"')
+    assert '<h2 id="more">And more</h2>' in world.build()
+    world.config('article = ["summary"]\npages = ["more"]\n[titles]\nmore = "And more"')
+    page = world.page("more")
+    assert '<h1 id="more">And more</h1>' in page
     assert re.search(r"What else there is: .*0\.51", page)
 
 

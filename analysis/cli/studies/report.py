@@ -1,4 +1,4 @@
-"""Render the HTML report from the run folders: one file, no network needed to read it.
+"""Render the HTML report from the run folders: an article, and a folder of evidence behind it.
 
     mambabyte report
     mambabyte report --draft --out draft.html
@@ -18,7 +18,7 @@ from analysis.cli.options import parse
 @dataclass(frozen=True)
 class Options:
     out: Path = Path("reports/report.html")
-    """The file to write; appendices go into a folder beside it."""
+    """The article; what stands behind it goes into the folder NAME-evidence beside it."""
     runs: Path = Path("reports/runs")
     """Where run folders are kept."""
     draft: bool = False

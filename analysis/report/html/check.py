@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections import Counter
 from collections.abc import Collection
 from html.parser import HTMLParser
@@ -9,11 +10,13 @@ from html.parser import HTMLParser
 from mambabyte.errors import UserError
 
 
-def check_page(page: str, files: Collection[str], *, draft: bool = False) -> None:
+def check_page(
+    page: str, path: str, files: Collection[str], *, draft: bool = False
+) -> None:
     """UserError where an id is not unique, a link leads nowhere or something would be loaded.
 
-    ``files`` are the relative paths that links may name. In a ``draft`` a link may lead to a part
-    of the page that is not there: its study has not been run.
+    ``files`` are the paths that links may name, seen from the folder that ``path`` is seen from.
+    In a ``draft`` a link may lead to a part that is not there: its study has not been run.
     """
     found = _Links()
     found.feed(page)
@@ -26,7 +29,8 @@ def check_page(page: str, files: Collection[str], *, draft: bool = False) -> Non
         if link.startswith("#"):
             if link[1:] not in ids and not draft:
                 raise UserError(f"a link in the report leads to {link}, which does not exist")
-        elif not link.startswith(("https://", "http://")) and link not in files:
+        elif not link.startswith(("https://", "http://")) and posixpath.normpath(
+                posixpath.join(posixpath.dirname(path), link.partition("#")[0])) not in files:
             raise UserError(f"a link in the report leads to {link!r}, which is no part of it")
     if found.loaded:
         raise UserError(f"the report would load {found.loaded[0]!r}: it must stand alone")

@@ -37,6 +37,11 @@ def to_html(text: str, *, prefix: str = "", top: int = 0) -> Markup:
     return Markup(page)
 
 
+def to_line(text: str) -> Markup:
+    """Markdown of one line, such as a heading, without a paragraph around it."""
+    return Markup(_parser().renderInline(" ".join(clean(text).split())))
+
+
 def formula(latex: str, display: bool = False) -> Markup:
     """MathML of a LaTeX formula; UserError where it cannot be read."""
     try:

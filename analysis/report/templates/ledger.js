@@ -1,8 +1,4 @@
-// Nothing here is needed to read the page: it sorts and filters the ledger and folds the contents.
-"use strict";
-if (window.matchMedia("(max-width: 48rem)").matches) {
-  document.querySelector("details.contents").open = false;
-}
+// Sorts and filters the ledger; the state of the filters is in the address.
 function key(cell) {
   const raw = cell.dataset.v ?? cell.textContent.trim();
   const number = Number(raw.replaceAll(",", "").replace("\u2212", "-"));

@@ -16,8 +16,9 @@ from analysis.studies.drawing import Figure
 from mambabyte.config.files import cache_dir, write_json
 
 
-def drawn(figure: Figure, study: Study, anchor: str) -> tuple[str, str]:
-    """SVG of a figure, wide and for a phone; ``anchor`` tells its ids from those of others."""
+def drawn(figure: Figure, study: Study | None, anchor: str) -> tuple[str, str]:
+    """SVG of a figure, wide and for a phone; ``anchor`` tells its ids from those of others, and
+    ``study`` is whose drawing it is, None for one of this package."""
     key = repr((mpl.__version__, _code(study), anchor, figure.key()))
     path = cache_dir() / "drawings" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     try:
@@ -29,8 +30,10 @@ def drawn(figure: Figure, study: Study, anchor: str) -> tuple[str, str]:
 
 
 @cache
-def _code(study: Study) -> str:
-    files = staleness.source_files([f"{study.package}.figures", "analysis.plots.svg"], study.root)
+def _code(study: Study | None) -> str:
+    drawing = f"{study.package}.figures" if study else "analysis.plots.comparisons"
+    root = study.root if study else staleness.ROOT
+    files = staleness.source_files([drawing, "analysis.plots.svg"], root)
     total = hashlib.sha256()
     for path in files:
         total.update(path.read_bytes())
