@@ -47,6 +47,7 @@ class Config:
     article: list[str] = field(default_factory=list)  # sections of the article
     pages: list[str] = field(default_factory=list)  # sections that are a page each
     titles: dict[str, str] = field(default_factory=dict)
+    quotations: dict[str, str] = field(default_factory=dict)  # claim -> the sentence judged
 
 
 class Pages:
@@ -174,7 +175,7 @@ class Pages:
     def _prose(self, base: str = "") -> Prose:
         selection = self._selection
         blocks = Blocks(self._macros, selection.headline, self._records, self._registry, base,
-                        self._others, self._ready)
+                        self._others, self._ready, self._config.quotations)
         return Prose(Sources(selection.headline, self._records, selection.problems, self._draft),
                      blocks)
 

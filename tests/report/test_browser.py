@@ -182,6 +182,13 @@ def test_ledger_filters_and_sorts(browser, claims_page):
     assert browser.run(SHOWN) == ["fits in 40 GB"]
     assert browser.run("document.querySelector('.filter [role=status]').textContent") == \
         "1 of 3 rows"
+    # What is filtered is in the address: who opens it sees the same.
+    assert browser.run("location.hash") == "#show?verdict=holds&kind=memory"
+    assert browser.run(f"""new Promise((done) => {{
+        window.addEventListener("hashchange", () => setTimeout(() => done({SHOWN}), 0));
+        location.hash = "#show?words=hold+not&verdict=nothing";
+    }})""") == ["overflows at 50"]
+    browser.run("location.hash = '#%E0%A4%A'")  # not a name of anything
     order = """(() => {
         const table = document.querySelector("table.ledger");
         table.tHead.rows[0].cells[2].click();

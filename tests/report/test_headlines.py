@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from analysis.report.headlines import FILE, load_headlines, table
+from analysis.report.picture import picture, words
 from analysis.runs.folders import ROOT, Run, Value
 from analysis.runs.records import load_records
 from mambabyte.errors import UserError
@@ -49,6 +51,49 @@ def test_ahead_and_behind_are_computed(records: dict[str, Run]) -> None:
     slower = replace(run, values={**run.values, "ms_m": Value(99.0, "ms")})
     found = {h.id: h for h in load_headlines({**records, "h200-step-1024": slower})}
     assert "time, ms" in {s.what for s in found["step-1m"].losses}
+
+
+def test_the_picture_of_the_readme_has_the_numbers_of_the_records() -> None:
+    """`mambabyte report --picture docs/headlines.svg` draws it."""
+    kept = (ROOT / "docs" / "headlines.svg").read_text(encoding="utf-8")
+    assert words(kept) == words(picture())
+    assert any("1,124 / 4,316" in word for word in words(kept))
+
+
+NUMBER = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?")
+SCALES = (1.0, 2.0, 100.0, 1e3, 1e-3, 1e-6)  # of two cards, percent, and units
+
+
+def numbers_of(run: Run) -> list[float]:
+    """Every number that a record holds, those in its words too."""
+    cells = [v.value for v in run.values.values()]
+    cells += [c for t in run.tables.values() for column in t.frame for c in t.frame[column]]
+    cells += list(run.parameters.values())
+    found = [float(n.replace(",", "")) for c in cells if isinstance(c, str)
+             for n in NUMBER.findall(c)]
+    return found + [float(c) for c in cells if isinstance(c, (int, float)) and c == c]
+
+
+def unfounded(cell: str, found: list[float]) -> list[str]:
+    """The numbers of a cell that no number gives, rounded to as many decimals."""
+    texts = NUMBER.findall(cell)
+    return [text for text in texts if not any(
+        round(scale * one, len(text.partition(".")[2])) == float(text.replace(",", ""))
+        for one in found for scale in SCALES)]
+
+
+def test_the_readmes_other_numbers_are_those_of_their_records() -> None:
+    every = load_records()
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("Without a rival")[1]
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 6
+    checked = 0
+    for _, measured, names in rows:
+        found = [n for name in re.findall("`([^`]+)`", names) for n in numbers_of(every[name])]
+        assert unfounded(measured, found) == [], measured
+        checked += len(NUMBER.findall(measured))
+    assert checked > 15
+    assert unfounded("0.123 of 4,567", [0.124, 4568.0]) == ["0.123", "4,567"]
 
 
 def test_the_readme_prints_the_headlines(records: dict[str, Run]) -> None:

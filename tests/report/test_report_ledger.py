@@ -14,6 +14,7 @@ from analysis.report.parts.machines import gigabytes
 from analysis.report.parts.names import layer_patterns, scan_forms
 from analysis.studies.throughput import INDEXED
 from mambabyte.config import PRESETS
+from mambabyte.errors import UserError
 from mambabyte.ops import FORMS
 from tests.helpers.report_world import PROVENANCE, write_record
 
@@ -36,6 +37,18 @@ def test_a_claim_is_one_body_with_its_reason_below():
     assert "note" not in second  # an empty one is not shown
     assert page.count("1.22 × 10³⁹") == 2  # one style, however it was written
     assert "e+39" not in page
+
+
+def test_what_matters_most_comes_first_with_the_sentence_judged():
+    other = {**CLAIM, "id": "minor", "verdict": "does not hold"}
+    page = str(ledger(pd.DataFrame([other, CLAIM]), {}, {"exceeds-1e39": 'It "exceeds" <1e39>.'}))
+    assert re.findall('<tbody id="([^"]+)"', page) == ["claim-exceeds-1e39", "claim-minor"]
+    assert page.count('data-importance="matters most"') == 1
+    assert "<q>It &#34;exceeds&#34; &lt;1e39&gt;.</q>" in page
+    # A verdict is a word, and a sign beside it.
+    assert re.findall('</span> (holds|does not hold)</td>', page) == ["holds", "does not hold"]
+    with pytest.raises(UserError, match=r"quotes the claim 'exceed'.*did you mean exceeds-1e39"):
+        ledger(pd.DataFrame([CLAIM]), {}, {"exceed": "It does."})
 
 
 def test_claims_of_one_id_have_one_anchor():

@@ -46,7 +46,7 @@ def house(tmp_path_factory) -> Path:
     (house / "reports" / "report.toml").write_text('title = "Report"\n')
     (sections / "tiny.md").write_text(
         "Here {{ value('tiny.twice') }}, there {{ record('box.twice') }}.\n\n"
-        "{{ figure('tiny.times') }}\n")
+        "{{ figure('tiny.times') }}\n\n{{ figure('box.times') }}\n")
     return house
 
 
@@ -63,13 +63,15 @@ def test_a_study_is_a_folder_and_a_notebook(house):
     swept = json.loads(mambabyte(house, "sweep", "tiny", "--grid", "n=3,4", "--json"))["runs"]
     assert [row["status"] for row in swept] == ["done", "done"]
     mambabyte(house, "study", "tiny", "--set", "n=5", "--record", "data/records/tiny/box")
-    page = Path(mambabyte(house, "report", "--draft").strip()).read_text(encoding="utf-8")
+    article = Path(mambabyte(house, "report", "--draft").strip())
+    evidence = article.parent / "report-evidence"
+    page = (evidence / "tiny.html").read_text(encoding="utf-8")
     assert "Here 6, there 10." in page
     for name in ("tiny", "box"):  # the figure of the run and of the record
         figure = page[page.index(f'<figure id="{name}-figure-times"'):]
         assert "It grows." in figure[:figure.index("</figure>")]
         assert figure[:figure.index("</figure>")].count("<svg") == 2
-    appendix = (house / "reports" / "appendices" / f"{swept[0]['run_id']}.html").read_text()
+    appendix = (evidence / f"notebook-{swept[0]['run_id']}.html").read_text()
     assert "Lengths, of which twice are 6." in appendix
     assert appendix.count("<svg") == 1
     for path in (house / "analysis" / "studies" / "tiny").glob("*.py"):

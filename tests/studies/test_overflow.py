@@ -414,3 +414,22 @@ def test_bad_input() -> None:
                 {"fraction_lengths": ()}, {"fraction_lengths": (0,)}, {"every": 0}):
         with pytest.raises(UserError):
             overflow.Parameters(**bad)
+
+
+def test_maps_judge_a_form_by_what_its_arithmetic_can_do() -> None:
+    keys = {"kind": "constant", "precision": "bfloat16", "chunk": 8}
+    errors = pd.DataFrame([
+        {**keys, "form": form, "of": part, "1": one, "2": two}
+        for form, part, one, two in (
+            ("sequential", "value", 0.2, 0.001), ("sequential", "gradient", 0.3, 0.001),
+            ("chunked", "value", 0.39, 0.002), ("chunked", "gradient", 0.1, 0.001),
+            ("clamped", "value", 0.39, 0.02), ("clamped", "gradient", math.inf, math.nan))])
+    found = figures.outcomes_of(errors, "bfloat16", "constant").set_index(["form", "of"])
+    # Twice the recurrence's own 0.2 is no fault of the form; where that is small, 1 % is the limit.
+    assert found.loc[("chunked", "value"), ["1", "2"]].tolist() == ["right", "right"]
+    assert found.loc[("clamped", "value"), ["1", "2"]].tolist() == ["right", "silent"]
+    assert found.loc[("clamped", "gradient"), ["1", "2"]].tolist() == ["inf", "nan"]
+    assert figures.right_everywhere(found.reset_index()) == {"chunked": ["value", "gradient"]}
+    drawn = figures.error_maps(errors, "bfloat16", "constant")
+    assert [axes.get_title() for axes in drawn.axes if axes.get_visible()] == [
+        "clamped\nvalue", "clamped\ngradient"]

@@ -2,9 +2,11 @@
 
     mambabyte report
     mambabyte report --draft --out draft.html
+    mambabyte report --picture docs/headlines.svg
 
 A number of the prose that is missing, not measured or older than its sources stops the build with
-the command that would mend it; --draft marks such places instead.
+the command that would mend it; --draft marks such places instead. --picture draws the picture of the
+README from the records, and nothing else.
 """
 
 from __future__ import annotations
@@ -23,10 +25,18 @@ class Options:
     """Where run folders are kept."""
     draft: bool = False
     """Build although numbers are missing or stale, and mark them."""
+    picture: Path | None = None
+    """Draw the headlines of the records as an SVG there, and build no report."""
 
 
 def run(argv: list[str]) -> int:
     options = parse(Options, argv, "report", __doc__)
+
+    if options.picture:
+        from analysis.report.picture import draw_picture
+
+        print(draw_picture(options.picture).resolve())
+        return 0
 
     from analysis.report import build_report
 

@@ -40,6 +40,7 @@ class Blocks:
     base: str = ""  # the way from the page to the folder of the data
     others: Mapping[str, Figure] = field(default_factory=dict)
     ready: dict[str, Markup] = field(default_factory=dict)
+    quotations: Mapping[str, str] = field(default_factory=dict)  # of the ledger, see there
 
     def names(self, kind: str) -> Iterator[str]:
         """All names of a kind ("figure", "table"), as "study.name"."""
@@ -81,7 +82,7 @@ class Blocks:
         found, kind = run.tables[key], "ledger" if run.study in LEDGERS else ""
         rows = len(found.frame)
         if kind and is_ledger(found.frame):
-            content = ledger(found.frame, self.links())
+            content = ledger(found.frame, self.links(), self.quotations)
         else:
             content = tables.table(found.frame, found.caption, kind=kind,
                                    max_rows=rows if kind else FOLDED_ROWS)

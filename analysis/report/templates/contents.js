@@ -24,7 +24,7 @@ window.addEventListener("scroll", () => {
 mark();
 // A link may lead into a folded part: unfold it.
 function unfold() {
-  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const target = document.querySelector(":target");
   for (let part = target; part; part = part.parentElement) {
     if (part.localName === "details") part.open = true;
   }

@@ -45,19 +45,36 @@ for (const table of document.querySelectorAll("table.ledger")) {
     }
     count.textContent = `${shown} of ${items().length} rows`;
   };
+  // "#show?verdict=holds&words=memory" is the state of the filters.
+  const keep = () => {
+    const state = new URLSearchParams();
+    for (const [name, select] of selects) if (select.value) state.set(name, select.value);
+    if (input.value) state.set("words", input.value);
+    history.replaceState(null, "", `#show?${state}`);
+  };
+  const restore = () => {
+    if (!location.hash.startsWith("#show?")) return;
+    const state = new URLSearchParams(location.hash.slice(6));
+    for (const [name, select] of selects) {
+      const value = state.get(name) ?? "";
+      select.value = [...select.options].some((o) => o.value === value) ? value : "";
+    }
+    input.value = state.get("words") ?? "";
+    show();
+  };
   const add = (words, control, event) => {
     const label = document.createElement("label");
     label.append(words, control);
-    control.addEventListener(event, show);
+    control.addEventListener(event, () => { show(); keep(); });
     bar.append(label);
   };
   bar.className = "filter";
   input.type = "search";
   count.setAttribute("role", "status");
   add("Show rows with ", input, "input");
-  for (const name of claims ? ["verdict", "kind", "document"] : []) {
+  for (const name of claims ? ["importance", "verdict", "kind", "document"] : []) {
     const values = [...new Set(items().map((item) => item.dataset[name]).filter(Boolean))];
-    if (values.length < 2) continue;
+    if (values.length < (name === "importance" ? 1 : 2)) continue;
     const select = document.createElement("select");
     select.append(new Option("all", ""), ...values.map((value) => new Option(value, value)));
     selects.set(name, select);
@@ -65,9 +82,11 @@ for (const table of document.querySelectorAll("table.ledger")) {
   }
   bar.append(count);
   (table.closest(".scroll") ?? table).before(bar);
+  restore();
+  window.addEventListener("hashchange", restore);
 }
 // A link from elsewhere to a claim that a filter hides would lead nowhere.
 window.addEventListener("hashchange", () => {
-  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const target = document.querySelector("tbody:target");
   if (target) target.hidden = false;
 });

@@ -13,6 +13,7 @@ from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path
 
 from analysis import plots
+from analysis.runs.folders import Run
 from analysis.studies.drawing import Drawing
 from analysis.studies.overflow import PRECISIONS
 from analysis.studies.overflow.error_tables import (
@@ -25,12 +26,14 @@ from analysis.studies.overflow.error_tables import (
 )
 from analysis.theory import bounds
 
-# Outcomes of a cell (analysis.studies.overflow.error_map.outcome) -> what the legend says, colour,
-# hatching; from harmless to lost.
+# Outcomes of a cell -> what the legend says, colour, hatching; from harmless to lost. Each limit
+# is twice the recurrence's own error in that arithmetic where that is more: no form is better.
+ROUGH = 1e-3
+OWN_ERRORS = 2.0
 LOOKS = (
     (("right",), "right, within 0.1 %", "#f2f4f7", ""),
     (("rough",), "off by 0.1 to 1 %", plots.SKY, ""),
-    (("silent",), "silent: finite, off by more than 1 %", plots.ORANGE, "////"),
+    (("silent",), "silent: finite, further off", plots.ORANGE, "////"),
     (("inf", "nan"), "loud: inf or nan", plots.VERMILION, "xxxx"),
 )
 _COLUMNS = 4
@@ -38,11 +41,38 @@ _COLUMNS = 4
 NOISY = ("corrected_cumsum", "pairwise", "segment_sum", "associative", "chunked")
 
 
-def error_maps(outcomes: pd.DataFrame, precision: str, kind: str) -> Figure:
-    """Chunk size against decay, two maps a form, of its value and of its worst gradient, with the
-    analytic bound over them."""
-    cells = _part(outcomes, precision, kind)
-    panels = [(form, part) for form in dict.fromkeys(cells["form"]) for part in PARTS]
+def outcomes_of(errors: pd.DataFrame, precision: str, kind: str) -> pd.DataFrame:
+    """The errors of a precision and kind of decay as outcomes, by limits that fit the precision."""
+    rows = _part(errors, precision, kind)
+    decays = [column for column in rows if column not in KEYS]
+    own = rows[rows["form"] == "sequential"].groupby("of")[decays].max()
+    found = rows[rows["form"] != "sequential"]
+    error = found[decays].to_numpy(float)
+    rest = OWN_ERRORS * own.loc[found["of"], decays].to_numpy(float)
+    names = np.select(
+        [np.isnan(error), np.isinf(error), error <= np.maximum(ROUGH, rest),
+         error <= np.maximum(bounds.SILENT, rest)], ["nan", "inf", "right", "rough"], "silent")
+    return found.assign(**{decay: names[:, i] for i, decay in enumerate(decays)})
+
+
+def right_everywhere(outcomes: pd.DataFrame) -> dict[str, list[str]]:
+    """Form -> its parts without a failing cell: a map of these would be empty."""
+    decays = [column for column in outcomes if column not in KEYS]
+    right = outcomes[decays].isin(("right",)).all(axis=1).groupby(
+        [outcomes["form"], outcomes["of"]], sort=False).all()
+    found: dict[str, list[str]] = {}
+    for form, part in right[right].index:
+        found.setdefault(form, []).append(part)
+    return found
+
+
+def error_maps(errors: pd.DataFrame, precision: str, kind: str) -> Figure:
+    """Chunk size against decay, a map of the value of each form and one of its worst gradient, with
+    the analytic bound over them; a map without a failure is left out."""
+    cells = outcomes_of(errors, precision, kind)
+    right = right_everywhere(cells)
+    every = [(form, part) for form in dict.fromkeys(cells["form"]) for part in PARTS]
+    panels = [(form, part) for form, part in every if part not in right.get(form, ())] or every
     rows = -(-len(panels) // _COLUMNS)
     figure, grid = plots.new_figure(
         rows, _COLUMNS, size=(10.0, 1.55 * rows + 1.1), sharex=True, sharey=True, squeeze=False)
@@ -258,16 +288,21 @@ def _map_drawing(precision: str, kind: str) -> Drawing:
     kind, with constant decay."""
     parts = ["map", *([precision] if precision != "float32" else []),
              *([kind] if kind != "constant" else [])]
+    def caption(run: Run) -> str:
+        right = right_everywhere(outcomes_of(run.tables["errors"].frame, precision, kind))
+        whole = [form for form, parts in right.items() if set(parts) == set(PARTS)]
+        half = [f"the {parts[0]} of {form}" for form, parts in right.items() if form not in whole]
+        return (f"Dashed: the analytic bound. Without a failure, and so not drawn: sequential (the "
+                f"recurrence itself), {', '.join([*whole, *half]) or 'nothing else'}. A limit is "
+                f"twice the recurrence's own error in this arithmetic where that is more.")
+
     return Drawing(
-        slug("_".join(parts)), partial(error_maps, precision=precision, kind=kind), ("outcomes",),
-        f"What each form makes of a chunk: {precision}, {kind} decay",
-        caption="Left of each pair the value, right the worst gradient. Dashed: the analytic "
-                "bound. A form without chunks, or with chunks of its own, is the same at every "
-                "height.",
-        alt="Pairs of maps of chunk size against decay, one a form, coloured and hatched by "
+        slug("_".join(parts)), partial(error_maps, precision=precision, kind=kind), ("errors",),
+        f"What each form makes of a chunk: {precision}, {kind} decay", caption=caption,
+        alt="Maps of chunk size against decay, one a form, coloured and hatched by "
             "outcome, with the analytic bound as a dashed curve. The table counts the cells.",
-        data=lambda outcomes: outcome_counts(_part(outcomes, precision, kind)),
-        when=lambda outcomes: len(_part(outcomes, precision, kind)) > 0)
+        data=lambda errors: outcome_counts(outcomes_of(errors, precision, kind)),
+        when=lambda errors: len(_part(errors, precision, kind)) > 0)
 
 
 FIGURES = (
