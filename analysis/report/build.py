@@ -23,8 +23,8 @@ from mambabyte.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MARK = "made-by-mambabyte-report.txt"
-MARKED = """This folder is made by `mambabyte report` and belongs to the page of its name: it is
-written anew each time, whole. Keep nothing of yours in it. data/ has the tables behind the pages.
+MARKED = """This folder is made by `mambabyte report` and belongs to the page of its name. data/ has
+the tables behind the pages. What is named here is written anew each time:
 """
 
 
@@ -62,16 +62,18 @@ def build_report(
                  folder.name)
     pages = resolve(site.render())
     data = {f"{folder.name}/{path}": text
-            for path, text in _data([*site.shown, *records.values()])}
+            for path, text in [*_data([*site.shown, *records.values()]), *site.data()]}
     for name, page in pages.items():
         check_page(page, name, [*pages, *data], draft=draft)
-    with whole_dir(folder) as temporary:
-        (temporary / MARK).write_text(MARKED, encoding="utf-8")
+    earlier = (folder / MARK).read_text(encoding="utf-8").splitlines() if folder.exists() else []
+    with whole_dir(folder, earlier) as temporary:
         for name, text in {**pages, **data}.items():
             if name != out.name:
                 path = temporary / Path(name).relative_to(folder.name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8", newline="")
+        made = sorted(path.name for path in temporary.iterdir())
+        (temporary / MARK).write_text(MARKED + "\n".join(made) + "\n", encoding="utf-8")
     with whole_file(out) as temporary:
         temporary.write_text(pages[out.name], encoding="utf-8")
     return out
@@ -80,8 +82,9 @@ def build_report(
 def _evidence_folder(out: Path) -> Path:
     """The folder beside the article; UserError where it holds something that is not ours."""
     folder = out.with_name(f"{out.stem}-evidence")
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())
-                            and not (folder / MARK).is_file()):
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    if folder.exists() and not (folder / MARK).is_file():
         raise UserError(f"{folder} is there and was not made by this command: move it away, or "
                         "choose another --out")
     return folder

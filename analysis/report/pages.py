@@ -18,14 +18,15 @@ from markupsafe import Markup
 from analysis.report.appendix import code_styles, notebook_html
 from analysis.report.html import tables
 from analysis.report.html.text import html, plain
-from analysis.report.parts.blocks import Blocks, about, data_path, ready_table
-from analysis.report.parts.comparisons import comparisons
+from analysis.report.parts.blocks import DATA, Blocks, about, data_path, ready_table
+from analysis.report.parts.comparisons import comparisons, lab_tables
 from analysis.report.parts.example import example_table, failure_table, repeat_table
 from analysis.report.parts.machines import Machines
 from analysis.report.parts.names import layer_patterns, scan_forms
 from analysis.report.prose import Prose, Sources
 from analysis.report.select import Selection
 from analysis.runs.folders import Run, Table
+from analysis.runs.frames import csv_text
 from analysis.runs.records import machine_name
 from analysis.studies import Study
 from mambabyte.errors import UserError
@@ -72,7 +73,7 @@ class Pages:
         self._macros: Any = self._templates.get_template("blocks.html.j2").module
         self._machines = self._all_machines()
         self._ready = {f"table.{name}.{t.name}": ready_table(self._macros, name, t)
-                       for name, t in _tables()}
+                       for name, t in [*_tables(), *(("labs", t) for t in lab_tables(records))]}
         self._others = comparisons(records)
 
     def render(self) -> dict[str, str]:
@@ -88,6 +89,11 @@ class Pages:
             if run.notebook:
                 found[f"{self._evidence}/{_notebook(run)}"] = self._appendix(run)
         return found
+
+    def data(self) -> Iterable[tuple[str, str]]:
+        """CSV of the figures that belong to no run, by path."""
+        for path, figure in self._others.items():
+            yield (f"{DATA}/{path.replace('.', '/')}.csv", csv_text(figure.name, figure.data))
 
     # --- one page each ------------------------------------------------------------------------
 

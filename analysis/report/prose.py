@@ -11,6 +11,7 @@ In ``reports/sections/*.md``::
     {% if measured('throughput.joules') %} ... {% endif %}       true where it was measured
     {{ cell('h200-memory.cuda', 'peak, MB', form='fused') }}     one cell of a table
     {{ column('h200-memory.cuda', 'peak, MB') | max }}           all cells of a column
+    {{ lab('chunk', 'labs.chunk') }}       something to try, of templates/labs.js, with that table
     {{ parameter('memory.context') }}      a parameter of the run that the numbers come from
 
 Filters: sig(3) fixed(2) percent(1) times(1) bytes yesno(yes, no) integer. Numbers without a
@@ -77,7 +78,7 @@ class Prose:
             table=lambda path: self._place("table", path, self._blocks.table(path)),
             finding=lambda path, caller: self._place(
                 "figure", path, self._blocks.figure(path, to_line(caller()))),
-            example=_example, number=lambda v, digits=4: Text(number(v, digits)))
+            lab=self._lab, example=_example, number=lambda v, digits=4: Text(number(v, digits)))
         self._environment.filters.update(FILTERS)
 
     def render(self, text: str, name: str, *, prefix: str, top: int = 3) -> Markup:
@@ -181,6 +182,15 @@ class Prose:
             raise UserError(f"the {kind} {path!r} is placed twice on one page: once is enough")
         self._placed[key] = block
         return Text(f"\n\n[[{key}]]\n\n")
+
+    def _lab(self, name: str, table: str, figure: str = "") -> Text:
+        """Something to try with the rows of a table on the same page; see templates/labs.js."""
+        anchors = [f"{one.replace('.', f'-{kind}-')}" for one, kind in (
+            (table, "table"), (figure, "figure"))]
+        self._placed[f"lab.{name}"] = Markup(
+            '<div class="labs" data-lab="{}" data-table="{}" data-figure="{}"></div>').format(
+            name, *anchors)
+        return Text(f"\n\n[[lab.{name}]]\n\n")
 
     def _checked(self, path: str, among: Mapping[str, Run], missing: str | None) -> Any:
         """The value, as one that refuses a ratio with a value of another job."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -214,9 +215,14 @@ def test_a_folder_that_is_not_ours_is_left_alone(world):
     assert not world.out.exists()
     (world.evidence / "mine.txt").unlink()
     world.build()
-    (world.evidence / "old.html").write_text("of an earlier report")
+    (world.evidence / "mine.txt").write_text("mine")
+    other = world.run("tiny-2", parameters={"n": 5})
     world.build()
-    assert not (world.evidence / "old.html").exists()
+    shutil.rmtree(other)
+    world.build()
+    assert not (world.evidence / "data" / "tiny-2").exists()  # of an earlier report
+    assert (world.evidence / "data" / "tiny-1").exists()
+    assert (world.evidence / "mine.txt").read_text() == "mine"
 
 
 def test_page_loads_nothing(world):

@@ -84,6 +84,17 @@ def test_columns_align_their_decimals():
     assert ">12.25<" in page
 
 
+@pytest.mark.parametrize(("column", "words"), [
+    ("state_bytes_counted", "state bytes counted"), ("full_cache_bytes", "full cache, bytes"),
+    ("mismatch_percent", "mismatch, %"), ("bits_per_byte", "bits per byte"), ("ms", "time, ms"),
+    ("document_chunked", "document_chunked"), ("relative RMS, %", "relative RMS, %"),
+    ("A_log", "A_log"), ("pattern", "pattern"),
+])
+def test_headers_are_words_with_units(column, words):
+    assert f">{words.replace(', ', ',' + chr(160))}</th>" in str(
+        tables.table(pd.DataFrame({column: [1]}), "t"))
+
+
 def test_long_tables_say_what_is_left_out():
     page = str(tables.table(pd.DataFrame({"x": range(500)}), "t"))
     assert "The first 400 of 500 rows" in page

@@ -421,7 +421,7 @@ def test_maps_judge_a_form_by_what_its_arithmetic_can_do() -> None:
     errors = pd.DataFrame([
         {**keys, "form": form, "of": part, "1": one, "2": two}
         for form, part, one, two in (
-            ("sequential", "value", 0.2, 0.001), ("sequential", "gradient", 0.3, 0.001),
+            ("recurrent", "value", 0.2, 0.001), ("recurrent", "gradient", 0.3, 0.001),
             ("chunked", "value", 0.39, 0.002), ("chunked", "gradient", 0.1, 0.001),
             ("clamped", "value", 0.39, 0.02), ("clamped", "gradient", math.inf, math.nan))])
     found = figures.outcomes_of(errors, "bfloat16", "constant").set_index(["form", "of"])
@@ -431,5 +431,5 @@ def test_maps_judge_a_form_by_what_its_arithmetic_can_do() -> None:
     assert found.loc[("clamped", "gradient"), ["1", "2"]].tolist() == ["inf", "nan"]
     assert figures.right_everywhere(found.reset_index()) == {"chunked": ["value", "gradient"]}
     drawn = figures.error_maps(errors, "bfloat16", "constant")
-    assert [axes.get_title() for axes in drawn.axes if axes.get_visible()] == [
+    assert [axes.get_title(loc="left") for axes in drawn.axes if axes.get_visible()] == [
         "clamped\nvalue", "clamped\ngradient"]

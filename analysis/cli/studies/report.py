@@ -5,8 +5,8 @@
     mambabyte report --picture docs/headlines.svg
 
 A number of the prose that is missing, not measured or older than its sources stops the build with
-the command that would mend it; --draft marks such places instead. --picture draws the picture of the
-README from the records, and nothing else.
+the command that would mend it; --draft marks such places instead. --picture draws the picture of
+the README from the records, and nothing else.
 """
 
 from __future__ import annotations

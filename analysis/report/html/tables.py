@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
 
 from analysis.report.html.text import NOT_MEASURED, fixed, html, number, plain
+from mambabyte.config.scan_forms import FORMS
 
 WORDY = 26  # characters; a longer cell may break into lines, a shorter one does not
+# Names of columns in code, and what they are called on a page.
+WORDS = {
+    "ms": "time, ms", "ms_lower_quartile": "lower quartile, ms", "low": "interval from",
+    "ms_upper_quartile": "upper quartile, ms", "high": "to", "bits_per_byte": "bits per byte",
+    "n_parameters": "parameters", "d_model": "width", "n_layer": "layers", "d_state": "states",
+    "mlp_hidden": "width of the MLP", "train_flops_per_byte": "operations per byte, training",
+    "bytes_per_second": "bytes per second", "flops_per_second": "operations per second",
+    "joules_per_megabyte": "joules per megabyte", "joules_per_step": "joules per step",
+    "train_flops": "operations, training", "char_accuracy": "accuracy of characters",
+}
+UNITS = {"ms": "ms", "us": "us", "seconds": "s", "bytes": "bytes", "percent": "%", "joules": "J",
+         "bits": "bits", "gb": "GB", "mb": "MB", "watts": "W", "steps": "steps"}
+_CODE = re.compile(r"[a-z0-9]+(_[a-z0-9]+)+")
 MAX_ROWS = 400  # beyond that a page is no place for numbers; the file has them all
 
 
@@ -20,7 +35,8 @@ def table(frame: pd.DataFrame, label: str, *, kind: str = "", max_rows: int = MA
     ``kind`` "ledger" marks a table that the page's script may make sortable and filterable.
     """
     numeric = {c for c in frame.columns if _is_numeric(frame[c])}
-    head = "".join(f'<th scope="col"{_align(c in numeric)}>{html(_unit_kept(str(c)))}</th>'
+    names = {c: html(_unit_kept(in_words(str(c)))) for c in frame.columns}
+    head = "".join(f'<th scope="col"{_align(c in numeric)}>{names[c]}</th>'
                    for c in frame.columns)
     rows = []
     decimals = [_decimals(frame[c]) for c in frame.columns]
@@ -47,6 +63,17 @@ def pairs(rows: list[tuple[str, Any]], label: str) -> Markup:
 
 def _words(value: Any) -> Markup:
     return value if isinstance(value, Markup) else html(plain(value))
+
+
+def in_words(column: str) -> str:
+    """The name of a column for people: "stream_state_bytes" -> "stream state, bytes". Names of scan
+    forms, and what has a space already, stay."""
+    if column in WORDS:
+        return WORDS[column]
+    if not _CODE.fullmatch(column) or column in FORMS:
+        return column
+    *words, last = column.split("_")
+    return f"{' '.join(words)}, {UNITS[last]}" if last in UNITS else column.replace("_", " ")
 
 
 def _unit_kept(name: str) -> str:

@@ -93,10 +93,13 @@ class Blocks:
     def source(self, name: str, of: Figure | Table) -> dict[str, Any]:
         """Where a figure or table comes from: the run or record, its machine, and its data."""
         run = self._all().get(name)
-        if run is None:
-            return {}
         table = of.table if isinstance(of, Figure) else of.name
-        return {"name": name if name in self.records else "", "anchor": self.links()[
+        if run is None:
+            # A figure over several records names them all in its data.
+            names = list(dict.fromkeys(of.data["record"])) if isinstance(of, Figure) else []
+            return {"records": [(n, self.links()[n]) for n in names],
+                    "data": f"{self.base}{DATA}/{name}/{table}.csv"} if names else {}
+        return {"records": [], "name": name if name in self.records else "", "anchor": self.links()[
                     run.run_id or run.folder.name],
                 "machine": machine_name(run) if name in self.records else "this machine",
                 "about": about(run), "data": self.base + data_path(run, table)}

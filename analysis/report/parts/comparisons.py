@@ -6,21 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis.plots.comparisons import AHEAD, BEHIND, LEVEL, both_sides, step_costs
-from analysis.report.headlines import Headline, headline_records, load_headlines
-from analysis.runs.folders import Run
+from analysis.report.headlines import FILE, Headline, headline_records, load_headlines
+from analysis.runs.folders import Run, Table
 from analysis.studies.drawing import Figure
 
 NOISE = 0.02  # ratios that are nearer to 1 are level
+MAP = "cpu-overflow-map"
 STEPS = ("h200-step-1024", "h200-step-2048", "h200-step-8192")  # each is one job
 
 
 def comparisons(records: Mapping[str, Run]) -> dict[str, Figure]:
     """By name; those whose records are not there are left out."""
     found = []
-    if set(headline_records()) <= records.keys():
+    if FILE.is_file() and set(headline_records()) <= records.keys():
         sides = sides_frame(load_headlines(records))
         found.append(_figure(
             "sides", sides, partial(both_sides, sides), "Both sides of every comparison",
@@ -38,6 +40,30 @@ def comparisons(records: Mapping[str, Run]) -> dict[str, Figure]:
             "Three panels of dots, joules a megabyte for windows of 1,024, 2,048 and 8,192 bytes, "
             "one row a layer pattern."))
     return {f"comparisons.{figure.name}": figure for figure in found}
+
+
+def lab_tables(records: Mapping[str, Run]) -> list[Table]:
+    """Tables that the page's things to try read, and that say the same without them."""
+    found = []
+    if MAP in records:
+        found.append(Table("chunk", "Error of the corrected cumulated sum in float32, worst of "
+                           "value and gradients, by chunk and log-decay a step (constant decay).",
+                           chunk_frame(records[MAP].tables["errors"].frame)))
+    if set(STEPS) <= records.keys():
+        steps = steps_frame([records[name] for name in STEPS])
+        found.append(Table("steps", "Training steps of one million parameters, each number of "
+                           "windows one job.", steps.drop(columns="record")))
+    return found
+
+
+def chunk_frame(errors: pd.DataFrame) -> pd.DataFrame:
+    """A row a chunk, a column a decay."""
+    some = errors[(errors["kind"] == "constant") & (errors["precision"] == "float32")
+                  & (errors["form"] == "corrected_cumsum")]
+    decays = [c for c in some if c not in ("kind", "precision", "form", "of", "chunk")]
+    # numpy's maximum: a nan is worse than any number
+    worst = some.groupby("chunk")[decays].agg(lambda column: np.max(column.to_numpy(float)))
+    return worst.reset_index(names="chunk, steps")
 
 
 def sides_frame(headlines: Sequence[Headline]) -> pd.DataFrame:

@@ -45,10 +45,10 @@ def outcomes_of(errors: pd.DataFrame, precision: str, kind: str) -> pd.DataFrame
     """The errors of a precision and kind of decay as outcomes, by limits that fit the precision."""
     rows = _part(errors, precision, kind)
     decays = [column for column in rows if column not in KEYS]
-    own = rows[rows["form"] == "sequential"].groupby("of")[decays].max()
-    found = rows[rows["form"] != "sequential"]
+    own = rows[rows["form"] == "recurrent"].groupby("of")[decays].max()
+    found = rows[rows["form"] != "recurrent"]
     error = found[decays].to_numpy(float)
-    rest = OWN_ERRORS * own.loc[found["of"], decays].to_numpy(float)
+    rest = np.nan_to_num(OWN_ERRORS * own.reindex(found["of"]).to_numpy(float))
     names = np.select(
         [np.isnan(error), np.isinf(error), error <= np.maximum(ROUGH, rest),
          error <= np.maximum(bounds.SILENT, rest)], ["nan", "inf", "right", "rough"], "silent")
@@ -292,7 +292,7 @@ def _map_drawing(precision: str, kind: str) -> Drawing:
         right = right_everywhere(outcomes_of(run.tables["errors"].frame, precision, kind))
         whole = [form for form, parts in right.items() if set(parts) == set(PARTS)]
         half = [f"the {parts[0]} of {form}" for form, parts in right.items() if form not in whole]
-        return (f"Dashed: the analytic bound. Without a failure, and so not drawn: sequential (the "
+        return (f"Dashed: the analytic bound. Without a failure, and so not drawn: recurrent (the "
                 f"recurrence itself), {', '.join([*whole, *half]) or 'nothing else'}. A limit is "
                 f"twice the recurrence's own error in this arithmetic where that is more.")
 

@@ -64,12 +64,14 @@ def _looks(kinds: pd.Series) -> dict[str, tuple[str, str]]:
 
 
 def _point(
-    axes: Axes, look: tuple[str, str], ngram: bool | None, x: float, y: float, size: float
+    axes: Axes, look: tuple[str, str], ngram: bool | None, x: float, y: float, size: float,
+    name: str | None = None,
 ) -> None:
+    """``name`` marks the point in the drawing, for who asks what it is."""
     colour, marker = look
     axes.plot([x], [max(y, FLOOR)], marker=marker, color=colour, linestyle="none",
               markersize=size, markeredgewidth=1.6,
-              markerfacecolor=colour if ngram else plots.PAPER, zorder=3,
+              markerfacecolor=colour if ngram else plots.PAPER, zorder=3, gid=name,
               clip_on=y >= FLOOR)
 
 
@@ -87,7 +89,8 @@ def _systems(
                                     "linestyle": "-"}
             axes.plot([x, x], [row["lowest accuracy"], row["highest accuracy"]], **ends)
             axes.plot([row["lowest energy (J)"], row["highest energy (J)"]], [y, y], **ends)
-        _point(axes, looks[row["kind"]], row["with n-gram"], x, y, size=9.0)
+        _point(axes, looks[row["kind"]], row["with n-gram"], x, y, size=9.0,
+               name=f"point-{row['system']}")
 
 
 # Where a name may stand, in points from its point: (x, y), x > 0 to the right of it.

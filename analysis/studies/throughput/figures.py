@@ -240,6 +240,11 @@ FIGURES = (
         alt="Two panels of dots on a log axis of time, one row a shape: the fused scan, its "
             "variant that recomputes, mamba-ssm and attention, and a tick for the floor."),
     Drawing(
+        "bench", scan_peers, ("bench",), "The scan beside its peers",
+        caption="Median of a call, log axis. The floor is the scan's; attention does other work.",
+        alt="Two panels of dots on a log axis of time, one row a shape: the fused scan, its "
+            "variant that recomputes, mamba-ssm and attention, and a tick for the floor."),
+    Drawing(
         "mixers", mixer_time, ("mixers", "crossovers"), "Mixers against length",
         caption="Median of a call (on a GPU a captured graph), log-log. 'auto' is the default form "
                 "of the scan; the dashed line is the length at which the first mixer and attention "
