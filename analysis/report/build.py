@@ -12,20 +12,16 @@ from analysis.report.html.check import check_page
 from analysis.report.html.text import clean
 from analysis.report.links import resolve
 from analysis.report.pages import Config, Pages
-from analysis.report.parts.blocks import data_path
+from analysis.report.parts.blocks import DATA, data_path
 from analysis.report.select import advice, select
 from analysis.runs.folders import RUNS, Run, list_runs
 from analysis.runs.frames import csv_text
 from analysis.runs.records import RECORDS, load_records
 from analysis.studies import STUDIES, Study
-from mambabyte.config.files import check_file, whole_dir, whole_file
+from mambabyte.config.files import MANIFEST, check_file, made, whole_dir, whole_file, write_manifest
 from mambabyte.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-MARK = "made-by-mambabyte-report.txt"
-MARKED = """This folder is made by `mambabyte report` and belongs to the page of its name. data/ has
-the tables behind the pages. What is named here is written anew each time:
-"""
 
 
 def build_report(
@@ -65,15 +61,13 @@ def build_report(
             for path, text in [*_data([*site.shown, *records.values()]), *site.data()]}
     for name, page in pages.items():
         check_page(page, name, [*pages, *data], draft=draft)
-    earlier = (folder / MARK).read_text(encoding="utf-8").splitlines() if folder.exists() else []
-    with whole_dir(folder, earlier) as temporary:
+    with whole_dir(folder, ours=made(folder) | {DATA}) as temporary:
         for name, text in {**pages, **data}.items():
             if name != out.name:
                 path = temporary / Path(name).relative_to(folder.name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8", newline="")
-        made = sorted(path.name for path in temporary.iterdir())
-        (temporary / MARK).write_text(MARKED + "\n".join(made) + "\n", encoding="utf-8")
+        write_manifest(temporary, command="mambabyte report")
     with whole_file(out) as temporary:
         temporary.write_text(pages[out.name], encoding="utf-8")
     return out
@@ -84,7 +78,7 @@ def _evidence_folder(out: Path) -> Path:
     folder = out.with_name(f"{out.stem}-evidence")
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-    if folder.exists() and not (folder / MARK).is_file():
+    if folder.exists() and not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} is there and was not made by this command: move it away, or "
                         "choose another --out")
     return folder

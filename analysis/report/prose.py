@@ -37,6 +37,7 @@ from analysis.report.parts.example import first_lost, worked_example
 from analysis.report.select import advice
 from analysis.runs.folders import Run, Value
 from analysis.runs.jobs import quantity
+from analysis.studies.drawing import tables_shown
 from mambabyte.errors import UserError, nearest
 
 _SLOT = re.compile(r"<p>\[\[([\w.-]+)\]\]</p>\n?")  # where a figure or table goes
@@ -141,7 +142,7 @@ class Prose:
             return [_gap(path)]
         if key not in run.tables:
             raise UserError(f"there is no table {path!r}{nearest(key, run.tables)}")
-        frame = run.tables[key].frame
+        frame = tables_shown(run, self._blocks.registry)[key].frame
         for wanted in (column, *(where or {}), *cells):
             if wanted not in frame:
                 raise UserError(f"{path} has no column {wanted!r}{nearest(wanted, frame)}")

@@ -16,7 +16,7 @@ from analysis.report.parts.ledger import is_ledger, ledger
 from analysis.runs.folders import Run, Table
 from analysis.runs.records import machine_name
 from analysis.studies import Study
-from analysis.studies.drawing import Figure, drawings, figure_of
+from analysis.studies.drawing import Figure, drawings, figure_of, tables_shown
 
 OPEN_ROWS = 16  # a longer table is folded, unless it belongs to a ledger
 FOLDED_ROWS = 60  # a table of more rows is in its file alone
@@ -79,7 +79,8 @@ class Blocks:
         run = self._all().get(name)
         if run is None or key not in run.tables or not run.tables[key].caption:
             return None
-        found, kind = run.tables[key], "ledger" if run.study in LEDGERS else ""
+        found = tables_shown(run, self.registry)[key]
+        kind = "ledger" if run.study in LEDGERS else ""
         rows = len(found.frame)
         if kind and is_ledger(found.frame):
             content = ledger(found.frame, self.links(), self.quotations)
