@@ -18,19 +18,20 @@ from tests.helpers.report_world import World, write_record
 def test_a_report_takes_no_file_of_the_users(world: World):
     folder = world.run()
     (folder / "notebook.ipynb").write_text('{"cells": []}')
-    theirs = world.out.parent / "appendices"
-    (theirs / "figures").mkdir(parents=True)
+    world.build()
+    theirs = world.evidence
+    (theirs / "figures").mkdir()
     (theirs / "a.tex").write_text("Proofs.")
     (theirs / "figures" / "one.pdf").write_text("a figure")
     (theirs / "link").symlink_to("a.tex")
-    world.build()
     world.notebook("x = 2")
     folder.rename(world.runs / "tiny-2")
     (world.runs / "tiny-2" / "run.json").unlink()
     (world.run("tiny-2") / "notebook.ipynb").write_text('{"cells": []}')
     world.build()  # takes what it wrote itself the first time, and that alone
     assert {p.name for p in theirs.iterdir()} == {
-        "a.tex", "figures", "link", "tiny-2.html", "manifest.json"}
+        "a.tex", "figures", "link", "data", "machines.html", "notebook-tiny-2.html", "tiny.html",
+        "manifest.json"}
     assert (theirs / "figures" / "one.pdf").read_text() == "a figure"
     assert os.readlink(theirs / "link") == "a.tex"
 
