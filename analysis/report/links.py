@@ -24,7 +24,7 @@ def resolve(pages: Mapping[str, str]) -> dict[str, str]:
             part = match[2]
             if part in parts[name] or part not in home:
                 return match[0]
-            way = posixpath.relpath(home[part], posixpath.dirname(name) or ".")
+            way = posixpath.relpath(f"/{home[part]}", f"/{posixpath.dirname(name)}")
             return f'{match[1]}{way}#{part}"'
         return _LINK.sub(led, pages[name])
 
