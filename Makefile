@@ -25,8 +25,8 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-lab: $(VENV)/.lab            ## JupyterLab on the notebooks, same environment
-	$(BIN)/jupyter lab notebooks
+lab: $(VENV)/.lab            ## JupyterLab on the notebooks, same environment; make lab ARGS=--no-browser
+	$(BIN)/jupyter lab --config=notebooks/lab_config.py $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS) notebooks
 
 lock:            ## pin every package of the two commands with its hashes (needs uv)
 	echo setuptools | uv pip compile pyproject.toml - --extra test --generate-hashes --universal \

@@ -2,6 +2,9 @@
 
 import os
 
+# torch's profiler, of which the studies read numbers, writes lines of its own about its start.
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+
 # Threads of GNU OpenMP, which torch has on the CPU under Linux, spin while they wait for each
 # other, for milliseconds. Where other work takes a core, every region then lasts a time slice of
 # the system: a step of a tiny model took 716 ms for 3. Spinning for microseconds keeps both cases

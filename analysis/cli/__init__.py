@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mambabyte import __version__
@@ -32,6 +33,10 @@ COMMANDS = {
     "bench": ("analysis.cli.studies.bench", "time the scan, streaming, or training steps"),
 }
 
+# These read and write beside the sources: notebooks/, data/ and reports/ are in no wheel.
+IN_CHECKOUT = ("study", "sweep", "report")
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (0 only on success)."""
@@ -49,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings(), _ended_like_ctrl_c():
             warnings.showwarning = _note  # type: ignore[assignment]
+            if args[0] in IN_CHECKOUT and not (ROOT / "notebooks").is_dir():
+                raise UserError(f"mambabyte {args[0]} needs the project's checkout: an installed "
+                                "package has no notebooks, records and prose. Clone the project, "
+                                "pip install -e . there, and run it in that environment")
             run: Callable[[list[str]], int] = importlib.import_module(COMMANDS[args[0]][0]).run
             return run(args[1:])
     except UserError as error:

@@ -44,6 +44,8 @@ def commit() -> str:
     Where there is no checkout, as in a container, it is what $MAMBABYTE_COMMIT says.
     """
     root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # installed: git would tell of what the environment stands in
+        return os.environ.get("MAMBABYTE_COMMIT", "unknown (not a git checkout)")
     try:
         run = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],

@@ -70,3 +70,41 @@ def test_commands_spin_for_microseconds_unless_asked_otherwise(asked, count):
     got = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True,
                          capture_output=True, check=True)
     assert got.stdout.strip() == str(count)
+
+
+@pytest.mark.parametrize("command", ["study", "sweep", "report"])
+def test_an_installed_package_says_what_needs_a_checkout(command, tmp_path, monkeypatch, capsys):
+    from analysis import cli
+
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    assert cli.main([command, "--json"]) == 2
+    assert "needs the project's checkout" in capsys.readouterr().err
+
+
+def test_an_installed_package_is_not_of_the_repository_it_stands_in(tmp_path, monkeypatch):
+    from mambabyte.config import provenance
+
+    installed = tmp_path / "lib" / "mambabyte" / "config" / "provenance.py"
+    monkeypatch.setattr(provenance, "__file__", str(installed))
+    monkeypatch.delenv("MAMBABYTE_COMMIT", raising=False)
+    assert provenance.commit.__wrapped__() == "unknown (not a git checkout)"
+
+
+def test_jupyterlab_saves_notebooks_as_git_has_them():
+    import json
+    from types import SimpleNamespace
+
+    path = next((ROOT / "notebooks").glob("01_*.ipynb"))
+    before = json.loads(path.read_text())
+    ran = json.loads(path.read_text())
+    for number, cell in enumerate(ran["cells"]):
+        cell["metadata"]["trusted"] = True
+        if cell["cell_type"] == "code":
+            cell |= {"execution_count": number, "outputs": [{"output_type": "stream"}]}
+    ran["metadata"] |= {"widgets": {}, "language_info": {"name": "python", "version": "3.11.2"}}
+    manager = SimpleNamespace()
+    given = {"get_config": lambda: SimpleNamespace(FileContentsManager=manager)}
+    exec((ROOT / "notebooks" / "lab_config.py").read_text(), given)
+    manager.pre_save_hook({"type": "notebook", "content": ran}, path="x", contents_manager=None)
+    assert ran == before
+    manager.pre_save_hook({"type": "file", "content": "text"})
