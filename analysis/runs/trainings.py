@@ -83,7 +83,8 @@ def summary(run: Training) -> dict[str, Any]:
         "width": run.model.get("d_model"),
         "steps": result.get("steps", last.get("step", 0)),
         "of": run.train.get("n_steps"),
-        "ended by": result.get("stopped_by", "not yet"),
+        "ended by": result.get("stopped_by", "not yet") + (
+            " (smoke mode)" if result.get("smoke") else ""),
         "seconds": seconds,
         "bytes/s": seen / seconds if seconds and seen else None,
         "training bits/byte": last.get("bits_per_byte"),

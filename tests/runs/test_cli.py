@@ -76,6 +76,8 @@ def test_smoke_mode_from_the_shell(tiny, tmp_path):
     assert record["steps"] == 2
     assert record["smoke"]["scan_output_error"] < 1e-5
     assert record["energy_source"]
+    kept = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert kept["smoke"] == record["smoke"]
     assert "SMOKE mode (train=436 bytes) ctx=64" in done.stderr
     assert "memory: a step needs 0.0" in done.stderr
     assert "step 2/2" in done.stderr

@@ -93,6 +93,24 @@ def test_the_throughput_panel_times_what_its_sliders_say(capsys):
     assert ("energy: not measured" in capsys.readouterr().out) == (not per_byte.any())
 
 
+def test_the_throughput_panel_stops_before_it_blocks_the_notebook(monkeypatch, capsys):
+    asked = []
+
+    def slow(p, batch, contexts):
+        asked.extend(contexts)
+        return pd.DataFrame([{"pattern": pattern, "context": contexts[0], "ms": 5.0 * contexts[0],
+                              "joules_per_step": None, "energy_source": "not measured"}
+                             for pattern in "MA"])
+
+    monkeypatch.setattr(throughput_panel, "steps_at", slow)
+    found = throughput_panel._show_steps(throughput.Parameters(), 1, 2048)
+    assert asked == [256]  # 1.28 s; the next would take more than 2
+    assert set(found["context"]) == {256}
+    out = capsys.readouterr().out
+    assert "timing steps of 1 x 256 bytes" in out
+    assert "512 bytes and more: left out, since a step would take more than 2 s" in out
+
+
 @pytest.mark.parametrize("joules", [None, 0.5])
 def test_the_throughput_panel_draws_energy_where_it_was_measured(joules):
     frame = pd.DataFrame([{"pattern": p, "context": n, "ms": n / 10, "joules_per_step": joules}

@@ -84,6 +84,7 @@ def _usual(argv: list[str]) -> str:
 def _train(options: Options, device: str, first: bool) -> int:
     """Train on ``device``; of several processes only the first one talks."""
     from mambabyte import train as training
+    from mambabyte.config.files import write_json
     from mambabyte.config.provenance import provenance
     from mambabyte.corpus import load_corpus
     from mambabyte.ops import default_form
@@ -126,6 +127,8 @@ def _train(options: Options, device: str, first: bool) -> int:
         record |= training.train(
             model, recipe, corpus, options.out, device=device, resume=options.resume,
             report=lambda p: show(p, line=True), watch=show, report_scoring=scoring)
+    if smoke and record["stopped_by"] != "interrupt":  # the run folder says so as well
+        write_json(options.out / "result.json", record)
     record["run"] = options.out
     bits = record.get("valid_bits_per_byte")
     energy = record["energy_source"]  # says "not measured" and why, where it was not
