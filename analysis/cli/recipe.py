@@ -63,6 +63,8 @@ def recipe(preset: str | None, file: str | Path | None = None) -> Recipe:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # a device, or a pipe that nobody fills
+        raise UserError(f"{path} is not a file: expected JSON or TOML")
     try:
         text = path.read_text(encoding="utf-8")
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)

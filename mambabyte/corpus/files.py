@@ -22,18 +22,20 @@ _BLOCK = 1 << 20  # bytes looked at or copied at a time
 _GZIP = b"\x1f\x8b"
 _BEGINNINGS = {  # of files whose first bytes say what they are; the longer of two first
     b"\xff\xfe\x00\x00": "UTF-32 text", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text",
-    b"PK\x03\x04": "a zip archive", b"\xfd7zXZ\x00": "an xz archive", b"BZh": "a bzip2 archive",
+    _GZIP: "a gzip archive", b"PK\x03\x04": "a zip archive", b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ\x00": "an xz archive",
     b"\x28\xb5\x2f\xfd": "a zstd archive", b"%PDF-": "a PDF file", b"PAR1": "a parquet file",
 }
 _CONTROL = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))  # in no text, or hardly
 
 
-def mapped(path: Path) -> np.ndarray:
-    """The bytes of a file, read only and not copied; UserError where there are none."""
+def mapped(path: Path, source: Path | None = None) -> np.ndarray:
+    """The bytes of a file, read only and not copied; UserError where there are none, which names
+    the ``source`` that they were unpacked from."""
     if not path.is_file():
         raise UserError(f"{path} is not a file: expected a UTF-8 text file")
     if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty: expected text to train on")
+        raise UserError(f"{source or path} is empty: expected text to train on")
     try:
         return np.memmap(path, dtype=np.uint8, mode="r")
     except OSError as error:
@@ -54,9 +56,8 @@ def present(data: Data) -> Data:
 def open_text(path: Path) -> tuple[np.ndarray, str]:
     """A file as it is, and what it is where it is no UTF-8 text; "" where it is. gzip is unpacked
     into the cache. A warning says what the bytes of a file in another encoding are taken for."""
-    if path.is_file() and _begins(path, _GZIP):
-        path = joined([path], path)
-    data = mapped(path)
+    packed = path.is_file() and _begins(path, _GZIP)
+    data = mapped(joined([path], path) if packed else path, source=path)
     what = not_utf8(data)
     if what:
         warnings.warn(f"{path} is {what}: it is read as the bytes that it has; convert text to "
@@ -83,7 +84,7 @@ def open_texts(folder: Path) -> np.ndarray:
         warnings.warn(f"{folder}: {len(other)} of {len(files)} files are no UTF-8 text and were "
                       f"left out ({', '.join(other[:3])}{', ...' if len(other) > 3 else ''})",
                       UserWarning, stacklevel=4)
-    return mapped(joined(texts, folder))
+    return mapped(joined(texts, folder), source=folder)
 
 
 def joined(files: Sequence[Path], source: Path) -> Path:

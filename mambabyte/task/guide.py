@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mambabyte.config import ModelConfig
 from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.model import ByteLM, embed
+from mambabyte.model.lm import symbols
 from mambabyte.task.ngram import NgramModel, V
 
 _CLEAR = 4  # classes of how clear the longest context is
@@ -182,6 +183,7 @@ class GuidedLM(nn.Module):
 
     def loss(self, tokens: Tensor, log_p: Tensor, best: Tensor, kind: Tensor) -> Tensor:
         """Mean cross-entropy in nats; tokens (B, L + 1), hints (B, L, ...) of tokens[:, 1:]."""
+        tokens = symbols(tokens, least=2)
         hint = Hint(log_p, best, kind)
         x = self.lm.through_layers(self.embedded(tokens[:, :-1], hint))
         logits = self.combined(self.lm.norm_f(x), hint)
@@ -189,6 +191,7 @@ class GuidedLM(nn.Module):
 
     def forward(self, tokens: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
         """Logits (B, L, V) of the byte after each of ``tokens`` (B, L), and the state."""
+        tokens = symbols(tokens)
         assert self.guide is not None, "a guided model needs its guide"
         width = self.guide.width
         network, last = (None, None) if state is None else state

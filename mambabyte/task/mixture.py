@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.errors import NonFiniteError, UserError
+from mambabyte.model.lm import symbols
 from mambabyte.stream import ByteModel
-from mambabyte.task.ngram import NgramModel
+from mambabyte.task.ngram import NgramModel, V
 
 
 class NgramLM(nn.Module):
@@ -31,6 +32,10 @@ class NgramLM(nn.Module):
 
     def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """tokens (B, L); returns log p of the byte after each, (B, L, V), and the state."""
+        tokens = symbols(tokens)
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < V:
+            raise UserError(f"tokens are from {tokens.min()} to {tokens.max()}: an n-gram model "
+                            "has bytes alone, from 0 to 255")
         batch, width = len(tokens), self.ngram.order - 1
         if state is None:
             state = torch.full((batch, width), START_BYTE, dtype=torch.uint8)

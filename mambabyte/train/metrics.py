@@ -10,6 +10,7 @@ from typing import Any
 
 from mambabyte.config.files import whole_file
 
+_NUMBERS = {word: float(word) for word in ("nan", "inf", "-inf")}  # as JSON has them here
 _OLD_NAMES = {"headroom": "exponent"}  # of runs from before a metric had its present name
 
 
@@ -35,7 +36,8 @@ def read_metrics(path: Path) -> list[Progress]:
     names = {f.name for f in fields(Progress)}
     found = []
     for _, record in _records(path):
-        record = {_OLD_NAMES.get(name, name): value for name, value in record.items()}
+        record = {_OLD_NAMES.get(name, name): _NUMBERS.get(str(value), value)
+                  for name, value in record.items()}
         if record.keys() == names:
             found.append(Progress(**record))
     return found

@@ -234,10 +234,12 @@ def test_a_run_is_resumed_without_its_options(text_file, tmp_path, capsys):
     ("a.toml", "[model]\nd_state = -1", "d_state is -1"), ("a.toml", "a = ", "is no JSON"),
     ("a.json", '{"model": 3}', "expected named values"),
     ("a.json", "[]", "expected some of preset"),
-    ("a.json", '{"modle": {}}', "['modle']"), ("a.json", '{"corpus": 3}', "corpus is 3")])
+    ("/dev/zero", None, "is not a file"), ("a.json", '{"modle": {}}', "['modle']"),
+    ("a.json", '{"corpus": 3}', "corpus is 3")])
 def test_a_wrong_configuration_file_is_one_clear_line(name, text, message, tmp_path, capsys):
     path = tmp_path / name
-    path.write_text(text)
+    if text is not None:
+        path.write_text(text)
     line = error_line(capsys, "train", "--config", path, "--out", tmp_path / "run")
     assert str(path) in line
     assert message in line

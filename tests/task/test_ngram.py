@@ -251,3 +251,12 @@ def test_best_weight_finds_the_maximum():
     assert others[round(100 * best)] == pytest.approx(max(others), abs=1e-6)
     assert best_weight(neural, neural - 1) == 0.0
     assert best_weight(neural - 1, neural) == 1.0
+
+
+def test_symbols_that_are_no_bytes_are_refused():
+    model = NgramLM(count(b"abcabc", 3))
+    assert torch.equal(model(torch.tensor([[97, 98]]).to(torch.uint8))[0],
+                       model(torch.tensor([[97, 98]]))[0])
+    for token in (300, -1):  # they would wrap around
+        with pytest.raises(UserError, match="bytes alone, from 0 to 255"):
+            model(torch.tensor([[token, 98]]))

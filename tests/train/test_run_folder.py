@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from analysis.cli.console import Bar, say
 from mambabyte import checkpoint
 from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.config.files import to_json
 from mambabyte.corpus import Corpus
 from mambabyte.train import Progress, read_metrics, train
 from mambabyte.train import metrics as metrics_module
@@ -131,3 +133,10 @@ def test_a_dead_standard_error_ends_no_training(tmp_path, monkeypatch):
             result = train(MODEL, RECIPE, CORPUS, tmp_path / "run",
                            report=lambda p: bar(p.step / p.n_steps, line=True))
     assert result["stopped_by"] == "n_steps"
+
+
+def test_a_metric_that_is_not_finite_is_read_back(tmp_path):
+    values = dict.fromkeys((f.name for f in fields(Progress)), 1.0) | {"exponent": math.inf}
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(to_json(values) + "\n")
+    assert read_metrics(path) == [Progress(**values)]

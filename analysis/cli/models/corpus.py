@@ -19,7 +19,7 @@ from analysis.cli.options import parse, print_result
 @dataclass(frozen=True)
 class Options:
     name: Annotated[str, tyro.conf.Positional] = "stdlib"
-    """stdlib, wikitext103, a folder with wiki.*.raw, or a text file."""
+    """stdlib, wikitext103, a text file, or a folder of text files or wiki.*.raw."""
     json: bool = False
     """Print the result as JSON."""
 

@@ -26,8 +26,8 @@ class Options:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """Run folder or checkpoint folder."""
     corpus: str = "auto"
-    """The run's own with auto; else stdlib, wikitext103, a folder with wiki.*.raw, or a text file.
-    """
+    """The run's own with auto; else stdlib, wikitext103, a text file, or a folder of text files or
+    wiki.*.raw."""
     split: Literal["train", "valid", "test"] = "valid"
     characters: int = 60_000
     """How many characters of the split to score, from its start."""

@@ -22,7 +22,7 @@ from analysis.cli.options import parse, pick_device, print_result
 @dataclass(frozen=True)
 class Options:
     corpus: str = "stdlib"
-    """stdlib, wikitext103, a folder with wiki.*.raw, or a text file."""
+    """stdlib, wikitext103, a text file, or a folder of text files or wiki.*.raw."""
     order: int = 12
     discount: float = 0.5
     continuation: bool = True

@@ -38,7 +38,7 @@ class Options:
     name: Annotated[str, tyro.conf.Positional] = ""
     """System to run or export, submission file to check, or folder of the record."""
     corpus: str = "stdlib"
-    """stdlib, wikitext103, a folder with wiki.*.raw, or a text file."""
+    """stdlib, wikitext103, a text file, or a folder of text files or wiki.*.raw."""
     seeds: int = 1
     """How many runs, with seeds 0, 1, ..."""
     characters: int = 60_000

@@ -39,7 +39,7 @@ class Options:
     """File that fills them too: JSON or TOML with some of preset, model, train, corpus and
     device, such as a run's config.json."""
     corpus: str = "stdlib"
-    """stdlib, wikitext103, a folder with wiki.*.raw, or a text file."""
+    """stdlib, wikitext103, a text file, or a folder of text files or wiki.*.raw."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     resume: bool = False
