@@ -192,7 +192,8 @@ def chunks_do_not_overflow(lab: Lab, claim: Claim) -> Finding:
     author = "" if lost is None else (
         f" The authors' own run is lost between steps {lost.last_finite_step:.0f} and "
         f"{lost.first_lost_step:.0f}.")
-    return Finding(verdict, f"{margin:.2f} x at the start", f"With chunks of 32 the largest "
+    later = "" if recorded is None else f", {limit / worst:.2f} x in training"
+    return Finding(verdict, f"{margin:.2f} x at the start{later}", f"With chunks of 32 the largest "
                    f"exponent at the start is {start:.1f} of {limit:.1f}: step sizes {margin:.2f} "
                    f"times larger overflow.{trained}{author} The chunks postpone the overflow, "
                    "they do not exclude it.", recorded.text if recorded else

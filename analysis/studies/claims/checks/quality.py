@@ -25,6 +25,7 @@ from analysis.studies.claims.ledger import (
 from analysis.studies.claims.recorded import (
     AS_WRITTEN,
     count_of,
+    joined,
     mean,
     repeated,
     second_widths,
@@ -218,11 +219,13 @@ def signs_of_life(lab: Lab, claim: Claim) -> Finding:
     if (log := lab.published("naive_baseline")) is not None:
         pieces += (f" The competition's own attention passes it between steps 10 "
                    f"({_logged(log, 10):.2f}) and 50 ({_logged(log, 50):.2f}).")
-    return Finding(verdict, f"{none:.2f} and {one:.2f} by counting", f"Byte counts alone give "
+    counted = (f"{first:.2f} and {second:.2f} by counting pieces" if bigram is not None
+               else f"{none:.2f} and {one:.2f} by counting")
+    return Finding(verdict, counted, f"Byte counts alone give "
                    f"{none:.2f} bits a byte on held-out prose, counts after one byte {one:.2f}: "
                    f"{claim.number:.4f} is {none - claim.number:.2f} below letter frequencies and "
                    f"{one - claim.number:.2f} below pairs of bytes.{pieces} The texts differ.",
-                   "computed here" if small is None else small.text)
+                   joined(small, unigram) or "computed here")
 
 
 @check
