@@ -131,11 +131,18 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-PresetName = Annotated[str, one_of(lambda: PRESETS)]
+PresetName = Annotated[str, one_of(lambda: {**PRESETS, **ALIASES})]
+
+
+# Other names of the same, one scheme for train and task: hybrid_k_1 is k SSM layers to one of
+# attention. What the second document and old records call them is still read.
+ALIASES = {"hybrid_1_1": "ssm_1", "ssm_1_1": "ssm_1", "hybrid_2_1": "ssm_2",
+           "nano_hybrid_1_1": "nano_ssm_1_1", "nano_hybrid_3_1": "nano_ssm_3_1"}
 
 
 def get_preset(name: str) -> Preset:
     """The preset called ``name``; a UserError lists the names when there is none."""
+    name = ALIASES.get(name, name)
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -78,7 +78,15 @@ SYSTEMS: dict[str, System] = {
 }
 
 
+# The same scheme of names as that of the presets; records have the names that they are read to.
+ALIASES = {"hybrid_1_1": "ssm_1_1", "ssm_1": "ssm_1_1", "nano_hybrid_1_1": "nano_ssm_1_1",
+           "nano_hybrid_3_1": "nano_ssm_3_1", "ssm_3": "hybrid_3_1",
+           "guided_hybrid_1_1": "ours", "guided_attention": "ours_attention"}
+
+
 def get_system(name: str) -> System:
+    """The system called ``name``, or so by its other name; a UserError lists the names."""
+    name = ALIASES.get(name, name)
     if name not in SYSTEMS:
         raise UserError(f"system {name!r} is unknown: choose one of {', '.join(SYSTEMS)}")
     return SYSTEMS[name]

@@ -12,9 +12,10 @@ from rich.console import Console
 from analysis.cli import main
 from analysis.cli.console import _Place, _Rows, escaped
 from analysis.cli.training import Story, clock, replaced
-from mambabyte.config import ModelConfig, TrainConfig, get_preset
+from mambabyte.config import ModelConfig, TrainConfig, get_preset, presets
 from mambabyte.corpus import load_corpus
 from mambabyte.model import ByteLM
+from mambabyte.task import SYSTEMS, get_system, systems
 from mambabyte.train import Progress
 from mambabyte.train.run import train
 from mambabyte.train.schedule import schedule
@@ -159,3 +160,18 @@ def test_eval_and_generate_take_the_runs_own_corpus_and_say_so(tmp_path, monkeyp
     (run / "config.json").write_text('{"model": {}, "train": {}}')  # from before it was kept
     assert main(["eval", str(run), "--device", "cpu"]) == 2
     assert "(it was called mine.txt): name it with --corpus" in capsys.readouterr().err
+
+
+def test_one_scheme_of_names_serves_train_and_task(capsys):
+    for name in ("hybrid_1_1", "ssm_1", "ssm_1_1"):
+        assert get_preset(name) == get_preset("ssm_1")
+        assert get_system(name) == get_system("ssm_1_1")
+        assert get_system(name).model == get_preset(name).model
+    for name in ("hybrid_3_1", "nano_hybrid_1_1", "nano_hybrid_3_1", "nano_ssm"):
+        assert get_system(name).model == get_preset(name).model
+    assert get_system("guided_hybrid_1_1") is get_system("ours")
+    for aliases, names in ((presets.ALIASES, presets.PRESETS), (systems.ALIASES, SYSTEMS)):
+        assert set(aliases.values()) <= set(names)
+        assert not set(aliases) & set(names)
+    assert main(["task", "list"]) == 0
+    assert "(also: guided_hybrid_1_1)" in capsys.readouterr().out

@@ -67,9 +67,12 @@ def run(argv: list[str]) -> int:
 
     from mambabyte.errors import UserError
     from mambabyte.task import SYSTEMS, get_system
+    from mambabyte.task.systems import ALIASES
 
     if options.action == "list":
-        about = {name: system.about for name, system in SYSTEMS.items()}
+        other = {name: " ".join(a for a, of in ALIASES.items() if of == name) for name in SYSTEMS}
+        about = {name: system.about + (f" (also: {other[name]})" if other[name] else "")
+                 for name, system in SYSTEMS.items()}
         print_result(about, options.json, [f"{name:24} {text}" for name, text in about.items()])
         return 0
     if not options.name:
@@ -103,7 +106,7 @@ def run(argv: list[str]) -> int:
     if not 0 <= options.idle_watts < math.inf:
         raise UserError(f"--idle-watts is {options.idle_watts}: it must be a finite number, 0 or "
                         "more")
-    system = get_system(options.name)
+    name, system = ALIASES.get(options.name, options.name), get_system(options.name)
 
     from analysis.runs.records import check_record_folder
     from mambabyte.config.provenance import provenance
@@ -120,13 +123,13 @@ def run(argv: list[str]) -> int:
             row = run_task(system, corpus.train, {"valid": corpus.valid, "test": corpus.test},
                            device=device, seed=seed, idle_watts=options.idle_watts,
                            characters=options.characters, report=say)
-            rows.append({"system": options.name, "corpus": corpus.name, **row})
+            rows.append({"system": name, "corpus": corpus.name, **row})
     except KeyboardInterrupt:  # the seeds that ended are results: minutes and kilojoules each
         if not rows:
             raise
         say(f"interrupted; {len(rows)} of {options.seeds} seeds are done")
         interrupted = True
-    record = {"system": options.name, "corpus": corpus.name, "runs": rows,
+    record = {"system": name, "corpus": corpus.name, "runs": rows,
               "idle_watts": options.idle_watts, "characters": options.characters, **provenance()}
     if options.record:
         _keep(options, options.record, [record])
