@@ -14,6 +14,6 @@ def at_size(
 ) -> ModelConfig:
     """``config`` at this width and depth: every mixer that has heads has them d_model / n_head
     channels wide, so that any letter may stand in its pattern."""
-    wide = d_model // n_head
+    wide = max(1, d_model // n_head)
     return replace(config, d_model=d_model, n_layer=n_layer, n_head=n_head,
                    n_kv_head=n_kv_head or n_head, ssd_head_dim=wide, delta_head_dim=wide, **changes)

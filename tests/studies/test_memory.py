@@ -97,7 +97,7 @@ def test_peak_within_five_percent(
 
 def test_peaks_cover_patterns_and_checkpointing() -> None:
     p = memory.Parameters(forms=("chunked",), patterns=("M", "A", "MMMA"))
-    frame = memory._peaks_frame(p)
+    _, frame = memory._counted_frames(p)
     assert {*zip(frame["pattern"], frame["autocast"], frame["checkpointing"], strict=True)} == {
         (pattern, autocast, c) for pattern in ("M", "A", "MMMA") for autocast in AUTOCASTS
         for c in (False, True)}

@@ -101,15 +101,13 @@ def measured_peaks(cuda: pd.DataFrame, devices_gb: tuple[int, ...]) -> Figure:
 
 def state_lines(state: pd.DataFrame) -> Figure:
     """Bytes of the streaming state over the bytes seen: constant, or growing for ever."""
-    figure, axes = plots.new_figure(size=SIZE)
-    ends = {}
+    figure, axes = plots.new_figure(size=(SIZE[0], 4.4))
     for pattern, look in plots.looks(list(dict.fromkeys(state["pattern"]))).items():
         rows = state[state["pattern"] == pattern]
-        axes.plot(rows["bytes seen"], rows["state, B"], **look)
-        ends[f"{kind_of(pattern)} ({pattern})"] = (
-            rows["bytes seen"].iloc[-1], rows["state, B"].iloc[-1], look["color"])
+        axes.plot(rows["bytes seen"], rows["state, B"], **look,
+                  label=f"{kind_of(pattern)} ({pattern})")
     _bytes_against(axes, state["bytes seen"], "bytes seen", "streaming state, bytes")
-    plots.label_lines(axes, ends)
+    figure.legend(loc="outside lower left", ncols=2)
     return figure
 
 

@@ -13,6 +13,26 @@ from analysis.theory.step_memory import LIBRARY_BYTES, state_bytes
 from mambabyte.config import PRESETS
 
 MB = 1e6
+# The document's statements in our numbers: key -> unit, what it is.
+DOCUMENT = {
+    "tensor_gb": ("GB", "one full tensor at 64 x 2048"),
+    "kept_per_layer": ("", "full tensors kept per layer"),
+    "live_per_layer": ("", "full tensors alive in a layer at the peak of its backward pass"),
+    "scan_kept_before_gb": ("GB", "full tensors kept, four layers, 64 x 2048"),
+    "kept_before_gb": ("GB", "all kept, float32, 64 x 2048"),
+    "kept_before_bf16_gb": ("GB", "all kept, bf16 autocast, 64 x 2048"),
+    "scan_kept_before_bf16_gb": ("GB", "full tensors kept under bf16 autocast, 64 x 2048"),
+    "scan_kept_after_gb": ("GB", "full tensors kept, four layers, 16 x 1024"),
+    "scan_cut": ("times", "cut of the scan's memory by the fix"),
+    "without_concatenation": ("", "full tensors kept without concatenation, relative to with"),
+    "counted_at_size": ("", "counted / closed form at 64 x 2048"),
+    "peak_before_gb": ("GB", "peak at 64 x 2048, bf16 autocast"),
+    "peak_after_gb": ("GB", "peak at 16 x 1024, bf16 autocast"),
+    "margin": ("times", "40 GB over that peak"),
+}
+# What is said of the script's own order of the products too.
+CODED = ("kept_per_layer", "live_per_layer", "scan_kept_before_gb", "peak_before_gb",
+         "peak_after_gb", "margin")
 
 
 def values(found: Results, p: Parameters) -> dict[str, Value]:
@@ -56,41 +76,16 @@ def values(found: Results, p: Parameters) -> dict[str, Value]:
                                    "largest |predicted / counted - 1| of the kept bytes"),
         "worst_peak_error": Value(_worst_error(found.peaks), "",
                                   "largest |predicted / profiled - 1| of the peak on the CPU"),
-        "tensor_gb": Value(document["tensor_gb"], "GB", "one full tensor at 64 x 2048"),
-        **{f"coded_{key}": Value(float(as_coded[key]), unit, f"{about}, in the script's own order")
-           for key, unit, about in (
-               ("kept_per_layer", "", "full tensors kept per layer"),
-               ("live_per_layer", "", "full tensors alive in a layer at its peak"),
-               ("scan_kept_before_gb", "GB", "full tensors kept, four layers, 64 x 2048"),
-               ("peak_before_gb", "GB", "peak at 64 x 2048, bf16 autocast"),
-               ("peak_after_gb", "GB", "peak at 16 x 1024, bf16 autocast"),
-               ("margin", "times", "40 GB over that peak"))},
-        "kept_per_layer": Value(document["kept_per_layer"], "", "full tensors kept per layer"),
-        "live_per_layer": Value(document["live_per_layer"], "",
-                                "full tensors alive in a layer at the peak of its backward pass"),
+        **{key: Value(float(document[key]), unit, about)
+           for key, (unit, about) in DOCUMENT.items()},
+        **{f"coded_{key}": Value(float(as_coded[key]), DOCUMENT[key][0],
+                                 f"{DOCUMENT[key][1]}, in the script's own order")
+           for key in CODED},
         "with_log_decay": Value(
             alive[1], "", "such tensors with log_decay, until the layer's forward " "pass ends"),
         "with_gradients": Value(alive[3], "", "such tensors with the gradients of b and log_decay"),
         "live_measured": Value(found.five_to_seven["measured, full tensors"].iloc[-1], "",
                                "full tensors at the peak of the backward pass, by the profiler"),
-        "scan_kept_before_gb": Value(document["scan_kept_before_gb"], "GB",
-                                     "full tensors kept, four layers, 64 x 2048"),
-        "kept_before_gb": Value(document["kept_before_gb"], "GB", "all kept, float32, 64 x 2048"),
-        "kept_before_bf16_gb": Value(document["kept_before_bf16_gb"], "GB",
-                                     "all kept, bf16 autocast, 64 x 2048"),
-        "scan_kept_before_bf16_gb": Value(document["scan_kept_before_bf16_gb"], "GB",
-                                          "full tensors kept under bf16 autocast, 64 x 2048"),
-        "scan_kept_after_gb": Value(document["scan_kept_after_gb"], "GB",
-                                    "full tensors kept, four layers, 16 x 1024"),
-        "scan_cut": Value(document["scan_cut"], "times", "cut of the scan's memory by the fix"),
-        "without_concatenation": Value(document["without_concatenation"], "",
-                                       "full tensors kept without concatenation, relative to with"),
-        "counted_at_size": Value(document["counted_at_size"], "",
-                                 "counted / closed form at 64 x 2048"),
-        "peak_before_gb": Value(
-            document["peak_before_gb"], "GB", "peak at 64 x 2048, bf16 autocast"),
-        "peak_after_gb": Value(document["peak_after_gb"], "GB", "peak at 16 x 1024, bf16 autocast"),
-        "margin": Value(document["margin"], "times", "40 GB over that peak"),
         "fused_peak_before_gb": Value(fused, "GB", "peak at 64 x 2048 with the fused scan, bf16"),
         "slices_exponent": Value(slope["slices in a loop"], "",
                                  "growth exponent of bytes allocated backward, slices"),

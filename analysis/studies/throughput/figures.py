@@ -24,7 +24,7 @@ from analysis.plots import (
 from analysis.runs.folders import Run
 from analysis.studies.drawing import Drawing
 from analysis.studies.throughput import PASSES
-from mambabyte.config.mixers import uses_scan_form
+from mambabyte.config.mixers import kind_of, uses_scan_form
 
 # One order for all figures, so that a form looks the same in each. There are seven looks, so
 # seven forms are drawn; the others, which coincide with some of these, are in the data.
@@ -139,7 +139,7 @@ def streaming(frame: pd.DataFrame) -> Figure:
     tick_bytes(axes[1].yaxis)
     label_axes(axes[0], "bytes seen before", "latency of one byte, ms")
     label_axes(axes[1], "bytes seen before", "state, bytes")
-    axes[1].legend(loc="upper left", bbox_to_anchor=(0.0, 0.9))
+    legend_below(figure)
     return figure
 
 
@@ -168,12 +168,11 @@ def training_steps(frame: pd.DataFrame) -> Figure:
     if measured:
         columns["joules_per_step"] = "a training step, J"
     figure, axes = new_figure(1, len(columns), size=(5.0 * len(columns), 3.6), squeeze=False)
-    names = {"M": "SSM", "A": "attention"}
     for ax, (column, label) in zip(axes[0], columns.items(), strict=True):
         for i, pattern in enumerate(dict.fromkeys(frame["pattern"])):
             one = frame[(frame["pattern"] == pattern) & frame[column].notna()]
             ax.plot(one["context"], one[column].astype(float), **look(i),
-                    label=names.get(pattern, pattern))
+                    label=kind_of(pattern))
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         tick_with(ax.xaxis, lambda length: f"{length:,.0f}")
