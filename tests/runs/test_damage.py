@@ -11,6 +11,7 @@ import pytest
 
 from analysis.runs.folders import RECORD, list_runs, load_run, seal
 from analysis.runs.records import check_record_folder
+from mambabyte.config.owners import only_one
 from mambabyte.errors import UserError
 from tests.helpers.report_world import World, write_record
 
@@ -104,3 +105,18 @@ def test_to_ask_whether_a_typo_was_measured_is_told(path, world: World):
     world.section("summary", "{% if measured('" + path + "') %}yes{% else %}no{% endif %}")
     with pytest.raises(UserError, match="typo"):
         world.build()
+
+
+def test_two_tasks_of_one_record_are_one_too_many(tmp_path: Path, capsys):
+    from analysis.cli import main
+
+    (tmp_path / "text.txt").write_text("she sells sea shells by the sea shore, " * 60)
+    record = tmp_path / "records" / "box"
+    args = ["task", "run", "ngram", "--corpus", str(tmp_path / "text.txt"), "--characters", "9",
+            "--device", "cpu", "--record", str(record), "--title", "T", "--about", "A"]
+    record.parent.mkdir()
+    with only_one(record.with_name(".box.lock"), "makes the record box"):
+        assert main(args) == 2
+    assert "makes the record box in" in capsys.readouterr().err
+    assert main(args) == 0
+    assert [p.name for p in record.parent.iterdir()] == ["box"]

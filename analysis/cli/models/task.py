@@ -23,12 +23,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from analysis.cli.console import say
 from analysis.cli.options import parse, pick_device, print_result
+
+if TYPE_CHECKING:
+    from mambabyte.task.systems import System
 
 
 @dataclass(frozen=True)
@@ -107,14 +110,26 @@ def run(argv: list[str]) -> int:
         raise UserError(f"--idle-watts is {options.idle_watts}: it must be a finite number, 0 or "
                         "more")
     name, system = ALIASES.get(options.name, options.name), get_system(options.name)
+    if not options.record:
+        return _run(options, name, system)
 
     from analysis.runs.records import check_record_folder
+    from mambabyte.config.files import make_dir
+    from mambabyte.config.owners import only_one
+
+    check_record_folder(options.record)  # now, and not after the runs
+    make_dir(options.record.parent)
+    with only_one(options.record.with_name(f".{options.record.name}.lock"),
+                  f"makes the record {options.record.name}"):
+        return _run(options, name, system)
+
+
+def _run(options: Options, name: str, system: System) -> int:
+    """Train and score, once a seed, and keep and print the rows."""
     from mambabyte.config.provenance import provenance
     from mambabyte.corpus import load_corpus
     from mambabyte.task import run_task
 
-    if options.record:
-        check_record_folder(options.record)  # now, and not after the runs
     device, corpus = pick_device(options.device), load_corpus(options.corpus, say)
     rows: list[dict[str, Any]] = []
     interrupted = False

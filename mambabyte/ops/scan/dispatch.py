@@ -72,6 +72,9 @@ def selective_scan(
     the last step (B, D, N) in float32 (float64 when any input is float64). Gradients flow to
     every input and through both results.
 
+    Where A or a step size is infinite, the fused form's gradients of the other may be finite where
+    the recurrence's are nan: of a decay that is exactly 0 it takes the limit.
+
     Raises UserError for shapes that do not agree, an unknown form, or a chunk size below 1.
     """
     operator.check_shapes(u, delta, A, B, C, D, z, delta_bias, initial_state)
