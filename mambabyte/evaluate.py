@@ -18,6 +18,7 @@ from mambabyte.stream.greedy import Windows, greedy_codes
 from mambabyte.stream.streams import place_of
 
 TASK_CHARACTERS = 60_000  # the public task scores these many characters of a split
+BLOCK_CHARACTERS = 1000  # longer than what makes neighbouring predictions alike
 _WINDOWS = {"cpu": 512, "cuda": 2048}  # bytes; a call costs as much as some 100, or some 10,000
 _BLOCK = 1 << 16  # bytes whose log-probabilities are kept at once
 
@@ -36,6 +37,16 @@ class Score:
     bytes: int
     bytes_not_utf8: int
     hits: np.ndarray
+
+    @property
+    def accuracy_error(self) -> float | None:
+        """Standard error that a text of this length leaves in the accuracy, by blocks, as
+        neighbours are alike; None for fewer than two blocks."""
+        blocks = len(self.hits) // BLOCK_CHARACTERS
+        if blocks < 2:
+            return None
+        means = self.hits[: blocks * BLOCK_CHARACTERS].reshape(blocks, -1).mean(1)
+        return float(means.std(ddof=1) / blocks**0.5)
 
     def as_dict(self) -> dict[str, object]:
         record = asdict(self)

@@ -263,6 +263,7 @@ def run_task(
             report(f"scoring {name}")
             result = score(fitted.model, data, characters)
             row |= {f"{name}_accuracy": result.char_accuracy,
+                    f"{name}_accuracy_error": result.accuracy_error,
                     f"{name}_bits_per_byte": result.bits_per_byte,
                     f"{name}_characters": result.characters, f"{name}_bytes": result.bytes,
                     f"{name}_bytes_not_utf8": result.bytes_not_utf8}

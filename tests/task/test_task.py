@@ -13,7 +13,7 @@ import torch
 from analysis.cli.models.task import run as command
 from mambabyte import harness
 from mambabyte.errors import UserError
-from mambabyte.evaluate import score, score_streaming
+from mambabyte.evaluate import Score, score, score_streaming
 from mambabyte.harness import TINY_TEXT, adapt, check, contract_of, stand_in
 from mambabyte.stream import CharModel
 from mambabyte.task import SYSTEMS, Ngram, build, get_system, run_task
@@ -250,3 +250,12 @@ def test_training_says_how_far_it_is(monkeypatch):
     build(get_system("mamba_byte"), TEXT.encode(), report=lines.append)
     assert lines == [line for line in lines if line.startswith("step ") and " of 2, " in line]
     assert lines
+
+
+def test_an_accuracy_has_the_error_of_its_text():
+    hits = np.random.default_rng(0).random(50_000) < 0.7
+    found = Score(1.0, float(hits.mean()), len(hits), len(hits), 0, hits).accuracy_error
+    assert found == pytest.approx((0.7 * 0.3 / len(hits)) ** 0.5, rel=0.25)  # independent ones
+    alike = np.repeat(hits[::500], 500)  # neighbours that share their fate say less
+    assert Score(1.0, 0.7, len(alike), len(alike), 0, alike).accuracy_error > 5 * found
+    assert Score(1.0, 0.7, 1999, 1999, 0, hits[:1999]).accuracy_error is None

@@ -15,6 +15,7 @@ from mambabyte.config.files import to_json
 COLUMNS: dict[str, tuple[str, float]] = {
     "system": ("system", 1), "seed": ("seed", 1), "energy (J, idle subtracted)": ("joules", 1),
     "time (s)": ("seconds", 1), "validation accuracy": ("valid_accuracy", 1),
+    "its error over the text": ("valid_accuracy_error", 1),
     "validation (bits/byte)": ("valid_bits_per_byte", 1), "test accuracy": ("test_accuracy", 1),
     "test (bits/byte)": ("test_bits_per_byte", 1),
     "held-out training text, accuracy": ("held_out_accuracy", 1),
