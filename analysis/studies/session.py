@@ -1,8 +1,8 @@
 """Running a study, in a notebook or without one: measure it, look at its results, keep them.
 
+    panel("memory", globals())              # sliders, where somebody moves them
     run = measure("memory", globals())      # the notebook's parameters
     show(run, "saved", "budget")            # tables and figures by name
-    panel(run)                              # sliders, where somebody moves them
     save(run)                               # the run folder
 """
 
@@ -123,9 +123,10 @@ def show(run: Run, *names: str) -> None:
                    "text/plain": frame.to_string(index=False, max_rows=60)})
 
 
-def panel(run: Run) -> None:
-    """The study's panel of sliders; nothing in a batch run, a line where ipywidgets is missing."""
-    if run.folder.parent.name != INTERACTIVE:
+def panel(study: Study | str, scope: Mapping[str, Any]) -> None:
+    """The study's panel of sliders, which needs no run; nothing in a batch run, a line where
+    ipywidgets is missing. ``scope`` is as for ``measure``."""
+    if scope.get("run_dir"):
         return
     try:
         import ipywidgets  # noqa: F401
@@ -134,8 +135,10 @@ def panel(run: Run) -> None:
         return
     from IPython.display import display
 
-    study = get_study(run.study)
-    display(study.module("panel").panel(make_parameters(study, run.parameters)))
+    study = get_study(study) if isinstance(study, str) else study
+    p = make_parameters(study, {name: scope[name] for name in profile_parameters(study)})
+    settle = getattr(study.module("compute"), "settle", None)
+    display(study.module("panel").panel(settle(p) if settle else p))
 
 
 def save(run: Run) -> Path:

@@ -8,8 +8,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from analysis.runs.folders import INTERACTIVE, Run
-from analysis.studies import get_study, session
+from analysis.studies import get_study, profile_parameters, session
 from analysis.studies.memory import compute as memory
 from analysis.studies.memory import panel as memory_panel
 from analysis.studies.memory.closed_form import budgets_at, budgets_frame, smallest_devices
@@ -131,29 +130,29 @@ def test_smallest_device():
     assert huge["smallest device"].iloc[0] == "none of these"
 
 
-def run_of(study, parameters, folder):
-    return Run(study, vars(parameters), folder=folder)
+def scope_of(study, **given):
+    """What a notebook's globals() have: the quick parameters, and no run_dir by hand."""
+    return {**profile_parameters(get_study(study)), "run_dir": "", **given}
 
 
 def test_a_batch_run_shows_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("IPython.display.display", lambda *what: pytest.fail("shown"))
-    for name, parameters in (("memory", memory.Parameters()),
-                             ("throughput", throughput.Parameters())):
-        session.panel(run_of(name, parameters, tmp_path / "memory-1"))
+    for name in ("memory", "throughput"):
+        session.panel(name, scope_of(name, run_dir=str(tmp_path / "memory-1")))
     assert capsys.readouterr().out == ""
     for name in ("memory", "overflow", "throughput"):
-        assert "panel(run)" in get_study(name).notebook.read_text()
+        notebook = get_study(name).notebook.read_text()
+        assert 0 < notebook.index("panel(\\\"") < notebook.index("run = measure(")  # first
 
 
-def test_a_panel_is_displayed_when_opened_by_hand(monkeypatch, tmp_path):
+def test_a_panel_is_displayed_when_opened_by_hand(monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda *what: shown.extend(what))
-    session.panel(run_of("memory", memory.Parameters(forms=("fused",)),
-                         tmp_path / INTERACTIVE / "memory"))
+    session.panel("memory", scope_of("memory", forms=["fused"]))
     assert any(type(what).__name__ == "interactive" for what in shown)
 
 
-def test_without_ipywidgets_there_is_one_line(monkeypatch, capsys, tmp_path):
+def test_without_ipywidgets_there_is_one_line(monkeypatch, capsys):
     real = builtins.__import__
 
     def without(name, *rest, **named):
@@ -162,5 +161,5 @@ def test_without_ipywidgets_there_is_one_line(monkeypatch, capsys, tmp_path):
         return real(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    session.panel(run_of("memory", memory.Parameters(), tmp_path / INTERACTIVE / "memory"))
+    session.panel("memory", scope_of("memory"))
     assert capsys.readouterr().out == session.MISSING + "\n"
