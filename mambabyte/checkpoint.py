@@ -89,8 +89,10 @@ def saved(run: Path) -> list[Path]:
 
 def run_id(run: Path) -> str | None:
     """What tells a run from others, drawn when it was started; None where it is not said."""
+    path = run / "provenance.json"
     try:
-        return json.loads((run / "provenance.json").read_text(encoding="utf-8")).get("run")
+        said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return said.get("run")
     except (OSError, ValueError, AttributeError):
         return None
 

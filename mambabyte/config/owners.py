@@ -43,9 +43,7 @@ def ended(owner: str) -> bool | None:
         return None
     if (now := _started(int(pid))) is not None:
         return now != int(started)
-    if Path("/proc/self/stat").exists():
-        return True
-    try:
+    try:  # it has ended, or is hidden from us, or nothing says when processes were started
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
@@ -66,14 +64,14 @@ def _place() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """When a process was started, in ticks since the machine was; None if it has ended, or where
-    the system does not say."""
+    """When a process was started, in ticks since the machine was; -1 if it has ended and its parent
+    has not asked how; None where the system does not say."""
     try:
         # The second field is the command in parentheses, and may have any byte in it.
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])  # not yet reaped by its parent
+    return -1 if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -147,7 +145,8 @@ def _holder(lock: Path, mine: Path) -> Path | None:
             continue
         over = ended(found[1])
         if over or (over is None and not _beats(path)):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another user's, who may clear it away
+                path.unlink(missing_ok=True)
         else:
             return path
     return None

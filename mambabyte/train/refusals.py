@@ -82,7 +82,10 @@ def refuse_what_cannot_run(
 
 
 def refuse_taken(run: Path, resume: bool) -> None:
-    """UserError where a folder holds a run that was not asked to be resumed."""
+    """UserError where a folder holds a run that was not asked to be resumed, or no run."""
+    for name in ("config.json", "provenance.json", "metrics.jsonl", "result.json"):
+        if (run / name).exists() and not (run / name).is_file():  # a pipe would be waited for
+            raise UserError(f"{run / name} is no file: remove it, or choose another run folder")
     if (run / "config.json").exists() and not resume:
         goes_on = ("to continue it" if checkpoint.saved(run)
                    else "to start it over, since it has no checkpoint yet")

@@ -206,6 +206,15 @@ def test_what_changes_the_order_of_sums_is_said_at_resume(run, caplog):
     assert f"(threads {threads}, now {threads + 1})" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["provenance.json", "metrics.jsonl", "config.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_run_folder_with_something_else_in_place_of_a_file_is_refused(name, make, run):
+    (run / name).unlink()
+    make(run / name)
+    with pytest.raises(UserError, match=f"{name} is no file"):
+        resume(run)
+
+
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(run):
     for name in checkpoint._FILES:
         path = find_checkpoint(run) / name

@@ -32,6 +32,16 @@ def test_a_process_that_ended_is_told_from_one_with_its_number():
     assert ended(its) is True
 
 
+def test_what_is_hidden_from_us_is_asked_for(monkeypatch):
+    """As where /proc shows a user its own processes alone, or there is none."""
+    monkeypatch.setattr(owners, "_started", lambda pid: None)
+    assert ended(f"{PLACE}-{os.getppid()}-0") is False
+    monkeypatch.setattr(os, "kill", lambda pid, number: (_ for _ in ()).throw(PermissionError()))
+    assert ended(f"{PLACE}-1-0") is False
+    monkeypatch.setattr(os, "kill", lambda pid, number: (_ for _ in ()).throw(ProcessLookupError()))
+    assert ended(f"{PLACE}-1-0") is True
+
+
 def test_only_leftovers_of_ended_processes_are_removed(tmp_path: Path):
     kept = [".git.tmp", ".tiny-000000000000.1.tmp", ".a.tmp", "step_1.bak",
             f".run.abcdefgh.{tag()}.tmp", f".run.abcdefgh.{ELSEWHERE}.tmp",
