@@ -141,6 +141,8 @@ class Prose:
         if run is None:
             return [_gap(path)]
         if key not in run.tables:
+            if self._sources.draft and name in self._sources.runs:
+                return [_gap(path)]
             raise UserError(f"there is no table {path!r}{nearest(key, run.tables)}")
         frame = tables_shown(run, self._blocks.registry)[key].frame
         for wanted in (column, *(where or {}), *cells):
@@ -176,8 +178,8 @@ class Prose:
     def _place(self, kind: str, path: str, block: Markup | None) -> Text:
         key = f"{kind}.{path}"
         if block is None:
-            if path.partition(".")[0] in self._sources.problems and self._sources.draft:
-                return _gap(path)
+            if self._sources.draft and path.partition(".")[0] not in self._sources.records:
+                return _gap(path)  # its run is missing, or older than the table
             raise UserError(f"there is no {kind} {path!r}{nearest(path, self._blocks.names(kind))}")
         if key in self._placed:
             raise UserError(f"the {kind} {path!r} is placed twice on one page: once is enough")

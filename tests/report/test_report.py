@@ -191,6 +191,7 @@ def test_a_finding_is_a_figure_under_what_it_shows(world):
     assert 'href="report-evidence/tiny.html#run-tiny"' in figure
     assert 'href="report-evidence/data/tiny-1/lengths.csv"' in figure
     assert "commit 0123456789ab" in figure
+    assert "<code>mambabyte sweep</code>" in figure
 
 
 def test_what_this_machine_measured_is_folded_behind_the_records(world):

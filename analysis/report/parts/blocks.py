@@ -102,7 +102,7 @@ class Blocks:
                     "data": f"{self.base}{DATA}/{name}/{table}.csv"} if names else {}
         return {"records": [], "name": name if name in self.records else "", "anchor": self.links()[
                     run.run_id or run.folder.name],
-                "machine": machine_name(run) if name in self.records else "this machine",
+                "machine": machine_name(run) if name in self.records else _here(run),
                 "about": about(run), "data": self.base + data_path(run, table)}
 
     def links(self) -> dict[str, str]:
@@ -118,6 +118,12 @@ class Blocks:
         if len(figure.data) > FOLDED_ROWS:
             return ""
         return tables.table(figure.data, f"data of {figure.title}")
+
+
+def _here(run: Run) -> str:
+    """Where a run of this machine measured: the task's reads records, and names their machines."""
+    machines = run.values.get("machines")
+    return f"from records of {plain(machines.value)}" if machines else "this machine"
 
 
 def data_path(run: Run, table: str) -> str:
