@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from mambabyte.config import ModelConfig
@@ -309,6 +309,10 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.exists() and not path.is_file():
             raise SafetensorError("it is no file")
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:  # safetensors takes no path that is not UTF-8
+            return load(path.read_bytes())
         return load_file(path)
     except (OSError, SafetensorError) as error:
         first = str(error).splitlines()[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mambabyte import __version__
-from mambabyte.errors import UserError
+from mambabyte.errors import UserError, nearest
 
 # command -> (module, what it does); a module is imported when its command runs, not before.
 COMMANDS = {
@@ -38,22 +39,44 @@ IN_CHECKOUT = ("study", "sweep", "report")
 ROOT = Path(__file__).resolve().parents[2]
 
 
+# For bash, and for zsh after `autoload bashcompinit && bashcompinit`.
+COMPLETION = """_mambabyte() {
+    COMPREPLY=($(compgen -W "$(mambabyte --complete "${COMP_WORDS[@]:1:COMP_CWORD-1}")" \\
+        -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _mambabyte mambabyte"""
+# What the system says of a path that the user gave and that cannot be what it should be.
+_PATHS = {errno.ENOENT, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR,
+          errno.ENOTDIR, errno.ELOOP}
+# How torch says it on a CPU and on a GPU; its exceptions are RuntimeErrors.
+_NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory|out of memory", re.I)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (0 only on success)."""
     args = list(sys.argv[1:] if argv is None else argv)
+    _open_streams()
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
         return 0 if args else 2
-    if args[0] == "--version":
+    if args[0] in ("-V", "--version"):
         print(f"mambabyte {__version__}")
         return 0
+    if args[0] == "--completion":
+        print(COMPLETION)
+        return 0
+    if args[0] == "--complete":
+        print("\n".join(completions(args[1:])))
+        return 0
     if args[0] not in COMMANDS:
-        return _fail(f"there is no command {args[0]!r}: choose one of {', '.join(COMMANDS)}")
+        return _fail(f"there is no command {args[0]!r}{nearest(args[0], COMMANDS)}: choose one of "
+                     f"{', '.join(COMMANDS)}")
     if hasattr(sys.stdout, "reconfigure"):  # text that a terminal's encoding lacks is shown as ?
         sys.stdout.reconfigure(errors="replace")
     try:
         with warnings.catch_warnings(), _ended_like_ctrl_c():
             warnings.showwarning = _note  # type: ignore[assignment]
+            _check_folder()
             if args[0] in IN_CHECKOUT and not (ROOT / "notebooks").is_dir():
                 raise UserError(f"mambabyte {args[0]} needs the project's checkout: an installed "
                                 "package has no notebooks, records and prose. Clone the project, "
@@ -69,10 +92,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
+        if error.errno in _PATHS and error.filename is not None:
+            return _fail(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return _fail(f"no room left ({error.strerror}); what was finished is kept: make room and "
                      "run it again, with --resume where it has it")
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
+            raise
+        return _fail("out of memory: give smaller sizes; mambabyte memory says what a training "
+                     "step needs and what would fit")
+
+
+def completions(words: Sequence[str]) -> list[str]:
+    """The words that may stand next on a command line, after the whole ``words``."""
+    if not words or words[0] not in COMMANDS:
+        return [] if words else [*COMMANDS]
+    from analysis.cli.parser import complete, options_of
+
+    module = importlib.import_module(COMMANDS[words[0]][0])
+    actions = getattr(module, "ACTIONS", {})
+    if actions and (len(words) < 2 or words[1] not in actions):
+        return [] if len(words) > 1 else [*actions, "--help"]
+    options = actions[words[1]].options if actions else module.Options
+    return complete(options_of(options), words[2 if actions else 1:])
+
+
+def _open_streams() -> None:
+    """A standard stream that the caller has closed is None: what is written to it goes nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, as long as the process
+
+
+def _check_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the working folder is no longer there: change to another one") from None
 
 
 @contextmanager
@@ -112,5 +170,7 @@ def _usage() -> str:
         "usage: mambabyte COMMAND [options]", "",
         "Byte-level selective state-space language models: train, score, stream, study.", "",
         *lines, "", "mambabyte COMMAND --help shows the options of a command and an example.",
+        "mambabyte --version, or -V, says the version. Completion of commands and options in bash:",
+        'eval "$(mambabyte --completion)".',
     ])
 

@@ -1,29 +1,17 @@
-"""One module a command: parse the options, call the library, print the result.
-
-``parse`` reads a dataclass from the command line with the module's docstring as its help.
-"""
+"""What the commands share: their options, their result, their device."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any, TypeVar
-
-import tyro
+from typing import Any
 
 from analysis.cli.console import escaped, write
+from analysis.cli.parser import POSITIONAL, REPEATED, parse, subcommand
+from mambabyte.config.checks import DeviceOrAuto, fit
 from mambabyte.config.files import to_json
 
-T = TypeVar("T")
-
-
-def parse(options: type[T], argv: list[str], command: str, about: str | None,
-          default: T | None = None) -> T:
-    """Options of ``mambabyte COMMAND``; prints help or a usage error and exits as tyro does."""
-    kwargs: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(
-        options, args=argv, prog=f"mambabyte {command}", description=about,
-        **kwargs,
-    )
+__all__ = ["POSITIONAL", "REPEATED", "parse", "pick_device", "print_result",
+           "subcommand"]
 
 
 def print_result(record: dict[str, Any], as_json: bool, lines: list[str]) -> None:
@@ -46,10 +34,12 @@ def pick_device(device: str) -> str:
 
     from mambabyte.errors import UserError
 
+    fit(device, DeviceOrAuto, "--device")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {device!r}: no CUDA device is available; use --device cpu")
-    if device != "cpu" and not device.startswith("cuda"):
-        raise UserError(f"device {device!r} is unknown: use auto, cpu, cuda or cuda:1")
+    if device.partition(":")[2] and int(device.partition(":")[2]) >= torch.cuda.device_count():
+        raise UserError(f"device {device!r}: there are {torch.cuda.device_count()} CUDA devices, "
+                        "from cuda:0 on")
     return device

@@ -21,8 +21,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import json
 import shlex
 import textwrap
+import tomllib
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,6 +156,33 @@ def split_pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
             raise UserError(f"{option} gives {name} twice")
         result[name] = value
     return result
+
+
+def read_file(path: Path | None) -> dict[str, Any]:
+    """Parameters by name from a TOML, JSON or YAML file; none where there is no path."""
+    if path is None:
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            found: Any = tomllib.loads(text)
+        elif path.suffix == ".json":
+            found = json.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
+            import yaml  # papermill's own
+
+            found = yaml.safe_load(text)
+        else:
+            raise UserError(f"{path}: expected a file that ends in .toml, .json or .yaml")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UserError:
+        raise
+    except Exception as error:  # each format has errors of its own
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds {shown(found)}: expected parameters by name")
+    return found
 
 
 def make_parameters(study: Study, plain: Mapping[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from analysis.runs.folders import RECORD, made, seal, write_record
-from mambabyte.config.files import make_dir, put_in_place, scratch_dir, to_json
+from mambabyte.config.files import make_dir, put_in_place, scratch_dir, to_json, write_json
 from mambabyte.config.owners import end_with
 from mambabyte.errors import UserError
 
@@ -63,7 +63,8 @@ def execute(task: Task) -> None:
     try:
         # Only what a study says is progress; what libraries write to stderr is kept beside it.
         with (task.log.open("w", encoding="utf-8") as log,
-              (temporary / "stderr.txt").open("w", encoding="utf-8") as errors):
+              (temporary / "stderr.txt").open("a", encoding="utf-8") as errors,
+              _inherited(errors)):
             error = _papermill(task, log, errors)
         if not error and not (temporary / RECORD).is_file():
             error = "the notebook ended without keeping a run: its last cell is save(run)"
@@ -105,15 +106,37 @@ def _papermill(task: Task, log: TextIO, errors: TextIO) -> str:
         except PapermillExecutionError as error:
             return f"{error.ename}: {_first_line(error.evalue)}"
         except DeadKernelError:
-            return "the kernel died (out of memory, or a crash in native code); see stderr.txt"
+            return (f"the kernel died ({_last_words(errors) or 'out of memory, or killed'}); see "
+                    "stderr.txt")
         except Exception as error:  # a notebook that cannot even start is a failed run
-            return f"{type(error).__name__}: {_first_line(str(error))}"
+            words = _last_words(errors)
+            return f"{type(error).__name__}: {_first_line(str(error))}" + (
+                f" ({words}; see stderr.txt)" if words else "")
     return ""
 
 
 @contextmanager
+def _inherited(errors: TextIO) -> Iterator[None]:
+    """What processes started here write to their standard error: a kernel's reason to die."""
+    kept = os.dup(2)
+    os.dup2(errors.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _last_words(errors: TextIO) -> str:
+    errors.flush()
+    text = Path(errors.name).read_text(encoding="utf-8", errors="replace")
+    return next((line.strip()[:200] for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+@contextmanager
 def _quiet_jupyter() -> Iterator[dict[str, str]]:
-    """An environment for kernels that reads and writes nothing of the user's.
+    """An environment for kernels that reads and writes nothing of the user's, and in which python3
+    is this interpreter, whatever kernels the user's Jupyter has.
 
     Yields the kernel manager's options: sockets in a private folder instead of ports, which clash
     when many kernels start at once. The folder must be named: the default is the working folder,
@@ -128,6 +151,10 @@ def _quiet_jupyter() -> Iterator[dict[str, str]]:
         folder = str(scratch)
         os.environ["JUPYTER_RUNTIME_DIR"] = folder
         os.environ["IPYTHONDIR"] = folder
+        os.environ["JUPYTER_PATH"] = folder
+        write_json(scratch / "kernels" / "python3" / "kernel.json", {
+            "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+            "display_name": "Python 3", "language": "python"})
         short = os.name == "posix" and len(folder) <= SHORT_PATH
         yield {"transport": "ipc", "ip": os.path.join(folder, "k")} if short else {}
 
@@ -167,7 +194,8 @@ def _clean(temporary: Path, task: Task) -> None:
                             encoding="utf-8")
     for name in ("log.txt", "stderr.txt"):
         path = temporary / name
-        path.write_text(_scrub(path.read_text(encoding="utf-8"), task), encoding="utf-8")
+        path.write_text(_scrub(path.read_text(encoding="utf-8", errors="replace"), task),
+                        encoding="utf-8")
 
 
 def _scrub(text: str, task: Task) -> str:

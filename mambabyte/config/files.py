@@ -28,8 +28,9 @@ def cache_dir() -> Path:
 
     Made for its user alone, as some of what is in it runs.
     """
-    # expanduser, not Path.home(): without a home directory that raises
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    # expanduser, not Path.home(): without a home directory that raises. An empty $HOME would be /.
+    home = os.path.expanduser("~") if os.environ.get("HOME") != "" else tempfile.gettempdir()
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
     private_dir(Path(root) / "mambabyte")
     return Path(root) / "mambabyte"
 

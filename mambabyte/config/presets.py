@@ -132,6 +132,7 @@ PRESETS: dict[str, Preset] = {
 
 
 PresetName = Annotated[str, one_of(lambda: {**PRESETS, **ALIASES})]
+PresetOrAuto = Annotated[str, one_of(lambda: {"auto": 0, **PRESETS, **ALIASES})]
 
 
 # Other names of the same, one scheme for train and task: hybrid_k_1 is k SSM layers to one of

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mambabyte.config import owners
+from mambabyte.config.checks import Count, CountOrNone, read
 from mambabyte.errors import UserError
 
 
@@ -135,8 +136,11 @@ def current() -> World:
 @contextmanager
 def joined(device: str) -> Iterator[World]:
     """Join the processes that torchrun started, if it did, and leave them at the end."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if int(size) == 1:
+    size = read(os.environ.get("WORLD_SIZE", "1"), Count, "$WORLD_SIZE")
+    if size > 1:
+        for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+            read(os.environ.get(name, ""), CountOrNone, f"$WORLD_SIZE is {size}, and ${name}")
+    if size == 1:
         yield World()
         return
     backend = "nccl" if device.startswith("cuda") else "gloo"

@@ -112,8 +112,8 @@ def test_no_folder_is_crowded():
         for folder in [ROOT / top, *(p for p in (ROOT / top).rglob("*") if p.is_dir())]:
             if "__pycache__" in folder.parts:
                 continue
-            entries = [p.name for p in folder.iterdir()
-                       if p.name not in ("__init__.py", "conftest.py", "__pycache__")]
+            entries = [p.name for p in folder.iterdir() if p.name not in (
+                "__init__.py", "__main__.py", "conftest.py", "__pycache__")]
             assert len(entries) <= MAX_ENTRIES, (folder, sorted(entries))
 
 

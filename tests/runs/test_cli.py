@@ -58,7 +58,7 @@ def test_every_command_has_help_with_an_example(command, capsys):
         main([command, "--help"])
     assert stop.value.code == 0
     assert f"mambabyte {command}" in capsys.readouterr().out.replace("usage: ", "", 1).split(
-        "options", 1)[0].split("\n", 1)[1]
+        "\noptions:", 1)[0].split("\n", 1)[1]
 
 
 def test_usage_and_version(capsys):
@@ -66,7 +66,8 @@ def test_usage_and_version(capsys):
     out = capsys.readouterr().out
     assert all(command in out for command in COMMANDS)
     assert main([]) == 2
-    assert main(["--version"]) == 0
+    for option in ("--version", "-V"):
+        assert main([option]) == 0
 
 
 def test_smoke_mode_from_the_shell(tiny, tmp_path):
@@ -128,7 +129,7 @@ def test_generate_reads_standard_input_and_survives_a_closed_pipe(run):
     [
         (["trian"], "there is no command 'trian'"),
         (["train", "--preset", "mamba", "--out", "x"], "preset 'mamba' is unknown"),
-        (["train", "--corpus", "{tiny}"], "no run folder was given"),
+        (["train", "--corpus", "{tiny}"], "train needs --out PATH: Run folder"),
         (["train", "--corpus", "{tmp}/none.txt", "--out", "{tmp}/r"], "neither stdlib"),
         (["train", "--corpus", "{empty}", "--out", "{tmp}/r"], "is empty"),
         (["train", "--corpus", "{tmp}/half", "--out", "{tmp}/r"], "lacks wiki.train.raw"),
@@ -140,19 +141,19 @@ def test_generate_reads_standard_input_and_survives_a_closed_pipe(run):
          "betas is [0.9, 2.0]: expected 2 values, each a finite number"),
         (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--train.seed", "-1"], "seed is -1"),
         (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--model.mlp-ratio", "-2"],
-         "mlp_ratio is -2.0"),
+         "--model.mlp-ratio is -2.0"),
         (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--model.embed-std", "-1"],
-         "embed_std is -1.0"),
+         "--model.embed-std is -1.0"),
         (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--model.rope-base", "0"],
-         "rope_base is 0.0"),
+         "--model.rope-base is 0.0"),
         (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--model.dt-max", "inf"],
-         "dt_max is inf: expected a finite number above 0"),
+         "--model.dt-max is inf: expected a finite number"),
         (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--model.scan-form", "chunked",
-          "--model.scan-chunk", "-4"], "scan_chunk is -4"),
+          "--model.scan-chunk", "-4"], "--model.scan-chunk is '-4': expected"),
         (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--model.vocab-size", "100"],
          "it must be at least 256"),
         (["memory", "--device-memory", "40"], "write the unit, e.g. 40GB"),
-        (["memory", "--layer-pattern", ""], "layer_pattern is ''"),
+        (["memory", "--layer-pattern", ""], "--layer-pattern is .."),
         (["ngram", "--corpus", "{text}", "--order", "256"], "from 1 to 255"),
         (["ngram", "--corpus", "{text}", "--order", "2", "--save", "{tmp}"], "it is a folder"),
         (["report", "--out", "{tmp}"], "it is a folder"),
@@ -162,7 +163,8 @@ def test_generate_reads_standard_input_and_survives_a_closed_pipe(run):
         (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--model.scan-form",
           "document_cumsum"], "subject of study"),
         (["train", "--corpus", "{text}", "--out", "/proc/run"], "cannot write to /proc/run"),
-        (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--device", "tpu"], "is unknown"),
+        (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--device", "tpu"],
+         "expected auto, cpu, cuda or cuda:N"),
         (["eval", "{tmp}"], "holds no checkpoint"),
         (["generate", "{tmp}/nowhere"], "holds no checkpoint"),
         (["corpus", "{tmp}/none"], "neither stdlib"),

@@ -59,6 +59,7 @@ def run(p, report):
     if p.mode == "fail":
         raise ValueError("<b>broken</b>\\nsecond line")
     if p.mode == "die":
+        os.write(2, b"noise\\nno room for the tensor\\n")
         os._exit(9)
     return Results(pd.DataFrame({"n": [p.n], "total": [sum(p.sizes)]}))
 ''',
@@ -135,8 +136,15 @@ def swept(registry, tmp_path_factory):
     """One sweep of a grid in which one run ends well and the others each in their own way."""
     root = tmp_path_factory.mktemp("runs")
     events = Events()
-    rows = run_sweep(grid={"mode": ["ok", "fail", "die", "forgetful"]}, root=root,
-                     executor="local", workers=2, progress=events, registry=registry)
+    # The user's Jupyter has a python3 of its own, which cannot run: it is not ours to ask.
+    theirs = tmp_path_factory.mktemp("jupyter")
+    (theirs / "kernels" / "python3").mkdir(parents=True)
+    (theirs / "kernels" / "python3" / "kernel.json").write_text(json.dumps(
+        {"argv": ["false"], "display_name": "Theirs", "language": "python"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(theirs))
+        rows = run_sweep(grid={"mode": ["ok", "fail", "die", "forgetful"]}, root=root,
+                         executor="local", workers=2, progress=events, registry=registry)
     return root, {row.parameters["mode"]: row for row in rows}, events
 
 
@@ -145,7 +153,8 @@ def test_each_combination_has_a_row(swept):
     assert {mode: row.status for mode, row in rows.items()} == {
         "ok": "done", "fail": "failed", "die": "failed", "forgetful": "failed"}
     assert rows["fail"].error == "ValueError: <b>broken</b>"
-    assert "kernel died" in rows["die"].error
+    assert "kernel died (no room for the tensor)" in rows["die"].error
+    assert "noise" in (rows["die"].folder / "stderr.txt").read_text()
     assert "save(run)" in rows["forgetful"].error
 
 

@@ -10,15 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-import tyro
-
 from analysis.cli.console import say
-from analysis.cli.options import parse, print_result
+from analysis.cli.options import POSITIONAL, parse, print_result
 
 
 @dataclass(frozen=True)
 class Options:
-    name: Annotated[str, tyro.conf.Positional] = "stdlib"
+    name: Annotated[str, POSITIONAL] = "stdlib"
     """stdlib, wikitext103, a text file, or a folder of text files or wiki.*.raw."""
     json: bool = False
     """Print the result as JSON."""

@@ -15,26 +15,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from analysis.cli.console import Bar
-from analysis.cli.options import parse, pick_device, print_result
+from analysis.cli.options import POSITIONAL, parse, pick_device, print_result
+from mambabyte.config.checks import Count, DeviceOrAuto
 
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: Annotated[Path, tyro.conf.Positional]
+    checkpoint: Annotated[Path, POSITIONAL]
     """Run folder or checkpoint folder."""
     corpus: str = "auto"
     """The run's own with auto; else stdlib, wikitext103, a text file, or a folder of text files or
     wiki.*.raw."""
     split: Literal["train", "valid", "test"] = "valid"
-    characters: int = 60_000
+    """Which part of the corpus."""
+    characters: Count = 60_000
     """How many characters of the split to score, from its start."""
-    bytes: int | None = None
+    bytes: Count | None = None
     """Score so many bytes instead; training scores the first 100,000 of the split "valid"."""
     mode: Literal["parallel", "streaming"] = "parallel"
-    device: str = "auto"
+    """In windows with the state carried along, or byte by byte."""
+    device: DeviceOrAuto = "auto"
+    """auto, cpu, cuda or cuda:N; auto is a GPU where there is one."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -44,14 +46,9 @@ def run(argv: list[str]) -> int:
 
     from analysis.cli.models.origin import corpus_of
     from mambabyte.checkpoint import load_model
-    from mambabyte.errors import UserError
     from mambabyte.evaluate import score, score_streaming
     from mambabyte.stream import CharModel
 
-    for name in ("characters", "bytes"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}: it must be at least 1")
     model = load_model(options.checkpoint, pick_device(options.device))
     corpus = corpus_of(options.checkpoint, options.corpus)
     whole = corpus.split(options.split)

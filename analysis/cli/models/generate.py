@@ -10,18 +10,16 @@ control characters are shown as escapes: what a model draws is not to be obeyed.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 from analysis.cli.console import escaped, say
 from analysis.cli.models.origin import corpus_of
-from analysis.cli.options import parse, pick_device
+from analysis.cli.options import POSITIONAL, parse, pick_device
+from mambabyte.config.checks import CountOrNone, DeviceOrAuto, NotNegative, above, between
 from mambabyte.errors import UserError
 
 PROMPT_BYTES = 80
@@ -29,20 +27,22 @@ PROMPT_BYTES = 80
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: Annotated[Path, tyro.conf.Positional]
+    checkpoint: Annotated[Path, POSITIONAL]
     """Run folder or checkpoint folder."""
     prompt: str | None = None
     """Text to go on from, "" for none; - reads it from standard input, whatever its bytes are."""
-    bytes: int = 256
+    bytes: CountOrNone = 256
     """How many bytes to generate."""
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     """0 takes the most probable byte each time."""
-    top_k: int = 0
+    top_k: CountOrNone = 0
     """Keep the k most probable bytes; 0 keeps all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, above(0, 1)] = 1.0
     """Keep the smallest set of bytes with this probability."""
-    seed: int = 0
-    device: str = "auto"
+    seed: Annotated[int, between(-2**63, 2**64 - 1)] = 0
+    """Of the draws; the same seed gives the same text."""
+    device: DeviceOrAuto = "auto"
+    """auto, cpu, cuda or cuda:N; auto is a GPU where there is one."""
 
 
 def run(argv: list[str]) -> int:
@@ -51,14 +51,6 @@ def run(argv: list[str]) -> int:
     from mambabyte.checkpoint import load_model
     from mambabyte.stream import generate
 
-    for name in ("bytes", "temperature", "top_k"):
-        value = getattr(options, name)
-        if not 0 <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be 0 or more")
-    if not -2**63 <= options.seed < 2**64:
-        raise UserError(f"--seed is {options.seed}: it must fit into 64 bits")
-    if not 0 < options.top_p <= 1:
-        raise UserError(f"--top-p is {options.top_p}: it must be in (0, 1]")
     model = load_model(options.checkpoint, pick_device(options.device))
     prompt = _prompt(options)
     shown = escaped if sys.stdout.isatty() else str

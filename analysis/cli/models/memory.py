@@ -18,26 +18,28 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
-from analysis.cli.options import parse, print_result
+from analysis.cli.options import POSITIONAL, parse, print_result
 from analysis.cli.recipe import option, recipe
 from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.config.checks import Count
+from mambabyte.config.mixers import LayerPattern
+from mambabyte.config.presets import PresetName
+from mambabyte.config.scan_forms import FormOrAuto
 
 
 @dataclass(frozen=True)
 class Options:
-    run: Annotated[Path | None, tyro.conf.Positional] = None
+    run: Annotated[Path | None, POSITIONAL] = None
     """Run folder, or a file of JSON or TOML, whose model and training are asked about."""
-    preset: str = "mamba_byte"
+    preset: PresetName = "mamba_byte"
     """Named system that fills the other options."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Sequences a step; short for --train.batch-size."""
-    context: int | None = None
+    context: Count | None = None
     """Bytes a sequence; short for --train.context."""
-    layer_pattern: str | None = None
+    layer_pattern: LayerPattern | None = None
     """M, A, MMMA, ...; short for --model.layer-pattern."""
-    scan_form: str | None = None
+    scan_form: FormOrAuto | None = None
     """Form of the scan; short for --model.scan-form."""
     device: Literal["cuda", "cpu"] = "cuda"
     """What it would run on: on CUDA the fused scan and bf16 autocast are the default."""
@@ -92,4 +94,4 @@ def run(argv: list[str]) -> int:
 
 def _parsed(argv: list[str], preset: str | None, file: Path | None) -> Options:
     start = recipe(preset, file)
-    return parse(Options, argv, "memory", __doc__, Options(model=start.model, train=start.train))
+    return parse(Options, argv, "memory", __doc__, model=start.model, train=start.train)

@@ -13,28 +13,33 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from analysis.cli.console import Bar, say
 from analysis.cli.options import parse, pick_device, print_result
+from mambabyte.config.checks import Count, DeviceOrAuto, above, between
 
 
 @dataclass(frozen=True)
 class Options:
     corpus: str = "stdlib"
     """stdlib, wikitext103, a text file, or a folder of text files or wiki.*.raw."""
-    order: int = 12
-    discount: float = 0.5
+    order: Annotated[int, between(1, 255)] = 12
+    """Longest context and the byte after it."""
+    discount: Annotated[float, above(0, 1)] = 0.5
+    """Taken off every count."""
     continuation: bool = True
     """Count distinct bytes before shorter contexts; without it plain absolute discounting."""
     split: Literal["valid", "test"] = "valid"
-    bytes: int = 60_000
+    """Which part of the corpus is scored."""
+    bytes: Count = 60_000
     """How many bytes of the split to score, from its start."""
     save: Path | None = None
     """Write the model to this file."""
     load: Path | None = None
     """Score the model of this file instead of counting."""
-    device: str = "auto"
+    device: DeviceOrAuto = "auto"
+    """auto, cpu, cuda or cuda:N; auto is a GPU where there is one."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -44,11 +49,8 @@ def run(argv: list[str]) -> int:
 
     from mambabyte.config.files import check_file
     from mambabyte.corpus import load_corpus
-    from mambabyte.errors import UserError
     from mambabyte.task.ngram import NgramModel, count
 
-    if options.bytes < 1:
-        raise UserError(f"--bytes is {options.bytes}: it must be at least 1")
     device, corpus = pick_device(options.device), load_corpus(options.corpus, say)
     if options.save is not None:
         check_file(options.save)  # now, and not after the counting

@@ -19,96 +19,128 @@ record.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
-
 from analysis.cli.console import say
-from analysis.cli.options import parse, pick_device, print_result
+from analysis.cli.options import POSITIONAL, pick_device, print_result, subcommand
+from analysis.cli.parser import Action
+from mambabyte.config.checks import Count, DeviceOrAuto, NotNegative, between
 
 if TYPE_CHECKING:
     from mambabyte.task.systems import System
 
 
 @dataclass(frozen=True)
-class Options:
-    action: Annotated[
-        Literal["run", "list", "export", "check", "record"], tyro.conf.Positional] = "list"
-    name: Annotated[str, tyro.conf.Positional] = ""
-    """System to run or export, submission file to check, or folder of the record."""
+class List:
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True)
+class Run:
+    name: Annotated[str, POSITIONAL]
+    """System to run: see mambabyte task list."""
     corpus: str = "stdlib"
     """stdlib, wikitext103, a text file, or a folder of text files or wiki.*.raw."""
-    seeds: int = 1
+    seeds: Annotated[int, between(1, 1000)] = 1
     """How many runs, with seeds 0, 1, ..."""
-    characters: int = 60_000
+    characters: Count = 60_000
     """How many characters of each split to score."""
-    idle_watts: float = 50.0
+    idle_watts: NotNegative = 50.0
     """Power subtracted from the measured energy; the published figures subtract 50."""
-    contract: Literal["distribution", "character"] = "distribution"
-    """For check: the version of the harness to stand in for, where it is not installed."""
-    out: str = ""
-    """For export: the file to write; standard output if not given."""
     record: Path | None = None
-    """For run: also keep the rows as a record, the folder, such as data/records/task/NAME."""
-    rows: tuple[Path, ...] = ()
-    """For record: files with the output of ``run --json``."""
+    """Also keep the rows as a record, the folder, such as data/records/task/NAME."""
     title: str = ""
     """The record's heading."""
     about: str = ""
     """A line on what was run and why."""
-    device: str = "auto"
+    device: DeviceOrAuto = "auto"
+    """auto, cpu, cuda or cuda:N; auto is a GPU where there is one."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True)
+class Export:
+    name: Annotated[str, POSITIONAL]
+    """System to export: see mambabyte task list."""
+    out: Path | None = None
+    """The file to write; standard output if not given."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True)
+class Check:
+    file: Annotated[Path, POSITIONAL]
+    """Submission file to check."""
+    contract: Literal["distribution", "character"] = "distribution"
+    """The version of the harness to stand in for, where it is not installed."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True)
+class Record:
+    folder: Annotated[Path, POSITIONAL]
+    """Folder of the record, such as data/records/task/NAME."""
+    rows: tuple[Path, ...]
+    """Files with the output of mambabyte task run --json."""
+    title: str = ""
+    """The record's heading."""
+    about: str = ""
+    """A line on what was run and why."""
     json: bool = False
     """Print the result as JSON."""
 
 
 def run(argv: list[str]) -> int:
-    options = parse(Options, argv, "task", __doc__)
+    return subcommand(ACTIONS, argv or ["list"], "task", __doc__)
 
-    from mambabyte.errors import UserError
-    from mambabyte.task import SYSTEMS, get_system
+
+def _list(options: List) -> int:
+    from mambabyte.task import SYSTEMS
     from mambabyte.task.systems import ALIASES
 
-    if options.action == "list":
-        other = {name: " ".join(a for a, of in ALIASES.items() if of == name) for name in SYSTEMS}
-        about = {name: system.about + (f" (also: {other[name]})" if other[name] else "")
-                 for name, system in SYSTEMS.items()}
-        print_result(about, options.json, [f"{name:24} {text}" for name, text in about.items()])
-        return 0
-    if not options.name:
-        raise UserError("which? give a system to run (see mambabyte task list) or a file to check")
-    if options.action == "export":
-        from mambabyte.config.files import whole_file
-        from mambabyte.harness import submission
+    other = {name: " ".join(a for a, of in ALIASES.items() if of == name) for name in SYSTEMS}
+    about = {name: system.about + (f" (also: {other[name]})" if other[name] else "")
+             for name, system in SYSTEMS.items()}
+    print_result(about, options.json, [f"{name:24} {text}" for name, text in about.items()])
+    return 0
 
-        text = submission(options.name)
-        if not options.out:
-            print(text, end="")
-            return 0
-        with whole_file(Path(options.out)) as part:
-            part.write_text(text, encoding="utf-8")
-        print_result({"file": options.out, "system": options.name}, options.json,
-                     [f"{options.out}: the system {options.name}; mambabyte task check "
-                      f"{options.out} runs it as the harness does"])
-        return 0
-    if options.action == "check":
-        from mambabyte.harness import check
 
-        met = check(Path(options.name), contract=options.contract)
-        print_result({"file": options.name, "contract": met}, options.json,
-                     [f"{options.name}: predict() returns a {met}; SMOKE PASS"])
+def _export(options: Export) -> int:
+    from mambabyte.config.files import whole_file
+    from mambabyte.harness import submission
+
+    text = submission(options.name)
+    if options.out is None:
+        print(text, end="")
         return 0
-    if options.action == "record":
-        return _join(options)
-    for name in ("seeds", "characters"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}: it must be at least 1")
-    if not 0 <= options.idle_watts < math.inf:
-        raise UserError(f"--idle-watts is {options.idle_watts}: it must be a finite number, 0 or "
-                        "more")
+    with whole_file(options.out) as part:
+        part.write_text(text, encoding="utf-8")
+    print_result({"file": str(options.out), "system": options.name}, options.json,
+                 [f"{options.out}: the system {options.name}; mambabyte task check "
+                  f"{options.out} runs it as the harness does"])
+    return 0
+
+
+def _check(options: Check) -> int:
+    from mambabyte.harness import check
+
+    met = check(options.file, contract=options.contract)
+    print_result({"file": str(options.file), "contract": met}, options.json,
+                 [f"{options.file}: predict() returns a {met}; SMOKE PASS"])
+    return 0
+
+
+def _run(options: Run) -> int:
+    from mambabyte.task import get_system
+    from mambabyte.task.systems import ALIASES
+
     name, system = ALIASES.get(options.name, options.name), get_system(options.name)
     if not options.record:
         return _run(options, name, system)
@@ -147,28 +179,25 @@ def _run(options: Options, name: str, system: System) -> int:
     record = {"system": name, "corpus": corpus.name, "runs": rows,
               "idle_watts": options.idle_watts, "characters": options.characters, **provenance()}
     if options.record:
-        _keep(options, options.record, [record])
+        _keep(options.record, [record], options.title, options.about)
     print_result(record, options.json, [_header(), *map(_line, rows)])
     return 130 if interrupted else 0
 
-
-def _join(options: Options) -> int:
+def _join(options: Record) -> int:
     """One record of what several runs have printed."""
     from mambabyte.errors import UserError
 
     try:
         printed = [json.loads(path.read_text(encoding="utf-8")) for path in options.rows]
-        if not printed:
-            raise UserError("record needs --rows: files that mambabyte task run --json printed")
-        _keep(options, Path(options.name), printed)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _keep(options.folder, printed, options.title, options.about)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError("--rows: not the output of mambabyte task run --json "
                         f"({type(error).__name__}: {error})") from None
-    print_result({"record": options.name}, options.json, [options.name])
+    print_result({"record": str(options.folder)}, options.json, [str(options.folder)])
     return 0
 
 
-def _keep(options: Options, folder: Path, printed: Sequence[dict[str, Any]]) -> None:
+def _keep(folder: Path, printed: Sequence[dict[str, Any]], title: str, about: str) -> None:
     """Writes what runs under the same rules on one machine have printed as a record."""
     from analysis.runs.records import write_record_folder
     from analysis.studies.task.record import task_record
@@ -177,8 +206,8 @@ def _keep(options: Options, folder: Path, printed: Sequence[dict[str, Any]]) -> 
     provenance = {key: first[key] for key in ("date", "command", "commit", "versions", "machine")}
     write_record_folder(task_record(
         [row for one in printed for row in one["runs"]], provenance,
-        idle_watts=first["idle_watts"], characters=first["characters"], title=options.title,
-        about=options.about), folder)
+        idle_watts=first["idle_watts"], characters=first["characters"], title=title,
+        about=about), folder)
 
 
 def _header() -> str:
@@ -201,3 +230,12 @@ def _line(row: dict[str, Any]) -> str:
         cell("n_parameters", 10, ",d"), cell("bytes_seen", 12, ",d"),
         cell("peak_memory_bytes", 9, ".0f", 2**-20),
         *(["SMOKE: a tiny model, not this system"] if row.get("smoke") else [])])
+
+
+ACTIONS = {
+    "list": Action(List, _list, "The systems and what each is"),
+    "run": Action(Run, _run, "Train, score and read the energy, once a seed"),
+    "export": Action(Export, _export, "A submission file of a system, for the public harness"),
+    "check": Action(Check, _check, "A submission file, as the harness does"),
+    "record": Action(Record, _join, "Keep what several runs have printed as one record"),
+}

@@ -26,6 +26,8 @@ from analysis.cli.options import parse, pick_device, print_result
 from analysis.cli.recipe import option, recipe
 from analysis.cli.training import Story, describe, replaced
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
+from mambabyte.config.checks import DeviceOrAuto
+from mambabyte.config.presets import PresetOrAuto
 from mambabyte.errors import UserError
 
 
@@ -33,15 +35,15 @@ from mambabyte.errors import UserError
 class Options:
     out: Path
     """Run folder: configuration, metrics, checkpoints, result."""
-    preset: str = "auto"
+    preset: PresetOrAuto = "auto"
     """Named system that fills the other options."""
     config: Path | None = None
     """File that fills them too: JSON or TOML with some of preset, model, train, corpus and
     device, such as a run's config.json."""
     corpus: str = "stdlib"
     """stdlib, wikitext103, a text file, or a folder of text files or wiki.*.raw."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    device: DeviceOrAuto = "auto"
+    """auto, cpu, cuda or cuda:N; auto is a GPU where there is one."""
     resume: bool = False
     """Continue the run in the folder from its newest checkpoint, with its own options."""
     json: bool = False
@@ -60,11 +62,8 @@ def run(argv: list[str]) -> int:
     start = recipe(named if named or file else _usual(argv), file)
     about = (__doc__ or "") + "\nPresets:\n\n" + "\n".join(
         f"    {name}: {p.about}" for name, p in PRESETS.items())
-    default = Options(out=Path(), model=start.model, train=start.train,
-                      corpus=start.corpus or "stdlib", device=start.device or "auto")
-    options = parse(Options, argv, "train", about, default)
-    if options.out == Path():
-        raise UserError("no run folder was given: add --out FOLDER")
+    options = parse(Options, argv, "train", about, model=start.model, train=start.train,
+                    corpus=start.corpus or "stdlib", device=start.device or "auto")
 
     from mambabyte.model import distributed
 

@@ -15,16 +15,28 @@ the scan cost at the ceilings that the run itself measures.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import pandas as pd
-import tyro
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from analysis.cli.console import say
-from analysis.cli.options import parse, pick_device, print_result
+from analysis.cli.options import REPEATED, pick_device, print_result, subcommand
+from analysis.cli.parser import Action
+from mambabyte.config.checks import (
+    Count,
+    CountOrNone,
+    DeviceOrAuto,
+    Layers,
+    Rule,
+    entries,
+)
+from mambabyte.config.mixers import LayerPattern
+from mambabyte.config.presets import PresetName
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TABLE = "Selective scan and its peers: interleaved in one run, medians and quartiles"
 ABOUT = ("Forward, and forward with backward through autograd, of one scan with softplus, "
@@ -52,46 +64,18 @@ STEPS_ABOUT = ("Whole training steps (forward, backward, clipping, optimizer) of
                "gross, by the machine's counter.")
 
 
+def _is_shape(text: str) -> bool:
+    return bool(re.fullmatch(r" *[0-9]{1,12} *(, *[0-9]{1,12} *){2}", text)) and all(
+        int(part) for part in text.split(","))
+
+
+Shape = Annotated[str, Rule(_is_shape, lambda: "three numbers, 1 or more, e.g. 16,1024,384")]
+
+
 @dataclass(frozen=True)
-class Options:
-    what: Annotated[Literal["scan", "mixers", "stream", "step"], tyro.conf.Positional]
-    shapes: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """batch,length,channels, for mixers batch,length,heads; repeat for more. A grid that suits the
-    device when none is given."""
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """bfloat16 on a GPU and float32 on a CPU when not given."""
-    peers: tuple[str, ...] = ()
-    """Of the scan: fused, mamba_ssm, mambapy, chunked, ...; the usual ones when none is named.
-    Of the mixers: families, "SSD, 64 states", "KDA", ...; all when none is named.
-    Of a training step: mamba_ssm, whose modules then take the place of the preset's SSM layers."""
-    preset: str = "mamba_byte"
-    """Which model is streamed or trained."""
-    d_model: int = 0
-    """Width of the model that is trained; the preset's own when 0."""
-    n_layer: int = 0
-    """Depth of the model that is trained; the preset's own when 0."""
-    checkpoint: Path | None = None
-    """Stream this trained model; without it, one of the preset with fresh weights."""
-    corpus: str = "stdlib"
-    """Where the streamed text is from: stdlib, wikitext103, a folder with wiki.*.raw, or a file."""
-    batch_size: int = 0
-    """Windows of a training step; the preset's own when 0."""
-    context: int = 0
-    """Bytes of a window; the preset's own when 0."""
-    patterns: tuple[str, ...] = ()
-    """Layer patterns to train beside the preset's, at equal parameters: A, MA, MMMA, ...
-    Attention sees the whole context; alone it also stands with half the layers and wider MLPs, and
-    where the preset's window is shorter than the context, with that window too."""
-    way: Literal["eager", "graph", "compile"] | None = None
-    """How a step is run; compile on a GPU and eager on a CPU when not given."""
-    streams: tuple[int, ...] = (1, 8, 64, 512)
-    """How many texts at a time."""
-    seen: tuple[int, ...] = (100, 1000, 10_000, 100_000, 1_000_000)
-    """After how many bytes the latency of the next one is measured."""
-    characters: int = 60_000
-    """How many characters are scored; 0 scores none."""
-    device: str = "auto"
-    repeats: int = 30
+class Common:
+    device: DeviceOrAuto = "auto"
+    """auto, cpu, cuda or cuda:N; auto is a GPU where there is one."""
     record: Path | None = None
     """Also keep the table, with machine, date, versions, commit and command, as a record: the
     folder, such as data/records/throughput/NAME."""
@@ -99,25 +83,87 @@ class Options:
     """Print the result as JSON."""
 
 
+@dataclass(frozen=True)
+class Scan(Common):
+    shapes: Annotated[tuple[Shape, ...], REPEATED] = ()
+    """batch,length,channels; repeat for more. A grid that suits the device when none is given."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """bfloat16 on a GPU and float32 on a CPU when not given."""
+    peers: tuple[str, ...] = ()
+    """fused, mamba_ssm, mambapy, chunked, ...; the usual ones when none is named."""
+    repeats: Count = 30
+    """Timings of each, in turns; the median is shown."""
+
+
+@dataclass(frozen=True)
+class Mixers(Common):
+    shapes: Annotated[tuple[Shape, ...], REPEATED] = ()
+    """batch,length,heads; repeat for more. A grid that suits the device when none is given."""
+    peers: tuple[str, ...] = ()
+    """Families, "SSD, 64 states", "KDA", ...; all when none is named."""
+    repeats: Count = 30
+    """Timings of each, in turns; the median is shown."""
+
+
+@dataclass(frozen=True)
+class Stream(Common):
+    preset: PresetName | None = None
+    """Stream a model of this preset with fresh weights; mamba_byte when nothing else is given."""
+    checkpoint: Path | None = None
+    """Stream this trained model instead: run folder or checkpoint folder."""
+    corpus: str = "stdlib"
+    """Where the streamed text is from: stdlib, wikitext103, a folder with wiki.*.raw, or a file."""
+    streams: Annotated[tuple[Count, ...], entries()] = (1, 8, 64, 512)
+    """How many texts at a time."""
+    seen: Annotated[tuple[Count, ...], entries()] = (100, 1000, 10_000, 100_000, 1_000_000)
+    """After how many bytes the latency of the next one is measured."""
+    characters: CountOrNone = 60_000
+    """How many characters are scored; 0 scores none."""
+
+
+@dataclass(frozen=True)
+class Step(Common):
+    preset: PresetName = "mamba_byte"
+    """Which model is trained."""
+    d_model: Count | None = None
+    """Its width; the preset's own when not given."""
+    n_layer: Layers | None = None
+    """Its depth; the preset's own when not given."""
+    batch_size: Count | None = None
+    """Windows of a training step; the preset's own when not given."""
+    context: Count | None = None
+    """Bytes of a window; the preset's own when not given."""
+    patterns: tuple[LayerPattern, ...] = ()
+    """Layer patterns to train beside the preset's, at equal parameters: A, MA, MMMA, ...
+    Attention sees the whole context; alone it also stands with half the layers and wider MLPs, and
+    where the preset's window is shorter than the context, with that window too."""
+    way: Literal["eager", "graph", "compile"] | None = None
+    """How a step is run; compile on a GPU and eager on a CPU when not given."""
+    peers: tuple[Literal["mamba_ssm"], ...] = ()
+    """mamba_ssm, whose modules then also take the place of the preset's SSM layers."""
+
+
 def run(argv: list[str]) -> int:
+    return subcommand(ACTIONS, argv, "bench", __doc__)
+
+
+def _checked(options: Common) -> str:
+    """The device; UserError where the record cannot be kept, now and not after the measurement."""
     from analysis.runs.records import check_record_folder
-    from mambabyte.errors import UserError
 
-    options = parse(Options, argv, "bench", __doc__)
-    if options.repeats < 1:
-        raise UserError(f"--repeats is {options.repeats}: it must be at least 1")
     if options.record:
-        check_record_folder(options.record)  # now, and not after the measurement
-    return {"scan": bench_scan, "mixers": bench_mixers, "stream": bench_stream,
-            "step": bench_step}[options.what](options)
+        check_record_folder(options.record)
+    return pick_device(options.device)
 
 
-def bench_scan(options: Options) -> int:
+def bench_scan(options: Scan) -> int:
+    from analysis.cli.studies.tables import rows_of, short_table
     from analysis.measure.bench.scan import DEFAULT_PEERS, run_bench
 
+    device = _checked(options)
     frame = run_bench(
         [parse_shape(text) for text in options.shapes] or None, options.dtype,
-        options.peers or DEFAULT_PEERS, pick_device(options.device), options.repeats, say,
+        options.peers or DEFAULT_PEERS, device, options.repeats, say,
     )
     machine = frame.attrs["machine"]
     _keep(options, machine, {}, {"bench": (TABLE, short_table(frame))},
@@ -127,14 +173,15 @@ def bench_scan(options: Options) -> int:
                                                           sort=False):
         lines += ["", f"({batch}, {length}, {channels})"]
         lines += [describe(row) for row in group.to_dict("records")]
-    return _print(options, {"bench": _rows(frame), "ceilings": machine}, lines)
+    return _print(options, {"bench": rows_of(frame), "ceilings": machine}, lines)
 
 
-def bench_mixers(options: Options) -> int:
+def bench_mixers(options: Mixers) -> int:
+    from analysis.cli.studies.tables import rows_of
     from analysis.measure.bench.mixers import FAMILIES, run_bench
     from analysis.measure.ceilings import describe_machine
 
-    device = pick_device(options.device)
+    device = _checked(options)
     machine = describe_machine(device)
     frame = run_bench(
         [parse_shape(text) for text in options.shapes] or None, options.peers or tuple(FAMILIES),
@@ -145,7 +192,7 @@ def bench_mixers(options: Options) -> int:
     for shape, group in frame.groupby(["batch", "length", "heads"], sort=False):
         lines += ["", f"{shape}"]
         lines += [describe_mixer(row) for row in group.to_dict("records")]
-    return _print(options, {"bench": _rows(frame), "ceilings": machine}, lines)
+    return _print(options, {"bench": rows_of(frame), "ceilings": machine}, lines)
 
 
 def describe_mixer(row: dict) -> str:
@@ -160,9 +207,10 @@ def describe_mixer(row: dict) -> str:
     return line + "".join(f"  {e:.1e}" for e in errors if e == e)
 
 
-def bench_stream(options: Options) -> int:
+def bench_stream(options: Stream) -> int:
     import torch
 
+    from analysis.cli.studies.tables import rows_of, stream_table
     from analysis.measure.bench.stream import VALUES, run_bench
     from mambabyte.checkpoint import load_model
     from mambabyte.config import get_preset
@@ -170,39 +218,38 @@ def bench_stream(options: Options) -> int:
     from mambabyte.errors import UserError
     from mambabyte.model import ByteLM
 
-    if min((*options.streams, *options.seen), default=1) < 1 or options.characters < 0:
-        raise UserError("--streams and --seen must be 1 or more, --characters 0 or more")
-    device, corpus = pick_device(options.device), load_corpus(options.corpus, say)
+    if options.checkpoint and options.preset:
+        raise UserError("--preset and --checkpoint are both given: give one, whose model is "
+                        "streamed")
+    preset = options.preset or "mamba_byte"
+    device, corpus = _checked(options), load_corpus(options.corpus, say)
     torch.manual_seed(0)
     model = (load_model(options.checkpoint) if options.checkpoint
-             else ByteLM(get_preset(options.preset).model))
+             else ByteLM(get_preset(preset).model))
     frame, values = run_bench(model.to(device).eval(), bytes(corpus.valid), options.streams,
                               options.seen, options.characters, say)
-    _keep(options, {"preset": options.preset, "device": device, "corpus": corpus.name,
+    _keep(options, {"preset": preset, "device": device, "corpus": corpus.name,
                     "trained": options.checkpoint is not None, "characters": options.characters},
           {name: (value, *VALUES[name]) for name, value in values.items()},
           {"stream": (STREAM_TABLE, stream_table(frame))},
-          f"Streaming {options.preset}", STREAM_ABOUT)
+          f"Streaming {preset}", STREAM_ABOUT)
     lines = [f"{row.way:20} {row.streams:5} streams {row.seen:8} seen {row.microseconds:10.1f} us "
              f"[{row.low:.1f}, {row.high:.1f}] {row.bytes_per_second:12.0f} bytes/s "
              f"{_energy(row.joules_per_megabyte)}" for row in frame.itertuples()]
     lines += [f"{about}: " + (f"{_plain(values[name])} {unit}".rstrip() if name in values
                               else "not asked for")
               for name, (unit, about) in VALUES.items()]
-    return _print(options, {"stream": _rows(frame), **values}, lines)
+    return _print(options, {"stream": rows_of(frame), **values}, lines)
 
 
-def bench_step(options: Options) -> int:
+def bench_step(options: Step) -> int:
     from dataclasses import replace
 
+    from analysis.cli.studies.tables import parts_table, rows_of, steps_table
     from analysis.measure.bench.steps import bench_steps, rivals, step_values
     from mambabyte.config import get_preset
-    from mambabyte.errors import UserError
 
-    preset, device = get_preset(options.preset), pick_device(options.device)
-    if not set(options.peers) <= {"mamba_ssm"}:
-        raise UserError(f"--peers got {' '.join(options.peers)}: a step has the peer mamba_ssm "
-                        "alone")
+    preset, device = get_preset(options.preset), _checked(options)
     model = replace(preset.model, d_model=options.d_model or preset.model.d_model,
                     n_layer=options.n_layer or preset.model.n_layer)
     recipe = replace(preset.train, batch_size=options.batch_size or preset.train.batch_size,
@@ -225,11 +272,11 @@ def bench_step(options: Options) -> int:
             f"{_energy(row.joules_per_megabyte)}  {row.mixers}")
         lines += [f"    {part.part:22} {part.ms:9.3f} ms {part.share:6.1%}  {part.kernel[:60]}"
                   for part in parts[parts["system"] == row.system].itertuples()]
-    return _print(options, {"steps": _rows(frame), "parts": parts.to_dict("records")}, lines)
+    return _print(options, {"steps": rows_of(frame), "parts": parts.to_dict("records")}, lines)
 
 
 def _keep(
-    options: Options, parameters: dict[str, Any], values: Mapping[str, tuple[Any, str, str]],
+    options: Common, parameters: dict[str, Any], values: Mapping[str, tuple[Any, str, str]],
     tables: dict[str, tuple[str, pd.DataFrame]], title: str, about: str,
 ) -> None:
     """The result as a record, where one was asked for."""
@@ -242,15 +289,11 @@ def _keep(
             tables_of(tables), title=title, about=about), options.record)
 
 
-def _print(options: Options, found: dict[str, Any], lines: list[str]) -> int:
+def _print(options: Common, found: dict[str, Any], lines: list[str]) -> int:
     from mambabyte.config.provenance import provenance
 
     print_result({**found, "provenance": provenance()}, options.json, lines)
     return 0
-
-
-def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return _measured(frame).to_dict("records")
 
 
 def _energy(joules_per_megabyte: float) -> str:
@@ -263,69 +306,9 @@ def _plain(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def stream_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """The columns of a streaming bench in the words and units of a reader of the report."""
-    return _measured(pd.DataFrame({
-        "way": frame["way"], "texts at a time": frame["streams"],
-        "bytes seen before": frame["seen"], "a byte of each, median (us)":
-            frame["microseconds"].round(1), "quartiles (us)": _quartiles(frame["low"],
-                                                                         frame["high"]),
-        "all together (bytes/s)": frame["bytes_per_second"].round(0),
-        "gross (J/MB)": frame["joules_per_megabyte"].round(0)}))
-
-
-def steps_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """The columns of compared training steps in the words and units of a reader of the report."""
-    return _measured(pd.DataFrame({
-        "layers": frame["system"], "mixers": frame["mixers"], "parameters": frame["parameters"],
-        "step, median (ms)": frame["ms"].round(3), "quartiles (ms)": _quartiles(
-            frame["low"], frame["high"]), "times the first row": frame["times_first"].round(2),
-        "text (MB/s)": (frame["bytes_per_second"] / 1e6).round(3),
-        "gross (J/MB)": frame["joules_per_megabyte"].round(1),
-        "peak (MiB)": (frame["peak_bytes"] / 2**20).round(0)}))
-
-
-def parts_table(parts: pd.DataFrame) -> pd.DataFrame:
-    """The parts of training steps, shares in percent."""
-    return pd.DataFrame({
-        "layers": parts["system"], "part": parts["part"], "a step (ms)": parts["ms"].round(3),
-        "share (%)": (100 * parts["share"]).round(1), "longest kernel": parts["kernel"]})
-
-
-def _quartiles(low: pd.Series, high: pd.Series) -> list[str]:
-    return [f"{a:.4g} to {b:.4g}" for a, b in zip(low, high, strict=True)]
-
-
-def _measured(table: pd.DataFrame) -> pd.DataFrame:
-    return table.astype(object).where(table.notna(), None)
-
-
-def short_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """The columns that a reader of the report wants, in its units."""
-    shape = frame[["batch", "length", "channels"]].astype(str).agg(" x ".join, axis=1)
-    micro = frame[["median_seconds", "low_seconds", "high_seconds", "floor_seconds"]] * 1e6
-    return pd.DataFrame({
-        "batch x length x channels": shape, "of": frame["peer"], "pass": frame["direction"],
-        "median (us)": micro["median_seconds"].round(1),
-        "quartiles (us)": [f"{a:.1f} to {b:.1f}" if a == a else None for a, b in
-                           zip(micro["low_seconds"], micro["high_seconds"], strict=True)],
-        "times the fused scan": frame["ratio_to_fused"].round(3),
-        "floor (us)": micro["floor_seconds"].round(1),
-        "peak (MiB)": (frame["peak_bytes"] / 2**20).round(1),
-        "relative error of output": frame["error_output"],
-        "worst relative error of a gradient": frame["error_gradient"],
-        "note": frame["note"],
-    }).pipe(_measured)
-
-
 def parse_shape(text: str) -> tuple[int, int, int]:
-    """``batch,length,channels`` as numbers."""
-    from mambabyte.errors import UserError
-
-    parts = text.split(",")
-    if len(parts) != 3 or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
-        raise UserError(f"--shapes got {text!r}: expected batch,length,channels, e.g. 16,1024,384")
-    batch, length, channels = map(int, parts)
+    """``batch,length,channels``, checked by Shape, as numbers."""
+    batch, length, channels = map(int, text.split(","))
     return batch, length, channels
 
 
@@ -345,3 +328,11 @@ def describe(row: dict) -> str:
     if row["error_output"] == row["error_output"]:
         text += f", error {row['error_output']:.1e} / {row['error_gradient']:.1e}"
     return text
+
+
+ACTIONS = {
+    "scan": Action(Scan, bench_scan, "Time the selective scan against its peers"),
+    "mixers": Action(Mixers, bench_mixers, "Time the field's mixers against their peers"),
+    "stream": Action(Stream, bench_stream, "Time streaming, byte after byte"),
+    "step": Action(Step, bench_step, "Time whole training steps, and say where the time goes"),
+}

@@ -3,6 +3,7 @@
     mambabyte study memory
     mambabyte study overflow --set chunks=16,32,64 --set seed=1
     mambabyte study throughput --profile full
+    mambabyte study overflow -f chunks.toml
     mambabyte study ablation --parameters
     mambabyte study gradients --profile full --record data/records/gradients/h200-gradients
 
@@ -16,31 +17,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 from analysis.cli.console import say
-from analysis.cli.options import parse, print_result
+from analysis.cli.options import POSITIONAL, REPEATED, parse, print_result
 from analysis.cli.studies.sweep import print_rows
-from analysis.studies import split_pairs
 
 
 @dataclass(frozen=True)
 class Options:
-    name: Annotated[str, tyro.conf.Positional]
+    name: Annotated[str, POSITIONAL]
     """One of the studies, e.g. memory; an unknown name lists them."""
     profile: str = "quick"
     """quick (CPU, about a minute) or full (a GPU, longer)."""
-    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    set: Annotated[tuple[str, ...], REPEATED] = ()
     """name=value of a parameter; repeat for more. A list is written 1,2,3."""
+    file: Path | None = None
+    """-f: parameters from a file, TOML, JSON or YAML by its name; --set overrides it."""
     parameters: bool = False
-    """Show the study's parameters and their values, and stop."""
+    """Show the study's parameters, their values and what they are, and stop."""
     force: bool = False
     """Run again what is done already."""
     root: Path = Path("reports/runs")
     """Where run folders are kept."""
     record: Path | None = None
     """Keep the result as a record: the folder, such as data/records/STUDY/NAME."""
-    keep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    keep: Annotated[tuple[str, ...], REPEATED] = ()
     """A record of these values, tables and figures alone, e.g. 'pieces_*'; repeat for more."""
     title: str = ""
     """The record's heading; the study's own when not given."""
@@ -53,12 +53,14 @@ class Options:
 def run(argv: list[str]) -> int:
     options = parse(Options, argv, "study", __doc__)
 
-    from analysis.studies import get_study, validate
+    from analysis.studies import get_study, read_file, split_pairs, validate
+    from mambabyte.config.checks import texts
 
-    overrides = split_pairs("--set", options.set)
+    overrides = {**read_file(options.file), **split_pairs("--set", options.set)}
     if options.parameters:
         values = validate(options.name, overrides, options.profile)
-        print_result(values, options.json, [f"{k} = {v}" for k, v in values.items()])
+        said = texts(get_study(options.name).module().Parameters)
+        print_result(values, options.json, [f"{k} = {v}  # {said[k]}" for k, v in values.items()])
         return 0
     if options.record:
         from analysis.studies.session import record

@@ -4,6 +4,7 @@
     mambabyte sweep overflow --grid seed=0,1,2 --executor local --workers 2
     mambabyte sweep overflow --grid "chunks=16,32;64,128"
     mambabyte sweep ablation throughput --profile full
+    mambabyte sweep overflow -f grid.toml
 
 Each run is a notebook executed in a fresh process. An interrupted sweep goes on where it was; a
 failed run stays visible, is tried again by the next sweep, and makes the exit status 1.
@@ -16,10 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import tyro
-
-from analysis.cli.options import parse, print_result
-from analysis.studies import split_pairs
+from analysis.cli.options import POSITIONAL, REPEATED, parse, print_result
+from mambabyte.config.checks import Workers, shown
+from mambabyte.errors import UserError
 
 if TYPE_CHECKING:
     from analysis.sweep.run import Row
@@ -27,18 +27,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    names: Annotated[tuple[str, ...], POSITIONAL] = ()
     """Studies to run; all when none is named."""
     profile: str = "quick"
     """quick (CPU, about a minute each) or full (a GPU, longer)."""
-    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    set: Annotated[tuple[str, ...], REPEATED] = ()
     """name=value of a parameter; repeat for more. A list is written 1,2,3."""
-    grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    grid: Annotated[tuple[str, ...], REPEATED] = ()
     """name=v1,v2,v3: a run for each value, and for each combination when repeated. Values that are
     lists themselves are separated by semicolons: chunks=16,32;64,128."""
+    file: Path | None = None
+    """-f: parameters from a file, TOML, JSON or YAML by its name, and in a table [grid] the values
+    of each that is varied; --set and --grid override it."""
     executor: Literal["serial", "local", "dask", "slurm"] = "serial"
     """Where runs execute; serial keeps timings undisturbed."""
-    workers: int = 1
+    workers: Workers = 1
     """How many runs at once, where the executor can."""
     address: str = ""
     """Scheduler of a dask cluster, or a Slurm partition."""
@@ -53,12 +56,19 @@ class Options:
 def run(argv: list[str]) -> int:
     options = parse(Options, argv, "sweep", __doc__)
 
+    from analysis.studies import read_file, split_pairs
     from analysis.sweep.run import run_sweep
 
+    given = read_file(options.file)
+    varied = given.pop("grid", {})
+    if not isinstance(varied, dict) or not all(isinstance(v, list) for v in varied.values()):
+        raise UserError(f"{options.file}: grid is {shown(varied)}: expected a table of lists, such "
+                        "as seed = [0, 1, 2]")
+    grid = {k: v.split(";" if ";" in v else ",")
+            for k, v in split_pairs("--grid", options.grid).items()}
     rows = run_sweep(
-        options.names, profile=options.profile, overrides=split_pairs("--set", options.set),
-        grid={k: v.split(";" if ";" in v else ",")
-              for k, v in split_pairs("--grid", options.grid).items()},
+        options.names, profile=options.profile,
+        overrides={**given, **split_pairs("--set", options.set)}, grid={**varied, **grid},
         root=options.root, executor=options.executor, workers=options.workers,
         address=options.address, force=options.force,
     )

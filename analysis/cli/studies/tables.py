@@ -1,0 +1,67 @@
+"""The tables of a bench in the words and units of a reader of the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+
+def stream_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The columns of a streaming bench in the words and units of a reader of the report."""
+    return _measured(pd.DataFrame({
+        "way": frame["way"], "texts at a time": frame["streams"],
+        "bytes seen before": frame["seen"], "a byte of each, median (us)":
+            frame["microseconds"].round(1), "quartiles (us)": _quartiles(frame["low"],
+                                                                         frame["high"]),
+        "all together (bytes/s)": frame["bytes_per_second"].round(0),
+        "gross (J/MB)": frame["joules_per_megabyte"].round(0)}))
+
+
+def steps_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The columns of compared training steps in the words and units of a reader of the report."""
+    return _measured(pd.DataFrame({
+        "layers": frame["system"], "mixers": frame["mixers"], "parameters": frame["parameters"],
+        "step, median (ms)": frame["ms"].round(3), "quartiles (ms)": _quartiles(
+            frame["low"], frame["high"]), "times the first row": frame["times_first"].round(2),
+        "text (MB/s)": (frame["bytes_per_second"] / 1e6).round(3),
+        "gross (J/MB)": frame["joules_per_megabyte"].round(1),
+        "peak (MiB)": (frame["peak_bytes"] / 2**20).round(0)}))
+
+
+def parts_table(parts: pd.DataFrame) -> pd.DataFrame:
+    """The parts of training steps, shares in percent."""
+    return pd.DataFrame({
+        "layers": parts["system"], "part": parts["part"], "a step (ms)": parts["ms"].round(3),
+        "share (%)": (100 * parts["share"]).round(1), "longest kernel": parts["kernel"]})
+
+
+def _quartiles(low: pd.Series, high: pd.Series) -> list[str]:
+    return [f"{a:.4g} to {b:.4g}" for a, b in zip(low, high, strict=True)]
+
+
+def _measured(table: pd.DataFrame) -> pd.DataFrame:
+    return table.astype(object).where(table.notna(), None)
+
+
+def short_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The columns that a reader of the report wants, in its units."""
+    shape = frame[["batch", "length", "channels"]].astype(str).agg(" x ".join, axis=1)
+    micro = frame[["median_seconds", "low_seconds", "high_seconds", "floor_seconds"]] * 1e6
+    return pd.DataFrame({
+        "batch x length x channels": shape, "of": frame["peer"], "pass": frame["direction"],
+        "median (us)": micro["median_seconds"].round(1),
+        "quartiles (us)": [f"{a:.1f} to {b:.1f}" if a == a else None for a, b in
+                           zip(micro["low_seconds"], micro["high_seconds"], strict=True)],
+        "times the fused scan": frame["ratio_to_fused"].round(3),
+        "floor (us)": micro["floor_seconds"].round(1),
+        "peak (MiB)": (frame["peak_bytes"] / 2**20).round(1),
+        "relative error of output": frame["error_output"],
+        "worst relative error of a gradient": frame["error_gradient"],
+        "note": frame["note"],
+    }).pipe(_measured)
+
+
+def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as they are printed as JSON."""
+    return _measured(frame).to_dict("records")
