@@ -1,0 +1,120 @@
+"""Every example of README, docs and help is read as the command line reads it, and runs.
+
+The daily suite reads all and runs those that are quick; the long one runs them all, in the order of
+their pages, each at the smallest values that show what it shows.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from analysis.cli import COMMANDS, main
+from analysis.cli.parser import parse
+from analysis.studies import STUDIES, validate
+from tests.studies.test_other_values import SMALL
+
+ROOT = Path(__file__).resolve().parents[2]
+_LINE = re.compile(
+    r"^ *(?:torchrun .*-m analysis\.cli|mambabyte) (?=[a-z])(.+?)(?:  +#.*)?$", re.M)
+FILES = {"chunks.toml": "chunks = [2, 4]\n", "grid.toml": "seed = 1\ngrid.chunks = [[2], [4]]\n"}
+TEXT = "some words of a small text, again and again. " * 300
+
+
+def examples() -> list[str]:
+    """What follows ``mambabyte`` in each, once."""
+    pages = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    texts += [importlib.import_module(module).__doc__ or "" for module, _ in COMMANDS.values()]
+    found = [line.split("|")[0].strip() for text in texts for line in _LINE.findall(text)]
+    return list(dict.fromkeys(line for line in found if line.split()[0] in COMMANDS))
+
+
+def test_there_are_examples_of_every_command():
+    assert {line.split()[0] for line in examples()} == set(COMMANDS)
+    assert "study overflow --set chunks=16,32,64" in examples()  # of README
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("example", examples())
+def test_an_example_is_read(example, folder, monkeypatch):
+    """Its options are, and the parameters of every study and point of a grid that it names."""
+    def every_point(names, *, profile, overrides, grid=None, **_):
+        for name in names or STUDIES:
+            for point in itertools.product(*(grid or {}).values()):
+                validate(name, {**overrides, **dict(zip(grid or {}, point, strict=True))}, profile)
+        return []
+
+    command, *words = shlex.split(example)
+    if command in ("study", "sweep") and "--record" not in words:
+        monkeypatch.setattr("analysis.sweep.run.run_sweep", every_point)
+        assert main([command, *words]) == 0
+        return
+    module = importlib.import_module(COMMANDS[command][0])
+    actions = getattr(module, "ACTIONS", None)
+    options = module.Options if actions is None else actions[words.pop(0)].options
+    parse(options, words, command, "")
+
+
+QUICK = [line for line in examples() if re.match(
+    r"memory (?!runs)|task (list|export)|study \w+ --parameters", line)]
+
+
+@pytest.mark.parametrize("example", QUICK)
+def test_a_quick_example_runs(example, folder, capsys):
+    assert main(shlex.split(example)) == 0
+    assert capsys.readouterr().out or (folder / "ours.py").stat().st_size
+
+
+MORE = {  # what makes a command small
+    "train": "--train.n-steps 4 --train.context 32 --train.batch-size 1 --model.n-layer 1 "
+             "--model.d-model 32 --model.n-head 2 --model.n-kv-head 2 --model.dt-rank 2",
+    "eval": "--characters 40", "generate": "--bytes 8", "ngram": "--bytes 90", "corpus": "",
+    "memory": "", "report": "--draft", "task": "", "task run": "--characters 20",
+    "bench scan": "--shapes 1,8,4 --repeats 1", "bench mixers": "--shapes 1,8,1 --repeats 1",
+    "bench stream": "--streams 1 --seen 4 --characters 5",
+    "bench step": "--d-model 32 --n-layer 1 --batch-size 1 --context 16",
+}
+
+
+def smallest(example: str, text: Path) -> list[str]:
+    """An example's words with small texts, models and numbers; an option of its own stays."""
+    words = shlex.split(example)
+    kind = " ".join(words[:2]) if words[0] in ("bench", "task") else words[0]
+    texts = {"stdlib", "wikitext103", "path/to/folder", "path/to/text.txt", "wiki/"}
+    words = [str(text) if word in texts else "ngram" if word in ("ours", "nano_plus_ngram")
+             and kind == "task run" else word for word in words]
+    extra = [shlex.split(part) for part in re.split(
+        " (?=--)", MORE.get(kind, MORE.get(words[0], "")))]
+    if words[0] in ("study", "sweep"):
+        given = {pair.split("=")[0] for pair in words if "=" in pair} | {"chunks"}
+        for name in [w for w in words if w in STUDIES] or STUDIES:
+            extra += [["--set", f"{key}=" + (",".join(map(str, value)) if isinstance(value, list)
+                                             else str(value))]
+                      for key, value in SMALL[name].items() if key not in given]
+    return words + [w for part in extra if part and (part[0] == "--set" or part[0] not in words)
+                    for w in part]
+
+
+@pytest.mark.long
+def test_all_examples_run(folder, capsys):
+    text = folder / "text.txt"
+    text.write_text(TEXT)
+    for example in examples():
+        if "--peers mamba_ssm" in example or "sharded" in example or "--profile full" in example \
+                or example in ("study memory", "sweep") or "record " in example \
+                or example.startswith("report"):
+            continue  # a package, more processes, hours, or what other tests run
+        assert main(smallest(example, text)) == 0, (example, capsys.readouterr().err)
