@@ -31,7 +31,7 @@ class NonFiniteError(UserError):
         self.step = step
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """A hint for a message about an unknown name, " (did you mean X?)"; "" where none is near."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {close[0]}?)" if close else ""

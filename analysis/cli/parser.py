@@ -173,8 +173,11 @@ class Action:
 
 
 def subcommand(actions: Mapping[str, Action], argv: Sequence[str], command: str,
-               about: str | None) -> int:
-    """Run ``mambabyte COMMAND ACTION``, whose options are the action's alone."""
+               about: str | None, default: str = "") -> int:
+    """Run ``mambabyte COMMAND ACTION``, whose options are the action's alone; ``default`` is what
+    is run where none is named."""
+    if default and (not argv or (is_flag(argv[0]) and argv[0] != "--help")):
+        argv = [default, *argv]
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
     if name in ("-h", "--help"):
         listed = "\n".join(f"  {key:8} {action.about}" for key, action in actions.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -18,7 +17,15 @@ from analysis.runs.folders import RUNS, Run, list_runs
 from analysis.runs.frames import csv_text
 from analysis.runs.records import RECORDS, load_records
 from analysis.studies import STUDIES, Study
-from mambabyte.config.files import MANIFEST, check_file, made, whole_dir, whole_file, write_manifest
+from mambabyte.config.files import (
+    MANIFEST,
+    check_file,
+    made,
+    read_toml,
+    whole_dir,
+    whole_file,
+    write_manifest,
+)
 from mambabyte.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -97,9 +104,9 @@ def _data(runs: Iterable[Run]) -> Iterable[tuple[str, str]]:
 
 
 def _load_config(path: Path) -> Config:
+    if not path.is_file():
+        raise UserError(f"there is no {path}: the report needs its title and sections")
     try:
-        return Config(**tomllib.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}: the report needs its title and sections") from None
-    except (tomllib.TOMLDecodeError, TypeError) as error:
+        return Config(**read_toml(path))
+    except TypeError as error:
         raise UserError(f"{path}: {error}") from None

@@ -7,7 +7,6 @@ sides and the headline leaves out is an error. So no headline stands without its
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from analysis.report.html.text import number
 from analysis.runs.folders import ROOT, Run
 from analysis.runs.jobs import Job, is_cost, job_of
+from mambabyte.config.files import read_toml
 from mambabyte.errors import UserError
 
 FILE = ROOT / "data" / "headlines.toml"
@@ -79,7 +79,14 @@ class Headline:
 
 def load_headlines(records: Mapping[str, Run], path: Path = FILE) -> tuple[Headline, ...]:
     """The rows with their numbers; UserError where a record or a side of it is missing."""
-    return tuple(_headline(row, records) for row in _rows(path))
+    found = []
+    for i, row in enumerate(_rows(path), start=1):
+        try:
+            found.append(_headline(row, records))
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise UserError(f"{path}: headline {i} is not as one should be "
+                            f"({type(error).__name__}: {error})") from None
+    return tuple(found)
 
 
 def headline_records(path: Path = FILE) -> list[str]:
@@ -88,7 +95,11 @@ def headline_records(path: Path = FILE) -> list[str]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return list(tomllib.loads(path.read_text(encoding="utf-8"))["headline"])
+    rows = read_toml(path).get("headline")
+    if not isinstance(rows, list) or not all(
+            isinstance(row, dict) and isinstance(row.get("record"), str) for row in rows):
+        raise UserError(f"{path}: expected rows [[headline]], each with the name of its record")
+    return rows
 
 
 def table(headlines: Sequence[Headline]) -> str:

@@ -130,7 +130,8 @@ def _inherited(errors: TextIO) -> Iterator[None]:
 def _last_words(errors: TextIO) -> str:
     errors.flush()
     text = Path(errors.name).read_text(encoding="utf-8", errors="replace")
-    return next((line.strip()[:200] for line in reversed(text.splitlines()) if line.strip()), "")
+    return next((line.strip()[:200] for line in reversed(text.splitlines())
+                 if line.strip() and not line.startswith("Kernel died")), "")  # Jupyter's own
 
 
 @contextmanager

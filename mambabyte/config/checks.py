@@ -291,7 +291,7 @@ def _hint_at(value: Any, hint: Any) -> str:
         for rule in getattr(part, "__metadata__", ()):
             known += rule.known() if isinstance(rule, Rule) and rule.known else ()
     given = value if isinstance(value, (list, tuple)) else [value]
-    hints_found = (nearest(v, known) for v in given if isinstance(v, str) and v not in known)
+    hints_found = (nearest(v, known, 0.6) for v in given if isinstance(v, str) and v not in known)
     return next(filter(None, hints_found), "") if known else ""
 
 

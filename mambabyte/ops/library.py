@@ -56,7 +56,10 @@ def check_tensors(
     if x.dtype not in dtypes:
         known = ", ".join(map(str, dtypes))
         raise UserError(f"{name} is {x.dtype}: expected {known}; cast it, or use a form in torch")
-    device = x.device
+    device, others = x.device, list(others)
+    for each, tensor in ((name, x), *((other[0], other[1]) for other in others)):
+        if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+            raise UserError(f"{each} is {tensor.layout}: expected it dense, {each}.to_dense()")
     for other, tensor, wanted, dtype in others:
         if tensor is None and other[-1] == "?":
             continue
@@ -74,6 +77,11 @@ def check_tensors(
             real = "a real floating dtype" if dtype is None else str(dtype)
             raise UserError(f"{other} is {tensor.dtype}: expected {real} beside {name} in "
                             f"{x.dtype}")
+
+
+def whole(value: object) -> bool:
+    """Whether a size is a whole number, and no True or False."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _kind(value: object) -> str:

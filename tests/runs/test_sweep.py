@@ -230,7 +230,7 @@ def test_wrong_input_stops_before_anything_runs(registry, tmp_path):
     for arguments, match in [
         ({"names": ["tyni"]}, r"did you mean tiny\?"),
         ({"overrides": {"sizs": 1}}, r"did you mean sizes\?"),
-        ({"grid": {"n": ["1", "x"]}}, "expected int"),
+        ({"grid": {"n": ["1", "x"]}}, "expected a whole number"),
         ({"grid": {"n": []}}, "no values for n"),
         ({"grid": {"n": [1]}, "overrides": {"n": 1}}, "n is given twice"),
         ({"profile": "deep"}, "no profile 'deep'"),

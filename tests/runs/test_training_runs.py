@@ -58,7 +58,7 @@ def test_a_comparison_says_what_was_set_otherwise(root, capsys):
     found = told(capsys, "compare", root / "first", root / "<b>second")
     assert found["different"] == {"train.n_steps": [3, 2], "train.lr": [3e-4, 1e-3]}
     assert main(["runs", "compare", str(root / "first")]) == 2
-    assert "needs two run folders" in capsys.readouterr().err
+    assert "FOLDERS is" in capsys.readouterr().err
 
 
 def test_show_samples_the_run_and_never_obeys_it(root, capsys):

@@ -13,61 +13,101 @@ files of TensorBoard into the run folder (pip install 'mambabyte[tensorboard]').
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Annotated, Any
 
 from analysis.cli.console import escaped
-from analysis.cli.options import cell, parse, print_result
+from analysis.cli.options import POSITIONAL, cell, print_result, subcommand
+from analysis.cli.parser import Action
+from mambabyte.config.checks import CountOrNone, entries
 from mambabyte.errors import UserError
 
 if TYPE_CHECKING:
     from analysis.runs.trainings import Training
 
 
+Folders = Annotated[tuple[Path, ...], POSITIONAL, entries(1, once=False)]
+
+
 @dataclass(frozen=True)
-class Options:
-    action: Annotated[Literal["list", "show", "compare", "plot", "events"],
-                      tyro.conf.Positional] = "list"
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Run folders; for list, folders that hold some, runs/ when none is given."""
-    curve: str = "bits_per_byte"
-    """For plot: what to draw in the terminal: bits_per_byte, bytes_per_second, lr, grad_norm,
-    exponent or joules."""
-    html: Path | None = None
-    """For plot: also write one small page with every curve, settings and samples."""
-    sample_bytes: int = 200
+class List:
+    folders: Annotated[tuple[Path, ...], POSITIONAL] = ()
+    """Folders that hold runs; runs/ when none is given."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True)
+class Show:
+    folders: Folders
+    """Run folders."""
+    sample_bytes: CountOrNone = 200
     """Bytes of text to sample from each run; 0 samples none."""
     json: bool = False
     """Print the result as JSON."""
 
 
+@dataclass(frozen=True)
+class Compare:
+    folders: Annotated[tuple[Path, ...], POSITIONAL, entries(2)]
+    """Run folders, two or more."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    folders: Folders
+    """Run folders."""
+    curve: str = "bits_per_byte"
+    """What to draw in the terminal: bits_per_byte, bytes_per_second, lr, grad_norm, exponent or
+    joules."""
+    html: Path | None = None
+    """Also write one small page with every curve, settings and samples."""
+    sample_bytes: CountOrNone = 200
+    """Bytes of text to sample from each run for the page; 0 samples none."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True)
+class Events:
+    folders: Folders
+    """Run folders."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
 def run(argv: list[str]) -> int:
-    options = parse(Options, argv, "runs", __doc__)
+    return subcommand(ACTIONS, argv, "runs", __doc__, default="list")
 
-    from analysis.runs.trainings import find_trainings, read_training, summary
 
-    if options.action == "list":
-        roots = options.folders or (Path("runs"),)
-        runs = [run for root in roots for run in find_trainings(root)]
-        rows = [summary(run) for run in runs]
-        print_result({"runs": rows}, options.json, table(rows) if rows else [
-            f"no runs in {', '.join(map(str, roots))}: mambabyte train --out runs/first makes one"])
-        return 0
-    if not options.folders:
-        raise UserError(f"which? give the run folders to {options.action} (mambabyte runs lists "
-                        "them)")
-    runs = [read_training(folder) for folder in options.folders]
-    record, lines = {"show": _show, "compare": _compare, "plot": _plot, "events": _events}[
-        options.action](runs, options)
-    print_result(record, options.json, lines)
+def _list(options: List) -> int:
+    from analysis.runs.trainings import find_trainings, summary
+
+    roots = options.folders or (Path("runs"),)
+    rows = [summary(run) for root in roots for run in find_trainings(root)]
+    print_result({"runs": rows}, options.json, table(rows) if rows else [
+        f"no runs in {', '.join(map(str, roots))}: mambabyte train --out runs/first makes one"])
     return 0
 
 
-def _show(runs: Sequence[Training], options: Options) -> tuple[dict[str, Any], list[str]]:
+def _of(work: Callable[[Sequence[Training], Any], tuple[dict[str, Any], list[str]]]
+        ) -> Callable[[Any], int]:
+    """An action on run folders: read them, work, print."""
+    def act(options: Any) -> int:
+        from analysis.runs.trainings import read_training
+
+        record, lines = work([read_training(folder) for folder in options.folders], options)
+        print_result(record, options.json, lines)
+        return 0
+
+    return act
+
+
+def _show(runs: Sequence[Training], options: Show) -> tuple[dict[str, Any], list[str]]:
     from analysis.runs.trainings import summary
 
     record, lines = [], []
@@ -80,11 +120,9 @@ def _show(runs: Sequence[Training], options: Options) -> tuple[dict[str, Any], l
     return {"runs": record}, lines
 
 
-def _compare(runs: Sequence[Training], options: Options) -> tuple[dict[str, Any], list[str]]:
+def _compare(runs: Sequence[Training], options: Compare) -> tuple[dict[str, Any], list[str]]:
     from analysis.runs.trainings import differences, summary
 
-    if len(runs) < 2:
-        raise UserError("compare needs two run folders or more")
     rows, different = [summary(run) for run in runs], differences(runs)
     lines = [*table(rows), "", "set otherwise:" if different else "no setting differs"]
     lines += [f"  {name:24}{'   '.join(cell(value)[:24] for value in values)}"
@@ -92,7 +130,7 @@ def _compare(runs: Sequence[Training], options: Options) -> tuple[dict[str, Any]
     return {"runs": rows, "different": different}, lines
 
 
-def _plot(runs: Sequence[Training], options: Options) -> tuple[dict[str, Any], list[str]]:
+def _plot(runs: Sequence[Training], options: Plot) -> tuple[dict[str, Any], list[str]]:
     from analysis.runs.trainings import CURVES
 
     if options.curve not in CURVES:
@@ -112,7 +150,7 @@ def _plot(runs: Sequence[Training], options: Options) -> tuple[dict[str, Any], l
                      for name, run in named.items()}, "html": options.html}, lines
 
 
-def _events(runs: Sequence[Training], options: Options) -> tuple[dict[str, Any], list[str]]:
+def _events(runs: Sequence[Training], options: Events) -> tuple[dict[str, Any], list[str]]:
     from analysis.runs.trainings import write_events
 
     written = [str(write_events(run, run.folder / "events")) for run in runs]
@@ -145,3 +183,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
             for line in cells]
 
+
+ACTIONS = {
+    "list": Action(List, _list, "The runs in a folder, a line each"),
+    "show": Action(Show, _of(_show), "All of a run: settings, curve, a sample"),
+    "compare": Action(Compare, _of(_compare), "Runs beside each other, and what is set otherwise"),
+    "plot": Action(Plot, _of(_plot), "A curve of runs, in the terminal or on a page"),
+    "events": Action(Events, _of(_events), "Event files of TensorBoard in the run folders"),
+}

@@ -98,7 +98,7 @@ class Record:
 
 
 def run(argv: list[str]) -> int:
-    return subcommand(ACTIONS, argv or ["list"], "task", __doc__)
+    return subcommand(ACTIONS, argv, "task", __doc__, default="list")
 
 
 def _list(options: List) -> int:

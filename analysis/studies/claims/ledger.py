@@ -8,7 +8,6 @@ numbers give another verdict.
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.runs.folders import ROOT
+from mambabyte.config.files import read_toml
 from mambabyte.errors import UserError
 
 CLAIMS = "claims.toml"  # in data/; the digest of the study's sources follows the name
@@ -127,11 +127,11 @@ class Ledger:
 def load_ledger(path: Path | None = None) -> Ledger:
     """Reads and checks the file; UserError names the row and what is wrong with it."""
     path = path or ROOT / "data" / CLAIMS
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-        rows = data["claim"]
-    except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
-        raise UserError(f"{path.name} is not a ledger ({type(error).__name__}: {error})") from None
+    data = read_toml(path)
+    rows = data.get("claim")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows) \
+            or not isinstance(data.get("facts", {}), dict):
+        raise UserError(f"{path.name} is not a ledger: expected rows [[claim]] and [facts]")
     claims = tuple(_claim(row, i) for i, row in enumerate(rows, start=1))
     seen: set[str] = set()
     for claim in claims:
@@ -155,7 +155,8 @@ def _claim(row: dict[str, Any], number: int) -> Claim:
     if row["kind"] not in KINDS:
         raise UserError(f"claim {name}: kind {row['kind']!r} is not one of {', '.join(KINDS)}")
     numbers = row.get("numbers", [])
-    if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+    if not isinstance(numbers, list) or not all(
+            isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
         raise UserError(f"claim {name}: numbers {numbers!r} must be finite numbers")
     texts = {k: " ".join(str(v).split()) for k, v in row.items() if k != "numbers"}
     return Claim(**texts, numbers=tuple(float(n) for n in numbers))

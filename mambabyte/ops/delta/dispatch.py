@@ -11,7 +11,7 @@ from mambabyte.errors import UserError
 from mambabyte.ops.delta.chunked import CHUNK, chunked_delta
 from mambabyte.ops.delta.operator import fused_delta
 from mambabyte.ops.delta.recurrent import recurrent_delta
-from mambabyte.ops.library import FLOATS, check_tensors
+from mambabyte.ops.library import FLOATS, check_tensors, whole
 from mambabyte.ops.precision import without_autocast
 from mambabyte.ops.ssd.dispatch import wide_dtype
 
@@ -69,8 +69,8 @@ def gated_delta_rule(
         ("beta", beta, gates, None),
         ("log_decay", log_decay, gates if log_decay.ndim == 3 else tuple(k.shape), None),
         ("initial_state?", initial_state, (batch, heads, keys, v.shape[3]), None)))
-    if chunk_size is not None and chunk_size < 1:
-        raise UserError(f"chunk_size is {chunk_size}: it must be at least 1")
+    if chunk_size is not None and (not whole(chunk_size) or chunk_size < 1):
+        raise UserError(f"chunk_size is {chunk_size}: it must be a whole number, at least 1")
     if form == "auto":
         form = "recurrent" if length == 1 else "fused"
 

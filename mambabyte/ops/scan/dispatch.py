@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mambabyte.config.scan_forms import FORMS, OLD_NAMES
 from mambabyte.errors import UserError
+from mambabyte.ops.library import whole
 from mambabyte.ops.precision import autocasts
 from mambabyte.ops.scan import operator
 from mambabyte.ops.scan.chunked import chunked_scan
@@ -78,6 +79,11 @@ def selective_scan(
     Raises UserError for shapes that do not agree, an unknown form, or a chunk size below 1.
     """
     operator.check_shapes(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if not isinstance(form, str):
+        raise UserError(f"form is of type {type(form).__name__}: expected auto, {', '.join(FORMS)}")
+    if not isinstance(delta_softplus, bool):
+        raise UserError(f"delta_softplus is of type {type(delta_softplus).__name__}: expected True "
+                        "or False")
     if form == "auto":
         fits = A.shape[-1] <= operator.MAX_STATES and _in_one_dtype(
             u, (delta, B, C, z), (A, D, delta_bias, initial_state))
@@ -85,8 +91,8 @@ def selective_scan(
     form = OLD_NAMES.get(form, form)
     if form not in FORMS:
         raise UserError(f"scan form {form!r} is unknown: choose auto, {', '.join(FORMS)}")
-    if chunk_size is not None and chunk_size < 1:
-        raise UserError(f"chunk_size is {chunk_size}: it must be at least 1")
+    if chunk_size is not None and (not whole(chunk_size) or chunk_size < 1):
+        raise UserError(f"chunk_size is {chunk_size}: it must be a whole number, at least 1")
 
     if form == "fused":
         return operator.run_fused(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops.library import FLOATS, check_tensors
+from mambabyte.ops.library import FLOATS, check_tensors, whole
 from mambabyte.ops.precision import without_autocast
 from mambabyte.ops.ssd.chunked import CHUNK, chunked_ssd
 from mambabyte.ops.ssd.operator import fused_ssd
@@ -68,8 +68,8 @@ def ssd_scan(
         ("D?", D, (heads,), None), ("dt_bias?", dt_bias, (heads,), None),
         ("B", B, (batch, length, *B.shape[2:]), None), ("C", C, tuple(B.shape), None),
         ("initial_state?", initial_state, (batch, heads, channels, B.shape[3]), None)))
-    if chunk_size is not None and chunk_size < 1:
-        raise UserError(f"chunk_size is {chunk_size}: it must be at least 1")
+    if chunk_size is not None and (not whole(chunk_size) or chunk_size < 1):
+        raise UserError(f"chunk_size is {chunk_size}: it must be a whole number, at least 1")
     if form == "auto":
         form = "recurrent" if length == 1 else "fused"
 
