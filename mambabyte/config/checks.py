@@ -85,8 +85,8 @@ def _short(number: float) -> str:
 
 
 # What many fields are. Above these no machine has room, and a seed no bits.
-Count = Annotated[int, between(1, 10**12)]
-CountOrNone = Annotated[int, between(0, 10**12)]  # 0 stands for none, or for a default
+Count = Annotated[int, between(1, 10**15)]
+CountOrNone = Annotated[int, between(0, 10**15)]  # 0 stands for none, or for a default
 Seed = Annotated[int, between(0, 2**63 - 1)]
 Positive = Annotated[float, above(0)]
 NotNegative = Annotated[float, at_least(0)]
