@@ -75,24 +75,30 @@ def find_trainings(root: Path) -> list[Training]:
 def summary(run: Training) -> dict[str, Any]:
     """What a list of runs says of one; None for what is not known or was not measured."""
     last, result = run.last, run.result
-    seconds, seen = (result.get(k, last.get(k)) for k in ("seconds", "bytes_seen"))
-    joules = result.get("joules", last.get("joules"))
+    seconds, seen, joules = (_number(result.get(k, last.get(k)))
+                             for k in ("seconds", "bytes_seen", "joules"))
     return {
         "run": str(run.folder),
         "layers": run.model.get("layer_pattern"),
         "width": run.model.get("d_model"),
         "steps": result.get("steps", last.get("step", 0)),
         "of": run.train.get("n_steps"),
-        "ended by": result.get("stopped_by", "not yet") + (
+        "ended by": str(result.get("stopped_by", "not yet")) + (
             " (smoke mode)" if result.get("smoke") else ""),
         "seconds": seconds,
         "bytes/s": seen / seconds if seconds and seen else None,
         "training bits/byte": last.get("bits_per_byte"),
-        "held-out bits/byte": result.get("valid_bits_per_byte"),
-        "joules": None if pd.isna(joules) else joules,
+        "held-out bits/byte": _number(result.get("valid_bits_per_byte")),
+        "joules": joules,
         "corpus": run.provenance.get("corpus"),
         "date": str(run.provenance.get("date", ""))[:16].replace("T", " "),
     }
+
+
+def _number(value: Any) -> float | None:
+    """A number of a file; None where it is none."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and not pd.isna(value)
+    return value if known else None
 
 
 def differences(runs: Sequence[Training]) -> dict[str, list[Any]]:
