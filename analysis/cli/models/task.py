@@ -143,7 +143,7 @@ def _run(options: Run) -> int:
 
     name, system = ALIASES.get(options.name, options.name), get_system(options.name)
     if not options.record:
-        return _run(options, name, system)
+        return _seeds(options, name, system)
 
     from analysis.runs.records import check_record_folder
     from mambabyte.config.files import make_dir
@@ -153,10 +153,10 @@ def _run(options: Run) -> int:
     make_dir(options.record.parent)
     with only_one(options.record.with_name(f".{options.record.name}.lock"),
                   f"makes the record {options.record.name}"):
-        return _run(options, name, system)
+        return _seeds(options, name, system)
 
 
-def _run(options: Options, name: str, system: System) -> int:
+def _seeds(options: Run, name: str, system: System) -> int:
     """Train and score, once a seed, and keep and print the rows."""
     from mambabyte.config.provenance import provenance
     from mambabyte.corpus import load_corpus
@@ -182,6 +182,7 @@ def _run(options: Options, name: str, system: System) -> int:
         _keep(options.record, [record], options.title, options.about)
     print_result(record, options.json, [_header(), *map(_line, rows)])
     return 130 if interrupted else 0
+
 
 def _join(options: Record) -> int:
     """One record of what several runs have printed."""
