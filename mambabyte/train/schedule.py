@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from mambabyte.config import TrainConfig
 
+_FEWEST = 10  # steps of a warm-up that the clock ends
+
 
 def schedule(step: int, config: TrainConfig, elapsed_seconds: float = 0.0) -> float:
     """Share of the peak rate at ``step``, which counts from 0.
@@ -26,8 +28,11 @@ def schedule(step: int, config: TrainConfig, elapsed_seconds: float = 0.0) -> fl
     """
     warmup = warmup_steps(config)
     clock = elapsed_seconds / config.max_seconds if config.time_aware else 0.0
-    if step < warmup and clock < config.warmup_fraction:
-        return max((step + 1) / warmup, clock / config.warmup_fraction)
+    # The clock also counts what comes before the first step, a compilation for one, which warms
+    # nothing up: it ends no warm-up before a few steps.
+    if step < warmup and (clock < config.warmup_fraction or step < _FEWEST):
+        by_clock = min(1.0, clock / config.warmup_fraction, (step + 1) / _FEWEST)
+        return max((step + 1) / warmup, by_clock)
     done = min(1.0, max(step / config.n_steps, clock))
     if config.schedule == "stable":
         return min(1.0, (1 - done) / config.decay_fraction)

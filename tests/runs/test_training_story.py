@@ -110,12 +110,19 @@ def test_what_to_change_fits_the_form_in_use(change, says, never):
 
 def test_the_quick_start_leaves_its_warm_up_at_any_speed():
     recipe = get_preset("quick_start").train
-    for seconds_a_step in (1e-3, 0.05, 2.0):  # a fast card, a core, a very slow machine
+    for seconds_a_step in (1e-3, 0.05, 0.25):  # a fast card, a core, a slow machine
         shares = [schedule(int(t / seconds_a_step), recipe, t) for t in (0.5, 3.0, 30.0, 60.0)]
         assert shares[0] < shares[1]
         assert shares[1] == pytest.approx(1.0)
         assert 0.3 < shares[2] < 0.6
         assert shares[3] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_long_compilation_is_no_warm_up():
+    recipe = get_preset("quick_start").train
+    shares = [schedule(step, recipe, 20.0 + step / 100) for step in range(12)]
+    assert shares[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert shares[10] == pytest.approx(shares[9], abs=0.3)  # then the cosine, by the clock
 
 
 def test_smoke_mode_says_what_it_replaced():
