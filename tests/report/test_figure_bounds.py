@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
+
 import pytest
 
 from analysis.report.html.svg import inline_svg
+from analysis.report.parts import drawings
 from mambabyte.errors import UserError
 from tests.helpers.report_world import World
 
@@ -57,3 +61,19 @@ def test_an_appendix_passes_the_check_of_the_page(world: World):
     with pytest.raises(UserError, match="leads to #"):
         world.build()
     assert not world.out.exists()
+
+
+def test_drawings_in_another_users_cache_are_not_shown(tmp_path, monkeypatch):
+    """A report would carry what somebody has put there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(drawings, "wide_and_narrow", lambda figure, anchor: ("wide", "narrow"))
+    monkeypatch.setattr(drawings, "_code", lambda study: "")
+    figure = SimpleNamespace(key=lambda: "key", draw=lambda: None)
+    assert drawings.drawn(figure, None, "a") == ("wide", "narrow")
+    (kept,) = (tmp_path / "mambabyte" / "drawings").iterdir()
+    kept.write_text('["planted", "planted"]')
+    assert drawings.drawn(figure, None, "a") == ("planted", "planted")
+    user = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: user + 1)
+    assert drawings.drawn(figure, None, "a") == ("wide", "narrow")
+    assert "planted" in kept.read_text()

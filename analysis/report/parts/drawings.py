@@ -13,7 +13,7 @@ from analysis.plots.svg import wide_and_narrow
 from analysis.runs import staleness
 from analysis.studies import Study
 from analysis.studies.drawing import Figure
-from mambabyte.config.files import cache_dir, write_json
+from mambabyte.config.files import cache_dir, private_dir, write_json
 
 
 def drawn(figure: Figure, study: Study | None, anchor: str) -> tuple[str, str]:
@@ -21,11 +21,15 @@ def drawn(figure: Figure, study: Study | None, anchor: str) -> tuple[str, str]:
     ``study`` is whose drawing it is, None for one of this package."""
     key = repr((mpl.__version__, _code(study), anchor, figure.key()))
     path = cache_dir() / "drawings" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    ours = private_dir(cache_dir())  # of another user's the page would show whatever is in it
     try:
-        wide, narrow = json.loads(path.read_text(encoding="utf-8"))
+        wide, narrow = json.loads(path.read_text(encoding="utf-8")) if ours else ("", "")
     except (OSError, ValueError):
+        wide = narrow = ""
+    if not wide:
         wide, narrow = wide_and_narrow(figure.draw(), anchor)
-        write_json(path, [wide, narrow])
+        if ours:
+            write_json(path, [wide, narrow])
     return wide, narrow
 
 
