@@ -93,7 +93,7 @@ class TrainConfig(Checked):
     keep_checkpoints: Count = 2
     """How many checkpoints are kept, the newest."""
     idle_watts: NotNegative = 0.0
-    """Power to subtract from the measured energy, as the task's rules do with 50 W."""
+    """Power to subtract from the measured energy of each device; the task's rules take 50 W."""
     allow_study_form: bool = False
     """Train with a scan form that is there to be measured, not to train with."""
 

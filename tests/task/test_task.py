@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from analysis.cli.models.task import run as command
+from analysis.studies.task.record import summary_frame
 from mambabyte import harness
-from mambabyte.errors import UserError
+from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.evaluate import Score, score, score_streaming
 from mambabyte.harness import TINY_TEXT, adapt, check, contract_of, stand_in
 from mambabyte.stream import CharModel
@@ -259,3 +260,22 @@ def test_an_accuracy_has_the_error_of_its_text():
     alike = np.repeat(hits[::500], 500)  # neighbours that share their fate say less
     assert Score(1.0, 0.7, len(alike), len(alike), 0, alike).accuracy_error > 5 * found
     assert Score(1.0, 0.7, 1999, 1999, 0, hits[:1999]).accuracy_error is None
+
+
+def test_a_model_whose_probabilities_are_no_numbers_is_a_failed_row(monkeypatch):
+    def gone(*args: object) -> None:
+        raise NonFiniteError("the score of the text is nan: its weights have gone nan")
+
+    monkeypatch.setattr("mambabyte.task.run.score", gone)
+    row = run_task(get_system("ngram"), TINY, {"valid": TINY}, characters=60)
+    assert "gone nan" in row["failure"]
+    assert row["seconds"] > 0
+    assert "valid_accuracy" not in row
+
+
+def test_a_seed_without_a_counter_leaves_the_mean_unmeasured():
+    rows = [{"system": "a", "joules": joules, "seconds": 1.0, "valid_accuracy": 0.5,
+             "valid_bits_per_byte": 1.0, "test_accuracy": 0.5} for joules in (3.0, None)]
+    frame = summary_frame(rows)
+    assert frame["energy (J, idle subtracted)"].isna().all()
+    assert frame["time (s)"].tolist() == [1.0]
