@@ -33,7 +33,7 @@ def test_gradients_are_nan_where_the_definition_s_are(value, softplus):
             values = {n: torch.randn(shape) for n, shape in SHAPES.items()}
             values["A"] = -values["A"].exp()
             values[name].view(-1)[place] = value
-            wanted = gradients("sequential", {n: v.double() for n, v in values.items()}, softplus)
+            wanted = gradients("recurrent", {n: v.double() for n, v in values.items()}, softplus)
             for form in forms:
                 got = gradients(form, values, softplus)
                 finite |= {(form, name, of) for of, d in wanted.items()
