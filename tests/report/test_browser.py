@@ -347,6 +347,25 @@ def test_the_projects_report_is_an_article_with_evidence_behind_it(browser, real
         1 for _ in load_records()]
 
 
+def test_what_can_be_tried_says_what_the_table_says(browser, real):
+    browser.open(real.parent / "report-evidence" / "overflow.html", 1280)
+    said = "document.querySelector('.labs [role=status]').textContent"
+    words = browser.run(said)
+    assert words.startswith("Exponent 32. float16 (11.09): overflows; float32 and bfloat16 "
+                            "(88.72): holds.")
+    browser.run("""(() => { const input = document.querySelectorAll(".labs input")[1];
+        input.value = input.max;
+        input.dispatchEvent(new Event("input", {bubbles: true})); })()""")
+    assert "float32 and bfloat16 (88.72): overflows" in browser.run(said)
+    cell = browser.run("""[...document.querySelectorAll("#labs-table-chunk tbody tr")].find((row) =>
+        row.cells[0].textContent === "32").cells""" + "[17].textContent")
+    assert browser.run(said).endswith(f"gradients: {cell}.")
+    browser.open(real.parent / "report-evidence" / "overflow.html", 1280, scripts=False)
+    browser.ask("Emulation.setScriptExecutionDisabled", value=False)
+    assert browser.run("document.querySelectorAll('.labs').length") == browser.run(
+        "document.querySelectorAll('.labs:empty').length") == 1
+
+
 @pytest.mark.parametrize("evil", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_strings_do_nothing_in_a_browser(browser, world, evil):
     count = """[...document.querySelectorAll("*")].map((e) => e.localName).filter((n) =>

@@ -7,8 +7,9 @@ function rowsOf(id) {
   if (!table) return [];
   const names = [...table.tHead.rows[0].cells].map((cell) =>
     cell.textContent.replaceAll("\u00a0", " "));
-  return [...table.tBodies[0].rows].map((row) => Object.fromEntries([...row.cells].map((cell, i) =>
-    [names[i], cell.dataset.v ?? cell.textContent.replaceAll(",", "")])));
+  const rows = [...table.tBodies[0].rows].map((row) => Object.fromEntries([...row.cells].map(
+    (cell, i) => [names[i], cell.dataset.v ?? cell.textContent.replaceAll(",", "")])));
+  return Object.assign(rows, {names});  // an object would put names that are numbers first
 }
 function slider(box, words, values, start, text = String) {
   const label = document.createElement("label"), input = document.createElement("input");
@@ -28,7 +29,7 @@ function choice(box, words, values) {
 const LABS = {
   // The exponent of a chunk, the end of a type, and the error that was measured there.
   chunk(box, rows) {
-    const decays = Object.keys(rows[0]).slice(1);
+    const decays = rows.names.slice(1);
     const form = slider(box, "chunk, steps", rows, rows.findIndex((row) => row["chunk, steps"] === "32"),
       (row) => row["chunk, steps"]);
     const decay = slider(box, "log-decay, nats a step", decays, decays.indexOf("1"));
@@ -65,7 +66,8 @@ const LABS = {
   steps(box, rows) {
     const job = choice(box, "step of", [...new Set(rows.map((row) => row.job))]);
     const names = [...new Set(rows.map((row) => row.system))];
-    const one = choice(box, "pattern", names), other = choice(box, "against", [...names].reverse());
+    const one = choice(box, "pattern", names);
+    const other = choice(box, "against", [...names.slice(1), names[0]]);
     return () => {
       const find = (name) => rows.find((row) => row.job === job() && row.system === name);
       const [a, b] = [find(one()), find(other())];
@@ -82,7 +84,7 @@ const LABS = {
       const row = rows.find((r) => Object.values(r)[0] === point.id.split("-point-")[1]);
       if (!row) continue;
       const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
-      title.textContent = Object.entries(row).slice(0, 6).map(([name, value]) =>
+      title.textContent = rows.names.slice(0, 6).map((name) => [name, row[name]]).map(([name, value]) =>
         `${name}: ${Number.isFinite(Number(value)) && value !== "" ? say(Number(value), 4) : value}`)
         .join("; ");
       point.prepend(title);
