@@ -17,6 +17,7 @@ from mambabyte.config.checks import (
     NotNegative,
     Positive,
     above,
+    between,
 )
 from mambabyte.config.scan_forms import FormOrAuto
 
@@ -87,7 +88,7 @@ class Architecture(Checked):
     local_window: Count = 128
     """The same of the layers of local attention, L."""
 
-    mlp_ratio: NotNegative = 0.0
+    mlp_ratio: Annotated[float, between(0, 10_000)] = 0.0
     """Hidden width of every block's MLP as a multiple of d_model; 0 is no MLP."""
     mlp_activation: Literal["relu2", "gelu", "silu"] = "relu2"
     """Activation of the MLP; relu2 is a squared ReLU."""

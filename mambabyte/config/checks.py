@@ -238,7 +238,7 @@ def _fit(value: Any, hint: Any) -> Any:
         if not math.isfinite(number):
             raise ValueError
         return number
-    if hint is Path and isinstance(value, str):
+    if hint is Path and isinstance(value, str) and value:  # an empty one would be this folder
         return Path(value)
     if not isinstance(value, hint):
         raise TypeError
@@ -263,6 +263,8 @@ def _read(text: Any, hint: Any) -> Any:
             typing.get_args(hint), key=lambda h: h is str))
     if hint is types.NoneType:
         return {"none": None}[text.lower()]
+    if hint is Path:
+        return text
     if hint is bool:
         return WORDS[text.lower()]
     return hint(text)

@@ -62,6 +62,8 @@ def load_corpus(name: str = "stdlib", report: Callable[[str], None] = lambda lin
         return _open_own(_build_stdlib(report), "stdlib", "documentation of Python's library")
     if name == "wikitext103":
         return _open_own(_fetch_wikitext(report), "wikitext103", "WikiText-103 raw")
+    if not name:  # as a path it would be the working folder
+        raise UserError("corpus is '': give stdlib, wikitext103, a folder or a file")
     path = Path(name).expanduser()
     if path.is_dir():
         if any((path / f"wiki.{split}.raw").exists() for split in SPLITS):

@@ -129,6 +129,7 @@ def test_help_of_an_action_shows_its_options_and_examples_alone(capsys):
     ["bench", "stream", "--seen", "0"], ["bench", "step", "--peers", "mambapy"],
     ["bench", "stream", "--preset", "smoke", "--checkpoint", "x"], ["eval"], ["sweep", "--bogus"],
     ["study", "memory", "--set", "batch"], ["study", "memory", "-f", "no.toml"],
+    ["train", "--out", ""], ["eval", ""], ["report", "--out="], ["corpus", ""],
     ["generate", "x", "--top-p", "0"], ["memory", "--layer-pattern", "Q"], ["train", "--out"],
 ])
 def test_a_refused_command_is_one_line_and_status_2(argv, capsys):

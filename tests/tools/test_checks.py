@@ -20,7 +20,7 @@ Lengths = Annotated[tuple[Annotated[int, at_least(1)], ...], entries(2, rising=T
     {"norm": "batch"}, {"dt_init": "Linear"}, {"tied_head": "no"}, {"d_model": True},
     {"d_model": 10**9}, {"n_layer": 10**9}, {"layer_pattern": ["M"]}, {"dt_rank": 0},
     {"dt_rank": "most"}, {"scan_form": "chunkd"}, {"rope_base": 10**400}, {"rope_base": math.nan},
-    {"norm_eps": -1.0}, {"d_state": 2.0}, {"mlp_activation": None}, {"scan_chunk": 0},
+    {"mlp_ratio": 1e308}, {"norm_eps": -1.0}, {"d_state": 2.0}, {"mlp_activation": None}, {"scan_chunk": 0},
     {"optimizer": "sgd"}, {"schedule": "linear"}, {"precision": "fp16"}, {"parallel": "fsdp"},
     {"step": "Graph"}, {"betas": 0.9}, {"betas": (0.9,)}, {"betas": ("0.9", "0.95")},
     {"lr": 10**5000}, {"lr": "1e-3"}, {"seed": 2**64}, {"time_aware": 1}, {"context": 0},
