@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-
 # torch.amp.is_autocast_available would say so, but torch 2.11's compiler cannot look into it.
 _WITHOUT = ("meta",)
 
