@@ -105,12 +105,12 @@ def test_a_map_whose_chunks_are_shorter_than_the_scan(tmp_path):
     from analysis.studies.overflow import Grid
     from analysis.studies.overflow import figures as drawn
     from analysis.studies.overflow.error_map import error_map
-    from analysis.studies.overflow.error_tables import gradient_noise, outcomes_by_decay
+    from analysis.studies.overflow.error_tables import errors_by_decay, gradient_noise
 
     grid = Grid(forms=("recurrent", "chunked"), precisions=("float32",), kinds=("constant",),
                 chunks=(2, 4, 8), decays=(0.1, 1.6), length=16)
     errors = error_map(grid, lambda line: None)
-    figure = drawn.error_maps(outcomes_by_decay(errors), "float32", "constant")
+    figure = drawn.error_maps(errors_by_decay(errors), "float32", "constant")
     heights = {axes.get_ylim() for axes in figure.axes if axes.get_visible()}
     assert len(heights) == 1
     low, high = heights.pop()
