@@ -222,10 +222,10 @@ class DeltaMixer(Mixer, DeltaSpec):
             terms.append(("casts", "weights, cast", cast, itemsize))
         if has_kernel(cls, config, step):
             chunks = step.batch * -(-step.length // kernels.CHUNK) * heads
-            tiles = 7 if cls.gates(config) == keys else 4
+            tiles, decays = (7, 1) if cls.gates(config) == keys else (4, 3)
             terms += [("rule", "matrices and states of chunks",
                        tiles * chunks * kernels.CHUNK * kernels.CHANNELS, itemsize),
-                      ("rule", "decays of chunks", 3 * chunks * kernels.CHANNELS, FLOAT32)]
+                      ("rule", "decays of chunks", decays * chunks * kernels.CHANNELS, FLOAT32)]
         return [Kept(*term) for term in terms]
 
     @classmethod

@@ -221,6 +221,7 @@ def scan_workspace(config: ModelConfig, step: Step) -> int:
     chunk = ssd_kernels.CHUNK if has_kernel(config, step) else chunk_length(CHUNK, step.length)
     chunks = step.batch * -(-step.length // chunk)
     if has_kernel(config, step):
-        return 2 * step.itemsize * N * (chunks * D + step.tokens * heads)
+        return N * (chunks * D * (FLOAT32 + step.itemsize)
+                    + 2 * step.itemsize * step.tokens * heads)
     padded = chunks * chunk
     return FLOAT32 * (13 * padded * D // 2 + 6 * padded * heads * chunk + 4 * chunks * D * N)

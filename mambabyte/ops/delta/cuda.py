@@ -46,7 +46,7 @@ class Kept(NamedTuple):
     inverse: Tensor  # (.., 64, 64) bf16: of the triangular matrix that a chunk's keys make
     reads: Tensor  # (.., 64, 64) bf16: what each query reads of each step
     decayed: Tensor  # (.., 3, 64, 64) bf16: keys, queries and written keys, with a gate a channel
-    scales: Tensor  # (.., 3, 64) float32: decays
+    scales: Tensor  # (.., 1 or 3, 64) float32: decays
     missing: Tensor  # (.., 64, 64) bf16: what the state misses at each step
     carries: Tensor  # (.., 64, 64) bf16: the state that a chunk is entered with
 
@@ -58,8 +58,9 @@ class Kept(NamedTuple):
         square = (*chunks, CHUNK, CHANNELS)
         inverse, reads = q.new_empty(square), q.new_empty(square)
         missing, carries = (q.new_empty(square if save else 0) for _ in range(2))
-        decayed = q.new_empty((*chunks, 3, CHUNK, CHANNELS) if log_decay.shape[3] > 1 else 0)
-        scales = log_decay.new_empty(*chunks, 3, CHANNELS)
+        by_channel = log_decay.shape[3] > 1
+        decayed = q.new_empty((*chunks, 3, CHUNK, CHANNELS) if by_channel else 0)
+        scales = log_decay.new_empty(*chunks, 1 if by_channel else 3, CHANNELS)
         return cls(inverse, reads, decayed, scales, missing, carries)
 
     @classmethod

@@ -24,7 +24,8 @@
 constexpr int D = 64, ROW = D + 8, TILE = T * ROW;  // of bf16 tiles
 constexpr int WIDE_ROW = 72;                        // of float32 tiles: rows 32 bytes apart modulo 128
 constexpr int PARTS = 2, COLUMNS = D / PARTS, PASS_THREADS = PARTS * THREADS;  // of a pass: four warps a part
-constexpr int SCALES = 3 * D;  // numbers of a chunk that delta_pairs leaves for the passes
+// Numbers of a chunk that delta_pairs leaves for the passes.
+template <bool CHANNEL> constexpr int SCALES = CHANNEL ? D : 3 * D;
 
 // Where a lane's numbers of a 16 x 16 block of sums or of a left operand lie: register j has row
 // lane / 4 + 8 (j % 2) and the columns 2 (lane % 4) + 8 (j / 2) and the next.
@@ -310,8 +311,8 @@ inline void store_across(float *tile_a, bfloat16 *reads, const float (&a)[SIZE /
 }
 
 // inverse and reads (B, K, H, T, T): (I + A)^-1 and N. decayed (B, K, H, 3, T, D), with CHANNEL alone:
-// K', Q' and P'. scales (B, K, H, 3, D): exp(u_T) of each key channel, and with a gate a head exp(u_i)
-// and beta_i exp(u_T - u_i).
+// K', Q' and P'. scales (B, K, H, 1 or 3, D): exp(u_T) of each key channel, and with a gate a head
+// exp(u_i) and beta_i exp(u_T - u_i).
 template <bool CHANNEL>
 __global__ void __launch_bounds__(THREADS, 4) delta_pairs(
     const bfloat16 *q, const bfloat16 *k, const float *log_decay, const float *beta,
@@ -334,7 +335,7 @@ __global__ void __launch_bounds__(THREADS, 4) delta_pairs(
 
     Lane lane;
     inverse += (int64)blockIdx.x * T * T, reads += (int64)blockIdx.x * T * T;
-    scales += (int64)blockIdx.x * SCALES;
+    scales += (int64)blockIdx.x * SCALES<CHANNEL>;
     if (CHANNEL) {
         u32 *to = (u32 *)(decayed + (int64)blockIdx.x * 3 * T * D);
         for (int i = threadIdx.x; i < T * D / 2; i += THREADS) {
@@ -531,7 +532,7 @@ __global__ void __launch_bounds__(PASS_THREADS) delta_forward(
         float total[2], start[2], end[2];
 #pragma unroll
         for (int down = 0; down < 2; down++) {
-            const float *of_row = scales + block * SCALES + lane.row(down);
+            const float *of_row = scales + block * SCALES<CHANNEL> + lane.row(down);
             total[down] = of_row[0];
             start[down] = CHANNEL ? 1.f : of_row[D];
             end[down] = CHANNEL ? 1.f : of_row[2 * D];
@@ -617,7 +618,7 @@ __global__ void __launch_bounds__(PASS_THREADS) delta_backward(
         float total[2], start[2], end[2];
 #pragma unroll
         for (int down = 0; down < 2; down++) {
-            const float *of_row = scales + block * SCALES + lane.row(down);
+            const float *of_row = scales + block * SCALES<CHANNEL> + lane.row(down);
             total[down] = of_row[0];
             start[down] = CHANNEL ? 1.f : of_row[D];
             end[down] = CHANNEL ? 1.f : of_row[2 * D];

@@ -71,7 +71,7 @@ class _Problem:
     def chunk_states(self, x: Tensor, B: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
         """What each chunk adds to the state (B, K, H, P, N), and its log-decay (B, K, H)."""
         shape = (self.batch, self.chunks, self.heads)
-        states = self.x.new_empty(*shape, CHANNELS, self.states)
+        states = self.step.new_empty(*shape, CHANNELS, self.states)
         totals = self.step.new_empty(shape)
         _launch(
             self.device, f"ssd_states<{self.states}, {str(backward).lower()}>", self.states,
@@ -86,7 +86,7 @@ class _Problem:
     ) -> tuple[Tensor, Tensor]:
         """The state that each chunk is entered with (B, K, H, P, N) in bf16, and the last one;
         backward the gradients of the states that they are left with, and of the first."""
-        carries = torch.empty_like(states)
+        carries = torch.empty_like(states, dtype=torch.bfloat16)
         last = self.step.new_empty(self.batch, self.heads, CHANNELS, self.states)
         initial = None if initial is None else initial.contiguous()
         _launch(

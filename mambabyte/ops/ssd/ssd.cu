@@ -10,7 +10,7 @@
 // ssd_states adds up what each chunk writes, ssd_pass hands states from chunk to chunk, ssd_output
 // has the rest; the backward mirrors them: ssd_states of dy and C, ssd_pass from the end, and
 // ssd_gradients. A block has one chunk of one head; its four warps have 16 of 64 rows each. States
-// are float32 while they are added up, and bf16 where they are a factor or what one chunk adds.
+// are float32 while they are added up and bf16 where they are a factor.
 //
 // W_ij = exp(u_i - u_j), u the cumulated log-decays of the chunk.
 //
@@ -60,7 +60,7 @@ inline void load_steps(Chunk &chunk, const float *step, const float *log_decay, 
 // (B, K, H): the log-decay of a whole chunk.
 template <int N, bool BACKWARD>
 __global__ void __launch_bounds__(THREADS) ssd_states(
-    const bfloat16 *x, const float *step, const float *log_decay, const bfloat16 *b, bfloat16 *states,
+    const bfloat16 *x, const float *step, const float *log_decay, const bfloat16 *b, float *states,
     float *totals, int64 x_batch, int64 x_time, int64 x_head, int64 b_batch, int64 b_time,
     int64 b_group, int length, int heads, int per_group) {
     constexpr int N_ROW = N + 8;
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(THREADS) ssd_states(
     for (int n = 0; n < N / 8; n++) {
 #pragma unroll
         for (int down = 0; down < 2; down++) {
-            bfloat16 *to = states + (row + lane / 4 + 8 * down) * N + 8 * n + lane % 4 * 2;
-            *(u32 *)to = pack(sum[n][2 * down], sum[n][2 * down + 1]);
+            float *to = states + (row + lane / 4 + 8 * down) * N + 8 * n + lane % 4 * 2;
+            *(float2 *)to = make_float2(sum[n][2 * down], sum[n][2 * down + 1]);
         }
     }
 }
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(THREADS) ssd_states(
 // size) the one behind the last chunk; backward, the gradient of the state that it is left with, and
 // that of the initial state. A thread has two numbers of the state.
 __global__ void __launch_bounds__(THREADS) ssd_pass(
-    const bfloat16 *states, const float *totals, const float *initial, bfloat16 *carries, float *last,
+    const float *states, const float *totals, const float *initial, bfloat16 *carries, float *last,
     int64 threads, int size, int chunks, int heads, int backward) {
     constexpr int AHEAD = 8;  // loads in flight
     int64 id = 2 * (blockIdx.x * (int64)THREADS + threadIdx.x);
@@ -113,13 +113,13 @@ __global__ void __launch_bounds__(THREADS) ssd_pass(
     float2 h = make_float2(0.f, 0.f);
     if (initial) h = *(const float2 *)(initial + id);
     for (int k0 = 0; k0 < chunks; k0 += AHEAD) {
-        u32 next[AHEAD];
+        float2 next[AHEAD];
         float decay[AHEAD];
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
             int k = min(k0 + j, chunks - 1);
             int64 at = first + (int64)(backward ? chunks - 1 - k : k) * heads;
-            next[j] = *(const u32 *)(states + at * size + i);
+            next[j] = *(const float2 *)(states + at * size + i);
             decay[j] = __expf(totals[at]);
         }
 #pragma unroll
@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(THREADS) ssd_pass(
             if (k >= chunks) break;
             int64 at = first + (int64)(backward ? chunks - 1 - k : k) * heads;
             *(u32 *)(carries + at * size + i) = pack(h.x, h.y);
-            h.x = decay[j] * h.x + low_of(next[j]);
-            h.y = decay[j] * h.y + high_of(next[j]);
+            h.x = decay[j] * h.x + next[j].x;
+            h.y = decay[j] * h.y + next[j].y;
         }
     }
     *(float2 *)(last + id) = h;
