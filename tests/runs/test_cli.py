@@ -153,7 +153,7 @@ def test_generate_reads_standard_input_and_survives_a_closed_pipe(run):
         (["train", "--corpus", "{text}", "--out", "{tmp}/r", "--model.vocab-size", "100"],
          "it must be at least 256"),
         (["memory", "--device-memory", "40"], "write the unit, e.g. 40GB"),
-        (["memory", "--layer-pattern", ""], "--layer-pattern is .."),
+        (["memory", "--layer-pattern", ""], "--layer-pattern is ''"),
         (["ngram", "--corpus", "{text}", "--order", "256"], "from 1 to 255"),
         (["ngram", "--corpus", "{text}", "--order", "2", "--save", "{tmp}"], "it is a folder"),
         (["report", "--out", "{tmp}"], "it is a folder"),
