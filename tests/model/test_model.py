@@ -219,7 +219,7 @@ def test_bad_recipes_and_presets():
         TrainConfig(context=0)
     with pytest.raises(UserError, match="lr is nan"):
         TrainConfig(lr=math.nan)
-    with pytest.raises(UserError, match="'mamba' is unknown: choose one of mamba_byte"):
+    with pytest.raises(UserError, match="'mamba' is unknown: choose one of quick_start,"):
         get_preset("mamba")
 
 

@@ -214,7 +214,7 @@ def test_command_counts_saves_and_scores(tmp_path, capsys):
     loaded = json.loads(capsys.readouterr().out)
     assert loaded["orders"] == counted["orders"]
     assert loaded["bytes_counted"] == counted["bytes_counted"]
-    with pytest.raises(UserError, match="at least 1"):
+    with pytest.raises(UserError, match="--bytes is 0: expected a whole number from 1"):
         command(["--corpus", corpus, "--bytes", "0"])
 
 

@@ -52,4 +52,4 @@ def test_the_command_writes_a_record(tmp_path, capsys) -> None:
     assert len(json.loads(capsys.readouterr().out)["stream"]) == 3
     assert len(load_record(record).tables["stream"].frame) == 3
     assert main(["bench", "stream", "--streams", "0", "--device", "cpu"]) == 2
-    assert "must be 1 or more" in capsys.readouterr().err
+    assert "--streams is [0]: expected a list (1 or more" in capsys.readouterr().err

@@ -46,6 +46,7 @@ def test_an_old_run_is_read_and_goes_on_as_it_did(tmp_path):
 
 @pytest.mark.parametrize("number", ASKED, ids=lambda number: number.name)
 def test_each_signal_that_asks_leaves_a_checkpoint(number, tmp_path):
+    signal.signal(number, signal.SIG_DFL)  # nohup, for one, has a signal ignored
     before = [signal.getsignal(each) for each in ASKED]
 
     def kill(progress: Progress) -> None:

@@ -60,7 +60,8 @@ def run(argv: list[str]) -> int:
     if options.parameters:
         values = validate(options.name, overrides, options.profile)
         said = texts(get_study(options.name).module().Parameters)
-        print_result(values, options.json, [f"{k} = {v}  # {said[k]}" for k, v in values.items()])
+        print_result(values, options.json, [f"{k} = {v}" + (f"  # {said[k]}" if said[k] else "")
+                                            for k, v in values.items()])
         return 0
     if options.record:
         from analysis.studies.session import record
