@@ -125,7 +125,7 @@ def show(run: Run, *names: str) -> None:
 
 def panel(study: Study | str, scope: Mapping[str, Any]) -> None:
     """The study's panel of sliders, which needs no run; nothing in a batch run, a line where
-    ipywidgets is missing. ``scope`` is as for ``measure``."""
+    ipywidgets or what it reads is missing. ``scope`` is as for ``measure``."""
     if scope.get("run_dir"):
         return
     try:
@@ -138,7 +138,12 @@ def panel(study: Study | str, scope: Mapping[str, Any]) -> None:
     study = get_study(study) if isinstance(study, str) else study
     p = make_parameters(study, {name: scope[name] for name in profile_parameters(study)})
     settle = getattr(study.module("compute"), "settle", None)
-    display(study.module("panel").panel(settle(p) if settle else p))
+    try:
+        shown = study.module("panel").panel(settle(p) if settle else p)
+    except UserError as error:  # a record or run that it would read; the study goes on
+        print(f"no panel: {error}")
+        return
+    display(shown)
 
 
 def save(run: Run) -> Path:

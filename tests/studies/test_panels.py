@@ -8,12 +8,22 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
+from analysis.measure.statistics import student_interval
+from analysis.runs.folders import INTERACTIVE, Run, load_run, tables_of, write_run
+from analysis.runs.records import RECORDS
 from analysis.studies import get_study, profile_parameters, session
+from analysis.studies.ablation import Parameters as Ablation
+from analysis.studies.ablation import panel as ablation_panel
+from analysis.studies.gradients import Parameters as Gradients
+from analysis.studies.gradients import panel as gradients_panel
+from analysis.studies.gradients.boundary import boundary_frame
 from analysis.studies.memory import compute as memory
 from analysis.studies.memory import panel as memory_panel
 from analysis.studies.memory.closed_form import budgets_at, budgets_frame, smallest_devices
 from analysis.studies.overflow import Grid, error_map
 from analysis.studies.overflow import panel as overflow_panel
+from analysis.studies.task import Parameters as Task
+from analysis.studies.task import panel as task_panel
 from analysis.studies.throughput import compute as throughput
 from analysis.studies.throughput import figures as throughput_figures
 from analysis.studies.throughput import panel as throughput_panel
@@ -119,6 +129,74 @@ def test_the_throughput_panel_draws_energy_where_it_was_measured(joules):
     assert all(ax.get_xlabel() and ax.get_ylabel() for ax in drawn.axes)
 
 
+@pytest.mark.parametrize(("form", "said"), [
+    ("document_chunked", "the formula is another"), ("chunked", "it is the precision")])
+def test_the_gradients_panel_says_what_the_study_says(form, said, capsys):
+    p = Gradients(channels=2, states=2)
+    found = moved(gradients_panel.panel(p), form=form, chunk=16, length=32, gradient="d B")
+    study = boundary_frame(replace(p, forms=(form,), chunk=16, length=32))
+    pd.testing.assert_frame_equal(found, study)
+    assert said in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_the_gradients_panel_refuses_a_length_without_a_boundary(capsys):
+    panel = gradients_panel.panel(Gradients(channels=2, states=2))
+    assert moved(panel, form="chunked", chunk=64, length=32) is None
+    assert "chunk is 64 and length 32: expected a chunk shorter" in capsys.readouterr().out
+
+
+def test_the_ablation_panel_says_what_the_record_holds(tmp_path):
+    record = load_run(RECORDS / "ablation" / "h200-ablation")
+    rows = record.tables["comparisons"].frame
+    panel = ablation_panel.panel(Ablation(), runs=tmp_path, records=RECORDS)
+    for equal, comparison in (("time", "wall-clock"), ("operations", "FLOPs")):
+        found = moved(panel, equal=equal, measured=record.title).set_index("pattern")
+        for pattern, mine in rows[rows["comparison"] == comparison].groupby("pattern"):
+            bits, row = mine["bits_per_byte"].to_numpy(float), found.loc[pattern]
+            assert row["bits per byte"] == pytest.approx(bits.mean())
+            assert (row["low"], row["high"]) == pytest.approx(student_interval(bits))
+            assert (row["seeds"], row["steps"]) == (len(bits), mine["steps"].iloc[0])
+
+
+def test_the_ablation_panel_reads_this_machines_runs(tmp_path, capsys):
+    rows = pd.DataFrame([["steps", 10.0, "steps", "M", seed, 10.0, 2.0 + seed] for seed in (0, 1)]
+                        + [["joules", None, "joules", "M", seed, None, None] for seed in (0, 1)],
+                        columns=["comparison", "budget", "unit", "pattern", "seed", "steps",
+                                 "bits_per_byte"], dtype=object)
+    write_run(Run("ablation", {}, tables=tables_of({"comparisons": ("", rows)})),
+              tmp_path / INTERACTIVE / "ablation")
+    panel = ablation_panel.panel(Ablation(), runs=tmp_path, records=tmp_path / "none")
+    found = moved(panel, equal="steps", measured="this machine: ablation").iloc[0]
+    assert (found["bits per byte"], found["seeds"]) == (2.5, 2)
+    assert pd.isna(found["low"])  # two seeds give no interval
+    assert "fewer than 3" in found["method"]
+    capsys.readouterr()
+    assert moved(panel, equal="joules") is None
+    assert "equal joules: not measured in this run" in capsys.readouterr().out
+
+
+def test_what_a_panel_cannot_read_does_not_stop_its_notebook(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablation_panel.panel, "__defaults__", (tmp_path, tmp_path))
+    session.panel("ablation", scope_of("ablation"))
+    assert capsys.readouterr().out.startswith(f"no panel: no record in {tmp_path} and no run in ")
+
+
+def test_the_task_panel_has_a_ratio_within_one_job_only(capsys):
+    panel = task_panel.panel(Task())
+    ours = "ours, 950 steps of h200-task-all"
+    capsys.readouterr()
+    pair = moved(panel, first=ours, second="modded_nanogpt of h200-task-all")
+    joules = pair.set_index("system")["energy (J)"]
+    ratio = joules[ours] / joules["modded_nanogpt of h200-task-all"]
+    out = capsys.readouterr().out
+    assert f"{ratio:.2f} times the joules" in out.splitlines()[-2]
+    assert f"{ours}: {joules[ours]:,.1f} J, accuracy 0.7226 (0.7207 to 0.7238, seeds: 3)" in out
+    moved(panel, second="modded_nanogpt of h200-task")
+    out = capsys.readouterr().out.splitlines()[-2]
+    assert out.startswith("no ratio: ")
+    assert out.endswith("these are of h200-task-all and h200-task")
+
+
 def test_smallest_device():
     model = PRESETS["mamba_byte"].model
     found = smallest_devices(budgets_at(model, 64, 2048, ("fused", "chunked")))
@@ -140,7 +218,7 @@ def test_a_batch_run_shows_nothing(capsys, tmp_path, monkeypatch):
     for name in ("memory", "throughput"):
         session.panel(name, scope_of(name, run_dir=str(tmp_path / "memory-1")))
     assert capsys.readouterr().out == ""
-    for name in ("memory", "overflow", "throughput"):
+    for name in ("memory", "overflow", "throughput", "gradients", "ablation", "task"):
         notebook = get_study(name).notebook.read_text()
         assert 0 < notebook.index("panel(\\\"") < notebook.index("run = measure(")  # first
 

@@ -25,7 +25,6 @@ from analysis.studies.ablation import tokens as sp
 from analysis.studies.ablation import variants as second
 from analysis.studies.ablation.budgets import Runs, budget_steps, compare
 from analysis.studies.ablation.documents import document_checks
-from analysis.studies.ablation.few_steps import few_steps
 from analysis.studies.ablation.learning import (
     Learned,
     heldout_bits,
@@ -258,7 +257,7 @@ def run_tokens(
                f"byte, on bytes {byte_bits:.3f}")
     few = pd.DataFrame()
     if p.few_steps:
-        few = few_steps(
+        few = sp.few_steps(
             {name: get_preset(name).model for name in p.few_presets}, text.pieces, corpus,
             steps=p.few_steps, tokens_per_step=p.few_tokens, context=p.context,
             train_bytes=p.piece_train_bytes, device=p.device, report=report)

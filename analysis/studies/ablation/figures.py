@@ -105,6 +105,23 @@ def differences(
     return figure
 
 
+def equal_budget(systems: pd.DataFrame, equal: str) -> Figure:
+    """Bits per byte of every system where ``equal`` is what all spend: means, and intervals where
+    there are seeds enough."""
+    figure, ax = new_figure()
+    style = _styles(systems["pattern"])
+    for x, row in enumerate(systems.to_dict("records")):
+        look = style[row["pattern"]]
+        ax.plot([x], [row["bits per byte"]], color=look["color"], marker=look["marker"])
+        if pd.notna(row["low"]):
+            ax.plot([x, x], [row["low"], row["high"]], color=look["color"], marker="",
+                    linestyle="-")
+    ax.set_xticks(range(len(systems)), systems["pattern"])
+    ax.set_xlim(-0.6, len(systems) - 0.4)
+    label_axes(ax, "layer pattern", "held-out bits per byte", f"equal {equal}")
+    return figure
+
+
 def quality_and_state(systems: pd.DataFrame) -> Figure:
     """Bits per byte at equal steps against the bytes of streaming state."""
     figure, ax = new_figure(size=(7.2, 4.0))

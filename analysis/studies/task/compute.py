@@ -61,7 +61,7 @@ def run(
     frame = pd.DataFrame(points).assign(system=lambda f: _names(f)).drop(
         columns=["changed", "steps"])
     frame = not_measured(frame, "seed", VALID, HELD_OUT)
-    return Results(frame, _systems(frame), pd.DataFrame(
+    return Results(frame, systems_frame(frame), pd.DataFrame(
         crashed, columns=["system", "seed", "record", "failure"]), tuple(sorted(idle)),
         tuple(sorted(machines)))
 
@@ -112,7 +112,7 @@ def _kind(row: dict[str, Any]) -> dict[str, Any]:
     return {"kind": kind_of(layers), "with n-gram": ngram}
 
 
-def _systems(points: pd.DataFrame) -> pd.DataFrame:
+def systems_frame(points: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds of whole runs with a validation accuracy, and the range, cheapest first."""
     rows = []
     whole = points[~points["trial"] & points[VALID].notna()]

@@ -55,6 +55,19 @@ def pareto(points: pd.DataFrame, systems: pd.DataFrame, target: float) -> Figure
     return figure
 
 
+def chosen(systems: pd.DataFrame) -> Figure:
+    """Some systems by energy and accuracy: means, with ranges over seeds, named."""
+    figure, axes = plots.new_figure()
+    _systems(axes, systems.assign(**{"on the front": False}), _looks(systems["kind"]))
+    axes.set_xlim(0, 1.3 * systems["energy (J)"].max())
+    axes.margins(y=0.5)
+    if systems["validation accuracy"].min() < FLOOR:
+        axes.set_ylim(FLOOR, None)
+    plots.label_axes(axes, "energy, J (idle subtracted)", "accuracy of the next character")
+    _name(axes, systems)
+    return figure
+
+
 def _looks(kinds: pd.Series) -> dict[str, tuple[str, str]]:
     """Colour and marker of every kind, the known ones first; a fourth new kind looks as the first.
     """

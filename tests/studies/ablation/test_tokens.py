@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.studies.ablation.few_steps import few_steps
 from analysis.studies.ablation.tokens import (
     PRIOR,
     Pieces,
     PieceText,
     bits_per_raw_byte,
     check_bytes,
+    few_steps,
     piece_byte_lengths,
     score_stream,
 )
