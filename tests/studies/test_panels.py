@@ -150,7 +150,8 @@ def test_the_ablation_panel_says_what_the_record_holds(tmp_path):
     rows = record.tables["comparisons"].frame
     panel = ablation_panel.panel(Ablation(), runs=tmp_path, records=RECORDS)
     for equal, comparison in (("time", "wall-clock"), ("operations", "FLOPs")):
-        found = moved(panel, equal=equal, measured=record.title).set_index("pattern")
+        found = moved(panel, equal=equal, measured=f"h200-ablation: {record.title}")
+        found = found.set_index("pattern")
         for pattern, mine in rows[rows["comparison"] == comparison].groupby("pattern"):
             bits, row = mine["bits_per_byte"].to_numpy(float), found.loc[pattern]
             assert row["bits per byte"] == pytest.approx(bits.mean())
@@ -166,7 +167,7 @@ def test_the_ablation_panel_reads_this_machines_runs(tmp_path, capsys):
     write_run(Run("ablation", {}, tables=tables_of({"comparisons": ("", rows)})),
               tmp_path / INTERACTIVE / "ablation")
     panel = ablation_panel.panel(Ablation(), runs=tmp_path, records=tmp_path / "none")
-    found = moved(panel, equal="steps", measured="this machine: ablation").iloc[0]
+    found = moved(panel, equal="steps", measured=f"this machine: {INTERACTIVE}/ablation").iloc[0]
     assert (found["bits per byte"], found["seeds"]) == (2.5, 2)
     assert pd.isna(found["low"])  # two seeds give no interval
     assert "fewer than 3" in found["method"]
@@ -179,6 +180,10 @@ def test_what_a_panel_cannot_read_does_not_stop_its_notebook(tmp_path, monkeypat
     monkeypatch.setattr(ablation_panel.panel, "__defaults__", (tmp_path, tmp_path))
     session.panel("ablation", scope_of("ablation"))
     assert capsys.readouterr().out.startswith(f"no panel: no record in {tmp_path} and no run in ")
+    (tmp_path / "ablation-1").mkdir()
+    (tmp_path / "ablation-1" / "run.json").write_text("{")
+    session.panel("ablation", scope_of("ablation"))
+    assert "is not a complete run folder" in capsys.readouterr().out
 
 
 def test_the_task_panel_has_a_ratio_within_one_job_only(capsys):

@@ -22,8 +22,8 @@ def panel(p: Parameters, runs: Path = RUNS, records: Path = RECORDS) -> Any:
     from ipywidgets import Dropdown, interactive
 
     here = [*list_runs(runs), *list_runs(runs / INTERACTIVE)]
-    found = {**{run.title: run for run in load_records(records).values()},
-             **{f"this machine: {run.folder.name}": run for run in here}}
+    found = {**{f"{name}: {run.title}": run for name, run in load_records(records).items()},
+             **{f"this machine: {run.folder.relative_to(runs)}": run for run in here}}
     found = {name: run for name, run in found.items()
              if run.study == "ablation" and "comparisons" in run.tables}
     if not found:
