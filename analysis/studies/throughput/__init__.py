@@ -76,7 +76,7 @@ class Parameters(Checked):
     """letters of the mixers timed beside attention; empty is every one"""
     mixer_forms: Annotated[tuple[FormOrAuto, ...], entries()] = ("auto", "chunked")
     """scan forms of whole SSM mixers"""
-    rounds: Count = 5
+    rounds: Count = 3
     """rounds of timing, a median over them"""
     guard_seconds: Positive = 0.25
     """a case that would take longer is skipped"""
