@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mambabyte.config import ModelConfig
 from mambabyte.config.mixers import SPECS, MixerSpec, Shape, add_spec, letters_in_words
 from mambabyte.errors import UserError
-from mambabyte.ops.precision import without_autocast
+from mambabyte.ops.arguments import without_autocast
 
 FLOAT32 = 4  # bytes
 # What can check a closed form of operations: torch's counter sees matrix products and

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mambabyte.errors import UserError
+from mambabyte.ops.arguments import check_tensors
 from mambabyte.ops.conv import cpu
 from mambabyte.ops.conv.operator import DTYPES, TAPS, fused_causal_conv, torch_causal_conv
-from mambabyte.ops.library import check_tensors
 from mambabyte.ops.scan.operator import fused_available
 
 FUSED_TAPS = TAPS

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops.library import FLOATS, check_tensors
+from mambabyte.ops.arguments import FLOATS, check_tensors
 
 
 def selective_scan_fn(

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 from mambabyte.errors import UserError
 
-__all__ = ["FLOATS", "Tensors", "check_tensors", "constant_in_graphs", "define", "wants_gradient"]
+__all__ = ["Tensors", "constant_in_graphs", "define", "wants_gradient"]
 
 Tensors = tuple[Tensor, ...]
 Kernel = Callable[..., tuple[Tensor | None, ...]]
@@ -30,62 +30,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 _LIBRARY = torch.library.Library("mambabyte", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-
-
-# ------------------------------------------------------------------------------- the arguments
-
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def check_tensors(
-    name: str, x: Tensor | None, shape: tuple[int, ...] | None, dtypes: Sequence[torch.dtype],
-    others: Iterable[tuple[str, Tensor | None, tuple[int, ...], torch.dtype | None]] = (),
-) -> None:
-    """Whether tensors fit together, before any of them reaches native code.
-
-    ``x`` has ``shape`` (None: any) and one of ``dtypes``. Each of the ``others`` is (name, tensor,
-    shape, dtype; None: any real floating one) and on the device of x; with a "?" behind its name it
-    may be None. Raises UserError that names the first one that does not fit, what it is and what
-    it should be.
-    """
-    if not isinstance(x, Tensor):
-        raise UserError(f"{name} is {_kind(x)}: expected a tensor")
-    if shape is not None and x.shape != shape:
-        raise UserError(f"{name} has shape {tuple(x.shape)}: expected {tuple(shape)}")
-    if x.dtype not in dtypes:
-        known = ", ".join(map(str, dtypes))
-        raise UserError(f"{name} is {x.dtype}: expected {known}; cast it, or use a form in torch")
-    device, others = x.device, list(others)
-    for each, tensor in ((name, x), *((other[0], other[1]) for other in others)):
-        if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
-            raise UserError(f"{each} is {tensor.layout}: expected it dense, {each}.to_dense()")
-    for other, tensor, wanted, dtype in others:
-        if tensor is None and other[-1] == "?":
-            continue
-        other = other.rstrip("?")
-        if not isinstance(tensor, Tensor):
-            raise UserError(f"{other} is {_kind(tensor)}: expected a tensor of shape "
-                            f"{tuple(wanted)}")
-        if tensor.shape != wanted:
-            raise UserError(f"{other} has shape {tuple(tensor.shape)}: expected {tuple(wanted)} "
-                            f"beside {name} {tuple(x.shape)}")
-        if tensor.device != device:
-            raise UserError(f"{other} is on {tensor.device} and {name} on {device}: move it, "
-                            f"{other}.to({str(device)!r})")
-        if tensor.dtype != dtype and (dtype is not None or not tensor.is_floating_point()):
-            real = "a real floating dtype" if dtype is None else str(dtype)
-            raise UserError(f"{other} is {tensor.dtype}: expected {real} beside {name} in "
-                            f"{x.dtype}")
-
-
-def whole(value: object) -> bool:
-    """Whether a size is a whole number, and no True or False."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _kind(value: object) -> str:
-    return "None" if value is None else f"of type {type(value).__name__}"
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -99,9 +43,6 @@ def constant_in_graphs(function: Function) -> Function:
     which would import the whole compiler, longer than all the rest of torch."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
-
-
-# ------------------------------------------------------------------------------- the operators
 
 
 def define(

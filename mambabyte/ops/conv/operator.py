@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops.library import Tensors, check_tensors, define
+from mambabyte.ops.arguments import check_tensors
+from mambabyte.ops.library import Tensors, define
 
 __all__ = ["DTYPES", "TAPS", "fused_causal_conv", "torch_causal_conv"]
 

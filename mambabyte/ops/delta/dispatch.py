@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from mambabyte.errors import UserError
+from mambabyte.ops.arguments import FLOATS, check_tensors, whole, without_autocast
 from mambabyte.ops.delta.chunked import CHUNK, chunked_delta
 from mambabyte.ops.delta.operator import fused_delta
 from mambabyte.ops.delta.recurrent import recurrent_delta
-from mambabyte.ops.library import FLOATS, check_tensors, whole
-from mambabyte.ops.precision import without_autocast
 from mambabyte.ops.ssd.dispatch import wide_dtype
 
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambabyte.ops.arguments import FLOATS, check_tensors, without_autocast
 from mambabyte.ops.delta import cuda as kernels
 from mambabyte.ops.delta.chunked import CHUNK, chunked_delta
-from mambabyte.ops.library import FLOATS, Tensors, check_tensors, define, wants_gradient
-from mambabyte.ops.precision import without_autocast
+from mambabyte.ops.library import Tensors, define, wants_gradient
 from mambabyte.ops.scan.operator import fused_available
 from mambabyte.ops.ssd.recompute import gradients_again
 

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
+from mambabyte.ops.arguments import check_tensors
 from mambabyte.ops.conv import cuda as cuda_conv
 from mambabyte.ops.conv.operator import DTYPES, TAPS, torch_causal_conv
-from mambabyte.ops.library import Tensors, check_tensors, define, wants_gradient
+from mambabyte.ops.library import Tensors, define, wants_gradient
 from mambabyte.ops.scan import cuda as cuda_scan
 from mambabyte.ops.scan import plan as cuda_plan
 from mambabyte.ops.scan.operator import MAX_STATES, scan_in_torch

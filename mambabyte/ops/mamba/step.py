@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
+from mambabyte.ops.arguments import check_tensors
 from mambabyte.ops.conv.operator import torch_causal_conv
-from mambabyte.ops.library import Tensors, check_tensors, define
+from mambabyte.ops.library import Tensors, define
 from mambabyte.ops.scan.operator import MAX_STATES, fused_available, scan_in_torch
 
 __all__ = ["mamba_step", "scan_step"]

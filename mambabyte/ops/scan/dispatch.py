@@ -12,8 +12,7 @@ from torch import Tensor
 
 from mambabyte.config.scan_forms import FORMS, OLD_NAMES
 from mambabyte.errors import UserError
-from mambabyte.ops.library import whole
-from mambabyte.ops.precision import autocasts
+from mambabyte.ops.arguments import autocasts, whole
 from mambabyte.ops.scan import operator
 from mambabyte.ops.scan.chunked import chunked_scan
 from mambabyte.ops.scan.cumsum import (

@@ -25,14 +25,9 @@ from torch import Tensor
 
 from mambabyte.config.scan_forms import FORMS
 from mambabyte.errors import UserError
+from mambabyte.ops.arguments import check_tensors
 from mambabyte.ops.build import nvrtc
-from mambabyte.ops.library import (
-    Tensors,
-    check_tensors,
-    constant_in_graphs,
-    define,
-    wants_gradient,
-)
+from mambabyte.ops.library import Tensors, constant_in_graphs, define, wants_gradient
 from mambabyte.ops.scan.chunked import chunked_scan
 from mambabyte.ops.scan.recurrent import complete_scan
 

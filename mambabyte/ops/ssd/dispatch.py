@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops.library import FLOATS, check_tensors, whole
-from mambabyte.ops.precision import without_autocast
+from mambabyte.ops.arguments import FLOATS, check_tensors, whole, without_autocast
 from mambabyte.ops.ssd.chunked import CHUNK, chunked_ssd
 from mambabyte.ops.ssd.operator import fused_ssd
 from mambabyte.ops.ssd.recurrent import recurrent_ssd

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambabyte.ops.library import FLOATS, Tensors, check_tensors, define, wants_gradient
-from mambabyte.ops.precision import without_autocast
+from mambabyte.ops.arguments import FLOATS, check_tensors, without_autocast
+from mambabyte.ops.library import Tensors, define, wants_gradient
 from mambabyte.ops.scan.operator import fused_available
 from mambabyte.ops.ssd import cuda as kernels
 from mambabyte.ops.ssd.chunked import CHUNK, chunked_ssd
