@@ -1,5 +1,7 @@
 """Streaming: one byte in, one distribution out."""
 
+from mambabyte.stream.saved import Kept, load_state, save_state
+from mambabyte.stream.states import tensors_of, weights_digest
 from mambabyte.stream.streams import (
     ByteModel,
     ByteStream,
@@ -7,8 +9,7 @@ from mambabyte.stream.streams import (
     advance_of,
     generate,
     sample_byte,
-    tensors_of,
 )
 
-__all__ = ["ByteModel", "ByteStream", "CharModel", "advance_of", "generate", "sample_byte",
-           "tensors_of"]
+__all__ = ["ByteModel", "ByteStream", "CharModel", "Kept", "advance_of", "generate", "load_state",
+           "sample_byte", "save_state", "tensors_of", "weights_digest"]

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from mambabyte.corpus.utf8 import continuation_range, utf8_length
-from mambabyte.stream import ByteModel, tensors_of
+from mambabyte.stream import ByteModel
+from mambabyte.stream.states import can_batch, kind, n_bytes, select, split, stack
 
 _TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}  # (rows, length) that the model is given at once
 _CALL = {"cpu": 100, "cuda": 10_000}  # tokens that cost as much as calling it does
@@ -52,7 +53,7 @@ class Windows:
         # state that we cannot look into is one row, alone.
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for i, state in enumerate(states):
-            groups[_kind(state) if _can_batch(state) else object()].append(i)
+            groups[kind(state) if can_batch(state) else object()].append(i)
         self._groups = [np.array(group) for group in groups.values()]
 
     def refine(self, places: np.ndarray) -> None:
@@ -62,12 +63,12 @@ class Windows:
         for group in self._groups:
             mine = np.isin(asked, group)
             members = np.unique(asked[mine])
-            if not len(members) or not _can_batch(self._states[members[0]]):
+            if not len(members) or not can_batch(self._states[members[0]]):
                 continue
             known = places[mine] - self.starts[asked[mine]] + 1
             length, rows, questions = int(known.max()), len(members), _ROUNDS * len(known)
             spacing = int(np.sqrt(2 * length * self._call / questions))
-            size = max(_bytes(self._states[i]) for i in members)
+            size = max(n_bytes(self._states[i]) for i in members)
             spacing = max(spacing, _LEAST_SPACING, rows * length * size // _STATE_BYTES)
             cost = rows * length + self._call * length / spacing + questions * spacing / 2
             if cost > _ROUNDS * known.sum():
@@ -76,11 +77,11 @@ class Windows:
                 first = self.starts[part]
                 at = np.minimum(first[:, None] + np.arange(length), len(self.inputs) - 1)
                 tokens = torch.from_numpy(self.inputs[at]).to(self.model.device).long()
-                state = _rows([self._states[i] for i in part], torch.arange(len(part)))
+                state = stack([self._states[i] for i in part])
                 for begin in range(0, length - spacing, spacing):
                     _, state = self.model(tokens[:, begin : begin + spacing], state)
                     starts += list(first + begin + spacing)
-                    states += [_row(state, i) for i in range(len(part))]
+                    states += split(state)
         order = np.argsort(starts, kind="stable")
         self._set(np.array(starts)[order], [states[i] for i in order])
 
@@ -92,7 +93,7 @@ class Windows:
         rows: list[np.ndarray] = []
         found: list[Tensor] = []
         for members in self._groups:
-            limit = self._limit if _can_batch(self._states[members[0]]) else 0
+            limit = self._limit if can_batch(self._states[members[0]]) else 0
             mine = np.flatnonzero(np.isin(window, members))
             mine = mine[np.argsort(known[mine], kind="stable")]
             while len(mine):
@@ -103,7 +104,9 @@ class Windows:
                 used, which = np.unique(window[batch], return_inverse=True)
                 states = [self._states[i] for i in used]
                 last = torch.from_numpy(known[batch] + prefixes.shape[1] - 1)
-                logits, _ = self.model(tokens, _rows(states, torch.from_numpy(which)))
+                # A state that we cannot look into is one row, as it is.
+                state = select(stack(states), torch.from_numpy(which)) if limit else states[0]
+                logits, _ = self.model(tokens, state)
                 at = logits[torch.arange(len(batch), device=logits.device), last.to(logits.device)]
                 found.append(torch.log_softmax(at.float(), -1))
                 rows.append(batch)
@@ -118,51 +121,6 @@ class Windows:
         into = known[:, None] + np.arange(prefixes.shape[1])
         np.put_along_axis(tokens, into, prefixes, axis=1)
         return torch.from_numpy(tokens).to(self.model.device).long()
-
-
-def _can_batch(state: Any) -> bool:
-    """Whether a state of batch 1 can be made a row of a batch: tensors in tuples and lists."""
-    if isinstance(state, Tensor):
-        return state.ndim > 0 and len(state) == 1
-    if isinstance(state, list | tuple):
-        return all(_can_batch(part) for part in state)
-    return state is None or isinstance(state, int)
-
-
-def _kind(state: Any) -> Hashable:
-    """Equal for states that can be stacked: what is no tensor, such as a position, is equal."""
-    if isinstance(state, Tensor):
-        return state.shape, state.dtype
-    if isinstance(state, list | tuple):
-        return tuple(_kind(part) for part in state)
-    return state
-
-
-def _rows(states: list[Any], which: Tensor) -> Any:
-    """One state for a batch whose row i goes on from ``states[which[i]]``."""
-    first = states[0]
-    if len(states) == len(which) == 1:
-        return first
-    if isinstance(first, Tensor):
-        return torch.cat(states).index_select(0, which.to(first.device))
-    if isinstance(first, list | tuple):
-        parts = [_rows(list(parts), which) for parts in zip(*states, strict=True)]
-        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    return first
-
-
-def _row(state: Any, i: int) -> Any:
-    """The state of row i alone, of batch 1."""
-    if isinstance(state, Tensor):
-        return state[i : i + 1]
-    if isinstance(state, list | tuple):
-        parts = [_row(part, i) for part in state]
-        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
-    return state
-
-
-def _bytes(state: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors_of(state))
 
 
 def greedy_codes(windows: Windows, places: Tensor, log_probs: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
@@ -20,6 +21,8 @@ from mambabyte.corpus.utf8 import (
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.stream import cpu as native_model
 from mambabyte.stream import cuda as cuda_model
+from mambabyte.stream.saved import Kept, load_state, save_state
+from mambabyte.stream.states import n_bytes
 
 
 class ByteModel(Protocol):
@@ -133,9 +136,35 @@ class ByteStream:
         other.__dict__.update(self.__dict__)
         return other
 
+    @classmethod
+    def at(cls, model: ByteModel, kept: Kept) -> ByteStream:
+        """A stream of ``model`` at a place that ``kept`` is of; UserError for several texts."""
+        if len(kept.log_probs) != 1:
+            raise UserError(f"the state is of {len(kept.log_probs)} texts: a stream is one of them "
+                            "(states.split)")
+        stream = object.__new__(cls)
+        stream._model, stream._advance = model, advance_of(model)
+        stream._state, stream.log_probs = kept.state, kept.log_probs[0]
+        return stream
+
+    @property
+    def kept(self) -> Kept:
+        """The present place as a value, in the model's own form whatever engine got here."""
+        own = getattr(self._advance, "for_model", lambda state: state)
+        return Kept(own(self._state), self.log_probs[None])
+
+    def save(self, path: Path | str) -> None:
+        """Keep the present place in a file; see ``saved.save_state``."""
+        save_state(path, self._model, self.kept)
+
+    @classmethod
+    def load(cls, path: Path | str, model: ByteModel) -> ByteStream:
+        """A stream that goes on where ``save`` was called; see ``saved.load_state``."""
+        return cls.at(model, load_state(path, model))
+
     def state_bytes(self) -> int:
         """Bytes held by the state now."""
-        return sum(t.numel() * t.element_size() for t in tensors_of(self._state))
+        return n_bytes(self._state)
 
 
 def numbers(log_probs: Tensor) -> Tensor:
@@ -143,15 +172,6 @@ def numbers(log_probs: Tensor) -> Tensor:
     if math.isnan(float(log_probs.sum())):  # a sum is nan if any is: one pass, no copy
         raise NonFiniteError("the model's probabilities are not numbers: its weights have gone nan")
     return log_probs
-
-
-def tensors_of(state: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples and lists."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, list | tuple):
-        for part in state:
-            yield from tensors_of(part)
 
 
 class CharModel:

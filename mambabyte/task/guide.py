@@ -171,6 +171,10 @@ class GuidedLM(nn.Module):
     def device(self) -> torch.device:
         return self.lm.device
 
+    def digest(self) -> str:
+        """For ``weights_digest``: the guide's tables are no parameters."""
+        return "" if self.guide is None else self.guide.ngram.digest()
+
     def embedded(self, tokens: Tensor, hint: Hint) -> Tensor:
         """Input of the layers (B, L, d_model): the bytes, and what is said of the next ones."""
         likely = torch.exp(0.5 * hint.log_p.float())  # of norm 1

@@ -30,6 +30,10 @@ class NgramLM(nn.Module):
     def device(self) -> torch.device:
         return self.ngram.device
 
+    def digest(self) -> str:
+        """For ``weights_digest``: its tables are no parameters."""
+        return self.ngram.digest()
+
     def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """tokens (B, L); returns log p of the byte after each, (B, L, V), and the state."""
         tokens = symbols(tokens)
@@ -60,6 +64,10 @@ class Mixture(nn.Module):
     @property
     def device(self) -> torch.device:
         return cast(torch.device, self.model.device)
+
+    def digest(self) -> str:
+        """For ``weights_digest``: the n-gram's weight is no parameter."""
+        return repr(self.weight)
 
     def forward(self, tokens: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
         neural, ngram = (None, None) if state is None else state

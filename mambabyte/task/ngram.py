@@ -180,12 +180,19 @@ class NgramModel:
 
     def save(self, path: Path) -> None:
         """Write the tables as safetensors: numbers alone, nothing that runs when loaded."""
-        tensors = {f"{m}.{name}": t.cpu().contiguous()
-                   for m, level in enumerate(self.levels) for name, t in vars(level).items()}
-        about = {"order": str(self.order), "discount": repr(self.discount),
-                 "bytes_counted": str(self.bytes_counted)}
+        tensors, about = self._tables()
         with whole_file(path) as temporary:
             save_file(tensors, temporary, {**about, "sha256": _digest(tensors, about)})
+
+    def digest(self) -> str:
+        """SHA-256 of the tables and what they are of."""
+        return _digest(*self._tables())
+
+    def _tables(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return ({f"{m}.{name}": t.cpu().contiguous()
+                 for m, level in enumerate(self.levels) for name, t in vars(level).items()},
+                {"order": str(self.order), "discount": repr(self.discount),
+                 "bytes_counted": str(self.bytes_counted)})
 
     @staticmethod
     def load(path: Path, device: torch.device | str = "cpu") -> NgramModel:
