@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mambabyte.config import ModelConfig
 from mambabyte.config.mixers import DeltaSpec, GatedDeltaNetSpec, KimiDeltaSpec, Shape
 from mambabyte.model.mamba import convolves_in_one_kernel, inverse_softplus
+from mambabyte.model.mamba2 import gates_in_one_kernel
 from mambabyte.model.mixer import (
     CONVOLUTION,
     FLOAT32,
@@ -35,6 +36,7 @@ from mambabyte.ops.causal_conv import causal_conv
 from mambabyte.ops.delta import cuda as kernels
 from mambabyte.ops.delta.chunked import CHUNK
 from mambabyte.ops.ssd.decay import chunk_length
+from mambabyte.ops.ssd.gates import gates
 
 # Operations of the rule for each number of the state: decay, reading at the key (2), writing (2),
 # reading at the query (2).
@@ -204,8 +206,7 @@ class DeltaMixer(Mixer, DeltaSpec):
             ("norm", "1/rms of q and k", 2 * tokens * heads, FLOAT32),
             ("rule input", "q, k and v", tokens * wide, itemsize),
             ("rule input", "beta", tokens * heads, FLOAT32),
-            ("rule input", "softplus input and output, log-decays",
-             3 * tokens * cls.gates(config), FLOAT32),
+            ("rule input", "log-decays", tokens * cls.gates(config), FLOAT32),
             ("rule input", "exp(A_log) and rates", 2 * heads, FLOAT32),
             ("norm", "output of the rule", tokens * values, normed),
             ("norm", "1/rms of the output", tokens * heads, FLOAT32),
@@ -214,6 +215,11 @@ class DeltaMixer(Mixer, DeltaSpec):
             ("gate", "gate, and what it is made of", tokens * cls.gate_width(config), itemsize),
             ("projection", "input of o_proj", tokens * values, itemsize),
         ]
+        if cls.gates(config) == heads and gates_in_one_kernel(step):
+            terms.append(("rule input", "gates", tokens * heads, itemsize))
+        else:
+            terms.append(("rule input", "softplus input and output",
+                          2 * tokens * cls.gates(config), FLOAT32))
         if half:
             shapes = cls.shapes(config)
             cast = sum(math.prod(shape) for name, shape in shapes.items()
@@ -286,8 +292,8 @@ class GatedDeltaNetMixer(DeltaMixer, GatedDeltaNetSpec):
         self.g_proj = nn.Linear(config.d_model, self.widths(config)[2], bias=False)
 
     def log_decay(self, x: Tensor) -> Tensor:
-        dt = F.softplus(widened(self.a_proj(x)) + widened(self.dt_bias))
-        return -torch.exp(widened(self.A_log)) * dt
+        rate = -torch.exp(widened(self.A_log))
+        return gates(self.a_proj(x), rate, widened(self.dt_bias), softplus=True)[1]
 
     def output_gate(self, x: Tensor) -> Tensor:
         return F.silu(self.g_proj(x))

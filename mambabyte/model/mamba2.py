@@ -36,6 +36,7 @@ from mambabyte.ops.causal_conv import causal_conv
 from mambabyte.ops.ssd import cuda as ssd_kernels
 from mambabyte.ops.ssd.chunked import CHUNK
 from mambabyte.ops.ssd.decay import chunk_length
+from mambabyte.ops.ssd.gates import DTYPES as GATE_DTYPES
 
 # Operations of the scan for each number of the state: decay, two of the write, two of the read.
 SCAN_FORWARD_PER_STATE = 5
@@ -166,8 +167,7 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
         terms = [
             ("projection", "output of in_proj", tokens * (D + conv + heads), itemsize),
             ("scan input", "x, B and C", tokens * conv, itemsize),
-            ("scan input", "softplus input, step sizes and log-decays", 3 * tokens * heads,
-             FLOAT32),
+            ("scan input", "step sizes and log-decays", 2 * tokens * heads, FLOAT32),
             ("scan input", "exp(A_log) and A", 2 * heads, FLOAT32),
             ("gate", "y and silu(z)", 2 * tokens * D, itemsize),
             # A CPU norms in float32.
@@ -176,6 +176,8 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
             ("norm", "normalised", tokens * D, itemsize),
             ("projection", "input of out_proj", tokens * D, itemsize),
         ]
+        if not gates_in_one_kernel(step):
+            terms.append(("scan input", "softplus input", tokens * heads, FLOAT32))
         taps = 0
         if not convolves_in_one_kernel(config, step.device, itemsize):
             taps = conv * config.d_conv
@@ -203,6 +205,11 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
                                   around.done + FLOAT32 * D * config.d_model)}
 
 
+def gates_in_one_kernel(step: Step) -> bool:
+    """Whether the gates of heads come out of one kernel, which keeps what it reads alone."""
+    return step.device == "cuda" and step.dtype in GATE_DTYPES
+
+
 def has_kernel(config: ModelConfig, step: Step) -> bool:
     """Whether the scan of a step runs in SSD's own kernels."""
     return (step.device == "cuda" and step.dtype == torch.bfloat16
@@ -213,7 +220,7 @@ def has_kernel(config: ModelConfig, step: Step) -> bool:
 def scan_workspace(config: ModelConfig, step: Step) -> int:
     """Bytes that the scan's backward pass takes above what is kept.
 
-    Of the kernels: states and their gradients, and dB and dC of each head. Of the chunked form the
+    Of the kernels: states and their gradients, and dB and dC of each block. Of the chunked form the
     intermediate tensors of a second forward: numbers a channel, a pair of steps in a chunk and a
     state of a chunk, fitted to the profiler's count at nine sizes; whole steps come out within 8 %.
     """
@@ -221,7 +228,9 @@ def scan_workspace(config: ModelConfig, step: Step) -> int:
     chunk = ssd_kernels.CHUNK if has_kernel(config, step) else chunk_length(CHUNK, step.length)
     chunks = step.batch * -(-step.length // chunk)
     if has_kernel(config, step):
+        parts = heads // ssd_kernels.heads_of_a_block(
+            heads // config.ssd_groups, chunks * heads)
         return N * (chunks * D * (FLOAT32 + step.itemsize)
-                    + 2 * step.itemsize * step.tokens * heads)
+                    + 2 * step.itemsize * step.tokens * parts)
     padded = chunks * chunk
     return FLOAT32 * (13 * padded * D // 2 + 6 * padded * heads * chunk + 4 * chunks * D * N)

@@ -19,6 +19,7 @@ from mambabyte.ops.mamba import cuda as cuda_step
 from mambabyte.ops.scan import cuda as cuda_scan
 from mambabyte.ops.scan import plan as cuda_plan
 from mambabyte.ops.ssd import cuda as cuda_ssd
+from mambabyte.ops.ssd import gates as cuda_gates
 from mambabyte.ops.stream import cuda as cuda_stream
 
 AVAILABLE, REASON = nvrtc.nvrtc_available()
@@ -40,7 +41,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", list(cuda_conv.ELEMENTS))
 def test_convolution_and_step_compile(arch: str, dtype: torch.dtype) -> None:
-    for program in (cuda_conv.program(dtype, 4), cuda_step.program(dtype)):
+    for program in (cuda_conv.program(dtype, 4), cuda_step.program(dtype), cuda_gates.program()):
         cubin = program.compile(arch)
         assert cubin.image[:4] == b"\x7fELF"
         assert set(cubin.lowered) == set(program.names)
@@ -251,7 +252,7 @@ def test_a_missing_nvrtc_is_one_line_that_says_what_to_install(
 def test_sources_use_no_headers_and_are_packaged() -> None:
     folder = Path(ops.__file__).parent
     sources = sorted(folder.rglob("*.cu"))
-    names = {"conv.cu", "delta.cu", "scan.cu", "ssd.cu", "step.cu", "stream.cu"}
+    names = {"conv.cu", "delta.cu", "gates.cu", "scan.cu", "ssd.cu", "step.cu", "stream.cu"}
     assert names <= {path.name for path in sources}
     for path in sources:
         assert not re.search(r"^\s*#\s*include", path.read_text(), re.MULTILINE), path.name

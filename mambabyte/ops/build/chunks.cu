@@ -82,3 +82,16 @@ inline void copy_async(bfloat16 *to, const bfloat16 *from, bool valid) {
 
 // Until the copies that this thread has started are done.
 inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// load_tile by such copies: to be waited for, and to be followed by a barrier.
+template <int COLUMNS, int COUNT>
+inline void copy_tile(bfloat16 *tile, const bfloat16 *from, int64 stride, int rows) {
+    constexpr int PACKS = COLUMNS / 8;
+#pragma unroll
+    for (int first = 0; first < T * PACKS; first += COUNT) {
+        int k = first + threadIdx.x, row = k / PACKS, column = k % PACKS * 8;
+        if (T * PACKS % COUNT && k >= T * PACKS) break;
+        copy_async(tile + row * (COLUMNS + 8) + column, from + (row < rows ? row : 0) * stride + column,
+                   row < rows);
+    }
+}

@@ -430,17 +430,6 @@ struct Part {
     inline int64 block(int chunk, int heads) const { return (batch * chunks + chunk) * heads + head; }
 };
 
-// Starts copies of the rows of a tile, zeros for those that are not there.
-inline void copy_tile(bfloat16 *tile, const bfloat16 *from, int64 stride, int rows) {
-    constexpr int PACKS = D / 8;
-#pragma unroll
-    for (int i = 0; i < T * PACKS / PASS_THREADS; i++) {
-        int k = threadIdx.x + i * PASS_THREADS, row = k / PACKS, column = k % PACKS * 8;
-        copy_async(tile + row * ROW + column, from + (row < rows ? row : 0) * stride + column,
-                   row < rows);
-    }
-}
-
 // What a pass reads of a chunk, but for its own sequence: (I + A)^-1, N, keys, queries and P'. With a
 // gate a head keys and queries are as they came, and the keys serve for P' too.
 template <bool CHANNEL> struct Tiles {
@@ -462,22 +451,22 @@ inline void fetch(const Tiles<CHANNEL> &tiles, const Source &from, const Part &p
     int64 block = part.block(chunk, from.heads);
     int rows = min(T, from.length - chunk * T);
     int64 first = (int64)chunk * T;
-    copy_tile(tiles.inverse, from.inverse + block * T * T, T, T);
-    copy_tile(tiles.reads, from.reads + block * T * T, T, T);
+    copy_tile<D, PASS_THREADS>(tiles.inverse, from.inverse + block * T * T, T, T);
+    copy_tile<D, PASS_THREADS>(tiles.reads, from.reads + block * T * T, T, T);
     if (CHANNEL) {
         const bfloat16 *decayed = from.decayed + block * 3 * T * D;
-        copy_tile(tiles.keys, decayed, D, T);
-        copy_tile(tiles.queries, decayed + T * D, D, T);
-        copy_tile(tiles.ends, decayed + 2 * T * D, D, T);
+        copy_tile<D, PASS_THREADS>(tiles.keys, decayed, D, T);
+        copy_tile<D, PASS_THREADS>(tiles.queries, decayed + T * D, D, T);
+        copy_tile<D, PASS_THREADS>(tiles.ends, decayed + 2 * T * D, D, T);
     } else {
         const Strides &q = from.of_q, &k = from.of_k;
-        copy_tile(tiles.keys, from.k + part.batch * k.batch + first * k.time + part.head * k.head,
+        copy_tile<D, PASS_THREADS>(tiles.keys, from.k + part.batch * k.batch + first * k.time + part.head * k.head,
                      k.time, rows);
-        copy_tile(tiles.queries, from.q + part.batch * q.batch + first * q.time + part.head * q.head,
+        copy_tile<D, PASS_THREADS>(tiles.queries, from.q + part.batch * q.batch + first * q.time + part.head * q.head,
                      q.time, rows);
     }
     const Strides &own = from.of_own;
-    copy_tile(tiles.own, from.own + part.batch * own.batch + first * own.time + part.head * own.head,
+    copy_tile<D, PASS_THREADS>(tiles.own, from.own + part.batch * own.batch + first * own.time + part.head * own.head,
               own.time, rows);
 }
 

@@ -12,11 +12,13 @@ from mambabyte.ops.build.kernel import Kernel, Program, raw_stream
 CHANNELS = 64  # of a head, the one number there is a kernel for
 STATES = (16, 32, 64, 128)
 CHUNK = 64  # steps, and rows of a tile
-_THREADS = 128
+_THREADS = {"ssd_states": 128, "ssd_pass": 128, "ssd_output": 128, "ssd_gradients": 256,
+            "ssd_groups": 128}
 _PARAMETERS = {
-    "ssd_states": "6P6q3i", "ssd_pass": "5Pq4i", "ssd_output": "8P9q3i",
-    "ssd_gradients": "15P12q3i",
-    "ssd_groups": "4Pqi"}
+    "ssd_states": "6P6q3i", "ssd_pass": "5Pq4i", "ssd_output": "8P9q4i",
+    "ssd_gradients": "15P12q4i", "ssd_groups": "4Pqi"}
+# Heads of a block share products, blocks fill the card: so many heads, and so many blocks at least.
+MOST_TOGETHER, OUTPUT_BLOCKS, GRADIENT_BLOCKS = 8, 512, 256
 
 
 def names(states: int) -> list[str]:
@@ -39,12 +41,20 @@ def _kernel(name: str, states: int, device: int) -> Kernel:
 def _launch(device: int, name: str, states: int, blocks: int, shared: int, *args: int) -> None:
     kernel = _kernel(name, states, device)
     kernel.allow_shared(shared)
-    kernel.launch((blocks, 1, 1), (_THREADS, 1, 1), shared, raw_stream(device), *args)
+    threads = _THREADS[name.partition("<")[0]]
+    kernel.launch((blocks, 1, 1), (threads, 1, 1), shared, raw_stream(device), *args)
 
 
 def _shared(states: int, square: int, deep: int) -> int:
     """Bytes of tiles of 64 rows: ``square`` of them of 64 columns, ``deep`` of N; all padded."""
     return 2 * CHUNK * (square * (CHANNELS + 8) + deep * (states + 8))
+
+
+def heads_of_a_block(per_group: int, blocks: int, least: int = GRADIENT_BLOCKS) -> int:
+    """How many heads of a group a block takes, where ``blocks`` have one each: as many as leave
+    ``least`` blocks or more."""
+    return max(n for n in range(1, MOST_TOGETHER + 1)
+               if per_group % n == 0 and (n == 1 or blocks // n >= least))
 
 
 def aligned_rows(x: Tensor) -> Tensor:
@@ -90,7 +100,7 @@ class _Problem:
         last = self.step.new_empty(self.batch, self.heads, CHANNELS, self.states)
         initial = None if initial is None else initial.contiguous()
         _launch(
-            self.device, "ssd_pass", self.states, last.numel() // (2 * _THREADS), 0,
+            self.device, "ssd_pass", self.states, last.numel() // (2 * _THREADS["ssd_pass"]), 0,
             states.data_ptr(), totals.data_ptr(), pointer(initial), carries.data_ptr(),
             last.data_ptr(), last.numel(), CHANNELS * self.states, self.chunks, self.heads,
             backward,
@@ -112,11 +122,13 @@ def forward(
     carries, final_state = p.passed_on(*p.chunk_states(p.x, p.B, False), initial_state, False)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     D = None if D is None else D.contiguous()
+    together = heads_of_a_block(p.per_group, p.blocks, OUTPUT_BLOCKS)
     _launch(
-        p.device, f"ssd_output<{p.states}>", p.states, p.blocks, _shared(p.states, 1, 3),
+        p.device, f"ssd_output<{p.states}>", p.states, p.blocks // together,
+        _shared(p.states, 2, 3),
         p.x.data_ptr(), p.step.data_ptr(), p.log_decay.data_ptr(), p.B.data_ptr(), p.C.data_ptr(),
         pointer(D), carries.data_ptr(), y.data_ptr(), *p.x.stride()[:3], *p.B.stride()[:3],
-        *p.C.stride()[:3], *p.sizes,
+        *p.C.stride()[:3], *p.sizes, together,
     )  # fmt: skip
     return y, final_state, carries if save else carries.new_empty(0)
 
@@ -134,24 +146,29 @@ def backward(
     dcarries, dinitial = p.passed_on(*p.chunk_states(dy, p.C, True), dfinal_state, True)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dstep, dlog_decay = torch.empty_like(p.step), torch.empty_like(p.step)
-    # dB and dC of each head by itself: heads that share a group are added up below.
-    dB, dC = (x.new_empty(p.batch, p.length, p.heads, p.states) for _ in range(2))
+    # dB and dC of each block: those that share a group are added up below.
+    together = heads_of_a_block(p.per_group, p.blocks)
+    dB, dC = (x.new_empty(p.batch, p.length, p.heads // together, p.states) for _ in range(2))
     dD = p.step.new_empty(p.batch * p.chunks, p.heads)
     D = None if D is None else D.contiguous()
     _launch(
-        p.device, f"ssd_gradients<{p.states}>", p.states, p.blocks, _shared(p.states, 3, 4),
+        p.device, f"ssd_gradients<{p.states}>", p.states, p.blocks // together,
+        _shared(p.states, 5, 6),
         dy.data_ptr(), p.x.data_ptr(), p.step.data_ptr(), p.log_decay.data_ptr(), p.B.data_ptr(),
         p.C.data_ptr(), pointer(D), carries.data_ptr(), dcarries.data_ptr(), dx.data_ptr(),
         dstep.data_ptr(), dlog_decay.data_ptr(), dB.data_ptr(), dC.data_ptr(), dD.data_ptr(),
         *dy.stride()[:3], *p.x.stride()[:3], *p.B.stride()[:3], *p.C.stride()[:3], *p.sizes,
+        together,
     )  # fmt: skip
 
-    if p.per_group > 1:
-        heads, packs = (dB, dC), B.numel() // 8
+    parts = p.per_group // together
+    if parts > 1:
+        of_parts, packs = (dB, dC), B.numel() // 8
         dB, dC = (torch.empty(B.shape, dtype=B.dtype, device=B.device) for _ in range(2))
+        blocks = -(-2 * packs // _THREADS["ssd_groups"])
         _launch(
-            p.device, f"ssd_groups<{p.states}>", p.states, -(-2 * packs // _THREADS), 0,
-            *(t.data_ptr() for t in (*heads, dB, dC)), packs, p.per_group)
+            p.device, f"ssd_groups<{p.states}>", p.states, blocks, 0,
+            *(t.data_ptr() for t in (*of_parts, dB, dC)), packs, parts)
     return (dx, dstep, dlog_decay, dB, dC,
             None if D is None else dD.sum(0), None if initial_state is None else dinitial)
 

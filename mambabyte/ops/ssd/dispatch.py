@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
 from mambabyte.ops.arguments import FLOATS, check_tensors, whole, without_autocast
 from mambabyte.ops.ssd.chunked import CHUNK, chunked_ssd
+from mambabyte.ops.ssd.gates import gates
 from mambabyte.ops.ssd.operator import fused_ssd
 from mambabyte.ops.ssd.recurrent import recurrent_ssd
 
@@ -75,12 +75,8 @@ def ssd_scan(
     # Autocast would take the products to bf16; the state accumulates in float32 or better.
     with without_autocast(x.device):
         wide = wide_dtype(x, dt, A, B, C, initial_state)
-        step = dt.to(wide)
-        if dt_bias is not None:
-            step = step + dt_bias.to(wide)
-        if dt_softplus:
-            step = F.softplus(step)
-        log_decay = step * A.to(wide)
+        bias = None if dt_bias is None else dt_bias.to(wide)
+        step, log_decay = gates(dt, A.to(wide), bias, dt_softplus)
         skip = None if D is None else D.to(wide)
         state = None if initial_state is None else initial_state.to(wide)
     if form == "fused":

@@ -9,8 +9,11 @@
 //
 // ssd_states adds up what each chunk writes, ssd_pass hands states from chunk to chunk, ssd_output
 // has the rest; the backward mirrors them: ssd_states of dy and C, ssd_pass from the end, and
-// ssd_gradients. A block has one chunk of one head; its four warps have 16 of 64 rows each. States
-// are float32 while they are added up and bf16 where they are a factor.
+// ssd_gradients. A warp has 16 of a chunk's 64 rows. States are float32 while they are added up and
+// bf16 where they are a factor.
+//
+// ssd_states has a head in a block; the others have `together` heads of a group, one after the other,
+// for which B, C and C B^T are the same, and read the next head while they work on one.
 //
 // W_ij = exp(u_i - u_j), u the cumulated log-decays of the chunk.
 //
@@ -35,12 +38,11 @@ struct Chunk {
     float total;
 };
 
-// Fills `chunk` from rows of stride `heads`; to be followed by a barrier. Steps that are not there
-// do nothing.
+// One warp fills `chunk` from rows of stride `heads`; to be followed by a barrier. Steps that are not
+// there do nothing.
 inline void load_steps(Chunk &chunk, const float *step, const float *log_decay, int heads, int rows) {
-    if (threadIdx.x >= 32) return;
     float g[2];
-    int lane = threadIdx.x;
+    int lane = threadIdx.x % 32;
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int t = 2 * lane + k;
@@ -70,7 +72,7 @@ __global__ void __launch_bounds__(THREADS) ssd_states(
     __shared__ float weight[T];
     Place here(length, heads);
     int64 of_head = here.first * heads + here.head;
-    load_steps(chunk, step + of_head, log_decay + of_head, heads, here.rows);
+    if (threadIdx.x < 32) load_steps(chunk, step + of_head, log_decay + of_head, heads, here.rows);
     load_tile<P>(tile_x, x + here.at({x_batch, x_time, x_head}, here.head), x_time, here.rows);
     load_tile<N>(tile_b, b + here.at({b_batch, b_time, b_group}, here.head / per_group), b_time,
                  here.rows);
@@ -137,62 +139,92 @@ __global__ void __launch_bounds__(THREADS) ssd_pass(
 
 // ---------------------------------------------------------------------------------------- output
 
+// The heads of a block: `together` of them from `first` on, in one chunk.
+struct Heads {
+    Place here;
+    int first, group;
+    int64 unit;  // the first head's (batch, chunk, head)
+    inline Heads(int length, int heads, int per_group, int together) : here(length, heads / together) {
+        first = here.head * together;
+        group = first / per_group;
+        unit = (int64)blockIdx.x * together;
+    }
+};
+
 template <int N>
 __global__ void __launch_bounds__(THREADS) ssd_output(
     const bfloat16 *x, const float *step, const float *log_decay, const bfloat16 *b,
     const bfloat16 *c, const float *skip, const bfloat16 *carries, bfloat16 *y, int64 x_batch,
     int64 x_time, int64 x_head, int64 b_batch, int64 b_time, int64 b_group, int64 c_batch,
-    int64 c_time, int64 c_group, int length, int heads, int per_group) {
-    constexpr int N_ROW = N + 8;
+    int64 c_time, int64 c_group, int length, int heads, int per_group, int together) {
+    constexpr int N_ROW = N + 8, X = T * P_ROW, HEAD = X + P * N_ROW;
     extern __shared__ __align__(128) char shared[];
-    bfloat16 *tile_x = (bfloat16 *)shared, *tile_b = tile_x + T * P_ROW;
-    bfloat16 *tile_c = tile_b + T * N_ROW, *tile_h = tile_c + T * N_ROW;
-    __shared__ Chunk chunk;
-    Place here(length, heads);
-    int64 of_head = here.first * heads + here.head;
-    int group = here.head / per_group;
-    load_steps(chunk, step + of_head, log_decay + of_head, heads, here.rows);
-    load_tile<P>(tile_x, x + here.at({x_batch, x_time, x_head}, here.head), x_time, here.rows);
-    load_tile<N>(tile_b, b + here.at({b_batch, b_time, b_group}, group), b_time, here.rows);
-    load_tile<N>(tile_c, c + here.at({c_batch, c_time, c_group}, group), c_time, here.rows);
-    load_tile<N>(tile_h, carries + (int64)blockIdx.x * P * N, N, P);
+    bfloat16 *tile_c = (bfloat16 *)shared, *of_heads = tile_c + T * N_ROW;
+    bfloat16 *tile_b = of_heads + HEAD;  // where the second head will be
+    __shared__ Chunk chunks[2];
+    Heads all(length, heads, per_group, together);
+    const Place &here = all.here;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = block_of_warp(), row = 16 * block;
+    int g = row + lane / 4, t = lane % 4 * 2;
+    auto fetch = [&](int k) {
+        bfloat16 *to = of_heads + k % 2 * HEAD;
+        copy_tile<P, THREADS>(to, x + here.at({x_batch, x_time, x_head}, all.first + k), x_time, here.rows);
+        copy_tile<N, THREADS>(to + X, carries + (all.unit + k) * P * N, N, P);
+        int64 at = here.first * heads + all.first + k;
+        if (warp == k % WARPS) load_steps(chunks[k % 2], step + at, log_decay + at, heads, here.rows);
+    };
+    copy_tile<N, THREADS>(tile_b, b + here.at({b_batch, b_time, b_group}, all.group), b_time, here.rows);
+    copy_tile<N, THREADS>(tile_c, c + here.at({c_batch, c_time, c_group}, all.group), c_time, here.rows);
+    fetch(0);
+    wait_for_copies();
     __syncthreads();
-
-    int lane = threadIdx.x % 32, block = block_of_warp(), row = 16 * block, g = row + lane / 4;
-    int t = lane % 4 * 2;
     float scores[T / 8][4] = {};
     multiply<false, true, N / 16>(scores, tile_c, N_ROW, row, tile_b, N_ROW, 0, block + 1);
-#pragma unroll
-    for (int n = 0; n < T / 8; n++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            int i = g + e / 2 * 8, j = 8 * n + t + e % 2;
-            float weight = __expf(chunk.upto[i] - chunk.upto[j]) * chunk.step[j];
-            scores[n][e] = i >= j ? scores[n][e] * weight : 0.f;
-        }
-    }
-    u32 left[T / 16][4];
-    as_left(left, scores);
-    float sum[P / 8][4] = {};
-    multiply<false, true, N / 16>(sum, tile_c, N_ROW, row, tile_h, N_ROW);
-    float decay[2] = {__expf(chunk.upto[g]), __expf(chunk.upto[g + 8])};
-#pragma unroll
-    for (int n = 0; n < P / 8; n++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) sum[n][e] *= decay[e / 2];
-    }
-    multiply<false>(sum, left, tile_x, P_ROW, 0, block + 1);
-    float d = skip ? skip[here.head] : 0.f;
-#pragma unroll
-    for (int down = 0; down < 2; down++) {
-        int i = g + 8 * down;
-        if (i >= here.rows) continue;
-        bfloat16 *to = y + (of_head + (int64)i * heads) * P + t;
+
+    for (int k = 0; k < together; k++) {
+        wait_for_copies();
+        __syncthreads();
+        if (k + 1 < together) fetch(k + 1);
+        const bfloat16 *tile_x = of_heads + k % 2 * HEAD, *tile_h = tile_x + X;
+        const Chunk &chunk = chunks[k % 2];
+        float sum[P / 8][4] = {};
+        multiply<false, true, N / 16>(sum, tile_c, N_ROW, row, tile_h, N_ROW);
+        float decay[2] = {__expf(chunk.upto[g]), __expf(chunk.upto[g + 8])};
 #pragma unroll
         for (int n = 0; n < P / 8; n++) {
-            const bfloat16 *at = tile_x + i * P_ROW + 8 * n + t;
-            *(u32 *)(to + 8 * n) = pack(sum[n][2 * down] + d * load(at[0]),
-                                        sum[n][2 * down + 1] + d * load(at[1]));
+#pragma unroll
+            for (int e = 0; e < 4; e++) sum[n][e] *= decay[e / 2];
+        }
+#pragma unroll
+        for (int column = 0; column < T / 16; column++) {
+            if (column > block) continue;
+            float weighted[2][4];
+            u32 left[1][4];
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    int i = g + e / 2 * 8, j = 16 * column + 8 * n + t + e % 2;
+                    float weight = __expf(chunk.upto[i] - chunk.upto[j]) * chunk.step[j];
+                    weighted[n][e] = i >= j ? scores[2 * column + n][e] * weight : 0.f;
+                }
+            }
+            as_left(left, weighted);
+            multiply<false>(sum, left, tile_x + 16 * column * P_ROW, P_ROW);
+        }
+        float d = skip ? skip[all.first + k] : 0.f;
+        int64 of_head = here.first * heads + all.first + k;
+#pragma unroll
+        for (int down = 0; down < 2; down++) {
+            int i = g + 8 * down;
+            if (i >= here.rows) continue;
+            bfloat16 *to = y + (of_head + (int64)i * heads) * P + t;
+#pragma unroll
+            for (int n = 0; n < P / 8; n++) {
+                const bfloat16 *at = tile_x + i * P_ROW + 8 * n + t;
+                *(u32 *)(to + 8 * n) = pack(sum[n][2 * down] + d * load(at[0]),
+                                            sum[n][2 * down + 1] + d * load(at[1]));
+            }
         }
     }
 }
@@ -208,225 +240,289 @@ __global__ void __launch_bounds__(THREADS) ssd_output(
 //
 // A log-decay g_s is in every W_ij with j < s <= i, in exp(u_i) for i >= s, in w_j for j < s and in
 // the decay of the whole chunk. Pairs i = j have no decay and are left out, where adding and taking
-// away would cancel. db, dc (B, L, H, N): of each head by itself. dskip (B, K, H).
+// away would cancel.
+//
+// db, dc (B, L, H / together, N): of a block's heads, whose W d Q are added up before they meet B and
+// C. dskip (B, K, H). Eight warps: two have the same 16 rows, and every other 16 columns of a product
+// of pairs, or one half of the columns of any other. Pairs are transposed: rows are the steps j.
+constexpr int WIDE = 2 * THREADS;
+
+// What one head's warps find for the log-decays; a row of [2] is of the two warps with the same rows.
+struct Found {
+    float column[WARPS][T];  // by the block of rows; of blocks that reach the column
+    float direct[2][T], decayed[2][T], written[2][T], carried[2][T];
+    float with_state[2 * WARPS], with_skip[2 * WARPS];
+};
+
+// One warp, two steps a lane; to be called behind a barrier.
+inline void ssd_finish(
+    const Found &found, const Chunk &chunk, float *dstep, float *dlog_decay, float *dskip, int heads,
+    int rows) {
+    int lane = threadIdx.x % 32;
+    float of_u[2], ahead[2];
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        int s = 2 * lane + k;
+        float sum = 0.f, written = found.written[0][s] + found.written[1][s];
+        for (int w = 0; w <= s / 16; w++) sum += found.column[w][s];
+        of_u[k] = sum - (found.decayed[0][s] + found.decayed[1][s])
+                  + (found.carried[0][s] + found.carried[1][s]);
+        ahead[k] = written * chunk.step[s];
+        if (s < rows) dstep[(int64)s * heads] = found.direct[0][s] + found.direct[1][s] + written;
+    }
+    // Of u_i for i >= s, counted from the end; of what was written before s.
+    float later = of_u[0] + of_u[1];
+#pragma unroll
+    for (int far = 1; far < 32; far *= 2) {
+        float other = __shfl_sync(ALL, later, lane + far);
+        if (lane + far < 32) later += other;
+    }
+    float rest = __shfl_sync(ALL, later, lane + 1);
+    if (lane == 31) rest = 0.f;
+    float before = __shfl_sync(ALL, cumulated(ahead[0] + ahead[1]), lane - 1);
+    if (lane == 0) before = 0.f;
+    float total = 0.f, of_skip = 0.f;
+#pragma unroll
+    for (int w = 0; w < 2 * WARPS; w++) total += found.with_state[w], of_skip += found.with_skip[w];
+    total *= __expf(chunk.total);
+    float of_step[2] = {later + before + total, rest + of_u[1] + before + ahead[0] + total};
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        int s = 2 * lane + k;
+        if (s < rows) dlog_decay[(int64)s * heads] = of_step[k];
+    }
+    if (lane == 0) *dskip = of_skip;
+}
+
 template <int N>
-__global__ void __launch_bounds__(THREADS) ssd_gradients(
+__global__ void __launch_bounds__(WIDE, N > 64 ? 1 : 2) ssd_gradients(
     const bfloat16 *dy, const bfloat16 *x, const float *step, const float *log_decay,
     const bfloat16 *b, const bfloat16 *c, const float *skip, const bfloat16 *carries,
     const bfloat16 *dcarries, bfloat16 *dx, float *dstep, float *dlog_decay, bfloat16 *db, bfloat16 *dc,
     float *dskip, int64 dy_batch, int64 dy_time, int64 dy_head, int64 x_batch, int64 x_time,
     int64 x_head, int64 b_batch, int64 b_time, int64 b_group, int64 c_batch, int64 c_time,
-    int64 c_group, int length, int heads, int per_group) {
-    constexpr int N_ROW = N + 8;
+    int64 c_group, int length, int heads, int per_group, int together) {
+    constexpr int N_ROW = N + 8, X = T * P_ROW, H = P * N_ROW, HEAD = 2 * (X + H);
+    constexpr int WIDTH = N < 32 ? 16 : N / 2;  // columns of B and C that a warp has
     extern __shared__ __align__(128) char shared[];
-    bfloat16 *tile_x = (bfloat16 *)shared, *tile_dy = tile_x + T * P_ROW;
-    bfloat16 *tile_ds = tile_dy + T * P_ROW, *tile_b = tile_ds + T * P_ROW;
-    bfloat16 *tile_c = tile_b + T * N_ROW, *tile_h = tile_c + T * N_ROW, *tile_dh = tile_h + P * N_ROW;
-    __shared__ Chunk chunk;
-    __shared__ float of_row[T], from_carry[T], to_end[T], of_column[WARPS][T];
-    __shared__ float with_state[WARPS], with_skip[WARPS];
-    Place here(length, heads);
-    int64 of_head = here.first * heads + here.head;
-    int group = here.head / per_group;
-    load_steps(chunk, step + of_head, log_decay + of_head, heads, here.rows);
-    load_tile<P>(tile_x, x + here.at({x_batch, x_time, x_head}, here.head), x_time, here.rows);
-    load_tile<P>(tile_dy, dy + here.at({dy_batch, dy_time, dy_head}, here.head), dy_time, here.rows);
-    load_tile<N>(tile_b, b + here.at({b_batch, b_time, b_group}, group), b_time, here.rows);
-    load_tile<N>(tile_c, c + here.at({c_batch, c_time, c_group}, group), c_time, here.rows);
-    load_tile<N>(tile_h, carries + (int64)blockIdx.x * P * N, N, P);
-    load_tile<N>(tile_dh, dcarries + (int64)blockIdx.x * P * N, N, P);
+    bfloat16 *tile_b = (bfloat16 *)shared, *tile_c = tile_b + T * N_ROW;
+    bfloat16 *tile_m = tile_c + T * N_ROW, *of_heads = tile_m + X;
+    __shared__ Chunk chunks[2];
+    __shared__ Found results[2];
+    Heads all(length, heads, per_group, together);
+    const Place &here = all.here;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = warp / WARPS, block = block_of_warp();
+    int row = 16 * block, g = row + lane / 4, t = lane % 4 * 2, left_column = half * WIDTH;
+    bool has_columns = left_column < N;  // of B and C
+    auto fetch = [&](int k) {
+        bfloat16 *to = of_heads + k % 2 * HEAD;
+        int head = all.first + k;
+        copy_tile<P, WIDE>(to, x + here.at({x_batch, x_time, x_head}, head), x_time, here.rows);
+        copy_tile<P, WIDE>(to + X, dy + here.at({dy_batch, dy_time, dy_head}, head), dy_time, here.rows);
+        copy_tile<N, WIDE>(to + 2 * X, carries + (all.unit + k) * P * N, N, P);
+        copy_tile<N, WIDE>(to + 2 * X + H, dcarries + (all.unit + k) * P * N, N, P);
+    };
+    auto finish = [&](int k) {
+        int64 at = here.first * heads + all.first + k;
+        ssd_finish(results[k % 2], chunks[k % 2], dstep + at, dlog_decay + at, dskip + all.unit + k,
+                   heads, here.rows);
+    };
+    auto steps = [&](int k) {
+        int64 at = here.first * heads + all.first + k;
+        load_steps(chunks[k % 2], step + at, log_decay + at, heads, here.rows);
+    };
+    copy_tile<N, WIDE>(tile_b, b + here.at({b_batch, b_time, b_group}, all.group), b_time, here.rows);
+    copy_tile<N, WIDE>(tile_c, c + here.at({c_batch, c_time, c_group}, all.group), c_time, here.rows);
+    fetch(0);
+    if (warp == 0) steps(0);
+    wait_for_copies();
     __syncthreads();
 
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = block_of_warp(), row = 16 * block;
-    int g = row + lane / 4, t = lane % 4 * 2;
-    // Two sums over the whole tile: dh' . h and dy . x.
-    float states = 0.f, skipped = 0.f;
-    for (int k = threadIdx.x; k < P * N; k += THREADS) {
-        int at = k / N * N_ROW + k % N;
-        states += load(tile_h[at]) * load(tile_dh[at]);
+    // S and the sum over heads of W d Q: blocks `half` and `half` + 2 of 16 columns.
+    float s[2][2][4] = {}, ds[2][2][4] = {}, db_sum[WIDTH / 8][4] = {}, dc_sum[WIDTH / 8][4] = {};
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+        int column = half + 2 * c;
+        if (column >= block)
+            multiply<false, true, N / 16>(s[c], tile_b, N_ROW, row, tile_c + 16 * column * N_ROW, N_ROW);
     }
-    for (int k = threadIdx.x; k < T * P; k += THREADS) {
-        int at = k / P * P_ROW + k % P;
-        skipped += load(tile_x[at]) * load(tile_dy[at]);
-    }
-    states = sum_of_warp(states), skipped = sum_of_warp(skipped);
-    if (lane == 0) with_state[warp] = states, with_skip[warp] = skipped;
 
-    // Transposed, so that a warp has 16 steps j as rows: M_ij = W_ij d_j S_ij and dS_ij = W_ij d_j Q_ij.
-    u32 m[T / 16][4], ds[T / 16][4];
-    float direct[2] = {0.f, 0.f}, decayed[2] = {0.f, 0.f};
-    {
-        float s[T / 8][4] = {}, q[T / 8][4] = {}, column[T / 8][2] = {};
-        multiply<false, true, N / 16>(s, tile_b, N_ROW, row, tile_c, N_ROW, block);
-        multiply<false, true, P / 16>(q, tile_x, P_ROW, row, tile_dy, P_ROW, block);
+    for (int k = 0; k < together; k++) {
+        wait_for_copies();
+        __syncthreads();
+        if (k + 1 < together) fetch(k + 1);
+        if (warp == k % (2 * WARPS)) {
+            if (k) finish(k - 1);
+            if (k + 1 < together) steps(k + 1);
+        }
+        const bfloat16 *tile_x = of_heads + k % 2 * HEAD, *tile_dy = tile_x + X;
+        const bfloat16 *tile_h = tile_dy + X, *tile_dh = tile_h + H;
+        const Chunk &chunk = chunks[k % 2];
+        Found &found = results[k % 2];
+        float states = 0.f, skipped = 0.f, direct[2] = {0.f, 0.f}, decayed[2] = {0.f, 0.f};
+        for (int p = threadIdx.x; p < P * N / 8; p += WIDE) {  // dh' . h
+            int at = p / (N / 8) * N_ROW + p % (N / 8) * 8;
+            Pack<bfloat16, 8> one = *(const Pack<bfloat16, 8> *)(tile_h + at);
+            Pack<bfloat16, 8> other = *(const Pack<bfloat16, 8> *)(tile_dh + at);
 #pragma unroll
-        for (int n = 0; n < T / 8; n++) {
+            for (int e = 0; e < 8; e++) states += load(one.at[e]) * load(other.at[e]);
+        }
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                int j = g + e / 2 * 8, i = 8 * n + t + e % 2;
-                float weight = i >= j ? __expf(chunk.upto[i] - chunk.upto[j]) : 0.f;
-                float both = weight * s[n][e] * q[n][e], d = chunk.step[j];
-                direct[e / 2] += both;
-                float off_diagonal = i > j ? both * d : 0.f;
-                decayed[e / 2] += off_diagonal;
-                column[n][e % 2] += off_diagonal;
-                s[n][e] *= weight * d;
-                q[n][e] *= weight * d;
+        for (int c = 0; c < 2; c++) {
+            int column = half + 2 * c;
+            if (column < block) continue;
+            float q[2][4] = {}, sums[2][2] = {};
+            multiply<false, true, P / 16>(q, tile_x, P_ROW, row, tile_dy + 16 * column * P_ROW, P_ROW);
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    int j = g + e / 2 * 8, i = 16 * column + 8 * n + t + e % 2;
+                    float weight = i >= j ? __expf(chunk.upto[i] - chunk.upto[j]) : 0.f;
+                    float both = weight * s[c][n][e] * q[n][e], d = chunk.step[j];
+                    direct[e / 2] += both;
+                    float off_diagonal = i > j ? both * d : 0.f;
+                    decayed[e / 2] += off_diagonal;
+                    sums[n][e % 2] += off_diagonal;
+                    skipped += i == j ? q[n][e] : 0.f;  // dy . x
+                    ds[c][n][e] += q[n][e] * weight * d;
+                    q[n][e] = s[c][n][e] * weight * d;  // M
+                }
+                bfloat16 *to = tile_m + g * P_ROW + 16 * column + 8 * n + t;
+                *(u32 *)to = pack(q[n][0], q[n][1]);
+                *(u32 *)(to + 8 * P_ROW) = pack(q[n][2], q[n][3]);
+#pragma unroll
+                for (int right = 0; right < 2; right++) {
+                    float sum = sums[n][right];
+#pragma unroll
+                    for (int far = 4; far < 32; far *= 2) sum += __shfl_xor_sync(ALL, sum, far);
+                    if (lane < 4) found.column[block][16 * column + 8 * n + t + right] = sum;
+                }
             }
         }
-        as_left(m, s);
-        as_left(ds, q);
-        // Columns: over the warp's 16 rows here, over the warps later.
+        states = sum_of_warp(states), skipped = sum_of_warp(skipped);
+        if (lane == 0) found.with_state[warp] = states, found.with_skip[warp] = skipped;
+        float end[2], d[2], start[2];
 #pragma unroll
-        for (int n = 0; n < T / 8; n++) {
+        for (int down = 0; down < 2; down++) {
+            int j = g + 8 * down;
+            start[down] = __expf(chunk.upto[j]);
+            end[down] = __expf(chunk.total - chunk.upto[j]);
+            d[down] = chunk.step[j];
+            direct[down] = sum_of_row(direct[down]), decayed[down] = sum_of_row(decayed[down]);
+            if (t == 0) found.direct[half][j] = direct[down], found.decayed[half][j] = decayed[down];
+        }
+        __syncthreads();  // all of tile_m is there
+
+        {
+            float sum[P / 16][4] = {}, read[2] = {0.f, 0.f};
+            int left = half * P / 2;
+            multiply<false, true, N / 16>(sum, tile_b, N_ROW, row, tile_dh + left * N_ROW, N_ROW);  // R
 #pragma unroll
-            for (int k = 0; k < 2; k++) {
-                float sum = column[n][k];
+            for (int n = 0; n < P / 16; n++) {
 #pragma unroll
-                for (int far = 4; far < 32; far *= 2) sum += __shfl_xor_sync(ALL, sum, far);
-                if (lane < 4) of_column[warp][8 * n + t + k] = sum;
+                for (int e = 0; e < 4; e++) {
+                    int down = e / 2;
+                    read[down] += load(tile_x[(g + 8 * down) * P_ROW + left + 8 * n + t + e % 2]) * sum[n][e];
+                    sum[n][e] *= end[down] * d[down];
+                }
             }
-            int right = n % 2 * 2;
-            *(u32 *)(tile_ds + g * P_ROW + 8 * n + t) = ds[n / 2][right];
-            *(u32 *)(tile_ds + (g + 8) * P_ROW + 8 * n + t) = ds[n / 2][right + 1];
+            for (int c = block; c < T / 16; c++)
+                multiply<false, false, 1>(sum, tile_m + 16 * c, P_ROW, row,
+                                          tile_dy + 16 * c * P_ROW + left, P_ROW);
+            float factor = skip ? skip[all.first + k] : 0.f;
+            int64 of_head = here.first * heads + all.first + k;
+#pragma unroll
+            for (int down = 0; down < 2; down++) {
+                int j = g + 8 * down;
+                float written = end[down] * sum_of_row(read[down]);
+                if (t == 0) found.written[half][j] = written;
+                if (j >= here.rows) continue;
+                bfloat16 *to = dx + (of_head + (int64)j * heads) * P + left + t;
+                const bfloat16 *from = tile_dy + j * P_ROW + left + t;
+#pragma unroll
+                for (int n = 0; n < P / 16; n++)
+                    *(u32 *)(to + 8 * n) = pack(sum[n][2 * down] + factor * load(from[8 * n]),
+                                                sum[n][2 * down + 1] + factor * load(from[8 * n + 1]));
+            }
+        }
+        float read[2] = {0.f, 0.f};
+        if (has_columns) {
+            float sum[WIDTH / 8][4] = {};
+            multiply<false, false, P / 16>(sum, tile_x, P_ROW, row, tile_dh + left_column, N_ROW);
+#pragma unroll
+            for (int n = 0; n < WIDTH / 8; n++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    db_sum[n][e] += end[e / 2] * d[e / 2] * sum[n][e];
+                    sum[n][e] = 0.f;
+                }
+            }
+            multiply<false, false, P / 16>(sum, tile_dy, P_ROW, row, tile_h + left_column, N_ROW);
+#pragma unroll
+            for (int n = 0; n < WIDTH / 8; n++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    int down = e / 2;
+                    float carried = start[down] * sum[n][e];
+                    dc_sum[n][e] += carried;
+                    read[down] += carried * load(
+                        tile_c[(g + 8 * down) * N_ROW + left_column + 8 * n + t + e % 2]);
+                }
+            }
+        }
+#pragma unroll
+        for (int down = 0; down < 2; down++) {
+            float carried = sum_of_row(read[down]);
+            if (t == 0) found.carried[half][g + 8 * down] = carried;
         }
     }
-    float end[2], d[2];
+
+    __syncthreads();  // tile_m has been read
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            bfloat16 *to = tile_m + g * P_ROW + 16 * (half + 2 * c) + 8 * n + t;
+            *(u32 *)to = pack(ds[c][n][0], ds[c][n][1]);
+            *(u32 *)(to + 8 * P_ROW) = pack(ds[c][n][2], ds[c][n][3]);
+        }
+    }
+    if (warp == together % (2 * WARPS)) finish(together - 1);
+    __syncthreads();
+    if (!has_columns) return;
+    for (int c = block; c < T / 16; c++)
+        multiply<false, false, 1>(db_sum, tile_m + 16 * c, P_ROW, row,
+                                  tile_c + 16 * c * N_ROW + left_column, N_ROW);
+    for (int c = 0; c <= block; c++)
+        multiply<true, false, 1>(dc_sum, tile_m + 16 * c * P_ROW, P_ROW, row,
+                                 tile_b + 16 * c * N_ROW + left_column, N_ROW);
 #pragma unroll
     for (int down = 0; down < 2; down++) {
-        end[down] = __expf(chunk.total - chunk.upto[g + 8 * down]);
-        d[down] = chunk.step[g + 8 * down];
-        direct[down] = sum_of_row(direct[down]), decayed[down] = sum_of_row(decayed[down]);
-    }
-
-    {
-        float sum[P / 8][4] = {}, read[2] = {0.f, 0.f};
-        multiply<false, true, N / 16>(sum, tile_b, N_ROW, row, tile_dh, N_ROW);  // R
+        int i = g + 8 * down;
+        if (i >= here.rows) continue;
+        int64 to = ((here.first + i) * (heads / together) + here.head) * N + left_column + t;
 #pragma unroll
-        for (int n = 0; n < P / 8; n++) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                int down = e / 2;
-                read[down] += load(tile_x[(g + 8 * down) * P_ROW + 8 * n + t + e % 2]) * sum[n][e];
-                sum[n][e] *= end[down] * d[down];
-            }
+        for (int n = 0; n < WIDTH / 8; n++) {
+            *(u32 *)(db + to + 8 * n) = pack(db_sum[n][2 * down], db_sum[n][2 * down + 1]);
+            *(u32 *)(dc + to + 8 * n) = pack(dc_sum[n][2 * down], dc_sum[n][2 * down + 1]);
         }
-        multiply<false>(sum, m, tile_dy, P_ROW, block);
-        float factor = skip ? skip[here.head] : 0.f;
-#pragma unroll
-        for (int down = 0; down < 2; down++) {
-            int j = g + 8 * down;
-            float written = end[down] * sum_of_row(read[down]);
-            if (t == 0) to_end[j] = written * d[down];
-            if (j >= here.rows) continue;
-            int64 at = of_head + (int64)j * heads;
-            if (t == 0) dstep[at] = direct[down] + written;
-#pragma unroll
-            for (int n = 0; n < P / 8; n++) {
-                const bfloat16 *from = tile_dy + j * P_ROW + 8 * n + t;
-                *(u32 *)(dx + at * P + 8 * n + t) =
-                    pack(sum[n][2 * down] + factor * load(from[0]),
-                         sum[n][2 * down + 1] + factor * load(from[1]));
-            }
-        }
-    }
-    {
-        float sum[N / 8][4] = {};
-        multiply<false, false, P / 16>(sum, tile_x, P_ROW, row, tile_dh, N_ROW);
-#pragma unroll
-        for (int n = 0; n < N / 8; n++) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) sum[n][e] *= end[e / 2] * d[e / 2];
-        }
-        multiply<false>(sum, ds, tile_c, N_ROW, block);
-#pragma unroll
-        for (int down = 0; down < 2; down++) {
-            int j = g + 8 * down;
-            if (j >= here.rows) continue;
-            bfloat16 *to = db + (of_head + (int64)j * heads) * N + t;
-#pragma unroll
-            for (int n = 0; n < N / 8; n++)
-                *(u32 *)(to + 8 * n) = pack(sum[n][2 * down], sum[n][2 * down + 1]);
-        }
-    }
-    __syncthreads();  // all of tile_ds is there
-    {
-        float sum[N / 8][4] = {}, read[2] = {0.f, 0.f};
-        multiply<false, false, P / 16>(sum, tile_dy, P_ROW, row, tile_h, N_ROW);
-        float start[2] = {__expf(chunk.upto[g]), __expf(chunk.upto[g + 8])};
-#pragma unroll
-        for (int n = 0; n < N / 8; n++) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                int down = e / 2;
-                sum[n][e] *= start[down];
-                read[down] += load(tile_c[(g + 8 * down) * N_ROW + 8 * n + t + e % 2]) * sum[n][e];
-            }
-        }
-        for (int k = 0; k <= block; k++)
-            multiply<true, false, 1>(sum, tile_ds + 16 * k * P_ROW, P_ROW, row, tile_b + 16 * k * N_ROW, N_ROW);
-#pragma unroll
-        for (int down = 0; down < 2; down++) {
-            int i = g + 8 * down;
-            float carried = sum_of_row(read[down]);
-            if (t == 0) of_row[i] = decayed[down], from_carry[i] = carried;
-            if (i >= here.rows) continue;
-            bfloat16 *to = dc + (of_head + (int64)i * heads) * N + t;
-#pragma unroll
-            for (int n = 0; n < N / 8; n++)
-                *(u32 *)(to + 8 * n) = pack(sum[n][2 * down], sum[n][2 * down + 1]);
-        }
-    }
-    __syncthreads();
-    if (warp == 0) {  // each lane has two steps
-        float of_u[2], ahead[2];
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-            int s = 2 * lane + k;
-            float sum = 0.f;
-#pragma unroll
-            for (int w = 0; w < WARPS; w++) sum += of_column[w][s];
-            of_u[k] = sum - of_row[s] + from_carry[s];
-            ahead[k] = to_end[s];
-        }
-        // Of u_i for i >= s, counted from the end; of what was written before s.
-        float later = of_u[0] + of_u[1];
-#pragma unroll
-        for (int far = 1; far < 32; far *= 2) {
-            float other = __shfl_sync(ALL, later, lane + far);
-            if (lane + far < 32) later += other;
-        }
-        float rest = __shfl_sync(ALL, later, lane + 1);
-        if (lane == 31) rest = 0.f;
-        float before = __shfl_sync(ALL, cumulated(ahead[0] + ahead[1]), lane - 1);
-        if (lane == 0) before = 0.f;
-        float total = 0.f, of_skip = 0.f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) total += with_state[w], of_skip += with_skip[w];
-        total *= __expf(chunk.total);
-        float found[2] = {later + before + total, rest + of_u[1] + before + ahead[0] + total};
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-            int s = 2 * lane + k;
-            if (s < here.rows) dlog_decay[of_head + (int64)s * heads] = found[k];
-        }
-        if (lane == 0) dskip[blockIdx.x] = of_skip;
     }
 }
 
-// Adds up what the heads of each group have: db, dc (B, L, G, H / G, N) -> sum_b, sum_c (B, L, G, N). A
+// Adds up what the blocks of each group have: db, dc (B, L, G, parts, N) -> sum_b, sum_c (B, L, G, N). A
 // thread has eight numbers of one of the two.
 template <int N>
 __global__ void __launch_bounds__(THREADS) ssd_groups(
-    const bfloat16 *db, const bfloat16 *dc, bfloat16 *sum_b, bfloat16 *sum_c, int64 packs, int per_group) {
+    const bfloat16 *db, const bfloat16 *dc, bfloat16 *sum_b, bfloat16 *sum_c, int64 packs, int parts) {
     int64 id = blockIdx.x * (int64)THREADS + threadIdx.x;
     if (id >= 2 * packs) return;
     bool second = id >= packs;
     int64 pack_id = second ? id - packs : id, group = pack_id / (N / 8);
-    const bfloat16 *from = (second ? dc : db) + group * per_group * N + pack_id % (N / 8) * 8;
+    const bfloat16 *from = (second ? dc : db) + group * parts * N + pack_id % (N / 8) * 8;
     float sum[8] = {};
-    for (int head = 0; head < per_group; head++) {
-        Pack<bfloat16, 8> some = *(const Pack<bfloat16, 8> *)(from + head * N);
+    for (int part = 0; part < parts; part++) {
+        Pack<bfloat16, 8> some = *(const Pack<bfloat16, 8> *)(from + part * N);
 #pragma unroll
         for (int k = 0; k < 8; k++) sum[k] += load(some.at[k]);
     }

@@ -23,6 +23,7 @@ from mambabyte.ops.delta import cuda as cuda_delta
 from mambabyte.ops.scan import cuda as cuda_scan
 from mambabyte.ops.scan import plan as cuda_plan
 from mambabyte.ops.ssd import cuda as cuda_ssd
+from mambabyte.ops.ssd import gates as cuda_gates
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "gpu"))
@@ -74,22 +75,38 @@ def convolution(built_convolution: Emulator, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cuda_conv, "raw_stream", lambda device: 0)
 
 
-def built_in_chunks(family: str, folder: Path, kept: Path) -> Emulator:
+def built(names: tuple[str, ...], folder: Path, kept: Path) -> Emulator:
     here = Path(cuda_ssd.__file__).parent.parent
-    sources = [(here / name).read_text() for name in (
-        "build/types.cu", "build/mma.cu", "build/chunks.cu", f"{family}/{family}.cu")]
-    (folder / f"{family}.cu").write_text("\n".join(["#define __expf expf", *sources]))
-    return Emulator(folder / f"{family}.cu", folder, kept)
+    sources = [(here / name).read_text() for name in names]
+    (folder / "joined.cu").write_text("\n".join(["#define __expf expf", *sources]))
+    return Emulator(folder / "joined.cu", folder, kept)
+
+
+CHUNKS = ("build/types.cu", "build/mma.cu", "build/chunks.cu")
+
+
+@pytest.fixture(scope="session")
+def built_gates(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> Emulator:
+    return built(("build/types.cu", "ssd/gates.cu"), tmp_path_factory.mktemp("gates"), kept)
+
+
+@pytest.fixture
+def gates(built_gates: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(device, name, blocks, *args) -> None:
+        parameters = cuda_gates._PARAMETERS[name.partition("<")[0]]
+        built_gates.launch(device, name, parameters, blocks, (128, 1), 0, *args)
+
+    monkeypatch.setattr(cuda_gates, "_launch", launch)
 
 
 @pytest.fixture(scope="session")
 def built_ssd(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> Emulator:
-    return built_in_chunks("ssd", tmp_path_factory.mktemp("ssd"), kept)
+    return built((*CHUNKS, "ssd/ssd.cu"), tmp_path_factory.mktemp("ssd"), kept)
 
 
 @pytest.fixture(scope="session")
 def built_delta(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> Emulator:
-    return built_in_chunks("delta", tmp_path_factory.mktemp("delta"), kept)
+    return built((*CHUNKS, "delta/delta.cu"), tmp_path_factory.mktemp("delta"), kept)
 
 
 @pytest.fixture
@@ -105,8 +122,9 @@ def delta(built_delta: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def ssd(built_ssd: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     def launch(device, name, states, blocks, shared, *args) -> None:
-        parameters = cuda_ssd._PARAMETERS[name.partition("<")[0]]
-        built_ssd.launch(device, name, parameters, blocks, (128, 1), shared, *args)
+        family = name.partition("<")[0]
+        built_ssd.launch(device, name, cuda_ssd._PARAMETERS[family], blocks,
+                         (cuda_ssd._THREADS[family], 1), shared, *args)
 
     monkeypatch.setattr(cuda_ssd, "_launch", launch)
 

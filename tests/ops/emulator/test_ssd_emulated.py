@@ -9,6 +9,7 @@ import torch
 
 from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.ssd import cuda as cuda_ssd
+from mambabyte.ops.ssd import gates as cuda_gates
 from mambabyte.ops.ssd.recurrent import recurrent_ssd
 
 pytestmark = [
@@ -41,7 +42,8 @@ def exact_results(inputs, dy, dstate):
 
 
 @pytest.mark.parametrize(("batch", "length", "heads", "groups", "states", "decay"), [
-    (2, 1, 2, 1, 16, 0.1), (1, 65, 2, 2, 128, 0.1), (1, 130, 2, 1, 64, 40.0)])
+    (2, 1, 3, 1, 16, 0.1), (1, 65, 2, 2, 128, 0.1), (1, 70, 12, 1, 32, 0.1),
+    (1, 130, 2, 1, 64, 40.0)])
 def test_parity(batch, length, heads, groups, states, decay) -> None:
     inputs = prepared(batch, length, heads, groups, states, decay)
     dy = torch.randn(batch, length, heads, 64).bfloat16()
@@ -76,3 +78,27 @@ def test_nothing_is_read_past_the_end() -> None:
     for a, b in zip(cuda_ssd.forward(*inputs, True), cuda_ssd.forward(*longer, True), strict=True):
         assert torch.equal(a, b)
     assert all(t.isfinite().all() for t in cuda_ssd.forward(*longer, True))
+
+
+@pytest.mark.parametrize(("dtype", "softplus", "bias"), [
+    (torch.bfloat16, True, True), (torch.float32, False, False)])
+@pytest.mark.usefixtures("gates")
+def test_gates(dtype: torch.dtype, softplus: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    dt = (3 * torch.randn(2, 700, 9)).to(dtype)[..., 4:7]
+    dt[0, :3, 0] = torch.tensor([30.0, -30.0, -90.0])
+    A, dt_bias = -torch.rand(3), torch.randn(3) if bias else None
+    dstep, dlog_decay = torch.randn(2, 2, 700, 3)
+    found = [*cuda_gates._forward(dt, A, dt_bias, softplus),
+             *cuda_gates._backward(dstep, dlog_decay, dt, A, dt_bias, softplus)]
+    exact = [None if t is None else t.double().requires_grad_() for t in (dt, A, dt_bias)]
+    wanted = cuda_gates._in_torch(*exact, softplus)
+    leaves = [t for t in exact if t is not None]
+    gradients = torch.autograd.grad(wanted, leaves, [dstep.double(), dlog_decay.double()])
+    for a, b in zip([t for t in found if t is not None], (*wanted, *gradients), strict=True):
+        # Rounded once to the dtype of dt, or sums in float32.
+        assert relative_rms(a, b.detach()) < (3e-3 if a.dtype == torch.bfloat16 else 1e-6)
+    alone = cuda_gates._backward(None, dlog_decay, dt, A, dt_bias, softplus)[0]
+    zeros = torch.zeros_like(dstep)
+    assert torch.equal(alone, cuda_gates._backward(
+        zeros, dlog_decay, dt, A, dt_bias, softplus)[0])
