@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mambabyte.config import SPECS, ModelConfig
 from mambabyte.model import AttentionMixer, ByteLM, MambaMixer, Mixer
 from mambabyte.model.mixer import CONVOLUTION, FORMULA, MATMUL, Operations, mixer_of
-from mambabyte.ops.causal_conv import torch_convolution
+from mambabyte.ops.conv.dispatch import torch_convolution
 
 
 def flops_table(config: ModelConfig, length: int, *, causal: bool = True) -> pd.DataFrame:

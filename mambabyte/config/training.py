@@ -80,9 +80,10 @@ class TrainConfig(Checked):
     precision: Literal["auto", "fp32", "bf16", "bf16_residual"] = "auto"
     """auto is bf16 autocast on CUDA and fp32 elsewhere, with an SSM state of fp32 in either;
     bf16_residual is autocast with the residual stream in bf16 as well."""
-    step: Literal["auto", "eager", "graph", "compile"] = "auto"
-    """graph captures the whole step as a CUDA graph, compile compiles the layers besides; auto is
-    graph on CUDA. eager is the readable definition."""
+    step: Literal["auto", "eager", "graph", "fused", "compile"] = "auto"
+    """eager is the readable definition. graph captures the whole step as a CUDA graph; fused does
+    that by kernels that join operations, and compile by compiling the layers, half a minute long.
+    auto is fused on CUDA and eager elsewhere."""
     parallel: Literal["data", "sharded"] = "data"
     """Over the processes of torchrun: data gives each the whole model; sharded (FSDP2) a part of
     weights, gradients and optimizer, gathered layer by layer, with the eager step."""

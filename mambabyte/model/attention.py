@@ -24,6 +24,7 @@ from mambabyte.model.mixer import (
     linear,
     register,
 )
+from mambabyte.ops.fused.rotary import norm_rotate, rotate
 
 MAX_BLOCK = 1024  # queries in one block of a sliding window
 TILE = 128  # queries, and keys, that FlexAttention skips or takes together
@@ -48,13 +49,6 @@ def rotary_table(
     steps = torch.arange(position, position + length, device=device, dtype=torch.float64)
     angle = torch.outer(steps, rate)
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864): x (B, H, L, head_dim), head_dim even."""
-    cos, sin = (t.to(x.dtype) for t in table)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -239,12 +233,16 @@ class AttentionMixer(Mixer, AttentionSpec):
         q = self.q_proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, L, d)
         k = self.k_proj(x).unflatten(-1, (self.n_kv_head, -1)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.n_kv_head, -1)).transpose(1, 2)
-        if self.qk_norm:
-            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
         table = self._table(seen, length, x.device)
-        q, k = rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype)
-        if self.q_gain is not None:
-            q = q * self.q_gain.to(q.dtype)[:, None, None]
+        if self.fused:
+            q = norm_rotate(q, table, self.q_gain, self.qk_norm)
+            k = norm_rotate(k, table, None, self.qk_norm)
+        else:
+            if self.qk_norm:
+                q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
+            q, k = rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype)
+            if self.q_gain is not None:
+                q = q * self.q_gain.to(q.dtype)[:, None, None]
         if state is not None:
             k = torch.cat([state.k.to(k.dtype), k], dim=2)
             v = torch.cat([state.v.to(v.dtype), v], dim=2)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambabyte.config import ModelConfig
 from mambabyte.model.mixer import LayerState, Mixer, linear
+from mambabyte.ops.fused.activation import activate_in_torch
 
 
 class RMSNorm(nn.RMSNorm):
@@ -30,12 +34,11 @@ class MLP(nn.Module):
         if config.zero_init_out:
             nn.init.zeros_(self.out_proj.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., d_model) -> (..., d_model)."""
-        x = self.up_proj(x)
-        if self.activation == "relu2":
-            return self.out_proj(F.relu(x).square())
-        return self.out_proj(F.gelu(x) if self.activation == "gelu" else F.silu(x))
+    def forward(
+        self, x: Tensor, activate: Callable[[Tensor, str], Tensor] = activate_in_torch
+    ) -> Tensor:
+        """x (..., d_model) -> (..., d_model); ``activate(hidden, name)`` is the activation."""
+        return cast(Tensor, self.out_proj(activate(self.up_proj(x), self.activation)))
 
 
 def make_norm(config: ModelConfig) -> nn.Module:

@@ -32,7 +32,7 @@ from mambabyte.model.mixer import (
     widened,
 )
 from mambabyte.ops import gated_delta_rule
-from mambabyte.ops.causal_conv import causal_conv
+from mambabyte.ops.conv.dispatch import causal_conv
 from mambabyte.ops.delta import cuda as kernels
 from mambabyte.ops.delta.chunked import CHUNK
 from mambabyte.ops.ssd.decay import chunk_length

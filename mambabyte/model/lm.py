@@ -14,6 +14,7 @@ from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
 from mambabyte.model.block import Block, RMSNorm, make_norm
 from mambabyte.model.mixer import LayerState, Mixer, linear, mixer_of
+from mambabyte.ops.fused.loss import cross_entropy_in_torch
 
 
 class _Embed(torch.autograd.Function):
@@ -75,11 +76,18 @@ def without_state(
     return layer(x, None, embedded, skip)[0]
 
 
-def head_loss(model: ByteLM, x: Tensor, targets: Tensor) -> Tensor:
+def head_loss(
+    model: ByteLM, x: Tensor, targets: Tensor, gate: nn.Module | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
     """Mean cross-entropy in nats of the bytes ``targets`` (B, L), x (B, L, d_model) behind the
-    last layer."""
-    logits = model.logits(model.norm_f(x))
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    last layer. ``gate`` of what the head reads (B, L, 1) times ``offset`` (B, L, V) is added to the
+    logits where they are given."""
+    hidden = model.norm_f(x)
+    return cross_entropy_in_torch(
+        model.uncapped(hidden).flatten(0, 1), targets.flatten(), model.config.logit_softcap,
+        None if gate is None else gate(hidden).flatten(0, 1),
+        None if offset is None else offset.flatten(0, 1))
 
 
 class ByteLM(nn.Module):
@@ -108,8 +116,9 @@ class ByteLM(nn.Module):
         if self.head is not None and config.zero_init_out:
             nn.init.zeros_(self.head.weight)
         # How training runs a layer and what is behind the last, and in which type the residual
-        # stream adds up; a fast step replaces them.
-        self.run_layer: Callable[..., Tensor] = without_state
+        # stream adds up; a fast step replaces them. What is handed from layer to layer and to the
+        # head is theirs to choose.
+        self.run_layer: Callable[..., Any] = without_state
         self.run_head: Callable[..., Tensor] = head_loss
         self.residual_dtype: torch.dtype | None = None
 
@@ -161,13 +170,13 @@ class ByteLM(nn.Module):
 
         return self.norm_f(self._through(x, run)), states
 
-    def through_layers(self, x: Tensor) -> Tensor:
-        """For training: ``hidden`` from the first byte on, before the last norm, without the
+    def through_layers(self, x: Tensor) -> Any:
+        """For training: from embedded bytes (B, L, d_model) to what ``run_head`` reads, without
         states; layers as ``run_layer`` does."""
         return self._through(
             x if self.residual_dtype is None else x.to(self.residual_dtype), self.run_layer)
 
-    def _through(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
+    def _through(self, x: Any, run: Callable[..., Any]) -> Any:
         """Embedded bytes (B, L, d_model) through the layers, each by ``run(layer, x, embedded,
         skip)``; the last two, where no layer reads them, are None."""
         config = self.config
@@ -176,7 +185,7 @@ class ByteLM(nn.Module):
         elif config.embed_norm:
             x = F.rms_norm(x, (x.shape[-1],))
         embedded = x if config.residual_mix else None
-        outputs: dict[int, Tensor] = {}
+        outputs: dict[int, Any] = {}
         for i, (layer, skip) in enumerate(zip(self.layers, config.skips, strict=True)):
             x = run(layer, x, embedded, None if skip is None else outputs.pop(skip))
             if i in config.skips:
@@ -185,10 +194,13 @@ class ByteLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, L, d_model) -> (B, L, V), capped where the configuration says so."""
-        table = self.embedding if self.head is None else self.head
-        logits = F.linear(hidden, table.weight, getattr(table, "bias", None))
-        cap = self.config.logit_softcap
+        logits, cap = self.uncapped(hidden), self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    def uncapped(self, hidden: Tensor) -> Tensor:
+        """:meth:`logits` before the cap."""
+        table = self.embedding if self.head is None else self.head
+        return F.linear(hidden, table.weight, getattr(table, "bias", None))
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1].

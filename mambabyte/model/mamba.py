@@ -24,12 +24,13 @@ from mambabyte.model.mixer import (
     Mixer,
     Operations,
     Step,
+    is_plain,
     operator_against_definition,
     register,
 )
 from mambabyte.ops import default_form, selective_scan
-from mambabyte.ops.causal_conv import FUSED_TAPS, causal_conv
 from mambabyte.ops.conv import cpu as native_conv
+from mambabyte.ops.conv.dispatch import FUSED_TAPS, causal_conv
 from mambabyte.ops.mamba.fused import fused_mixer
 from mambabyte.ops.mamba.step import MAX_TAPS, mamba_step
 from mambabyte.ops.scan.memory import PER_CHANNEL, partial_sums, scan_terms, scan_workspace
@@ -53,13 +54,6 @@ class MambaState(NamedTuple):
 def inverse_softplus(y: Tensor) -> Tensor:
     """x of softplus(x) = y, for y > 0; accurate for small y too."""
     return y + torch.log(-torch.expm1(-y))
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module does what ``kind`` does with its weights, and nothing else."""
-    return type(module) is kind and "forward" not in module.__dict__ and not (
-        module._forward_hooks or module._forward_pre_hooks
-        or module._backward_hooks or module._backward_pre_hooks)
 
 
 @register("M")
@@ -359,7 +353,7 @@ def resolve_form(config: ModelConfig, device: str) -> str:
 
 
 def convolves_in_one_kernel(config: ModelConfig, device: str, itemsize: int) -> bool:
-    """Whether the convolution is this package's own, not torch's: see ops.causal_conv."""
+    """Whether the convolution is this package's own, not torch's: see ops.conv.dispatch."""
     if device == "cuda":
         return config.d_conv in FUSED_TAPS
     return (itemsize == FLOAT32 and config.d_conv in FUSED_TAPS

@@ -32,7 +32,7 @@ from mambabyte.model.mixer import (
     widened,
 )
 from mambabyte.ops import ssd_scan
-from mambabyte.ops.causal_conv import causal_conv
+from mambabyte.ops.conv.dispatch import causal_conv
 from mambabyte.ops.ssd import cuda as ssd_kernels
 from mambabyte.ops.ssd.chunked import CHUNK
 from mambabyte.ops.ssd.decay import chunk_length

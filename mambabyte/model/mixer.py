@@ -97,6 +97,8 @@ class Mixer(nn.Module, MixerSpec):
     readers: ClassVar[int] = 1
     has_decays: ClassVar[bool] = False  # whether ``exponent`` has an answer
     state_name: ClassVar[str] = "state"  # what its state is called in tables of sizes
+    # Whether to use kernels that join what torch.compile would; set by a fast step.
+    fused: bool = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -209,6 +211,13 @@ def named_mixers(model: nn.Module, kind: type[_M]) -> dict[str, _M]:
 def mixers(model: nn.Module, kind: type[_M]) -> list[_M]:
     """The mixers of one kind in a model, first layer first."""
     return list(named_mixers(model, kind).values())
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module does what ``kind`` does with its weights, and nothing else."""
+    return type(module) is kind and "forward" not in module.__dict__ and not (
+        module._forward_hooks or module._forward_pre_hooks
+        or module._backward_hooks or module._backward_pre_hooks)
 
 
 def linear(config: ModelConfig, inputs: int, outputs: int) -> nn.Linear:

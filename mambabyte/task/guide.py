@@ -18,7 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambabyte.config import ModelConfig
@@ -190,8 +189,7 @@ class GuidedLM(nn.Module):
         tokens = symbols(tokens, least=2)
         hint = Hint(log_p, best, kind)
         x = self.lm.through_layers(self.embedded(tokens[:, :-1], hint))
-        logits = self.combined(self.lm.norm_f(x), hint)
-        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        return self.lm.run_head(self.lm, x, tokens[:, 1:], self.gate, hint.log_p)
 
     def forward(self, tokens: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
         """Logits (B, L, V) of the byte after each of ``tokens`` (B, L), and the state."""

@@ -152,7 +152,7 @@ def fit(
         raise UserError("the task trains at one context and batch size: leave first_context and "
                         "first_batch_size at 0")
     on_cuda = network.device.type == "cuda"
-    prepare(network, recipe, compiled=recipe.step == "compile" and on_cuda)
+    prepare(network, recipe)
     optimizer = make_optimizer(model, recipe, on_device=True)
     step = CapturedStep(model, model.loss, optimizer, windows,
                     window_starts(len(windows.text), recipe), recipe,

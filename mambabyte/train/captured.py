@@ -30,6 +30,7 @@ from mambabyte.model import (
     record_exponents,
     without_state,
 )
+from mambabyte.model.fused import fused_head_loss, fused_layer
 from mambabyte.train.optim import Optimizer, set_rates
 from mambabyte.train.precision import autocast
 from mambabyte.train.step import Loss, Reading, backward_in_parts, remedy
@@ -162,14 +163,24 @@ class CapturedStep:
         return graph
 
 
-def prepare(model: ByteLM, config: TrainConfig, compiled: bool) -> None:
-    """Ready a model on its device for training: mixers, residual type, compiled parts.
+def prepare(model: ByteLM, config: TrainConfig) -> None:
+    """Ready a model on its device for training: mixers, residual type, and how ``config.step`` says
+    that layers and head are run.
 
     Layers of one kind share their compiled code: the time it takes does not grow with depth.
     """
+    way = config.step
+    if way == "compile" and model.device.type != "cuda":
+        way = "graph"
     for mixer in mixers(model, Mixer):
         mixer.prepare(config.context)
+        mixer.fused = way in ("auto", "fused")
     model.residual_dtype = torch.bfloat16 if config.precision == "bf16_residual" else None
-    model.run_layer = torch.compile(without_state, dynamic=False) if compiled else without_state
-    model.run_head = torch.compile(head_loss, dynamic=False) if compiled else head_loss
+    if way in ("auto", "fused"):
+        model.run_layer, model.run_head = fused_layer, fused_head_loss
+    elif way == "compile":
+        model.run_layer, model.run_head = (
+            torch.compile(function, dynamic=False) for function in (without_state, head_loss))
+    else:
+        model.run_layer, model.run_head = without_state, head_loss
 

@@ -232,11 +232,10 @@ class _Training:
         if self.waits:
             return EagerStep(self.model, self.optimizer, text_batches(
                 self.corpus.train, self.config, self.device), self.config, first_step=self.done)
-        compiled = self.config.step == "compile"
-        if compiled:
+        if self.config.step == "compile":
             # All stages share one function, and torch stops compiling one for the ninth time.
             torch._dynamo.reset()
-        prepare(self.model, self.config, compiled)
+        prepare(self.model, self.config)
         stage = stage_at(self.done, self.config)
         shape = replace(self.config, context=stage.context, batch_size=stage.batch_size,
                         n_steps=stage.end, first_context=0, first_batch_size=0)

@@ -10,7 +10,7 @@ from scan_cases import relative_rms
 from torch import Tensor
 
 from mambabyte.ops import selective_scan
-from mambabyte.ops.causal_conv import causal_conv
+from mambabyte.ops.conv.dispatch import causal_conv
 
 NAMES = ("xz", "conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A", "D")
 IN_DTYPE = ("xz", "x_proj", "dt_proj")  # the others are float32

@@ -9,7 +9,7 @@ from scan_cases import make_inputs, poison, relative_rms, scan
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops.causal_conv import causal_conv
+from mambabyte.ops.conv.dispatch import causal_conv
 from mambabyte.ops.conv.operator import fused_causal_conv
 from mambabyte.ops.mamba.cuda import MOST_READS
 from mambabyte.ops.mamba.step import mamba_step, scan_step

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambabyte.ops import causal_conv as module
-from mambabyte.ops.causal_conv import causal_conv
+from mambabyte.ops.conv import dispatch as module
 from mambabyte.ops.conv.cpu import available
+from mambabyte.ops.conv.dispatch import causal_conv
 
 pytestmark = pytest.mark.skipif(not available(torch.float32), reason="needs a C compiler")
 SHAPES = [(1, 1, 1), (2, 2, 5), (1, 3, 16), (3, 7, 70), (2, 33, 130)]

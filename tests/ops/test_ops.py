@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
 from mambabyte.ops import FORMS, selective_scan, selective_scan_step
-from mambabyte.ops.causal_conv import causal_conv
 from mambabyte.ops.compare import relative_rms
+from mambabyte.ops.conv.dispatch import causal_conv
 
 # Right at gentle decay, subjects of study among them.
 RIGHT = ["chunked", "fused", "corrected_cumsum", "centred", "pairwise", "segment_sum",

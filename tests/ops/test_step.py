@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mambabyte.errors import UserError
 from mambabyte.ops import selective_scan
-from mambabyte.ops.causal_conv import causal_conv
+from mambabyte.ops.conv.dispatch import causal_conv
 from mambabyte.ops.mamba.step import mamba_step, scan_step
 from mambabyte.ops.scan import operator as fused
 

@@ -15,8 +15,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
 from mambabyte.ops import selective_scan
-from mambabyte.ops.causal_conv import causal_conv, torch_convolution
 from mambabyte.ops.conv import cpu as native_conv
+from mambabyte.ops.conv.dispatch import causal_conv, torch_convolution
 from mambabyte.ops.scan import cpu as native_scan
 from mambabyte.ops.scan.operator import fused_available
 

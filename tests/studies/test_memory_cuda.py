@@ -29,7 +29,7 @@ from mambabyte.config import PRESETS, ModelConfig
 from mambabyte.errors import UserError
 from mambabyte.model import mamba
 from mambabyte.model.attention import rms_norm_is_cast
-from mambabyte.ops import causal_conv
+from mambabyte.ops.conv import dispatch as causal_conv
 
 
 def test_closed_form_against_the_recorded_gpu() -> None:

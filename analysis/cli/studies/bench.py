@@ -137,7 +137,7 @@ class Step(Common):
     """Layer patterns to train beside the preset's, at equal parameters: A, MA, MMMA, ...
     Attention sees the whole context; alone it also stands with half the layers and wider MLPs, and
     where the preset's window is shorter than the context, with that window too."""
-    way: Literal["eager", "graph", "compile"] | None = None
+    way: Literal["eager", "graph", "fused", "compile"] | None = None
     """How a step is run; compile on a GPU and eager on a CPU when not given."""
     peers: tuple[Literal["mamba_ssm"], ...] = ()
     """mamba_ssm, whose modules then also take the place of the preset's SSM layers."""

@@ -35,7 +35,7 @@ from mambabyte.train import train_step
 from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
 from mambabyte.train.optim import make_optimizer
 
-Way = Literal["eager", "graph", "compile"]
+Way = Literal["eager", "graph", "fused", "compile"]
 _STEPS = 1 << 14  # starts drawn for a captured step: more than a benchmark ever takes
 
 # The first pattern that is found in a name of an operator (CPU) or a kernel (CUDA) names its part.
@@ -241,7 +241,7 @@ def training_step(
     else:
         if way == "compile":
             torch._dynamo.reset()  # each system has its own shapes
-        prepare(model, recipe, compiled=way == "compile")
+        prepare(model, recipe)
         windows = Windows(text.to(device), recipe.context)
         fast = CapturedStep(model, model.loss, optimizer, windows,
                         window_starts(len(text), recipe), recipe)

@@ -141,7 +141,7 @@ class _Follow:
 
 def captured_text_step(model: ByteLM, train: np.ndarray, recipe: TrainConfig) -> Step:
     """What ``text_step`` is, as one CUDA graph."""
-    prepare(model, recipe, compiled=recipe.step == "compile")
+    prepare(model, recipe)
     text = torch.from_numpy(np.array(train)).to(model.device)
     return CapturedStep(model, model.loss, make_optimizer(model, recipe, on_device=True),
                         Windows(text, recipe.context), window_starts(len(text), recipe), recipe)

@@ -20,6 +20,7 @@ from emulate import TAPS, Emulator
 
 from mambabyte.ops.conv import cuda as cuda_conv
 from mambabyte.ops.delta import cuda as cuda_delta
+from mambabyte.ops.fused import cuda as cuda_fused
 from mambabyte.ops.scan import cuda as cuda_scan
 from mambabyte.ops.scan import plan as cuda_plan
 from mambabyte.ops.ssd import cuda as cuda_ssd
@@ -127,6 +128,29 @@ def ssd(built_ssd: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
                          (cuda_ssd._THREADS[family], 1), shared, *args)
 
     monkeypatch.setattr(cuda_ssd, "_launch", launch)
+
+
+@pytest.fixture(scope="session")
+def built_fused(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> dict[str, Emulator]:
+    folder = tmp_path_factory.mktemp("fused")
+    ops = Path(cuda_fused.__file__).parent.parent
+    given = "#define __expf expf\n#define __logf logf\n#define rsqrtf(x) (1.f / sqrtf(x))\n"
+    for name in cuda_fused.SOURCES:
+        sources = [(ops / file).read_text() for file in ("build/types.cu", f"fused/{name}.cu")]
+        (folder / f"{name}.cu").write_text(given + "\n".join(sources))
+    return {name: Emulator(folder / f"{name}.cu", folder, kept) for name in cuda_fused.SOURCES}
+
+
+@pytest.fixture
+def fused(built_fused: dict[str, Emulator], monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(source, name, device, blocks, threads, *args) -> None:
+        built_fused[source].launch(
+            device, name, cuda_fused.PARAMETERS[name.partition("<")[0]], blocks, (threads, 1), 0,
+            *args)
+
+    monkeypatch.setattr(cuda_fused, "_launch", launch)
+    monkeypatch.setattr(cuda_fused, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(cuda_fused, "takes", lambda *tensors: True)
 
 
 @pytest.fixture(scope="session")

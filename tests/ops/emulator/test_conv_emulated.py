@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from emulate import TAPS
 from torch import Tensor
 
-from mambabyte.ops.causal_conv import causal_conv
 from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.conv import cuda as cuda_conv
+from mambabyte.ops.conv.dispatch import causal_conv
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),

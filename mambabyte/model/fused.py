@@ -1,0 +1,90 @@
+"""The model's layers and head by kernels that do what torch.compile joins, without compiling.
+
+``fused_layer`` and ``fused_head_loss`` take the place of ``ByteLM.run_layer`` and ``run_head``. The
+sum that ends a layer is not made where it ends but by the kernel that mixes and normalises it for
+the next one, so that the residual stream goes through memory once a norm.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mambabyte.model.block import Block, RMSNorm
+from mambabyte.model.lm import ByteLM, head_loss, without_state
+from mambabyte.model.mixer import is_plain
+from mambabyte.ops.arguments import autocasts
+from mambabyte.ops.fused.activation import activate
+from mambabyte.ops.fused.loss import cross_entropy
+from mambabyte.ops.fused.norm import Norm, Streams, mix_norm
+
+
+class Stream(NamedTuple):
+    """A residual stream (B, L, d_model) and what is still to be added to it, times its gain."""
+
+    x: Tensor
+    y: Tensor | None = None
+    gain: Tensor | None = None
+
+    def summed(self) -> Tensor:
+        """The stream with that added."""
+        return self.x if self.y is None else _mixed(Streams(self.x, self.y, y_gain=self.gain))[0]
+
+
+def fused_layer(
+    layer: nn.Module, x: Tensor | Stream, embedded: Tensor | None = None,
+    skip: Tensor | Stream | None = None,
+) -> Stream:
+    """What ``without_state`` does. A layer with a norm of another class, as an adapter makes it, is
+    called as it is."""
+    stream = x if isinstance(x, Stream) else Stream(x)
+    skipped = skip.summed() if isinstance(skip, Stream) else skip
+    if not isinstance(layer, Block) or not is_plain(layer, Block) or not _known(
+            layer.norm, layer.mlp_norm):
+        return Stream(without_state(layer, stream.summed(), embedded, skipped))
+    if layer.stream_gain is None:
+        embedded = None
+    total, read = _mixed(
+        Streams(stream.x, stream.y, skipped if layer.skip_gain is not None else None, embedded,
+                layer.stream_gain, stream.gain, layer.skip_gain, layer.embedded_gain), layer.norm)
+    y, _ = layer.mixer(read, None)
+    if layer.mlp is None or layer.mlp_norm is None:
+        return Stream(total, y, layer.mixer_gain)
+    total, read = _mixed(Streams(total, y, y_gain=layer.mixer_gain), layer.mlp_norm)
+    return Stream(total, layer.mlp(read, activate), layer.mlp_gain)
+
+
+def fused_head_loss(
+    model: ByteLM, x: Tensor | Stream, targets: Tensor, gate: nn.Module | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """What ``head_loss`` does, without logits in float32."""
+    stream = x if isinstance(x, Stream) else Stream(x)
+    if not _known(model.norm_f):
+        return head_loss(model, stream.summed(), targets, gate, offset)
+    hidden = _mixed(Streams(stream.x, stream.y, y_gain=stream.gain), model.norm_f)[1]
+    return cross_entropy(
+        model.uncapped(hidden).flatten(0, 1), targets.flatten(), model.config.logit_softcap,
+        None if gate is None else gate(hidden).flatten(0, 1),
+        None if offset is None else offset.flatten(0, 1))
+
+
+def _known(*norms: nn.Module | None) -> bool:
+    return all(norm is None or is_plain(norm, RMSNorm) or is_plain(norm, nn.LayerNorm)
+               for norm in norms)
+
+
+def _mixed(streams: Streams, norm: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+    """The sum, and the norm of it in the type in which a linear map reads it."""
+    x = streams.x
+    dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype
+    if streams.y is not None:
+        streams = streams._replace(y=streams.y.to(dtype))
+    if norm is None:
+        return mix_norm(streams, Norm(), dtype)
+    if isinstance(norm, nn.LayerNorm):
+        return mix_norm(streams, Norm("layer", norm.eps, norm.weight, norm.bias), dtype)
+    assert isinstance(norm, RMSNorm)
+    return mix_norm(streams, Norm("rms", norm.eps, norm.weight), dtype)

@@ -1,0 +1,1 @@
+"""What torch.compile would join of a training step, as kernels of our own."""

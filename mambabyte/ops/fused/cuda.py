@@ -1,0 +1,62 @@
+"""Launches the kernels of this folder: one program a source and its types, blocks along x alone."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from mambabyte.ops.build.kernel import Kernel, Program, raw_stream
+from mambabyte.ops.conv.cuda import ELEMENTS
+
+# By source, its kernels and their parameters.
+SOURCES = {
+    "norm": {"norm_forward": "P" * 13 + "iiiif", "norm_backward": "P" * 23 + "iiii",
+             "column_sums": "PPii"},
+    "rotary": {"rotary_forward": "PPPPPqqqiiiiif", "rotary_backward": "PPPPPPPqqqqqqiiiiif"},
+    "activation": {"activation_forward": "PPq", "activation_backward": "PPPq"},
+    "loss": {"loss_forward": "PPPPPPiif", "loss_mean": "PPi", "loss_backward": "PPPPPPPPiif"},
+}
+PARAMETERS = {name: found for kernels in SOURCES.values() for name, found in kernels.items()}
+_SOURCE = {name: source for source, kernels in SOURCES.items() for name in kernels}
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether these are for the kernels: on one GPU, in types that they know, and nobody looks in
+    who would rather have torch's own operators, as torch's compiler."""
+    return not torch.compiler.is_compiling() and all(
+        t is None or (t.is_cuda and t.dtype in ELEMENTS) for t in tensors)
+
+
+@functools.cache
+def _kernel(source: str, name: str, device: int) -> Kernel:
+    program = Program.from_file("build/types.cu", f"fused/{source}.cu", names=(name,))
+    return program.kernel(name, device, PARAMETERS[name.partition("<")[0]])
+
+
+def _launch(
+    source: str, name: str, device: int, blocks: int, threads: int, *args: float
+) -> None:
+    _kernel(source, name, device).launch(
+        (blocks, 1, 1), (threads, 1, 1), 0, raw_stream(device), *args)
+
+
+def launch(
+    device: torch.device, name: str, types: str, blocks: int, threads: int,
+    *args: Tensor | float | None,
+) -> None:
+    """Launch ``name<types>``, of ``types`` without arguments ``name``, on torch's stream there; a
+    tensor is passed by its address, None as 0."""
+    _launch(_SOURCE[name], f"{name}<{types}>" if types else name, device.index, blocks, threads,
+            *(0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in args))
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def aligned(width: int, *tensors: Tensor | None) -> bool:
+    """Whether ``width`` elements of each lie on a multiple of their size."""
+    return all(t is None or t.data_ptr() % (width * t.element_size()) == 0 for t in tensors)

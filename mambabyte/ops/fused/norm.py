@@ -1,0 +1,145 @@
+"""A residual stream, what is added to it, and the norm that reads the sum: one pass each way."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambabyte.ops.conv.cuda import ELEMENTS
+from mambabyte.ops.fused import cuda
+
+KINDS = ("none", "rms", "layer")
+EPS = torch.finfo(torch.float32).eps
+_MOST_THREADS = 1024
+_BACKWARD_BLOCKS = 4  # a multiprocessor; each leaves a partial sum
+
+
+class Streams(NamedTuple):
+    """What is added up: ``x_gain (x + y_gain y + z_gain z) + e_gain e``; what is None is left out.
+
+    x, y, z, e (..., C): x, z and e of one dtype, y of another or the same. Gains (C,), float32."""
+
+    x: Tensor
+    y: Tensor | None = None
+    z: Tensor | None = None
+    e: Tensor | None = None
+    x_gain: Tensor | None = None
+    y_gain: Tensor | None = None
+    z_gain: Tensor | None = None
+    e_gain: Tensor | None = None
+
+
+class Norm(NamedTuple):
+    """How the sum is normalised over its last axis: "none", by its RMS or as a layer norm does."""
+
+    kind: Literal["none", "rms", "layer"] = "none"
+    eps: float | None = None  # None, of an RMS norm, is torch's own: that of float32, or float64
+    weight: Tensor | None = None  # (C,), float32
+    bias: Tensor | None = None
+
+
+def mix_norm(streams: Streams, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The sum, in the dtype of x, and the sum normalised, in ``dtype``; each (..., C).
+
+    On a GPU one kernel, and in the backward one and another for the gradients of gains and weights,
+    bit-equal on repetition; where there is no kernel for the dtypes or C, in torch. The second
+    result of "none" is empty.
+    """
+    x, y = streams.x, streams.y
+    fits = (y is None or y.dtype == dtype) and dtype in ELEMENTS and cuda.takes(*streams, *norm[2:])
+    fits = fits and all(t is None or t.dtype == x.dtype for t in (streams.z, streams.e))
+    fits = fits and all(t is None or t.dtype == torch.float32 for t in (*streams[4:], *norm[2:]))
+    if not fits or not x.numel() or _plan(x.shape[-1])[1] > _MOST_THREADS:
+        return mix_norm_in_torch(streams, norm, dtype)
+    eps = EPS if norm.eps is None else norm.eps
+    return _MixNorm.apply(KINDS.index(norm.kind), eps, dtype, *streams, *norm[2:])
+
+
+def mix_norm_in_torch(streams: Streams, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:func:`mix_norm` in torch's operators: its definition, in float64 too."""
+    x, y, z, e, x_gain, y_gain, z_gain, e_gain = streams
+    total = x
+    for part, gain in ((y, y_gain), (z, z_gain)):
+        if part is not None:
+            total = total + (part if gain is None else gain * part)
+    total = total if x_gain is None else x_gain * total
+    if e is not None:
+        total = total + (e if e_gain is None else e_gain * e)
+    total = total.to(x.dtype)
+    if norm.kind == "none":
+        return total, total.new_empty(0, dtype=dtype)
+    wide = total if total.dtype == torch.float64 else total.float()
+    shape = wide.shape[-1:]
+    if norm.kind == "layer":
+        return total, F.layer_norm(wide, shape, norm.weight, norm.bias, norm.eps or 0.0).to(dtype)
+    return total, F.rms_norm(wide, shape, norm.weight, norm.eps).to(dtype)
+
+
+def _plan(channels: int) -> tuple[int, int]:
+    """(channels a thread, threads)."""
+    width = 4 if channels % 4 == 0 else 1
+    return width, -(-channels // (32 * width)) * 32
+
+
+class _MixNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kind: int, eps: float, dtype: torch.dtype, *given: Any) -> Any:
+        tensors: list[Any] = [None if t is None else t.contiguous() for t in given]
+        width, threads = _plan(given[0].shape[-1])
+        if not cuda.aligned(width, *tensors):  # a part of a larger tensor
+            tensors = [None if t is None else t.clone() for t in tensors]
+        x, weight = tensors[0], tensors[8]
+        channels = x.shape[-1]
+        rows = x.numel() // channels
+        alone = all(t is None for t in tensors[1:8])  # the sum is x itself
+        out = None if alone else torch.empty_like(x)
+        normed = torch.empty(x.shape if kind else 0, dtype=dtype, device=x.device)
+        stats = torch.empty(rows if kind else 0, 2, dtype=torch.float32, device=x.device)
+        types = f"{ELEMENTS[x.dtype]}, {ELEMENTS[dtype]}, {width}"
+        blocks = min(-(-rows // 4), 16 * cuda.multiprocessors(x.device.index))
+        cuda.launch(x.device, "norm_forward", types, blocks, threads, *tensors, out, normed, stats,
+                    blocks, rows, channels, kind, eps)
+        if out is None:
+            out = x.view_as(x)
+        # Of the streams the backward needs those whose gains want a gradient.
+        x_gain, y_gain, z_gain, e_gain = tensors[4:8]
+        kept = (x if x_gain is not None else None,
+                tensors[1] if x_gain is not None or y_gain is not None else None,
+                tensors[2] if x_gain is not None or z_gain is not None else None,
+                tensors[3] if e_gain is not None else None)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(out if kind else None, stats, *kept, *tensors[4:8], weight)
+        ctx.kind, ctx.types, ctx.dtype = kind, types, dtype
+        ctx.like = x.shape, x.dtype, x.device
+        return out, normed
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, d_normed: Tensor | None) -> Any:
+        out, stats, x, y, z, e, *gains, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3:]
+        shape, dtype, device = ctx.like
+        channels = shape[-1]
+        kind = 0 if d_normed is None else ctx.kind
+        if d_out is None and not kind:
+            return (None,) * 13
+        d_out, d_normed = (None if t is None else t.contiguous() for t in (d_out, d_normed))
+        streams = [torch.empty(shape, dtype=ctx.dtype if i == 1 else dtype, device=device)
+                   if needed else None for i, needed in enumerate(needs[:4])]
+        rows = shape.numel() // channels
+        blocks = min(-(-rows // 2), _BACKWARD_BLOCKS * cuda.multiprocessors(device.index))
+        wanted = [n and (kind > 0 or i < 4) for i, n in enumerate(needs[4:])]
+        partial = torch.empty(sum(wanted), blocks, channels, device=device)
+        parts = iter(partial)
+        partials = [next(parts) if n else None for n in wanted]
+        cuda.launch(device, "norm_backward", ctx.types, blocks, _plan(channels)[1], d_out, d_normed,
+                    out, stats, x, y, z, e, *gains, weight, *streams, *partials, blocks, rows,
+                    channels, kind)
+        sums = torch.empty(sum(wanted), channels, device=device)
+        if len(sums):
+            cuda.launch(device, "column_sums", "", -(-channels // 32) * len(sums), 1024, partial,
+                        sums, blocks, channels)
+        found = iter(sums)
+        return None, None, None, *streams, *(next(found) if n else None for n in wanted)
