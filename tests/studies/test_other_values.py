@@ -43,6 +43,10 @@ SMALL: dict[str, dict[str, Any]] = {
                    "stream_steps": 2, "stream_window": 4, "patterns": ["M", "A"],
                    "training_forms": ["auto"], "train_context": 8, "train_batch": 1,
                    "train_steps": 1, "energy_seconds": 0.0},
+    "arena": {"systems": ["M", "A"], "budgets": [32, 64], "adamw_rates": [0.01],
+              "context": 8, "batch_size": 1, "heldout_windows": 1, "tasks": ["recall 2"],
+              "task_systems": ["M"], "task_widths": [16], "task_steps": 2, "task_batch": 2,
+              "task_layers": 1, "stream_bytes": 64},
     "task": {},
     "claims": {},
 }

@@ -1,0 +1,202 @@
+"""Study: which mixer to train on bytes, each at the rate that suits it, and what each can do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import pandas as pd
+
+from mambabyte.config.checks import (
+    Checked,
+    Count,
+    Device,
+    Layers,
+    NotNegative,
+    Positive,
+    Rule,
+    Threads,
+    entries,
+    one_of,
+)
+from mambabyte.config.mixers import SPECS
+from mambabyte.errors import UserError
+
+TITLE = "The arena: every mixer at the rate that suits it"
+QUESTION = "Which mixer should be trained on bytes, at which size, for which budget, and why?"
+NOTEBOOK = "08_arena.ipynb"
+
+# Width, layers and width of a head; a multiple of four layers, for hybrids of 3:1. On a GPU heads
+# are 64 wide: the one width that its kernels of Mamba-2 and the delta rule have.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "tiny": (32, 4, 16), "0.25M": (64, 8, 64), "1M": (192, 4, 64), "10M": (448, 8, 64),
+    "30M": (640, 12, 64),
+}
+HALF = "/2"  # a system at half of the layers, and MLPs that make up for it: the field's matching
+
+_SYSTEM = re.compile(rf"([A-Za-z]+)({HALF})?\Z")
+
+
+def pattern_of(system: str) -> tuple[str, bool]:
+    """Layer pattern of a system's name, and whether it has half of the layers."""
+    found = _SYSTEM.match(system)
+    if found is None or not set(found[1]) <= SPECS.keys():
+        raise UserError(f"system {system!r}: write a layer pattern such as DDDA, and {HALF} behind "
+                        "it for half of the layers")
+    return found[1], bool(found[2])
+
+
+def family(system: str) -> str:
+    """What a system's rate is tuned with: of a hybrid its other mixer, else the system itself."""
+    pattern, _ = pattern_of(system)
+    others = sorted(set(pattern) - {"A"})
+    return others[0] if len(set(pattern)) > 1 else system
+
+
+TASKS = ("recall", "noisy recall", "selective copy", "induction", "parity", "permutations",
+         "memorisation")  # see analysis.studies.arena.tasks
+LARGEST = 4096  # size of a task
+
+
+def task_size(text: str) -> tuple[str, int]:
+    """Name and largest size of a task written such as ``recall 256``."""
+    name, _, size = text.rpartition(" ")
+    if name not in TASKS or not size.isdecimal() or not 1 <= int(size) <= LARGEST:
+        raise UserError(f"task {text!r}: write one of {', '.join(TASKS)} and its largest size, up "
+                        f"to {LARGEST}, such as 'recall 64'")
+    return name, int(size)
+
+
+def _holds(check: Callable[[str], object]) -> Callable[[str], bool]:
+    def fits(text: str) -> bool:
+        try:
+            check(text)
+        except UserError:
+            return False
+        return True
+
+    return fits
+
+
+TaskName = Annotated[str, Rule(_holds(task_size), lambda: f"one of {', '.join(TASKS)} and its "
+                               f"largest size, up to {LARGEST}, such as 'recall 64'")]
+SystemName = Annotated[str, Rule(_holds(pattern_of), lambda: "a layer pattern such as DDDA, and "
+                                 f"{HALF} behind it for half of the layers")]
+SizeName = Annotated[str, one_of(lambda: SIZES)]
+Part = Literal["text", "scaling", "tasks", "clamp", "precision", "pieces"]
+Rates = Annotated[tuple[Positive, ...], entries(rising=True)]
+
+
+@dataclass(frozen=True)
+class Parameters(Checked):
+    """What is trained, at which rates. Defaults are the quick profile: a CPU and seconds, which
+    show that it works and no more."""
+
+    corpus: str = "stdlib"
+    """text: stdlib, wikitext103, a folder or a file"""
+    device: Device = "cpu"
+    """where it runs: cpu, cuda:N, or cuda for a worker on each GPU"""
+    threads: Threads = 1
+    """of torch on the CPU; 0 leaves torch's own choice"""
+    work: str = ""
+    """folder that keeps each training, so that the next run goes on; empty is none"""
+    max_seconds: NotNegative = 0.0
+    """after which no training is begun; 0 is no limit"""
+    parts: Annotated[tuple[Part, ...], entries()] = ("text", "tasks")
+    """what is asked: text, scaling, tasks, clamp, precision, pieces"""
+    systems: Annotated[tuple[SystemName, ...], entries()] = ("M", "A", "MMMA")
+    """layer patterns that are compared; /2 behind one is half of the layers with wider MLPs"""
+    reference: SystemName = "A"
+    """what the others are compared with, seed by seed"""
+    size: SizeName = "tiny"
+    """where every system is tuned, with both optimizers"""
+    larger: Annotated[tuple[SizeName, ...], entries(0)] = ()
+    """where all but 1:1 hybrids are tuned again, with the better optimizer"""
+    scaling: Annotated[tuple[SizeName, ...], entries(0)] = ()
+    """sizes of the law of parameters and text"""
+    budgets: Annotated[tuple[Count, ...], entries(rising=True)] = (2_048, 4_096)
+    """bytes of training text: the last but one is where rates are tuned"""
+    adamw_rates: Rates = (1.6e-2, 3.2e-2, 6.4e-2)
+    """learning rates of AdamW, each twice the one before"""
+    muon_rates: Annotated[tuple[Positive, ...], entries(0, rising=True)] = ()
+    """of Muon; AdamW has a tenth for the rest; may be empty"""
+    seeds: Count = 1
+    """trainings of every system at its best rate"""
+    context: Count = 64
+    """bytes of a window"""
+    batch_size: Count = 4
+    """windows of a step"""
+    heldout_windows: Count = 16
+    """windows on which rates are chosen, and as many of validation text"""
+    tasks: Annotated[tuple[TaskName, ...], entries(0)] = ("recall 4",)
+    """tasks, name and largest size, such as recall 256; see analysis.studies.arena.tasks"""
+    task_systems: Annotated[tuple[SystemName, ...], entries(0)] = ("M", "A")
+    """layer patterns that are asked"""
+    task_widths: Annotated[tuple[Count, ...], entries()] = (32,)
+    """widths of their models; of two layers"""
+    task_rates: Rates = (4e-3,)
+    """learning rates of AdamW"""
+    task_steps: Count = 40
+    """most steps of a training on a task"""
+    task_batch: Count = 8
+    """samples of a step"""
+    task_layers: Layers = 2
+    """layers of the models"""
+    stream_bytes: Count = 2_048
+    """bytes of text on which memory and precision are looked at"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reference not in self.systems:
+            raise UserError(f"reference is {self.reference!r}: expected one of the systems, "
+                            f"{', '.join(self.systems)}")
+        if self.budgets[0] < self.context * self.batch_size:
+            raise UserError(f"budgets begin with {self.budgets[0]:,} bytes: expected a step or "
+                            f"more, {self.context * self.batch_size:,} bytes")
+        missing = {family(s) for s in self.systems} - set(self.systems)
+        if missing:
+            raise UserError(f"systems has hybrids of {', '.join(sorted(missing))} and not these "
+                            "themselves: the rate of a hybrid is looked for around theirs")
+
+    @property
+    def tuning_budget(self) -> int:
+        return self.budgets[max(0, len(self.budgets) - 2)]
+
+
+_FULL = Parameters(
+    corpus="wikitext103", device="cuda", threads=0, parts=("text", "tasks", "clamp", "precision",
+                                                           "scaling", "pieces"),
+    systems=("M", "S", "D", "K", "A", "A/2", "L", "MMMA", "SSSA", "DDDA", "KKKA", "MA", "SA", "DA",
+             "KA"),
+    size="1M", larger=("10M",), scaling=("0.25M", "1M", "10M", "30M"),
+    budgets=(4_194_304, 16_777_216, 67_108_864),
+    adamw_rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), muon_rates=(5e-3, 1e-2, 2e-2, 4e-2, 8e-2), seeds=3,
+    context=1024, batch_size=16, heldout_windows=256,
+    tasks=("recall 256", "noisy recall 64", "selective copy 64", "induction 256", "parity 64",
+           "permutations 64", "memorisation 4096"),
+    task_systems=("M", "S", "D", "K", "A", "L", "MA", "SA", "DA", "KA"), task_widths=(64, 128),
+    task_rates=(5e-4, 2e-3, 8e-3), task_steps=6000, task_batch=32, stream_bytes=1_048_576,
+)
+PROFILES = {
+    "quick": Parameters(),
+    "full": _FULL,
+    # Trained in a minute on a CPU, to look at what it remembers.
+    "memory": replace(Parameters(), parts=("text",), systems=("M", "D", "A"),
+                      budgets=(131_072, 262_144), adamw_rates=(4e-3,), stream_bytes=16_384),
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Tables of the study; an empty one was not asked for, ``None`` in a cell is not measured."""
+
+    cells: pd.DataFrame  # every training on text: what it was, what it cost, what it reached
+    best: pd.DataFrame  # the best of every system at every size and budget
+    tuning: pd.DataFrame  # what the search of each system cost and gave
+    sensitivity: pd.DataFrame  # bits per byte by rate
+    paired: pd.DataFrame  # differences to the reference, seed by seed
+    costs: pd.DataFrame  # time and joules of a step of every system, one job
+    equal: pd.DataFrame  # the best runs at equal bytes, time, operations and joules
+    tasks: pd.DataFrame  # accuracy on every task, by size

@@ -1,0 +1,75 @@
+"""Study: every mixer at the rate that suits it, on text and on tasks that ask one thing.
+
+The trainings are the cells of a sweep (analysis.measure.cells): a file each, in a folder that the
+next run goes on in, by one worker a GPU. ``plan`` says which are wanted, given what is done; the
+tables are made from what is there.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from analysis.measure.cells import Row, done_rows, forget_failed, share, work
+from analysis.measure.threads import threads
+from analysis.studies.arena import Parameters, Results, outcome
+from analysis.studies.arena.learning import learn_task
+from analysis.studies.arena.plan import Cell, Done, plan
+from analysis.studies.arena.text import step_costs, train
+from mambabyte.errors import UserError
+
+
+def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Results:
+    """The whole study, or what of it is done when ``max_seconds`` are over."""
+    if p.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("no CUDA device is available: set device to cpu, or use the quick profile")
+    until = time.time() + p.max_seconds if p.max_seconds else float("inf")
+    with ExitStack() as stack:
+        folder = Path(p.work or stack.enter_context(tempfile.TemporaryDirectory()))
+        forget_failed(folder)
+        places = [f"cuda:{i}" for i in range(torch.cuda.device_count())] \
+            if p.device == "cuda" else [p.device]
+        share(folder, partial(_work, p, folder, until, report if len(places) == 1 else print),
+              places, report)
+        return tables(p, done_rows(folder))
+
+
+def _work(
+    p: Parameters, folder: Path, until: float, report: Callable[[str], None], device: str
+) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    with threads(p.threads):
+        work(folder, partial(plan, p), partial(measure, p, device), until=until,
+             report=lambda line: report(f"{device} {line}"))
+
+
+def measure(p: Parameters, device: str, cell: Cell) -> dict[str, Any]:
+    """The row of one cell."""
+    gc.collect()  # a captured graph keeps its memory as long as anything refers to it
+    if cell.kind == "cost":
+        return {"costs": step_costs(p, device)}
+    if cell.kind == "text":
+        return train(p, cell, device)[1]
+    return learn_task(p, cell, device)
+
+
+def tables(p: Parameters, rows: list[Row]) -> Results:
+    """The study's tables, of the cells that are done."""
+    done = Done(rows)
+    costs = outcome.costs_table(rows)
+    return Results(
+        cells=outcome.cells_table(rows), best=outcome.best_table(p, done),
+        tuning=outcome.tuning_table(p, done),
+        sensitivity=outcome.sensitivity_table(rows, p),
+        paired=outcome.differences_table(p, done), costs=costs,
+        equal=outcome.equal_table(p, done, costs), tasks=outcome.tasks_table(p, done),
+    )

@@ -1,0 +1,201 @@
+"""What the trainings on text and tasks say: tables of rows that are done, whatever is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.measure.cells import Row
+from analysis.measure.statistics import paired_difference, paired_table
+from analysis.runs.frames import not_measured
+from analysis.studies.arena import Parameters
+from analysis.studies.arena.plan import Cell, Done, at, chosen, searches
+
+MEASURES = {"bytes": "bytes", "time": "seconds", "operations": "FLOPs", "joules": "joules"}
+_COLUMNS = ("system", "size", "optimizer", "rate", "seed", "budget", "status", "n_parameters",
+            "chosen_by", "valid_bits", "trained_bytes", "steps", "ms_per_step", "seconds",
+            "joules", "train_flops", "state_bytes", "commit", "error")
+
+
+def cells_table(rows: Iterable[Row]) -> pd.DataFrame:
+    """Every training on text, those that failed or diverged too."""
+    return _frame([{c: row.get(c, "" if c == "error" else None) for c in _COLUMNS}
+                   for row in rows if row["kind"] == "text"])
+
+
+def best_table(p: Parameters, done: Done) -> pd.DataFrame:
+    """The best of every system at every size and budget: means over seeds, with t-intervals."""
+    found = []
+    for size in (p.size, *p.larger):
+        for budget in dict.fromkeys((p.tuning_budget, p.budgets[-1])):
+            for system, cells in best_cells(p, done, size, budget).items():
+                bits = [float(done.rows[c.name]["valid_bits"]) for c in cells]
+                mean = paired_difference(bits, [0.0] * len(bits))
+                row = done.rows[cells[0].name]
+                found.append({
+                    "size": size, "budget": budget, "system": system,
+                    "n_parameters": row["n_parameters"], "optimizer": cells[0].optimizer,
+                    "rate": cells[0].rate, "bits_per_byte": mean.mean, "low": mean.low,
+                    "high": mean.high, "seeds": len(bits), "state_bytes": row["state_bytes"]})
+    frame = _frame(found)
+    return frame if frame.empty else frame.sort_values(
+        ["size", "budget", "bits_per_byte"], kind="stable", ignore_index=True)
+
+
+def best_cells(p: Parameters, done: Done, size: str, budget: int) -> dict[str, list[Cell]]:
+    """By system: its cells at the rate that was best, a seed each, as far as they are done."""
+    found = {}
+    for system in p.systems:
+        best = chosen(p, done, system, size)
+        if best is None:
+            continue
+        cells = [at(best, seed=seed, budget=budget) for seed in range(p.seeds)]
+        ended = [c for c in cells if (done.bits(c) or math.inf) < math.inf]
+        if ended:
+            found[system] = ended
+    return found
+
+
+def tuning_table(p: Parameters, done: Done) -> pd.DataFrame:
+    """What the search of each system cost, what it gave, and what one rate for all gives."""
+    middle = p.adamw_rates[len(p.adamw_rates) // 2]
+    found = []
+    for size in (p.size, *p.larger):
+        for system in p.systems:
+            cells = [c for search in searches(p, done, system, size) for c in search]
+            rows = [done.rows[c.name] for c in cells if c.name in done.rows]
+            best = chosen(p, done, system, size)
+            if best is None:
+                continue
+            single = done.rows.get(
+                Cell("text", system, size, "adamw", middle, 0, p.tuning_budget).name, {})
+            rates = [c.rate for c in cells if c.optimizer == best.optimizer]
+            found.append({
+                "size": size, "system": system, "trainings": len(rows),
+                "diverged": sum(row["status"] == "diverged" for row in rows),
+                "seconds": sum(row.get("seconds") or 0.0 for row in rows),
+                "joules": _sum(row.get("joules") for row in rows if row["status"] == "done"),
+                "optimizer": best.optimizer, "rate": best.rate,
+                "at_the_end_of_the_range": best.rate in (min(rates), max(rates)),
+                "valid_bits": done.rows[best.name]["valid_bits"],
+                "single_rate": middle, "single_rate_valid_bits": single.get("valid_bits"),
+            })
+    return _frame(found)
+
+
+def sensitivity_table(rows: Iterable[Row], p: Parameters) -> pd.DataFrame:
+    """Bits per byte by rate, seed 0, the tuning budget."""
+    return _frame([
+        {"size": row["size"], "system": row["system"], "optimizer": row["optimizer"],
+         "rate": row["rate"], "chosen_by": row["chosen_by"], "valid_bits": row["valid_bits"]}
+        for row in rows if row["kind"] == "text" and row["status"] == "done" and row["seed"] == 0
+        and row["budget"] == p.tuning_budget and row["size"] in (p.size, *p.larger)])
+
+
+def differences_table(p: Parameters, done: Done) -> pd.DataFrame:
+    """Each system's best minus the reference's, seed by seed."""
+    points = [{"size": size, "budget": budget, "system": system, "seed": c.seed,
+               "bits": float(done.rows[c.name]["valid_bits"])}
+              for size in (p.size, *p.larger)
+              for budget in dict.fromkeys((p.tuning_budget, p.budgets[-1]))
+              for system, cells in best_cells(p, done, size, budget).items() for c in cells]
+    frame = pd.DataFrame(points)
+    if frame.empty:
+        return frame
+    tables = [paired_table(part, "bits", "system", p.reference, by=("size", "budget"))
+              for _, part in frame.groupby(["size", "budget"], sort=False)
+              if p.reference in set(part["system"])]
+    tables = [t for t in tables if len(t)]
+    return not_measured(pd.concat(tables, ignore_index=True)) if tables else pd.DataFrame()
+
+
+def equal_table(p: Parameters, done: Done, costs: pd.DataFrame) -> pd.DataFrame:
+    """The best runs read at equal bytes, time, operations and joules.
+
+    A step's time and joules are those of the one job that timed all systems (``costs``). The budget
+    is what the dearest system's training of the tuning budget costs; a cheaper one may read more
+    text for it. Its bits are then between those of its trainings of the tuning and of the longest
+    budget, linear in the logarithm of the bytes: each is the end of a whole schedule, where a
+    reading of an unfinished run would not be. None where that would have to go beyond the longest.
+    """
+    low, high = p.tuning_budget, p.budgets[-1]
+    first, last = (best_cells(p, done, p.size, b) for b in (low, high))
+    found = []
+    for measure, unit in MEASURES.items():
+        price = {s: _price(measure, done.rows[cells[0].name], costs) for s, cells in first.items()}
+        known = {s: c for s, c in price.items() if c is not None}
+        if len(known) < len(price) or not known:
+            continue
+        budget = low * max(known.values())
+        for system, cost in known.items():
+            affordable, bits = budget / cost, None
+            ends = [float(np.mean([done.rows[c.name]["valid_bits"] for c in cells[system]]))
+                    for cells in (first, last) if system in cells]
+            if len(ends) == 2 and affordable <= high * (1 + 1e-9) and high > low:
+                share = math.log(affordable / low) / math.log(high / low)
+                bits = ends[0] + share * (ends[1] - ends[0])
+            elif math.isclose(affordable, low):
+                bits = ends[0]
+            found.append({"equal": measure, "system": system, "budget": budget, "unit": unit,
+                          "bytes": affordable, "bits_per_byte": bits})
+    return _frame(found)
+
+
+def _price(measure: str, row: Row, costs: pd.DataFrame) -> float | None:
+    """What a byte of training costs a system by one measure; None where that is not known."""
+    if measure == "bytes":
+        return 1.0
+    if measure == "operations":
+        return float(row["train_flops"]) / float(row["trained_bytes"])
+    mine = costs[(costs["system"] == row["system"]) & (costs["optimizer"] == row["optimizer"])] \
+        if len(costs) else costs
+    if mine.empty:
+        return None
+    value = mine["seconds_per_byte" if measure == "time" else "joules_per_byte"].iloc[0]
+    return None if value is None or pd.isna(value) else float(value)
+
+
+def costs_table(rows: Iterable[Row]) -> pd.DataFrame:
+    """Time and joules of a step of every system, of one job."""
+    return _frame([cost for row in rows if row["kind"] == "cost" and row["status"] == "done"
+                   for cost in row["costs"]])
+
+
+def tasks_table(p: Parameters, done: Done) -> pd.DataFrame:
+    """Accuracy by task and size at each system's best rate: mean, worst and best seed."""
+    found = []
+    for task in p.tasks:
+        for width in p.task_widths:
+            for system in p.task_systems:
+                search = [Cell(task, system, str(width), "adamw", rate, 0, p.task_steps)
+                          for rate in p.task_rates]
+                best = done.best(search)
+                if best is None:
+                    continue
+                rows = [row for seed in range(p.seeds)
+                        if (row := done.rows.get(at(best, seed=seed).name))
+                        and row["status"] == "done"]
+                for i, one in enumerate(rows[0]["accuracies"]):
+                    points = [row["accuracies"][i]["accuracy"] for row in rows]
+                    found.append({
+                        "task": one["task"], "size": one["size"], "unit": one["unit"],
+                        "system": system, "width": width, "rate": best.rate,
+                        "accuracy": float(np.mean(points)), "worst": min(points),
+                        "best": max(points), "seeds": len(points), "chance": one["chance"],
+                        "trained": one["trained"], "n_parameters": rows[0]["n_parameters"],
+                        "state_bytes": rows[0]["state_bytes"],
+                        "steps": float(np.mean([row["steps"] for row in rows]))})
+    return _frame(found)
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    known = list(values)
+    return None if not known or any(v is None for v in known) else float(sum(known))  # type: ignore[arg-type]
+
+
+def _frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    return not_measured(pd.DataFrame(rows)) if rows else pd.DataFrame()

@@ -1,0 +1,123 @@
+"""The arena's answers in named values, for prose, headlines and the table of decisions."""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+
+from analysis.runs.folders import Value
+from analysis.studies.arena import HALF, Parameters, Results, family
+
+Values = dict[str, Value]
+
+
+def slug(text: str) -> str:
+    """A name of a value from a system's or a task's: "A/2" -> "a_half"."""
+    return re.sub(r"[^a-z0-9]+", "_", text.replace(HALF, " half").lower()).strip("_")
+
+
+def values(r: Results, p: Parameters) -> Values:
+    """The study's answer in named numbers; None: not measured."""
+    trained = r.cells[r.cells["status"] == "done"] if len(r.cells) else r.cells
+    found: Values = {
+        "trainings": Value(len(r.cells), "trainings", "on text, of all systems and rates"),
+        "diverged": Value(int((r.cells["status"] == "diverged").sum()) if len(r.cells) else 0,
+                          "trainings", "on text that diverged"),
+        "training_seconds": Value(float(trained["seconds"].astype(float).sum())
+                                  if len(trained) else None, "s", "of one device, all trainings"),
+    }
+    for size in (p.size, *p.larger):
+        for budget, end in ((p.tuning_budget, ""), (p.budgets[-1], "_long")):
+            found |= _best(r, p, size, budget, f"{slug(size)}{end}")
+    return found | _tuning(r, p) | _equal(r) | _tasks(r)
+
+
+def _best(r: Results, p: Parameters, size: str, budget: int, stem: str) -> Values:
+    """Of one size and budget: the best, each system's bits, and hybrids beside pure ones."""
+    rows = r.best
+    if len(rows):
+        rows = rows[(rows["size"] == size) & (rows["budget"] == budget)]
+    if rows.empty:
+        return {f"{stem}_best": Value(None, "", "not measured")}
+    bits = rows.set_index("system")["bits_per_byte"].astype(float)
+    found: Values = {
+        f"{stem}_best": Value(str(bits.idxmin()), "", f"best system at {size}, {budget:,} bytes"),
+        f"{stem}_seeds": Value(int(rows["seeds"].min()), "seeds", "of each system, the fewest"),
+    }
+    for system, value in bits.items():
+        found[f"{stem}_{slug(str(system))}"] = Value(
+            float(value), "bits/byte", f"{system} at its best rate, {size}, {budget:,} bytes")
+    kinds = [s for s in bits.index if family(s) == s]
+    mixed = [s for s in bits.index if len(s) == 4 and family(s) != s]
+    if kinds and mixed:
+        found[f"{stem}_best_pure"] = Value(str(bits[kinds].idxmin()), "", "best pure system")
+        found[f"{stem}_best_hybrid"] = Value(str(bits[mixed].idxmin()), "", "best 3:1 hybrid")
+        found[f"{stem}_hybrid_minus_pure"] = Value(
+            float(bits[mixed].min() - bits[kinds].min()), "bits/byte",
+            "best 3:1 hybrid minus best pure system")
+    pairs = [(s, family(s)) for s in mixed if family(s) in bits.index]
+    if len(pairs) > 2:
+        own = bits[[b for _, b in pairs]].rank().to_numpy()
+        theirs = bits[[h for h, _ in pairs]].rank().to_numpy()
+        found[f"{stem}_rank_correlation"] = Value(
+            float(pd.Series(own).corr(pd.Series(theirs))), "",
+            "rank correlation of mixers alone and in 3:1 hybrids (Spearman)")
+    return found
+
+
+def _tuning(r: Results, p: Parameters) -> Values:
+    rows = r.tuning[r.tuning["size"] == p.size] if len(r.tuning) else r.tuning
+    if rows.empty:
+        return {}
+    single = rows.dropna(subset=["single_rate_valid_bits"]).set_index("system")
+    gain = (single["single_rate_valid_bits"] - single["valid_bits"]).astype(float)
+    found = {
+        "tuning_seconds": Value(float(rows["seconds"].sum()), "s", "of the searches over rates"),
+        "muon_best": Value(int((rows["optimizer"] == "muon").sum()), "systems",
+                           "whose best cell was trained by Muon"),
+        "systems": Value(len(rows), "systems", "that were tuned"),
+    }
+    if len(gain):
+        order = single["single_rate_valid_bits"].astype(float)
+        found |= {
+            "single_rate": Value(float(single["single_rate"].iloc[0]), "",
+                                 "one rate of AdamW for all"),
+            "single_rate_best": Value(str(order.idxmin()), "", "best system at that rate"),
+            "tuning_gain_least": Value(float(gain.min()), "bits/byte",
+                                       "what tuning gains over one rate for all, the least"),
+            "tuning_gain_most": Value(float(gain.max()), "bits/byte", "the most"),
+            "tuning_gain_most_system": Value(str(gain.idxmax()), "", "the system that gains most"),
+        }
+    return found
+
+
+def _equal(r: Results) -> Values:
+    found: Values = {}
+    for measure, rows in r.equal.groupby("equal") if len(r.equal) else ():
+        known = rows.dropna(subset=["bits_per_byte"]).set_index("system")
+        bits = known["bits_per_byte"].astype(float)
+        if len(bits):
+            found[f"equal_{measure}_best"] = Value(str(bits.idxmin()), "",
+                                                   f"fewest bits at equal {measure}")
+            found[f"equal_{measure}_beyond"] = Value(
+                len(rows) - len(known), "systems", "so cheap that they would read past the longest")
+    return found
+
+
+def _tasks(r: Results) -> Values:
+    found: Values = {}
+    for (task, width), rows in r.tasks.groupby(["task", "width"]) if len(r.tasks) else ():
+        for kind, part in (("", rows[rows["trained"]]), ("_beyond", rows[~rows["trained"]])):
+            if part.empty:
+                continue
+            last = part[part["size"] == part["size"].max()]
+            stem = f"{slug(task)}_{width}{kind}"
+            found[f"{stem}_size"] = Value(int(last["size"].iloc[0]), str(last["unit"].iloc[0]),
+                                          f"of {task}")
+            found[f"{stem}_chance"] = Value(float(last["chance"].iloc[0]), "",
+                                            "a guesser that knows the values")
+            for row in last.itertuples():
+                found[f"{stem}_{slug(str(row.system))}"] = Value(
+                    float(row.accuracy), "", f"accuracy of {row.system}")
+    return found
