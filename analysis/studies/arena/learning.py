@@ -18,6 +18,7 @@ from analysis.theory.step_memory import state_bytes
 from mambabyte.config import ModelConfig, TrainConfig, get_preset
 from mambabyte.config.provenance import commit
 from mambabyte.model import ByteLM
+from mambabyte.model.lm import embed
 from mambabyte.train import autocast, optimise
 from mambabyte.train.captured import CapturedStep, prepare
 from mambabyte.train.optim import make_optimizer
@@ -82,7 +83,7 @@ def learn_task(p: Parameters, cell: Cell, device: str) -> dict[str, Any]:
 
 def _logits(model: ByteLM, inputs: Tensor, asked: slice) -> Tensor:
     """At the positions that are asked alone, (B, answers, V): the head is most of a small model."""
-    hidden, _ = model.hidden(model.embedding(inputs))
+    hidden, _ = model.hidden(embed(inputs, model.embedding.weight))
     return model.logits(hidden[:, asked])
 
 

@@ -55,8 +55,9 @@ def recipe_of(p: Parameters, cell: Cell) -> TrainConfig:
     return replace(
         get_preset("mamba_byte").train, context=p.context, batch_size=p.batch_size,
         n_steps=max(1, cell.budget // (p.context * p.batch_size)), seed=cell.seed,
-        optimizer=cell.optimizer, muon_lr=cell.rate, warmup_fraction=0.1, step="graph" if
-        p.device.startswith("cuda") else "eager", lr=cell.rate * (ADAMW_SHARE if muon else 1.0))
+        optimizer="muon" if muon else "adamw", muon_lr=cell.rate, warmup_fraction=0.1,
+        step="graph" if p.device.startswith("cuda") else "eager",
+        lr=cell.rate * (ADAMW_SHARE if muon else 1.0))
 
 
 @cache
