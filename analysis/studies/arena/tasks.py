@@ -100,7 +100,7 @@ def recall(largest: int, noisy: bool = False) -> Task:
     mean nothing, and puts them in place of the blanks. A guesser that knows the values shown is
     right once in ``pairs``.
     """
-    symbols, slots = max(2 * largest, 16), largest * (2 if noisy else 1)
+    symbols, slots = max(2 * largest - 1, 16), largest * (2 if noisy else 1)
     noise = 2 * symbols + 1
 
     def draw(sizes: Tensor) -> tuple[Tensor, Tensor]:
