@@ -198,13 +198,14 @@ def bench_mixers(options: Mixers) -> int:
 def describe_mixer(row: dict) -> str:
     """One line of the table on the screen."""
     name = f"  {row['family']:<18}{row['peer']:<11}{row['direction']:<18}"
-    if row["note"]:
+    if row["median_seconds"] != row["median_seconds"]:
         return name + row["note"]
     line = f"{name}{row['median_seconds'] * 1e6:>12,.1f} us"
     if row["peak_bytes"] == row["peak_bytes"]:
         line += f"  peak {row['peak_bytes'] / 2**20:,.0f} MiB"
     errors = [row[f"error_{what}"] for what in ("output", "gradient")]
-    return line + "".join(f"  {e:.1e}" for e in errors if e == e)
+    line += "".join(f"  {e:.1e}" for e in errors if e == e)
+    return "  ".join(filter(None, (line, row["kernel"], row["note"])))
 
 
 def bench_stream(options: Stream) -> int:

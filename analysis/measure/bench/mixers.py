@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.measure.bench import peers as engine
-from analysis.measure.bench.peers import Peer, Shape, bench_peers
+from analysis.measure.bench.peers import Peer, Shape, bench_peers, carry_tuning
 from mambabyte.errors import UserError
 from mambabyte.ops import gated_delta_rule, ssd_scan
 
@@ -154,7 +154,8 @@ def run_bench(
     if unknown:
         raise UserError(f"family {unknown[0]!r} is unknown: choose from {', '.join(FAMILIES)}")
     rows: list[dict[str, object]] = []
-    for shape in shapes or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES):
+    shapes = shapes or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)
+    for shape in shapes:
         reduced = (min(shape[0], 2), min(shape[1], 200), min(shape[2], 4))
         for name in families:
             family = FAMILIES[name]
@@ -164,10 +165,16 @@ def run_bench(
             ) -> dict[str, Tensor]:
                 return family.make(sizes[small], dtype, device)
 
-            rows += bench_peers(
+            found = bench_peers(
                 family.peers, make, family.exact, device, repeats, seconds_per_peer,
                 lambda line, about=f"{shape} {name}": say(f"{about}, {line}"),  # type: ignore[misc]
                 batch=shape[0], length=shape[1], heads=shape[2], family=name)
+            for row in found:
+                if shape != shapes[0] and not row["note"] and family.peers[row["peer"]].needs:
+                    row["note"] = f"tuned at {shapes[0]}"
+            rows += found
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+        if shape == shapes[0]:
+            carry_tuning()
     return pd.DataFrame(rows, columns=list(COLUMNS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import math
 import statistics
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from analysis.measure.timing import captured, device_seconds_of, in_turns, quartiles
 from mambabyte.ops.compare import relative_rms
@@ -30,7 +33,8 @@ COLUMNS = {
     "peak_bytes": "most GPU memory taken by a call, beyond its inputs",
     "error_output": "relative RMS of y against the float64 definition, at a reduced size",
     "error_gradient": "the worst relative RMS of a gradient, likewise",
-    "note": "why there is no number",
+    "kernel": "on a GPU the one that took longest, by the profile of one call",
+    "note": "why there is no number, or what Triton tuned itself on when not on this shape",
 }
 
 
@@ -105,6 +109,7 @@ def bench_peers(
                 cases[name] = PeerCase(peer, make(False))
                 for direction, row in mine.items():
                     row["peak_bytes"] = _peak_bytes(cases[name], direction, device)
+                    row["kernel"] = _longest_kernel(cases[name], direction, device)
                     if errors:
                         row["error_output"] = errors[0]
                         note = row["note"] = "" if math.isfinite(sum(errors)) else (
@@ -151,6 +156,44 @@ def _peak_bytes(case: PeerCase, direction: str, device: torch.device) -> float:
     torch.cuda.synchronize(device)
     del kept
     return float(torch.cuda.max_memory_allocated(device) - before)
+
+
+def kernel_name(kernel: str) -> str:
+    """A kernel's name without its return type and its arguments, which run to a page."""
+    return kernel.removeprefix("void ").replace("(anonymous namespace)::", "").partition("(")[0]
+
+
+def _longest_kernel(case: PeerCase, direction: str, device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        case.run(direction)
+        torch.cuda.synchronize(device)
+    spent = [(event.self_device_time_total, event.key) for event in profiler.key_averages()
+             if event.device_type != DeviceType.CPU]
+    return kernel_name(max(spent, default=(0.0, ""))[1])
+
+
+class _Carried(dict[Any, Any]):
+    """What a tuner chose by key; for a new key its last choice."""
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+    def __missing__(self, key: object) -> Any:
+        return next(reversed(self.values()))
+
+
+def carry_tuning() -> None:
+    """From here on Triton's tuners take for new sizes what they chose last: to tune some peers
+    at a large shape takes longer than all that is measured."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    from triton.runtime.autotuner import Autotuner
+
+    for tuner in gc.get_objects():
+        if issubclass(type(tuner), Autotuner) and tuner.cache:
+            tuner.cache = _Carried(tuner.cache)
 
 
 def _interleaved(

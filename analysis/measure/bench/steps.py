@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from analysis.measure.bench.peers import kernel_name
 from analysis.measure.timing import in_turns, quartiles, release, seconds_of
 from analysis.theory.matching import GPU_WIDTHS, match_parameters, match_patterns
 from mambabyte.config import ModelConfig, TrainConfig
@@ -253,11 +254,6 @@ def training_step(
     return step, torch.cuda.max_memory_allocated(device) - before if cuda else float("nan")
 
 
-def _short(kernel: str) -> str:
-    """The name of a kernel without its return type and its arguments, which run to a page."""
-    return kernel.removeprefix("void ").replace("(anonymous namespace)::", "").partition("(")[0]
-
-
 def _parts(
     system: str, step: Callable[[], Any], device: str, ms: float, steps: int = 3
 ) -> list[dict[str, Any]]:
@@ -282,5 +278,5 @@ def _parts(
         spent = {part: value * ms / total for part, value in spent.items()}
     whole = sum(spent.values())
     return [{"system": system, "part": part, "ms": value, "share": value / whole,
-             "kernel": _short(longest.get(part, (0.0, ""))[1])}
+             "kernel": kernel_name(longest.get(part, (0.0, ""))[1])}
             for part, value in sorted(spent.items(), key=lambda item: -item[1])]
