@@ -130,7 +130,8 @@ def score(
         raise UserError("there is nothing to score: the text is empty")
     was_training, device = model.training, place_of(model)
     model.eval()
-    window = window or _WINDOWS.get(device.type, _WINDOWS["cpu"])
+    shared = getattr(model, "sequence_group", None)  # whose processes have a part of a window each
+    window = window or _WINDOWS.get(device.type, _WINDOWS["cpu"]) * (shared.size if shared else 1)
     inputs = np.concatenate([np.array([START_BYTE], np.uint8), raw[:-1]])
     tokens, target = (torch.from_numpy(x).to(device).long() for x in (inputs, raw.copy()))
     begins = _begins(text)

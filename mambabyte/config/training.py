@@ -87,6 +87,9 @@ class TrainConfig(Checked):
     parallel: Literal["data", "sharded"] = "data"
     """Over the processes of torchrun: data gives each the whole model; sharded (FSDP2) a part of
     weights, gradients and optimizer, gathered layer by layer, with the eager step."""
+    context_parallel: Count = 1
+    """Processes of torchrun that share each window, a stretch of its length each; the rest of them
+    are for more windows."""
     log_every: Count = 20
     """Steps between two lines of progress."""
     checkpoint_every: Count = 500
@@ -108,6 +111,9 @@ class TrainConfig(Checked):
             if size % self.micro_batches:
                 raise UserError(f"micro_batches is {self.micro_batches}: expected a divisor of "
                                 f"the batch of {size} windows")
+        if self.context_parallel > 1 and self.step == "compile":
+            raise UserError("step 'compile' cannot exchange what a split context needs: train with "
+                            "context_parallel and step graph or eager")
         if self.parallel == "sharded":
             if self.optimizer != "adamw":
                 raise UserError(f"optimizer {self.optimizer!r} needs whole matrices: train sharded "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mambabyte.config import ModelConfig
 from mambabyte.config.mixers import AttentionSpec, LocalAttentionSpec, Shape
 from mambabyte.errors import UserError
+from mambabyte.model import sequence
 from mambabyte.model.mixer import (
     FLOAT32,
     FORMULA,
@@ -191,6 +192,7 @@ class AttentionMixer(Mixer, AttentionSpec):
 
     readers = 3
     state_name = "kv_cache"
+    splits_length = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -230,6 +232,9 @@ class AttentionMixer(Mixer, AttentionSpec):
     def forward(self, x: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState]:
         length = x.shape[1]
         seen = 0 if state is None else state.position
+        piece = sequence.current()
+        if piece is not None:
+            seen += piece.start
         q = self.q_proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, L, d)
         k = self.k_proj(x).unflatten(-1, (self.n_kv_head, -1)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.n_kv_head, -1)).transpose(1, 2)
@@ -243,6 +248,10 @@ class AttentionMixer(Mixer, AttentionSpec):
             q, k = rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype)
             if self.q_gain is not None:
                 q = q * self.q_gain.to(q.dtype)[:, None, None]
+        if piece is not None:
+            both = torch.cat([k, v], -1)
+            both = torch.cat([piece.before(both, self.window - 1, 2), both], 2)
+            k, v = both.chunk(2, -1)
         if state is not None:
             k = torch.cat([state.k.to(k.dtype), k], dim=2)
             v = torch.cat([state.v.to(v.dtype), v], dim=2)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mambabyte.config import ModelConfig
 from mambabyte.config.mixers import DeltaSpec, GatedDeltaNetSpec, KimiDeltaSpec, Shape
+from mambabyte.model import sequence
 from mambabyte.model.mamba import convolves_in_one_kernel, inverse_softplus
 from mambabyte.model.mamba2 import gates_in_one_kernel
 from mambabyte.model.mixer import (
@@ -57,6 +58,13 @@ class DeltaState(NamedTuple):
     memory: Tensor  # (B, H, K, V)
 
 
+def convolved(x: Tensor, weight: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+    """SiLU of the causal convolution of x (B, L, D) with weight (D, K) behind ``tail``, and the
+    tail to go on with."""
+    return causal_conv(
+        x, weight, None, sequence.tail_before(x, weight.shape[1], tail), silu=True)
+
+
 class HeadNorm(nn.Module):
     """RMS norm of each head's channels, with the same weights for all heads."""
 
@@ -77,6 +85,7 @@ class DeltaMixer(Mixer, DeltaSpec):
 
     has_decays = True
     state_name = "delta"
+    splits_length = True
     readers = 6
 
     def __init__(self, config: ModelConfig) -> None:
@@ -116,7 +125,7 @@ class DeltaMixer(Mixer, DeltaSpec):
         next states of the convolutions."""
         before = (None, None, None) if state is None else state[:3]
         (q, q_tail), (k, k_tail), (v, v_tail) = (
-            causal_conv(projection(x), conv.weight.squeeze(1), None, tail, silu=True)
+            convolved(projection(x), conv.weight.squeeze(1), tail)
             for projection, conv, tail in zip(
                 (self.q_proj, self.k_proj, self.v_proj),
                 (self.q_conv1d, self.k_conv1d, self.v_conv1d), before, strict=True))
@@ -131,8 +140,17 @@ class DeltaMixer(Mixer, DeltaSpec):
 
     def forward(self, x: Tensor, state: DeltaState | None) -> tuple[Tensor, DeltaState]:
         inputs, tails = self.rule_inputs(x, state)
-        o, memory = gated_delta_rule(
-            **inputs, initial_state=None if state is None else state.memory)
+        memory = None if state is None else state.memory
+        piece = sequence.current()
+        if piece is not None:
+            _, end = gated_delta_rule(**inputs)
+            # What becomes of a state where nothing is written: of each of its key channels.
+            one = torch.eye(end.shape[2], dtype=end.dtype, device=end.device)
+            nothing = torch.zeros_like(inputs["k"])
+            _, decay = gated_delta_rule(
+                **inputs | {"v": nothing}, initial_state=one.repeat(*end.shape[:2], 1, 1))
+            memory = piece.arriving(decay, end, memory, matrices=True)
+        o, memory = gated_delta_rule(**inputs, initial_state=memory)
         y = self.o_norm(o).flatten(2) * self.output_gate(x)  # (B, L, H V)
         return self.o_proj(y), DeltaState(*tails, memory)
 

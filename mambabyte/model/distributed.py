@@ -11,6 +11,7 @@ first process.
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from mambabyte.config import owners
 from mambabyte.config.checks import Count, CountOrNone, read
 from mambabyte.errors import UserError
+from mambabyte.model.sequence import SequenceGroup
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,29 @@ class World:
             return f"cuda:{self.local_rank}"
         return device
 
-    def share(self, batch: Tensor) -> Tensor:
-        """This process's rows of a batch, whose number must divide evenly; (B, ...)."""
-        if self.size == 1:
+    def share(self, batch: Tensor, each: int = 1) -> Tensor:
+        """This process's rows of a batch, whose number must divide evenly; (B, ...). The same rows
+        go to ``each`` processes, which share their length (:meth:`sequence_group`)."""
+        takers = self.size // each
+        if takers <= 1:
             return batch
-        if len(batch) % self.size:
-            raise UserError(f"batch_size {len(batch)} does not divide among {self.size} "
-                            f"processes: choose a multiple of {self.size}")
-        return batch.chunk(self.size)[self.rank]
+        if len(batch) % takers:
+            of = f" of {each}" if each > 1 else ""
+            raise UserError(f"batch_size {len(batch)} does not divide among {takers} "
+                            f"{'groups' if of else 'processes'}{of}: choose a multiple of {takers}")
+        return batch.chunk(takers)[self.rank // each]
+
+    def sequence_group(self, each: int) -> SequenceGroup | None:
+        """The ``each`` neighbouring processes that share sequences with this one; None where it has
+        whole ones. All processes ask together; UserError where they do not divide."""
+        if each == 1:
+            return None
+        if self.size % each:
+            raise UserError(
+                f"context_parallel is {each}, of {self.size} process"
+                + ("es: choose a divisor of them" if self.size > 1 else
+                   f": start them with torchrun --nproc-per-node {each}"))
+        return SequenceGroup(each, self.rank % each, _subgroup(each))
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over the processes; a shard already is of the mean."""
@@ -107,6 +124,14 @@ class World:
         register_fsdp_forward_method(model, "loss")
 
 
+@functools.cache
+def _subgroup(each: int) -> Any:
+    """The process group of ``each`` neighbours that this process is in; None is all processes."""
+    if each == dist.get_world_size():
+        return None
+    return dist.new_subgroups(each)[0]
+
+
 def is_sharded(tensor: Any) -> bool:
     """Whether this is a DTensor, told without importing what defines it."""
     return hasattr(tensor, "full_tensor")
@@ -152,4 +177,5 @@ def joined(device: str) -> Iterator[World]:
     try:
         yield current()
     finally:
+        _subgroup.cache_clear()
         dist.destroy_process_group()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
+from mambabyte.model import sequence
 from mambabyte.model.block import Block, RMSNorm, make_norm
 from mambabyte.model.mixer import LayerState, Mixer, linear, mixer_of
 from mambabyte.ops.fused.loss import cross_entropy_in_torch
@@ -121,6 +122,8 @@ class ByteLM(nn.Module):
         self.run_layer: Callable[..., Any] = without_state
         self.run_head: Callable[..., Tensor] = head_loss
         self.residual_dtype: torch.dtype | None = None
+        # The processes that each have a stretch of every sequence; None: this one has all of it.
+        self.sequence_group: sequence.SequenceGroup | None = None
 
     @property
     def device(self) -> torch.device:
@@ -131,22 +134,40 @@ class ByteLM(nn.Module):
         """The layers, first to last."""
         return cast(list[Block], list(self.layers))
 
+    def share_sequences(self, shared: sequence.SequenceGroup | None) -> None:
+        """From now on, split the length of every sequence among these processes; None stops it.
+        UserError for a mixer that cannot be split."""
+        for letter, kind in self.kinds.items():
+            if shared is not None and not kind.splits_length:
+                raise UserError(f"layers {letter!r} ({kind.about}) cannot share a sequence among "
+                                "processes: train with context_parallel 1")
+        self.sequence_group = shared
+
     def forward(
         self, tokens: Tensor, state: list[LayerState] | None = None
     ) -> tuple[Tensor, list[LayerState]]:
         """Logits of the byte after each of ``tokens``, and the state to go on from.
 
         tokens (B, L) integers; returns (B, L, V) and one state a layer. Feeding a sequence in
-        pieces, each with the state of the one before, gives what one call gives.
+        pieces, each with the state of the one before, gives what one call gives. With a
+        ``sequence_group`` all its processes give the same and get the same: each computes its
+        stretch, unless there are fewer bytes than processes. States then carry no gradient.
         """
         tokens = symbols(tokens)
+        shared, length = self.sequence_group, tokens.shape[1]
+        if shared is not None and length < shared.size:
+            shared = None
         try:
-            x = self.embedding(tokens)
+            with sequence.split(shared, length) as piece:
+                x = self.embedding(tokens if piece is None else tokens[:, piece.own])
+                hidden, states = self.hidden(x, state)
+                logits = self.logits(hidden)
         except IndexError:
             _refuse_unknown(tokens, self.config.vocab_size)
             raise
-        hidden, states = self.hidden(x, state)
-        return self.logits(hidden), states
+        if piece is None:
+            return logits, states
+        return piece.gather(logits, 1), piece.last(states)
 
     def reconfigured(self, **changes: Any) -> ByteLM:
         """A model of the same weights, shared with this one, under a configuration changed in
@@ -205,14 +226,19 @@ class ByteLM(nn.Module):
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1].
 
-        tokens (B, L + 1) integers; UserError where there is nothing to predict.
+        tokens (B, L + 1) integers; UserError where there is nothing to predict. With a
+        ``sequence_group`` all its processes give the same tokens, and each gets its stretch's share
+        of the loss, so that the mean over them is the loss; UserError for fewer than one each.
         """
         tokens = symbols(tokens, least=2)
         if not len(tokens):
             raise UserError("tokens have no rows: the mean over an empty batch is no number")
         try:
-            x = self.through_layers(embed(tokens[:, :-1], self.embedding.weight))
-            return self.run_head(self, x, tokens[:, 1:])
+            with sequence.split(self.sequence_group, tokens.shape[1] - 1) as piece:
+                own = slice(None) if piece is None else piece.own
+                x = self.through_layers(embed(tokens[:, :-1][:, own], self.embedding.weight))
+                loss = self.run_head(self, x, tokens[:, 1:][:, own])
+                return loss if piece is None else loss * piece.weight
         except IndexError:
             _refuse_unknown(tokens, self.config.vocab_size)
             raise

@@ -6,7 +6,7 @@ Symbols: B batch, L length, d = d_model, D = d_inner, N = d_state, R = dt_rank, 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mambabyte.config import ModelConfig
 from mambabyte.config.mixers import MambaSpec, Shape
 from mambabyte.config.scan_forms import FORMS
+from mambabyte.model import sequence
 from mambabyte.model.mixer import (
     CONVOLUTION,
     FLOAT32,
@@ -27,6 +28,7 @@ from mambabyte.model.mixer import (
     is_plain,
     operator_against_definition,
     register,
+    widened,
 )
 from mambabyte.ops import default_form, selective_scan
 from mambabyte.ops.conv import cpu as native_conv
@@ -66,6 +68,7 @@ class MambaMixer(Mixer, MambaSpec):
 
     has_decays = True
     state_name = "ssm"
+    splits_length = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -101,7 +104,8 @@ class MambaMixer(Mixer, MambaSpec):
         if not self._has_plain_parts():
             return self._inputs_by_modules(u, z, conv_state)
         u, conv_state = causal_conv(
-            u, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, silu=True)
+            u, self.conv1d.weight.squeeze(1), self.conv1d.bias,
+            sequence.tail_before(u, self.d_conv, conv_state), silu=True)
         x_proj, dt_proj = self._small_projections()
         rank, d_state = dt_proj.shape[1] if self.dt_rank else 0, self.A_log.shape[1]
         low_rank, B, C = F.linear(u, x_proj).split([rank, d_state, d_state], dim=-1)
@@ -114,6 +118,7 @@ class MambaMixer(Mixer, MambaSpec):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """:meth:`scan_inputs` behind in_proj by calls of the modules, whatever took their place."""
         taps, length = self.d_conv, u.shape[1]
+        conv_state = sequence.tail_before(u, taps, conv_state)
         if conv_state is None:
             conv_state = u.new_zeros(u.shape[0], taps - 1, u.shape[2])
         padded = torch.cat([conv_state.to(u.dtype), u], dim=1)  # (B, K-1+L, D)
@@ -151,20 +156,25 @@ class MambaMixer(Mixer, MambaSpec):
         return x_proj, dt_proj
 
     def forward(self, x: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
-        if self._is_one_operator(x):
+        piece = sequence.current()
+        if piece is None and self._is_one_operator(x):
             if state is None and x.is_cuda:
                 return self.from_start(x)
             if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
                 return self.step(x, state)
         u, delta, B, C, z, conv_state = self.scan_inputs(
             x, None if state is None else state.conv_state)
-        bias = self.dt_bias
+        bias, A = self.dt_bias, -torch.exp(widened(self.A_log))
+        options: dict[str, Any] = {
+            "delta_bias": None if bias is None else widened(bias), "delta_softplus": True,
+            "form": self.form, "chunk_size": self.chunk}
+        ssm_state = None if state is None else state.ssm_state
+        if piece is not None:
+            _, end = selective_scan(u, delta, A, B, C, **options)
+            steps = self.step_size(delta.to(end.dtype)).sum(1)  # (B, D)
+            ssm_state = piece.arriving(torch.exp(steps[..., None] * A), end, ssm_state)
         y, ssm_state = selective_scan(
-            u, delta, -torch.exp(self.A_log.float()), B, C, self.D.float(), z,
-            delta_bias=None if bias is None else bias.float(), delta_softplus=True,
-            initial_state=None if state is None else state.ssm_state,
-            form=self.form, chunk_size=self.chunk,
-        )
+            u, delta, A, B, C, widened(self.D), z, initial_state=ssm_state, **options)
         return self.out_proj(y), MambaState(conv_state, ssm_state)
 
     def from_start(self, x: Tensor) -> tuple[Tensor, MambaState]:

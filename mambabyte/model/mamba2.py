@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mambabyte.config import ModelConfig
 from mambabyte.config.mixers import Mamba2Spec, Shape
+from mambabyte.model import sequence
 from mambabyte.model.mamba import convolves_in_one_kernel, inverse_softplus
 from mambabyte.model.mixer import (
     CONVOLUTION,
@@ -77,6 +78,7 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
 
     has_decays = True
     state_name = "ssm"
+    splits_length = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -104,7 +106,8 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
         inner = self.norm.weight.shape[0]
         z, xBC, dt = self.in_proj(x).split([inner, inner + 2 * shared, self.heads], dim=-1)
         xBC, conv_state = causal_conv(
-            xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, silu=True)
+            xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias,
+            sequence.tail_before(xBC, self.conv1d.kernel_size[0], conv_state), silu=True)
         u, B, C = xBC.split([inner, shared, shared], dim=-1)
         inputs = {
             "x": u.unflatten(-1, (self.heads, -1)), "dt": dt, "A": -torch.exp(widened(self.A_log)),
@@ -115,16 +118,25 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
 
     def forward(self, x: Tensor, state: Mamba2State | None) -> tuple[Tensor, Mamba2State]:
         inputs, z, conv_state = self.scan_inputs(x, None if state is None else state.conv_state)
+        ssm_state = None if state is None else state.ssm_state
+        piece = sequence.current()
+        if piece is not None:
+            _, end = ssd_scan(**inputs, dt_softplus=True)
+            decay = torch.exp(self.log_decay(inputs).sum(1))  # (B, H)
+            ssm_state = piece.arriving(decay[..., None, None], end, ssm_state)
         y, ssm_state = ssd_scan(
-            **inputs, D=widened(self.D), dt_softplus=True,
-            initial_state=None if state is None else state.ssm_state)
+            **inputs, D=widened(self.D), dt_softplus=True, initial_state=ssm_state)
         return self.out_proj(self.norm(y.flatten(2), z)), Mamba2State(conv_state, ssm_state)
 
     @torch.no_grad()
     def exponent(self, x: Tensor, state: Mamba2State | None, chunk: int) -> float:
         inputs, _, _ = self.scan_inputs(x, None if state is None else state.conv_state)
-        dt = F.softplus(widened(inputs["dt"]) + inputs["dt_bias"])
-        return largest_exponent(dt * inputs["A"], chunk)
+        return largest_exponent(self.log_decay(inputs), chunk)
+
+    def log_decay(self, inputs: dict[str, Any]) -> Tensor:
+        """(B, L, H), not above 0, of what :meth:`scan_inputs` gives."""
+        dt: Tensor = F.softplus(widened(inputs["dt"]) + inputs["dt_bias"]) * inputs["A"]
+        return dt
 
     def against_definition(self, x: Tensor) -> dict[str, list[tuple[Tensor, Tensor]]]:
         inputs, _, _ = self.scan_inputs(x, None)

@@ -28,9 +28,10 @@ def machine(device: str) -> dict[str, Any]:
 
 
 # What may change between a run and its continuation without changing the weights, or (parallel,
-# micro_batches) no more than the order of a sum does.
+# context_parallel, micro_batches) no more than the order of a sum does.
 _FREE_ON_RESUME = {"max_seconds", "log_every", "checkpoint_every", "keep_checkpoints",
-                   "idle_watts", "allow_study_form", "parallel", "micro_batches"}
+                   "idle_watts", "allow_study_form", "parallel", "context_parallel",
+                   "micro_batches"}
 # What may change where the steps that were done would have been the same.
 _OF_THE_SCHEDULE = {"n_steps", "schedule", "warmup_fraction", "decay_fraction", "growth_fraction"}
 
@@ -68,8 +69,12 @@ def refuse_what_cannot_run(
 ) -> None:
     """UserError now for what would fail in the middle."""
     refuse_study_form(model_config, config)
+    each = config.context_parallel
+    shared = distributed.current().sequence_group(each)
     for stage in stages(config):
-        rows = len(distributed.current().share(torch.empty(stage.batch_size)))
+        if shared is not None:
+            shared.pieces(stage.context)
+        rows = len(distributed.current().share(torch.empty(stage.batch_size), each))
         if rows % config.micro_batches:
             raise UserError(f"micro_batches {config.micro_batches} does not divide the {rows} "
                             "windows that a process has in a step: choose a divisor of them")

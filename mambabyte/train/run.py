@@ -119,6 +119,7 @@ class _Training:
         self.checkpoints, self.digests = run / "checkpoints", corpus.digest()
         torch.manual_seed(config.seed)
         self.model = ByteLM(model_config)
+        self.model.share_sequences(self.world.sequence_group(config.context_parallel))
         if config.parallel == "sharded":
             self.world.shard(self.model, device)
         else:
@@ -241,7 +242,7 @@ class _Training:
                         n_steps=stage.end, first_context=0, first_batch_size=0)
         text = torch.from_numpy(np.array(present(self.corpus.train))).to(self.model.device)
         starts = window_starts(len(text), shape, self.done)
-        starts = self.world.share(starts.T).T.contiguous()
+        starts = self.world.share(starts.T, shape.context_parallel).T.contiguous()
         return CapturedStep(self.model, self.model.loss, self.optimizer,
                             Windows(text, stage.context), starts, shape, first_step=self.done)
 

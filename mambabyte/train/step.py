@@ -170,7 +170,7 @@ def text_batches(
     def batch(step: int) -> tuple[Tensor, ...]:
         stage = stage_at(step, config)
         tokens = sample_windows(data, stage.context, stage.batch_size, config.seed, step)
-        return (world.share(tokens.to(device, non_blocking=True)),)
+        return (world.share(tokens.to(device, non_blocking=True), config.context_parallel),)
 
     return batch
 

@@ -3,21 +3,27 @@
     mambabyte eval runs/first
     mambabyte eval runs/first --corpus stdlib --split test
     mambabyte eval runs/first --corpus wiki/ --characters 60000 --mode streaming --json
+    torchrun --nproc-per-node 2 -m analysis.cli eval runs/first --characters 1000000
 
 The task scores the first 60,000 characters of a split. Both modes give the same predictions:
 "parallel" runs windows with the state carried along, "streaming" goes byte by byte through the
-CharModel contract.
+CharModel contract. The processes of torchrun share the length of each window.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from analysis.cli.console import Bar
 from analysis.cli.options import POSITIONAL, parse, pick_device, print_result
 from mambabyte.config.checks import Count, DeviceOrAuto
+from mambabyte.errors import UserError
+
+if TYPE_CHECKING:
+    from mambabyte.model import ByteLM
 
 
 @dataclass(frozen=True)
@@ -44,21 +50,36 @@ class Options:
 def run(argv: list[str]) -> int:
     options = parse(Options, argv, "eval", __doc__)
 
-    from analysis.cli.models.origin import corpus_of
     from mambabyte.checkpoint import load_model
+    from mambabyte.model import distributed
+
+    device = pick_device(options.device)
+    with distributed.joined(device) as world:
+        if world.size > 1 and options.mode == "streaming":
+            raise UserError("streaming goes byte by byte: score with --mode parallel, or in one "
+                            "process")
+        model = load_model(options.checkpoint, world.device(device))
+        model.share_sequences(world.sequence_group(world.size))
+        return _score(options, model, world.first)
+
+
+def _score(options: Options, model: ByteLM, first: bool) -> int:
+    """Score the model; of several processes only the first one talks."""
+    from analysis.cli.models.origin import corpus_of
     from mambabyte.evaluate import score, score_streaming
     from mambabyte.stream import CharModel
 
-    model = load_model(options.checkpoint, pick_device(options.device))
     corpus = corpus_of(options.checkpoint, options.corpus)
     whole = corpus.split(options.split)
     data = whole[: options.bytes or 4 * options.characters + 3]
     count = options.bytes or options.characters  # no text has more characters than bytes
-    with Bar("scoring") as bar:
+    with Bar("scoring") if first else nullcontext(lambda done: None) as bar:
         if options.mode == "parallel":
             result = score(model, data, count, report=bar)
         else:
             result = score_streaming(CharModel(model), data, count, report=bar)
+    if not first:
+        return 0
     record = {**result.as_dict(), "corpus": corpus.name, "split": options.split,
               "split_bytes": len(whole), "mode": options.mode, "checkpoint": options.checkpoint}
     stray = [f"{result.bytes_not_utf8} of the bytes belong to no UTF-8 character: each is scored, "

@@ -7,6 +7,7 @@
     mambabyte train --config runs/first/config.json --train.lr 1e-3 --out runs/second
     torchrun --nproc-per-node 2 -m analysis.cli train --preset mamba_byte --out runs/two
     torchrun --nproc-per-node 2 -m analysis.cli train --out runs/shards --train.parallel sharded
+    torchrun --nproc-per-node 2 -m analysis.cli train --out runs/long --train.context-parallel 2
 
 The presets fill the --model and --train options; each can be overridden. Without --preset it is
 quick_start on a CPU, which reads well after its 60 seconds, and mamba_byte on a GPU; with --resume,
@@ -160,8 +161,10 @@ def _forecast(model: ModelConfig, recipe: TrainConfig, device: str) -> str:
     room = (torch.cuda.mem_get_info(device)[1] if on_cuda else
             os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     try:
-        own = replace(recipe, batch_size=recipe.batch_size // world, micro_batches=min(
-            recipe.micro_batches, recipe.batch_size // world)) if world > 1 else recipe
+        rows = recipe.batch_size * recipe.context_parallel // world
+        own = replace(
+            recipe, batch_size=rows, context=-(-recipe.context // recipe.context_parallel),
+            micro_batches=min(recipe.micro_batches, rows)) if world > 1 else recipe
         found = fit(model, own, room, "cuda" if on_cuda else "cpu")
     except UserError as error:
         return f"memory: no forecast ({error})"

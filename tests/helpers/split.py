@@ -1,0 +1,118 @@
+"""Run as a script: forks SIZE processes that share sequences, and writes what they found.
+
+    python -m tests.helpers.split SIZE FOLDER TASK...
+
+A task is ``PATTERN/LENGTH/DTYPE``: a model of that layer pattern alone and split, on the same
+tokens; or ``train=EACH``: a tiny run, EACH processes a sequence, into FOLDER/train-EACH.
+FOLDER/found.json has by task what the first process found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.corpus import load_corpus
+from mambabyte.model import ByteLM
+from mambabyte.model.distributed import current
+from mambabyte.train import train
+
+TINY: dict[str, Any] = {
+    "d_model": 16, "d_state": 4, "n_head": 2, "n_kv_head": 1, "delta_head_dim": 8,
+    "ssd_head_dim": 8, "ssd_d_state": 4, "ssd_groups": 2, "attention_window": 9, "local_window": 4}
+RECIPE = TrainConfig(context=21, batch_size=2, n_steps=3, checkpoint_every=2, log_every=1, lr=1e-2)
+
+
+def model_of(pattern: str, dtype: torch.dtype = torch.float32) -> ByteLM:
+    torch.manual_seed(0)
+    config = ModelConfig(n_layer=len(pattern), layer_pattern=pattern, **TINY)
+    model = ByteLM(config).to(dtype)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    return model
+
+
+def far(found: Tensor, expected: Tensor) -> float:
+    """Relative RMS error."""
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def alone_and_split(task: str) -> dict[str, float]:
+    pattern, length, dtype = task.split("/")
+    model, world = model_of(pattern, getattr(torch, dtype)), current()
+    tokens = torch.randint(0, 256, (2, int(length) + 1))
+    weights = list(model.parameters())
+
+    def loss_and_gradients() -> list[Tensor]:
+        loss = model.loss(tokens)
+        found = [loss.detach(), *torch.autograd.grad(loss, weights)]
+        world.average(found)
+        return found
+
+    @torch.inference_mode()
+    def in_pieces() -> list[Tensor]:
+        found, state = [], None
+        for piece in tokens.split([int(length) - 1, 2], 1):  # two bytes are too few to be split
+            logits, state = model(piece, state)
+            found.append(logits)
+        assert state is not None
+        return [*found, *(x for layer in state for x in layer if isinstance(x, Tensor))]
+
+    alone = loss_and_gradients(), in_pieces()
+    model.share_sequences(world.sequence_group(world.size))
+    split = loss_and_gradients(), in_pieces()
+    names = ["loss", *(name for name, _ in model.named_parameters())]
+    errors = {n: far(a, b) for n, a, b in zip(names, split[0], alone[0], strict=True)}
+    return errors | {"forward": max(far(a, b) for a, b in zip(split[1], alone[1], strict=True))}
+
+
+def work(rank: int, size: int, folder: Path, tasks: list[str]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
+                            world_size=size)
+    found: dict[str, Any] = {}
+    for task in tasks:
+        if task.startswith("train"):
+            each = int(task.partition("=")[2])
+            config = TrainConfig(**vars(RECIPE) | {"context_parallel": each})
+            found[task] = train(model_of("MA").config, config,
+                                load_corpus(str(folder / "text.txt")), folder / f"train-{each}")
+        else:
+            found[task] = alone_and_split(task)
+    if rank == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+    dist.barrier()
+
+
+def main() -> int:
+    size, folder, tasks = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                work(rank, size, folder, tasks)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        children.append(child)
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
