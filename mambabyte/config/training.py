@@ -113,7 +113,7 @@ class TrainConfig(Checked):
                                 f"the batch of {size} windows")
         if self.context_parallel > 1 and self.step == "compile":
             raise UserError("step 'compile' cannot exchange what a split context needs: train with "
-                            "context_parallel and step graph or eager")
+                            "context_parallel and step fused, graph or eager")
         if self.parallel == "sharded":
             if self.optimizer != "adamw":
                 raise UserError(f"optimizer {self.optimizer!r} needs whole matrices: train sharded "

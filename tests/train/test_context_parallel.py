@@ -117,7 +117,7 @@ def test_what_cannot_be_split_is_refused(tmp_path):
         World().sequence_group(2)
     with pytest.raises(UserError, match="batch_size 3 does not divide among 2 groups of 2"):
         World(0, 4).share(torch.empty(3), 2)
-    with pytest.raises(UserError, match="context_parallel and step graph"):
+    with pytest.raises(UserError, match="context_parallel and step fused"):
         TrainConfig(context_parallel=2, step="compile")
 
 
