@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import struct
+import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,26 +22,35 @@ from torch import Tensor, nn
 
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
-from mambabyte.model.attention import AttentionMixer, AttentionState
+from mambabyte.model.attention import AttentionState
 from mambabyte.model.block import MLP, Block, RMSNorm
-from mambabyte.model.mamba import MambaMixer, MambaState
+from mambabyte.model.delta import HeadNorm
+from mambabyte.model.mamba2 import GatedRMSNorm
 from mambabyte.model.mixer import LayerState, Mixer, mixers
 from mambabyte.ops.build import c as native_build
 from mambabyte.ops.scan import cpu as native_scan
+from mambabyte.stream.layout import (
+    BLOCK,
+    KINDS,
+    MODEL,
+    OWN,
+    Kind,
+    model_numbers,
+    pack_layer,
+    pack_model,
+    parameter_names,
+)
 
+_LOG = logging.getLogger(__name__)
 SOURCE = Path(__file__).parent.parent / "ops/stream/model.c"
 Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
+Hidden = Callable[[Tensor, Any], tuple[Tensor, Any]]
 MOST_BYTES = 16  # in one call; longer texts are faster in parallel
 _STALE = 2
-_PARTS = (ByteLM, Block, MLP, nn.ModuleList, nn.Embedding, nn.Linear, nn.Conv1d, nn.LayerNorm,
-          RMSNorm)  # fmt: skip
-_ACTIVATIONS = {"relu2": 0, "gelu": 1, "silu": 2}
-_MAMBA = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight",
-          "dt_proj.bias", "A_log", "D", "", "", "", "out_proj.weight")  # fmt: skip
-_ATTENTION = ("",) * 8 + ("q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight")
-_MLP = ("mlp_norm.weight", "mlp_norm.bias", "mlp.up_proj.weight", "mlp.out_proj.weight")
-_pack_model = struct.Struct("17q4d4q").pack
-_pack_call = struct.Struct("4q").pack
+_PARTS = (ByteLM, Block, MLP, nn.ModuleList, nn.Sequential, nn.Embedding, nn.Linear, nn.Conv1d,
+          nn.LayerNorm, RMSNorm, GatedRMSNorm, HeadNorm)  # fmt: skip
+_LEAST_ROOM = 64  # bytes that a cache of attention can grow by in place
+_pack_call = struct.Struct("6q").pack
 
 
 class _Library(NamedTuple):
@@ -66,24 +77,37 @@ def _library() -> _Library | None:
 def supports(model: nn.Module) -> bool:
     """Whether :class:`NativeModel` computes what ``model`` does.
 
-    A ByteLM of Mamba and attention layers, with any norm, MLP and head, without biases, gains of
-    branches, mixing or skips, in float32 on the CPU, of
-    at least 256 symbols, with scan_form "auto" or "fused"; without hooks, foreign or parametrized
-    parts, or autocast; and a C compiler.
+    A ByteLM of any registered layers in float32 on the CPU, of at least 256 symbols, with
+    scan_form "auto" or "fused"; without hooks, foreign or parametrized parts, or autocast; and a C
+    compiler.
     """
-    if type(model) is not ByteLM or model.config.vocab_size < 256 or model.config.has_extras:
+    if type(model) is not ByteLM or model.config.vocab_size < 256:
         return False
     if model.config.scan_form not in ("auto", "fused") or torch.is_autocast_enabled("cpu"):
         return False
-    if any(type(m) not in (*_PARTS, *_KINDS) or m._forward_hooks or m._forward_pre_hooks
+    if any(type(m) not in (*_PARTS, *KINDS) or m._forward_hooks or m._forward_pre_hooks
            for m in model.modules()):
         return False
     return (_as_configured(model) and all(map(_readable, model.parameters()))
             and _library() is not None)
 
 
+@functools.cache
+def say_foreign(names: str) -> None:
+    """Say once why a model of registered layers streams slowly."""
+    _LOG.warning("note: %s runs through torch, byte after byte: no engine has that layer", names)
+
+
+def foreign_layers(model: Any) -> str:
+    """The classes of a ByteLM's layers that the engine does not have, by name."""
+    found = {type(m).__name__ for m in mixers(model, Mixer)} if type(model) is ByteLM else set()
+    return ", ".join(sorted(found - {kind.__name__ for kind in KINDS}))
+
+
 def shortcut(model: Any, advance: Advance) -> Advance:
     """``advance``, but in C for up to MOST_BYTES bytes where ``supports(model)``."""
+    if names := foreign_layers(model):
+        say_foreign(names)
     if not supports(model):
         return advance
     native = NativeModel(model)
@@ -94,17 +118,17 @@ def shortcut(model: Any, advance: Advance) -> Advance:
     return either
 
 
-def _parameter_names(model: ByteLM) -> list[str]:
-    """Where the C structs ``model`` and ``layer`` have pointers; "" where a layer has nothing."""
-    config = model.config
-    head = "embedding.weight" if config.tied_head else "head.weight"
-    names = ["embedding.weight", head, "norm_f.weight", "norm_f.bias"]
-    for i, kind in enumerate(_kinds(model)):
-        mixer = [name and f"mixer.{name}" for name in kind.names]
-        mlp = list(_MLP) if config.mlp_hidden else [""] * len(_MLP)
-        names += [name and f"layers.{i}.{name}" for name in ("norm.weight", "norm.bias",
-                                                            *mixer, *mlp)]  # fmt: skip
-    return names
+def hidden_shortcut(model: ByteLM) -> Hidden:
+    """``model.hidden``, but in C for up to MOST_BYTES embedded bytes of one text."""
+    if not supports(model):
+        return model.hidden
+    native = NativeModel(model)
+
+    def either(x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        few = len(x) == 1 and x.shape[1] <= MOST_BYTES
+        return native.hidden(x, state) if few else model.hidden(x, state)
+
+    return either
 
 
 def _new(*shape: int) -> Tensor:
@@ -117,9 +141,9 @@ def _as_configured(model: ByteLM) -> bool:
     return all(mixer.as_configured(model.config) for mixer in mixers(model, Mixer))
 
 
-def _kinds(model: ByteLM) -> list[_Kind]:
+def _kinds(model: ByteLM) -> list[Kind]:
     """What the C code has for the mixer of each layer."""
-    return [_KINDS[type(mixer)] for mixer in mixers(model, Mixer)]
+    return [KINDS[type(mixer)] for mixer in mixers(model, Mixer)]
 
 
 def _readable(x: Tensor) -> bool:
@@ -130,7 +154,7 @@ def _readable(x: Tensor) -> bool:
 class NativeModel:
     """``(data, state) -> (log p of the next byte, state)`` of a model that ``supports`` accepts.
 
-    States are those of ``ByteLM`` at batch 1, in and out; no state is ever written to.
+    States are those of ``ByteLM`` at batch 1, in and out; none that was given out ever changes.
     """
 
     def __init__(self, model: ByteLM) -> None:
@@ -138,29 +162,25 @@ class NativeModel:
         assert library is not None
         self._library = library
         config = self.config = model.config
+        self._kinds = _kinds(model)
         # Looked up anew in every call, as parameters may be replaced: a dict and a name each.
         self._slots: list[tuple[Mapping[str, Tensor | None], str]] = []
-        for path in _parameter_names(model):
+        modules = dict(model.named_modules())
+        for path in parameter_names(config, self._kinds):
             owner, _, name = path.rpartition(".")
-            self._slots.append((model.get_submodule(owner)._parameters if path else {}, name))
-        layer_norm = config.norm == "layer"
-        tiny = torch.finfo(torch.float32).eps
-        eps = model.norm_f.eps if isinstance(model.norm_f.eps, float) else tiny
-        self._shape = (
-            *(config.n_layer, config.d_model, config.vocab_size, not layer_norm),
-            *(config.embed_norm, config.mlp_hidden, _ACTIVATIONS[config.mlp_activation]),
-            *(config.d_inner, config.d_state, config.d_conv),
-            0 if config.dt_rank == "full" else config.dt_rank_value,
-            config.n_head if AttentionMixer.letter in config.layers else 0,
-            *(config.n_kv_head, config.head_dim),
-            *(config.attention_window, config.qk_norm),
-            max(1, round(config.head_dim // 2 * config.rope_fraction)),
-            *(eps, tiny, config.logit_softcap, config.rope_base),
-        )
-        self._kinds = _kinds(model)
-        self._conv_state = (1, config.d_conv - 1, config.d_inner)
-        self._ssm_state = (1, config.d_inner, config.d_state)
-        self._pack_states = struct.Struct(f"{7 * config.n_layer}q").pack
+            found = modules.get(owner)  # a block without an MLP has none
+            self._slots.append((found._parameters if path and found is not None else {}, name))
+        self._shape = model_numbers(model)
+        # Outputs that later layers add: each is kept under a number.
+        slots = {skip: i for i, skip in enumerate(s for s in config.skips if s is not None)}
+        self._layers = [
+            (kind.tag, window, -1 if skip is None else slots[skip], slots.get(i, -1))
+            for i, (kind, window, skip) in enumerate(zip(
+                self._kinds, (getattr(m, "window", 0) for m in mixers(model, Mixer)),
+                config.skips, strict=True))]
+        self._states = [[(1, *shape) for shape in type(m).state_shapes(config, 0).values()]
+                        for m in mixers(model, Mixer)]
+        self._pack_states = struct.Struct(f"{13 * config.n_layer}q").pack
         self._shapes = [_shape(slot.get(name)) for slot, name in self._slots]
         self._weights = _Weights([], [], b"", b"", torch.empty(0))
 
@@ -168,27 +188,45 @@ class NativeModel:
         self, data: bytes, state: list[LayerState] | None
     ) -> tuple[Tensor, list[LayerState]]:
         """Advance by ``data``, a byte or more; log p is (V,) float32."""
+        log_probs = _new(self.config.vocab_size)
+        return log_probs, self._run(len(data), data, state, log_probs=log_probs)
+
+    def hidden(
+        self, x: Tensor, state: list[LayerState] | None = None
+    ) -> tuple[Tensor, list[LayerState]]:
+        """As ``ByteLM.hidden`` without gradients: x (1, L, d_model), a byte or more."""
+        inputs = _plain(x.detach())
+        hidden = _new(*x.shape)
+        return hidden, self._run(x.shape[1], b"", state, inputs=inputs, hidden=hidden)
+
+    def _run(
+        self, length: int, data: bytes, state: list[LayerState] | None,
+        inputs: Tensor | None = None, hidden: Tensor | None = None,
+        log_probs: Tensor | None = None,
+    ) -> list[LayerState]:
+        """Advance by ``length`` bytes, and fill the outputs that are given."""
         pointers = [0 if (x := slot.get(name)) is None else x.data_ptr()
                     for slot, name in self._slots]
         # C reads what this call holds: another thread may give the model other parameters, and
         # this object other weights.
         weights = self._weights if pointers == self._weights.pointers else self._follow()
-        length = len(data)
         if not length:
             raise UserError("there is no byte to advance by")
         held: list[Tensor] = []  # kept alive while C reads their memory
         words: list[int] = []
         after: list[LayerState] = []
         position = 0
-        for i, kind in enumerate(self._kinds):
+        for i, (kind, shapes) in enumerate(zip(self._kinds, self._states, strict=True)):
             before = None if state is None else state[i]
-            if before is not None and kind.has_position:
-                position = before.position
-            after.append(kind.memory(self, before, length, words, held))
-        result = _new(self.config.vocab_size)
+            if kind.state is AttentionState:
+                position = 0 if before is None else before.position
+                after.append(self._cache(before, self._layers[i][1], length, words, held))
+            else:
+                after.append(_memory(kind, shapes, before, words, held))
         states = self._pack_states(*words)
+        outputs = [0 if t is None else t.data_ptr() for t in (inputs, hidden, log_probs)]
         while True:
-            call = _pack_call(length, position, result.data_ptr(), weights.kept.data_ptr())
+            call = _pack_call(length, position, *outputs, weights.kept.data_ptr())
             failed = self._library.advance(weights.words, weights.layers, states, call, data)
             if failed == _STALE:
                 self._weights = weights = weights._replace(
@@ -196,43 +234,43 @@ class NativeModel:
             elif failed:
                 raise MemoryError("native model: no scratch memory")
             else:
-                return result, after
+                return after
 
-    def mamba(
-        self, before: MambaState | None, length: int, words: list[int], held: list[Tensor]
-    ) -> MambaState:
-        """Append the C struct ``memory`` to ``words``; returns the state that C will fill."""
-        conv_state, ssm_state = _new(*self._conv_state), _new(*self._ssm_state)
-        if before is not None:
-            first, second = _plain(before.conv_state), _plain(before.ssm_state)
-            _check("conv_state", first, self._conv_state)
-            _check("ssm_state", second, self._ssm_state)
-            held += first, second
-            words += first.data_ptr(), second.data_ptr()
-        else:
-            words += 0, 0
-        words += conv_state.data_ptr(), ssm_state.data_ptr(), 0, 0, 0
-        return MambaState(conv_state, ssm_state)
-
-    def attention(
-        self, before: AttentionState | None, length: int, words: list[int], held: list[Tensor]
+    def _cache(
+        self, before: AttentionState | None, window: int, length: int, words: list[int],
+        held: list[Tensor],
     ) -> AttentionState:
-        """As ``mamba``."""
-        stored = position = 0
-        old = [0, 0, 0, 0]
+        """As ``_memory``, of attention: keys and values are added behind those that are there,
+        where nobody has added others, else to a copy."""
+        heads, width = self.config.n_kv_head, self.config.head_dim
+        stored = position = first = 0
+        room = getattr(before, "room", None)
         if before is not None:
-            stored = before.k.shape[2] if before.k.ndim == 4 else 0
+            position, stored = before.position, before.k.shape[2] if before.k.ndim == 4 else 0
             for name, x in (("k", before.k), ("v", before.v)):
-                _check(name, x, (1, self.config.n_kv_head, stored, self.config.head_dim))
-            first, second = _plain_rows(before.k), _plain_rows(before.v)
-            held += first, second
-            position = before.position
-            old = [first.data_ptr(), second.data_ptr(), first.stride(1), second.stride(1)]
-        shape = (1, self.config.n_kv_head, stored + length, self.config.head_dim)
-        k, v = _new(*shape), _new(*shape)
-        words += *old[:2], k.data_ptr(), v.data_ptr(), stored, *old[2:]
-        start = max(0, stored + length - (self.config.attention_window - 1))
-        return AttentionState(k[:, :, start:], v[:, :, start:], position + length)
+                _check(name, x, (1, heads, stored, width))
+        if room is not None and room.extend(before.first + stored, length):  # type: ignore[union-attr]
+            first = before.first  # type: ignore[union-attr]
+            words += [0] * 4
+            strides = [0, 0]
+        else:
+            # At least as many rows as are copied can follow: a copy costs a row each, in the mean.
+            spare = max(_LEAST_ROOM, min(window, stored))
+            room = _Room(_new(2, heads, stored + length + spare, width), stored + length)
+            old = [] if before is None else [_plain_rows(before.k), _plain_rows(before.v)]
+            held += old
+            words += [x.data_ptr() for x in old] or [0, 0]
+            words += 0, 0
+            strides = [x.stride(1) for x in old] or [0, 0]
+        buffer = room.buffer
+        held.append(buffer)
+        at = buffer.data_ptr() + 4 * width * first
+        words += at, at + 4 * buffer.stride(0), 0, 0, stored, *strides, *[buffer.stride(1)] * 2
+        start = first + max(0, stored + length - (window - 1))
+        k, v = buffer[:, None, :, start : first + stored + length]
+        after = _Cache(k, v, position + length)
+        after.room, after.first = room, start
+        return after
 
     def _follow(self) -> _Weights:
         """Note where the weights are, and hold them."""
@@ -245,12 +283,11 @@ class NativeModel:
                     "of the same shape on the CPU; begin another"
                 )
         pointers = [0 if x is None else x.data_ptr() for x in held]
-        words = _pack_model(*self._shape, *pointers[:4])
-        size = (len(pointers) - 4) // len(self._kinds)
-        each: list[int] = []
-        for i, kind in enumerate(self._kinds):
-            each += kind.tag, *pointers[4 + i * size : 4 + (i + 1) * size]
-        layers = struct.pack(f"{len(each)}q", *each)
+        words = pack_model(*self._shape, *pointers[: len(MODEL)])
+        size = len(BLOCK) + OWN
+        layers = b"".join(
+            pack_layer(*numbers, *pointers[at : at + size]) for numbers, at in
+            zip(self._layers, range(len(MODEL), len(pointers), size), strict=True))
         self._weights = _Weights(pointers, held, words, layers, self._keep(words, layers))
         return self._weights
 
@@ -282,19 +319,48 @@ def _check(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
                         "on the CPU: a stream goes on from a state of its own model at batch 1")
 
 
-class _Kind(NamedTuple):
-    """What the C code has for one kind of mixer."""
+class _Room:
+    """A buffer of keys and values, and how many of its rows are taken."""
 
-    tag: int  # in the C struct ``layer``
-    names: tuple[str, ...]  # its parameters, where that struct has pointers
-    memory: Callable[..., LayerState]  # appends the struct ``memory``, returns the next state
-    has_position: bool  # whether its state says how many bytes came before
+    def __init__(self, buffer: Tensor, end: int) -> None:
+        self.buffer, self._end = buffer, end  # (2, n_kv_head, rows, head_dim)
+        self._lock = threading.Lock()
+
+    def extend(self, end: int, length: int) -> bool:
+        """Take ``length`` rows behind row ``end``, if they are there and nobody has them."""
+        with self._lock:
+            free = self._end == end and end + length <= self.buffer.shape[2]
+            self._end += length * free
+            return free
 
 
-_KINDS: dict[type[Mixer], _Kind] = {
-    MambaMixer: _Kind(0, _MAMBA, NativeModel.mamba, False),
-    AttentionMixer: _Kind(1, _ATTENTION, NativeModel.attention, True),
-}
+class _Cache(AttentionState):
+    """A state whose keys and values lie in a room, from row ``first`` on."""
+
+    room: _Room | None = None
+    first = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AttentionState, tuple(self)
+
+
+def _memory(
+    kind: Kind, shapes: Sequence[tuple[int, ...]], before: LayerState, words: list[int],
+    held: list[Tensor],
+) -> LayerState:
+    """Append the C struct ``memory`` to ``words``; returns the state that C will fill."""
+    after = [_new(*shape) for shape in shapes]
+    none = [0] * (4 - len(shapes))
+    if before is None:
+        words += [0] * 4
+    else:
+        for name, x, shape in zip(kind.state._fields, before, shapes, strict=True):  # type: ignore[attr-defined]
+            _check(name, x, shape)
+            held.append(_plain(x))
+            words.append(held[-1].data_ptr())
+        words += none
+    words += [*(x.data_ptr() for x in after), *none, 0, 0, 0, 0, 0]
+    return kind.state(*after)
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from mambabyte.corpus.utf8 import (
     utf8_length,
 )
 from mambabyte.errors import NonFiniteError, UserError
+from mambabyte.model import ByteLM
 from mambabyte.stream import cpu as native_model
 from mambabyte.stream import cuda as cuda_model
 from mambabyte.stream.saved import Kept, load_state, save_state
@@ -53,13 +54,15 @@ def place_of(model: ByteModel) -> torch.device:
 
 
 Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
+Hidden = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
 
 def advance_of(model: ByteModel) -> Advance:
     """How a stream of ``model`` goes on: ``(data, state) -> (log p of the next byte, state)``.
 
     ``data`` has a byte or more; log p is (V,) float32 on the CPU. What is returned may take a
-    faster way than ``model`` itself for a few bytes; it gives the same up to rounding.
+    faster way than ``model`` itself for a few bytes; it gives the same up to rounding. A model made
+    of others has a method ``streamed()`` that returns the function made of theirs.
     """
 
     @torch.inference_mode()
@@ -68,9 +71,19 @@ def advance_of(model: ByteModel) -> Advance:
         return torch.log_softmax(logits[0, -1].float(), -1).cpu(), state
 
     device = place_of(model)
+    streamed = getattr(model, "streamed", None)
+    if streamed is not None:
+        return streamed()
     shortcuts = {"cpu": native_model.shortcut, "cuda": cuda_model.shortcut}
     shortcut = shortcuts.get(device.type)
     return advance if shortcut is None else shortcut(model, advance)
+
+
+def hidden_of(model: ByteLM) -> Hidden:
+    """``model.hidden``, x (B, L, d_model) and state in, the same out, without gradients: by a
+    faster way for a few bytes of one text, which gives the same up to rounding."""
+    shortcuts = {"cpu": native_model.hidden_shortcut}
+    return shortcuts.get(place_of(model).type, lambda model: model.hidden)(model)
 
 
 class ByteStream:

@@ -15,7 +15,9 @@ answer: one part of the training text is counted, the other trained on, and both
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +26,14 @@ from mambabyte.config import ModelConfig
 from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.model import ByteLM, embed
 from mambabyte.model.lm import symbols
+from mambabyte.stream.streams import Advance, Hidden, hidden_of
+from mambabyte.task import ngram_native
 from mambabyte.task.ngram import NgramModel, V
 
 _CLEAR = 4  # classes of how clear the longest context is
 _CHUNK = 1 << 22  # bytes of text looked up at a time
 _NODES = 1 << 20  # contexts tabulated at a time
+_FEW = 16  # bytes for which looking up on the CPU is the quicker way
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,22 @@ class Guide:
         self._keep = _repeated(ngram)
         self._best = [_best_symbol(lv.start, lv.symbol, lv.count) for lv in ngram.levels]
 
+    @functools.cached_property
+    def near(self) -> Guide:
+        """The same on the CPU, where a few look-ups cost less than launches on a GPU do."""
+        if self.ngram.device.type == "cpu":
+            return self
+        other = object.__new__(Guide)
+        other.ngram = self.ngram.to("cpu")
+        other._keep = [keep.cpu() for keep in self._keep]
+        other._best = [(symbol.cpu(), top.cpu()) for symbol, top in self._best]
+        return other
+
+    @functools.cached_property
+    def _tables(self) -> ngram_native.Tables | None:
+        return self.ngram.tables([(keep, symbol) for keep, (symbol, _) in
+                                  zip(self._keep, self._best, strict=True)])
+
     @property
     def width(self) -> int:
         """Bytes of context that a hint looks at."""
@@ -69,6 +90,8 @@ class Guide:
 
     def hint(self, contexts: Tensor) -> Hint:
         """Hints after contexts (n, width), the newest byte last; log_p in float32."""
+        if self._tables is not None:
+            return Hint(*self._tables.look_up(contexts.to(self.ngram.device)))
         contexts = contexts.to(self.ngram.device, torch.int64)
         log_p = self.ngram.probabilities(contexts, keep=self._keep).log().float()
         return Hint(log_p, *self._longest(self.ngram.find(contexts)))
@@ -193,20 +216,38 @@ class GuidedLM(nn.Module):
 
     def forward(self, tokens: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
         """Logits (B, L, V) of the byte after each of ``tokens`` (B, L), and the state."""
-        tokens = symbols(tokens)
         assert self.guide is not None, "a guided model needs its guide"
-        width = self.guide.width
+        return self._through(symbols(tokens), state, self.guide, self.lm.hidden)
+
+    def streamed(self) -> Advance:
+        """How a stream goes on: the network in its engine, the hints from tables on the CPU."""
+        hidden = hidden_of(self.lm)
+
+        @torch.inference_mode()
+        def advance(data: bytes, state: Any) -> tuple[Tensor, Any]:
+            assert self.guide is not None, "a guided model needs its guide"
+            guide = self.guide.near if len(data) <= _FEW else self.guide
+            tokens = torch.tensor([list(data)], device=self.device)
+            logits, state = self._through(tokens, state, guide, hidden)
+            return torch.log_softmax(logits[0, -1], -1).cpu(), state
+
+        return advance
+
+    def _through(
+        self, tokens: Tensor, state: tuple | None, guide: Guide, through_layers: Hidden
+    ) -> tuple[Tensor, tuple]:
+        width = guide.width
         network, last = (None, None) if state is None else state
         if last is None:
             last = torch.full((len(tokens), width), START_BYTE, dtype=torch.uint8)
         text = torch.cat([last.to(tokens.device), tokens.to(torch.uint8)], 1)
         contexts = text[:, 1:].unfold(1, width, 1).flatten(0, 1)
-        parts = [self.guide.hint(c) for c in contexts.split(4096)]
+        parts = [guide.hint(c) for c in contexts.split(4096)]
         log_p, best, kind = (
             torch.cat([getattr(p, name) for p in parts]).to(tokens.device)
             .unflatten(0, tokens.shape) for name in ("log_p", "best", "kind"))
         hint = Hint(log_p, best, kind)
-        hidden, network = self.lm.hidden(self.embedded(tokens, hint), network)
+        hidden, network = through_layers(self.embedded(tokens, hint), network)
         return self.combined(hidden, hint), (network, text[:, text.shape[1] - width :].cpu())
 
 

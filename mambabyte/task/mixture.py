@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.model.lm import symbols
-from mambabyte.stream import ByteModel
+from mambabyte.stream import ByteModel, advance_of
+from mambabyte.stream.streams import Advance
 from mambabyte.task.ngram import NgramModel, V
 
 
@@ -68,6 +69,19 @@ class Mixture(nn.Module):
     def digest(self) -> str:
         """For ``weights_digest``: the n-gram's weight is no parameter."""
         return repr(self.weight)
+
+    def streamed(self) -> Advance:
+        """How a stream goes on: both as they do alone, and mixed."""
+        neural, counted = advance_of(cast(ByteModel, self.model)), advance_of(self.ngram)
+
+        @torch.inference_mode()
+        def advance(data: bytes, state: Any) -> tuple[Tensor, Any]:
+            first, second = (None, None) if state is None else state
+            log_p, first = neural(data, first)
+            counts, second = counted(data, second)
+            return mix(log_p, counts, self.weight), (first, second)
+
+        return advance
 
     def forward(self, tokens: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
         neural, ngram = (None, None) if state is None else state

@@ -1,6 +1,7 @@
 /* Counting of n-grams on the CPU: the sort of all contexts, and the step from one length of context
-   to the next shorter one. See ngram.py for what the tables mean. */
+   to the next shorter one; and looking up what the tables say. See ngram.py for what they mean. */
 
+#include <math.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -143,4 +144,61 @@ int64_t shorten(int64_t contexts, const int64_t *child, const int32_t *start, co
     }
     start_out[contexts] = (int32_t)out;
     return out;
+}
+
+typedef struct { /* the tables of one length of context, as in ngram.py and guide.py */
+    int64_t contexts;
+    const int64_t *key;
+    const int32_t *start, *total;
+    const uint8_t *symbol;
+    const int32_t *count;
+    const uint8_t *keep; /* NULL: all */
+    const uint8_t *best; /* NULL: not asked for */
+} Level;
+
+/* Where `wanted` is among the keys, which ascend; -1: nowhere. */
+static int64_t find_key(const Level *level, int64_t wanted) {
+    int64_t low = 0, high = level->contexts;
+    while (low < high) {
+        int64_t middle = low + (high - low) / 2;
+        if (level->key[middle] < wanted)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < level->contexts && level->key[low] == wanted ? low : -1;
+}
+
+/* After each of n contexts (n, order - 1), the newest byte last: log p (n, 256); and where tables
+   have `best`, the most frequent byte after the longest context seen, and how long and how clear
+   that is, 4 classes a length. */
+void look_up(const Level *levels, int64_t order, double discount, int64_t n,
+             const uint8_t *contexts, float *log_p, uint8_t *best, uint8_t *kind) {
+    for (int64_t i = 0; i < n; i++) {
+        const uint8_t *newest = contexts + (i + 1) * (order - 1);
+        double p[256];
+        for (int s = 0; s < 256; s++) p[s] = 1.0 / 256;
+        int64_t node = 0;
+        for (int64_t m = 0; m < order; m++) {
+            const Level *level = levels + m;
+            if (m) node = find_key(level, node * 256 + newest[-m]);
+            if (node < 0) break; /* nor were longer ones */
+            const int32_t from = level->start[node], to = level->start[node + 1];
+            const int32_t total = level->total[node];
+            if (!level->keep || level->keep[node]) {
+                const double left = discount * (to - from) / total;
+                for (int s = 0; s < 256; s++) p[s] *= left;
+                for (int32_t pair = from; pair < to; pair++)
+                    p[level->symbol[pair]] += (level->count[pair] - discount) / total;
+            }
+            if (!level->best) continue;
+            int32_t top = 0;
+            for (int32_t pair = from; pair < to; pair++)
+                if (level->count[pair] > top) top = level->count[pair];
+            best[i] = level->best[node];
+            kind[i] = (uint8_t)(4 * m + (to - from == 1 ? total > 1
+                                                        : 2 + (5 * (int64_t)top >= 4 * (int64_t)total)));
+        }
+        for (int s = 0; s < 256; s++) log_p[i * 256 + s] = (float)log(p[s]);
+    }
 }

@@ -1,13 +1,15 @@
-"""The two loops of n-gram counting in C, for the CPU; ``ngram.c`` beside this file.
+"""The loops of n-gram counting and of looking up in C, for the CPU; ``ngram.c`` beside this file.
 
 Compiled on first use (``ops/build/c.py``). Where that is impossible ``library`` is None, and
-counting sorts with torch instead.
+torch does both.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -60,6 +62,33 @@ def shorten(
         ctypes.c_int64(contexts), _at(child), _at(start), _at(symbol), _at(count),
         int(continuation), _at(starts), _at(totals), _at(symbols), _at(counts))
     return starts, totals, symbols[:made].clone(), counts[:made].clone()
+
+
+class Tables:
+    """Levels (key, start, total, symbol, count, and maybe keep and best) for looking up; all on the
+    CPU, of the types that ``ngram.Level`` has."""
+
+    def __init__(self, levels: Sequence[Sequence[Tensor | None]], discount: float) -> None:
+        self._held = [[None if t is None else t.contiguous() for t in level] for level in levels]
+        self._levels = b"".join(
+            struct.pack("8q", len(level[0]), *(0 if t is None else t.data_ptr() for t in level),
+                        *[0] * (7 - len(level)))  # type: ignore[arg-type]
+            for level in self._held)
+        self._discount = discount
+
+    def look_up(self, contexts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """After contexts (n, order - 1), the newest byte last: log p (n, 256) float32; and, with
+        ``best`` in the tables, best byte and kind (n,) uint8 as in ``guide.Hint``."""
+        loaded = library()
+        assert loaded is not None
+        contexts = contexts.to(torch.uint8).contiguous()
+        log_p = torch.empty(len(contexts), 256)
+        best, kind = (torch.zeros(len(contexts), dtype=torch.uint8) for _ in range(2))
+        loaded.look_up(
+            ctypes.c_char_p(self._levels), ctypes.c_int64(len(self._held)),
+            ctypes.c_double(self._discount), ctypes.c_int64(len(contexts)), _at(contexts),
+            _at(log_p), _at(best), _at(kind))
+        return log_p, best, kind
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:

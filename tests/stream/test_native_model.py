@@ -38,6 +38,13 @@ CONFIGS = {
                                    logit_softcap=3.0),
     "attention": replace(ODD, layer_pattern="A", mlp_ratio=2.0, mlp_activation="gelu"),
     "window of one": replace(ODD, layer_pattern="MA", attention_window=1),
+    "Mamba-2": replace(ODD, layer_pattern="S", ssd_head_dim=12, ssd_groups=2, ssd_d_state=10),
+    "delta rule": replace(ODD, layer_pattern="DK", delta_head_dim=12, delta_expand_v=2,
+                          norm="rms"),
+    "all letters and extras": replace(
+        ODD, layer_pattern="MALSDK", n_layer=7, ssd_head_dim=24, delta_head_dim=9, local_window=3,
+        linear_bias=True, block_scales=True, residual_mix=True, unet_skips=True, qk_gain=1.5,
+        qk_norm=True, embed_norm=True, embed_norm_gain=True, mlp_ratio=1.5, tied_head=False),
     "hybrid": replace(ODD, layer_pattern="MMA", norm="rms_plain", qk_norm=True, embed_norm=True,
                       rope_fraction=0.5, tied_head=False, mlp_ratio=1.0, mlp_activation="silu"),
 }  # fmt: skip
@@ -89,7 +96,7 @@ def test_equals_the_definition(name: str) -> None:
 
 @settings(max_examples=15)
 @given(sizes=st.lists(st.integers(1, 16), min_size=1, max_size=4), cut=st.integers(1, 40),
-       name=st.sampled_from(["odd", "hybrid", "window of one"]))
+       name=st.sampled_from(["odd", "hybrid", "window of one", "all letters and extras"]))
 def test_pieces_and_states_of_the_parallel_model(sizes: list[int], cut: int, name: str) -> None:
     """parallel -> native in pieces -> parallel, as one parallel call."""
     model = make(CONFIGS[name])
@@ -341,48 +348,68 @@ static real *data(int64_t n, real lo) {
 }
 static void once(int64_t w, int64_t D, int64_t N, int64_t K, int64_t R, int64_t hidden,
                  int64_t heads, int64_t kv, int64_t window, int64_t length, int64_t activation) {
-  const int64_t d = w / heads, V = 261;
-  model m = {.layers = 2, .width = w, .vocabulary = V, .norm_kind = NORM_LAYER, .hidden = hidden,
-    .activation = activation, .channels = D, .states = N, .taps = K, .rank = R, .heads = heads,
-    .kv_heads = kv, .head_width = d, .window = window, .normed_heads = 1, .turning = 1,
-    .norm_eps = 1e-5, .tiny_eps = 1e-7, .cap = 3, .rotary_base = 100, .embedding = data(V * w, -.5),
-    .norm = data(w, 0), .norm_bias = data(w, 0)};
+  const int64_t d = w / heads, V = 261, H = heads, G = kv, Vd = d + 1, most = 8 * length;
+  model m = {.layers = 5, .width = w, .vocabulary = V, .norm_kind = NORM_LAYER, .hidden = hidden,
+    .activation = activation, .slots = 1, .mixed = 1, .channels = D, .states = N, .taps = K,
+    .rank = R, .heads = heads, .kv_heads = kv, .head_width = d, .normed_heads = 1, .turning = 1,
+    .ssd_heads = D / (D / H), .ssd_groups = G, .ssd_states = N, .delta_heads = H,
+    .delta_values = Vd, .embedding_norm = 1, .norm_eps = 1e-5, .tiny_eps = 1e-7, .cap = 3,
+    .rotary_base = 100, .embedding = data(V * w, -.5), .norm = data(w, 0), .norm_bias = data(w, 0),
+    .head_bias = data(V, 0), .embedding_gain = data(w, 0)};
   m.head = m.embedding;
-  layer l = {.norm = data(w, 0), .norm_bias = data(w, 0), .in_proj = data(2 * D * w, -.5),
-    .conv = data(D * K, -.5), .conv_bias = data(D, 0), .x_proj = data((R + 2 * N) * D, -.5),
-    .dt_proj = data(D * (R ? R : D), -.5), .dt_bias = data(D, -.5), .A_log = data(D * N, 0),
-    .D = data(D, 0), .q_proj = data(w * w, -.5), .k_proj = data(kv * d * w, -.5),
-    .v_proj = data(kv * d * w, -.5), .mlp_norm = data(w, 0), .mlp_norm_bias = data(w, 0),
-    .mlp_up = data(hidden * w, -.5), .mlp_out = data(hidden * w, -.5)};
-  layer layers[2] = {l, l};
-  layers[0].out_proj = data(D * w, -.5);
-  layers[1].out_proj = data(w * w, -.5);
-  layers[1].kind = ATTENTION;
-  real *kept = malloc(2 * kept_size(&m) * sizeof *kept);
+  const int64_t conv = D + 2 * G * N, values = H * Vd, keys = w;
+  layer l = {.added = -1, .kept_as = -1, .window = window, .norm = data(w, 0),
+    .norm_bias = data(w, 0), .skip_gain = data(w, 0), .stream_gain = data(w, 0),
+    .embedded_gain = data(w, 0), .mixer_gain = data(w, 0), .mlp_gain = data(w, 0),
+    .mlp_norm = data(w, 0), .mlp_norm_bias = data(w, 0), .mlp_up = data(hidden * w, -.5),
+    .mlp_up_bias = data(hidden, 0), .mlp_out = data(hidden * w, -.5), .mlp_out_bias = data(w, 0)};
+  layer layers[5] = {l, l, l, l, l};
+  const int64_t sizes[5][OWN] = {
+    {2 * D * w, D * K, D, (R + 2 * N) * D, D * (R ? R : D), D, D * N, D, D * w},
+    {w * w, kv * d * w, kv * d * w, w * w, w, kv * d, kv * d, w, H},
+    {(D + conv + H) * w, conv * K, conv, H, H, H, D, D * w},
+    {keys * w, keys * w, values * w, keys * K, keys * K, values * K, H * w, H, H, Vd, values * w,
+     H * w, 0, values * w},
+    {keys * w, keys * w, values * w, keys * K, keys * K, values * K, H * w, H, keys, Vd,
+     values * w, Vd * w, keys * Vd, Vd * w, values * Vd, values}};
+  for (int i = 0; i < 5; i++) {
+    layers[i].kind = i < 4 ? i : DELTA;
+    for (int j = 0; j < OWN; j++)
+      layers[i].own[j] = sizes[i][j] ? data(sizes[i][j], j == A_LOG ? 0 : -.5) : NULL;
+  }
+  layers[0].kept_as = layers[4].added = 0;
+  real *kept = malloc(5 * kept_size(&m) * sizeof *kept);
   keep(&m, layers, kept);
   unsigned char *bytes = malloc(length);
   memset(bytes, 255, length);
-  call c = {length, 0, data(V, 0), kept};
-  memory s[2] = {{0}, {0}};
-  for (int round = 0; round < 3; round++) {
-    const int64_t rows = s[1].stored + length;
-    s[0].first_out = data((K - 1) * D, 0), s[0].second_out = data(D * N, 0);
-    s[1].first_out = data(kv * rows * d, 0), s[1].second_out = data(kv * rows * d, 0);
+  call c = {length, 0, NULL, data(length * w, 0), data(V, 0), kept};
+  memory s[5] = {{{0}, {0}, 0, {0}, {0}}};
+  const int64_t states[5][4] = {{(K - 1) * D, D * N}, {kv * most * d, kv * most * d},
+    {(K - 1) * conv, D * N}, {(K - 1) * keys, (K - 1) * keys, (K - 1) * values, keys * Vd},
+    {(K - 1) * keys, (K - 1) * keys, (K - 1) * values, keys * Vd}};
+  s[1].in_stride[0] = s[1].in_stride[1] = s[1].out_stride[0] = s[1].out_stride[1] = most * d;
+  for (int round = 0; round < 4; round++) {
+    for (int i = 0; i < 5; i++)
+      for (int j = 0; j < 4; j++) {
+        const int here = i == 1 && round > 1 && round != 3; /* rows are added where they are */
+        s[i].in[j] = here ? NULL : round ? s[i].out[j] : NULL;
+        if (states[i][j] && !here) s[i].out[j] = data(states[i][j], 0);
+      }
+    if (round == 3) c.inputs = data(length * w, 0);
     if (advance(&m, layers, s, &c, bytes)) abort();
-    s[0].first_in = s[0].first_out, s[0].second_in = s[0].second_out;
-    s[1].first_in = s[1].first_out, s[1].second_in = s[1].second_out;
-    s[1].stored = rows, s[1].k_stride = s[1].v_stride = rows * d;
+    s[1].stored += length;
     c.position += length;
   }
   for (int64_t i = 0; i < V; i++) if (!(c.log_probs[i] <= 0)) abort();
-  layers[0].A_log[0] += 1;
+  for (int64_t i = 0; i < length * w; i++) if (c.hidden[i] != c.hidden[i]) abort();
+  layers[0].own[A_LOG][0] += 1;
   if (advance(&m, layers, s, &c, bytes) != 2) abort();
 }
 int main(void) {
   once(6, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0);
   once(36, 72, 5, 3, 3, 61, 6, 2, 4, 5, 1);
-  once(64, 129, 16, 4, 0, 0, 2, 2, 100, 16, 2);
-  once(48, 33, 17, 2, 7, 19, 4, 1, 3, 2, 2);
+  once(64, 130, 16, 4, 0, 0, 2, 2, 100, 16, 2);
+  once(48, 36, 17, 2, 7, 19, 4, 1, 3, 2, 2);
   puts("clean");
 }
 """

@@ -14,38 +14,59 @@
 
 /* ---------------------------------------------------------------- arguments (stream/cpu.py) */
 
-enum { MAMBA = 0, ATTENTION = 1 };
+enum { MAMBA, ATTENTION, MAMBA2, DELTA };
 enum { NORM_LAYER = 0, NORM_RMS = 1 };
 enum { RELU2 = 0, GELU = 1, SILU = 2 };
+/* where a mixer's parameters are in `own`, (out, in) as torch has them; NULL where it has none */
+enum { IN_PROJ, CONV, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_LOG, SKIP, OUT_PROJ };
+enum { Q_PROJ, K_PROJ, V_PROJ, O_PROJ, Q_BIAS, K_BIAS, V_BIAS, O_BIAS, Q_GAIN };
+enum { S_IN, S_CONV, S_CONV_BIAS, S_DT_BIAS, S_A_LOG, S_SKIP, S_NORM, S_OUT };
+enum { D_QKV, D_CONV = 3, D_BETA = 6, D_A_LOG, D_DT_BIAS, D_NORM, D_OUT, D_DECAY, D_DECAY_UP,
+       D_GATE, D_GATE_UP, D_GATE_BIAS, OWN };
 
-typedef struct { /* weights (out, in) as torch has them; absent if NULL */
-  int64_t kind;
-  real *norm, *norm_bias;
-  real *in_proj, *conv, *conv_bias, *x_proj, *dt_proj, *dt_bias, *A_log, *D; /* MAMBA */
-  real *q_proj, *k_proj, *v_proj;                                            /* ATTENTION */
-  real *out_proj;
-  real *mlp_norm, *mlp_norm_bias, *mlp_up, *mlp_out;
+typedef struct {
+  int64_t kind, window;   /* of attention */
+  int64_t added, kept_as; /* slots: of the output that is added before, and of its own; -1: none */
+  real *norm, *norm_bias, *skip_gain, *stream_gain, *embedded_gain, *mixer_gain, *mlp_gain;
+  real *mlp_norm, *mlp_norm_bias, *mlp_up, *mlp_up_bias, *mlp_out, *mlp_out_bias;
+  real *own[OWN];
 } layer;
 
 typedef struct {
   int64_t layers, width, vocabulary, norm_kind, embedding_norm, hidden, activation;
-  int64_t channels, states, taps, rank; /* MAMBA; rank 0: the step size from all channels */
-  int64_t heads, kv_heads, head_width, window, normed_heads, turning; /* ATTENTION */
-  double norm_eps, tiny_eps, cap, rotary_base; /* cap 0: none */
-  real *embedding, *head, *norm, *norm_bias;
+  int64_t slots, mixed;                                       /* skips; the embedding mixed in */
+  int64_t channels, states, taps, rank;                       /* MAMBA; rank 0: from all channels */
+  int64_t heads, kv_heads, head_width, normed_heads, turning; /* ATTENTION */
+  int64_t ssd_heads, ssd_groups, ssd_states;                  /* MAMBA2 */
+  int64_t delta_heads, delta_values;                          /* DELTA; values of a head */
+  double norm_eps, tiny_eps, cap, rotary_base;                /* cap 0: none */
+  real *embedding, *head, *norm, *norm_bias, *head_bias, *embedding_gain;
 } model;
 
-typedef struct { /* of one layer; zeros before the first byte where the inputs are NULL */
-  real *first_in, *second_in;   /* MAMBA: tail (taps - 1, channels), state (channels, states) */
-  real *first_out, *second_out; /* ATTENTION: k, v (kv_heads, stored, head_width); out + length */
-  int64_t stored, k_stride, v_stride; /* strides of a head in first_in and second_in */
+/* What a layer remembers; zeros before the first byte, where the inputs are NULL.
+ * MAMBA and MAMBA2: tail (taps - 1, channels), state; DELTA: three tails, memory.
+ * ATTENTION: k and v (kv_heads, stored, head_width), to which `length` rows are added: with inputs
+ * they are copied first, without they are in the outputs already. */
+typedef struct {
+  real *in[4], *out[4];
+  int64_t stored, in_stride[2], out_stride[2]; /* ATTENTION: rows, and strides of a head */
 } memory;
 
 typedef struct {
   int64_t length, position; /* bytes given, a byte or more, and bytes seen before */
-  real *log_probs;          /* (vocabulary), after the last byte */
+  real *inputs;             /* (length, width) in place of the embedded bytes, or NULL */
+  real *hidden;             /* (length, width), what the head reads, or NULL */
+  real *log_probs;          /* (vocabulary), after the last byte, or NULL */
   real *kept;               /* (layers, kept_size): see transposed */
 } call;
+
+/* scratch of a call: one row each, and what a mixer needs */
+typedef struct {
+  real *normed, *branch, *mixer;
+} work;
+
+#define INNER_EPS 1e-5 /* of the norms inside MAMBA2 and DELTA */
+#define KEY_EPS 1e-6   /* of DELTA, added to the square of a key's length */
 
 INLINE int64_t padded(int64_t n) { return (n + PAD - 1) / PAD * PAD; }
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -159,6 +180,63 @@ static void log_softmax(real *x, int64_t n) {
   for (i = 0; i < n; i++) x[i] = x[i] - top - shift;
 }
 
+/* x += gain * (w y + bias), of which gain and bias may be NULL */
+static void add_branch(const model *m, const real *w, const real *bias, const real *gain,
+                       int64_t columns, const real *y, real *x, real *branch) {
+  if (!bias && !gain) {
+    times(w, m->width, columns, y, x, 1);
+    return;
+  }
+  times(w, m->width, columns, y, branch, 0);
+  for (int64_t i = 0; i < m->width; i++)
+    x[i] += (branch[i] + (bias ? bias[i] : 0)) * (gain ? gain[i] : 1);
+}
+
+static void times_biased(const real *w, const real *bias, int64_t rows, int64_t columns,
+                         const real *x, real *y) {
+  times(w, rows, columns, x, y, 0);
+  for (int64_t i = 0; i < rows && bias; i++) y[i] += bias[i];
+}
+
+/* The next three work on whole vectors: arrays are padded. */
+static void silu(real *x, int64_t n) {
+  for (int64_t i = 0; i < n; i += LANES) store(x + i, load(x + i) * sigmoid(load(x + i)));
+}
+
+static void softplus_of(real *x, const real *bias, int64_t n) {
+  vec slope;
+  for (int64_t i = 0; i < n; i++) x[i] += bias[i];
+  for (int64_t i = 0; i < n; i += LANES) store(x + i, softplus(load(x + i), &slope));
+}
+
+/* exp(-x), for x >= 0 */
+static void decays(real *x, int64_t n) {
+  for (int64_t i = 0; i < n; i += LANES) store(x + i, exp_negative(load(x + i)));
+}
+
+/* Causal depthwise convolution and SiLU of one byte. window (taps, channels): the last inputs, the
+ * newest one to come from x at its end; w (channels, taps). out may be x. */
+static void convolve(const real *w, const real *bias, int64_t taps, int64_t channels, real *window,
+                     const real *x, real *out) {
+  real *newest = window + (taps - 1) * channels;
+  memcpy(newest, x, channels * sizeof(real));
+  for (int64_t c = 0; c < channels; c++) {
+    real sum = bias ? bias[c] : 0;
+    for (int64_t k = 0; k < taps; k++) sum += w[c * taps + k] * window[k * channels + c];
+    out[c] = sum;
+  }
+  silu(out, channels);
+  memmove(window, window + channels, (taps - 1) * channels * sizeof(real));
+}
+
+static void copy_or_zero(real *to, const real *from, int64_t n) {
+  if (!n) return; /* then either may be NULL */
+  if (from)
+    memcpy(to, from, n * sizeof(real));
+  else
+    memset(to, 0, n * sizeof(real));
+}
+
 /* ---------------------------------------------------------------- selective SSM */
 
 /* The parameters with channels in the lanes, (rows, padded channels) each, and what they were made
@@ -192,15 +270,15 @@ void keep(const model *m, const layer *layers, real *kept) {
     const layer *l = layers + i;
     if (l->kind != MAMBA) continue;
     const transposed t = kept_at(m, kept + i * size);
-    states_in(l->A_log, m->states, D, t.rates, P);
+    states_in(l->own[A_LOG], m->states, D, t.rates, P);
     for (int64_t n = 0; n < m->states; n++)
       for (int64_t d = 0; d < D; d++) t.rates[n * P + d] = rate_of(-expf(t.rates[n * P + d]));
-    states_in(l->conv, m->taps, D, t.taps, P);
-    memcpy(t.A_log, l->A_log, D * m->states * sizeof(real));
-    memcpy(t.conv, l->conv, D * m->taps * sizeof(real));
+    states_in(l->own[CONV], m->taps, D, t.taps, P);
+    memcpy(t.A_log, l->own[A_LOG], D * m->states * sizeof(real));
+    memcpy(t.conv, l->own[CONV], D * m->taps * sizeof(real));
     if (!m->rank) continue;
-    states_in(l->dt_proj, m->rank, D, t.step, P);
-    memcpy(t.dt_proj, l->dt_proj, D * m->rank * sizeof(real));
+    states_in(l->own[DT_PROJ], m->rank, D, t.step, P);
+    memcpy(t.dt_proj, l->own[DT_PROJ], D * m->rank * sizeof(real));
   }
 }
 
@@ -210,9 +288,9 @@ static int stale(const model *m, const layer *layers, real *kept) {
     const layer *l = layers + i;
     if (l->kind != MAMBA) continue;
     const transposed t = kept_at(m, kept + i * size);
-    if (memcmp(l->A_log, t.A_log, D * m->states * sizeof(real)) ||
-        memcmp(l->conv, t.conv, D * m->taps * sizeof(real)) ||
-        (m->rank && memcmp(l->dt_proj, t.dt_proj, D * m->rank * sizeof(real))))
+    if (memcmp(l->own[A_LOG], t.A_log, D * m->states * sizeof(real)) ||
+        memcmp(l->own[CONV], t.conv, D * m->taps * sizeof(real)) ||
+        (m->rank && memcmp(l->own[DT_PROJ], t.dt_proj, D * m->rank * sizeof(real))))
       return 1;
   }
   return 0;
@@ -224,27 +302,27 @@ static int64_t mamba_scratch(const model *m) {
          padded(m->rank + 2 * m->states);
 }
 
-/* x[t] += out_proj(...) for every byte; normed: one row of scratch */
+/* every mixer: x[t] += out_proj(...) for every byte */
 static void mamba(const model *m, const layer *l, const transposed t, const memory *s,
-                  int64_t length, real *x, real *normed, real *scratch) {
+                  int64_t length, real *x, work w) {
   const int64_t D = m->channels, N = m->states, P = padded(D), before = m->taps - 1;
-  real *h = scratch;                         /* (states, P) */
+  real *h = w.mixer;                         /* (states, P) */
   real *window = h + N * P;                  /* (taps, P): the last inputs, the newest at the end */
   real *u = window + m->taps * P, *delta = u + P;
   real *conv_bias = delta + P, *dt_bias = conv_bias + P, *skip = dt_bias + P;
   real *both = skip + P;                     /* x and z, with room to read beyond z */
   real *low = both + padded(2 * D) + PAD, *B = low + m->rank, *C = B + N;
-  memset(scratch, 0, mamba_scratch(m) * sizeof(real));
-  if (s->second_in) states_in(s->second_in, N, D, h, P);
-  for (int64_t k = 0; k < before && s->first_in; k++)
-    memcpy(window + k * P, s->first_in + k * D, D * sizeof(real));
-  memcpy(conv_bias, l->conv_bias, D * sizeof(real));
-  memcpy(dt_bias, l->dt_bias, D * sizeof(real));
-  memcpy(skip, l->D, D * sizeof(real));
+  memset(w.mixer, 0, mamba_scratch(m) * sizeof(real));
+  if (s->in[1]) states_in(s->in[1], N, D, h, P);
+  for (int64_t k = 0; k < before && s->in[0]; k++)
+    memcpy(window + k * P, s->in[0] + k * D, D * sizeof(real));
+  if (l->own[CONV_BIAS]) memcpy(conv_bias, l->own[CONV_BIAS], D * sizeof(real));
+  memcpy(dt_bias, l->own[DT_BIAS], D * sizeof(real));
+  memcpy(skip, l->own[SKIP], D * sizeof(real));
 
   for (int64_t i = 0; i < length; i++, x += m->width) {
-    normalise(m, x, l->norm, l->norm_bias, normed);
-    times(l->in_proj, 2 * D, m->width, normed, both, 0);
+    normalise(m, x, l->norm, l->norm_bias, w.normed);
+    times(l->own[IN_PROJ], 2 * D, m->width, w.normed, both, 0);
     const real *z = both + D;
     memcpy(window + before * P, both, D * sizeof(real));
     for (int64_t d = 0; d < P; d += LANES) {
@@ -253,8 +331,8 @@ static void mamba(const model *m, const layer *l, const transposed t, const memo
       store(u + d, sum * sigmoid(sum));
     }
     memmove(window, window + P, before * P * sizeof(real));
-    times(l->x_proj, m->rank + 2 * N, D, u, low, 0);
-    if (!m->rank) times(l->dt_proj, D, D, u, delta, 0);
+    times(l->own[X_PROJ], m->rank + 2 * N, D, u, low, 0);
+    if (!m->rank) times(l->own[DT_PROJ], D, D, u, delta, 0);
     for (int64_t d = 0; d < P; d += WIDTH) {
       vec dt[2], input[2], sum[2], slope;
       UNROLL2 for (int v = 0; v < 2; v++) {
@@ -281,11 +359,144 @@ static void mamba(const model *m, const layer *l, const transposed t, const memo
         store(u + d + v * LANES, sum[v] * (gate * sigmoid(gate)));
       }
     }
-    times(l->out_proj, m->width, D, u, x, 1);
+    add_branch(m, l->own[OUT_PROJ], NULL, l->mixer_gain, D, u, x, w.branch);
   }
   for (int64_t k = 0; k < before; k++)
-    memcpy(s->first_out + k * D, window + k * P, D * sizeof(real));
-  states_out(h, P, D, s->second_out, N);
+    memcpy(s->out[0] + k * D, window + k * P, D * sizeof(real));
+  states_out(h, P, D, s->out[1], N);
+}
+
+/* ---------------------------------------------------------------- SSD */
+
+static int64_t mamba2_scratch(const model *m) {
+  const int64_t conv = m->channels + 2 * m->ssd_groups * m->ssd_states;
+  return padded(m->taps * conv) + 2 * padded(conv) + 3 * padded(m->channels) +
+         2 * padded(m->ssd_heads) + PAD;
+}
+
+/* h = a h + b B, and h . C */
+INLINE real step_row(real *h, real a, real b, const real *B, const real *C, int64_t n) {
+  vec sum = splat(0);
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const vec next = load(h + i) * a + load(B + i) * b;
+    store(h + i, next);
+    sum += next * load(C + i);
+  }
+  real total = sum_lanes(sum);
+  for (; i < n; i++) total += (h[i] = h[i] * a + B[i] * b) * C[i];
+  return total;
+}
+
+static void mamba2(const model *m, const layer *l, const memory *s, int64_t length, real *x,
+                   work w) {
+  const int64_t D = m->channels, H = m->ssd_heads, G = m->ssd_groups, N = m->ssd_states;
+  const int64_t conv = D + 2 * G * N, P = D / H, before = m->taps - 1;
+  real *window = w.mixer, *u = window + padded(m->taps * conv), *all = u + padded(conv);
+  real *y = all + padded(D + conv + H), *dt = y + padded(D), *decay = dt + padded(H);
+  real *h = s->out[1];
+  copy_or_zero(window, s->in[0], before * conv);
+  copy_or_zero(h, s->in[1], D * N);
+  for (int64_t i = 0; i < length; i++, x += m->width) {
+    normalise(m, x, l->norm, l->norm_bias, w.normed);
+    times(l->own[S_IN], D + conv + H, m->width, w.normed, all, 0); /* z; x, B, C; dt */
+    convolve(l->own[S_CONV], l->own[S_CONV_BIAS], m->taps, conv, window, all + D, u);
+    memcpy(dt, all + D + conv, H * sizeof(real));
+    softplus_of(dt, l->own[S_DT_BIAS], H);
+    for (int64_t j = 0; j < H; j++) decay[j] = dt[j] * expf(l->own[S_A_LOG][j]);
+    decays(decay, H);
+    for (int64_t c = 0; c < D; c++) {
+      const int64_t j = c / P, g = j / (H / G);
+      y[c] = step_row(h + c * N, decay[j], dt[j] * u[c], u + D + g * N, u + D + (G + g) * N, N) +
+             l->own[S_SKIP][j] * u[c];
+    }
+    silu(all, D);
+    for (int64_t c = 0; c < D; c++) y[c] *= all[c];
+    for (int64_t g = 0, size = D / G; g < G; g++)
+      rms(y + g * size, size, l->own[S_NORM] + g * size, INNER_EPS, y + g * size);
+    add_branch(m, l->own[S_OUT], NULL, l->mixer_gain, D, y, x, w.branch);
+  }
+  copy_or_zero(s->out[0], window, before * conv);
+}
+
+/* ---------------------------------------------------------------- gated delta rule */
+
+static int64_t delta_scratch(const model *m) {
+  const int64_t values = m->delta_heads * m->delta_values;
+  return (m->taps + 1) * (2 * padded(m->width) + padded(values)) + 2 * padded(m->width) +
+         3 * padded(values) + padded(m->delta_heads) + 2 * padded(m->delta_values) + 2 * PAD;
+}
+
+/* S = diag(decay) S, S += beta k (v - S^T k)^T, o = S^T q; S (keys, values), decay[k * each] */
+static void delta_rule(real *S, const real *q, const real *k, const real *v, const real *decay,
+                       int64_t each, real beta, int64_t keys, int64_t values, real *missing,
+                       real *o) {
+  memcpy(missing, v, values * sizeof(real));
+  memset(o, 0, values * sizeof(real));
+  for (int64_t i = 0; i < keys; i++) {
+    const real a = decay[i * each], key = k[i];
+    real *row = S + i * values;
+    for (int64_t j = 0; j < values; j++) missing[j] -= key * (row[j] *= a);
+  }
+  for (int64_t i = 0; i < keys; i++) {
+    const real key = beta * k[i], query = q[i];
+    real *row = S + i * values;
+    for (int64_t j = 0; j < values; j++) o[j] += query * (row[j] += key * missing[j]);
+  }
+}
+
+static void delta(const model *m, const layer *l, const memory *s, int64_t length, real *x,
+                  work w) {
+  const int64_t H = m->delta_heads, V = m->delta_values, keys = m->width, values = H * V;
+  const int64_t K = keys / H, before = m->taps - 1, by_channel = l->own[D_DECAY_UP] != NULL;
+  const int64_t widths[3] = {keys, keys, values}, gates = by_channel ? keys : H;
+  real *at = w.mixer, *window[3], *qkv[3], *S = s->out[3];
+  for (int p = 0; p < 3; p++) {
+    window[p] = at, qkv[p] = at + m->taps * padded(widths[p]);
+    at += (m->taps + 1) * padded(widths[p]);
+    copy_or_zero(window[p], s->in[p], before * widths[p]);
+  }
+  real *decay = at, *gate = decay + padded(keys) + PAD, *o = gate + padded(values);
+  real *missing = o + padded(values), *beta = missing + padded(V), *low = beta + padded(H);
+  copy_or_zero(S, s->in[3], keys * V);
+  for (int64_t i = 0; i < length; i++, x += m->width) {
+    normalise(m, x, l->norm, l->norm_bias, w.normed);
+    for (int p = 0; p < 3; p++) {
+      times(l->own[D_QKV + p], widths[p], m->width, w.normed, qkv[p], 0);
+      convolve(l->own[D_CONV + p], NULL, m->taps, widths[p], window[p], qkv[p], qkv[p]);
+    }
+    for (int64_t h = 0; h < H; h++) { /* |q| = 1 / sqrt(K), |k| = 1 */
+      rms(qkv[0] + h * K, K, NULL, KEY_EPS / K, qkv[0] + h * K);
+      rms(qkv[1] + h * K, K, NULL, KEY_EPS / K, qkv[1] + h * K);
+      for (int64_t c = h * K; c < (h + 1) * K; c++)
+        qkv[0][c] /= K, qkv[1][c] *= (real)(1 / sqrt((double)K));
+    }
+    times(l->own[D_BETA], H, m->width, w.normed, beta, 0);
+    for (int64_t h = 0; h < H; h += LANES) store(beta + h, sigmoid(load(beta + h)));
+    if (by_channel) { /* both gates by way of as many channels as a head has values */
+      times(l->own[D_DECAY], V, m->width, w.normed, low, 0);
+      times(l->own[D_DECAY_UP], keys, V, low, decay, 0);
+      times(l->own[D_GATE], V, m->width, w.normed, low, 0);
+      times_biased(l->own[D_GATE_UP], l->own[D_GATE_BIAS], values, V, low, gate);
+      for (int64_t c = 0; c < values; c += LANES) store(gate + c, sigmoid(load(gate + c)));
+    } else {
+      times(l->own[D_DECAY], H, m->width, w.normed, decay, 0);
+      times(l->own[D_GATE], values, m->width, w.normed, gate, 0);
+      silu(gate, values);
+    }
+    softplus_of(decay, l->own[D_DT_BIAS], gates);
+    for (int64_t c = 0; c < gates; c++) decay[c] *= expf(l->own[D_A_LOG][c * H / gates]);
+    decays(decay, gates);
+    for (int64_t h = 0; h < H; h++) {
+      delta_rule(S + h * K * V, qkv[0] + h * K, qkv[1] + h * K, qkv[2] + h * V,
+                 decay + h * gates / H, by_channel, beta[h], K, V, missing, o + h * V);
+      rms(o + h * V, V, l->own[D_NORM], INNER_EPS, o + h * V);
+    }
+    for (int64_t c = 0; c < values; c++) o[c] *= gate[c];
+    add_branch(m, l->own[D_OUT], NULL, l->mixer_gain, values, o, x, w.branch);
+  }
+  for (int p = 0; p < 3; p++)
+    copy_or_zero(s->out[p], window[p], before * widths[p]);
 }
 
 /* ---------------------------------------------------------------- attention */
@@ -319,54 +530,53 @@ static int64_t attention_scratch(const model *m, int64_t most) {
 }
 
 static void attention(const model *m, const layer *l, const memory *s, int64_t length,
-                      const real *table, real *x, real *normed, real *scratch) {
-  const int64_t w = m->head_width, kv = m->kv_heads * w, rows = s->stored + length;
-  real *q = scratch, *y = q + padded(m->width), *k = y + padded(m->width);
-  real *v = k + padded(kv), *weight = v + padded(kv);
-  for (int64_t h = 0; h < m->kv_heads && s->stored; h++) {
-    memcpy(s->first_out + h * rows * w, s->first_in + h * s->k_stride,
-           s->stored * w * sizeof(real));
-    memcpy(s->second_out + h * rows * w, s->second_in + h * s->v_stride,
-           s->stored * w * sizeof(real));
-  }
-  for (int64_t i = 0; i < length; i++, x += m->width, table += w) {
-    const int64_t last = s->stored + i, first = larger(0, last - (m->window - 1));
+                      const real *table, real *x, work w) {
+  const int64_t d = m->head_width, kv = m->kv_heads * d;
+  real *q = w.mixer, *y = q + padded(m->width), *row[2] = {y + padded(m->width), NULL};
+  real *weight = row[0] + 2 * padded(kv);
+  row[1] = row[0] + padded(kv);
+  for (int64_t h = 0; h < m->kv_heads; h++)
+    for (int p = 0; p < 2 && s->in[0] && s->stored; p++)
+      memcpy(s->out[p] + h * s->out_stride[p], s->in[p] + h * s->in_stride[p],
+             s->stored * d * sizeof(real));
+  for (int64_t i = 0; i < length; i++, x += m->width, table += d) {
+    const int64_t last = s->stored + i, first = larger(0, last - (l->window - 1));
     const int64_t seen = last - first + 1;
-    normalise(m, x, l->norm, l->norm_bias, normed);
-    times(l->q_proj, m->width, m->width, normed, q, 0);
-    times(l->k_proj, kv, m->width, normed, k, 0);
-    times(l->v_proj, kv, m->width, normed, v, 0);
+    normalise(m, x, l->norm, l->norm_bias, w.normed);
+    times_biased(l->own[Q_PROJ], l->own[Q_BIAS], m->width, m->width, w.normed, q);
+    times_biased(l->own[K_PROJ], l->own[K_BIAS], kv, m->width, w.normed, row[0]);
+    times_biased(l->own[V_PROJ], l->own[V_BIAS], kv, m->width, w.normed, row[1]);
     turn(m, table, q, m->heads);
-    turn(m, table, k, m->kv_heads);
-    for (int64_t h = 0; h < m->kv_heads; h++) {
-      memcpy(s->first_out + (h * rows + last) * w, k + h * w, w * sizeof(real));
-      memcpy(s->second_out + (h * rows + last) * w, v + h * w, w * sizeof(real));
-    }
+    turn(m, table, row[0], m->kv_heads);
+    for (int64_t h = 0; h < m->kv_heads; h++)
+      for (int p = 0; p < 2; p++)
+        memcpy(s->out[p] + h * s->out_stride[p] + last * d, row[p] + h * d, d * sizeof(real));
     memset(y, 0, m->width * sizeof(real));
     for (int64_t h = 0; h < m->heads; h++) {
-      const int64_t start = (h / (m->heads / m->kv_heads) * rows + first) * w;
-      real *out = y + h * w;
-      times(s->first_out + start, seen, w, q + h * w, weight, 0);
-      const real factor = (real)(1 / sqrt((double)w));
+      const int64_t head = h / (m->heads / m->kv_heads);
+      real *out = y + h * d;
+      times(s->out[0] + head * s->out_stride[0] + first * d, seen, d, q + h * d, weight, 0);
+      const real factor = (real)(1 / sqrt((double)d)) *
+                          (l->own[Q_GAIN] ? l->own[Q_GAIN][h] : 1);
       for (int64_t j = 0; j < seen; j++) weight[j] *= factor;
       log_softmax(weight, seen);
       for (int64_t j = 0; j < seen; j += LANES)
         store(weight + j, exp_negative(-load(weight + j)));
-      const real *value = s->second_out + start;
+      const real *value = s->out[1] + head * s->out_stride[1] + first * d;
       for (int64_t j = 0; j < seen; j++)
-        for (int64_t c = 0; c < w; c++) out[c] += weight[j] * value[j * w + c];
+        for (int64_t c = 0; c < d; c++) out[c] += weight[j] * value[j * d + c];
     }
-    times(l->out_proj, m->width, m->width, y, x, 1);
+    add_branch(m, l->own[O_PROJ], l->own[O_BIAS], l->mixer_gain, m->width, y, x, w.branch);
   }
 }
 
 /* ---------------------------------------------------------------- the rest of a block */
 
-static void mlp(const model *m, const layer *l, int64_t length, real *x, real *normed,
-                real *hidden) {
+static void mlp(const model *m, const layer *l, int64_t length, real *x, work w) {
+  real *hidden = w.mixer;
   for (int64_t i = 0; i < length; i++, x += m->width) {
-    normalise(m, x, l->mlp_norm, l->mlp_norm_bias, normed);
-    times(l->mlp_up, m->hidden, m->width, normed, hidden, 0);
+    normalise(m, x, l->mlp_norm, l->mlp_norm_bias, w.normed);
+    times_biased(l->mlp_up, l->mlp_up_bias, m->hidden, m->width, w.normed, hidden);
     for (int64_t j = 0; j < m->hidden; j += LANES) {
       vec v = load(hidden + j), gelu = v;
       if (m->activation == RELU2)
@@ -380,52 +590,75 @@ static void mlp(const model *m, const layer *l, int64_t length, real *x, real *n
       }
       store(hidden + j, v);
     }
-    times(l->mlp_out, m->width, m->hidden, hidden, x, 1);
+    add_branch(m, l->mlp_out, l->mlp_out_bias, l->mlp_gain, m->hidden, hidden, x, w.branch);
   }
 }
 
 static int64_t scratch_size(const model *m, const layer *layers, const memory *s,
                             const call *c) {
   int64_t size = padded(m->hidden);
-  for (int64_t i = 0; i < m->layers; i++)
-    size = larger(size, layers[i].kind == MAMBA
-                            ? mamba_scratch(m)
-                            : attention_scratch(m, s[i].stored + c->length));
+  for (int64_t i = 0; i < m->layers; i++) {
+    const int64_t kind = layers[i].kind;
+    size = larger(size, kind == MAMBA    ? mamba_scratch(m)
+                        : kind == MAMBA2 ? mamba2_scratch(m)
+                        : kind == DELTA  ? delta_scratch(m)
+                                         : attention_scratch(m, s[i].stored + c->length));
+  }
   return size;
+}
+
+/* x, n values of all bytes, before a layer: with an earlier output, then the embedded bytes */
+static void mix_in(const model *m, const layer *l, int64_t n, const real *slots,
+                   const real *embedded, real *x) {
+  for (int64_t i = 0; i < n && l->added >= 0; i++)
+    x[i] += l->skip_gain[i % m->width] * slots[l->added * padded(n) + i];
+  for (int64_t i = 0; i < n && m->mixed; i++)
+    x[i] = l->stream_gain[i % m->width] * x[i] + l->embedded_gain[i % m->width] * embedded[i];
 }
 
 /* 0, 1 when memory ran out, or 2 when `kept` must be made anew; only 0 has written anything */
 int advance(const model *m, const layer *layers, const memory *states, const call *c,
             const unsigned char *bytes) {
   if (stale(m, layers, c->kept)) return 2;
-  const int64_t rows = padded(c->length * m->width), table_size = padded(c->length * m->head_width);
-  real *x = take((rows + padded(m->width) + table_size + scratch_size(m, layers, states, c)) *
+  const int64_t n = c->length * m->width, rows = padded(n), row = padded(m->width);
+  const int64_t table_size = padded(c->length * m->head_width);
+  const int64_t copies = m->slots + m->mixed;
+  real *x = take(((1 + copies) * rows + 2 * row + table_size + scratch_size(m, layers, states, c)) *
                  (int64_t)sizeof(real));
   if (!x) return 1;
-  real *normed = x + rows, *table = normed + padded(m->width), *scratch = table + table_size;
+  real *slots = x + rows, *embedded = slots + m->slots * rows, *table = x + (1 + copies) * rows;
+  const work w = {table + table_size, table + table_size + row, table + table_size + 2 * row};
   const fp_mode old = flush_denormals();
   for (int64_t i = 0; i < c->length; i++) {
-    const real *from = m->embedding + bytes[i] * m->width;
+    const real *from = c->inputs ? c->inputs + i * m->width : m->embedding + bytes[i] * m->width;
     if (m->embedding_norm)
-      rms(from, m->width, NULL, m->tiny_eps, x + i * m->width);
+      rms(from, m->width, m->embedding_gain, m->tiny_eps, x + i * m->width);
     else
       memcpy(x + i * m->width, from, m->width * sizeof(real));
   }
+  if (m->mixed) memcpy(embedded, x, n * sizeof(real));
   if (m->heads) rotary(m, c->position, c->length, table);
-  for (int64_t n = 0; n < m->layers; n++) {
-    const layer *l = layers + n;
+  for (int64_t j = 0; j < m->layers; j++) {
+    const layer *l = layers + j;
+    mix_in(m, l, n, slots, embedded, x);
     if (l->kind == MAMBA)
-      mamba(m, l, kept_at(m, c->kept + n * kept_size(m)), states + n, c->length, x, normed, scratch);
+      mamba(m, l, kept_at(m, c->kept + j * kept_size(m)), states + j, c->length, x, w);
+    else if (l->kind == ATTENTION)
+      attention(m, l, states + j, c->length, table, x, w);
     else
-      attention(m, l, states + n, c->length, table, x, normed, scratch);
-    if (m->hidden) mlp(m, l, c->length, x, normed, scratch);
+      (l->kind == MAMBA2 ? mamba2 : delta)(m, l, states + j, c->length, x, w);
+    if (m->hidden) mlp(m, l, c->length, x, w);
+    if (l->kept_as >= 0) memcpy(slots + l->kept_as * rows, x, n * sizeof(real));
   }
-  normalise(m, x + (c->length - 1) * m->width, m->norm, m->norm_bias, normed);
-  times(m->head, m->vocabulary, m->width, normed, c->log_probs, 0);
-  if (m->cap > 0)
-    for (int64_t i = 0; i < m->vocabulary; i++)
+  for (int64_t i = 0; i < c->length && c->hidden; i++)
+    normalise(m, x + i * m->width, m->norm, m->norm_bias, c->hidden + i * m->width);
+  if (c->log_probs) {
+    normalise(m, x + n - m->width, m->norm, m->norm_bias, w.normed);
+    times_biased(m->head, m->head_bias, m->vocabulary, m->width, w.normed, c->log_probs);
+    for (int64_t i = 0; i < m->vocabulary && m->cap > 0; i++)
       c->log_probs[i] = (real)m->cap * tanhf(c->log_probs[i] / (real)m->cap);
-  log_softmax(c->log_probs, m->vocabulary);
+    log_softmax(c->log_probs, m->vocabulary);
+  }
   restore_mode(old);
   free(x);
   return 0;

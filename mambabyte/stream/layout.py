@@ -1,0 +1,87 @@
+"""What the C structs of ``ops/stream/model.c`` hold: numbers and parameters, in their order."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from mambabyte.config import ModelConfig
+from mambabyte.model import ByteLM
+from mambabyte.model.attention import AttentionMixer, AttentionState, LocalAttentionMixer
+from mambabyte.model.delta import DeltaState, GatedDeltaNetMixer, KimiDeltaMixer
+from mambabyte.model.mamba import MambaMixer, MambaState
+from mambabyte.model.mamba2 import Mamba2Mixer, Mamba2State
+from mambabyte.model.mixer import Mixer
+
+_ACTIVATIONS = {"relu2": 0, "gelu": 1, "silu": 2}
+# Parameters in the order of the C structs: of the model, of a block, and of each kind of mixer.
+MODEL = ("embedding.weight", "head.weight", "norm_f.weight", "norm_f.bias", "head.bias",
+          "norm_embedding.weight")  # fmt: skip
+BLOCK = ("norm.weight", "norm.bias", "skip_gain", "stream_gain", "embedded_gain", "mixer_gain",
+          "mlp_gain", "mlp_norm.weight", "mlp_norm.bias", "mlp.up_proj.weight", "mlp.up_proj.bias",
+          "mlp.out_proj.weight", "mlp.out_proj.bias")  # fmt: skip
+_MAMBA = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight",
+          "dt_proj.bias", "A_log", "D", "out_proj.weight")  # fmt: skip
+_ATTENTION = (*(f"{name}_proj.{what}" for what in ("weight", "bias")
+                for name in ("q", "k", "v", "out")), "q_gain")  # fmt: skip
+_MAMBA2 = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D",
+           "norm.weight", "out_proj.weight")  # fmt: skip
+_DELTA = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "q_conv1d.weight", "k_conv1d.weight",
+          "v_conv1d.weight", "b_proj.weight", "A_log", "dt_bias", "o_norm.weight", "o_proj.weight",
+          )  # fmt: skip
+_DELTA_GATES = (*_DELTA, "a_proj.weight", "", "g_proj.weight")
+_KIMI_GATES = (*_DELTA, "f_proj.0.weight", "f_proj.1.weight", "g_proj.0.weight", "g_proj.1.weight",
+               "g_proj.1.bias")  # fmt: skip
+OWN = 16  # pointers that a mixer may have
+pack_model = struct.Struct("23q4d6q").pack
+pack_layer = struct.Struct(f"4q{len(BLOCK) + OWN}q").pack
+
+
+class Kind(NamedTuple):
+    """What the C code has for one kind of mixer."""
+
+    tag: int  # in the C struct ``layer``
+    state: type  # of its states
+    names: tuple[str, ...]  # its parameters, where that struct has pointers
+
+
+KINDS: dict[type[Mixer], Kind] = {
+    MambaMixer: Kind(0, MambaState, _MAMBA),
+    AttentionMixer: Kind(1, AttentionState, _ATTENTION),
+    LocalAttentionMixer: Kind(1, AttentionState, _ATTENTION),
+    Mamba2Mixer: Kind(2, Mamba2State, _MAMBA2),
+    GatedDeltaNetMixer: Kind(3, DeltaState, _DELTA_GATES),
+    KimiDeltaMixer: Kind(3, DeltaState, _KIMI_GATES),
+}
+
+
+def parameter_names(config: ModelConfig, kinds: Sequence[Kind]) -> list[str]:
+    """Where the C structs ``model`` and ``layer`` have pointers; "" where a layer has nothing."""
+    tied = {"head.weight": "embedding.weight", "head.bias": ""} if config.tied_head else {}
+    names = [tied.get(name, name) for name in MODEL]
+    for i, kind in enumerate(kinds):
+        mixer = [name and f"mixer.{name}" for name in kind.names]
+        each = [*BLOCK, *mixer, *[""] * (OWN - len(mixer))]
+        names += [name and f"layers.{i}.{name}" for name in each]
+    return names
+
+
+def model_numbers(model: ByteLM) -> tuple[float, ...]:
+    """The numbers of the C struct ``model``."""
+    c = model.config
+    tiny = torch.finfo(torch.float32).eps
+    eps = model.norm_f.eps if isinstance(model.norm_f.eps, float) else tiny
+    delta_heads = c.d_model // c.delta_head_dim
+    return (
+        c.n_layer, c.d_model, c.vocab_size, c.norm != "layer", c.embed_norm, c.mlp_hidden,
+        _ACTIVATIONS[c.mlp_activation], sum(s is not None for s in c.skips), c.residual_mix,
+        c.d_inner, c.d_state, c.d_conv, 0 if c.dt_rank == "full" else c.dt_rank_value,
+        c.n_head if any(issubclass(kind, AttentionMixer) for kind in model.kinds.values()) else 0,
+        c.n_kv_head, c.head_dim, c.qk_norm, max(1, round(c.head_dim // 2 * c.rope_fraction)),
+        c.d_inner // c.ssd_head_dim, c.ssd_groups, c.ssd_d_state,
+        delta_heads, c.delta_head_dim * c.delta_expand_v,
+        eps, tiny, c.logit_softcap, c.rope_base,
+    )  # fmt: skip

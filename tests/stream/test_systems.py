@@ -1,0 +1,101 @@
+"""Guided and mixed systems stream through the engine of their network, with look-ups in C."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mambabyte.config import ModelConfig
+from mambabyte.model import ByteLM
+from mambabyte.model.mamba import MambaMixer
+from mambabyte.stream import ByteModel, ByteStream, advance_of
+from mambabyte.stream import cpu as native_model
+from mambabyte.task import ngram_native
+from mambabyte.task.guide import Guide, GuidedLM
+from mambabyte.task.mixture import Mixture, NgramLM
+from mambabyte.task.ngram import count
+
+TEXT = "a naïve café, a café, a cave; a naïve café … ".encode() * 3
+SMALL = ModelConfig(d_model=24, n_layer=2, layer_pattern="MA", n_head=4, n_kv_head=2,
+                    attention_window=9, embed_std=0.5, mlp_ratio=1.0)  # fmt: skip
+
+
+def _system(name: str) -> ByteModel:
+    torch.manual_seed(0)
+    ngram = count(TEXT, 5, 0.7)
+    if name == "ngram":
+        return NgramLM(ngram)
+    if name == "mixture":
+        return Mixture(ByteLM(SMALL), ngram, 0.3).eval()
+    guide = Guide(ngram)
+    model = GuidedLM(SMALL, guide.n_kinds)
+    model.guide = guide
+    with torch.no_grad():
+        model.gate.weight.normal_()
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["ngram", "mixture", "guided"])
+def test_streams_as_it_scores_in_parallel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _system(name)
+    calls: list[int] = []
+    run = native_model.NativeModel._run
+    monkeypatch.setattr(native_model.NativeModel, "_run",
+                        lambda self, length, *rest, **more: calls.append(length) or run(
+                            self, length, *rest, **more))
+    with torch.inference_mode():
+        wanted = torch.log_softmax(model(torch.tensor([list(TEXT)]))[0][0].float(), -1)
+        _, state = model(torch.tensor([list(TEXT[:20])]))
+    advance, rows = advance_of(model), []
+    for byte in TEXT[20:]:  # from a state of the parallel model on
+        row, state = advance(bytes([byte]), state)
+        rows.append(row)
+    torch.testing.assert_close(torch.stack(rows), wanted[20:], rtol=1e-4, atol=1e-4)
+    if name != "ngram" and native_model._library() is not None:
+        assert calls == [1] * len(rows)
+    last, _ = advance(TEXT[20:], model(torch.tensor([list(TEXT[:20])]))[1])  # and in one piece
+    torch.testing.assert_close(last, wanted[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_branch_of_a_guided_stream_does_not_change_the_other() -> None:
+    stream = ByteStream(_system("guided"))
+    stream.feed(b"a na")
+    fork = stream.fork()
+    alone = ByteStream(_system("guided"))
+    alone.feed(b"a na")
+    for here, there in zip(b"xyz" * 9, "ïve café a".encode() * 9, strict=False):
+        fork.feed(bytes([here]))
+        stream.feed(bytes([there]))
+        alone.feed(bytes([there]))
+        assert torch.equal(stream.log_probs, alone.log_probs)
+
+
+def test_a_layer_that_no_engine_has_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Own(MambaMixer):
+        pass
+
+    model = ByteLM(replace(SMALL, layer_pattern="M"), {"M": Own}).eval()
+    native_model.say_foreign.cache_clear()
+    for _ in range(2):
+        ByteStream(model)
+    assert [r.getMessage() for r in caplog.records] == [
+        "note: Own runs through torch, byte after byte: no engine has that layer"]
+
+
+@pytest.mark.skipif(ngram_native.library() is None, reason="no C compiler")
+def test_looking_up_in_c_equals_torch() -> None:
+    ngram = count(TEXT + bytes(range(256)), 6, 0.6)
+    guide = Guide(ngram)
+    contexts = torch.cat([ngram.contexts(TEXT), torch.randint(256, (200, 5))])
+    found = guide.hint(contexts)
+    alone = ngram.log_probs_after(contexts)
+    for model in (ngram, guide):
+        model.__dict__["_tables"] = None
+    exact = guide.hint(contexts)
+    torch.testing.assert_close(found.log_p, exact.log_p, rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone, ngram.log_probs_after(contexts), rtol=0, atol=1e-5)
+    assert torch.equal(found.best, exact.best)
+    assert torch.equal(found.kind, exact.kind)
+    assert len(found.kind.unique()) > 5
