@@ -69,9 +69,10 @@ class Guide:
         return other
 
     @functools.cached_property
-    def _tables(self) -> ngram_native.Tables | None:
-        return self.ngram.tables([(keep, symbol) for keep, (symbol, _) in
-                                  zip(self._keep, self._best, strict=True)])
+    def _native(self) -> ngram_native.Tables | None:
+        return ngram_native.tables(
+            [(*vars(level).values(), keep, symbol) for level, keep, (symbol, _) in
+             zip(self.ngram.levels, self._keep, self._best, strict=True)], self.ngram.discount)
 
     @property
     def width(self) -> int:
@@ -90,8 +91,8 @@ class Guide:
 
     def hint(self, contexts: Tensor) -> Hint:
         """Hints after contexts (n, width), the newest byte last; log_p in float32."""
-        if self._tables is not None:
-            return Hint(*self._tables.look_up(contexts.to(self.ngram.device)))
+        if self._native is not None:
+            return Hint(*self._native.look_up(contexts.to(self.ngram.device)))
         contexts = contexts.to(self.ngram.device, torch.int64)
         log_p = self.ngram.probabilities(contexts, keep=self._keep).log().float()
         return Hint(log_p, *self._longest(self.ngram.find(contexts)))

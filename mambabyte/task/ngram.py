@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,17 +86,8 @@ class NgramModel:
         return sum(level.n_bytes for level in self.levels)
 
     @functools.cached_property
-    def _tables(self) -> ngram_native.Tables | None:
-        return self.tables([()] * self.order)
-
-    def tables(self, more: Sequence[Sequence[Tensor | None]]) -> ngram_native.Tables | None:
-        """The levels, each with ``more``, for looking up in C; None where they are not on the CPU,
-        or there is no C compiler."""
-        if self.device.type != "cpu" or ngram_native.library() is None:
-            return None
-        return ngram_native.Tables(
-            [(*vars(level).values(), *rest) for level, rest in zip(self.levels, more, strict=True)],
-            self.discount)
+    def _native(self) -> ngram_native.Tables | None:
+        return ngram_native.tables([vars(level).values() for level in self.levels], self.discount)
 
     def to(self, device: torch.device | str) -> NgramModel:
         levels = [Level(**{k: t.to(device) for k, t in vars(lv).items()}) for lv in self.levels]
@@ -153,7 +144,7 @@ class NgramModel:
 
     def log_probs_after(self, contexts: Tensor) -> Tensor:
         """Log-probabilities (B, V) float32 after ``contexts`` (B, order - 1), newest byte last."""
-        if (tables := self._tables) is not None:
+        if (tables := self._native) is not None:
             return tables.look_up(contexts.to(self.device))[0]
         return torch.cat([self.probabilities(c).log().float() for c in contexts.split(_ROWS)])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -64,15 +64,22 @@ def shorten(
     return starts, totals, symbols[:made].clone(), counts[:made].clone()
 
 
-class Tables:
-    """Levels (key, start, total, symbol, count, and maybe keep and best) for looking up; all on the
-    CPU, of the types that ``ngram.Level`` has."""
+def tables(levels: Sequence[Iterable[Tensor]], discount: float) -> Tables | None:
+    """What looks up in these levels; None where they are not on the CPU, or without a compiler."""
+    found = [list(level) for level in levels]
+    on_cpu = all(t.device.type == "cpu" for t in found[0])
+    return Tables(found, discount) if on_cpu and library() is not None else None
 
-    def __init__(self, levels: Sequence[Sequence[Tensor | None]], discount: float) -> None:
-        self._held = [[None if t is None else t.contiguous() for t in level] for level in levels]
+
+class Tables:
+    """Levels (key, start, total, symbol and count as ``ngram.Level`` has them, and maybe keep and
+    best as ``guide.Guide`` does) for looking up, on the CPU."""
+
+    def __init__(self, levels: Sequence[Iterable[Tensor]], discount: float) -> None:
+        self._held = [[t.contiguous() for t in level] for level in levels]
         self._levels = b"".join(
-            struct.pack("8q", len(level[0]), *(0 if t is None else t.data_ptr() for t in level),
-                        *[0] * (7 - len(level)))  # type: ignore[arg-type]
+            struct.pack("8q", len(level[0]), *[t.data_ptr() for t in level],
+                        *[0] * (7 - len(level)))
             for level in self._held)
         self._discount = discount
 

@@ -92,7 +92,7 @@ def test_looking_up_in_c_equals_torch() -> None:
     found = guide.hint(contexts)
     alone = ngram.log_probs_after(contexts)
     for model in (ngram, guide):
-        model.__dict__["_tables"] = None
+        model.__dict__["_native"] = None
     exact = guide.hint(contexts)
     torch.testing.assert_close(found.log_p, exact.log_p, rtol=0, atol=1e-5)
     torch.testing.assert_close(alone, ngram.log_probs_after(contexts), rtol=0, atol=1e-5)
