@@ -52,8 +52,8 @@ def learn_task(p: Parameters, cell: Cell, device: str) -> dict[str, Any]:
     torch.manual_seed(cell.seed)
     model = ByteLM(config).to(device)
     recipe = TrainConfig(lr=cell.rate, n_steps=cell.budget, weight_decay=0.0, seed=cell.seed,
-                         context=config.attention_window, batch_size=p.task_batch)
-    prepare(model, recipe, compiled=False)
+                         context=config.attention_window, batch_size=p.task_batch, step="graph")
+    prepare(model, recipe)
     step = CapturedStep(
         model, partial(_loss, model, task.asked), make_optimizer(model, recipe, on_device=True),
         lambda starts: task.batch(p.task_batch, starts.device),
