@@ -31,8 +31,10 @@ from mambabyte.config.files import (
     write_json,
     write_manifest,
 )
+from mambabyte.config.public import is_public
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM, distributed
+from mambabyte.model.pretrained import INDEX, WEIGHTS
 
 _LOG = logging.getLogger(__name__)
 _OTHER = ("the file is missing, truncated or damaged; use another checkpoint, or delete this one "
@@ -53,12 +55,15 @@ class Stateful(Protocol):
 
 
 def load_model(path: Path | str, device: str = "cpu") -> ByteLM:
-    """The model of a checkpoint folder, or of the newest checkpoint in a run folder.
+    """The model of a checkpoint folder, or of the newest checkpoint in a run folder; or of a public
+    one of Mamba or Mamba-2 (``ByteLM.from_pretrained``).
 
     Raises UserError when there is none, when it is truncated, or when its tensors do not have
     the shapes its configuration says.
     """
     folder = find_checkpoint(Path(path))
+    if is_public(_load_object(folder / "config.json")):
+        return ByteLM.from_pretrained(folder, device)
     model = ByteLM(load_config(folder)).to(device)
     load_weights(model, folder)
     _verify(folder, "config.json", "model.safetensors")
@@ -67,7 +72,7 @@ def load_model(path: Path | str, device: str = "cpu") -> ByteLM:
 
 def find_checkpoint(path: Path) -> Path:
     """``path`` itself if it is a checkpoint, else the newest one in its checkpoints folder."""
-    if (path / "model.safetensors").is_file():
+    if (path / WEIGHTS).is_file() or (path / INDEX).is_file():
         return path
     found = saved(path)
     if not found:

@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": ("analysis.cli.models.evaluate", "bits per byte and accuracy of a checkpoint"),
     "generate": ("analysis.cli.models.generate", "stream text from a checkpoint"),
     "runs": ("analysis.cli.models.runs", "list, show, compare and plot training runs"),
+    "convert": ("analysis.cli.models.convert", "weights from and to other libraries"),
     "memory": ("analysis.cli.models.memory", "will a training step fit, and what would?"),
     "corpus": ("analysis.cli.models.corpus", "fetch, build or look at a corpus"),
     "study": ("analysis.cli.studies.study", "run one study with other parameters"),

@@ -59,12 +59,16 @@ class Architecture(Checked):
     dt_max: Positive = 1e-1
     """Largest step size at the start."""
 
+    ssm_bias: bool = False
+    """Biases in the projections into and out of Mamba and Mamba-2."""
     ssd_head_dim: Count = 64
     """Channels of a head of Mamba-2."""
     ssd_d_state: Count = 64
     """States of a head of Mamba-2."""
     ssd_groups: Count = 1
     """Groups of heads of Mamba-2 that share B and C."""
+    ssd_norm_eps: NotNegative = 1e-5
+    """Added to the mean square in Mamba-2's gated norm."""
     delta_head_dim: Count = 64
     """Key channels of a head of the delta rule, whose heads are d_model / delta_head_dim."""
     delta_expand_v: Count = 1
@@ -157,4 +161,5 @@ class Architecture(Checked):
     def has_extras(self) -> bool:
         """Whether there are parts that the kernels which stream a whole model do not compute."""
         return bool(self.qk_gain or self.embed_norm_gain or self.linear_bias or self.block_scales
-                    or self.residual_mix or self.unet_skips)
+                    or self.residual_mix or self.unet_skips or self.ssm_bias
+                    or self.ssd_norm_eps != 1e-5)

@@ -132,6 +132,7 @@ class MambaSpec(MixerSpec):
             "dt_proj.weight": (D, R), "dt_proj.bias": (D,),
             "A_log": (D, N), "D": (D,),
             "out_proj.weight": (d, D),
+            **({"in_proj.bias": (2 * D,), "out_proj.bias": (d,)} if config.ssm_bias else {}),
         }
 
     @classmethod
@@ -215,6 +216,8 @@ class Mamba2Spec(MixerSpec):
             "conv1d.weight": (conv, 1, config.d_conv), "conv1d.bias": (conv,),
             "dt_bias": (heads,), "A_log": (heads,), "D": (heads,), "norm.weight": (D,),
             "out_proj.weight": (d, D),
+            **({"in_proj.bias": (D + conv + heads,), "out_proj.bias": (d,)}
+               if config.ssm_bias else {}),
         }
 
     @classmethod

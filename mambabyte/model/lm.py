@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from mambabyte.errors import UserError
 from mambabyte.model import sequence
 from mambabyte.model.block import Block, RMSNorm, make_norm
 from mambabyte.model.mixer import LayerState, Mixer, linear, mixer_of
+from mambabyte.model.pretrained import Layout, Report, fill, open_pretrained, save_pretrained
 from mambabyte.ops.fused.loss import cross_entropy_in_torch
 
 
@@ -124,6 +126,27 @@ class ByteLM(nn.Module):
         self.residual_dtype: torch.dtype | None = None
         # The processes that each have a stretch of every sequence; None: this one has all of it.
         self.sequence_group: sequence.SequenceGroup | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, path: Path | str, device: str = "cpu", report: Report | None = None
+    ) -> ByteLM:
+        """The model in a folder of transformers, mamba_ssm, MambaByte or this package, in float32.
+
+        The folder has config.json and safetensors (docs/convert.md). ``report`` is told the share
+        that is loaded. Raises UserError, before anything is loaded, for pickles, for a model that
+        this package does not have, and for one that does not fit into memory.
+        """
+        return cast(ByteLM, fill(open_pretrained(path, cls), device, report))
+
+    def save_pretrained(self, path: Path | str, layout: Layout = "transformers") -> Path:
+        """Write the folder that ``layout``'s library loads: "transformers", "mamba_ssm", or
+        "mambabyte", a checkpoint of this package.
+
+        Weights are written in their own dtype. Raises UserError where the library has no such
+        model: for another one it must be all Mamba or all Mamba-2, without MLPs.
+        """
+        return save_pretrained(path, self.config, self.state_dict().items(), layout)
 
     @property
     def device(self) -> torch.device:

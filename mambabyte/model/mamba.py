@@ -26,6 +26,7 @@ from mambabyte.model.mixer import (
     Operations,
     Step,
     is_plain,
+    linear,
     operator_against_definition,
     register,
     widened,
@@ -76,14 +77,14 @@ class MambaMixer(Mixer, MambaSpec):
         self.dt_rank = 0 if config.dt_rank == "full" else config.dt_rank_value
         self.form, self.chunk, self.d_conv = config.scan_form, config.scan_chunk, config.d_conv
 
-        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
+        self.in_proj = linear(config, d_model, 2 * d_inner, config.ssm_bias)
         self.conv1d = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner)
         self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(config.dt_rank_value, d_inner)
         states = torch.arange(1, d_state + 1, dtype=torch.float32)
         self.A_log = nn.Parameter(states.log().repeat(d_inner, 1))  # A = -(1..N), S4D-real
         self.D = nn.Parameter(torch.ones(d_inner))
-        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+        self.out_proj = linear(config, d_inner, d_model, config.ssm_bias)
 
         if config.dt_init == "mamba":
             bound = config.dt_rank_value**-0.5

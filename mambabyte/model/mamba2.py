@@ -27,6 +27,7 @@ from mambabyte.model.mixer import (
     Operations,
     Step,
     largest_exponent,
+    linear,
     operator_against_definition,
     register,
     rms_norm,
@@ -44,7 +45,6 @@ SCAN_FORWARD_PER_STATE = 5
 # g = carry + dy C (2), dC += dy h (2), carry = g a (1), da += g h (2), dB += g dt x (2),
 # d(dt x) += g B (2).
 SCAN_BACKWARD_PER_STATE = 11
-NORM_EPS = 1e-5
 
 
 class Mamba2State(NamedTuple):
@@ -57,15 +57,15 @@ class Mamba2State(NamedTuple):
 class GatedRMSNorm(nn.Module):
     """RMS norm of ``x silu(z)``, over each of ``groups`` equal parts of the channels."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, groups: int, eps: float) -> None:
         super().__init__()
-        self.groups = groups
+        self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """x and z (..., D) -> (..., D)."""
         gated = (x * F.silu(z)).unflatten(-1, (self.groups, -1))
-        return rms_norm(gated, NORM_EPS).flatten(-2) * self.weight.to(gated.dtype)
+        return rms_norm(gated, self.eps).flatten(-2) * self.weight.to(gated.dtype)
 
 
 @register("S")
@@ -85,15 +85,15 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
         D, head = config.d_inner, config.ssd_head_dim
         self.heads, self.groups, self.d_state = D // head, config.ssd_groups, config.ssd_d_state
         conv = D + 2 * self.groups * self.d_state
-        self.in_proj = nn.Linear(config.d_model, D + conv + self.heads, bias=False)
+        self.in_proj = linear(config, config.d_model, D + conv + self.heads, config.ssm_bias)
         self.conv1d = nn.Conv1d(conv, conv, config.d_conv, groups=conv)
         low, high = math.log(config.dt_min), math.log(config.dt_max)
         dt = torch.exp(torch.rand(self.heads) * (high - low) + low)
         self.dt_bias = nn.Parameter(inverse_softplus(dt))
         self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.heads))
-        self.norm = GatedRMSNorm(D, self.groups)
-        self.out_proj = nn.Linear(D, config.d_model, bias=False)
+        self.norm = GatedRMSNorm(D, self.groups, config.ssd_norm_eps)
+        self.out_proj = linear(config, D, config.d_model, config.ssm_bias)
         if config.zero_init_out:
             nn.init.zeros_(self.out_proj.weight)
 

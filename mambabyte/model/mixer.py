@@ -222,10 +222,12 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         or module._backward_hooks or module._backward_pre_hooks)
 
 
-def linear(config: ModelConfig, inputs: int, outputs: int) -> nn.Linear:
-    """A linear map, with a bias that starts at 0 where ``config`` says so."""
-    layer = nn.Linear(inputs, outputs, bias=config.linear_bias)
-    if config.linear_bias:
+def linear(
+    config: ModelConfig, inputs: int, outputs: int, bias: bool | None = None
+) -> nn.Linear:
+    """A linear map, with a bias that starts at 0 where ``bias`` says so, or else ``config``."""
+    layer = nn.Linear(inputs, outputs, config.linear_bias if bias is None else bias)
+    if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
 

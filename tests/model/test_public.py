@@ -98,22 +98,17 @@ def test_mamba2() -> None:
 
 
 @pytest.mark.parametrize(("base", "change", "message"), [
-    (TRANSFORMERS, {"use_bias": True}, "use_bias True"),
-    (TRANSFORMERS, {"use_conv_bias": False}, "use_conv_bias False"),
     (TRANSFORMERS, {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-    (TRANSFORMERS, {"residual_in_fp32": False}, "residual_in_fp32 False"),
     (TRANSFORMERS, {"time_step_scale": 2.0}, "time_step_scale 2.0"),
     (TRANSFORMERS, {"time_step_floor": 0.01}, "time_step_floor 0.01"),
     (TRANSFORMERS, {"intermediate_size": 50}, "intermediate_size 50"),
     (TRANSFORMERS, {"hidden_sise": 50}, "hidden_sise .did you mean hidden_size"),
     (MAMBA_SSM, {"attn_layer_idx": [1]}, r"attn_layer_idx \[1\]"),
     (MAMBA_SSM, {"d_intermediate": 64}, "d_intermediate 64"),
-    (MAMBA_SSM, {"ssm_cfg": {"bias": True}}, "bias True"),
     (MAMBA_SSM, {"ssm_cfg": {"layer": "Mamba3"}}, "layer 'Mamba3'"),
     (MAMBA_SSM, {"ssm_cfg": 3}, "ssm_cfg is 3"), (MAMBA_SSM, {"d_model": "wide"}, "d_model is"),
     (SECOND, {"time_step_limit": [0.0, 0.1]}, "time_step_limit"),
     (SECOND, {"rms_norm": False}, "rms_norm False"), (SECOND, {"num_heads": 5}, "num_heads 5"),
-    (SECOND, {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-06"),
     (SECOND, {"norm_before_gate": True}, "norm_before_gate True"),
 ])
 def test_what_is_not_here_is_refused_by_its_name(
@@ -121,6 +116,22 @@ def test_what_is_not_here_is_refused_by_its_name(
 ) -> None:
     with pytest.raises(UserError, match=message):
         from_public({**base, **change})
+
+
+def test_what_only_starts_weights_is_asked_of_those_that_start() -> None:
+    late = {**TRANSFORMERS, "time_step_scale": 2.0, "time_step_floor": 0.01}
+    with pytest.raises(UserError, match="time_step_scale"):
+        from_public(late)
+    assert from_public(late, trained=True) == from_public(TRANSFORMERS)
+
+
+def test_epsilons_biases_and_heads_are_those_of_the_library() -> None:
+    one = from_public({**SECOND, "layer_norm_epsilon": 1e-3, "use_bias": True})
+    assert (one.norm_eps, one.ssd_norm_eps, one.ssm_bias) == (1e-3, 1e-3, True)
+    del (other := dict(SECOND))["tie_word_embeddings"]
+    assert not from_public(other).tied_head  # in transformers; mamba_ssm ties
+    assert from_public({"d_model": 32, "n_layer": 2, "vocab_size": 264,
+                        "ssm_cfg": {"layer": "Mamba2", "headdim": 16}}).tied_head
 
 
 def test_a_missing_size_is_one_clear_line() -> None:
@@ -134,6 +145,6 @@ def test_memory_answers_for_a_public_model(tmp_path, capsys) -> None:
     path.write_text(json.dumps(TRANSFORMERS))
     assert main(["memory", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model"]["d_state"] == 6
-    path.write_text(json.dumps({**TRANSFORMERS, "use_bias": True}))
+    path.write_text(json.dumps({**TRANSFORMERS, "hidden_act": "gelu"}))
     assert main(["memory", str(path)]) == 2
-    assert "use_bias True" in capsys.readouterr().err
+    assert "hidden_act 'gelu'" in capsys.readouterr().err
