@@ -1,5 +1,7 @@
 """Streaming: one byte in, one distribution out."""
 
+from mambabyte.stream.generation import generate
+from mambabyte.stream.prefixes import PrefixCache
 from mambabyte.stream.saved import Kept, load_state, save_state
 from mambabyte.stream.states import tensors_of, weights_digest
 from mambabyte.stream.streams import (
@@ -7,9 +9,8 @@ from mambabyte.stream.streams import (
     ByteStream,
     CharModel,
     advance_of,
-    generate,
     sample_byte,
 )
 
-__all__ = ["ByteModel", "ByteStream", "CharModel", "Kept", "advance_of", "generate", "load_state",
-           "sample_byte", "save_state", "tensors_of", "weights_digest"]
+__all__ = ["ByteModel", "ByteStream", "CharModel", "Kept", "PrefixCache", "advance_of", "generate",
+           "load_state", "sample_byte", "save_state", "tensors_of", "weights_digest"]

@@ -34,11 +34,11 @@ class Kept(NamedTuple):
     log_probs: Tensor  # (B, V) float32 of the next byte, on the CPU
 
 
-def save_state(path: Path | str, model: Any, kept: Kept, digest: str | None = None) -> None:
+def save_state(path: Path | str, model: Any, kept: Kept, of: str | None = None) -> None:
     """Write a state of ``model`` to ``path``, whole or not at all.
 
-    ``digest`` is ``weights_digest(model)``, where it is known. Raises UserError for a state that
-    has nan or inf in it, or that has another form than the model's.
+    ``of`` is the digest that a reader must name: by default ``weights_digest(model)``. Raises
+    UserError for a state that has nan or inf in it, or that has another form than the model's.
     """
     path = Path(path)
     tensors, numbers = _named(kept.state)
@@ -46,12 +46,12 @@ def save_state(path: Path | str, model: Any, kept: Kept, digest: str | None = No
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     _check("the state to save", model, tensors, numbers)
     about = {"format": FORMAT, "version": str(VERSION),
-             "weights": digest or weights_digest(model), "numbers": json.dumps(numbers)}
+             "of": of or weights_digest(model), "numbers": json.dumps(numbers)}
     with whole_file(path) as temporary:
         save_file(tensors, temporary, {**about, "sha256": _checksum(tensors, about)})
 
 
-def load_state(path: Path | str, model: Any, digest: str | None = None) -> Kept:
+def load_state(path: Path | str, model: Any, of: str | None = None) -> Kept:
     """What ``save_state`` wrote, on the model's device.
 
     Raises UserError for what is no state, is of another version or of other weights, is not what
@@ -62,11 +62,11 @@ def load_state(path: Path | str, model: Any, digest: str | None = None) -> Kept:
     if about.get("version") != str(VERSION):
         raise UserError(f"{path} is a state of version {about.get('version')!r}, expected "
                         f"{VERSION}{_AGAIN}")
-    digest = digest or weights_digest(model)
-    if about.get("weights") != digest:
-        raise UserError(f"{path} is a state of other weights (SHA-256 "
-                        f"{about.get('weights')!s:.12}, expected {digest:.12}): load the "
-                        f"checkpoint that it was saved with{_AGAIN} with this one")
+    expected = of or weights_digest(model)
+    if about.get("of") != expected:
+        raise UserError(f"{path} is a state of other weights (SHA-256 {about.get('of')!s:.12}, "
+                        f"expected {expected:.12}): load the checkpoint that it was saved with"
+                        f"{_AGAIN} with this one")
     sum_written = about.pop("sha256", None)
     if sum_written != _checksum(tensors, about):
         raise UserError(f"{path} is not what was written (its SHA-256 is another){_AGAIN}")

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mambabyte.corpus.utf8 import (
     START_BYTE,
-    Utf8Stream,
     as_bytes,
     continuation_range,
     utf8_length,
@@ -124,6 +123,29 @@ class ByteStream:
         before = torch.cat([self.log_probs[None], each[:-1]])
         self.log_probs = each[-1]
         return before
+
+    @property
+    def draws_itself(self) -> bool:
+        """Whether ``draw`` is the engine's own: bytes are drawn where they are computed."""
+        return isinstance(self._advance, cuda_model.CudaModel)
+
+    @torch.inference_mode()
+    def ahead(self, data: bytes) -> tuple[Tensor, list[Any]]:
+        """One pass over ``data``, a byte or more, that moves nothing: log p (L, V) after each of
+        its bytes, and the state after each, None where the engine gives none."""
+        given = getattr(self._advance, "ahead", None)
+        if given is not None:
+            log_probs, states = given(data, self._state)
+        else:
+            tokens = torch.tensor([list(data)], device=self._model.device)
+            logits, last = self._model(tokens, self.kept.state)
+            log_probs = torch.log_softmax(logits[0].float(), -1).cpu()
+            states = [None] * (len(data) - 1) + [last]
+        return numbers(log_probs), states
+
+    def move(self, state: Any, log_probs: Tensor) -> None:
+        """Stand at a place that ``ahead`` has been to."""
+        self._state, self.log_probs = state, log_probs
 
     def draw(
         self, max_bytes: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
@@ -267,28 +289,6 @@ class CharModel:
             stream.feed(prefix[-1:])
             self._ahead[prefix] = stream
         return self._ahead[prefix]
-
-
-def generate(
-    model: ByteModel, prompt: str | bytes = "", max_bytes: int = 256, temperature: float = 1.0,
-    top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-) -> Iterator[str]:
-    """Yield text as it comes, whole characters only. Temperature 0 is greedy.
-
-    A prompt may be any bytes, UTF-8 or not: the model reads bytes.
-
-    The same seed gives the same text on the same kind of device.
-    """
-    stream = ByteStream(model.eval())
-    stream.feed(as_bytes(prompt) if isinstance(prompt, str) else prompt)
-    decoder = Utf8Stream()
-    for data in stream.draw(max_bytes, temperature, top_k, top_p, seed):
-        text = decoder.feed(data)
-        if text:
-            yield text
-    rest = decoder.close()
-    if rest:
-        yield rest
 
 
 def sample_byte(

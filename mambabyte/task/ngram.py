@@ -187,15 +187,15 @@ class NgramModel:
 
     def save(self, path: Path) -> None:
         """Write the tables as safetensors: numbers alone, nothing that runs when loaded."""
-        tensors, about = self._tables()
+        tensors, about = self._for_file()
         with whole_file(path) as temporary:
             save_file(tensors, temporary, {**about, "sha256": _digest(tensors, about)})
 
     def digest(self) -> str:
         """SHA-256 of the tables and what they are of."""
-        return _digest(*self._tables())
+        return _digest(*self._for_file())
 
-    def _tables(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def _for_file(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         return ({f"{m}.{name}": t.cpu().contiguous()
                  for m, level in enumerate(self.levels) for name, t in vars(level).items()},
                 {"order": str(self.order), "discount": repr(self.discount),

@@ -3,9 +3,12 @@
     mambabyte generate runs/first
     mambabyte generate runs/first --prompt "The " --bytes 400 --temperature 0.8
     echo "The state" | mambabyte generate runs/first --prompt - --top-p 0.9
+    mambabyte generate runs/first --prompt - --prompt-cache ~/.cache/prompts < book.txt
+    mambabyte generate runs/first --save-state story.state
+    mambabyte generate runs/first --state story.state --temperature 0 --guess text
 
-Without --prompt it goes on from the first line of the run's own held-out text. On a terminal,
-control characters are shown as escapes: what a model draws is not to be obeyed.
+Without --prompt or --state it goes on from the first line of the run's own held-out text. On a
+terminal, control characters are shown as escapes: what a model draws is not to be obeyed.
 """
 
 from __future__ import annotations
@@ -14,13 +17,18 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from analysis.cli.console import escaped, say
 from analysis.cli.models.origin import corpus_of
 from analysis.cli.options import POSITIONAL, parse, pick_device
 from mambabyte.config.checks import CountOrNone, DeviceOrAuto, NotNegative, above, between
 from mambabyte.errors import UserError
+
+if TYPE_CHECKING:
+    from mambabyte.model import ByteLM
+    from mambabyte.stream import ByteStream
+    from mambabyte.stream.speculate import Guesser
 
 PROMPT_BYTES = 80
 
@@ -41,6 +49,16 @@ class Options:
     """Keep the smallest set of bytes with this probability."""
     seed: Annotated[int, between(-2**63, 2**64 - 1)] = 0
     """Of the draws; the same seed gives the same text."""
+    state: Path | None = None
+    """Go on where this file was saved, before --prompt, if any."""
+    save_state: Path | None = None
+    """Keep the place behind the last byte in this file, for --state and the same checkpoint."""
+    prompt_cache: Path | None = None
+    """Folder for states of prompts, up to 1 GiB: what a prompt begins with, and was read before,
+    is not read again. The text is the same the first and every time."""
+    guess: str | None = None
+    """Let one pass of the model check several guessed bytes; the text stays what it is. text
+    guesses repetitions, a file of `mambabyte ngram --save` from its counts too."""
     device: DeviceOrAuto = "auto"
     """auto, cpu, cuda or cuda:N; auto is a GPU where there is one."""
 
@@ -49,19 +67,66 @@ def run(argv: list[str]) -> int:
     options = parse(Options, argv, "generate", __doc__)
 
     from mambabyte.checkpoint import load_model
-    from mambabyte.stream import generate
+    from mambabyte.config.files import check_file
+    from mambabyte.stream.generation import text_of
+    from mambabyte.stream.speculate import Speculation
 
+    if options.state is not None and options.prompt_cache is not None:
+        raise UserError("--state and --prompt-cache are both given: the text begins with the state "
+                        "or with a prompt that is kept; give one")
+    if options.save_state is not None:
+        check_file(options.save_state)  # now, and not after the drawing
     model = load_model(options.checkpoint, pick_device(options.device))
-    prompt = _prompt(options)
+    draws = None if options.guess is None else Speculation(_guesser(options.guess))
+    prompt = b"" if options.state is not None and options.prompt is None else _prompt(options)
+    stream = _begin(options, model, prompt)
     shown = escaped if sys.stdout.isatty() else str
     sys.stdout.write(shown(prompt.decode("utf-8", "replace")))
     sys.stdout.flush()
-    for text in generate(model, prompt, options.bytes, options.temperature, options.top_k,
-                         options.top_p, options.seed):
+    how = (options.bytes, options.temperature, options.top_k, options.top_p, options.seed)
+    if draws is not None:
+        draws.guesser.read(prompt)
+    for text in text_of(stream.draw(*how) if draws is None else draws.draw(stream, *how)):
         sys.stdout.write(shown(text))
         sys.stdout.flush()
     sys.stdout.write("\n")
+    if draws is not None:
+        say(f"{draws.drawn} bytes in {draws.passes} passes of the model, {draws.right} of "
+            f"{draws.guessed} guessed bytes right" if draws.passes else
+            "nothing was guessed: bytes are drawn where they are computed, on the GPU")
+    if options.save_state is not None:
+        stream.save(options.save_state)
     return 0
+
+
+def _begin(options: Options, model: ByteLM, prompt: bytes) -> ByteStream:
+    """A stream behind the state and the prompt that were asked for."""
+    from mambabyte.stream import ByteStream, PrefixCache
+    from mambabyte.stream.generation import begin
+
+    if options.state is not None:
+        stream = ByteStream.load(options.state, model)
+        stream.feed(prompt)
+        return stream
+    cache = None if options.prompt_cache is None else PrefixCache(options.prompt_cache)
+    stream, _ = begin(model, prompt, cache)
+    if cache is not None:
+        say(f"prompt: {len(prompt):,} bytes, {cache.found_bytes:,} of them from "
+            f"{options.prompt_cache}")
+    return stream
+
+
+def _guesser(source: str) -> Guesser:
+    from mambabyte.stream.speculate import FirstOf, Repetitions
+    from mambabyte.task.guesses import NgramGuesses
+    from mambabyte.task.ngram import NgramModel
+
+    if source == "text":
+        return Repetitions()
+    if not Path(source).exists():
+        raise UserError(f"--guess is {source!r}: expected text, or a file of `mambabyte ngram "
+                        "--save`")
+    return FirstOf(Repetitions(), NgramGuesses(NgramModel.load(Path(source))))
 
 
 def _prompt(options: Options) -> bytes:

@@ -1,0 +1,132 @@
+"""Speculative generation draws what plain generation draws, whatever is guessed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mambabyte.config import ModelConfig
+from mambabyte.model import MIXERS, ByteLM
+from mambabyte.stream import ByteStream, streams
+from mambabyte.stream.speculate import FirstOf, Repetitions, Speculation
+from tests.conftest import TEXT
+
+CONFIG = ModelConfig(d_model=16, n_layer=2, d_state=3, n_head=2, n_kv_head=1, attention_window=12,
+                     local_window=5, ssd_head_dim=8, ssd_d_state=4, delta_head_dim=8,
+                     tied_head=False)
+PROMPT = TEXT[:60].encode()
+
+
+def lm(letters: str) -> ByteLM:
+    """Certain enough of some bytes, and not of all."""
+    torch.manual_seed(1)
+    model = ByteLM(replace(CONFIG, n_layer=len(letters), layer_pattern=letters)).eval()
+    with torch.no_grad():
+        model.head.weight *= 30
+    return model
+
+
+class Known:
+    """Guesses from a text that it is given, with every third byte wrong; notes how much it was
+    asked for."""
+
+    def __init__(self, text: bytes, wrong: int = 3) -> None:
+        self.text, self.at, self.wrong, self.asked = text, 0, wrong, []
+
+    def read(self, data: bytes) -> None:
+        self.at += len(data)
+
+    def guess(self, last: int, most: int) -> bytes:
+        assert most >= 1
+        self.asked.append(most)
+        right = self.text[self.at + 1 : self.at + 1 + most]
+        return bytes(b ^ (i % self.wrong == self.wrong - 1) for i, b in enumerate(right))
+
+
+def plain(model, **how) -> bytes:
+    stream = ByteStream(model)
+    stream.feed(PROMPT)
+    return b"".join(stream.draw(50, **how))
+
+
+def speculated(model, guesser, **how) -> tuple[bytes, Speculation, ByteStream]:
+    stream = ByteStream(model)
+    stream.feed(PROMPT)
+    draws = Speculation(guesser)
+    return b"".join(draws.draw(stream, 50, **how)), draws, stream
+
+
+HOW = [{"temperature": 0.0}, {"temperature": 1.0, "seed": 3}, {"top_k": 3, "top_p": 0.8}]
+
+
+@pytest.fixture(params=["engine", "torch"])
+def engine(request, monkeypatch):
+    if request.param == "torch":  # as where nothing but the model itself goes on
+        monkeypatch.setattr(streams.native_model, "supports", lambda model: False)
+    return request.param
+
+
+@pytest.mark.parametrize("letters", ["M", "MA", "".join(MIXERS)])
+def test_the_text_is_that_of_plain_generation(letters, engine):
+    model = lm(letters)
+    for how in HOW if letters == "MA" else HOW[1:2]:
+        wanted = plain(model, **how)
+        assert len(set(wanted)) > 5  # no text that any guesser has right
+        for wrong in (1, 3, 99) if letters == "MA" else (3,):  # all wrong, some, none
+            got, draws, stream = speculated(model, Known(wanted, wrong), **how)
+            assert got == wanted
+            assert draws.drawn == 50
+            if wrong == 99:
+                assert draws.passes < 12
+            after = ByteStream(model)
+            after.feed(PROMPT + wanted)
+            assert torch.allclose(stream.log_probs, after.log_probs, atol=1e-4)
+
+
+def test_a_stream_closed_early_stands_behind_what_it_gave(engine):
+    model = lm("MA")
+    wanted = plain(model, temperature=0.0)
+    stream = ByteStream(model)
+    stream.feed(PROMPT)
+    pieces = Speculation(Known(wanted)).draw(stream, 50, temperature=0.0)
+    got = b"".join(next(pieces) for _ in range(4))
+    pieces.close()
+    assert wanted.startswith(got)
+    assert b"".join(stream.draw(50 - len(got), temperature=0.0)) == wanted[len(got) :]
+
+
+def test_wrong_guesses_become_fewer_and_right_ones_more():
+    model = lm("M")
+    wanted = plain(model, temperature=0.0)
+    never, always = Known(wanted, 1), Known(wanted, 99)
+    speculated(model, never, temperature=0.0)
+    speculated(model, always, temperature=0.0)
+    assert set(never.asked[1:-1]) == {1}
+    assert max(always.asked) == 15
+
+
+def test_nothing_is_drawn_where_nothing_is_asked_for():
+    stream = ByteStream(lm("M"))
+    before = stream.log_probs
+    assert list(Speculation(Known(b"")).draw(stream, 0)) == []
+    assert stream.log_probs is before
+
+
+def test_repetitions():
+    guesser = Repetitions(match=4)
+    assert guesser.guess(97, 5) == b""
+    guesser.read(b"one fish two fish red")
+    assert guesser.guess(ord(" "), 5) == b""  # "red " is new
+    guesser.read(b" fi")
+    assert guesser.guess(ord("s"), 5) == b"h red"  # the last time
+    guesser.read(b"sh")
+    assert guesser.guess(ord(" "), 9) == b"red fish "
+    assert guesser.guess(ord(" "), 20) == b"red fish red fish re"  # and so on, into what is guessed
+    short = Repetitions(match=4, memory=10)
+    for _ in range(30):
+        short.read(b"abcdefgh")
+    assert short.guess(ord("a"), 3) == b"bcd"
+    assert len(short._text) <= 20
+    assert FirstOf(guesser, Known(b"__x", 9)).guess(1, 1) == b"_"
