@@ -97,8 +97,15 @@ def _fla_kda(q, k, v, log_decay, beta):
 
 
 def _fla_gated_delta(q, k, v, log_decay, beta):
+    from fla.ops.common import chunk_o
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
+    # It refuses in its backward pass, after minutes of tuning the forward.
+    hopper, first_wrong, mended = (getattr(chunk_o, name, False) for name in (
+        "IS_NVIDIA_HOPPER", "TRITON_ABOVE_3_4_0", "TRITON_ABOVE_3_7_1"))
+    if hopper and first_wrong and not mended:
+        raise UserError("refused by fla: Triton 3.4 to 3.7.0 computes its gradients wrongly on "
+                        "Hopper")
     return chunk_gated_delta_rule(q, k, v, log_decay, beta, scale=1.0)[0]
 
 
