@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: report test test-long lab check lock clean help
+.PHONY: report test test-long cubins lab check lock clean help
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -25,6 +25,9 @@ test-long: $(VENV)/.test     ## the tests that take minutes
 check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+cubins: $(VENV)/.test        ## compile the machine code that comes with the package: minutes
+	$(BIN)/python -m mambabyte.ops.build.catalogue
 
 lab: $(VENV)/.lab            ## JupyterLab on the notebooks, same environment; make lab ARGS=--no-browser
 	$(BIN)/jupyter lab --config=notebooks/lab_config.py $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS) notebooks

@@ -192,6 +192,8 @@ class _Log:
         # The host may run ahead of the device by a whole run: look at it now and then.
         if done % _LOG_EVERY == 0:
             self.look(done)
+        if done in (1, _LOG_EVERY):  # that it learns, and when
+            self.report(f"step {done}: loss {self.step.read().loss:.4f} nats")
 
     def look(self, done: int) -> None:
         """Keep the last loss; waits for the device. NonFiniteError if one was not finite."""

@@ -1,10 +1,11 @@
-"""Time the scan or the field's mixers against their peers, streaming, or training steps by parts.
+"""Time scans and mixers against their peers, streaming, training steps, or a training's start.
 
     mambabyte bench scan
     mambabyte bench stream --preset mamba_byte --streams 1 64 --json
     mambabyte bench stream --checkpoint runs/first --corpus path/to/folder
     mambabyte bench step --preset mamba_byte --patterns A MA --batch-size 4
     mambabyte bench step --d-model 512 --n-layer 16 --peers mamba_ssm
+    mambabyte bench start --systems mamba_byte task:ours --ways fused compile
     mambabyte bench mixers --shapes 16,1024,6 --peers KDA attention
     mambabyte bench scan --shapes 16,1024,384 --peers fused mamba_ssm --json
     mambabyte bench scan --device cpu --record data/records/throughput/scan-cpu
@@ -62,6 +63,15 @@ STEPS_ABOUT = ("Whole training steps (forward, backward, clipping, optimizer) of
                "parameters on equal windows, and the self time of their operators or kernels by "
                "torch's profiler, summed into parts; kernels that overlap count twice. Joules are "
                "gross, by the machine's counter.")
+
+
+STARTS_TABLE = "From the start of a process to its first training steps"
+PACE_TABLE = "A training step after that, interleaved in the same run: medians and quartiles"
+STARTS_ABOUT = ("Seconds and gross joules from the start of a fresh process, imports and the "
+                "device's context within them and named apart, until a training on one text has "
+                "done steps 1 and 50. Cold: with new, empty caches of torch, Triton, the driver "
+                "and this package; warm: again with the same. A GPU's counter of energy moves "
+                "every tenth of a second or so.")
 
 
 def _is_shape(text: str) -> bool:
@@ -141,6 +151,20 @@ class Step(Common):
     """How a step is run; compile on a GPU and eager on a CPU when not given."""
     peers: tuple[Literal["mamba_ssm"], ...] = ()
     """mamba_ssm, whose modules then also take the place of the preset's SSM layers."""
+
+
+@dataclass(frozen=True)
+class Start(Common):
+    systems: Annotated[tuple[str, ...], entries()] = (
+        "mamba_byte", "hybrid_3_1", "modded_nanogpt", "task:ours")
+    """Presets, and systems of the task as task:NAME."""
+    ways: Annotated[tuple[Literal["auto", "eager", "graph", "fused", "compile"], ...],
+                    entries()] = ()
+    """How a step is run; fused and compile on a GPU and eager on a CPU when not given."""
+    corpus: str = "stdlib"
+    """The text: stdlib, wikitext103, a text file, or a folder of text files or wiki.*.raw."""
+    pace: bool = True
+    """Also time a step after the start, where a GPU runs it captured."""
 
 
 def run(argv: list[str]) -> int:
@@ -276,6 +300,35 @@ def bench_step(options: Step) -> int:
     return _print(options, {"steps": rows_of(frame), "parts": parts.to_dict("records")}, lines)
 
 
+def bench_start(options: Start) -> int:
+    import pandas as pd
+
+    from analysis.cli.studies.tables import rows_of
+    from analysis.measure.bench.start import check, start_values, starts, step_ms
+    from mambabyte.corpus import load_corpus
+
+    device = _checked(options)
+    cuda = device.startswith("cuda")
+    ways = options.ways or (("fused", "compile") if cuda else ("eager",))
+    check(options.systems, ways, device)
+    data = bytes(load_corpus(options.corpus, say).train)
+    frame = pd.DataFrame([row for name in options.systems for way in ways
+                          for row in starts(name, way, device, data, say)])
+    captured = [way for way in ways if cuda and options.pace and way not in ("auto", "eager")]
+    pace = pd.DataFrame([row for name in options.systems
+                         for row in step_ms(name, captured, device)])
+    _keep(options, {"systems": list(options.systems), "ways": list(ways), "device": device,
+                    "corpus": options.corpus}, start_values(frame, pace),
+          {"starts": (STARTS_TABLE, frame), "pace": (PACE_TABLE, pace)},
+          "From the start of a process to its first training steps", STARTS_ABOUT)
+    lines = [f"{row.system:16} {row.way:8} {row.caches:5} {row.mark:18} {row.seconds:7.2f} s "
+             + (f"{row.joules:8.0f} J" if row.joules == row.joules else "  energy not measured")
+             for row in frame.itertuples()]
+    lines += [f"{row.system:16} {row.way:8} {row.ms:8.3f} ms a step [{row.low:.3f}, {row.high:.3f}]"
+              for row in pace.itertuples()]
+    return _print(options, {"starts": rows_of(frame), "pace": pace.to_dict("records")}, lines)
+
+
 def _keep(
     options: Common, parameters: dict[str, Any], values: Mapping[str, tuple[Any, str, str]],
     tables: dict[str, tuple[str, pd.DataFrame]], title: str, about: str,
@@ -335,5 +388,6 @@ ACTIONS = {
     "scan": Action(Scan, bench_scan, "Time the selective scan against its peers"),
     "mixers": Action(Mixers, bench_mixers, "Time the field's mixers against their peers"),
     "stream": Action(Stream, bench_stream, "Time streaming, byte after byte"),
+    "start": Action(Start, bench_start, "Time a training from its process's start"),
     "step": Action(Step, bench_step, "Time whole training steps, and say where the time goes"),
 }

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from mambabyte.ops.build import shipped
 from mambabyte.ops.build.nvrtc import Cubin, NvrtcError, compile_cubin, device_arch, nvrtc_version
 
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
@@ -266,6 +267,11 @@ class Program:
         ]
         return cls("\n".join(texts), names, options, filename=filenames[-1])
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """What its machine code is known by, whoever compiled it."""
+        return shipped.digest(self.source, self.options, self.names)
+
     def compile(self, arch: str) -> Cubin:
         """Machine code for ``arch``, from the disk cache where it is there. Needs no GPU."""
         return compile_cubin(self.source, self.options, arch, self.names, filename=self.filename)
@@ -290,16 +296,26 @@ class Program:
     def _load(self, device: int) -> tuple[ctypes.c_void_p, dict[str, str]]:
         torch.cuda.init()
         _make_context_current(device)
+        major, minor = torch.cuda.get_device_capability(device)
+        known = shipped.find(f"sm_{major}{minor}", self.digest)
+        if known is not None:
+            module, status = self._load_image(known[0])
+            if not status:  # else the driver is older than the compiler: here there is another
+                return module, known[1]
         cubin = self.compile(device_arch(device))
+        module, status = self._load_image(cubin.image)
+        _check_driver(
+            status, f"loading {self.filename} ({cubin.arch}, NVRTC {nvrtc_version()}) on the device"
+        )
+        return module, cubin.lowered
+
+    def _load_image(self, image: bytes) -> tuple[ctypes.c_void_p, int]:
+        """A module of the machine code, and the driver's status."""
         driver, module = _driver(), ctypes.c_void_p()
         # Loading allocates, which would invalidate a graph capture that is under way.
         mode = ctypes.c_int(_CAPTURE_RELAXED)
         driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
         try:
-            status = driver.cuModuleLoadData(ctypes.byref(module), cubin.image)
+            return module, driver.cuModuleLoadData(ctypes.byref(module), image)
         finally:
             driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
-        _check_driver(
-            status, f"loading {self.filename} ({cubin.arch}, NVRTC {nvrtc_version()}) on the device"
-        )
-        return module, cubin.lowered

@@ -24,9 +24,7 @@ import functools
 import glob
 import hashlib
 import importlib.util
-import json
 import os
-import struct
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ from pathlib import Path
 import torch
 
 from mambabyte.config.files import cache_dir, to_json
-from mambabyte.ops.build import store
+from mambabyte.ops.build import shipped, store
 
 _CACHE_FORMAT = 2
 _DEFAULT_OPTIONS = ("--std=c++17", "--use_fast_math", "-default-device")
@@ -250,14 +248,11 @@ def _read_cache(digest: str, arch: str) -> Cubin | None:
     found = store.find(cache_folder(), digest)
     if found is None:
         return None
-    payload = found[1]
-    (length,) = struct.unpack_from("<I", payload)
-    return Cubin(arch, payload[4 + length :], json.loads(payload[4 : 4 + length]))
+    return Cubin(arch, *shipped.unpacked(found[1]))
 
 
 def _write_cache(digest: str, cubin: Cubin) -> None:
-    header = to_json(cubin.lowered).encode()
-    payload = struct.pack("<I", len(header)) + header + cubin.image
+    payload = shipped.packed(cubin.image, cubin.lowered)
     folder = cache_folder()
     if store.usable(folder):
         with contextlib.suppress(OSError):

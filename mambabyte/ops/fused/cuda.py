@@ -29,16 +29,31 @@ def takes(*tensors: Tensor | None) -> bool:
         t is None or (t.is_cuda and t.dtype in ELEMENTS) for t in tensors)
 
 
+def program(name: str) -> Program:
+    """The program of that kernel alone."""
+    source = _SOURCE[name.partition("<")[0]]
+    return Program.from_file("build/types.cu", f"fused/{source}.cu", names=(name,))
+
+
+def trained() -> list[str]:
+    """The kernels that training launches in bf16, for the common widths."""
+    ways = ("forward", "backward")
+    return [
+        *(f"norm_{way}<{stream}, bfloat16, 4>" for way in ways for stream in ("float", "bfloat16")),
+        "column_sums",
+        *(f"rotary_{way}<bfloat16, 4, {lanes}>" for way in ways for lanes in (4, 8, 16)),
+        *(f"activation_{way}<bfloat16, 8, {kind}>" for way in ways for kind in range(3)),
+        *(f"loss_{way}<bfloat16, bfloat16>" for way in ways), "loss_mean",
+    ]  # fmt: skip
+
+
 @functools.cache
-def _kernel(source: str, name: str, device: int) -> Kernel:
-    program = Program.from_file("build/types.cu", f"fused/{source}.cu", names=(name,))
-    return program.kernel(name, device, PARAMETERS[name.partition("<")[0]])
+def _kernel(name: str, device: int) -> Kernel:
+    return program(name).kernel(name, device, PARAMETERS[name.partition("<")[0]])
 
 
-def _launch(
-    source: str, name: str, device: int, blocks: int, threads: int, *args: float
-) -> None:
-    _kernel(source, name, device).launch(
+def _launch(name: str, device: int, blocks: int, threads: int, *args: float) -> None:
+    _kernel(name, device).launch(
         (blocks, 1, 1), (threads, 1, 1), 0, raw_stream(device), *args)
 
 
@@ -48,8 +63,8 @@ def launch(
 ) -> None:
     """Launch ``name<types>``, of ``types`` without arguments ``name``, on torch's stream there; a
     tensor is passed by its address, None as 0."""
-    _launch(_SOURCE[name], f"{name}<{types}>" if types else name, device.index, blocks, threads,
-            *(0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in args))
+    _launch(f"{name}<{types}>" if types else name, device.index, blocks, threads, *(
+        0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in args))
 
 
 @functools.cache

@@ -70,9 +70,28 @@ def _encode(
 # ------------------------------------------------------------------------------------ launching
 
 
+def program(name: str) -> Program:
+    """The program of that kernel alone."""
+    return Program.from_file("scan/scan.cu", names=(name,))
+
+
+def trained(hopper: bool) -> list[str]:
+    """The kernels that training launches in bf16: gated, from no state, as a plan may cut it."""
+    flags, both = "true, true", (False, True)
+    return [
+        *(f"tile_forward<{flags}, {warps}, {resident}, {_true(fold)}>"
+          for warps, resident in cuda_plan.FORWARD_SHAPES for fold in both),
+        *(f"tile_backward<{flags}, {warps}, {resident}, false, {_true(fold)}, {_true(hopper)}>"
+          for warps, resident in cuda_plan.BACKWARD_SHAPES for fold in both),
+        *(f"tile_carry<{_true(adjoint)}, {_true(adjoint)}, true, {CARRY_WARPS}>"
+          for adjoint in both),
+        "tile_sums",
+    ]  # fmt: skip
+
+
 @functools.cache
 def _kernel(name: str, device: int, parameters: str) -> Kernel:
-    return Program.from_file("scan/scan.cu", names=(name,)).kernel(name, device, parameters)
+    return program(name).kernel(name, device, parameters)
 
 
 def _launch(

@@ -16,8 +16,8 @@ CHUNK = 8  # steps between checkpoints, as in scan.cu
 ANY_WARPS = 4  # warps a block
 # Warps a block and blocks a multiprocessor: what the register files hold at 80, 80, 128 and 96
 # registers a thread in the forward, 168 (192 for eight warps) in the backward.
-_FORWARD_SHAPES = ((24, 1), (12, 2), (8, 2), (4, 5))
-_BACKWARD_SHAPES = ((12, 1), (8, 1), (6, 2), (4, 3))
+FORWARD_SHAPES = ((24, 1), (12, 2), (8, 2), (4, 5))
+BACKWARD_SHAPES = ((12, 1), (8, 1), (6, 2), (4, 3))
 # Warps a multiprocessor that a plan aims at, and how many times those of whole sequences they must
 # be before it cuts them in time.
 _FORWARD_WANTED, _FORWARD_LEAST = 16, 3
@@ -85,7 +85,7 @@ def _backward_shapes(sequences: int, tiles: int, count: int) -> dict[int, int]:
     """Warps a block -> blocks a multiprocessor. Eight warps alone on one are two thirds of what
     it holds: they pay where whole sequences fill the card, not where the plan cuts for twelve."""
     cut = _BACKWARD_WANTED * count // (sequences * tiles) >= _BACKWARD_LEAST
-    return {warps: blocks for warps, blocks in _BACKWARD_SHAPES if not (cut and warps == 8)}
+    return {warps: blocks for warps, blocks in BACKWARD_SHAPES if not (cut and warps == 8)}
 
 
 def _widest(shapes: dict[int, int], tiles: int) -> int:
@@ -104,7 +104,7 @@ def forward_shape(device: int, tiles: int, rows: int) -> tuple[int, int]:
     """(warps a block, blocks a multiprocessor) for ``rows`` times ``tiles`` warps. The warps of a
     block keep step, so that none is left to run alone at the end: the widest block that keeps nine
     tenths of the multiprocessors' warps busy, else the narrowest."""
-    for warps, resident in _FORWARD_SHAPES[:-1]:
+    for warps, resident in FORWARD_SHAPES[:-1]:
         blocks = ceil_div(tiles, warps) * rows
         rounds = ceil_div(blocks, multiprocessors(device))
         if warps == 8 and rounds > resident:
@@ -112,7 +112,7 @@ def forward_shape(device: int, tiles: int, rows: int) -> tuple[int, int]:
         busy = tiles * rows / (rounds * multiprocessors(device) * warps)
         if busy >= 0.9 and forward_shared(warps) <= block_shared(device):
             return warps, resident
-    return _FORWARD_SHAPES[-1]
+    return FORWARD_SHAPES[-1]
 
 
 def backward_shape(device: int, sequences: int, tiles: int) -> tuple[int, int]:

@@ -143,10 +143,11 @@ def built_fused(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> dict[st
 
 @pytest.fixture
 def fused(built_fused: dict[str, Emulator], monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch(source, name, device, blocks, threads, *args) -> None:
+    def launch(name, device, blocks, threads, *args) -> None:
+        kernel = name.partition("<")[0]
+        source = next(source for source, kernels in cuda_fused.SOURCES.items() if kernel in kernels)
         built_fused[source].launch(
-            device, name, cuda_fused.PARAMETERS[name.partition("<")[0]], blocks, (threads, 1), 0,
-            *args)
+            device, name, cuda_fused.PARAMETERS[kernel], blocks, (threads, 1), 0, *args)
 
     monkeypatch.setattr(cuda_fused, "_launch", launch)
     monkeypatch.setattr(cuda_fused, "multiprocessors", lambda device: 1)

@@ -1,0 +1,53 @@
+"""`bench start`: what a fresh process reaches when, and what is refused before it starts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pandas as pd
+import pytest
+
+from analysis.measure.bench import start
+from mambabyte.errors import UserError
+
+
+@pytest.mark.parametrize("name", ["smoke", "task:mamba_byte"])
+def test_a_child_says_when_it_was_where(name, tmp_path, capsys, monkeypatch) -> None:
+    if name.startswith("task:"):  # on so small a text the task trains its smoke configuration
+        from mambabyte.train import smoke
+
+        preset = smoke.PRESETS["smoke"]
+        recipe = start.replace(preset.train, n_steps=60)
+        monkeypatch.setitem(smoke.PRESETS, "smoke", start.replace(preset, train=recipe))
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"she sells sea shells by the sea shore, " * 60)
+    start._main(json.dumps([name, "graph", "cpu", str(text), str(tmp_path)]), start.time.time())
+    marks = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [mark["mark"] for mark in marks] == [
+        "torch imported", "device's context", "package imported", "text opened", "step 1",
+        "step 50"]
+    seconds = [mark["seconds"] for mark in marks]
+    assert seconds == sorted(seconds)
+    assert all(mark["joules"] is None for mark in marks)  # no counter that processes share
+    frame = pd.DataFrame([{"system": name, "way": "graph", "caches": "cold", **mark}
+                          for mark in marks]).astype({"joules": float})
+    values = start.start_values(frame, pd.DataFrame())
+    assert len(values) == 2
+    assert values[f"seconds_step_50_{name.replace(':', '_')}_graph_cold"][0] == seconds[-1]
+
+
+def test_what_cannot_be_started_is_refused() -> None:
+    with pytest.raises(UserError, match="preset 'nano' is unknown"):
+        start.check(["nano"], ["eager"], "cpu")
+    with pytest.raises(UserError, match="task:ngram trains no network"):
+        start.check(["task:ngram"], ["eager"], "cpu")
+    with pytest.raises(UserError, match="ways compile on cpu: it has eager and graph"):
+        start.check(["smoke"], ["compile"], "cpu")
+
+
+def test_a_child_that_fails_is_one_line(tmp_path, monkeypatch) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback\nUserError: no text\n")
+    monkeypatch.setattr(start.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(UserError, match="smoke by eager ended with 1: UserError: no text"):
+        start._child("smoke", "eager", "cpu", tmp_path)
