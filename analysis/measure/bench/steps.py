@@ -223,6 +223,7 @@ def training_step(
     torch.manual_seed(0)
     cuda = device.startswith("cuda")
     if cuda:
+        torch.cuda.init()  # else there are no statistics to reset
         release(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
