@@ -5,6 +5,7 @@ Symbols: B batch, L length, d = d_model, D = d_inner, N = d_state, R = dt_rank, 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from mambabyte.ops import default_form, selective_scan
 from mambabyte.ops.conv import cpu as native_conv
 from mambabyte.ops.conv.dispatch import FUSED_TAPS, causal_conv
 from mambabyte.ops.mamba.fused import fused_mixer
+from mambabyte.ops.mamba.split import split_mixer
 from mambabyte.ops.mamba.step import MAX_TAPS, mamba_step
 from mambabyte.ops.scan.memory import PER_CHANNEL, partial_sums, scan_terms, scan_workspace
 from mambabyte.ops.scan.operator import MAX_STATES, fused_available
@@ -158,10 +160,11 @@ class MambaMixer(Mixer, MambaSpec):
 
     def forward(self, x: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
         piece = sequence.current()
-        if piece is None and self._is_one_operator(x):
-            if state is None and x.is_cuda:
-                return self.from_start(x)
-            if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
+        if self._is_one_operator(x):
+            if state is None:
+                if x.is_cuda:
+                    return self.from_start(x)
+            elif piece is None and x.shape[1] == 1 and not torch.is_grad_enabled():
                 return self.step(x, state)
         u, delta, B, C, z, conv_state = self.scan_inputs(
             x, None if state is None else state.conv_state)
@@ -181,7 +184,9 @@ class MambaMixer(Mixer, MambaSpec):
     def from_start(self, x: Tensor) -> tuple[Tensor, MambaState]:
         """``forward`` without a state, as one operator between the large projections. On a GPU."""
         assert self.conv1d.bias is not None
-        y, conv_state, ssm_state = fused_mixer(
+        piece = sequence.current()
+        operator = fused_mixer if piece is None else functools.partial(split_mixer, piece)
+        y, conv_state, ssm_state = operator(
             self.in_proj(x), self.conv1d.weight.squeeze(1), self.conv1d.bias,
             *self._small_projections(), self.dt_proj.bias.float(),
             -torch.exp(self.A_log.float()), self.D.float(),

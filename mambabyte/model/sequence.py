@@ -82,6 +82,17 @@ class Piece:
     def before(self, x: Tensor, rows: int, dim: int) -> Tensor:
         """The last ``rows`` positions before the own ones, or as many as there are, along ``dim``
         of the whole sequence whose own positions are ``x``."""
+        sent, received = self._reached(rows)
+        return self._exchanged(x, dim, sent, received)
+
+    def given_back(self, gradient: Tensor, rows: int, dim: int) -> Tensor:
+        """Of the gradient of :meth:`before`, what belongs to the last own positions."""
+        sent, received = self._reached(rows)
+        back = _taken_back(gradient.movedim(dim, 0), sent, received, self.shared.group)
+        return back.movedim(0, dim)
+
+    def _reached(self, rows: int) -> tuple[list[int], list[int]]:
+        """How many positions each process is sent, and sends, of the ``rows`` before a stretch."""
         me, sizes = self.shared.rank, [b - a for a, b in pairwise(self.bounds)]
 
         def reach(giver: int, taker: int) -> int:
@@ -90,8 +101,7 @@ class Piece:
             return min(max(rows - gap, 0), sizes[giver]) if giver < taker else 0
 
         others = range(self.shared.size)
-        return self._exchanged(x, dim, [reach(me, r) for r in others],
-                               [reach(r, me) for r in others])
+        return [reach(me, r) for r in others], [reach(r, me) for r in others]
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
         """The whole sequence along ``dim``, of which every process gives its own positions."""
@@ -105,6 +115,17 @@ class Piece:
         end = x.narrow(dim, size - most, most)  # no gradient of x's whole size is sent
         found: Tensor = _Exchange.apply(end.movedim(dim, 0), sent, received, self.shared.group)
         return found.movedim(0, dim)
+
+    def enter(self, decay: Tensor, end: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """:meth:`arriving` from zero and without gradients; and all decays, for :meth:`leave`."""
+        decays, ends = (_all_gather(t, self.shared) for t in (decay, end))
+        return _state_before(self.shared.rank, decays, ends, None, False), decays
+
+    def leave(self, gradient: Tensor, decays: list[Tensor]) -> Tensor:
+        """The gradient of the state behind the own stretch, from what each process has for that of
+        the state before its own, of its own outputs alone."""
+        arrived = _all_gather(gradient, self.shared)
+        return _gradient_behind(self.shared.rank, decays, arrived, False)
 
     def arriving(
         self, decay: Tensor, end: Tensor, initial: Tensor | None, matrices: bool = False
@@ -185,18 +206,22 @@ class _Exchange(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, sent: list[int], received: list[int], group: Any
     ) -> Tensor:
-        ctx.how, ctx.shape = (sent, received, group), x.shape
+        ctx.how = sent, received, group
         parts = [x[len(x) - n :] for n in sent]
         return _all_to_all(torch.cat(parts), sent, received, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        sent, received, group = ctx.how
-        back = _all_to_all(gradient, received, sent, group)
-        total = back.new_zeros(ctx.shape)
-        for part in back.split(sent):
-            total[len(total) - len(part) :] += part
-        return total, None, None, None
+        return _taken_back(gradient, *ctx.how), None, None, None
+
+
+def _taken_back(gradient: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+    """The gradient of the longest end that was sent, from what came of it."""
+    back = _all_to_all(gradient, received, sent, group)
+    total = back.new_zeros(max(sent), *back.shape[1:])
+    for part in back.split(sent):
+        total[len(total) - len(part) :] += part
+    return total
 
 
 def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
@@ -212,12 +237,36 @@ def _all_gather(x: Tensor, shared: SequenceGroup) -> list[Tensor]:
     return found
 
 
+def _through(decay: Tensor, state: Tensor, matrices: bool) -> Tensor:
+    return decay @ state if matrices else decay * state
+
+
+def _state_before(
+    rank: int, decays: list[Tensor], ends: list[Tensor], initial: Tensor | None, matrices: bool
+) -> Tensor:
+    """``h_rank`` of ``h_0 = initial`` and ``h_{r+1} = d_r h_r + e_r``."""
+    state = torch.zeros_like(ends[0]) if initial is None else initial.to(ends[0].dtype, copy=True)
+    for r in range(rank):
+        state = _through(decays[r], state, matrices) + ends[r]
+    return state.contiguous()
+
+
+def _gradient_behind(
+    rank: int, decays: list[Tensor], arrived: list[Tensor], matrices: bool
+) -> Tensor:
+    """``g_rank`` of ``g_last = 0`` and ``g_{r-1} = dh_r + d_r^T g_r``, the gradient of
+    ``h_{r+1}``; ``arrived`` holds dh_r, that of h_r in stretch r alone."""
+    g = torch.zeros_like(arrived[0])
+    for r in range(len(arrived) - 1, rank, -1):
+        g = arrived[r] + _through(decays[r].mT if matrices else decays[r], g, matrices)
+    return g
+
+
 class _Arriving(torch.autograd.Function):
     """The state that enters a stretch, from what all stretches do to a state.
 
-    With d_r and e_r of process r, ``h_0`` the initial state and ``h_{r+1} = d_r h_r + e_r``. The
-    gradient of e_r is that of h_{r+1}, ``g_r = dh_{r+1} + d_{r+1}^T g_{r+1}``, and that of d_r is
-    ``g_r h_r^T``.
+    With d_r and e_r of process r: ``_state_before``. The gradient of e_r is that of h_{r+1}, g_r of
+    ``_gradient_behind``, and that of d_r is ``g_r h_r^T``.
     """
 
     @staticmethod
@@ -228,32 +277,21 @@ class _Arriving(torch.autograd.Function):
         ctx.begins = None if initial is None else initial.dtype
         decays, ends = (_all_gather(t, piece.shared) for t in (decay, end))
         with without_autocast(end.device):
-            state = torch.zeros_like(end) if initial is None else initial.to(end.dtype)
-            for r in range(piece.shared.rank):
-                state = (decays[r] @ state if matrices else decays[r] * state) + ends[r]
-        if state is initial:  # an input is no result
-            state = state.clone()
-        state = state.contiguous()
+            state = _state_before(piece.shared.rank, decays, ends, initial, matrices)
         ctx.save_for_backward(state, *decays)
         return state
 
     @staticmethod
     def backward(ctx: Any, dstate: Tensor) -> tuple[Tensor | None, ...]:
         state, *decays = ctx.saved_tensors
-        rank, size = ctx.piece.shared.rank, ctx.piece.shared.size
+        rank = ctx.piece.shared.rank
         arrived = _all_gather(dstate, ctx.piece.shared)
-
-        def through(r: int, gradient: Tensor) -> Tensor:
-            return decays[r].mT @ gradient if ctx.matrices else decays[r] * gradient
-
         with without_autocast(dstate.device):
-            g = torch.zeros_like(dstate)
-            for r in range(size - 1, rank, -1):
-                g = arrived[r] + through(r, g)
+            g = _gradient_behind(rank, decays, arrived, ctx.matrices)
             ddecay = (g @ state.mT if ctx.matrices
                       else (g * state).sum_to_size(decays[rank].shape))
             dinitial = None
             if ctx.begins is not None:  # all were given the same: the first has all its gradient
-                dinitial = dstate + through(0, g) if rank == 0 else torch.zeros_like(dstate)
-                dinitial = dinitial.to(ctx.begins)
+                first = _gradient_behind(-1, decays, arrived, ctx.matrices)
+                dinitial = (first if rank == 0 else torch.zeros_like(first)).to(ctx.begins)
         return None, None, ddecay, g, dinitial

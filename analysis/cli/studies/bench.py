@@ -8,6 +8,7 @@
     mambabyte bench start --systems mamba_byte task:ours --ways fused compile
     mambabyte bench mixers --shapes 16,1024,6 --peers KDA attention
     mambabyte bench scan --shapes 16,1024,384 --peers fused mamba_ssm --json
+    torchrun --nproc-per-node 2 -m analysis.cli bench context --lengths 1000000
     mambabyte bench scan --device cpu --record data/records/throughput/scan-cpu
 
 Peers that are not installed are named, not hidden. The floor is what the bytes and operations of
@@ -17,18 +18,18 @@ the scan cost at the ceilings that the run itself measures.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from analysis.cli.console import say
-from analysis.cli.options import REPEATED, pick_device, print_result, subcommand
+from analysis.cli.options import REPEATED, subcommand
 from analysis.cli.parser import Action
+from analysis.cli.studies.bench_context import Context, bench_context
+from analysis.cli.studies.benched import Common, checked, keep, printed
 from mambabyte.config.checks import (
     Count,
     CountOrNone,
-    DeviceOrAuto,
     Layers,
     Rule,
     entries,
@@ -37,7 +38,7 @@ from mambabyte.config.mixers import LayerPattern
 from mambabyte.config.presets import PresetName
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 TABLE = "Selective scan and its peers: interleaved in one run, medians and quartiles"
 ABOUT = ("Forward, and forward with backward through autograd, of one scan with softplus, "
@@ -80,17 +81,6 @@ def _is_shape(text: str) -> bool:
 
 
 Shape = Annotated[str, Rule(_is_shape, lambda: "three numbers, 1 or more, e.g. 16,1024,384")]
-
-
-@dataclass(frozen=True)
-class Common:
-    device: DeviceOrAuto = "auto"
-    """auto, cpu, cuda or cuda:N; auto is a GPU where there is one."""
-    record: Path | None = None
-    """Also keep the table, with machine, date, versions, commit and command, as a record: the
-    folder, such as data/records/throughput/NAME."""
-    json: bool = False
-    """Print the result as JSON."""
 
 
 @dataclass(frozen=True)
@@ -171,33 +161,24 @@ def run(argv: list[str]) -> int:
     return subcommand(ACTIONS, argv, "bench", __doc__)
 
 
-def _checked(options: Common) -> str:
-    """The device; UserError where the record cannot be kept, now and not after the measurement."""
-    from analysis.runs.records import check_record_folder
-
-    if options.record:
-        check_record_folder(options.record)
-    return pick_device(options.device)
-
-
 def bench_scan(options: Scan) -> int:
     from analysis.cli.studies.tables import rows_of, short_table
     from analysis.measure.bench.scan import DEFAULT_PEERS, run_bench
 
-    device = _checked(options)
+    device = checked(options)
     frame = run_bench(
         [parse_shape(text) for text in options.shapes] or None, options.dtype,
         options.peers or DEFAULT_PEERS, device, options.repeats, say,
     )
     machine = frame.attrs["machine"]
-    _keep(options, machine, {}, {"bench": (TABLE, short_table(frame))},
+    keep(options, machine, {}, {"bench": (TABLE, short_table(frame))},
           "The scan against its peers", ABOUT)
     lines = [f"{name}: {value}" for name, value in machine.items()]
     for (batch, length, channels), group in frame.groupby(["batch", "length", "channels"],
                                                           sort=False):
         lines += ["", f"({batch}, {length}, {channels})"]
         lines += [describe(row) for row in group.to_dict("records")]
-    return _print(options, {"bench": rows_of(frame), "ceilings": machine}, lines)
+    return printed(options, {"bench": rows_of(frame), "ceilings": machine}, lines)
 
 
 def bench_mixers(options: Mixers) -> int:
@@ -205,18 +186,18 @@ def bench_mixers(options: Mixers) -> int:
     from analysis.measure.bench.mixers import FAMILIES, run_bench
     from analysis.measure.ceilings import describe_machine
 
-    device = _checked(options)
+    device = checked(options)
     machine = describe_machine(device)
     frame = run_bench(
         [parse_shape(text) for text in options.shapes] or None, options.peers or tuple(FAMILIES),
         device, options.repeats, say)
-    _keep(options, machine, {}, {"bench": (MIXERS_TABLE, frame)},
+    keep(options, machine, {}, {"bench": (MIXERS_TABLE, frame)},
           "The field's mixers and their peers", MIXERS_ABOUT)
     lines = [f"{name}: {value}" for name, value in machine.items()]
     for shape, group in frame.groupby(["batch", "length", "heads"], sort=False):
         lines += ["", f"{shape}"]
         lines += [describe_mixer(row) for row in group.to_dict("records")]
-    return _print(options, {"bench": rows_of(frame), "ceilings": machine}, lines)
+    return printed(options, {"bench": rows_of(frame), "ceilings": machine}, lines)
 
 
 def describe_mixer(row: dict) -> str:
@@ -247,13 +228,13 @@ def bench_stream(options: Stream) -> int:
         raise UserError("--preset and --checkpoint are both given: give one, whose model is "
                         "streamed")
     preset = options.preset or "mamba_byte"
-    device, corpus = _checked(options), load_corpus(options.corpus, say)
+    device, corpus = checked(options), load_corpus(options.corpus, say)
     torch.manual_seed(0)
     model = (load_model(options.checkpoint) if options.checkpoint
              else ByteLM(get_preset(preset).model))
     frame, values = run_bench(model.to(device).eval(), bytes(corpus.valid), options.streams,
                               options.seen, options.characters, say)
-    _keep(options, {"preset": preset, "device": device, "corpus": corpus.name,
+    keep(options, {"preset": preset, "device": device, "corpus": corpus.name,
                     "trained": options.checkpoint is not None, "characters": options.characters},
           {name: (value, *VALUES[name]) for name, value in values.items()},
           {"stream": (STREAM_TABLE, stream_table(frame))},
@@ -264,7 +245,7 @@ def bench_stream(options: Stream) -> int:
     lines += [f"{about}: " + (f"{_plain(values[name])} {unit}".rstrip() if name in values
                               else "not asked for")
               for name, (unit, about) in VALUES.items()]
-    return _print(options, {"stream": rows_of(frame), **values}, lines)
+    return printed(options, {"stream": rows_of(frame), **values}, lines)
 
 
 def bench_step(options: Step) -> int:
@@ -274,7 +255,7 @@ def bench_step(options: Step) -> int:
     from analysis.measure.bench.steps import bench_steps, rivals, step_values
     from mambabyte.config import get_preset
 
-    preset, device = get_preset(options.preset), _checked(options)
+    preset, device = get_preset(options.preset), checked(options)
     model = replace(preset.model, d_model=options.d_model or preset.model.d_model,
                     n_layer=options.n_layer or preset.model.n_layer)
     recipe = replace(preset.train, batch_size=options.batch_size or preset.train.batch_size,
@@ -283,7 +264,7 @@ def bench_step(options: Step) -> int:
     say(f"{options.preset} on {device}, {way}: {recipe.batch_size} x {recipe.context} bytes a step")
     frame, parts = bench_steps(rivals(model, options.patterns, recipe.context), recipe, device, way,
                                say=say, published=bool(options.peers))
-    _keep(options, {"preset": options.preset, "d_model": model.d_model, "n_layer": model.n_layer,
+    keep(options, {"preset": options.preset, "d_model": model.d_model, "n_layer": model.n_layer,
                     "device": device, "way": way, "batch_size": recipe.batch_size,
                     "context": recipe.context}, step_values(frame),
           {"steps": (STEPS_TABLE, steps_table(frame)), "parts": (PARTS_TABLE, parts_table(parts))},
@@ -297,7 +278,7 @@ def bench_step(options: Step) -> int:
             f"{_energy(row.joules_per_megabyte)}  {row.mixers}")
         lines += [f"    {part.part:22} {part.ms:9.3f} ms {part.share:6.1%}  {part.kernel[:60]}"
                   for part in parts[parts["system"] == row.system].itertuples()]
-    return _print(options, {"steps": rows_of(frame), "parts": parts.to_dict("records")}, lines)
+    return printed(options, {"steps": rows_of(frame), "parts": parts.to_dict("records")}, lines)
 
 
 def bench_start(options: Start) -> int:
@@ -307,7 +288,7 @@ def bench_start(options: Start) -> int:
     from analysis.measure.bench.start import check, start_values, starts, step_ms
     from mambabyte.corpus import load_corpus
 
-    device = _checked(options)
+    device = checked(options)
     cuda = device.startswith("cuda")
     ways = options.ways or (("fused", "compile") if cuda else ("eager",))
     check(options.systems, ways, device)
@@ -317,7 +298,7 @@ def bench_start(options: Start) -> int:
     captured = [way for way in ways if cuda and options.pace and way not in ("auto", "eager")]
     pace = pd.DataFrame([row for name in options.systems
                          for row in step_ms(name, captured, device)])
-    _keep(options, {"systems": list(options.systems), "ways": list(ways), "device": device,
+    keep(options, {"systems": list(options.systems), "ways": list(ways), "device": device,
                     "corpus": options.corpus}, start_values(frame, pace),
           {"starts": (STARTS_TABLE, frame), "pace": (PACE_TABLE, pace)},
           "From the start of a process to its first training steps", STARTS_ABOUT)
@@ -326,28 +307,7 @@ def bench_start(options: Start) -> int:
              for row in frame.itertuples()]
     lines += [f"{row.system:16} {row.way:8} {row.ms:8.3f} ms a step [{row.low:.3f}, {row.high:.3f}]"
               for row in pace.itertuples()]
-    return _print(options, {"starts": rows_of(frame), "pace": pace.to_dict("records")}, lines)
-
-
-def _keep(
-    options: Common, parameters: dict[str, Any], values: Mapping[str, tuple[Any, str, str]],
-    tables: dict[str, tuple[str, pd.DataFrame]], title: str, about: str,
-) -> None:
-    """The result as a record, where one was asked for."""
-    from analysis.runs.folders import Run, Value, tables_of
-    from analysis.runs.records import write_record_folder
-
-    if options.record:
-        write_record_folder(Run(
-            "throughput", parameters, {name: Value(*value) for name, value in values.items()},
-            tables_of(tables), title=title, about=about), options.record)
-
-
-def _print(options: Common, found: dict[str, Any], lines: list[str]) -> int:
-    from mambabyte.config.provenance import provenance
-
-    print_result({**found, "provenance": provenance()}, options.json, lines)
-    return 0
+    return printed(options, {"starts": rows_of(frame), "pace": pace.to_dict("records")}, lines)
 
 
 def _energy(joules_per_megabyte: float) -> str:
@@ -389,5 +349,6 @@ ACTIONS = {
     "mixers": Action(Mixers, bench_mixers, "Time the field's mixers against their peers"),
     "stream": Action(Stream, bench_stream, "Time streaming, byte after byte"),
     "start": Action(Start, bench_start, "Time a training from its process's start"),
+    "context": Action(Context, bench_context, "Time a sequence on one device and split among all"),
     "step": Action(Step, bench_step, "Time whole training steps, and say where the time goes"),
 }

@@ -29,6 +29,16 @@ def steps_table(frame: pd.DataFrame) -> pd.DataFrame:
         "peak (MiB)": (frame["peak_bytes"] / 2**20).round(0)}))
 
 
+def context_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The columns of a bench of split sequences in the words and units of a reader."""
+    return _measured(pd.DataFrame({
+        "layers": frame["layers"], "bytes": frame["length"], "way": frame["way"],
+        "devices": frame["processes"], "forward and backward, median (ms)": frame["ms"].round(2),
+        "quartiles (ms)": _quartiles(frame["low"], frame["high"]),
+        "of it in messages (ms)": frame["messages_ms"].round(3),
+        "peak (MiB)": (frame["peak_bytes"] / 2**20).round(0), "note": frame["note"]}))
+
+
 def parts_table(parts: pd.DataFrame) -> pd.DataFrame:
     """The parts of training steps, shares in percent."""
     return pd.DataFrame({

@@ -14,6 +14,9 @@ What it keeps for the backward is what the composition keeps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +33,8 @@ from mambabyte.ops.scan.operator import MAX_STATES, scan_in_torch
 __all__ = ["fused_mixer"]
 
 DEVICES = ("cuda", "meta")
+Arrive = Callable[[Tensor, Tensor], Tensor]
+Leave = Callable[[Tensor], Tensor]
 
 
 def fused_mixer(
@@ -57,7 +62,7 @@ def fused_mixer(
     return y, tail, state
 
 
-def _check(
+def check(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
     dt_bias: Tensor, A: Tensor, D: Tensor,
 ) -> None:  # fmt: skip
@@ -88,7 +93,7 @@ def _check_backward(
     dy: Tensor, dtail: Tensor | None, dstate: Tensor | None, xz: Tensor, *args: Tensor
 ) -> None:
     *weights, u, parts, delta, saved = args
-    _check(xz, *weights)
+    check(xz, *weights)
     conv_weight, _, x_proj, _, _, A, _ = weights
     batch, length, both = xz.shape
     channels, states = A.shape
@@ -112,25 +117,36 @@ _NAMES = ("xz", "conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A",
 
 def forward(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
-    dt_bias: Tensor, A: Tensor, D: Tensor, save: bool,
+    dt_bias: Tensor, A: Tensor, D: Tensor, save: bool, *, before: Tensor | None = None,
+    arrive: Arrive | None = None,
 ) -> Tensors:  # fmt: skip
+    """``before`` is the convolution's tail from before the sequence, ``arrive`` that of
+    :func:`mambabyte.ops.scan.cuda.forward`: for a stretch of a longer one."""
     x, z = xz.chunk(2, dim=-1)
     rank, states = dt_proj.shape[1], A.shape[1]
-    u, tail = cuda_conv.forward(x, conv_weight, conv_bias, None, True)
+    u, tail = cuda_conv.forward(x, conv_weight, conv_bias, before, True)
     parts = F.linear(u, x_proj)
     low_rank, B, C = parts.split([rank, states, states], dim=-1)
     delta = F.linear(low_rank, dt_proj)
-    y, state, saved = cuda_scan.forward(u, delta, A, B, C, D, z, dt_bias, None, True, save)
+    y, state, saved = cuda_scan.forward(
+        u, delta, A, B, C, D, z, dt_bias, None, True, save, arrive)
     if not save:
         u, parts, delta = (y.new_empty(0) for _ in range(3))
     return y, tail, state, u, parts, delta, saved
 
 
-def backward(
+def backward(*args: Any) -> Tensors:
+    return gradients(*args)[:-1]
+
+
+def gradients(
     dy: Tensor, dtail: Tensor | None, dstate: Tensor | None, xz: Tensor, conv_weight: Tensor,
     conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-    u: Tensor, parts: Tensor, delta: Tensor, saved: Tensor,
+    u: Tensor, parts: Tensor, delta: Tensor, saved: Tensor, *, before: Tensor | None = None,
+    entered: Tensor | None = None, leave: Leave | None = None,
 ) -> Tensors:  # fmt: skip
+    """Of all inputs and of ``before``; ``entered`` is the state that ``arrive`` gave, and
+    ``leave`` that of :func:`mambabyte.ops.scan.cuda.backward`."""
     # Gradients are left between those of ``parts``, so that its rows must lie one behind another.
     u, parts, delta = u.contiguous(), parts.contiguous(), delta.contiguous()
     x, z = xz.chunk(2, dim=-1)
@@ -140,8 +156,8 @@ def backward(
     ddelta, dz, du = d_rows.chunk(3, dim=-1)
     dlow_rank, dB, dC = d_parts.split(widths, dim=-1)
     _, _, dA, _, _, dD, _, ddt_bias, _ = cuda_scan.backward(
-        dy, dstate, u, delta, A, B, C, D, z, dt_bias, None, saved, True,
-        into=(du, ddelta, dz, dB, dC),
+        dy, dstate, u, delta, A, B, C, D, z, dt_bias, entered, saved, True,
+        into=(du, ddelta, dz, dB, dC), leave=leave,
     )  # fmt: skip
 
     torch.mm(_flat(ddelta), dt_proj, out=_flat(dlow_rank))
@@ -150,10 +166,10 @@ def backward(
     dx_proj = _flat(d_parts).t() @ _flat(u)
 
     dx = ddelta  # which is used up
-    _, dconv_weight, dconv_bias, _ = cuda_conv.backward(
-        du, dtail, x, conv_weight, conv_bias, None, True, dx)
+    _, dconv_weight, dconv_bias, dbefore = cuda_conv.backward(
+        du, dtail, x, conv_weight, conv_bias, before, True, dx)
     dxz = d_rows[..., : xz.shape[2]]
-    return dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA, dD
+    return dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA, dD, dbefore
 
 
 def _d_rows(xz: Tensor) -> Tensor:
@@ -215,7 +231,7 @@ _mixer = define(
     kept="u, parts, delta, saved",
     forward={"cuda": forward},
     backward={"cuda": backward},
-    check=_check,
+    check=check,
     check_backward=_check_backward,
     shapes=_forward_shapes,
     backward_shapes=_backward_shapes,

@@ -184,6 +184,12 @@ class _Scan:
                 self.batch, self.length = self.batch // fold, self.length * fold
                 return
 
+    def hands_over(self, backward: bool) -> bool:
+        """Whether the pass over states of a tile scan can walk this sequence to its end: it goes
+        forward by whole chunks."""
+        whole = backward or self.length % CHUNK == 0
+        return self.tile and whole and self.plan(backward).segments > 1
+
     def plan(self, backward: bool) -> Plan:
         return plan_scan(self.device, self.tile, self.warps, self.length, backward)
 
@@ -235,10 +241,13 @@ class _Scan:
         rows = self.batch * plan.pieces * self.channels
         return self.new(rows, self.padded), self.new(rows)
 
-    def carry(self, adjoint, plan, upstream, states, dts) -> None:
-        """Fill the buffers with what each segment of a tile scan hands to its neighbour."""
+    def carry(self, adjoint, plan, upstream, states, dts, every=False) -> None:
+        """Fill the buffers with what each segment of a tile scan hands to its neighbour; ``every``:
+        the one at the end too, to what is beyond."""
         steps, segments, parts, pieces = plan
         first, count = (parts, pieces - parts) if adjoint else (0, parts * (segments - 1))
+        if every:
+            first, count = 0, pieces
         problem = self.problem(Plan(steps // parts, pieces, 1, pieces))
         flags = f"{_true(adjoint)}, {_true(adjoint and self.gated)}, {_true(self.softplus)}"
         _launch(
@@ -248,12 +257,35 @@ class _Scan:
         )  # fmt: skip
 
 
+    def handed_over(self, adjoint, plan, states, dts) -> tuple[Tensor, Tensor]:
+        """What all pieces together hand over (batch, channels, states), and the sum of dt (batch,
+        channels)."""
+        states = states.view(self.batch, plan.pieces, self.channels, 16)
+        dts = dts.view(self.batch, plan.pieces, self.channels)
+        way = dts if adjoint else dts.flip(1)  # from the place where they are handed over
+        way = torch.cumsum(way, 1) - way  # an error beside the piece's own dt, not the sum's
+        way = way if adjoint else way.flip(1)
+        return (torch.exp(way[..., None] * self.A) * states).sum(1), dts.sum(1)
+
+
 # ----------------------------------------------------------------------------------- operations
 
 
-def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, save):
-    """-> (y, final_state, saved). ``saved`` is for :func:`backward`; empty unless ``save``."""
+def forward(
+    u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, save, arrive=None
+):  # fmt: skip
+    """-> (y, final_state, saved). ``saved`` is for :func:`backward`; empty unless ``save``.
+
+    ``arrive`` is for a stretch of a longer sequence: of the state that this stretch comes to from a
+    zero one (B, D, N) and its sum of step sizes (B, D), it makes the initial state, in place of
+    ``initial_state``. The pass over states that segments want anyway then serves both.
+    """
     s = _Scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
+    if arrive is not None and not s.hands_over(False):
+        _, end, _ = forward(u, delta, A, B, C, D, None, delta_bias, None, delta_softplus, False)
+        step = delta.float() if delta_bias is None else delta.float() + delta_bias
+        step = torch.nn.functional.softplus(step) if delta_softplus else step
+        s.h0, arrive, s.foldable = _weights(arrive(end, step.sum(1))), None, False
     y = s.new(s.batch, s.length, s.channels, dtype=s.dtype)
     final_state = s.new(s.batch, s.channels, s.d_state)
     shape = saved_shape(s.batch, s.length, s.channels, s.d_state, s.dtype)
@@ -270,10 +302,12 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, 
         s.fold_sequences(s.blocks(warps, 1), resident)
         plan = plan_whole(s.length)
     states, dts = s.segment_buffers(plan)
-    problem = s.problem(plan, y)
     outputs = (_address(y), _address(final_state), _address(saved) if save else 0)
     if s.tile and segments > 1:
-        s.carry(False, plan, (0, 0, 0, 0), states, dts)
+        s.carry(False, plan, (0, 0, 0, 0), states, dts, arrive is not None)
+    if arrive is not None:
+        s.h0 = _weights(arrive(*s.handed_over(False, plan, states, dts)))
+    problem = s.problem(plan, y)
     for part in ("STATE_ONLY", "FULL") if segments > 1 and not s.tile else ("FULL",):
         if s.tile:
             flags = f"{_true(s.gated)}, {_true(s.softplus)}"
@@ -284,22 +318,30 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, 
             s.device, name, _PROBLEM + "5P", s.blocks(warps, segments - (part == "STATE_ONLY")),
             (32 * warps, 1), forward_shared(warps) if s.tile else 0,
             *problem, *outputs, _address(states), _address(dts),
-            overlap=s.tile and segments > 1,
+            overlap=s.tile and segments > 1 and arrive is None,
         )  # fmt: skip
     return y, final_state, saved
 
 
 def backward(
     dy, dfinal_state, u, delta, A, B, C, D, z, delta_bias, initial_state, saved, delta_softplus,
-    into=None,
+    into=None, leave=None,
 ):  # fmt: skip
     """-> (du, ddelta, dA, dB, dC, dD, dz, dbias, dh0), None where the input was None.
+
+    ``leave`` is for a stretch of a longer sequence, whose initial state ``arrive`` gave: of the
+    gradient that dy alone gives the initial state (B, D, N), it makes that of the final state, in
+    place of ``dfinal_state``.
 
     ``into`` holds du, ddelta, dz, dB and dC to be filled, instead of new ones: columns of wider
     dense tensors, one for the first three and one for the last two.
     """
     batch, length, channels = u.shape
     d_state = A.shape[1]
+    given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if leave is not None and not (saved.numel() and _Scan(*given, delta_softplus).hands_over(True)):
+        dfinal_state = leave(backward(dy, None, *given, saved, delta_softplus)[-1])
+        leave = None
 
     def like(x, *shape, dtype=u.dtype):
         return None if x is None else u.new_empty((batch, *shape), dtype=dtype)
@@ -313,7 +355,8 @@ def backward(
         like(initial_state, channels, d_state, dtype=torch.float32),
     )  # fmt: skip
     if saved.numel() > 0:
-        sums = _backward(rows, A, D, delta_bias, saved.contiguous(), delta_softplus, outputs)
+        sums = _backward(
+            rows, A, D, delta_bias, saved.contiguous(), delta_softplus, outputs, leave)
     else:
         steps = CHUNK * ceil_div(ceil_div(length, ceil_div(8, batch)), CHUNK)
         count, sums = ceil_div(batch, 8), None  # sequences at a time
@@ -361,7 +404,7 @@ def _recompute(rows, A, D, delta_bias, softplus, outputs, steps):
         dh = dh_start
 
 
-def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
+def _backward(rows, A, D, delta_bias, saved, softplus, outputs, leave=None):
     """Fill ``outputs`` (du, ddelta, dz, dB, dC, dh0) and return the sums (dA, dD, dbias)."""
     dy, dh_end, u, delta, B, C, z, h0 = rows
     du, ddelta, dz, dB, dC, dh0 = outputs
@@ -382,7 +425,7 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
     states, dts = s.segment_buffers(plan)
     problem = s.problem(plan, du)
     maps = s.maps(warps, dy) if s.tile else b""
-    upstream = (_address(dy), _address(dh_end), dy.stride(0) * s.fold, dy.stride(1))
+    upstream = [_address(dy), _address(dh_end), dy.stride(0) * s.fold, dy.stride(1)]
     padded_length = CHUNK * ceil_div(s.length, CHUNK)
     partial_BC = s.new(s.groups(warps), s.batch, padded_length, 2 * s.padded)
     count = s.batch * segments
@@ -395,7 +438,10 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
     flags = f"{_true(s.gated)}, {_true(s.softplus)}"
     typed = f"{_C_TYPE[s.dtype]}, {s.padded}"
     if segments > 1 and s.tile:
-        s.carry(True, plan, upstream, states, dts)
+        s.carry(True, plan, upstream, states, dts, leave is not None)
+        if leave is not None:
+            dh_end = _weights(leave(s.handed_over(True, plan, states, dts)[0]))
+            upstream[1] = _address(dh_end)
     elif segments > 1:
         name = f"any_adjoint<{typed}, {_true(s.softplus)}>"
         _launch(
@@ -413,7 +459,7 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs):
         s.device, name, first + _PROBLEM + _UPSTREAM + "11P",
         s.blocks(warps, segments), (32 * warps, 1), shared, *given, *problem, *upstream,
         *map(_address, (saved, states, dts, du, ddelta, dz, dh0, partial_BC, *partials)),
-        overlap=s.tile and segments > 1,
+        overlap=s.tile and segments > 1 and leave is None,
     )  # fmt: skip
     if s.tile:
         name, values = "tile_sums", s.batch * padded_length * 8
