@@ -7,10 +7,12 @@ the next one, so that the residual stream goes through memory once a norm.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from mambabyte.model.block import Block, RMSNorm
 from mambabyte.model.lm import ByteLM, head_loss, without_state
@@ -69,6 +71,53 @@ def fused_head_loss(
         model.uncapped(hidden).flatten(0, 1), targets.flatten(), model.config.logit_softcap,
         None if gate is None else gate(hidden).flatten(0, 1),
         None if offset is None else offset.flatten(0, 1))
+
+
+class _Loss(nn.Module):
+    """A model's loss as the forward pass of a module, whose weights can then be others."""
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self.loss(*batch)
+
+
+class _CastAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = weights[0].dtype
+        return _copied(dtype, weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = iter(_copied(ctx.dtype, [g for g in grads if g is not None]))
+        return None, *(None if g is None else next(found) for g in grads)
+
+
+def _copied(dtype: torch.dtype, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    torch._foreach_copy_(copies, list(tensors))
+    return tuple(copies)
+
+
+def cast_together(model: nn.Module, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``loss``, a method of ``model``, whose linear maps find their weights cast as autocast would
+    cast them, in one launch for all of them; and their gradients cast back in another."""
+    module = _Loss(model, loss)
+    weights = {f"{name}.weight": part.weight for name, part in module.named_modules()
+               if is_plain(part, nn.Linear) and part.weight.dtype == torch.float32}
+
+    def run(*batch: Tensor) -> Tensor:
+        if not weights or not autocasts(batch[0].device):
+            return loss(*batch)
+        dtype = torch.get_autocast_dtype(batch[0].device.type)
+        cast = _CastAll.apply(dtype, *weights.values())
+        found: Tensor = functional_call(module, dict(zip(weights, cast, strict=True)), batch)
+        return found
+
+    return run
 
 
 def _known(*norms: nn.Module | None) -> bool:

@@ -30,11 +30,12 @@ from mambabyte.model import (
     record_exponents,
     without_state,
 )
-from mambabyte.model.fused import fused_head_loss, fused_layer
+from mambabyte.model.fused import cast_together, fused_head_loss, fused_layer
 from mambabyte.train.optim import Optimizer, set_rates
 from mambabyte.train.precision import autocast
 from mambabyte.train.step import Loss, Reading, backward_in_parts, remedy
 
+FUSED = ("auto", "fused")
 WARM_UP = 3  # steps run one by one before the capture: they create the optimizer's state
 
 
@@ -75,7 +76,8 @@ class CapturedStep:
         windows: Callable[[Tensor], tuple[Tensor, ...]], starts: Tensor, config: TrainConfig,
         first_step: int = 0, capture: bool | None = None,
     ) -> None:
-        self.model, self.loss, self.optimizer, self.windows = model, loss, optimizer, windows
+        self.model, self.optimizer, self.windows = model, optimizer, windows
+        self.loss = cast_together(model, loss) if config.step in FUSED else loss
         self.config, self._world = config, distributed.current()
         self.device = next(model.parameters()).device
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -174,9 +176,9 @@ def prepare(model: ByteLM, config: TrainConfig) -> None:
         way = "graph"
     for mixer in mixers(model, Mixer):
         mixer.prepare(config.context)
-        mixer.fused = way in ("auto", "fused")
+        mixer.fused = way in FUSED
     model.residual_dtype = torch.bfloat16 if config.precision == "bf16_residual" else None
-    if way in ("auto", "fused"):
+    if way in FUSED:
         model.run_layer, model.run_head = fused_layer, fused_head_loss
     elif way == "compile":
         model.run_layer, model.run_head = (

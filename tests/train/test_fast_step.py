@@ -12,6 +12,7 @@ from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus, sample_windows
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
+from mambabyte.model.fused import cast_together
 from mambabyte.ops.compare import relative_rms
 from mambabyte.train import EagerStep, NonFiniteError, autocast, train, train_step
 from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
@@ -90,6 +91,21 @@ def test_joined_layers_and_head_compute_the_same(changes):
         found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     for other in found[1:]:
         assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(found[0], other, strict=True))
+
+
+def test_weights_cast_together_are_those_that_autocast_casts():
+    config = replace(MODEL, n_layer=3, layer_pattern="MAS", linear_bias=True, tied_head=False,
+                     ssd_head_dim=16, ssd_d_state=16)
+    tokens = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
+    found = []
+    for together in (False, True):
+        torch.manual_seed(0)
+        model = ByteLM(config)
+        loss = cast_together(model, model.loss) if together else model.loss
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = loss(tokens)
+        found.append([value, *torch.autograd.grad(value, list(model.parameters()))])
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*found, strict=True))
 
 
 def test_micro_batches_make_the_captured_step_too():
