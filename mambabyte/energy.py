@@ -178,5 +178,21 @@ def total(meters: Iterable[tuple[str, float | None]]) -> float | None:
     return sum(known) if known and len(known) == len(found) else None
 
 
+CPU_WATTS = 42.0  # the public rule's estimate of a host, where its counter cannot be read
+FLOOR_WATTS = 50.0  # no run of the public rule counts as less
+
+
+def total_joules(gpu: Energy, cpu: Energy) -> tuple[float, float, str]:
+    """Joules of a run under the public rule of 2026-05, those of its CPU in them, and where the
+    latter are from: the GPU's net of idle, and the CPU's counter or ``CPU_WATTS`` over the time,
+    but never below ``FLOOR_WATTS`` over the time. A run on a CPU alone has no GPU's."""
+    if cpu.gross_joules is None:
+        host, source = CPU_WATTS * gpu.seconds, f"estimated, {CPU_WATTS:g} W"
+    else:
+        host, source = cpu.gross_joules, cpu.source
+    net = gpu.joules if gpu.joules is not None and gpu.source != cpu.source else 0.0
+    return max(net + host, FLOOR_WATTS * gpu.seconds), host, source
+
+
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -72,7 +72,7 @@ class Guide:
     def _native(self) -> ngram_native.Tables | None:
         return ngram_native.tables(
             [(*vars(level).values(), keep, symbol) for level, keep, (symbol, _) in
-             zip(self.ngram.levels, self._keep, self._best, strict=True)], self.ngram.discount)
+             zip(self.ngram.levels, self._keep, self._best, strict=True)], self.ngram.discounts)
 
     @property
     def width(self) -> int:
@@ -116,7 +116,7 @@ class Guide:
                 else:
                     p = torch.full((1, V), 1 / V, device=table.device)
                 here = torch.arange(len(node), device=table.device)
-                self.ngram.interpolate(level, p, here, node)
+                self.ngram.interpolate(m, p, here, node)
                 table[used : used + len(node)] = p.log_()
                 used += len(node)
         return table, row_of

@@ -169,10 +169,10 @@ static int64_t find_key(const Level *level, int64_t wanted) {
     return low < level->contexts && level->key[low] == wanted ? low : -1;
 }
 
-/* After each of n contexts (n, order - 1), the newest byte last: log p (n, 256); and where tables
+/* With discounts (order, 3) of counts of 1, 2 and more; after each of n contexts (n, order - 1), the newest byte last: log p (n, 256); and where tables
    have `best`, the most frequent byte after the longest context seen, and how long and how clear
    that is, 4 classes a length. */
-void look_up(const Level *levels, int64_t order, double discount, int64_t n,
+void look_up(const Level *levels, int64_t order, const double *discounts, int64_t n,
              const uint8_t *contexts, float *log_p, uint8_t *best, uint8_t *kind) {
     for (int64_t i = 0; i < n; i++) {
         const uint8_t *newest = contexts + (i + 1) * (order - 1);
@@ -186,10 +186,14 @@ void look_up(const Level *levels, int64_t order, double discount, int64_t n,
             const int32_t from = level->start[node], to = level->start[node + 1];
             const int32_t total = level->total[node];
             if (!level->keep || level->keep[node]) {
-                const double left = discount * (to - from) / total;
-                for (int s = 0; s < 256; s++) p[s] *= left;
+                double left = 0, off[256]; /* no byte is there twice */
+                for (int32_t pair = from; pair < to; pair++) {
+                    const int32_t count = level->count[pair];
+                    left += off[pair - from] = discounts[3 * m + (count > 3 ? 3 : count) - 1];
+                }
+                for (int s = 0; s < 256; s++) p[s] *= left / total;
                 for (int32_t pair = from; pair < to; pair++)
-                    p[level->symbol[pair]] += (level->count[pair] - discount) / total;
+                    p[level->symbol[pair]] += (level->count[pair] - off[pair - from]) / total;
             }
             if (!level->best) continue;
             int32_t top = 0;

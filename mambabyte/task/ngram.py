@@ -1,11 +1,12 @@
 """Interpolated Kneser-Ney n-gram model over bytes, counted by sorting, exact at any order.
 
 Absolute discounting with continuation counts (Kneser & Ney 1995; Chen & Goodman 1998, "An
-Empirical Study of Smoothing Techniques for Language Modeling", section 4.1.6), one discount d for
-every order. For a context of m bytes, with c the count of byte w after it, summed to t over k
-distinct bytes::
+Empirical Study of Smoothing Techniques for Language Modeling", section 4.1.6), either with one
+discount for all, or modified (section 4.1.7 there): three an order, for counts of 1, 2 and more,
+estimated from how many counts there are of each. For a context of m bytes, with c the count of byte
+w after it, summed to t::
 
-    p_m(w) = (c(w) - d) / t + d k / t * p_{m-1}(w),    p_{-1}(w) = 1 / V
+    p_m(w) = (c(w) - d(c(w))) / t + sum_v d(c(v)) / t * p_{m-1}(w),    p_{-1}(w) = 1 / V
 
 c is the number of occurrences at the longest context, and the number of distinct bytes seen before
 (context, w) at every shorter one. A context never seen leaves p_{m-1} as it is.
@@ -20,28 +21,23 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mambabyte.config.files import whole_file
 from mambabyte.corpus.files import present
 from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.task import ngram_native
 
-_LOG = logging.getLogger(__name__)
 V = 256
 MAX_ORDER = 255  # lengths of common prefixes are kept in a byte
 DISCOUNT = 0.5
 _WORD = 7  # bytes of a sort key in one int64, so that none is negative
+Discounts = tuple[float, float, float]  # of counts of 1, 2, and 3 or more
 _ROWS = 4096  # contexts whose (V,) distributions are computed at a time
 
 
@@ -60,7 +56,6 @@ class Level:
         return sum(t.numel() * t.element_size() for t in vars(self).values())
 
 
-_DTYPES = [torch.int64, torch.int32, torch.int32, torch.uint8, torch.int32]  # of its fields
 
 
 class NgramModel:
@@ -69,8 +64,14 @@ class NgramModel:
     A text begins after ``order - 1`` start bytes, in counting and in use.
     """
 
-    def __init__(self, levels: list[Level], discount: float, bytes_counted: int) -> None:
+    def __init__(
+        self, levels: list[Level], discount: float | None, bytes_counted: int,
+        discounts: list[Discounts] | None = None,
+    ) -> None:
         self.levels, self.discount, self.bytes_counted = levels, discount, bytes_counted
+        self.discounts = discounts or [
+            (discount,) * 3 if discount is not None else modified_discounts(level.count)
+            for level in levels]
 
     @property
     def order(self) -> int:
@@ -87,11 +88,12 @@ class NgramModel:
 
     @functools.cached_property
     def _native(self) -> ngram_native.Tables | None:
-        return ngram_native.tables([vars(level).values() for level in self.levels], self.discount)
+        return ngram_native.tables(
+            [vars(level).values() for level in self.levels], self.discounts)
 
     def to(self, device: torch.device | str) -> NgramModel:
         levels = [Level(**{k: t.to(device) for k, t in vars(lv).items()}) for lv in self.levels]
-        return NgramModel(levels, self.discount, self.bytes_counted)
+        return NgramModel(levels, self.discount, self.bytes_counted, self.discounts)
 
     # ------------------------------------------------------------------------------- lookup
 
@@ -117,26 +119,33 @@ class NgramModel:
         a level, as if the contexts outside it had not been seen.
         """
         contexts = contexts.to(self.device, torch.int64)
+        steps = self.chain(contexts, self.find(contexts), keep)
+        if orders:
+            return torch.stack([p.clone() for p, _ in steps])
+        *_, (p, _) = steps
+        return p
+
+    def chain(
+        self, contexts: Tensor, found: list[Tensor], keep: list[Tensor] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """From order 1 on p (B, V) float64, the same tensor each time, and the contexts' indices
+        (B,), -1 for those not seen. ``found``: what ``find`` returned."""
         p = torch.full((len(contexts), V), 1 / V, dtype=torch.float64, device=self.device)
-        every = []
-        for m, (level, node) in enumerate(zip(self.levels, self.find(contexts), strict=True)):
+        for m, node in enumerate(found):
             if keep is not None:
                 node = torch.where(keep[m][node.clamp(min=0)], node, -1)
             row = (node >= 0).nonzero()[:, 0]
             if len(row):
-                self.interpolate(level, p, row, node[row])
-            if orders:
-                every.append(p.clone())
-        return torch.stack(every) if orders else p
+                self.interpolate(m, p, row, node[row])
+            yield p, node
 
-    def interpolate(self, level: Level, p: Tensor, row: Tensor, node: Tensor) -> None:
-        """Turn p (B, V) of the shorter context into that of ``level`` in the rows given."""
+    def interpolate(self, m: int, p: Tensor, row: Tensor, node: Tensor) -> None:
+        """Turn p (B, V) of the shorter context into that of level m in the rows given."""
+        level = self.levels[m]
         begin, end = level.start[node].long(), level.start[node + 1].long()
-        length, total = end - begin, level.total[node].to(p.dtype)
-        p[row] *= (self.discount * length / total)[:, None].to(p.dtype)
-        pair, owner = _ragged(begin, length)
-        mass = (level.count[pair].to(p.dtype) - self.discount) / total[owner]
-        p[row[owner], level.symbol[pair].long()] += mass  # no two pairs have the same place
+        pair, owner = ragged(begin, end - begin)
+        blend(p, row, level.total[node], owner, level.symbol[pair], level.count[pair],
+                 self.discounts[m])
 
     def log_probs(self, data: bytes | np.ndarray, history: bytes = b"") -> Tensor:
         """Log-probabilities (L, V) float32 of every byte of ``data``, each given all before it."""
@@ -183,66 +192,34 @@ class NgramModel:
         return [{"order": i + 1, "bits_per_byte": float(bits[i]) / len(target),
                  "byte_accuracy": float(right[i]) / len(target)} for i in range(self.order)]
 
-    # ------------------------------------------------------------------------------- files
-
-    def save(self, path: Path) -> None:
-        """Write the tables as safetensors: numbers alone, nothing that runs when loaded."""
-        tensors, about = self._for_file()
-        with whole_file(path) as temporary:
-            save_file(tensors, temporary, {**about, "sha256": _digest(tensors, about)})
-
     def digest(self) -> str:
         """SHA-256 of the tables and what they are of."""
-        return _digest(*self._for_file())
+        return digest(*self.named())
 
-    def _for_file(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def named(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tables by name, on the CPU, and what they are of."""
         return ({f"{m}.{name}": t.cpu().contiguous()
                  for m, level in enumerate(self.levels) for name, t in vars(level).items()},
                 {"order": str(self.order), "discount": repr(self.discount),
                  "bytes_counted": str(self.bytes_counted)})
 
-    @staticmethod
-    def load(path: Path, device: torch.device | str = "cpu") -> NgramModel:
-        """Read what ``save`` wrote. Raises UserError for a file that is not a whole model, or is
-        not what was written; one from before there was a checksum is checked without it."""
-        try:
-            if not Path(path).is_file():  # to read a pipe would be to wait for ever
-                raise ValueError("there is no such file")
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                order = int(about["order"])
-                names = [f"{m}.{name}" for m in range(min(order, MAX_ORDER))
-                         for name in Level.__dataclass_fields__]
-                if not names or sorted(names) != sorted(file.keys()):
-                    raise ValueError(f"its tables are not those of order {order}")
-                tensors = {name: file.get_tensor(name) for name in names}
-            discount, counted = float(about["discount"]), int(about["bytes_counted"])
-            if not 0 < discount < 1:
-                raise ValueError(f"its discount is {discount}, expected one between 0 and 1")
-            digest = about.pop("sha256", None)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"{path} is no n-gram model ({str(error).splitlines()[0]}): expected "
-                            "a file written by NgramModel.save") from None
-        levels = [Level(*(tensors[f"{m}.{name}"] for name in Level.__dataclass_fields__))
-                  for m in range(order)]
-        for m, level in enumerate(levels):
-            _check_level(path, m, level, len(levels[m - 1].key) if m else 1,
-                         {counted, len(levels[m + 1].symbol)} if m + 1 < order else {counted})
-        if digest is None:
-            _LOG.warning("note: %s has no checksum (made before there was one): damage to it may "
-                         "not be told", path)
-        elif digest != _digest(tensors, about):
-            raise UserError(f"{path} is not what was written (its SHA-256 is another): count the "
-                            "text again")
-        return NgramModel(levels, discount, counted).to(device)
+
+def digest(tensors: dict[str, Tensor], about: dict[str, str]) -> str:
+    """SHA-256 of tensors on the CPU by name, and of what is said about them."""
+    total = hashlib.sha256(repr(sorted(about.items())).encode())
+    for name in sorted(tensors):
+        total.update(f"{name} {tensors[name].dtype}".encode())
+        total.update(tensors[name].numpy().data)
+    return total.hexdigest()
 
 
 def count(
-    data: bytes | np.ndarray | Tensor, order: int = 12, discount: float = DISCOUNT,
+    data: bytes | np.ndarray | Tensor, order: int = 12, discount: float | None = DISCOUNT,
     device: torch.device | str = "cpu", *, continuation: bool = True,
 ) -> NgramModel:
     """Count ``data`` and return its Kneser-Ney model of n-grams of up to ``order`` bytes.
 
+    ``discount`` None is modified Kneser-Ney.
     Without ``continuation`` shorter contexts count occurrences too: plain absolute discounting.
     The work is sorting, on ``device``: by torch on a GPU, about 60 bytes of memory a byte of text
     at the peak; in C on the CPU where there is a compiler, else by torch too, five times slower.
@@ -250,7 +227,7 @@ def count(
     """
     if not 1 <= order <= MAX_ORDER:
         raise UserError(f"order is {order}: it must be from 1 to {MAX_ORDER}")
-    if not 0 < discount < 1:
+    if discount is not None and not 0 < discount < 1:
         raise UserError(f"discount is {discount}: it must be between 0 and 1")
     if not len(data):
         raise UserError("there is nothing to count: the text is empty")
@@ -358,7 +335,38 @@ def _level(key: Tensor, pair: Tensor, counts: Tensor) -> Level:
     return Level(key, start, total.int(), (pair & 255).to(torch.uint8), counts)
 
 
-def _ragged(begin: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+def modified_discounts(count: Tensor) -> Discounts:
+    """Discounts of counts of 1, 2, and 3 or more (Chen & Goodman 1998, equation 26), from all
+    counts (E,); where there are too few counts to tell, that of the next smaller, or ``DISCOUNT``.
+    """
+    n = torch.bincount(count.clamp(max=5), minlength=6).tolist()
+    found, last = [], DISCOUNT
+    for c in (1, 2, 3):
+        if n[1] and n[c] and n[c + 1]:
+            estimate = c - (c + 1) * n[1] / (n[1] + 2 * n[2]) * n[c + 1] / n[c]
+            last = min(max(estimate, 0.01), c - 0.01)
+        found.append(last)
+    return found[0], found[1], found[2]
+
+
+def blend(
+    p: Tensor, row: Tensor, total: Tensor, owner: Tensor, symbol: Tensor, count: Tensor,
+    discounts: Discounts,
+) -> None:
+    """Turn p (B, V) into discounted counts and what they leave of it, in the rows (R,) given.
+
+    ``total`` (R,) is the sum of counts of each; pair i has ``symbol[i]`` ``count[i]`` times in
+    ``row[owner[i]]``, no symbol twice in a row.
+    """
+    off = torch.tensor(discounts, dtype=p.dtype, device=p.device)[count.clamp(max=3).long() - 1]
+    total = total.to(p.dtype)
+    left = torch.zeros(len(row), V, dtype=p.dtype, device=p.device)  # the sum is the same each time
+    left[owner, symbol.long()] = off
+    p[row] *= (left.sum(1) / total)[:, None]
+    p[row[owner], symbol.long()] += (count.to(p.dtype) - off) / total[owner]
+
+
+def ragged(begin: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
     """Indices begin[i] ... begin[i] + length[i] - 1 of all i in a row, and the i of each."""
     owner = torch.repeat_interleave(torch.arange(len(begin), device=begin.device), length)
     shift = begin - (length.cumsum(0) - length)
@@ -368,39 +376,3 @@ def _ragged(begin: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
 def _padded(history: np.ndarray, width: int) -> np.ndarray:
     """``width`` start bytes before ``history``."""
     return np.concatenate([np.full(width, START_BYTE, np.uint8), history])
-
-
-def _digest(tensors: dict[str, Tensor], about: dict[str, str]) -> str:
-    total = hashlib.sha256(repr(sorted(about.items())).encode())
-    for name in sorted(tensors):
-        total.update(f"{name} {tensors[name].dtype}".encode())
-        total.update(tensors[name].numpy().data)
-    return total.hexdigest()
-
-
-def _check_level(path: Path, m: int, level: Level, parents: int, sums: set[int]) -> None:
-    """UserError unless the tables of this level fit together, so that no lookup leaves them and
-    distributions are some. ``sums``: what all counts may add up to, bytes or distinct pairs."""
-    u, e = len(level.key), len(level.symbol)
-    start = level.start
-    sound = (
-        [t.dtype for t in vars(level).values()] == _DTYPES
-        and all(t.ndim == 1 for t in vars(level).values())
-        and u >= 1 and len(start) == u + 1 and len(level.total) == u and len(level.count) == e
-        and int(start[0]) == 0 and int(start[-1]) == e and bool((start[1:] > start[:-1]).all())
-        and int(level.key[0]) >= 0 and int(level.key[-1]) < parents * V
-        and bool((level.key[1:] > level.key[:-1]).all()) and bool((level.count >= 1).all())
-        and _sums_agree(level, sums)
-    )
-    if not sound:
-        raise UserError(f"{path} is no n-gram model: the tables of order {m + 1} do not agree")
-
-
-def _sums_agree(level: Level, sums: set[int]) -> bool:
-    """Whether ``total`` is the sum of counts, and bytes ascend within each context."""
-    running = torch.cat([level.count.new_zeros(1, dtype=torch.int64), level.count.cumsum(0)])
-    totals = running[level.start[1:].long()] - running[level.start[:-1].long()]
-    first = torch.zeros(len(level.symbol), dtype=torch.bool)
-    first[level.start[:-1].long()] = True
-    ascend = (level.symbol[1:] > level.symbol[:-1]) | first[1:]
-    return bool((totals == level.total).all() and ascend.all()) and int(running[-1]) in sums

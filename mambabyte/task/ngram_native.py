@@ -10,6 +10,7 @@ import ctypes
 import functools
 import struct
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -64,24 +65,27 @@ def shorten(
     return starts, totals, symbols[:made].clone(), counts[:made].clone()
 
 
-def tables(levels: Sequence[Iterable[Tensor]], discount: float) -> Tables | None:
+def tables(
+    levels: Sequence[Iterable[Tensor]], discounts: Sequence[Sequence[float]]
+) -> Tables | None:
     """What looks up in these levels; None where they are not on the CPU, or without a compiler."""
     found = [list(level) for level in levels]
     on_cpu = all(t.device.type == "cpu" for t in found[0])
-    return Tables(found, discount) if on_cpu and library() is not None else None
+    return Tables(found, discounts) if on_cpu and library() is not None else None
 
 
 class Tables:
     """Levels (key, start, total, symbol and count as ``ngram.Level`` has them, and maybe keep and
-    best as ``guide.Guide`` does) for looking up, on the CPU."""
+    best as ``guide.Guide`` does), each with its three discounts, for looking up, on the CPU."""
 
-    def __init__(self, levels: Sequence[Iterable[Tensor]], discount: float) -> None:
+    def __init__(self, levels: Sequence[Iterable[Tensor]], discounts: Sequence[Sequence[float]]
+    ) -> None:
         self._held = [[t.contiguous() for t in level] for level in levels]
         self._levels = b"".join(
             struct.pack("8q", len(level[0]), *[t.data_ptr() for t in level],
                         *[0] * (7 - len(level)))
             for level in self._held)
-        self._discount = discount
+        self._discounts = struct.pack(f"{3 * len(levels)}d", *chain(*discounts))
 
     def look_up(self, contexts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """After contexts (n, order - 1), the newest byte last: log p (n, 256) float32; and, with
@@ -93,7 +97,7 @@ class Tables:
         best, kind = (torch.zeros(len(contexts), dtype=torch.uint8) for _ in range(2))
         loaded.look_up(
             ctypes.c_char_p(self._levels), ctypes.c_int64(len(self._held)),
-            ctypes.c_double(self._discount), ctypes.c_int64(len(contexts)), _at(contexts),
+            ctypes.c_char_p(self._discounts), ctypes.c_int64(len(contexts)), _at(contexts),
             _at(log_p), _at(best), _at(kind))
         return log_p, best, kind
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from mambabyte.config import ModelConfig, TrainConfig, get_preset
 from mambabyte.errors import UserError
+from mambabyte.task.experts import Context, Matches, Mixing
 from mambabyte.task.ngram import DISCOUNT
 
 
@@ -15,7 +16,8 @@ class Ngram:
     """How a system uses an n-gram model."""
 
     order: int = 12
-    discount: float = DISCOUNT
+    discount: float | None = DISCOUNT  # None: modified Kneser-Ney
+    share: float = 1.0  # of the training text that is counted: its end
     continuation: bool = True
     weight: float | None = None  # None: chosen on held-out training text
     # A guide of training, instead of mixed in afterwards: this share of the training text is
@@ -26,12 +28,14 @@ class Ngram:
 
 @dataclass(frozen=True)
 class System:
-    """A recipe: a network, an n-gram model, or both."""
+    """A recipe: a network, an n-gram model, or both; with ``mixing`` experts beside these, and a
+    gate that joins them all."""
 
     about: str
     model: ModelConfig | None
     train: TrainConfig = field(default_factory=TrainConfig)
     ngram: Ngram | None = None
+    mixing: Mixing | None = None
     allow_study_form: bool = False
 
 
@@ -57,6 +61,23 @@ def _guided(about: str, n_steps: int, **model: Any) -> System:
                    model=replace(nano, **model))
 
 
+WORDS = (Context(words=1), Context(words=2), Context(words=3), Context(6, skip=1),
+         Context(7, fold=True))
+
+
+def _counts(about: str, share: float = 1.0, **mixing: Any) -> System:
+    return System(about, None, ngram=Ngram(discount=None, share=share), mixing=Mixing(**mixing))
+
+
+def _counts_and(
+    about: str, n_steps: int, contexts: tuple[Context, ...] = (), **model: Any
+) -> System:
+    """A guided network among the experts."""
+    guided = _guided(about, n_steps, **model)
+    return replace(guided, mixing=Mixing(contexts=contexts),
+                   train=replace(guided.train, step="fused"))
+
+
 SYSTEMS: dict[str, System] = {
     "mamba_byte": _preset("mamba_byte"),
     "mamba_byte_as_written": _as_written(),
@@ -72,6 +93,13 @@ SYSTEMS: dict[str, System] = {
     "nano_ssm_3_1": _preset("nano_ssm_3_1"),
     "nano_ssm_1_1": _preset("nano_ssm_1_1"),
     "ngram": System("interpolated Kneser-Ney of order 12 alone", None, ngram=Ngram(weight=1.0)),
+    "counts": _counts("counted experts and a gate: n-grams, matches in the stream"),
+    "counts_quick": _counts("counts of 40 % of the text", 0.4),
+    "counts_words": _counts("counts, and words, gaps and folded case", contexts=WORDS),
+    "counts_static": _counts("counts without the stream's own matches", contexts=WORDS,
+                             matches=Matches(())),
+    "counts_ssm": _counts_and("counts and an SSM of 2 layers", 300, layer_pattern="M", n_layer=2),
+    "counts_hybrid": _counts_and("counts, words and ours", 950, WORDS, layer_pattern="MA"),
     "ours": _guided("SSM and attention 1:1, d 256, 4 layers, guided by an n-gram in training",
                     n_steps=950, layer_pattern="MA"),
     "ours_attention": _guided("ours with attention alone", n_steps=700),

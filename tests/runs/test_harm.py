@@ -15,7 +15,8 @@ from analysis.runs.folders import load_run, seal
 from mambabyte.checkpoint import find_checkpoint, load_model, load_training
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import Corpus
-from mambabyte.task.ngram import NgramModel, count
+from mambabyte.task import ngram_file
+from mambabyte.task.ngram import count
 from mambabyte.train import train
 from mambabyte.train.optim import make_optimizer
 from tests.helpers.harm import damage, kills, table, unharmed
@@ -51,9 +52,9 @@ def of_a_checkpoint(folder: Path, tries: int) -> dict[str, Counter[str]]:
 def of_tables(folder: Path, tries: int) -> dict[str, Counter[str]]:
     path = folder / "n.safetensors"
     whole = count(TEXT[:300], 4)
-    whole.save(path)
+    ngram_file.save(whole, path)
     wanted = whole.log_probs(b"the sea")
-    return {"n-gram file": damage(path, lambda: NgramModel.load(path),
+    return {"n-gram file": damage(path, lambda: ngram_file.load(path),
                                   lambda m: torch.equal(m.log_probs(b"the sea"), wanted), tries)}
 
 

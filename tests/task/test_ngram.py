@@ -19,9 +19,9 @@ from mambabyte.errors import UserError
 from mambabyte.evaluate import byte_log_probs, score, score_streaming
 from mambabyte.model import ByteLM
 from mambabyte.stream import CharModel
-from mambabyte.task import ngram, ngram_native
+from mambabyte.task import ngram, ngram_file, ngram_native
 from mambabyte.task.mixture import Mixture, NgramLM, best_weight, mix
-from mambabyte.task.ngram import NgramModel, count
+from mambabyte.task.ngram import count
 from tests.conftest import MULTIBYTE, TEXT
 
 DATA = ("abracadabra alakazam " * 3 + TEXT[:120] + MULTIBYTE[:150]).encode()
@@ -132,21 +132,21 @@ def test_lookup_in_pieces_is_lookup_at_once(monkeypatch):
 
 def test_files_round_trip_and_refuse_what_is_not_a_model(tmp_path):
     model, path = count(DATA, 4), tmp_path / "n.safetensors"
-    model.save(path)
-    again = NgramModel.load(path)
+    ngram_file.save(model, path)
+    again = ngram_file.load(path)
     assert torch.equal(again.log_probs(UNSEEN), model.log_probs(UNSEEN))
     assert (again.order, again.discount, again.bytes_counted) == (4, 0.5, len(DATA))
     whole = path.read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"{}"):
         path.write_bytes(broken)
         with pytest.raises(UserError, match="no n-gram model"):
-            NgramModel.load(path)
+            ngram_file.load(path)
     with pytest.raises(UserError, match="no n-gram model"):
-        NgramModel.load(tmp_path / "absent")
+        ngram_file.load(tmp_path / "absent")
     model.levels[2].start[3] = 10**6  # whole as a file, and would read past the end of the tables
-    model.save(path)
+    ngram_file.save(model, path)
     with pytest.raises(UserError, match="order 3 do not agree"):
-        NgramModel.load(path)
+        ngram_file.load(path)
 
 
 WRONG = {
@@ -170,29 +170,29 @@ WRONG = {
 def test_tables_that_do_not_agree_are_not_scored(name, tmp_path, caplog):
     """Of a file without a checksum: with one nothing could be changed at all."""
     path = tmp_path / "n.safetensors"
-    count(DATA, 4).save(path)
+    ngram_file.save(count(DATA, 4), path)
     with safe_open(path, "pt") as file:
         tensors, about = load_file(path), file.metadata()
     about.pop("sha256")
     save_file(tensors, path, about)
-    NgramModel.load(path)
+    ngram_file.load(path)
     assert "has no checksum" in caplog.text
     WRONG[name](tensors, about)
     save_file(tensors, path, about)
     with pytest.raises(UserError, match="no n-gram model"):
-        NgramModel.load(path)
+        ngram_file.load(path)
 
 
 def test_a_flipped_bit_of_a_file_is_told(tmp_path):
     path = tmp_path / "n.safetensors"
-    count(DATA, 4).save(path)
+    ngram_file.save(count(DATA, 4), path)
     whole = path.read_bytes()
     for position in np.random.default_rng(0).integers(0, len(whole), size=60):
         changed = bytearray(whole)
         changed[position] ^= 1 << int(position % 8)
         path.write_bytes(changed)
         with pytest.raises(UserError):
-            NgramModel.load(path)
+            ngram_file.load(path)
 
 
 @pytest.mark.parametrize("kwargs", [{"order": 0}, {"discount": 0.0}, {"discount": 1.0}])

@@ -18,7 +18,7 @@ from mambabyte.evaluate import Score, score, score_streaming
 from mambabyte.harness import TINY_TEXT, adapt, check, contract_of, stand_in
 from mambabyte.stream import CharModel
 from mambabyte.task import SYSTEMS, Ngram, build, get_system, run_task
-from mambabyte.task import run as task_run
+from mambabyte.task import builder as task_builder
 from mambabyte.task.guide import Guide, GuidedLM, GuidedWindows
 from mambabyte.task.ngram import count
 from tests.conftest import MULTIBYTE, TEXT
@@ -86,7 +86,7 @@ def test_a_timeout_in_training_is_not_swallowed(monkeypatch):
             raise RuntimeError("time is up")
         return 1.0
 
-    monkeypatch.setattr(task_run, "schedule", late)
+    monkeypatch.setattr(task_builder, "schedule", late)
     with pytest.raises(RuntimeError, match="time is up"):
         build(get_system("ours"), TINY)
     assert len(calls) == 2
@@ -246,7 +246,7 @@ def test_unknown_system_and_too_little_text():
 
 
 def test_training_says_how_far_it_is(monkeypatch):
-    monkeypatch.setattr(task_run, "_TELL_SECONDS", 0.0)
+    monkeypatch.setattr(task_builder, "_TELL_SECONDS", 0.0)
     lines = []
     build(get_system("mamba_byte"), TEXT.encode(), report=lines.append)
     assert lines[0].startswith("SMOKE mode")

@@ -118,15 +118,15 @@ def _begin(options: Options, model: ByteLM, prompt: bytes) -> ByteStream:
 
 def _guesser(source: str) -> Guesser:
     from mambabyte.stream.speculate import FirstOf, Repetitions
+    from mambabyte.task import ngram_file
     from mambabyte.task.guesses import NgramGuesses
-    from mambabyte.task.ngram import NgramModel
 
     if source == "text":
         return Repetitions()
     if not Path(source).exists():
         raise UserError(f"--guess is {source!r}: expected text, or a file of `mambabyte ngram "
                         "--save`")
-    return FirstOf(Repetitions(), NgramGuesses(NgramModel.load(Path(source))))
+    return FirstOf(Repetitions(), NgramGuesses(ngram_file.load(Path(source))))
 
 
 def _prompt(options: Options) -> bytes:

@@ -49,7 +49,8 @@ def run(argv: list[str]) -> int:
 
     from mambabyte.config.files import check_file
     from mambabyte.corpus import load_corpus
-    from mambabyte.task.ngram import NgramModel, count
+    from mambabyte.task import ngram_file
+    from mambabyte.task.ngram import count
 
     device, corpus = pick_device(options.device), load_corpus(options.corpus, say)
     if options.save is not None:
@@ -60,10 +61,10 @@ def run(argv: list[str]) -> int:
         model = count(corpus.train, options.order, options.discount, device,
                       continuation=options.continuation)
     else:
-        model = NgramModel.load(options.load, device)
+        model = ngram_file.load(options.load, device)
     seconds = time.perf_counter() - began
     if options.save is not None:
-        model.save(options.save)
+        ngram_file.save(model, options.save)
     text = corpus.split(options.split)[: options.bytes]
     with Bar("scoring") as bar:
         scores = model.scores_by_order(text, bar)

@@ -4,6 +4,7 @@
     mambabyte task run ours --corpus path/to/folder --seeds 3
     mambabyte task run nano_plus_ngram --corpus path/to/folder --json
     mambabyte task run ours --corpus path/to/folder --record data/records/task/h200-task-new
+    mambabyte task run --peer submission.py --corpus path/to/folder --characters 2000
     mambabyte task record data/records/task/h200-task-new --rows ours.json nano.json
     mambabyte task export ours --out ours.py
     mambabyte task check ours.py
@@ -41,8 +42,11 @@ class List:
 
 @dataclass(frozen=True)
 class Run:
-    name: Annotated[str, POSITIONAL]
+    name: Annotated[str, POSITIONAL] = ""
     """System to run: see mambabyte task list."""
+    peer: Path | None = None
+    """Instead of a system a submission file to the public harness, run as it is: under either
+    contract, its call of train() measured, scored character after character."""
     corpus: str = "stdlib"
     """stdlib, wikitext103, a text file, or a folder of text files or wiki.*.raw."""
     seeds: Annotated[int, between(1, 1000)] = 1
@@ -138,10 +142,21 @@ def _check(options: Check) -> int:
 
 
 def _run(options: Run) -> int:
+    from mambabyte.errors import UserError
     from mambabyte.task import get_system
     from mambabyte.task.systems import ALIASES
 
-    name, system = ALIASES.get(options.name, options.name), get_system(options.name)
+    if (not options.name) == (options.peer is None):
+        raise UserError("task run needs NAME, a system, or --peer, a submission file"
+                        + (": not both" if options.name else ""))
+    system: System | Path
+    if options.peer is None:
+        name = ALIASES.get(options.name, options.name)
+        system = get_system(options.name)
+    else:  # the public ones are all called submission.py, each in its folder
+        path = options.peer.resolve()
+        name = path.parent.name if path.stem == "submission" else path.stem
+        system = options.peer
     if not options.record:
         return _seeds(options, name, system)
 
@@ -156,10 +171,11 @@ def _run(options: Run) -> int:
         return _seeds(options, name, system)
 
 
-def _seeds(options: Run, name: str, system: System) -> int:
+def _seeds(options: Run, name: str, system: System | Path) -> int:
     """Train and score, once a seed, and keep and print the rows."""
     from mambabyte.config.provenance import provenance
     from mambabyte.corpus import load_corpus
+    from mambabyte.harness import run_submission
     from mambabyte.task import run_task
 
     device, corpus = pick_device(options.device), load_corpus(options.corpus, say)
@@ -167,9 +183,12 @@ def _seeds(options: Run, name: str, system: System) -> int:
     interrupted = False
     try:
         for seed in range(options.seeds):
-            row = run_task(system, corpus.train, {"valid": corpus.valid, "test": corpus.test},
-                           device=device, seed=seed, idle_watts=options.idle_watts,
-                           characters=options.characters, report=say)
+            splits = {"valid": corpus.valid, "test": corpus.test}
+            rules: dict[str, Any] = {"device": device, "idle_watts": options.idle_watts,
+                                     "characters": options.characters, "report": say}
+            row = (run_submission(system, corpus.train, splits, **rules)
+                   if isinstance(system, Path) else
+                   run_task(system, corpus.train, splits, seed=seed, **rules)) | {"seed": seed}
             rows.append({"system": name, "corpus": corpus.name, **row})
     except KeyboardInterrupt:  # the seeds that ended are results: minutes and kilojoules each
         if not rows:
@@ -212,8 +231,9 @@ def _keep(folder: Path, printed: Sequence[dict[str, Any]], title: str, about: st
 
 
 def _header() -> str:
-    return (f"{'seed':>4} {'J':>8} {'s':>7} {'valid acc':>9} {'b/byte':>7} {'test acc':>9} "
-            f"{'b/byte':>7} {'params':>10} {'bytes seen':>12} {'peak MiB':>9}")
+    return (f"{'seed':>4} {'GPU J':>8} {'total J':>8} {'s':>7} {'valid acc':>9} "
+            f"{'b/byte':>7} {'test acc':>9} {'b/byte':>7} {'params':>10} {'bytes seen':>12} "
+            f"{'peak MiB':>9}")
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -225,7 +245,8 @@ def _line(row: dict[str, Any]) -> str:
         return f"{'-' if value is None else format(value * scale, form):>{width}}"
 
     return " ".join([
-        cell("seed", 4, "d"), cell("joules", 8, ".0f"), cell("seconds", 7, ".1f"),
+        cell("seed", 4, "d"), cell("joules", 8, ".0f"), cell("total_joules", 8, ".0f"),
+        cell("seconds", 7, ".1f"),
         cell("valid_accuracy", 9, ".4f"), cell("valid_bits_per_byte", 7, ".4f"),
         cell("test_accuracy", 9, ".4f"), cell("test_bits_per_byte", 7, ".4f"),
         cell("n_parameters", 10, ",d"), cell("bytes_seen", 12, ",d"),

@@ -1,0 +1,119 @@
+"""The experts, and their gate once it is fitted, on the CPU: ``experts.c``, called by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mambabyte.task.experts.contexts import PADDING, ContextTable
+from mambabyte.task.experts.matches import MATCH_DISCOUNT, Matches, address, library
+from mambabyte.task.ngram import NgramModel, V
+
+FEATURES = 4  # numbers that a gate reads of each expert
+MOST, MOST_HIDDEN = 64, 256  # experts and hidden units, as in the source
+_pointer, _int = ctypes.c_void_p, ctypes.c_int64
+_Discounts = ctypes.c_double * 3
+
+
+class _Level(ctypes.Structure):
+    _fields_ = [("contexts", _int), ("key", _pointer), ("start", _pointer), ("total", _pointer),
+                ("symbol", _pointer), ("count", _pointer), ("discount", _Discounts),
+                ("is_expert", _int)]
+
+
+class _Table(ctypes.Structure):
+    _fields_ = [("pairs", _int), ("key", _pointer), ("count", _pointer), ("discount", _Discounts),
+                ("length", _int), ("words", _int), ("skip", _int), ("fold", _int)]
+
+
+class _Mixture(ctypes.Structure):
+    _fields_ = [("levels", _int), ("tables", _int), ("matches", _int), ("others", _int),
+                ("hidden", _int), ("reach", _int), ("newest", _int), ("level", _pointer),
+                ("table", _pointer), ("match", _pointer), ("match_discount", ctypes.c_double),
+                ("weight_in", _pointer), ("bias_in", _pointer), ("weight_out", _pointer),
+                ("bias_out", _pointer)]
+
+
+class Engine:
+    """Counted experts whose tables are on the CPU, ``others`` that are not counted, and a gate.
+
+    ``gate``: weight and bias of its hidden layer, then of its softmax; without one only ``read``
+    works. Holds pointers into all these tensors, which must not change. RuntimeError without a C
+    compiler.
+    """
+
+    def __init__(
+        self, ngram: NgramModel, orders: Sequence[int], tables: Sequence[ContextTable],
+        matches: Matches, others: int, gate: Sequence[Tensor] = (),
+    ) -> None:
+        loaded = library()
+        if loaded is None:
+            raise RuntimeError("no C compiler")
+        self._library, self._others = loaded, others
+        self.n_experts = len(orders) + len(tables) + len(matches.lengths) + others
+        assert self.n_experts <= MOST
+        assert ngram.order <= PADDING
+        assert not gate or len(gate[1]) <= MOST_HIDDEN
+        levels = (_Level * ngram.order)(*(
+            _Level(len(level.key), *(_at(t) for t in (level.key, level.start, level.total,
+                                                      level.symbol, level.count)),
+                   _Discounts(*discounts), m + 1 in orders)
+            for m, (level, discounts) in enumerate(zip(ngram.levels, ngram.discounts,
+                                                       strict=True))))
+        counts = (_Table * len(tables))(*(
+            _Table(len(t.key), _at(t.key), _at(t.count), _Discounts(*t.discounts),
+                   t.context.length, t.context.words, t.context.skip, t.context.fold)
+            for t in tables))
+        lengths = (_int * len(matches.lengths))(*matches.lengths)
+        weights = [p.detach().float().contiguous() for p in gate]
+        self._kept = ngram, tables, levels, counts, lengths, weights
+        self._mixture = _Mixture(
+            len(levels), len(counts), len(lengths), others, len(weights[1]) if gate else 0,
+            matches.reach, matches.newest, ctypes.addressof(levels), ctypes.addressof(counts),
+            ctypes.addressof(lengths), MATCH_DISCOUNT[0], *(_at(w) for w in weights))
+
+    def log_p(
+        self, text: np.ndarray, begin: int, end: int, others: Tensor | None = None
+    ) -> Tensor:
+        """Log p (end - begin, V) float32 of the byte at these places of text (L,) uint8, whose
+        first PADDING bytes are no history; others (end - begin, n, V)."""
+        made = torch.empty(end - begin, V)
+        self._call(text, begin, end, others, made, None)
+        return made
+
+    def read(
+        self, text: np.ndarray, begin: int, others: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What each expert gives the bytes text[begin:], (L, E), and what a gate reads there,
+        (L, FEATURES * E), both float32; arguments as in ``log_p``."""
+        size = len(text) - begin
+        picked = torch.empty(size, self.n_experts)
+        seen = torch.empty(size, FEATURES * self.n_experts)
+        self._call(text, begin, len(text), others, picked, seen)
+        return picked, seen
+
+    def _call(
+        self, text: np.ndarray, begin: int, end: int, others: Tensor | None, out: Tensor,
+        seen: Tensor | None,
+    ) -> None:
+        assert PADDING <= begin <= end <= len(text) + (seen is None)
+        text = np.ascontiguousarray(text)
+        if self._others:
+            assert others is not None
+            assert others.shape == (end - begin, self._others, V)
+            others = others.float().contiguous()
+        threads = max(1, min(torch.get_num_threads(), 64, (end - begin) // 16))
+        self._library.mixture(
+            ctypes.byref(self._mixture), address(text), _int(PADDING), _int(begin), _int(end),
+            None if others is None else _at(others), threads, seen is None, _at(out),
+            None if seen is None else _at(seen))
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    assert tensor.device.type == "cpu"
+    assert tensor.is_contiguous()
+    return ctypes.c_void_p(tensor.data_ptr())

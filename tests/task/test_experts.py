@@ -1,0 +1,178 @@
+"""Experts, their gate, and their mixture as a byte model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mambabyte.config import get_preset
+from mambabyte.evaluate import score, score_streaming
+from mambabyte.model import ByteLM
+from mambabyte.stream import ByteStream, CharModel
+from mambabyte.task.experts import (
+    Context,
+    ExpertLM,
+    Experts,
+    Matches,
+    count_contexts,
+    find_matches,
+    fit_gate,
+    gate,
+    matches,
+)
+from mambabyte.task.experts.contexts import PADDING, hashes, padded
+from mambabyte.task.ngram import count
+from mambabyte.train.smoke import smoke_configs
+from tests.conftest import MULTIBYTE, TEXT
+
+COUNTED = (TEXT[:900] + MULTIBYTE).encode()
+OTHER = ("The lazy dog jumps naïve over the café. Over the café! " * 8).encode()
+CONTEXTS = (Context(words=1), Context(words=2), Context(4, skip=2), Context(3, fold=True),
+            Context(9))
+
+
+def tensor(data: bytes) -> torch.Tensor:
+    return torch.tensor(list(data), dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def experts():
+    text = tensor(COUNTED)
+    return Experts(count(text, 5, None), (2, 4, 5), [count_contexts(text, c) for c in CONTEXTS],
+                   Matches((3, 5, 9), reach=120, newest=4))
+
+
+@pytest.fixture(scope="module")
+def networks():
+    preset = get_preset("mamba_byte")
+    torch.manual_seed(0)
+    return ByteLM(smoke_configs(preset.model, 64)[0]).eval()
+
+
+def model_of(experts, network=None, engine=True):
+    text = padded(tensor(OTHER[:200]))
+    others = None if network is None else torch.full((160, 1, 256), 1 / 256)
+    fitted, bits = fit_gate(experts, text, PADDING + 40, others, steps=20, hidden=8)
+    assert bits < 6
+    model = ExpertLM(experts, fitted, network).eval()
+    if not engine:
+        model._engine, model._ready = None, True
+    return model
+
+
+def context_of(text: bytes, context: Context) -> bytes:
+    """By hand: the bytes that ``context`` names at the end of ``text``."""
+    text = text[: len(text) - context.skip]
+    if context.words:
+        letters = [bytes([b]).isalpha() or b >= 128 for b in text]
+        gaps = [i for i, letter in enumerate(letters) if not letter]
+        text = text[gaps[-context.words] + 1 :]
+    text = text[max(0, len(text) - context.length) :]
+    return bytes(b + 32 if context.fold and 65 <= b <= 90 else b for b in text)
+
+
+@pytest.mark.parametrize("context", CONTEXTS, ids=str)
+def test_equal_contexts_have_equal_hashes_and_no_others(context, monkeypatch):
+    whole = padded(tensor(COUNTED))
+    of_each: dict[int, set[bytes]] = {}
+    for i, value in enumerate(hashes(whole, context).tolist()):
+        here = context_of(bytes(whole[: PADDING + i].tolist()), context)
+        of_each.setdefault(value, set()).add(here)
+    assert all(len(names) == 1 for names in of_each.values())
+    assert len(of_each) == len({name for names in of_each.values() for name in names}) > 20
+    monkeypatch.setattr("mambabyte.task.experts.contexts._CHUNK", 100)
+    assert set(hashes(whole, context).tolist()) == set(of_each)
+
+
+def test_matches_are_those_of_the_definition(monkeypatch):
+    wanted = Matches((3, 4, 6), reach=60, newest=2)
+    text = np.random.default_rng(0).integers(97, 100, 700).astype(np.uint8)
+    fast = find_matches(text, 5, len(text) + 1, wanted, first=3, threads=3)
+    monkeypatch.setattr(matches, "library", lambda: None)
+    slow = find_matches(text, 5, len(text) + 1, wanted, first=3)
+    for a, b in zip(vars(fast).values(), vars(slow).values(), strict=True):
+        assert torch.equal(a, b)
+    assert len(fast.row) > 500
+    hand = matches.matches_before(b"abcX abcY abcZ abc", Matches((3, 4), newest=2))
+    assert hand == [{ord("Y"): 1, ord("Z"): 1}, {ord("Y"): 1, ord("Z"): 1}]
+
+
+@pytest.mark.parametrize("with_network", [False, True])
+def test_one_pass_pieces_and_a_stream_agree(experts, networks, with_network):
+    model = model_of(experts, networks if with_network else None)
+    tokens = tensor(OTHER)[None].long()
+    with torch.no_grad():
+        whole, _ = model(tokens)
+        first, state = model(tokens[:, :130])
+        second, _ = model(tokens[:, 130:], state)
+    assert torch.allclose(whole.exp().sum(-1), torch.ones(1, len(OTHER)), atol=1e-5)
+    assert torch.allclose(torch.cat([first, second], 1), whole, atol=1e-4)
+    advance, state = model.streamed(), None
+    for i, byte in enumerate(OTHER[:200]):
+        log_p, state = advance(bytes([byte]), state)
+        assert torch.allclose(log_p, whole[0, i], atol=1e-3), i
+
+
+def test_the_engine_is_the_definition(experts, networks):
+    tokens = tensor(OTHER)[None].long()
+    for network in (None, networks):
+        fast, slow = model_of(experts, network), model_of(experts, network, engine=False)
+        with torch.no_grad():
+            assert torch.allclose(fast(tokens)[0], slow(tokens)[0], atol=1e-4)
+    text = padded(tensor(OTHER))
+    engine = gate.engine_of(experts, 0)
+    if engine is None:
+        pytest.skip("no C compiler")
+    found = find_matches(text.numpy(), PADDING, len(text), experts.matches, PADDING)
+    for a, b in zip(engine.read(text.numpy(), PADDING),
+                    gate.read(experts, text, PADDING, found, None), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_experts_are_distributions_and_say_how_often(experts):
+    text = padded(tensor(OTHER))
+    found = find_matches(text.numpy(), PADDING, len(text) + 1, experts.matches, PADDING)
+    pieces = list(experts.distributions(text, PADDING, found, rows=100))
+    p, evidence = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    assert p.shape == (len(OTHER) + 1, len(experts.names), 256)
+    assert torch.allclose(p.sum(-1), torch.ones(p.shape[:2], dtype=p.dtype))
+    assert (p > 0).all()
+    assert (evidence[..., 1] <= evidence[..., 0]).all()
+    assert evidence[-1, -1, 0] == 1  # 120 bytes of history: the sentence before, once
+
+
+def test_scoring_in_windows_is_streaming(experts):
+    model = model_of(experts)
+    assert len(MULTIBYTE) > 100
+    together = score(model, COUNTED[-300:])
+    streamed = score_streaming(CharModel(model), COUNTED[-300:])
+    assert together.bits_per_byte == pytest.approx(streamed.bits_per_byte, rel=1e-5)
+    assert (together.hits == streamed.hits).all()
+
+
+def test_a_gate_follows_the_expert_that_knows(experts):
+    """Of text with the answer as one more expert, nearly all weight goes there."""
+    text = padded(tensor(OTHER[:300]))
+    answers = torch.full((260, 1, 256), 0.01 / 255)
+    answers[torch.arange(260), 0, text[PADDING + 40 :].long()] = 0.99
+    _, bits = fit_gate(experts, text, PADDING + 40, answers, steps=150, hidden=8, lr=0.05)
+    alone, worse = fit_gate(experts, text, PADDING + 40, steps=150, hidden=8, lr=0.05)
+    assert bits < 0.05 < worse
+    again, same = fit_gate(experts, text, PADDING + 40, steps=150, hidden=8, lr=0.05)
+    assert same == worse
+    assert torch.equal(again.inner.weight, alone.inner.weight)
+
+
+def test_a_stream_of_any_bytes_branches(experts):
+    model = model_of(experts)
+    stream = ByteStream(model)
+    stream.feed(bytes(range(256)) * 2)
+    other = stream.fork()
+    other.feed(b"\xff\x00")
+    before = stream.log_probs.clone()
+    stream.feed(b"a")
+    again = ByteStream(model)
+    again.feed(bytes(range(256)) * 2)
+    assert torch.equal(again.log_probs, before)
+    assert other.log_probs.isfinite().all()
