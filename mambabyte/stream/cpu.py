@@ -50,7 +50,7 @@ _STALE = 2
 _PARTS = (ByteLM, Block, MLP, nn.ModuleList, nn.Sequential, nn.Embedding, nn.Linear, nn.Conv1d,
           nn.LayerNorm, RMSNorm, GatedRMSNorm, HeadNorm)  # fmt: skip
 _LEAST_ROOM = 64  # bytes that a cache of attention can grow by in place
-_pack_call = struct.Struct("6q").pack
+_pack_call = struct.Struct("7q").pack
 
 
 class _Library(NamedTuple):
@@ -110,12 +110,22 @@ def shortcut(model: Any, advance: Advance) -> Advance:
         say_foreign(names)
     if not supports(model):
         return advance
-    native = NativeModel(model)
+    return NativeAdvance(NativeModel(model), advance)
 
-    def either(data: bytes, state: Any) -> tuple[Tensor, Any]:
-        return native(data, state) if len(data) <= MOST_BYTES else advance(data, state)
 
-    return either
+class NativeAdvance:
+    """An ``Advance`` that takes up to MOST_BYTES bytes in C, and more by ``parallel``."""
+
+    def __init__(self, native: NativeModel, parallel: Advance) -> None:
+        self._native, self._parallel = native, parallel
+
+    def __call__(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
+        few = len(data) <= MOST_BYTES
+        return self._native(data, state) if few else self._parallel(data, state)
+
+    def ahead(self, data: bytes, state: Any) -> tuple[Tensor, Callable[[int], Any]] | None:
+        """As ``NativeModel.ahead``; None for more than MOST_BYTES bytes."""
+        return self._native.ahead(data, state) if len(data) <= MOST_BYTES else None
 
 
 def hidden_shortcut(model: ByteLM) -> Hidden:
@@ -191,6 +201,23 @@ class NativeModel:
         log_probs = _new(self.config.vocab_size)
         return log_probs, self._run(len(data), data, state, log_probs=log_probs)
 
+    def ahead(
+        self, data: bytes, state: list[LayerState] | None
+    ) -> tuple[Tensor, Callable[[int], list[LayerState]]]:
+        """Log p (L, V) after each of ``data``, and what says the state after how many of them; to
+        be asked once, as what lies behind that is given up. Each is as it would be alone."""
+        log_probs = _new(len(data), self.config.vocab_size)
+        after = self._run(len(data), data, state, log_probs=log_probs, each=True)
+        kinds = [(kind.state, window) for kind, (_, window, *_) in
+                 zip(self._kinds, self._layers, strict=True)]
+
+        def first(count: int) -> list[LayerState]:
+            return [layer.without(len(data) - count, window) if isinstance(layer, _Cache)
+                    else state_of(*(x[count - 1 : count] for x in layer))
+                    for layer, (state_of, window) in zip(after, kinds, strict=True)]
+
+        return log_probs, first
+
     def hidden(
         self, x: Tensor, state: list[LayerState] | None = None
     ) -> tuple[Tensor, list[LayerState]]:
@@ -202,9 +229,10 @@ class NativeModel:
     def _run(
         self, length: int, data: bytes, state: list[LayerState] | None,
         inputs: Tensor | None = None, hidden: Tensor | None = None,
-        log_probs: Tensor | None = None,
+        log_probs: Tensor | None = None, each: bool = False,
     ) -> list[LayerState]:
-        """Advance by ``length`` bytes, and fill the outputs that are given."""
+        """Advance by ``length`` bytes, and fill the outputs that are given; with ``each``, rows of
+        states (but of caches) are those after each byte."""
         pointers = [0 if (x := slot.get(name)) is None else x.data_ptr()
                     for slot, name in self._slots]
         # C reads what this call holds: another thread may give the model other parameters, and
@@ -222,11 +250,11 @@ class NativeModel:
                 position = 0 if before is None else before.position
                 after.append(self._cache(before, self._layers[i][1], length, words, held))
             else:
-                after.append(_memory(kind, shapes, before, words, held))
+                after.append(_memory(kind, shapes, before, words, held, length if each else 1))
         states = self._pack_states(*words)
         outputs = [0 if t is None else t.data_ptr() for t in (inputs, hidden, log_probs)]
         while True:
-            call = _pack_call(length, position, *outputs, weights.kept.data_ptr())
+            call = _pack_call(length, position, *outputs, weights.kept.data_ptr(), each)
             failed = self._library.advance(weights.words, weights.layers, states, call, data)
             if failed == _STALE:
                 self._weights = weights = weights._replace(
@@ -333,6 +361,11 @@ class _Room:
             self._end += length * free
             return free
 
+    def give_back(self, end: int, length: int) -> None:
+        """Free the ``length`` rows before row ``end``, which was the last, as nobody has them."""
+        with self._lock:
+            self._end -= length * (self._end == end)
+
 
 class _Cache(AttentionState):
     """A state whose keys and values lie in a room, from row ``first`` on."""
@@ -343,13 +376,26 @@ class _Cache(AttentionState):
     def __reduce__(self) -> tuple[Any, ...]:
         return AttentionState, tuple(self)
 
+    def without(self, length: int, window: int) -> _Cache:
+        """The state before the last ``length`` bytes, which are given up."""
+        assert self.room is not None
+        last = self.first + self.k.shape[2]
+        end = last - length
+        self.room.give_back(last, length)
+        first = max(0, end - (window - 1))
+        k, v = self.room.buffer[:, None, :, first:end]
+        before = _Cache(k, v, self.position - length)
+        before.room, before.first = self.room, first
+        return before
+
 
 def _memory(
     kind: Kind, shapes: Sequence[tuple[int, ...]], before: LayerState, words: list[int],
-    held: list[Tensor],
+    held: list[Tensor], rows: int = 1,
 ) -> LayerState:
-    """Append the C struct ``memory`` to ``words``; returns the state that C will fill."""
-    after = [_new(*shape) for shape in shapes]
+    """Append the C struct ``memory`` to ``words``; returns the state, of so many ``rows``, that C
+    will fill."""
+    after = [_new(rows, *shape[1:]) for shape in shapes]
     none = [0] * (4 - len(shapes))
     if before is None:
         words += [0] * 4

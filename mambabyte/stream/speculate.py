@@ -111,7 +111,7 @@ class Speculation:
                 room = min(most, max_bytes - done - 1) if len(lag) < _MOST_LAG else 0
                 guess = self.guesser.guess(byte, room) if room > 0 else b""
                 data = lag + bytes([byte]) + guess
-                log_probs, states = stream.ahead(data)
+                log_probs, after = stream.ahead(data)
                 known, right = len(lag), 0
                 while True:
                     byte = choose(log_probs[known + right])
@@ -119,11 +119,11 @@ class Speculation:
                         break
                     right += 1
                 end = known + 1 + right
-                if states[end - 1] is None:
+                if (state := after(end)) is None:
                     lag = data[:end]
                 else:
                     lag = b""
-                    stream.move(states[end - 1], log_probs[end - 1])
+                    stream.move(state, log_probs[end - 1])
                 if guess:
                     most = min(2 * most, MOST_GUESSED) if right == len(guess) else right + 1
                 drawn = data[known:end]

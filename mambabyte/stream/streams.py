@@ -130,18 +130,19 @@ class ByteStream:
         return isinstance(self._advance, cuda_model.CudaModel)
 
     @torch.inference_mode()
-    def ahead(self, data: bytes) -> tuple[Tensor, list[Any]]:
+    def ahead(self, data: bytes) -> tuple[Tensor, Callable[[int], Any]]:
         """One pass over ``data``, a byte or more, that moves nothing: log p (L, V) after each of
-        its bytes, and the state after each, None where the engine gives none."""
+        its bytes, and what says the state after the first n of them, asked once; None where the
+        engine has the last one alone."""
         given = getattr(self._advance, "ahead", None)
-        if given is not None:
-            log_probs, states = given(data, self._state)
-        else:
+        found = None if given is None else given(data, self._state)
+        if found is None:
             tokens = torch.tensor([list(data)], device=self._model.device)
             logits, last = self._model(tokens, self.kept.state)
-            log_probs = torch.log_softmax(logits[0].float(), -1).cpu()
-            states = [None] * (len(data) - 1) + [last]
-        return numbers(log_probs), states
+            found = (torch.log_softmax(logits[0].float(), -1).cpu(),
+                     lambda count: last if count == len(data) else None)
+        numbers(found[0])
+        return found
 
     def move(self, state: Any, log_probs: Tensor) -> None:
         """Stand at a place that ``ahead`` has been to."""

@@ -22,6 +22,7 @@ from mambabyte.ops.build import c as native_build
 from mambabyte.stream import ByteStream, generate
 from mambabyte.stream import cpu as native_model
 from mambabyte.stream.cpu import NativeModel, supports
+from mambabyte.stream.states import tensors_of
 from tests.helpers.sanitized import run_sanitized
 
 pytestmark = pytest.mark.skipif(native_model._library() is None, reason="no native model here")
@@ -110,6 +111,37 @@ def test_pieces_and_states_of_the_parallel_model(sizes: list[int], cut: int, nam
             torch.testing.assert_close(rows[-1], wanted, rtol=1e-5, atol=1e-5)
         after, _ = model(tokens[:, :5], state)
     torch.testing.assert_close(after[0], whole[0, len(DATA) :], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bytes_ahead_are_what_they_are_alone(name: str) -> None:
+    """To the last bit, in log p and in the state after any of them; nothing before is touched."""
+    native = NativeModel(make(CONFIGS[name]))
+    alone, state = [], native(DATA[:9], None)[1]
+    held = state
+    for byte in DATA[9:18]:
+        log_p, state = native(bytes([byte]), state)
+        alone.append(log_p)
+    for length, count in ((9, 9), (9, 3), (1, 1), (5, 4)):
+        rows, after = native.ahead(DATA[9 : 9 + length], held)
+        assert torch.equal(rows, torch.stack(alone[:length]))
+        there = after(count)
+        for byte, wanted in zip(DATA[9 + count : 18], alone[count:], strict=True):
+            log_p, there = native(bytes([byte]), there)
+            assert torch.equal(log_p, wanted)
+        assert [t.tolist() for t in tensors_of(there)] == [t.tolist() for t in tensors_of(state)]
+
+
+def test_rows_of_a_cache_that_were_given_up_are_used_again() -> None:
+    """So that a wrong guess copies no cache; a state that someone has is not written over."""
+    native = NativeModel(make(CONFIGS["attention"]))
+    _, state = native(DATA[:9], None)
+    _, after = native.ahead(DATA[9:14], state)
+    kept = after(2)
+    _, then = native(b"x", kept)
+    assert then[0].room is state[0].room
+    _, other = native(b"y", kept)
+    assert other[0].room is not then[0].room
 
 
 def test_states_are_values() -> None:
@@ -382,7 +414,7 @@ static void once(int64_t w, int64_t D, int64_t N, int64_t K, int64_t R, int64_t 
   keep(&m, layers, kept);
   unsigned char *bytes = malloc(length);
   memset(bytes, 255, length);
-  call c = {length, 0, NULL, data(length * w, 0), data(V, 0), kept};
+  call c = {length, 0, NULL, data(length * w, 0), data(length * V, 0), kept};
   memory s[5] = {{{0}, {0}, 0, {0}, {0}}};
   const int64_t states[5][4] = {{(K - 1) * D, D * N}, {kv * most * d, kv * most * d},
     {(K - 1) * conv, D * N}, {(K - 1) * keys, (K - 1) * keys, (K - 1) * values, keys * Vd},
@@ -392,9 +424,11 @@ static void once(int64_t w, int64_t D, int64_t N, int64_t K, int64_t R, int64_t 
     for (int i = 0; i < 5; i++)
       for (int j = 0; j < 4; j++) {
         const int here = i == 1 && round > 1 && round != 3; /* rows are added where they are */
-        s[i].in[j] = here ? NULL : round ? s[i].out[j] : NULL;
-        if (states[i][j] && !here) s[i].out[j] = data(states[i][j], 0);
+        const int64_t last = i != 1 && c.each ? (length - 1) * states[i][j] : 0;
+        s[i].in[j] = here ? NULL : round ? s[i].out[j] + last : NULL;
+        if (states[i][j] && !here) s[i].out[j] = data((i == 1 ? 1 : length) * states[i][j], 0);
       }
+    c.each = round & 1;
     if (round == 3) c.inputs = data(length * w, 0);
     if (advance(&m, layers, s, &c, bytes)) abort();
     s[1].stored += length;

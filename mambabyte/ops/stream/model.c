@@ -2,6 +2,8 @@
  *
  * At batch 1 every weight is read once a byte and nothing is reused, so the floor is the size of
  * the weights over the bandwidth of the cache they sit in; everything here is laid out for that.
+ * Several bytes that are known read them once together: products first, for all of them, then the
+ * recurrence byte by byte; each byte is summed as it is alone.
  * Matrices stay where torch has them, row by row, LANES rows at a time, so that the sums leave the
  * lanes through one tree of shuffles.  The recurrence and the convolution have channels in the
  * lanes; their small parameters (A, taps, the step-size projection) are transposed once and kept
@@ -56,11 +58,12 @@ typedef struct {
   int64_t length, position; /* bytes given, a byte or more, and bytes seen before */
   real *inputs;             /* (length, width) in place of the embedded bytes, or NULL */
   real *hidden;             /* (length, width), what the head reads, or NULL */
-  real *log_probs;          /* (vocabulary), after the last byte, or NULL */
+  real *log_probs;          /* (vocabulary), after the last byte, or NULL; see `each` */
   real *kept;               /* (layers, kept_size): see transposed */
+  int64_t each;             /* log_probs (length, vocabulary) and states are those after each byte */
 } call;
 
-/* scratch of a call: one row each, and what a mixer needs */
+/* scratch of a call: a row a byte each, and what a mixer needs */
 typedef struct {
   real *normed, *branch, *mixer;
 } work;
@@ -112,22 +115,32 @@ INLINE vec rows_times(const real *w, int64_t columns, int64_t whole, const real 
   return total;
 }
 
-/* y = w x, or y += w x; w (rows, columns) with a row every `columns` */
-static NOINLINE void times(const real *w, int64_t rows, int64_t columns, const real *x, real *y,
-                           int add) {
+/* y = w x, or y += w x, of n vectors; w (rows, columns) with a row every `columns`, vectors every
+ * `from` in x and every `to` in y. A few rows of w at a time meet all vectors, so that w is fetched
+ * once; each vector is summed as it is alone. */
+static NOINLINE void times_each(const real *w, int64_t rows, int64_t columns, int64_t n,
+                                const real *x, int64_t from, real *y, int64_t to, int add) {
   const int64_t whole = columns / LANES * LANES;
   int64_t r = 0;
-  for (; r + LANES <= rows; r += LANES) {
-    vec total = rows_times(w + r * columns, columns, whole, x);
-    store(y + r, add ? load(y + r) + total : total);
-  }
-  for (; r < rows; r++) {
-    vec sum = splat(0);
-    for (int64_t i = 0; i < whole; i += LANES) sum += load(w + r * columns + i) * load(x + i);
-    real total = sum_lanes(sum);
-    for (int64_t i = whole; i < columns; i++) total += w[r * columns + i] * x[i];
-    y[r] = add ? y[r] + total : total;
-  }
+  for (; r + LANES <= rows; r += LANES)
+    for (int64_t t = 0; t < n; t++) {
+      vec total = rows_times(w + r * columns, columns, whole, x + t * from);
+      real *at = y + t * to + r;
+      store(at, add ? load(at) + total : total);
+    }
+  for (; r < rows; r++)
+    for (int64_t t = 0; t < n; t++) {
+      const real *v = x + t * from;
+      vec sum = splat(0);
+      for (int64_t i = 0; i < whole; i += LANES) sum += load(w + r * columns + i) * load(v + i);
+      real total = sum_lanes(sum), *at = y + t * to + r;
+      for (int64_t i = whole; i < columns; i++) total += w[r * columns + i] * v[i];
+      *at = add ? *at + total : total;
+    }
+}
+
+static void times(const real *w, int64_t rows, int64_t columns, const real *x, real *y, int add) {
+  times_each(w, rows, columns, 1, x, 0, y, 0, add);
 }
 
 /* ---------------------------------------------------------------- elementwise */
@@ -180,22 +193,40 @@ static void log_softmax(real *x, int64_t n) {
   for (i = 0; i < n; i++) x[i] = x[i] - top - shift;
 }
 
-/* x += gain * (w y + bias), of which gain and bias may be NULL */
+/* x += gain * (w y + bias) for n bytes, of which gain and bias may be NULL; y every `from` */
 static void add_branch(const model *m, const real *w, const real *bias, const real *gain,
-                       int64_t columns, const real *y, real *x, real *branch) {
+                       int64_t columns, int64_t n, const real *y, int64_t from, real *x,
+                       real *branch) {
+  const int64_t W = m->width;
   if (!bias && !gain) {
-    times(w, m->width, columns, y, x, 1);
+    times_each(w, W, columns, n, y, from, x, W, 1);
     return;
   }
-  times(w, m->width, columns, y, branch, 0);
-  for (int64_t i = 0; i < m->width; i++)
-    x[i] += (branch[i] + (bias ? bias[i] : 0)) * (gain ? gain[i] : 1);
+  times_each(w, W, columns, n, y, from, branch, W, 0);
+  for (int64_t t = 0; t < n; t++, x += W, branch += W)
+    for (int64_t i = 0; i < W; i++)
+      x[i] += (branch[i] + (bias ? bias[i] : 0)) * (gain ? gain[i] : 1);
 }
 
-static void times_biased(const real *w, const real *bias, int64_t rows, int64_t columns,
-                         const real *x, real *y) {
-  times(w, rows, columns, x, y, 0);
-  for (int64_t i = 0; i < rows && bias; i++) y[i] += bias[i];
+/* y = w normed + bias for n bytes, y every `to` */
+static void project(const model *m, const real *w, const real *bias, int64_t rows, int64_t n,
+                    const real *normed, real *y, int64_t to) {
+  times_each(w, rows, m->width, n, normed, m->width, y, to, 0);
+  for (int64_t t = 0; t < n && bias; t++)
+    for (int64_t i = 0; i < rows; i++) y[t * to + i] += bias[i];
+}
+
+static void normalise_each(const model *m, const real *x, int64_t n, const real *weight,
+                           const real *bias, real *y) {
+  for (int64_t t = 0; t < n; t++)
+    normalise(m, x + t * m->width, weight, bias, y + t * m->width);
+}
+
+/* Where the state after byte i of n goes, `size` values: if those after every byte are wanted, each
+ * has a place of its own, and begins as the one before it. */
+INLINE real *place(real *out, int64_t size, int64_t i, int each) {
+  if (each && i) memcpy(out + i * size, out + (i - 1) * size, size * sizeof(real));
+  return each ? out + i * size : out;
 }
 
 /* The next three work on whole vectors: arrays are padded. */
@@ -296,23 +327,25 @@ static int stale(const model *m, const layer *layers, real *kept) {
   return 0;
 }
 
-static int64_t mamba_scratch(const model *m) {
+static int64_t mamba_scratch(const model *m, int64_t length) {
   const int64_t P = padded(m->channels);
-  return (m->states + m->taps + 5) * P + padded(2 * m->channels) + PAD +
-         padded(m->rank + 2 * m->states);
+  return (m->states + m->taps + 3) * P +
+         length * (2 * P + padded(2 * m->channels) + PAD + padded(m->rank + 2 * m->states));
 }
 
 /* every mixer: x[t] += out_proj(...) for every byte */
 static void mamba(const model *m, const layer *l, const transposed t, const memory *s,
-                  int64_t length, real *x, work w) {
+                  int64_t length, int each, real *x, work w) {
   const int64_t D = m->channels, N = m->states, P = padded(D), before = m->taps - 1;
+  const int64_t lows = padded(m->rank + 2 * N), boths = padded(2 * D) + PAD;
   real *h = w.mixer;                         /* (states, P) */
   real *window = h + N * P;                  /* (taps, P): the last inputs, the newest at the end */
-  real *u = window + m->taps * P, *delta = u + P;
-  real *conv_bias = delta + P, *dt_bias = conv_bias + P, *skip = dt_bias + P;
-  real *both = skip + P;                     /* x and z, with room to read beyond z */
-  real *low = both + padded(2 * D) + PAD, *B = low + m->rank, *C = B + N;
-  memset(w.mixer, 0, mamba_scratch(m) * sizeof(real));
+  real *conv_bias = window + m->taps * P, *dt_bias = conv_bias + P, *skip = dt_bias + P;
+  /* of every byte: */
+  real *u = skip + P, *delta = u + length * P;
+  real *both = delta + length * P;           /* x and z, with room to read beyond z */
+  real *low = both + length * boths;         /* step sizes, B, C */
+  memset(w.mixer, 0, mamba_scratch(m, length) * sizeof(real));
   if (s->in[1]) states_in(s->in[1], N, D, h, P);
   for (int64_t k = 0; k < before && s->in[0]; k++)
     memcpy(window + k * P, s->in[0] + k * D, D * sizeof(real));
@@ -320,19 +353,24 @@ static void mamba(const model *m, const layer *l, const transposed t, const memo
   memcpy(dt_bias, l->own[DT_BIAS], D * sizeof(real));
   memcpy(skip, l->own[SKIP], D * sizeof(real));
 
-  for (int64_t i = 0; i < length; i++, x += m->width) {
-    normalise(m, x, l->norm, l->norm_bias, w.normed);
-    times(l->own[IN_PROJ], 2 * D, m->width, w.normed, both, 0);
-    const real *z = both + D;
-    memcpy(window + before * P, both, D * sizeof(real));
+  normalise_each(m, x, length, l->norm, l->norm_bias, w.normed);
+  project(m, l->own[IN_PROJ], NULL, 2 * D, length, w.normed, both, boths);
+  for (int64_t i = 0; i < length; i++) {
+    memcpy(window + before * P, both + i * boths, D * sizeof(real));
     for (int64_t d = 0; d < P; d += LANES) {
       vec sum = load(conv_bias + d);
       for (int64_t k = 0; k <= before; k++) sum += load(t.taps + k * P + d) * load(window + k * P + d);
-      store(u + d, sum * sigmoid(sum));
+      store(u + i * P + d, sum * sigmoid(sum));
     }
     memmove(window, window + P, before * P * sizeof(real));
-    times(l->own[X_PROJ], m->rank + 2 * N, D, u, low, 0);
-    if (!m->rank) times(l->own[DT_PROJ], D, D, u, delta, 0);
+    for (int64_t k = 0; k < before && (each || i == length - 1); k++)
+      memcpy(s->out[0] + (each * i * before + k) * D, window + k * P, D * sizeof(real));
+  }
+  times_each(l->own[X_PROJ], m->rank + 2 * N, D, length, u, P, low, lows, 0);
+  if (!m->rank) times_each(l->own[DT_PROJ], D, D, length, u, P, delta, P, 0);
+  real *y = u;
+  for (int64_t i = 0; i < length; i++, u += P, delta += P, low += lows, both += boths) {
+    const real *z = both + D, *B = low + m->rank, *C = B + N;
     for (int64_t d = 0; d < P; d += WIDTH) {
       vec dt[2], input[2], sum[2], slope;
       UNROLL2 for (int v = 0; v < 2; v++) {
@@ -359,19 +397,17 @@ static void mamba(const model *m, const layer *l, const transposed t, const memo
         store(u + d + v * LANES, sum[v] * (gate * sigmoid(gate)));
       }
     }
-    add_branch(m, l->own[OUT_PROJ], NULL, l->mixer_gain, D, u, x, w.branch);
+    if (each || i == length - 1) states_out(h, P, D, s->out[1] + each * i * D * N, N);
   }
-  for (int64_t k = 0; k < before; k++)
-    memcpy(s->out[0] + k * D, window + k * P, D * sizeof(real));
-  states_out(h, P, D, s->out[1], N);
+  add_branch(m, l->own[OUT_PROJ], NULL, l->mixer_gain, D, length, y, P, x, w.branch);
 }
 
 /* ---------------------------------------------------------------- SSD */
 
-static int64_t mamba2_scratch(const model *m) {
+static int64_t mamba2_scratch(const model *m, int64_t length) {
   const int64_t conv = m->channels + 2 * m->ssd_groups * m->ssd_states;
-  return padded(m->taps * conv) + 2 * padded(conv) + 3 * padded(m->channels) +
-         2 * padded(m->ssd_heads) + PAD;
+  return padded(m->taps * conv) + padded(conv) + 2 * padded(m->ssd_heads) +
+         length * (padded(m->channels + conv + m->ssd_heads) + padded(m->channels) + PAD);
 }
 
 /* h = a h + b B, and h . C */
@@ -388,18 +424,19 @@ INLINE real step_row(real *h, real a, real b, const real *B, const real *C, int6
   return total;
 }
 
-static void mamba2(const model *m, const layer *l, const memory *s, int64_t length, real *x,
-                   work w) {
+static void mamba2(const model *m, const layer *l, const memory *s, int64_t length, int each,
+                   real *x, work w) {
   const int64_t D = m->channels, H = m->ssd_heads, G = m->ssd_groups, N = m->ssd_states;
   const int64_t conv = D + 2 * G * N, P = D / H, before = m->taps - 1;
-  real *window = w.mixer, *u = window + padded(m->taps * conv), *all = u + padded(conv);
-  real *y = all + padded(D + conv + H), *dt = y + padded(D), *decay = dt + padded(H);
-  real *h = s->out[1];
+  const int64_t alls = padded(D + conv + H) + PAD, ys = padded(D);
+  real *window = w.mixer, *u = window + padded(m->taps * conv), *dt = u + padded(conv);
+  real *decay = dt + padded(H), *all = decay + padded(H), *y = all + length * alls;
   copy_or_zero(window, s->in[0], before * conv);
-  copy_or_zero(h, s->in[1], D * N);
-  for (int64_t i = 0; i < length; i++, x += m->width) {
-    normalise(m, x, l->norm, l->norm_bias, w.normed);
-    times(l->own[S_IN], D + conv + H, m->width, w.normed, all, 0); /* z; x, B, C; dt */
+  copy_or_zero(s->out[1], s->in[1], D * N);
+  normalise_each(m, x, length, l->norm, l->norm_bias, w.normed);
+  project(m, l->own[S_IN], NULL, D + conv + H, length, w.normed, all, alls); /* z; x, B, C; dt */
+  for (int64_t i = 0; i < length; i++, all += alls, y += ys) {
+    real *h = place(s->out[1], D * N, i, each);
     convolve(l->own[S_CONV], l->own[S_CONV_BIAS], m->taps, conv, window, all + D, u);
     memcpy(dt, all + D + conv, H * sizeof(real));
     softplus_of(dt, l->own[S_DT_BIAS], H);
@@ -414,17 +451,18 @@ static void mamba2(const model *m, const layer *l, const memory *s, int64_t leng
     for (int64_t c = 0; c < D; c++) y[c] *= all[c];
     for (int64_t g = 0, size = D / G; g < G; g++)
       rms(y + g * size, size, l->own[S_NORM] + g * size, INNER_EPS, y + g * size);
-    add_branch(m, l->own[S_OUT], NULL, l->mixer_gain, D, y, x, w.branch);
+    copy_or_zero(s->out[0] + each * i * before * conv, window, before * conv);
   }
-  copy_or_zero(s->out[0], window, before * conv);
+  add_branch(m, l->own[S_OUT], NULL, l->mixer_gain, D, length, y - length * ys, ys, x, w.branch);
 }
 
 /* ---------------------------------------------------------------- gated delta rule */
 
-static int64_t delta_scratch(const model *m) {
-  const int64_t values = m->delta_heads * m->delta_values;
-  return (m->taps + 1) * (2 * padded(m->width) + padded(values)) + 2 * padded(m->width) +
-         3 * padded(values) + padded(m->delta_heads) + 2 * padded(m->delta_values) + 2 * PAD;
+static int64_t delta_scratch(const model *m, int64_t length) {
+  const int64_t values = m->delta_heads * m->delta_values, width = padded(m->width);
+  return (m->taps + length) * (2 * width + padded(values)) + padded(m->delta_values) +
+         padded(m->delta_heads) + padded(m->delta_values) +
+         length * (width + 2 * padded(values) + 3 * PAD);
 }
 
 /* S = diag(decay) S, S += beta k (v - S^T k)^T, o = S^T q; S (keys, values), decay[k * each] */
@@ -445,25 +483,33 @@ static void delta_rule(real *S, const real *q, const real *k, const real *v, con
   }
 }
 
-static void delta(const model *m, const layer *l, const memory *s, int64_t length, real *x,
-                  work w) {
+static void delta(const model *m, const layer *l, const memory *s, int64_t length, int each,
+                  real *x, work w) {
   const int64_t H = m->delta_heads, V = m->delta_values, keys = m->width, values = H * V;
   const int64_t K = keys / H, before = m->taps - 1, by_channel = l->own[D_DECAY_UP] != NULL;
   const int64_t widths[3] = {keys, keys, values}, gates = by_channel ? keys : H;
-  real *at = w.mixer, *window[3], *qkv[3], *S = s->out[3];
+  const int64_t decays_of = padded(keys) + PAD, gates_of = padded(values) + PAD, os = padded(values);
+  real *at = w.mixer, *window[3], *qkv[3];
+  normalise_each(m, x, length, l->norm, l->norm_bias, w.normed);
   for (int p = 0; p < 3; p++) {
     window[p] = at, qkv[p] = at + m->taps * padded(widths[p]);
-    at += (m->taps + 1) * padded(widths[p]);
+    at += (m->taps + length) * padded(widths[p]);
     copy_or_zero(window[p], s->in[p], before * widths[p]);
+    project(m, l->own[D_QKV + p], NULL, widths[p], length, w.normed, qkv[p], padded(widths[p]));
   }
-  real *decay = at, *gate = decay + padded(keys) + PAD, *o = gate + padded(values);
-  real *missing = o + padded(values), *beta = missing + padded(V), *low = beta + padded(H);
-  copy_or_zero(S, s->in[3], keys * V);
-  for (int64_t i = 0; i < length; i++, x += m->width) {
-    normalise(m, x, l->norm, l->norm_bias, w.normed);
+  real *missing = at, *beta = missing + padded(V), *low = beta + padded(H);
+  real *decay = low + padded(V), *gate = decay + length * decays_of, *o = gate + length * gates_of;
+  copy_or_zero(s->out[3], s->in[3], keys * V);
+  if (!by_channel) {
+    project(m, l->own[D_DECAY], NULL, H, length, w.normed, decay, decays_of);
+    project(m, l->own[D_GATE], NULL, values, length, w.normed, gate, gates_of);
+  }
+  for (int64_t i = 0; i < length; i++, decay += decays_of, gate += gates_of, o += os) {
+    const real *normed = w.normed + i * m->width;
+    real *S = place(s->out[3], keys * V, i, each);
     for (int p = 0; p < 3; p++) {
-      times(l->own[D_QKV + p], widths[p], m->width, w.normed, qkv[p], 0);
       convolve(l->own[D_CONV + p], NULL, m->taps, widths[p], window[p], qkv[p], qkv[p]);
+      copy_or_zero(s->out[p] + each * i * before * widths[p], window[p], before * widths[p]);
     }
     for (int64_t h = 0; h < H; h++) { /* |q| = 1 / sqrt(K), |k| = 1 */
       rms(qkv[0] + h * K, K, NULL, KEY_EPS / K, qkv[0] + h * K);
@@ -471,17 +517,16 @@ static void delta(const model *m, const layer *l, const memory *s, int64_t lengt
       for (int64_t c = h * K; c < (h + 1) * K; c++)
         qkv[0][c] /= K, qkv[1][c] *= (real)(1 / sqrt((double)K));
     }
-    times(l->own[D_BETA], H, m->width, w.normed, beta, 0);
+    times(l->own[D_BETA], H, m->width, normed, beta, 0);
     for (int64_t h = 0; h < H; h += LANES) store(beta + h, sigmoid(load(beta + h)));
     if (by_channel) { /* both gates by way of as many channels as a head has values */
-      times(l->own[D_DECAY], V, m->width, w.normed, low, 0);
+      times(l->own[D_DECAY], V, m->width, normed, low, 0);
       times(l->own[D_DECAY_UP], keys, V, low, decay, 0);
-      times(l->own[D_GATE], V, m->width, w.normed, low, 0);
-      times_biased(l->own[D_GATE_UP], l->own[D_GATE_BIAS], values, V, low, gate);
+      times(l->own[D_GATE], V, m->width, normed, low, 0);
+      times(l->own[D_GATE_UP], values, V, low, gate, 0);
+      for (int64_t c = 0; c < values && l->own[D_GATE_BIAS]; c++) gate[c] += l->own[D_GATE_BIAS][c];
       for (int64_t c = 0; c < values; c += LANES) store(gate + c, sigmoid(load(gate + c)));
     } else {
-      times(l->own[D_DECAY], H, m->width, w.normed, decay, 0);
-      times(l->own[D_GATE], values, m->width, w.normed, gate, 0);
       silu(gate, values);
     }
     softplus_of(decay, l->own[D_DT_BIAS], gates);
@@ -493,10 +538,10 @@ static void delta(const model *m, const layer *l, const memory *s, int64_t lengt
       rms(o + h * V, V, l->own[D_NORM], INNER_EPS, o + h * V);
     }
     for (int64_t c = 0; c < values; c++) o[c] *= gate[c];
-    add_branch(m, l->own[D_OUT], NULL, l->mixer_gain, values, o, x, w.branch);
+    for (int p = 0; p < 3; p++) qkv[p] += padded(widths[p]);
   }
-  for (int p = 0; p < 3; p++)
-    copy_or_zero(s->out[p], window[p], before * widths[p]);
+  add_branch(m, l->own[D_OUT], NULL, l->mixer_gain, values, length, o - length * os, os, x,
+             w.branch);
 }
 
 /* ---------------------------------------------------------------- attention */
@@ -525,32 +570,34 @@ static void turn(const model *m, const real *table, real *x, int64_t heads) {
   }
 }
 
-static int64_t attention_scratch(const model *m, int64_t most) {
-  return padded(m->width) * 2 + 2 * padded(m->kv_heads * m->head_width) + padded(most);
+static int64_t attention_scratch(const model *m, int64_t length, int64_t most) {
+  return length * (2 * padded(m->width) + 2 * padded(m->kv_heads * m->head_width)) + padded(most);
 }
 
 static void attention(const model *m, const layer *l, const memory *s, int64_t length,
                       const real *table, real *x, work w) {
   const int64_t d = m->head_width, kv = m->kv_heads * d;
-  real *q = w.mixer, *y = q + padded(m->width), *row[2] = {y + padded(m->width), NULL};
-  real *weight = row[0] + 2 * padded(kv);
-  row[1] = row[0] + padded(kv);
+  const int64_t qs = padded(m->width), rows = padded(kv);
+  real *q = w.mixer, *y = q + length * qs, *row[2] = {y + length * qs, NULL};
+  real *weight = row[0] + 2 * length * rows;
+  row[1] = row[0] + length * rows;
   for (int64_t h = 0; h < m->kv_heads; h++)
     for (int p = 0; p < 2 && s->in[0] && s->stored; p++)
       memcpy(s->out[p] + h * s->out_stride[p], s->in[p] + h * s->in_stride[p],
              s->stored * d * sizeof(real));
-  for (int64_t i = 0; i < length; i++, x += m->width, table += d) {
+  normalise_each(m, x, length, l->norm, l->norm_bias, w.normed);
+  project(m, l->own[Q_PROJ], l->own[Q_BIAS], m->width, length, w.normed, q, qs);
+  project(m, l->own[K_PROJ], l->own[K_BIAS], kv, length, w.normed, row[0], rows);
+  project(m, l->own[V_PROJ], l->own[V_BIAS], kv, length, w.normed, row[1], rows);
+  for (int64_t i = 0; i < length; i++, table += d, q += qs, y += qs) {
     const int64_t last = s->stored + i, first = larger(0, last - (l->window - 1));
     const int64_t seen = last - first + 1;
-    normalise(m, x, l->norm, l->norm_bias, w.normed);
-    times_biased(l->own[Q_PROJ], l->own[Q_BIAS], m->width, m->width, w.normed, q);
-    times_biased(l->own[K_PROJ], l->own[K_BIAS], kv, m->width, w.normed, row[0]);
-    times_biased(l->own[V_PROJ], l->own[V_BIAS], kv, m->width, w.normed, row[1]);
     turn(m, table, q, m->heads);
     turn(m, table, row[0], m->kv_heads);
     for (int64_t h = 0; h < m->kv_heads; h++)
       for (int p = 0; p < 2; p++)
         memcpy(s->out[p] + h * s->out_stride[p] + last * d, row[p] + h * d, d * sizeof(real));
+    row[0] += rows, row[1] += rows;
     memset(y, 0, m->width * sizeof(real));
     for (int64_t h = 0; h < m->heads; h++) {
       const int64_t head = h / (m->heads / m->kv_heads);
@@ -566,43 +613,45 @@ static void attention(const model *m, const layer *l, const memory *s, int64_t l
       for (int64_t j = 0; j < seen; j++)
         for (int64_t c = 0; c < d; c++) out[c] += weight[j] * value[j * d + c];
     }
-    add_branch(m, l->own[O_PROJ], l->own[O_BIAS], l->mixer_gain, m->width, y, x, w.branch);
   }
+  add_branch(m, l->own[O_PROJ], l->own[O_BIAS], l->mixer_gain, m->width, length, y - length * qs,
+             qs, x, w.branch);
 }
 
 /* ---------------------------------------------------------------- the rest of a block */
 
 static void mlp(const model *m, const layer *l, int64_t length, real *x, work w) {
+  const int64_t row = padded(m->hidden);
   real *hidden = w.mixer;
-  for (int64_t i = 0; i < length; i++, x += m->width) {
-    normalise(m, x, l->mlp_norm, l->mlp_norm_bias, w.normed);
-    times_biased(l->mlp_up, l->mlp_up_bias, m->hidden, m->width, w.normed, hidden);
-    for (int64_t j = 0; j < m->hidden; j += LANES) {
-      vec v = load(hidden + j), gelu = v;
-      if (m->activation == RELU2)
-        v = vmax(v, splat(0)) * vmax(v, splat(0));
-      else if (m->activation == SILU)
-        v = v * sigmoid(v);
-      else {
-        for (int n = 0; n < LANES; n++)
-          gelu[n] = (real)0.5 * v[n] * (1 + erff(v[n] * (real)0.70710678118654752));
-        v = gelu;
-      }
-      store(hidden + j, v);
+  normalise_each(m, x, length, l->mlp_norm, l->mlp_norm_bias, w.normed);
+  project(m, l->mlp_up, l->mlp_up_bias, m->hidden, length, w.normed, hidden, row);
+  for (int64_t j = 0; j < length * row; j += LANES) {
+    vec v = load(hidden + j), gelu = v;
+    if (m->activation == RELU2)
+      v = vmax(v, splat(0)) * vmax(v, splat(0));
+    else if (m->activation == SILU)
+      v = v * sigmoid(v);
+    else {
+      for (int n = 0; n < LANES; n++)
+        gelu[n] = (real)0.5 * v[n] * (1 + erff(v[n] * (real)0.70710678118654752));
+      v = gelu;
     }
-    add_branch(m, l->mlp_out, l->mlp_out_bias, l->mlp_gain, m->hidden, hidden, x, w.branch);
+    store(hidden + j, v);
   }
+  add_branch(m, l->mlp_out, l->mlp_out_bias, l->mlp_gain, m->hidden, length, hidden, row, x,
+             w.branch);
 }
 
 static int64_t scratch_size(const model *m, const layer *layers, const memory *s,
                             const call *c) {
-  int64_t size = padded(m->hidden);
+  const int64_t n = c->length;
+  int64_t size = n * padded(m->hidden);
   for (int64_t i = 0; i < m->layers; i++) {
     const int64_t kind = layers[i].kind;
-    size = larger(size, kind == MAMBA    ? mamba_scratch(m)
-                        : kind == MAMBA2 ? mamba2_scratch(m)
-                        : kind == DELTA  ? delta_scratch(m)
-                                         : attention_scratch(m, s[i].stored + c->length));
+    size = larger(size, kind == MAMBA    ? mamba_scratch(m, n)
+                        : kind == MAMBA2 ? mamba2_scratch(m, n)
+                        : kind == DELTA  ? delta_scratch(m, n)
+                                         : attention_scratch(m, n, s[i].stored + n));
   }
   return size;
 }
@@ -620,14 +669,14 @@ static void mix_in(const model *m, const layer *l, int64_t n, const real *slots,
 int advance(const model *m, const layer *layers, const memory *states, const call *c,
             const unsigned char *bytes) {
   if (stale(m, layers, c->kept)) return 2;
-  const int64_t n = c->length * m->width, rows = padded(n), row = padded(m->width);
+  const int64_t n = c->length * m->width, rows = padded(n), each = c->each != 0;
   const int64_t table_size = padded(c->length * m->head_width);
   const int64_t copies = m->slots + m->mixed;
-  real *x = take(((1 + copies) * rows + 2 * row + table_size + scratch_size(m, layers, states, c)) *
+  real *x = take(((3 + copies) * rows + table_size + scratch_size(m, layers, states, c)) *
                  (int64_t)sizeof(real));
   if (!x) return 1;
   real *slots = x + rows, *embedded = slots + m->slots * rows, *table = x + (1 + copies) * rows;
-  const work w = {table + table_size, table + table_size + row, table + table_size + 2 * row};
+  const work w = {table + table_size, table + table_size + rows, table + table_size + 2 * rows};
   const fp_mode old = flush_denormals();
   for (int64_t i = 0; i < c->length; i++) {
     const real *from = c->inputs ? c->inputs + i * m->width : m->embedding + bytes[i] * m->width;
@@ -642,22 +691,23 @@ int advance(const model *m, const layer *layers, const memory *states, const cal
     const layer *l = layers + j;
     mix_in(m, l, n, slots, embedded, x);
     if (l->kind == MAMBA)
-      mamba(m, l, kept_at(m, c->kept + j * kept_size(m)), states + j, c->length, x, w);
+      mamba(m, l, kept_at(m, c->kept + j * kept_size(m)), states + j, c->length, each, x, w);
     else if (l->kind == ATTENTION)
       attention(m, l, states + j, c->length, table, x, w);
     else
-      (l->kind == MAMBA2 ? mamba2 : delta)(m, l, states + j, c->length, x, w);
+      (l->kind == MAMBA2 ? mamba2 : delta)(m, l, states + j, c->length, each, x, w);
     if (m->hidden) mlp(m, l, c->length, x, w);
     if (l->kept_as >= 0) memcpy(slots + l->kept_as * rows, x, n * sizeof(real));
   }
   for (int64_t i = 0; i < c->length && c->hidden; i++)
     normalise(m, x + i * m->width, m->norm, m->norm_bias, c->hidden + i * m->width);
-  if (c->log_probs) {
-    normalise(m, x + n - m->width, m->norm, m->norm_bias, w.normed);
-    times_biased(m->head, m->head_bias, m->vocabulary, m->width, w.normed, c->log_probs);
-    for (int64_t i = 0; i < m->vocabulary && m->cap > 0; i++)
+  if (c->log_probs) { /* after every byte, or after the last alone */
+    const int64_t asked = each ? c->length : 1, V = m->vocabulary;
+    normalise_each(m, x + n - asked * m->width, asked, m->norm, m->norm_bias, w.normed);
+    project(m, m->head, m->head_bias, V, asked, w.normed, c->log_probs, V);
+    for (int64_t i = 0; i < asked * V && m->cap > 0; i++)
       c->log_probs[i] = (real)m->cap * tanhf(c->log_probs[i] / (real)m->cap);
-    log_softmax(c->log_probs, m->vocabulary);
+    for (int64_t i = 0; i < asked; i++) log_softmax(c->log_probs + i * V, V);
   }
   restore_mode(old);
   free(x);
