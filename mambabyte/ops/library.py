@@ -177,7 +177,7 @@ def _recorded(
                 ctx.mark_non_differentiable(*output[outputs:])
             ctx.save_for_backward(*args[:count], *output[outputs:])
             ctx.flags = args[count : len(args) - keeps]
-            ctx.first = output[0].shape
+            ctx.first = output[0].shape, output[0].dtype
             # Autograd gives back what passed the forward's checks; hooks may give anything.
             hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
             ctx.checked = run is not below and hooks is None
@@ -188,7 +188,8 @@ def _recorded(
             saved = ctx.saved_tensors
             first, *others = grads[:outputs]
             if first is None:
-                first = saved[0].new_zeros(ctx.first)
+                shape, dtype = ctx.first
+                first = saved[0].new_zeros(shape, dtype=dtype)
             run = gradient
             if ctx.checked and not torch.is_grad_enabled():  # autograd has checked the gradients
                 run = gradient_kernels.get(_plain((first, *others)), gradient)

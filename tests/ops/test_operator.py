@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from mambabyte.errors import UserError
 from mambabyte.ops import default_form, selective_scan
 from mambabyte.ops.compare import relative_rms
+from mambabyte.ops.library import define
 from mambabyte.ops.scan import operator as fused
 from mambabyte.ops.scan.operator import fused_scan
 
@@ -309,3 +310,24 @@ def test_where_the_kernel_is_missing_auto_says_so_and_uses_torch(monkeypatch) ->
     monkeypatch.setattr(fused, "_READY", set())
     with pytest.raises(UserError, match="no fused scan on cpu: no C compiler"):
         call(*make())
+
+
+def test_zeros_for_a_first_result_that_nobody_used_have_its_dtype() -> None:
+    given: list[torch.dtype] = []
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        return 2 * x.float(), 3 * x.float()
+
+    def backward(done: Tensor, dtwo: Tensor, x: Tensor) -> tuple[Tensor]:
+        given.append(done.dtype)
+        return ((2 * done + 3 * dtwo).to(x.dtype),)
+
+    widen = define(
+        "widen_for_a_test", "Tensor x", "one, two", forward={"cpu": forward},
+        backward={"cpu": backward}, check=lambda x: None, in_torch=forward,
+        shapes=lambda x: (x.new_empty(x.shape, dtype=torch.float32),) * 2)
+    x = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    widen(x)[1].sum().backward()
+    assert given == [torch.float32]
+    assert x.grad is not None
+    assert x.grad.tolist() == [3, 3, 3]
