@@ -132,15 +132,11 @@ def share(
     folder: Path, worker: Callable[[str], None], places: Sequence[str],
     report: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """``worker(place)`` for each of ``places``, such as GPUs, each in a process of its own; one
-    alone runs here.
+    """``worker(place)`` for each of ``places``, such as GPUs, each in a process of its own.
 
     ``worker`` calls ``work`` on ``folder``, and must pickle. A process that dies is started again,
     as an error of CUDA lasts as long as its process, unless it left no row. UserError then.
     """
-    if len(places) == 1:
-        worker(places[0])
-        return
     make_dir(folder)
     context = get_context("spawn")  # a forked child of a process that has used CUDA cannot use it
     running: dict[str, tuple[Any, int]] = {}  # process, and rows when it was started

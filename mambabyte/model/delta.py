@@ -158,6 +158,9 @@ class DeltaMixer(Mixer, DeltaSpec):
     def exponent(self, x: Tensor, state: DeltaState | None, chunk: int) -> float:
         return largest_exponent(self.log_decay(x), chunk)
 
+    def log_decays(self, x: Tensor) -> Tensor:
+        return self.log_decay(x)
+
     def against_definition(self, x: Tensor) -> dict[str, list[tuple[Tensor, Tensor]]]:
         return operator_against_definition(gated_delta_rule, self.rule_inputs(x, None)[0])
 

@@ -227,6 +227,11 @@ class MambaMixer(Mixer, MambaSpec):
         fastest = self.A_log.float().exp().amax(-1)  # (D,)
         return float((chunks.sum(2) * fastest).max())
 
+    def log_decays(self, x: Tensor) -> Tensor:
+        """Of every state of every channel, (B, L, D, N)."""
+        _, delta, *_ = self.scan_inputs(x, None)
+        return -self.step_size(delta.float())[..., None] * self.A_log.float().exp()
+
     def against_definition(self, x: Tensor) -> dict[str, list[tuple[Tensor, Tensor]]]:
         u, delta, B, C, _, _ = self.scan_inputs(x, None)
         inputs = {"u": u, "delta": self.step_size(delta), "A": -self.A_log.exp(), "B": B, "C": C}

@@ -138,6 +138,9 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
         dt: Tensor = F.softplus(widened(inputs["dt"]) + inputs["dt_bias"]) * inputs["A"]
         return dt
 
+    def log_decays(self, x: Tensor) -> Tensor:
+        return self.log_decay(self.scan_inputs(x, None)[0])
+
     def against_definition(self, x: Tensor) -> dict[str, list[tuple[Tensor, Tensor]]]:
         inputs, _, _ = self.scan_inputs(x, None)
         return operator_against_definition(ssd_scan, inputs, dt_softplus=True)

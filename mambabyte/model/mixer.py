@@ -124,6 +124,12 @@ class Mixer(nn.Module, MixerSpec):
         of ``forward``; None for a mixer without decays."""
         return None
 
+    def log_decays(self, x: Tensor) -> Tensor | None:
+        """Logarithm of the share that each step keeps of each number of the state, on inputs x
+        (B, L, d_model) of a sequence from its first byte: (B, L, ...), float32, none above 0, its
+        last axes the first of the state's; None for a mixer without decays."""
+        return None
+
     def against_definition(self, x: Tensor) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """(found, by the definition in float64) of its own operator on x (B, L, d_model), by what
         is compared: "output", "state", "gradient". Empty for a mixer that is its definition."""

@@ -56,7 +56,7 @@ def family(system: str) -> str:
 
 
 TASKS = ("recall", "noisy recall", "selective copy", "induction", "parity", "permutations",
-         "memorisation")  # see analysis.studies.arena.tasks
+         "memorisation")  # see trainings/tasks.py
 LARGEST = 4096  # size of a task
 
 
@@ -85,7 +85,7 @@ TaskName = Annotated[str, Rule(_holds(task_size), lambda: f"one of {', '.join(TA
 SystemName = Annotated[str, Rule(_holds(pattern_of), lambda: "a layer pattern such as DDDA, and "
                                  f"{HALF} behind it for half of the layers")]
 SizeName = Annotated[str, one_of(lambda: SIZES)]
-Part = Literal["text", "scaling", "tasks", "clamp", "precision", "pieces"]
+Part = Literal["text", "tasks", "memory", "precision", "clamp", "scaling", "pieces"]
 Rates = Annotated[tuple[Positive, ...], entries(rising=True)]
 
 
@@ -105,7 +105,7 @@ class Parameters(Checked):
     max_seconds: NotNegative = 0.0
     """after which no training is begun; 0 is no limit"""
     parts: Annotated[tuple[Part, ...], entries()] = ("text", "tasks")
-    """what is asked: text, scaling, tasks, clamp, precision, pieces"""
+    """what is asked: text, tasks, memory, precision, clamp, scaling, pieces"""
     systems: Annotated[tuple[SystemName, ...], entries()] = ("M", "A", "MMMA")
     """layer patterns that are compared; /2 behind one is half of the layers with wider MLPs"""
     reference: SystemName = "A"
@@ -131,7 +131,7 @@ class Parameters(Checked):
     heldout_windows: Count = 16
     """windows on which rates are chosen, and as many of validation text"""
     tasks: Annotated[tuple[TaskName, ...], entries(0)] = ("recall 4",)
-    """tasks, name and largest size, such as recall 256; see analysis.studies.arena.tasks"""
+    """name and largest size, such as recall 256; see trainings/tasks.py"""
     task_systems: Annotated[tuple[SystemName, ...], entries(0)] = ("M", "A")
     """layer patterns that are asked"""
     task_widths: Annotated[tuple[Count, ...], entries()] = (32,)
@@ -166,8 +166,8 @@ class Parameters(Checked):
 
 
 _FULL = Parameters(
-    corpus="wikitext103", device="cuda", threads=0, parts=("text", "tasks", "clamp", "precision",
-                                                           "scaling", "pieces"),
+    corpus="wikitext103", device="cuda", threads=0,
+    parts=("text", "tasks", "memory", "precision", "clamp", "scaling", "pieces"),
     systems=("M", "S", "D", "K", "A", "A/2", "L", "MMMA", "SSSA", "DDDA", "KKKA", "MA", "SA", "DA",
              "KA"),
     size="1M", larger=("10M",), scaling=("0.25M", "1M", "10M", "30M"),
@@ -183,7 +183,7 @@ PROFILES = {
     "quick": Parameters(),
     "full": _FULL,
     # Trained in a minute on a CPU, to look at what it remembers.
-    "memory": replace(Parameters(), parts=("text",), systems=("M", "D", "A"),
+    "memory": replace(Parameters(), parts=("text", "memory"), systems=("M", "D", "A"),
                       budgets=(131_072, 262_144), adamw_rates=(4e-3,), stream_bytes=16_384),
 }
 
@@ -200,3 +200,14 @@ class Results:
     costs: pd.DataFrame  # time and joules of a step of every system, one job
     equal: pd.DataFrame  # the best runs at equal bytes, time, operations and joules
     tasks: pd.DataFrame  # accuracy on every task, by size
+    law: pd.DataFrame  # bits by parameters and text: the numbers of each system's law
+    points: pd.DataFrame  # what the laws are fitted to, and what they predict
+    crossings: pd.DataFrame  # where laws cross
+    context: pd.DataFrame  # bits per byte by how often the state is reset
+    half_lives: pd.DataFrame  # of each layer's channels
+    horizon: pd.DataFrame  # gradient by distance
+    maps: pd.DataFrame  # how much each output depends on each input
+    precision: pd.DataFrame  # bits lost by what the state is kept in
+    state_errors: pd.DataFrame  # of the state itself, by half-life
+    clamp: pd.DataFrame  # largest exponents, with and without a bound on the step size
+    followed: pd.DataFrame  # step size times decay while training

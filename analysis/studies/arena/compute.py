@@ -21,10 +21,15 @@ import torch
 from analysis.measure.cells import Row, done_rows, forget_failed, share, work
 from analysis.measure.threads import threads
 from analysis.studies.arena import Parameters, Results, outcome
-from analysis.studies.arena.learning import learn_task
-from analysis.studies.arena.plan import Cell, Done, plan
-from analysis.studies.arena.text import step_costs, train
+from analysis.studies.arena.laws import law_tables
+from analysis.studies.arena.memory import remembered
+from analysis.studies.arena.precision import lost_bits
+from analysis.studies.arena.trainings.clamp import train_followed
+from analysis.studies.arena.trainings.learning import learn_task
+from analysis.studies.arena.trainings.plan import Cell, Done, plan
+from analysis.studies.arena.trainings.text import open_corpus, step_costs, train
 from mambabyte.errors import UserError
+from mambabyte.model import ByteLM
 
 
 def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Results:
@@ -37,9 +42,11 @@ def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Res
         forget_failed(folder)
         places = [f"cuda:{i}" for i in range(torch.cuda.device_count())] \
             if p.device == "cuda" else [p.device]
-        share(folder, partial(_work, p, folder, until, report if len(places) == 1 else print),
-              places, report)
-        return tables(p, done_rows(folder))
+        if p.device == "cpu":
+            _work(p, folder, until, report, "cpu")
+        else:
+            share(folder, partial(_work, p, folder, until, print), places, report)
+        return tables(p, done_rows(folder), report)
 
 
 def _work(
@@ -57,19 +64,35 @@ def measure(p: Parameters, device: str, cell: Cell) -> dict[str, Any]:
     gc.collect()  # a captured graph keeps its memory as long as anything refers to it
     if cell.kind == "cost":
         return {"costs": step_costs(p, device)}
-    if cell.kind == "text":
-        return train(p, cell, device)[1]
+    if cell.kind == "clamp":
+        return train_followed(p, cell, device)
+    if cell.kind in ("text", "memory"):
+        done, row = train(p, cell, device)
+        return row | (look(p, done.model, device) if cell.kind == "memory" else {})
     return learn_task(p, cell, device)
 
 
-def tables(p: Parameters, rows: list[Row]) -> Results:
+def look(p: Parameters, model: ByteLM, device: str) -> dict[str, Any]:
+    """What a trained model remembers, and what its state loses in fewer bits."""
+    text = open_corpus(p.corpus)[0].valid[: p.stream_bytes]
+    return remembered(model, text, p.context) | (
+        lost_bits(model, text, device) if "precision" in p.parts else {})
+
+
+def tables(
+    p: Parameters, rows: list[Row], report: Callable[[str], None] = lambda line: None
+) -> Results:
     """The study's tables, of the cells that are done."""
     done = Done(rows)
     costs = outcome.costs_table(rows)
+    law, points, crossings = law_tables(p, done, report)
     return Results(
         cells=outcome.cells_table(rows), best=outcome.best_table(p, done),
-        tuning=outcome.tuning_table(p, done),
-        sensitivity=outcome.sensitivity_table(rows, p),
+        tuning=outcome.tuning_table(p, done), sensitivity=outcome.sensitivity_table(rows, p),
         paired=outcome.differences_table(p, done), costs=costs,
         equal=outcome.equal_table(p, done, costs), tasks=outcome.tasks_table(p, done),
+        law=law, points=points, crossings=crossings,
+        **{name: outcome.looked_at(rows, "memory", name)
+           for name in ("context", "half_lives", "horizon", "maps", "precision", "state_errors")},
+        clamp=outcome.clamp_table(rows), followed=outcome.looked_at(rows, "clamp", "followed"),
     )

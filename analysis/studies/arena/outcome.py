@@ -13,7 +13,7 @@ from analysis.measure.cells import Row
 from analysis.measure.statistics import paired_difference, paired_table
 from analysis.runs.frames import not_measured
 from analysis.studies.arena import Parameters
-from analysis.studies.arena.plan import Cell, Done, at, chosen, searches
+from analysis.studies.arena.trainings.plan import Cell, Done, at, chosen, searches
 
 MEASURES = {"bytes": "bytes", "time": "seconds", "operations": "FLOPs", "joules": "joules"}
 _COLUMNS = ("system", "size", "optimizer", "rate", "seed", "budget", "status", "n_parameters",
@@ -190,6 +190,36 @@ def tasks_table(p: Parameters, done: Done) -> pd.DataFrame:
                         "state_bytes": rows[0]["state_bytes"],
                         "steps": float(np.mean([row["steps"] for row in rows]))})
     return _frame(found)
+
+
+def looked_at(rows: Iterable[Row], kind: str, name: str) -> pd.DataFrame:
+    """The rows called ``name`` of all cells of a kind, with the system and seed of each."""
+    return _frame([
+        {"system": row["system"], "seed": row["seed"],
+         **{column: one[column] for column in sorted(one, key=_place)}}
+        for row in rows if row["kind"] == kind and row["status"] == "done"
+        for one in row.get(name, [])])
+
+
+# What a row is of, before what was found; the files of cells are in alphabetical order.
+_FIRST = ("layer", "mixer", "channels", "kept", "way", "state_bytes_a_number", "half_life_from",
+          "numbers", "step", "reset_every", "distance", "output", "input", "half_life_5",
+          "half_life_25")
+
+
+def _place(column: str) -> tuple[int, str]:
+    return (_FIRST.index(column) if column in _FIRST else len(_FIRST), column)
+
+
+def clamp_table(rows: Iterable[Row]) -> pd.DataFrame:
+    """How large exponents became in each training of Mamba-1, with and without the bound."""
+    return _frame([
+        {"system": row["system"], "seed": row["seed"], "rate": row["rate"],
+         "steps": row["steps"], "valid_bits": row["valid_bits"],
+         "largest_exponent_of_a_step": max(one["largest"] for one in row["followed"]),
+         "largest_exponent_of_a_chunk": max(one["largest_in_chunk"] for one in row["followed"]),
+         "onset_predicted": row["onset_predicted"], "onset_seen": row["onset_seen"]}
+        for row in rows if row["kind"] == "clamp" and row["status"] == "done"])
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

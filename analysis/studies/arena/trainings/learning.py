@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.studies.arena import Parameters
-from analysis.studies.arena.plan import Cell
-from analysis.studies.arena.tasks import IGNORE, Task, parse_task
+from analysis.studies.arena.trainings.plan import Cell
+from analysis.studies.arena.trainings.tasks import IGNORE, Task, parse_task
 from analysis.theory.matching import GPU_WIDTHS, match_patterns
 from analysis.theory.sizes import at_size
 from analysis.theory.step_memory import state_bytes

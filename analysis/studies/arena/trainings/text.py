@@ -17,7 +17,7 @@ from analysis.studies.ablation.learning import (
     window_bits,
 )
 from analysis.studies.arena import SIZES, Parameters, pattern_of
-from analysis.studies.arena.plan import Cell
+from analysis.studies.arena.trainings.plan import Cell
 from analysis.theory.flops import flops_per_byte
 from analysis.theory.matching import GPU_WIDTHS, match_parameters
 from analysis.theory.sizes import at_size

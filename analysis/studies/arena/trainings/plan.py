@@ -22,9 +22,10 @@ MOST_STEPS_BEYOND = 2  # rates tried beyond an end of the range where the best i
 class Cell:
     """One training; see ``kind`` for what size, optimizer and budget mean."""
 
-    kind: str  # "text": bytes of text; "pieces": likewise, on pieces; "clamp": likewise, with or
-    # without a bound on the step size; "cost": a step of every system; else a task: width, "adamw",
-    # steps
+    # "text": bytes of text; "memory": likewise, and looked at; "pieces": likewise, on pieces;
+    # "clamp": likewise, with or without a bound on the step size; "cost": a step of every system;
+    # else a task: width, "adamw", most steps.
+    kind: str
     system: str
     size: str
     optimizer: str
@@ -143,10 +144,12 @@ def plan(p: Parameters, rows: Sequence[Row]) -> list[Cell]:
         cells += _text(p, done)
     if "tasks" in p.parts:
         cells += _tasks(p, done)
+    if {"memory", "precision"} & set(p.parts):
+        cells += _memory(p, done)
     if "clamp" in p.parts:
         cells += _clamp(p, done)
     if "scaling" in p.parts:
-        cells += _scaling(p, done)
+        cells += scaling_cells(p, done)
     if "pieces" in p.parts:
         cells += _pieces(p, done)
     return list(dict.fromkeys(cells))
@@ -195,6 +198,13 @@ def _clamp(p: Parameters, done: Done) -> list[Cell]:
             for seed in range(max(1, 2 * p.seeds - 1)) for system in ("M", "M bounded")]
 
 
+def _memory(p: Parameters, done: Done) -> list[Cell]:
+    """Every system with all of its layers, but 1:1 hybrids, on the longest budget."""
+    best = [chosen(p, done, s, p.size) for s in p.systems
+            if HALF not in s and len(pattern_of(s)[0]) != 2]
+    return [at(c, kind="memory", budget=p.budgets[-1]) for c in best if c is not None]
+
+
 def scaling_systems(p: Parameters, done: Done) -> list[str]:
     """Mamba-1, attention, the best of the newer mixers and its 3:1 hybrid, as far as they are
     among the systems."""
@@ -204,7 +214,8 @@ def scaling_systems(p: Parameters, done: Done) -> list[str]:
     return [s for s in ("M", best, f"{best * 3}A", "A") if s in p.systems and s]
 
 
-def _scaling(p: Parameters, done: Done) -> list[Cell]:
+def scaling_cells(p: Parameters, done: Done) -> list[Cell]:
+    """The points of the laws; each at the rate of the nearest tuned size, one seed."""
     cells = []
     for size in p.scaling:
         for budget in p.budgets:
