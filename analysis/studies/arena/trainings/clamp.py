@@ -1,8 +1,8 @@
 """Step size times decay while a model trains, and what a bound on the step size costs.
 
 A cumulated sum over CHUNK steps overflows float32 where the exponent of a channel, the sum of its
-step sizes times its fastest decay, passes ln of the largest float32. The bound holds every step size
-below the one that would reach that in CHUNK steps.
+step sizes times its fastest decay, passes ln of the largest float32. The bound holds every step
+size below the one that would reach that in CHUNK steps.
 """
 
 from __future__ import annotations
