@@ -18,6 +18,7 @@ from mambabyte.config.checks import (
     Positive,
     Rule,
     Threads,
+    Workers,
     entries,
     one_of,
 )
@@ -100,6 +101,8 @@ class Parameters(Checked):
     """where it runs: cpu, cuda:N, or cuda for a worker on each GPU"""
     threads: Threads = 1
     """of torch on the CPU; 0 leaves torch's own choice"""
+    workers: Workers = 1
+    """processes beside each other, on a CPU"""
     work: str = ""
     """folder that keeps each training, so that the next run goes on; empty is none"""
     max_seconds: NotNegative = 0.0

@@ -40,11 +40,14 @@ def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Res
     with ExitStack() as stack:
         folder = Path(p.work or stack.enter_context(tempfile.TemporaryDirectory()))
         forget_failed(folder)
-        places = [f"cuda:{i}" for i in range(torch.cuda.device_count())] \
-            if p.device == "cuda" else [p.device]
-        if p.device == "cpu":
+        if p.device == "cpu" and p.workers == 1:
             _work(p, folder, until, report, "cpu")
         else:
+            places = [p.device]
+            if p.device == "cuda":
+                places = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+            elif p.device == "cpu":
+                places = [f"cpu:{i}" for i in range(p.workers)]
             share(folder, partial(_work, p, folder, until, print), places, report)
         return tables(p, done_rows(folder), report)
 

@@ -117,6 +117,134 @@ def state(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+def scaling(points: pd.DataFrame) -> Figure:
+    """Bits against parameters, a panel an amount of text; a hollow mark was held back."""
+    budgets = sorted(points["trained_bytes"].unique())
+    figure, axes = new_figure(1, len(budgets), size=(max(7.2, 4.0 * len(budgets)), 4.4),
+                              squeeze=False, sharey=True)
+    styles = _styles(points["system"])
+    for ax, budget in zip(axes[0], budgets, strict=True):
+        for system, look in styles.items():
+            mine = points[(points["system"] == system) & (points["trained_bytes"] == budget)]
+            mine = mine.sort_values("n_parameters")
+            if mine.empty:
+                continue
+            ax.plot(mine["n_parameters"], mine["by_the_law"], color=look["color"], marker="",
+                    linestyle=look["linestyle"], label=system)
+            for held, some in mine.groupby("held_back"):
+                ax.plot(some["n_parameters"], some["valid_bits"], linestyle="none",
+                        color=look["color"], marker=look["marker"],
+                        fillstyle="none" if held else "full")
+            out = mine[mine["held_back"]]
+            ax.vlines(out["n_parameters"], out["low"], out["high"], color=look["color"])
+        ax.set_xscale("log")
+        label_axes(ax, "number of parameters", "validation bits per byte",
+                   f"{budget / 2**20:.3g} MiB of text")
+    legend_below(figure)
+    return figure
+
+
+def context(frame: pd.DataFrame) -> Figure:
+    """Bits per byte by how often the state is reset."""
+    figure, ax = new_figure()
+    for system, look in _styles(frame["system"]).items():
+        mine = frame[frame["system"] == system]
+        ax.plot(mine["reset_every"], mine["bits_per_byte"], label=system, **look)
+    log2_axis(ax, "x", sorted(frame["reset_every"].unique()))
+    label_axes(ax, "the state is reset every so many bytes", "bits per byte")
+    legend_below(figure)
+    return figure
+
+
+def half_lives(frame: pd.DataFrame) -> Figure:
+    """Median half-life by layer, and the middle half of the channels."""
+    figure, ax = new_figure()
+    for i, (system, look) in enumerate(_styles(frame["system"]).items()):
+        mine = frame[frame["system"] == system]
+        x = mine["layer"] + 0.06 * i
+        ax.plot(x, mine["half_life_50"], label=system, **look)
+        ax.vlines(x, mine["half_life_25"], mine["half_life_75"], color=look["color"])
+    ax.set_yscale("log")
+    ax.set_xticks(sorted(frame["layer"].unique()))
+    label_axes(ax, "layer", "half-life of the state, bytes")
+    legend_below(figure)
+    return figure
+
+
+def horizon(frame: pd.DataFrame) -> Figure:
+    """Share of the gradient that lies within a distance."""
+    figure, ax = new_figure()
+    for system, look in _styles(frame["system"]).items():
+        mine = frame[frame["system"] == system]
+        ax.plot(mine["distance"], mine["share_up_to_here"], label=system, **look)
+    log2_axis(ax, "x", sorted(frame["distance"].unique()))
+    label_axes(ax, "distance from the predicted byte, bytes", "share of the gradient up to there")
+    legend_below(figure)
+    return figure
+
+
+def maps(frame: pd.DataFrame) -> Figure:
+    """How much each output of a mixer depends on each input, a panel a system."""
+    systems = list(_styles(frame["system"]))
+    columns = min(4, len(systems))
+    rows = -(-len(systems) // columns)
+    figure, axes = new_figure(rows, columns, size=(max(7.2, 2.9 * columns), 3.1 * rows),
+                              squeeze=False)
+    for ax in axes.flat[len(systems):]:
+        ax.set_visible(False)
+    for ax, system in zip(axes.flat, systems, strict=False):
+        draw_map(ax, frame[frame["system"] == system].pivot(
+            index="output", columns="input", values="share").to_numpy(float))
+        ax.set_title(system)
+    return figure
+
+
+def draw_map(ax: Any, shares: np.ndarray) -> None:
+    """A picture of shares (outputs, inputs), nan above the diagonal."""
+    ax.imshow(np.sqrt(shares), cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
+    label_axes(ax, "input byte", "output byte")
+    ax.grid(visible=False)
+
+
+def precision(frame: pd.DataFrame) -> Figure:
+    """Bits lost by format and way, a panel a system."""
+    systems = list(_styles(frame["system"]))
+    figure, axes = new_figure(1, len(systems), size=(max(7.2, 3.2 * len(systems)), 3.8),
+                              squeeze=False, sharey=True)
+    ways = looks(tuple(dict.fromkeys(frame["way"])))
+    for ax, system in zip(axes[0], systems, strict=True):
+        for way, look in ways.items():
+            mine = frame[(frame["system"] == system) & (frame["way"] == way)]
+            ax.plot(mine["kept"], mine["bits_lost"].abs().clip(lower=1e-7), label=way,
+                    **{**look, "linestyle": "none"})
+        ax.set_yscale("log")
+        label_axes(ax, "format of the state (number a byte)", "bits per byte lost, size", system)
+    legend_below(figure)
+    return figure
+
+
+def followed(frame: pd.DataFrame) -> Figure:
+    """Step size times decay while training: quantiles, and the largest of 32 steps."""
+    figure, axes = new_figure(1, 2, size=(10.0, 4.2))
+    quantiles = [c for c in frame if c.startswith("q0")] + ["largest"]
+    free = frame[~frame["system"].str.contains(" ")]
+    for name, look in looks(quantiles).items():
+        mean = free.groupby("step")[name].mean()
+        label = "largest" if name == "largest" else f"quantile {name[1:]}"
+        axes[0].plot(mean.index, mean, label=label, **{**look, "marker": ""})
+    for system, look in looks(tuple(dict.fromkeys(frame["system"]))).items():
+        for _, one in frame[frame["system"] == system].groupby("seed"):
+            axes[1].plot(one["step"], one["largest_in_chunk"], label=system,
+                         **{**look, "marker": "", "linewidth": 1.0})
+    mark_line(axes[1], y=float(np.log(np.finfo(np.float32).max)), text="float32 overflows")
+    for ax in axes:
+        ax.set_yscale("log")
+    label_axes(axes[0], "training step", "step size times decay, one step, exponent")
+    label_axes(axes[1], "training step", "largest exponent of 32 steps")
+    legend_below(figure)
+    return figure
+
+
 FIGURES = (
     Drawing(
         "best", best, ("best",), "Every system at its best rate",
@@ -140,4 +268,42 @@ FIGURES = (
                 "pattern carries at the end of a sample, by width of the model.",
         alt="Accuracy against bytes of state on a logarithmic axis, a curve a layer pattern.",
         when=lambda frame: "recall" in set(frame["task"])),
+    Drawing(
+        "scaling", scaling, ("points",), "Laws of parameters and text",
+        caption="Lines are the fitted laws. Hollow marks were held back from the fit; the line at "
+                "one is the interval that the law predicts for it.",
+        alt="One panel an amount of text; bits per byte against parameters, a curve a system."),
+    Drawing(
+        "context", context, ("context",), "Effective context",
+        caption="The same validation bytes with the state reset every so many bytes. Where a curve "
+                "is flat, more context is of no use to the model. Attention keeps the keys of one "
+                "training context.",
+        alt="Bits per byte against the distance between resets, a curve a system."),
+    Drawing(
+        "half_lives", half_lives, ("half_lives",), "How soon the state forgets",
+        caption="Median over channels by layer; the vertical line is the middle half.",
+        alt="Half-life on a logarithmic axis against the layer, a curve a system."),
+    Drawing(
+        "horizon", horizon, ("horizon",), "Gradient horizon",
+        caption="Share of the gradient of the last byte's loss, with respect to the embedded bytes "
+                "before it, that lies within a distance.",
+        alt="Rising curves of the share against distance, a curve a system."),
+    Drawing(
+        "maps", maps, ("maps",), "Implicit attention",
+        caption="How much each output of a middle layer's mixer depends on each input, rows adding "
+                "up to 1, drawn as square roots: the norm of a gradient, so that a mixer with a "
+                "state has a map as attention has.",
+        alt="One square a system, dark where an output depends on an input; all lie on or below "
+            "the diagonal."),
+    Drawing(
+        "precision", precision, ("precision",), "A state of fewer bits",
+        caption="Bits per byte of a stream minus those with a float32 state, without their sign: "
+                "differences below some 1e-5 are of either sign.",
+        alt="One panel a system; bits lost on a logarithmic axis by format, a mark a way of "
+            "rounding."),
+    Drawing(
+        "followed", followed, ("followed",), "Step size times decay while training",
+        caption="Left: quantiles over layers, channels and bytes of Mamba-1, its step size free, "
+                "mean over seeds. Right: the largest exponent of 32 steps of every training.",
+        alt="Two panels of curves against the training step on logarithmic axes."),
 )

@@ -20,4 +20,21 @@ TABLES: dict[str, Words] = {
     "tasks": "Accuracy on unseen samples at each system's best rate, by size, over seeds, beside a "
              "guesser that knows which values a sample holds. Sizes that were not trained on are "
              "marked.",
+    "law": "Bits per byte = E + A N^-alpha + B D^-beta, N in millions of parameters and D in "
+           "megabytes of text, with 95 % intervals of the residual bootstrap.",
+    "points": "What the laws are fitted to. The points of most operations were held back; low and "
+              "high are the 95 % interval that the law predicts for a new point.",
+    "crossings": "Where one system's law passes another's along the parameters, at each amount of "
+                 "text; empty where they do not cross in the range that was measured. The last "
+                 "column is the share of bootstrap draws that say the same.",
+    "half_lives": "Bytes until what the state holds has decayed to half, by the mean log-decay "
+                  "over validation text: quantiles over the channels of a layer.",
+    "precision": "Bits per byte that a stream loses where the state is kept in fewer bits after "
+                 "every byte, beside the same stream in float32. Feedback keeps what rounding "
+                 "dropped in the same format: twice the bytes.",
+    "state_errors": "Relative RMS error of the state at the end of the streams, by the half-life "
+                    "of its numbers.",
+    "clamp": "Mamba-1 with its step size free and bounded: the largest exponents while training, "
+             "the step at which that of 32 steps passes what float32 holds (predicted by a line "
+             "through the first half; empty: not by the end), and what the bound costs in bits.",
 }

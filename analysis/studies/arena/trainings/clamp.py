@@ -62,7 +62,8 @@ def train_followed(p: Parameters, cell: Cell, device: str) -> dict[str, Any]:
     on_gpu = device.startswith("cuda")
     step = (captured_text_step if on_gpu else text_step)(model, text, recipe)
     windows = heldout_windows(held, p.context, 4)
-    every, rows = max(1, recipe.n_steps // LOOKS), []
+    every = max(1, recipe.n_steps // LOOKS)
+    rows: list[dict[str, Any]] = []
 
     def look(done: int) -> None:
         if done % every == 0 or done == recipe.n_steps:

@@ -1,0 +1,48 @@
+"""A law of parameters and text: found again, predicted within its interval, crossed where it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from analysis.theory import scaling
+from analysis.theory.scaling import NAMES, crossing, fit_law
+from mambabyte.errors import UserError
+
+N = np.repeat([3e5, 1e6, 1e7, 3e7], 3)
+D = np.tile([4e6, 16e6, 64e6], 4)
+
+
+def bits(n, d, a=0.35, alpha=0.25):
+    return 1.0 + a * (n / 1e6) ** -alpha + 1.5 * (d / 1e6) ** -0.3
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    monkeypatch.setattr(scaling, "DRAWS", 12)
+
+
+def test_a_law_is_found_again_and_predicts_what_was_left_out():
+    noise = 1 + 0.002 * np.random.default_rng(0).standard_normal(12)
+    found = fit_law(N[:10], D[:10], (bits(N, D) * noise)[:10])
+    assert dict(zip(NAMES, found.theta, strict=True))["alpha"] == pytest.approx(0.25, abs=0.08)
+    for n, d in zip(N[10:], D[10:], strict=True):
+        low, high = found.predict(n, d)
+        assert low < bits(n, d) < high
+        assert high - low < 0.1
+
+
+def test_laws_cross_where_they_do_and_nowhere_else():
+    first = fit_law(N, D, bits(N, D))
+    steeper = fit_law(N, D, bits(N, D, alpha=0.4))  # both pass one million with the same bits
+    found = crossing(first, steeper, N.min(), N.max(), 16e6)
+    assert found.at == pytest.approx(1e6, rel=0.2)
+    assert found.below == 1
+    worse = fit_law(N, D, bits(N, D) + 0.1)
+    never = crossing(first, worse, N.min(), N.max(), 16e6)
+    assert (never.at, never.below, never.share) == (None, 0, 1.0)
+
+
+def test_too_few_points_are_refused():
+    with pytest.raises(UserError, match="at least 6"):
+        fit_law(N[:5], D[:5], bits(N[:5], D[:5]))

@@ -1,0 +1,116 @@
+"""Which trainings are wanted, and what the tables make of those that are done."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from analysis.studies.arena import PROFILES, Parameters, family
+from analysis.studies.arena.outcome import best_table, equal_table, tuning_table
+from analysis.studies.arena.trainings.plan import Cell, Done, chosen, plan
+from mambabyte.errors import UserError
+
+P = replace(Parameters(), parts=("text",), systems=("M", "A", "MMMA"), budgets=(1000, 4000),
+            context=10, batch_size=10, adamw_rates=(1e-3, 2e-3, 4e-3), muon_rates=(1e-2, 2e-2),
+            seeds=2)
+OPTIMUM = {"M": 2e-3, "A": 8e-3, "MMMA": 2e-3}
+
+
+def row(cell: Cell, **more):
+    """A made-up training: best at its system's optimum of AdamW, Muon always worse; what is
+    validated says the opposite, and must choose nothing."""
+    off = abs(math.log2(cell.rate / OPTIMUM[cell.system])) if cell.rate else 0.0
+    bits = 2 + 0.1 * off + (cell.optimizer == "muon") - 0.01 * cell.seed + (
+        -0.2 if cell.budget == 4000 else 0.0)
+    return {**vars(cell), "status": "done", "chosen_by": bits, "valid_bits": 10 - bits,
+            "n_parameters": 100, "state_bytes": 8, "seconds": 1.0, "joules": None,
+            "train_flops": 5.0 * cell.budget, "trained_bytes": cell.budget, **more}
+
+
+def finished(p=P, change=lambda cell: {}):
+    rows = {}
+    while todo := [c for c in plan(p, list(rows.values())) if c.name not in rows]:
+        for cell in todo:
+            rows[cell.name] = row(cell, **change(cell)) if cell.kind == "text" else {
+                **vars(cell), "status": "done", "costs": []}
+    return rows
+
+
+def test_rates_go_on_beyond_an_end_and_hybrids_stay_around_their_mixers():
+    rows = finished()
+    tried = {(r["system"], r["optimizer"], r["rate"]) for r in rows.values() if r["kind"] == "text"}
+    assert {rate for s, o, rate in tried if s == "A" and o == "adamw"} == {
+        1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2}  # best at 8e-3, with a worse one on either side
+    assert {rate for s, o, rate in tried if s == "MMMA"} == {1e-3, 2e-3, 4e-3}
+    assert {o for s, o, _ in tried if s == "MMMA"} == {"adamw"}
+
+
+def test_more_seeds_and_the_longer_budget_are_at_the_best_rate_alone():
+    rows = finished()
+    for name, best in OPTIMUM.items():
+        more = {(r["rate"], r["seed"], r["budget"]) for r in rows.values()
+                if r["system"] == name and (r["seed"] or r["budget"] == 4000)}
+        assert more == {(best, 1, 1000), (best, 0, 4000), (best, 1, 4000)}
+
+
+def test_validation_text_chooses_nothing():
+    done = Done(finished().values())
+    assert chosen(P, done, "M", "tiny").rate == 2e-3
+    table = best_table(P, done)
+    assert set(table["rate"]) == {2e-3, 8e-3}
+    assert table["seeds"].eq(2).all()
+
+
+def test_a_diverged_training_is_never_the_best_and_is_counted():
+    def diverge(cell):
+        return {"status": "diverged", "chosen_by": None} if cell.rate == 2e-3 else {}
+
+    done = Done(finished(change=diverge).values())
+    assert chosen(P, done, "M", "tiny").rate in (1e-3, 4e-3)
+    assert tuning_table(P, done).set_index("system").loc["M", "diverged"] == 1
+
+
+def test_a_system_that_always_diverges_is_left_out_and_its_hybrids_with_it():
+    def diverge(cell):
+        return {"status": "diverged", "chosen_by": None} if "M" in cell.system else {}
+
+    done = Done(finished(change=diverge).values())
+    assert set(best_table(P, done)["system"]) == {"A"}
+
+
+def test_equal_budgets_are_between_two_whole_trainings():
+    """M costs twice as much a byte: at equal time A may read twice the text, which is half way from
+    the tuning budget to four times that; at a tenth of M's cost it would have to go beyond."""
+    done = Done(finished().values())
+    costs = pd.DataFrame([
+        {"system": s, "optimizer": "adamw", "seconds_per_byte": t, "joules_per_byte": None}
+        for s, t in (("M", 2.0), ("A", 1.0), ("MMMA", 0.1))])
+    table = equal_table(P, done, costs).set_index(["equal", "system"])
+    assert set(table.index.get_level_values(0)) == {"bytes", "time", "operations"}  # no joules
+    time = table.loc["time"]
+    ends = [best_table(P, done).query("system == 'A' and budget == @b")["bits_per_byte"].iloc[0]
+            for b in P.budgets]
+    assert time.loc["A", "bytes"] == 2000
+    assert time.loc["A", "bits_per_byte"] == pytest.approx(sum(ends) / 2)
+    assert time.loc["MMMA", "bits_per_byte"] is None
+    assert time.loc["M", "bytes"] == 1000
+
+
+def test_every_wanted_cell_has_a_name_of_its_own():
+    p = PROFILES["full"]
+    cells = plan(p, [])
+    assert len({c.name for c in cells}) == len(cells)
+    assert {family(s) for s in p.systems} == {"M", "S", "D", "K", "A", "A/2", "L"}
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"systems": ("A", "DDDA")}, "hybrids of D and not these"), ({"reference": "M"}, "reference"),
+    ({"systems": ("A", "X/2")}, "systems"), ({"budgets": (1,)}, "expected a step or more"),
+    ({"tasks": ("recal 4",)}, "tasks"),
+])
+def test_parameters_that_do_not_fit_are_refused(given, words):
+    with pytest.raises(UserError, match=words):
+        replace(Parameters(), **{"systems": ("A",), **given})
