@@ -51,6 +51,8 @@ _PATHS = {errno.ENOENT, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ERO
           errno.ENOTDIR, errno.ELOOP}
 # How torch says it on a CPU and on a GPU; its exceptions are RuntimeErrors.
 _NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory|out of memory", re.I)
+# A card that is lost, and a kernel that broke: after either no call to the driver succeeds.
+_GPU_FAILED = re.compile(r"^CUDA (error|driver)(?!.*out of memory)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,6 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"no room left ({error.strerror}); what was finished is kept: make room and "
                      "run it again, with --resume where it has it")
     except (MemoryError, RuntimeError) as error:
+        if _GPU_FAILED.search(str(error)):
+            return _fail(f"the GPU failed ({str(error).splitlines()[0]}): nothing that was on it can "
+                         "be read; what was saved before is kept: run it again, with --resume "
+                         "where it has it")
         if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
             raise
         return _fail("out of memory: give smaller sizes; mambabyte memory says what a training "

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from analysis.cli import main
 from analysis.cli.console import Bar, say
 from mambabyte import checkpoint
 from mambabyte.config import ModelConfig, TrainConfig
@@ -21,6 +22,7 @@ from mambabyte.train import Progress, read_metrics, train
 from mambabyte.train import metrics as metrics_module
 from mambabyte.train.metrics import drop_after
 from mambabyte.train.signals import ASKED
+from mambabyte.train.step import EagerStep
 
 OLD_RUN = Path(__file__).parent / "old_run"  # of commit 8c9db56, four steps, kept at the second
 TEXT = np.frombuffer(b"she sells sea shells by the sea shore, " * 60, np.uint8)
@@ -141,3 +143,23 @@ def test_a_metric_that_is_not_finite_is_read_back(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(to_json(values) + "\n")
     assert read_metrics(path) == [Progress(**values)]
+
+
+def test_a_card_that_is_lost_costs_the_steps_since_the_checkpoint(tmp_path, monkeypatch, capsys):
+    words = ["train", "--preset", "smoke", "--device", "cpu", "--train.n-steps", "4",
+             "--train.checkpoint-every", "2", "--out", str(tmp_path / "run")]
+    update = EagerStep.update
+
+    def lost(step):
+        if step.index == 2:
+            raise RuntimeError("CUDA error: unspecified launch failure\nFor debugging consider ...")
+        update(step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EagerStep, "update", lost)
+        assert main(words) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: the GPU failed (CUDA error: unspecified launch failure)")
+    assert "--resume" in line
+    assert [path.name for path in checkpoint.saved(tmp_path / "run")] == ["step_00000002"]
+    assert main([*words, "--resume"]) == 0
