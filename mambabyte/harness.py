@@ -23,7 +23,7 @@ import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
@@ -226,7 +226,8 @@ def run_submission(
     """
     text, valid = (bytes(data).decode(errors="surrogateescape") for data in (
         train_data, splits.get("valid", np.empty(0, np.uint8))))
-    with imported(path, "character") as train:
+    # What a file prints is no part of our result.
+    with redirect_stdout(sys.stderr), imported(path, "character") as train:
         meter, host = EnergyMeter(device, idle_watts), EnergyMeter("cpu")
         try:
             with _within(CAP_SECONDS):
