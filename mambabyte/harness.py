@@ -222,10 +222,15 @@ def run_submission(
     The file is run as it is, under either contract, with ``CAP_SECONDS`` for training, of which it
     is told by a RuntimeError in the main thread. Energy is that of its call of train(): importing
     it comes before, as in the harness. ``device`` says which counter is read. As many characters
-    of each split of ``splits`` are asked for; "valid" whole is handed to train().
+    of each split of ``splits`` are asked for; "valid" whole is handed to train(). As for systems,
+    the context of a GPU is there before.
     """
     text, valid = (bytes(data).decode(errors="surrogateescape") for data in (
         train_data, splits.get("valid", np.empty(0, np.uint8))))
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize()
     # What a file prints is no part of our result.
     with redirect_stdout(sys.stderr), imported(path, "character") as train:
         meter, host = EnergyMeter(device, idle_watts), EnergyMeter("cpu")
@@ -237,8 +242,6 @@ def run_submission(
                 raise
             model, failure = None, f"not done after {CAP_SECONDS:g} s"
         if device.startswith("cuda"):
-            import torch
-
             torch.cuda.synchronize()
         energy = meter.read(at="the end of training")
         total, cpu_joules, cpu_source = total_joules(energy, host.read())

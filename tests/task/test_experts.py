@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -94,8 +96,13 @@ def test_matches_are_those_of_the_definition(monkeypatch):
     for a, b in zip(vars(fast).values(), vars(slow).values(), strict=True):
         assert torch.equal(a, b)
     assert len(fast.row) > 500
-    hand = matches.matches_before(b"abcX abcY abcZ abc", Matches((3, 4), newest=2))
-    assert hand == [{ord("Y"): 1, ord("Z"): 1}, {ord("Y"): 1, ord("Z"): 1}]
+    for i in range(100, 700, 97):  # by hand
+        history = bytes(text[i - 60 : i])
+        for length, counts in zip(wanted.lengths, matches.matches_before(text[i - 60 : i], wanted),
+                                  strict=True):
+            places = [p for p in range(59, length - 1, -1)
+                      if history[p - length : p] == history[-length:]]
+            assert counts == Counter(history[p] for p in places[:2])
 
 
 @pytest.mark.parametrize("with_network", [False, True])

@@ -93,9 +93,9 @@ def test_the_command_runs_a_file(submission, tmp_path, capsys):
     for wrong in ([], ["ngram", "--peer", str(submission())]):
         with pytest.raises(UserError, match="task run needs NAME, a system, or --peer"):
             command([*arguments, *wrong])
+    bad = tmp_path / "bad.py"
+    bad.write_text("x = 1")
     with pytest.raises(UserError, match="no function train"):
-        bad = tmp_path / "bad.py"
-        bad.write_text("x = 1")
         command([*arguments, "--peer", str(bad)])
 
 

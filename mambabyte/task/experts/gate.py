@@ -230,7 +230,7 @@ def fit_gate(
         gate = Gate(log_p.shape[1], hidden).to(device)
     order = torch.randint(
         len(log_p), (steps, min(_BATCH, len(log_p))), generator=generator).to(device)
-    optimizer = torch.optim.Adam(gate.parameters(), lr)
+    optimizer = torch.optim.Adam(gate.parameters(), lr, fused=True)
     for step, rows in enumerate(order):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)

@@ -71,7 +71,7 @@ def find_matches(
         return _found([
             (i, kind, symbol, times) for i in range(size)
             for kind, counts in enumerate(matches_before(
-                text[max(first, begin + i - matches.reach) : begin + i].tobytes(), matches))
+                text[max(first, begin + i - matches.reach) : begin + i], matches))
             for symbol, times in sorted(counts.items())])
     threads = max(1, min(threads, 64, size // 64))
     room = -(-size // threads) * kinds * min(256, matches.newest)
@@ -91,15 +91,17 @@ def find_matches(
                  torch.from_numpy(symbol).long(), torch.from_numpy(count.astype(np.int32)))
 
 
-def matches_before(history: bytes, matches: Matches) -> list[Counter[int]]:
-    """The definition: counts of the bytes after the latest matches in ``history``, a length each.
-    """
-    counts = []
+def matches_before(history: np.ndarray, matches: Matches) -> list[Counter[int]]:
+    """The definition: counts of the bytes after the latest matches in history (L,) uint8, a length
+    each. What matches n bytes is among what matches fewer, and has n bytes before it."""
+    counts, compared = [], 0
+    places = np.arange(len(history) - 1, -1, -1)
     for length in matches.lengths:
-        last = history[len(history) - length :]
-        places = [p for p in range(len(history) - 1, length - 1, -1)
-                  if history[p - length : p] == last] if len(history) > length else []
-        counts.append(Counter(history[p] for p in places[: matches.newest]))
+        for back in range(compared + 1, length + 1):
+            places = places[places >= back]
+            places = places[history[places - back] == history[-back]] if len(places) else places
+        compared = length
+        counts.append(Counter(history[places[: matches.newest]].tolist()))
     return counts
 
 
