@@ -103,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                      "run it again, with --resume where it has it")
     except (MemoryError, RuntimeError) as error:
         if _GPU_FAILED.search(str(error)):
-            return _fail(f"the GPU failed ({str(error).splitlines()[0]}): nothing that was on it can "
-                         "be read; what was saved before is kept: run it again, with --resume "
+            return _fail(f"the GPU failed ({str(error).splitlines()[0]}): nothing that was on it "
+                         "can be read; what was saved before is kept: run it again, with --resume "
                          "where it has it")
         if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
             raise
