@@ -185,6 +185,14 @@ _FULL = Parameters(
 PROFILES = {
     "quick": Parameters(),
     "full": _FULL,
+    # What some 200 seconds of one H200 answer.
+    "short": replace(
+        _FULL, parts=("text", "tasks"), larger=(), scaling=(),
+        systems=("M", "S", "D", "K", "A", "A/2", "MMMA", "SSSA", "DDDA", "KKKA"),
+        budgets=(4_194_304, 16_777_216), adamw_rates=(1e-3, 2e-3, 4e-3), muon_rates=(),
+        heldout_windows=128, tasks=("recall 64",),
+        task_systems=("M", "S", "D", "K", "A", "MA", "DA"), task_widths=(128,),
+        task_rates=(1e-3, 4e-3), task_steps=3000, task_batch=64),
     # Trained in a minute on a CPU, to look at what it remembers.
     "memory": replace(Parameters(), parts=("text", "memory"), systems=("M", "D", "A"),
                       budgets=(131_072, 262_144), adamw_rates=(4e-3,), stream_bytes=16_384),

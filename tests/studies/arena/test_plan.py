@@ -53,7 +53,7 @@ def test_more_seeds_and_the_longer_budget_are_at_the_best_rate_alone():
     for name, best in OPTIMUM.items():
         more = {(r["rate"], r["seed"], r["budget"]) for r in rows.values()
                 if r["system"] == name and (r["seed"] or r["budget"] == 4000)}
-        assert more == {(best, 1, 1000), (best, 0, 4000), (best, 1, 4000)}
+        assert more == {(best, 1, 1000), (best, 0, 4000)}
 
 
 def test_validation_text_chooses_nothing():
@@ -61,7 +61,7 @@ def test_validation_text_chooses_nothing():
     assert chosen(P, done, "M", "tiny").rate == 2e-3
     table = best_table(P, done)
     assert set(table["rate"]) == {2e-3, 8e-3}
-    assert table["seeds"].eq(2).all()
+    assert table["seeds"].tolist() == [2, 2, 2, 1, 1, 1]
 
 
 def test_a_diverged_training_is_never_the_best_and_is_counted():

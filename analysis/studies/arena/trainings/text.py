@@ -56,7 +56,7 @@ def recipe_of(p: Parameters, cell: Cell) -> TrainConfig:
         get_preset("mamba_byte").train, context=p.context, batch_size=p.batch_size,
         n_steps=max(1, cell.budget // (p.context * p.batch_size)), seed=cell.seed,
         optimizer="muon" if muon else "adamw", muon_lr=cell.rate, warmup_fraction=0.1,
-        step="graph" if p.device.startswith("cuda") else "eager",
+        step="fused" if p.device.startswith("cuda") else "eager",
         lr=cell.rate * (ADAMW_SHARE if muon else 1.0))
 
 
@@ -104,7 +104,7 @@ def step_costs(p: Parameters, device: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for optimizer in ("adamw", *(["muon"] if p.muon_rates else [])):
         cell = Cell("cost", "all", p.size, optimizer, p.adamw_rates[0], 0, p.budgets[0])
-        steps, _ = bench_steps(configs, recipe_of(p, cell), device, "graph" if cuda else "eager",
+        steps, _ = bench_steps(configs, recipe_of(p, cell), device, "fused" if cuda else "eager",
                                COST_ROUNDS, seconds=1.5 if cuda else 0.03)
         for row in steps.to_dict("records"):
             joules = row["joules_per_megabyte"] / 1e6
