@@ -110,23 +110,23 @@ class Speculation:
             while done < max_bytes:
                 room = min(most, max_bytes - done - 1) if len(lag) < _MOST_LAG else 0
                 guess = self.guesser.guess(byte, room) if room > 0 else b""
-                data = lag + bytes([byte]) + guess
-                log_probs, after = stream.ahead(data)
-                known, right = len(lag), 0
-                while True:
-                    byte = choose(log_probs[known + right])
-                    if right == len(guess) or byte != guess[right]:
-                        break
-                    right += 1
-                end = known + 1 + right
-                if (state := after(end)) is None:
-                    lag = data[:end]
+                drawn, right = bytes([byte]), 0
+                if guess or lag:
+                    data, known = lag + drawn + guess, len(lag)
+                    log_probs, after = stream.ahead(data)
+                    while (byte := choose(log_probs[known + right])) in guess[right : right + 1]:
+                        right += 1
+                    end = known + 1 + right
+                    drawn = data[known:end]
+                    state = after(end)
+                    lag = data[:end] if state is None else b""
+                    if state is not None:
+                        stream.move(state, log_probs[end - 1])
+                    if guess:
+                        most = min(2 * most, MOST_GUESSED) if right == len(guess) else right + 1
                 else:
-                    lag = b""
-                    stream.move(state, log_probs[end - 1])
-                if guess:
-                    most = min(2 * most, MOST_GUESSED) if right == len(guess) else right + 1
-                drawn = data[known:end]
+                    stream.feed(drawn)
+                    byte = choose(stream.log_probs)
                 done += len(drawn)
                 self.passes += 1
                 self.drawn, self.guessed = self.drawn + len(drawn), self.guessed + len(guess)

@@ -18,6 +18,7 @@ from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.stream import generate
 from mambabyte.stream.speculate import FirstOf
+from mambabyte.task import ngram_file
 from mambabyte.task.guesses import NgramGuesses
 from mambabyte.task.ngram import count
 
@@ -62,7 +63,7 @@ def test_a_text_goes_on_from_a_saved_state(text, tmp_path):
 
 def test_guesses_and_a_cache_change_no_byte(text, tmp_path, monkeypatch, capsys):
     model = count(b"the quick brown fox" * 9, 4)
-    model.save(tmp_path / "kn")
+    ngram_file.save(model, tmp_path / "kn")
     plain = text("--prompt", "the quick", "--bytes", "40")
     for guess in ("text", str(tmp_path / "kn")):
         assert text("--prompt", "the quick", "--bytes", "40", "--guess", guess) == plain
