@@ -32,6 +32,7 @@ COMMANDS = {
     "report": ("analysis.cli.studies.report", "render the HTML report from the run folders"),
     "ngram": ("analysis.cli.models.ngram", "count, score and save a byte n-gram model"),
     "task": ("analysis.cli.models.task", "a named system under the rules of the public task"),
+    "audit": ("analysis.cli.studies.audit", "check any library's scan, SSD, delta rule, attention"),
     "bench": ("analysis.cli.studies.bench", "time the scan, streaming, or training steps"),
 }
 

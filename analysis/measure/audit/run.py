@@ -1,0 +1,200 @@
+"""All checks of a target on all cases, and the inputs on which one failed, as files."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from analysis.measure.audit.checks import BOUNDS, NEEDS, Measured, measure
+from analysis.measure.audit.kinds import Case, Inputs, Kind, draw
+from analysis.measure.audit.targets import ADAPTERS, Target, find_target
+from mambabyte.config.files import make_dir
+from mambabyte.errors import UserError
+
+Verdict = Literal["ok", "fault", "note", "refused"]
+MOST_FILES = 8  # one a check and a case, of those that fail first
+# By which a function says that it does not take an input; any other exception is a fault.
+REFUSALS = (UserError, NotImplementedError, ValueError, AssertionError)
+_LARGE = Case("more than 2^31 elements", 8192, batch=1)
+_ALL = ("definition", "repeat", "inputs", "poisoned memory", "row alone", "other rows",
+        "causality", "handover")
+
+
+def plan(kind: Kind, device: str) -> Iterator[tuple[Case, tuple[str, ...]]]:
+    """Cases, and which checks each has."""
+    only = ("definition",)
+    yield Case("usual", 64), _ALL
+    for length in (1, 2, 3):
+        yield Case(f"short, {length}", length), only
+    for length in (63, 65, 127, 129):
+        yield Case(f"beside a chunk, {length}", length), only
+    yield Case("odd", 61, batch=3, odd=True), ("definition", "row alone", "other rows")
+    for gates in ("slow", "fast", "mixed"):
+        yield Case(f"{gates} gates", 130, gates=gates), (
+            "definition", "handover") if gates == "mixed" else only
+    for layout in ("transposed", "in nan", "expanded"):
+        yield Case(layout, 33, layout=layout), only
+    yield Case("packed", 130, batch=1, documents=(1, 63, 1, 64, 1)), only
+    yield Case("packed, odd", 97, batch=1, documents=(33, 31, 33), gates="mixed"), only
+    yield Case("long", 1025 if kind.name == "attention" else 2049), ("definition", "handover")
+    if torch.device(device).type == "cuda" and kind.name != "attention":
+        yield _LARGE, ("offsets past 2^31",)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One number, or one refusal, and what it means."""
+
+    check: str
+    case: str
+    dtype: str
+    quantity: str
+    error: float
+    bound: float
+    verdict: Verdict
+    note: str = ""
+    file: Path | None = None
+
+
+@dataclass
+class Audit:
+    """All that was found of a target."""
+
+    target: str
+    kind: str
+    device: str
+    versions: dict[str, str]
+    lacks: list[str]  # features that the target does not have, and was not asked for
+    seconds: float = 0.0
+    findings: list[Finding] = field(default_factory=list)
+
+    def of(self, verdict: Verdict) -> list[Finding]:
+        return [f for f in self.findings if f.verdict == verdict]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def audit(
+    target: Target, dtypes: list[torch.dtype], device: str, folder: Path | None = None,
+    tolerance: float | None = None, report: Callable[[float, str], None] | None = None,
+) -> Audit:
+    """Check ``target`` in each of ``dtypes``; inputs that fail go to ``folder`` where there is one.
+
+    ``tolerance`` takes the place of the bounds of all dtypes. Raises UserError where the target
+    takes no input at all.
+    """
+    start = time.monotonic()
+    found = Audit(target.name, target.kind.name, device, {"torch": torch.__version__},
+                  sorted(target.adapter.lacks))
+    todo = [(dtype, case, checks) for dtype in dtypes
+            for case, checks in plan(target.kind, device) if _asked(target, case, dtype)]
+    todo.sort(key=lambda item: item[1] is _LARGE)  # last: a crash of the card ends what follows
+    for number, (dtype, case, checks) in enumerate(todo):
+        if report is not None:
+            report(number / len(todo), f"{case.name}, {str(dtype).removeprefix('torch.')}")
+        x = target.taken(draw(target.kind, case, dtype, device))
+        for check in checks:
+            if all(map(target.has, NEEDS.get(check, ()))):
+                found.findings += check_case(
+                    target, check, case, x, tolerance or BOUNDS[dtype], folder, found)
+    if all(f.quantity == "call" for f in found.findings):
+        first = found.findings[0]
+        raise UserError(f"{target.name} takes no input of kind {target.kind.name} ({first.note}): "
+                        "give --kind or --adapter that fits, or a function of the protocol around "
+                        "it (docs/audit.md)")
+    if target.kind.has_state and not any(f.quantity == "state" for f in found.findings):
+        found.lacks = sorted({*found.lacks, "state"})
+    found.seconds = time.monotonic() - start
+    return found
+
+
+def _asked(target: Target, case: Case, dtype: torch.dtype) -> bool:
+    if case.documents and not target.has("documents"):
+        return False
+    return case is not _LARGE or dtype in (torch.bfloat16, torch.float16)
+
+
+def check_case(
+    target: Target, check: str, case: Case, x: Inputs, bound: float, folder: Path | None,
+    found: Audit,
+) -> list[Finding]:
+    """The findings of one check on one case."""
+    dtype = str(x[target.kind.streams[0]].dtype).removeprefix("torch.")
+    try:
+        measured = measure(check, target, case, x, bound)
+    except Exception as error:  # whatever the target raises is what is found
+        if isinstance(error, torch.OutOfMemoryError):
+            return [Finding(check, case.name, dtype, "call", math.nan, bound, "refused",
+                            "out of memory")]
+        first = (str(error).splitlines() or [""])[0]
+        verdict: Verdict = "refused" if isinstance(error, REFUSALS) else "fault"
+        measured = [Measured("call", math.inf, bound, f"{type(error).__name__}: {first}")]
+        findings = _judged(measured, check, case, dtype, verdict)
+    else:
+        findings = _judged(measured, check, case, dtype)
+    faults = [f for f in findings if f.verdict == "fault"]
+    kept = {f.file for f in found.findings if f.file}
+    if faults and folder is not None and len(kept) < MOST_FILES and case is not _LARGE:
+        path = _keep(folder, len(kept) + 1, target, check, case, x, bound)
+        findings = [Finding(**{**vars(f), "file": path}) if f.verdict == "fault" else f
+                    for f in findings]
+    return findings
+
+
+def _judged(
+    measured: list[Measured], check: str, case: Case, dtype: str, verdict: Verdict | None = None
+) -> list[Finding]:
+    def judge(m: Measured) -> Verdict:
+        if verdict is not None:
+            return verdict
+        return "ok" if m.error <= m.bound else "note" if m.minor else "fault"
+
+    return [Finding(check, case.name, dtype, m.quantity, m.error, m.bound, judge(m), m.note)
+            for m in measured]
+
+
+# --------------------------------------------------------------------- inputs that failed
+
+
+def _keep(
+    folder: Path, number: int, target: Target, check: str, case: Case, x: Inputs, bound: float
+) -> Path:
+    """Write the inputs of a check, with what is needed to run it again."""
+    make_dir(folder)
+    path = folder / f"fault-{number:02d}.safetensors"
+    adapter = next((n for n, a in ADAPTERS.items() if a is target.adapter), None)
+    about = {"target": target.name, "kind": target.kind.name, "adapter": adapter, "check": check,
+             "case": asdict(case), "bound": bound}
+    save_file({name: t.detach().cpu().contiguous().clone() for name, t in x.items()}, path,
+              metadata={"audit": json.dumps(about)})
+    return path
+
+
+def reproduce(path: Path, device: str) -> Audit:
+    """Run the check whose inputs are in ``path``, as :func:`audit` wrote it, once more."""
+    try:
+        with safe_open(path, "pt", device=device) as file:
+            about = json.loads((file.metadata() or {})["audit"])
+            x = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        case = Case(**{**about["case"], "documents": tuple(about["case"]["documents"])})
+        adapter = about["adapter"]
+        target = find_target(about["target"], None if adapter else about["kind"], adapter)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} holds no inputs of an audit ({type(error).__name__}): expected a "
+                        "file that mambabyte audit --out wrote") from None
+    found = Audit(target.name, target.kind.name, device, {"torch": torch.__version__},
+                  sorted(target.adapter.lacks))
+    x = {name: x[name] for name in draw(target.kind, Case("", 1), torch.float32, "cpu")
+         if name in x}  # in the order of the kind
+    found.findings = check_case(target, about["check"], case, x, about["bound"], None, found)
+    return found

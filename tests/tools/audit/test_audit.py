@@ -1,0 +1,196 @@
+"""The auditor: a planted fault is found by the check that is there for it, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from analysis.cli import main
+from analysis.measure.audit import run
+from analysis.measure.audit.checks import CHECKS, distance
+from analysis.measure.audit.kinds import KINDS, Case, define, draw, laid_out
+from analysis.measure.audit.run import Audit, audit, check_case
+from analysis.measure.audit.targets import ADAPTERS, find_target
+
+PLANTED = str(Path(__file__).with_name("planted.py"))
+
+
+def faults(name: str, kind: str, case: Case, *checks: str) -> list[str]:
+    """"check: quantity" of each fault of a planted operator."""
+    target = find_target(f"{PLANTED}:{name}", kind)
+    x = target.taken(draw(target.kind, case, torch.float32, "cpu"))
+    found = Audit(name, kind, "cpu", {}, [])
+    for check in checks or CHECKS:
+        if check != "offsets past 2^31":
+            found.findings += check_case(target, check, case, x, 5e-5, None, found)
+    return [f"{f.check}: {f.quantity}" for f in found.of("fault")]
+
+
+SHORT = Case("short", 19)
+
+
+@pytest.mark.parametrize(("name", "kind", "case", "checks"), [
+    ("wrong_mask", "attention", SHORT, {"definition", "causality"}),
+    ("no_maximum", "attention", Case("fast", 19, gates="fast"), {"definition", "poisoned memory"}),
+    ("dropped_state_gradient", "ssd", SHORT, {"definition", "handover"}),
+    ("detached_final_state", "delta", SHORT, {"definition", "handover"}),
+    ("leak_across_the_batch", "scan", SHORT, {"definition", "row alone", "other rows"}),
+    ("unwritten_memory", "scan", SHORT, {"poisoned memory"}),
+    ("writes_to_its_input", "conv", SHORT, {"inputs"}),
+    ("assumes_contiguous", "ssd", Case("strides", 19, layout="transposed"), {"definition"}),
+    ("assumes_contiguous", "ssd", Case("strides", 19, layout="in nan"), {"definition"}),
+    ("overflows", "scan", Case("mixed", 70, gates="mixed"), {"definition"}),
+    ("wrong_beside_a_chunk", "scan", Case("edge", 65), {"definition"}),
+    ("forgets_boundaries", "scan", Case("packed", 19, 1, documents=(1, 9, 9)), {"definition"}),
+    ("crashes_on_one_step", "delta", Case("one", 1), {"definition"}),
+])
+def test_a_planted_fault_is_found(name: str, kind: str, case: Case, checks: set[str]) -> None:
+    every = () if case is SHORT else ("definition", "poisoned memory")
+    found = {fault.partition(":")[0] for fault in faults(name, kind, case, *every)}
+    assert checks <= found, found
+
+
+def test_what_a_fault_is_in_is_said() -> None:
+    assert faults("detached_final_state", "delta", SHORT, "definition") == [
+        "definition: gradients through the state"]
+    found = faults("dropped_state_gradient", "ssd", SHORT, "definition")
+    assert "definition: gradient of initial_state, through the output" in found
+    assert "definition: output" not in found
+    assert "definition: state" not in found
+    assert faults("unwritten_memory", "scan", SHORT, "poisoned memory") == [
+        "poisoned memory: output"]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "in nan", "expanded"])
+def test_the_sound_one_is(layout: Any) -> None:
+    assert faults("sound", "scan", Case("a", 19, layout=layout)) == []
+    assert faults("sound", "scan", Case("b", 19, layout=layout, gates="mixed"), "definition") == []
+
+
+def test_bits_that_differ_are_a_note_and_no_fault() -> None:
+    target = find_target(f"{PLANTED}:not_repeatable", "attention")
+    x = draw(target.kind, SHORT, torch.float32, "cpu")
+    found = Audit("", "", "", {}, [])
+    findings = check_case(target, "repeat", SHORT, x, 5e-5, None, found)
+    assert {f.quantity for f in findings if f.verdict == "note"} == {
+        "gradient of q, through the output"}
+    assert not any(f.verdict == "fault" for f in findings)
+
+
+@pytest.mark.parametrize("name", ["ssd_scan", "selective_scan", "gated_delta_rule"])
+@pytest.mark.long
+def test_our_own_operators_have_no_fault(name: str) -> None:
+    assert not audit(find_target(f"mambabyte.ops:{name}"), [torch.float32], "cpu").of("fault")
+
+
+@pytest.mark.parametrize(("kind", "adapter", "name"), [
+    ("scan", "mamba_ssm.scan", "mambabyte.ops:selective_scan_fn"),
+    ("attention", "torch.attention", "torch.nn.functional:scaled_dot_product_attention"),
+    ("kda", "auto", "mambabyte.ops:gated_delta_rule"),
+    ("conv", "mambabyte.conv", "mambabyte.ops.conv.dispatch:causal_conv"),
+])
+def test_adapters(kind: str, adapter: str, name: str) -> None:
+    target = find_target(name, kind, None if adapter == "auto" else adapter)
+    x = target.taken(draw(target.kind, SHORT, torch.float64, "cpu"))
+    findings = check_case(target, "definition", SHORT, x, 1e-9, None, Audit("", "", "", {}, []))
+    assert {f.verdict for f in findings} == {"ok"}
+    assert any(f.quantity == "output" for f in findings)
+
+
+# ------------------------------------------------------------------- definitions and inputs
+
+
+def test_the_definitions_of_sums_are_those_of_torch() -> None:
+    x = draw(KINDS["conv"], SHORT, torch.float64, "cpu")
+    y, tail = define(KINDS["conv"], x)
+    padded = torch.cat([x["initial_state"], x["x"]], 1).mT
+    wanted = torch.nn.functional.conv1d(padded, x["weight"][:, None], x["bias"], groups=32).mT
+    assert distance(y, torch.nn.functional.silu(wanted)) < 1e-12
+    assert torch.equal(tail, x["x"][:, -3:])
+
+
+def test_documents_in_a_row_are_calls_of_their_own() -> None:
+    kind = KINDS["scan"]
+    x = draw(kind, Case("", 9, 1), torch.float64, "cpu")
+    y, _ = define(kind, x, (4, 5))
+    part = {n: t[:, 4:] if n in kind.streams else t for n, t in x.items()}
+    assert torch.equal(y[:, 4:], kind.define(part)[0])
+
+
+def test_layouts_keep_values() -> None:
+    kind = KINDS["ssd"]
+    x = draw(kind, SHORT, torch.float32, "cpu")
+    for layout in ("transposed", "in nan"):
+        placed = laid_out(kind, Case("", 19, layout=layout), x)  # type: ignore[arg-type]
+        assert all(torch.equal(t, x[n]) for n, t in placed.items())
+        assert not placed["x"].is_contiguous()
+    assert laid_out(kind, Case("", 19, layout="expanded"), x)["x"].stride(0) == 0
+
+
+def test_one_wrong_element_among_many_counts() -> None:
+    expected = torch.randn(1000, 1000)
+    found = expected.clone()
+    found[3, 4] += 1.0
+    assert distance(found, expected) > 1e-2
+    assert distance(torch.full((3,), torch.nan), torch.zeros(3)) == torch.inf
+    assert distance(None, torch.zeros(3)) == 0.0
+    assert distance(None, torch.ones(3)) == torch.inf
+    assert distance(torch.ones(2), torch.ones(3)) == torch.inf
+
+
+# ------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def few(monkeypatch) -> None:
+    """Two cases for a whole audit."""
+    monkeypatch.setattr(run, "plan", lambda kind, device: [
+        (Case("usual", 5), ("definition", "repeat")), (Case("short", 1), ("definition",))])
+
+
+def test_the_inputs_of_a_fault_are_kept_and_run_again(few, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    assert main(["audit", f"{PLANTED}:detached_final_state", "--kind", "delta", "--device", "cpu",
+                 "--out", str(out), "--html"]) == 1
+    text = capsys.readouterr().out
+    assert "2 faults" in text
+    assert f"once more: mambabyte audit {out / 'fault-01.safetensors'}" in text
+    assert json.loads((out / "report.json").read_text())["findings"][0]["verdict"] == "ok"
+    assert "none flow" in (out / "report.html").read_text()
+    assert main(["audit", str(out / "fault-01.safetensors"), "--device", "cpu", "--json"]) == 1
+    again = [f for f in json.loads(capsys.readouterr().out)["findings"]
+             if f["verdict"] == "fault"]
+    assert [(f["case"], f["quantity"]) for f in again] == [
+        ("usual", "gradients through the state")]
+
+
+def test_a_sound_one_leaves_with_0(few, capsys) -> None:
+    assert main(["audit", f"{PLANTED}:sound", "--kind", "scan", "--device", "cpu"]) == 0
+    assert "0 faults" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["nothing"], "names no function"), (["no.such.module:f"], "cannot be imported"),
+    (["mambabyte.ops:ssd_scam"], "did you mean ssd_scan"), (["math:pi"], "is a float"),
+    (["math:sin"], "give --kind"), (["math:sin", "--adapter", "fla.kdb"], "did you mean fla.kda"),
+    (["mambabyte.ops:ssd_scan", "--kind", "scan", "--adapter", "fla.kda"], "is of kind kda"),
+    (["mambabyte.ops:ssd_scan", "--html"], "--html needs --out"),
+    (["none.safetensors"], "holds no inputs of an audit"),
+    ([f"{PLANTED}:sound", "--kind", "attention"], "takes no input of kind attention"),
+])
+def test_what_cannot_be_audited_is_said_in_a_line(few, words, message, capsys) -> None:
+    assert main(["audit", *words, "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_kind_has_a_case_of_every_sort_and_every_adapter_a_kind() -> None:
+    for kind in KINDS.values():
+        cases = [case for case, _ in run.plan(kind, "cuda")]
+        assert {c.layout for c in cases} == {"contiguous", "transposed", "in nan", "expanded"}
+        assert {c.gates for c in cases} == {"usual", "slow", "fast", "mixed"}
+        assert len({c.name for c in cases}) == len(cases)
+    assert {a.kind for a in ADAPTERS.values()} == set(KINDS)
