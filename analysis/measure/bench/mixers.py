@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -160,28 +161,36 @@ def run_bench(
     unknown = [name for name in families if name not in FAMILIES]
     if unknown:
         raise UserError(f"family {unknown[0]!r} is unknown: choose from {', '.join(FAMILIES)}")
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     shapes = shapes or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)
-    for shape in shapes:
-        reduced = (min(shape[0], 2), min(shape[1], 200), min(shape[2], 4))
-        for name in families:
-            family = FAMILIES[name]
-
-            def make(
-                small: bool, family: Family = family, sizes: tuple[Shape, Shape] = (shape, reduced)
-            ) -> dict[str, Tensor]:
-                return family.make(sizes[small], dtype, device)
-
-            found = bench_peers(
-                family.peers, make, family.exact, device, repeats, seconds_per_peer,
-                lambda line, about=f"{shape} {name}": say(f"{about}, {line}"),  # type: ignore[misc]
-                batch=shape[0], length=shape[1], heads=shape[2], family=name)
-            for row in found:
-                if shape != shapes[0] and not row["note"] and family.peers[row["peer"]].needs:
-                    row["note"] = f"tuned at {shapes[0]}"
-            rows += found
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        if shape == shapes[0]:
-            carry_tuning()
+    try:
+        for shape in shapes:
+            for name in families:
+                found = _bench_family(name, shape, dtype, device, repeats, seconds_per_peer, say)
+                for row in found:
+                    tunes_itself = FAMILIES[name].peers[row["peer"]].needs
+                    if shape != shapes[0] and tunes_itself and not row["note"]:
+                        row["note"] = f"tuned at {shapes[0]}"
+                rows += found
+            if shape == shapes[0]:
+                carry_tuning()
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        say(f"interrupted: the {len(rows)} rows of before are kept")
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _bench_family(
+    name: str, shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int,
+    seconds_per_peer: float, say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    family, reduced = FAMILIES[name], (min(shape[0], 2), min(shape[1], 200), min(shape[2], 4))
+    found = bench_peers(
+        family.peers, lambda small: family.make(reduced if small else shape, dtype, device),
+        family.exact, device, repeats, seconds_per_peer,
+        lambda line: say(f"{shape} {name}, {line}"),
+        batch=shape[0], length=shape[1], heads=shape[2], family=name)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found

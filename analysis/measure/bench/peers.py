@@ -6,8 +6,11 @@ import functools
 import gc
 import importlib.util
 import math
+import operator
 import statistics
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +26,8 @@ from mambabyte.ops.compare import relative_rms
 Shape = tuple[int, int, int]
 Inputs = dict[str, Tensor]
 GPU_ONLY = ("mamba_ssm", "fla")
+TUNING_SECONDS = 20.0  # for each peer; some would take ten minutes
+CUT_SHORT = f"its tuner was stopped after {TUNING_SECONDS:.0f} s"
 DIRECTIONS = ("forward", "forward+backward")
 COLUMNS = {
     "direction": "forward (no gradients) or forward+backward (through autograd)",
@@ -34,7 +39,7 @@ COLUMNS = {
     "error_output": "relative RMS of y against the float64 definition, at a reduced size",
     "error_gradient": "the worst relative RMS of a gradient, likewise",
     "kernel": "on a GPU the one that took longest, by the profile of one call",
-    "note": "why there is no number, or what Triton tuned itself on when not on this shape",
+    "note": "why there is no number, or how a peer was tuned if not in full at this shape",
 }
 
 
@@ -106,16 +111,22 @@ def bench_peers(
         try:
             if not note:
                 # Before the reduced size, on which a peer that tunes itself would choose badly.
-                cases[name] = PeerCase(peer, make(False))
-                cases[name].forward_backward()
+                with bounded_tuning(TUNING_SECONDS) as cut:
+                    cases[name] = PeerCase(peer, make(False))
+                    cases[name].forward_backward()
+                for row in mine.values():
+                    row["note"] = CUT_SHORT if cut() else ""
+                end = carry_tuning()
                 errors = _errors(peer, exact, make(True)) if exact and peer.is_scan else None
+                end()
                 for direction, row in mine.items():
                     row["peak_bytes"] = _peak_bytes(cases[name], direction, device)
                     row["kernel"] = _longest_kernel(cases[name], direction, device)
                     if errors:
                         row["error_output"] = errors[0]
-                        note = row["note"] = "" if math.isfinite(sum(errors)) else (
-                            "wrong: its results are not finite at the reduced size")
+                        if not math.isfinite(sum(errors)):
+                            note = row["note"] = ("wrong: its results are not finite at the "
+                                                  "reduced size")
                 if errors:
                     mine[DIRECTIONS[1]]["error_gradient"] = errors[1]
         except Exception as failure:
@@ -177,25 +188,60 @@ def _longest_kernel(case: PeerCase, direction: str, device: torch.device) -> str
 
 
 class _Carried(dict[Any, Any]):
-    """What a tuner chose by key; for a new key its last choice."""
+    """What a tuner chose by key; for a new key what it chose for the one most like it."""
 
     def __contains__(self, key: object) -> bool:
         return True
 
-    def __missing__(self, key: object) -> Any:
-        return next(reversed(self.values()))
+    def __missing__(self, key: Sequence[object]) -> Any:
+        return self[max(self, key=lambda known: sum(map(operator.eq, known, key)))]
 
 
-def carry_tuning() -> None:
-    """From here on Triton's tuners take for new sizes what they chose last: to tune some peers
-    at a large shape takes longer than all that is measured."""
+def carry_tuning() -> Callable[[], None]:
+    """From here on Triton's tuners take for new sizes what they chose for others; until what comes
+    back is called."""
     if importlib.util.find_spec("triton") is None:
+        return lambda: None
+    from triton.runtime.autotuner import Autotuner
+
+    tuned = [(tuner, tuner.cache) for tuner in gc.get_objects()
+             if issubclass(type(tuner), Autotuner) and tuner.cache]
+    for tuner, cache in tuned:
+        tuner.cache = _Carried(cache)
+
+    def end() -> None:
+        for tuner, cache in tuned:
+            tuner.cache = cache
+
+    return end
+
+
+@contextmanager
+def bounded_tuning(seconds: float) -> Iterator[Callable[[], bool]]:
+    """Triton's tuners measure no further settings after so long, but one each; what comes back
+    says whether that cut any of them short. The settings of some peers take ten minutes."""
+    if importlib.util.find_spec("triton") is None:
+        yield lambda: False
         return
     from triton.runtime.autotuner import Autotuner
 
-    for tuner in gc.get_objects():
-        if issubclass(type(tuner), Autotuner) and tuner.cache:
-            tuner.cache = _Carried(tuner.cache)
+    measure, until = Autotuner._bench, time.monotonic() + seconds
+    begun: set[int] = set()
+    left_out: list[object] = []
+
+    def bounded(self: Any, *args: Any, config: Any, **meta: Any) -> Any:
+        if time.monotonic() > until and id(self) in begun:
+            left_out.append(config)
+            return [math.inf] * 3
+        found = measure(self, *args, config=config, **meta)
+        begun.add(id(self))
+        return found
+
+    Autotuner._bench = bounded
+    try:
+        yield lambda: bool(left_out)
+    finally:
+        Autotuner._bench = measure
 
 
 def _interleaved(
