@@ -13,7 +13,8 @@ import torch
 from mambabyte.corpus.files import present
 from mambabyte.corpus.utf8 import START_BYTE, as_bytes, first_characters
 from mambabyte.errors import NonFiniteError, UserError
-from mambabyte.stream import ByteModel, ByteStream, CharModel
+from mambabyte.stream import ByteModel, ByteStream, CharModel, PrefixCache
+from mambabyte.stream.generation import begin
 from mambabyte.stream.greedy import Windows, greedy_codes
 from mambabyte.stream.streams import place_of
 
@@ -113,12 +114,23 @@ def _begins(text: str) -> np.ndarray:
     return np.cumsum(lengths) - lengths
 
 
+def _before(model: ByteModel, context: bytes, cache: PrefixCache | None) -> tuple[Any, int]:
+    """The state before the last byte that comes before a text, and that byte."""
+    if not context:
+        return None, START_BYTE
+    stream, _ = begin(model, context[:-1], cache)
+    return stream.kept.state, context[-1]
+
+
 @torch.inference_mode()
 def score(
     model: ByteModel, data: bytes | np.ndarray, characters: int = TASK_CHARACTERS,
-    window: int | None = None, report: Callable[[float], None] = lambda done: None,
+    window: int | None = None, report: Callable[[float], None] = lambda done: None, *,
+    context: bytes = b"", cache: PrefixCache | None = None,
 ) -> Score:
     """Score the first ``characters`` characters in parallel windows of ``window`` bytes.
+
+    ``context`` comes before and is not scored; what ``cache`` has of it is not read again.
 
     The result is what streaming gives, up to ties within rounding: see ``greedy`` for the places
     where a longer character is in question. Smaller windows mean more calls of the model, larger
@@ -132,12 +144,12 @@ def score(
     model.eval()
     shared = getattr(model, "sequence_group", None)  # whose processes have a part of a window each
     window = window or _WINDOWS.get(device.type, _WINDOWS["cpu"]) * (shared.size if shared else 1)
-    inputs = np.concatenate([np.array([START_BYTE], np.uint8), raw[:-1]])
+    state, last = _before(model, context, cache)
+    inputs = np.concatenate([np.array([last], np.uint8), raw[:-1]])
     tokens, target = (torch.from_numpy(x).to(device).long() for x in (inputs, raw.copy()))
     begins = _begins(text)
     wanted = np.array([ord(char) for char in text])
 
-    state: Any = None
     nats, codes = torch.zeros((), dtype=torch.float64, device=device), []
     block = max(1, _BLOCK // window) * window
     for low in range(0, len(raw), block):
@@ -163,9 +175,11 @@ def score(
 
 def score_streaming(
     model: CharModel, data: bytes | np.ndarray, characters: int = TASK_CHARACTERS,
-    report: Callable[[float], None] = lambda done: None,
+    report: Callable[[float], None] = lambda done: None, *, context: bytes = b"",
+    cache: PrefixCache | None = None,
 ) -> Score:
     """Score as the public task does: predict, take the argmax, observe, one character at a time.
+    ``context`` and ``cache`` as in ``score``; the context ends between two characters.
 
     Bits per byte here come from the stream's own byte probabilities. Where the device takes many
     bytes a launch, each step after the other, predictions are read off the probabilities before
@@ -174,11 +188,12 @@ def score_streaming(
     text = first_characters(bytes(present(data)), characters)
     if not text:
         raise UserError("there is nothing to score: the text is empty")
-    model.reset()
+    stream, _ = begin(model.model, context, cache)
+    model.seek(stream)
     raw = as_bytes(text)
-    log_probs = ByteStream(model.model).read(raw)
+    log_probs = stream.fork().read(raw)
     if log_probs is not None:
-        return _score_read(model, text, raw, log_probs)
+        return _score_read(model, stream, text, raw, log_probs)
     hits, nats = np.zeros(len(text), dtype=bool), 0.0
     for i, char in enumerate(text):
         hits[i] = model.greedy() == char
@@ -189,15 +204,18 @@ def score_streaming(
     return _score(nats, hits, text, len(raw))
 
 
-def _score_read(model: CharModel, text: str, raw: bytes, log_probs: torch.Tensor) -> Score:
-    """The streaming score from log-probabilities (bytes, V), each given all bytes before."""
+def _score_read(
+    model: CharModel, stream: ByteStream, text: str, raw: bytes, log_probs: torch.Tensor
+) -> Score:
+    """The streaming score from log-probabilities (bytes, V), each given all bytes before; those
+    before the text, ``stream`` has."""
     nats = -log_probs[torch.arange(len(raw)), torch.tensor(list(raw))].double().sum()
     begins = _begins(text)
     before = log_probs[torch.from_numpy(begins)]  # (characters, V)
     ascii_best, code = before[:, :0x80].max(-1)
     hits = (torch.tensor([ord(c) for c in text]) == code).numpy()
     open_places = (before[:, 0xC2:0xF5].amax(-1) >= ascii_best).nonzero()[:, 0].tolist()
-    stream, done = ByteStream(model.model), 0
+    done = 0
     for i in open_places:
         stream.feed(raw[done : begins[i]])
         done = begins[i]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 from dataclasses import replace
 
@@ -12,8 +13,9 @@ import torch
 
 from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
+from mambabyte.evaluate import score, score_streaming
 from mambabyte.model import ByteLM
-from mambabyte.stream import PrefixCache, prefixes
+from mambabyte.stream import CharModel, PrefixCache, prefixes
 from mambabyte.stream.prefixes import places
 
 CONFIG = ModelConfig(d_model=16, n_layer=2, layer_pattern="MA", d_state=3, n_head=2, n_kv_head=1,
@@ -140,3 +142,22 @@ def test_a_folder_that_cannot_be_written(tmp_path, caplog, monkeypatch):
 def test_the_folder_is_for_its_user_alone(tmp_path):
     PrefixCache(tmp_path / "c").read(lm(), TEXT[:20])
     assert (tmp_path / "c").stat().st_mode & 0o777 == 0o700
+
+
+def test_scoring_after_a_context_is_the_end_of_scoring_it_all(tmp_path):
+    """By both ways; the second time the context is not read."""
+    model, cache = lm(), PrefixCache(tmp_path)
+    context, text = TEXT[:50], "né à la fin: 日本".encode()
+    with torch.no_grad():
+        whole = torch.log_softmax(model(torch.tensor([[10, *context, *text[:-1]]]))[0][0], -1)
+    rows = whole[len(context) :]
+    bits = -float(rows[torch.arange(len(text)), list(text)].mean()) / math.log(2)
+    for found in (score(model, text, context=context),
+                  score(model, text, window=5, context=context, cache=cache),
+                  score(model, text, context=context, cache=cache),
+                  score_streaming(CharModel(model), text, context=context),
+                  score_streaming(CharModel(model), text, context=context, cache=cache)):
+        assert found.bits_per_byte == pytest.approx(bits, rel=1e-5)
+        assert found.bytes == len(text)
+    assert (cache.read_bytes, cache.found_bytes) == (49 + 2, 49 + 48)
+    assert bits != pytest.approx(score(model, text).bits_per_byte, rel=1e-3)
