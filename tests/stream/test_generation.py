@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from analysis.cli.models import evaluate
 from analysis.cli.models.generate import run
 from mambabyte.config import ModelConfig
 from mambabyte.config.files import write_json
@@ -114,3 +116,22 @@ def test_generate_takes_a_guesser_and_a_cache(checkpoint, tmp_path):
     for _ in range(2):
         assert "".join(generate(model, "abc", 20, seed=2, cache=cache, guesser=guesser)) == wanted
     assert (cache.read_bytes, cache.found_bytes) == (3, 3)
+
+
+def test_eval_scores_what_comes_after_a_context(checkpoint, tmp_path, capsys):
+    (tmp_path / "text").write_text("a small text, again and again. " * 400)
+    (tmp_path / "before").write_text("what was before")
+    options = [str(checkpoint), "--device", "cpu", "--corpus", str(tmp_path / "text"),
+               "--characters", "20", "--json"]
+    after = ["--context", str(tmp_path / "before"), "--prompt-cache", str(tmp_path / "c")]
+    bits = []
+    for more in ([], after, after):
+        evaluate.run([*options, *more])
+        said = capsys.readouterr()
+        bits.append(json.loads(said.out)["bits_per_byte"])
+    assert bits[1] == bits[2] != bits[0]
+    assert "15 bytes, 14 of them" in said.err  # the last one is read with the text
+    for wrong, about in ((["--prompt-cache", "c"], "--context"),
+                         (["--context", str(tmp_path / "none")], "cannot be read")):
+        with pytest.raises(UserError, match=about):
+            evaluate.run([*options, *wrong])
