@@ -11,6 +11,8 @@ from mambabyte.stream.streams import (
     advance_of,
     sample_byte,
 )
+from mambabyte.stream.together import beam_search, feed_together
 
-__all__ = ["ByteModel", "ByteStream", "CharModel", "Kept", "PrefixCache", "advance_of", "generate",
-           "load_state", "sample_byte", "save_state", "tensors_of", "weights_digest"]
+__all__ = ["ByteModel", "ByteStream", "CharModel", "Kept", "PrefixCache", "advance_of",
+           "beam_search", "feed_together", "generate", "load_state", "sample_byte", "save_state",
+           "tensors_of", "weights_digest"]

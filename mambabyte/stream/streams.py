@@ -184,6 +184,11 @@ class ByteStream:
         return stream
 
     @property
+    def model(self) -> ByteModel:
+        """What the stream goes on by."""
+        return self._model
+
+    @property
     def kept(self) -> Kept:
         """The present place as a value, in the model's own form whatever engine got here."""
         own = getattr(self._advance, "for_model", lambda state: state)

@@ -1,0 +1,79 @@
+"""Several streams through one model at once: in one batch each byte, and beams of one text."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from mambabyte.errors import UserError
+from mambabyte.stream.states import kind, select, split, stack
+from mambabyte.stream.streams import ByteModel, ByteStream, numbers
+
+
+@torch.inference_mode()
+def feed_together(streams: Sequence[ByteStream], data: Sequence[bytes]) -> None:
+    """Advance each of ``streams``, all of one model, by its bytes of ``data``: as ``feed`` of each
+    would, up to rounding, in one call of the model for all that can be one batch.
+
+    Those can that are given equally many bytes and, where the model has attention, have seen
+    equally many. A stream may join or leave between any two calls. UserError for streams of
+    different models, or one that is there twice.
+    """
+    if len(streams) != len(data):
+        raise UserError(f"{len(streams)} streams and {len(data)} pieces of text: expected one each")
+    if len({id(stream) for stream in streams}) != len(streams):
+        raise UserError("a stream is given twice: fork it, and both go on from its place")
+    if len({id(stream.model) for stream in streams}) > 1:
+        raise UserError("the streams are of different models: feed those of one together")
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for i, (stream, piece) in enumerate(zip(streams, data, strict=True)):
+        if piece:
+            groups[kind(stream.kept.state), len(piece)].append(i)
+    for group in groups.values():
+        if len(group) == 1:
+            streams[group[0]].feed(data[group[0]])
+            continue
+        model = streams[group[0]].model
+        tokens = torch.tensor([list(data[i]) for i in group], device=model.device)
+        logits, state = model(tokens, stack([streams[i].kept.state for i in group]))
+        after = numbers(torch.log_softmax(logits[:, -1].float(), -1).cpu())
+        for i, log_probs, row in zip(group, after, split(state), strict=True):
+            streams[i].move(row, log_probs)
+
+
+class Beam(NamedTuple):
+    """A continuation that beam search found."""
+
+    data: bytes
+    log_prob: float  # natural, of all its bytes
+
+
+@torch.inference_mode()
+def beam_search(
+    model: ByteModel, prompt: bytes = b"", max_bytes: int = 64, beams: int = 4
+) -> list[Beam]:
+    """The most probable continuations of ``prompt`` by ``max_bytes`` bytes that keeping ``beams``
+    at a time finds, best first; one beam is greedy generation.
+
+    All are one batch whose states are reordered each byte. UserError for fewer than one beam.
+    """
+    if beams < 1 or max_bytes < 1:
+        raise UserError(f"{beams} beams of {max_bytes} bytes: both must be at least 1")
+    stream = ByteStream(model.eval())
+    stream.feed(prompt)
+    state, log_probs = stream.kept
+    total = torch.zeros(1)
+    found = torch.empty(1, 0, dtype=torch.long)
+    for done in range(max_bytes):
+        each = total[:, None] + log_probs[:, :256]  # (beams, 256)
+        total, best = each.flatten().topk(min(beams, each.numel()))
+        row, byte = best // 256, best % 256
+        found = torch.cat([found[row], byte[:, None]], 1)
+        if done < max_bytes - 1:
+            logits, state = model(byte[:, None].to(model.device), select(state, row))
+            log_probs = numbers(torch.log_softmax(logits[:, -1].float(), -1).cpu())
+    return [Beam(bytes(data), log_prob) for data, log_prob in zip(
+        found.tolist(), total.tolist(), strict=True)]
