@@ -6,13 +6,14 @@ import math
 import os
 import re
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from mambabyte import ops
-from mambabyte.ops.build import kernel, nvrtc
+from mambabyte.ops.build import catalogue, kernel, nvrtc, shipped
 from mambabyte.ops.conv import cuda as cuda_conv
 from mambabyte.ops.delta import cuda as cuda_delta
 from mambabyte.ops.mamba import cuda as cuda_step
@@ -269,3 +270,63 @@ def test_a_thread_without_a_context_is_given_one(monkeypatch: pytest.MonkeyPatch
     assert made == [3]
     assert kernel._in_context(3, function, 1) == 1  # another failure is handed on
     assert made == [3]
+
+
+@pytest.mark.parametrize("arch", catalogue.ARCHS)
+def test_machine_code_that_is_shipped_is_of_the_present_sources(arch: str) -> None:
+    wanted = {program.digest: f"{program.filename} {program.names[0]}"
+              for program in catalogue.programs(arch)}
+    stale = sorted(wanted[digest] for digest in wanted.keys() - shipped.digests(arch))
+    assert not stale, f"{arch}: run `make cubins`; compiled at run time until then: {stale}"
+    assert not shipped.digests(arch) - wanted.keys()
+
+
+def test_what_is_shipped_has_every_kernel_and_is_small() -> None:
+    for arch in catalogue.ARCHS:
+        program = next(catalogue.programs(arch))
+        found = shipped.find(arch, program.digest)
+        assert found is not None
+        image, lowered = found
+        assert image[:4] == b"\x7fELF"
+        assert all(lowered[name].encode() in image for name in program.names)
+    assert sum(path.stat().st_size for path in shipped.FOLDER.iterdir()) < 4 << 20
+
+
+class Driver:
+    """Loads what it is given, but not the images that it ``refuses``."""
+
+    def __init__(self, refuses: bytes = b"") -> None:
+        self.refuses, self.loaded = refuses, []
+
+    def cuModuleLoadData(self, module: object, image: bytes) -> int:
+        self.loaded.append(image)
+        return 200 if image == self.refuses else 0
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: object) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(("known", "refuses", "loaded"), [
+    (True, b"", [b"shipped"]), (True, b"shipped", [b"shipped", b"compiled"]),
+    (False, b"", [b"compiled"])])
+def test_what_is_shipped_comes_first(
+    known: bool, refuses: bytes, loaded: list[bytes], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A source that was changed, and a driver that cannot load what is there, compile."""
+    program = kernel.Program("a source", ("f",))
+    with zipfile.ZipFile(tmp_path / "sm_87.zip", "w") as file:
+        file.writestr(program.digest if known else "other", shipped.packed(b"shipped", {"f": "_f"}))
+    driver = Driver(refuses)
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    monkeypatch.setattr(kernel, "_driver", lambda: driver)
+    monkeypatch.setattr(kernel, "_make_context_current", lambda device: None)
+    monkeypatch.setattr(kernel, "device_arch", lambda device: "sm_87")
+    monkeypatch.setattr(kernel.torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(kernel.torch.cuda, "get_device_capability", lambda device: (8, 7))
+    monkeypatch.setattr(kernel.Program, "compile",
+                        lambda *_: kernel.Cubin("sm_87", b"compiled", {"f": "_f"}))
+    shipped.digests.cache_clear()
+    program._load(0)
+    shipped.digests.cache_clear()
+    assert driver.loaded == loaded
