@@ -31,6 +31,10 @@ from mambabyte.model.mamba import MambaMixer
     ("void at::native::multi_tensor_apply_kernel<FusedOptimizer>", "optimizer"),
     ("triton_per_fused__to_copy_native_layer_norm_0", "norms"),
     ("triton_tem_fused_flex_attention_backward_transpose_view_5", "attention"),
+    ("void norm_backward<float, bfloat16, 4>(float const*)", "norms"), ("column_sums", "norms"),
+    ("void rotary_forward<bfloat16, 4, 8>(bfloat16 const*)", "attention"),
+    ("void activation_backward<bfloat16, 8, 0>(bfloat16 const*)", "activations"),
+    ("loss_mean(float const*, float*, int)", "loss"),
     ("triton_poi_fused_add_causal_conv_backward_view_6", "other compiled code")])
 def test_operators_belong_to_parts(operator: str, part: str) -> None:
     assert part_of(operator) == part

@@ -73,9 +73,10 @@ def mix_norm_in_torch(streams: Streams, norm: Norm, dtype: torch.dtype) -> tuple
         return total, total.new_empty(0, dtype=dtype)
     wide = total if total.dtype == torch.float64 else total.float()
     shape = wide.shape[-1:]
+    weight, bias = (None if t is None else t.to(wide.dtype) for t in (norm.weight, norm.bias))
     if norm.kind == "layer":
-        return total, F.layer_norm(wide, shape, norm.weight, norm.bias, norm.eps or 0.0).to(dtype)
-    return total, F.rms_norm(wide, shape, norm.weight, norm.eps).to(dtype)
+        return total, F.layer_norm(wide, shape, weight, bias, norm.eps or 0.0).to(dtype)
+    return total, F.rms_norm(wide, shape, weight, norm.eps).to(dtype)
 
 
 def _plan(channels: int) -> tuple[int, int]:
