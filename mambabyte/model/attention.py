@@ -22,10 +22,11 @@ from mambabyte.model.mixer import (
     Mixer,
     Operations,
     Step,
+    is_plain,
     linear,
     register,
 )
-from mambabyte.ops.fused.rotary import norm_rotate, rotate
+from mambabyte.ops.fused.rotary import rotate, rotate_qkv
 
 MAX_BLOCK = 1024  # queries in one block of a sliding window
 TILE = 128  # queries, and keys, that FlexAttention skips or takes together
@@ -235,14 +236,14 @@ class AttentionMixer(Mixer, AttentionSpec):
         piece = sequence.current()
         if piece is not None:
             seen += piece.start
-        q = self.q_proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, L, d)
-        k = self.k_proj(x).unflatten(-1, (self.n_kv_head, -1)).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (self.n_kv_head, -1)).transpose(1, 2)
         table = self._table(seen, length, x.device)
         if self.fused:
-            q = norm_rotate(q, table, self.q_gain, self.qk_norm)
-            k = norm_rotate(k, table, None, self.qk_norm)
+            q, k, v = rotate_qkv(self._qkv(x), (self.n_head, self.n_kv_head), table, self.q_gain,
+                                 self.qk_norm)
         else:
+            q = self.q_proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, L, d)
+            k = self.k_proj(x).unflatten(-1, (self.n_kv_head, -1)).transpose(1, 2)
+            v = self.v_proj(x).unflatten(-1, (self.n_kv_head, -1)).transpose(1, 2)
             if self.qk_norm:
                 q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
             q, k = rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype)
@@ -264,6 +265,15 @@ class AttentionMixer(Mixer, AttentionSpec):
         keep = min(self.window - 1, k.shape[2])
         start = k.shape[2] - keep
         return y, AttentionState(k[:, :, start:], v[:, :, start:], seen + length)
+
+    def _qkv(self, x: Tensor) -> Tensor:
+        """Queries, keys and values side by side, (B, L, d_model + 2 G head_dim): of plain linear
+        maps one product, so that the backward has one too and adds up nothing."""
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        if not all(is_plain(part, nn.Linear) for part in parts):
+            return torch.cat([part(x) for part in parts], -1)
+        bias = None if self.q_proj.bias is None else torch.cat([part.bias for part in parts])
+        return F.linear(x, torch.cat([part.weight for part in parts]), bias)
 
     def _takes_flex(self, q: Tensor, k: Tensor) -> bool:
         # Its own compilation would cost seconds where the step is not compiled anyway.

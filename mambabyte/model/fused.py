@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from mambabyte.model.block import Block, RMSNorm
 from mambabyte.model.lm import ByteLM, head_loss, without_state
-from mambabyte.model.mixer import is_plain
+from mambabyte.model.mixer import Mixer, is_plain, named_mixers
 from mambabyte.ops.arguments import autocasts
 from mambabyte.ops.fused.activation import activate
 from mambabyte.ops.fused.loss import cross_entropy
@@ -103,11 +103,14 @@ def _copied(dtype: torch.dtype, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]
 
 
 def cast_together(model: nn.Module, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``loss``, a method of ``model``, whose linear maps find their weights cast as autocast would
-    cast them, in one launch for all of them; and their gradients cast back in another."""
+    """``loss``, a method of ``model``, whose linear maps find their weights and biases cast as
+    autocast would cast them, in one launch for all of them; their gradients too, back."""
     module = _Loss(model, loss)
-    weights = {f"{name}.weight": part.weight for name, part in module.named_modules()
-               if is_plain(part, nn.Linear) and part.weight.dtype == torch.float32}
+    wide = {f"{prefix}.{name}.bias" for prefix, mixer in named_mixers(module, Mixer).items()
+            for name in mixer.wide_biases}
+    weights = {f"{prefix}.{name}": weight for prefix, part in module.named_modules()
+               if is_plain(part, nn.Linear) for name, weight in part.named_parameters()
+               if weight.dtype == torch.float32 and f"{prefix}.{name}" not in wide}
 
     def run(*batch: Tensor) -> Tensor:
         if not weights or not autocasts(batch[0].device):

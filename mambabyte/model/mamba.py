@@ -71,6 +71,7 @@ class MambaMixer(Mixer, MambaSpec):
 
     has_decays = True
     state_name = "ssm"
+    wide_biases = ("dt_proj",)
     splits_length = True
 
     def __init__(self, config: ModelConfig) -> None:
@@ -154,7 +155,8 @@ class MambaMixer(Mixer, MambaSpec):
             # Zeros between delta's rows and those of B and C put all three on 16 bytes. Else the
             # products take kernels of half the speed, and the scan copies B and C.
             spare = -rank % 8
-            x_proj = torch.cat([F.pad(x_proj[:rank], (0, 0, 0, spare)), x_proj[rank:]])
+            low, rest = x_proj.split([rank, len(x_proj) - rank])  # its backward is one launch
+            x_proj = torch.cat([low, low.new_zeros(spare, low.shape[1]), rest])
             dt_proj = F.pad(dt_proj, (0, spare))
         return x_proj, dt_proj
 

@@ -99,6 +99,8 @@ class Mixer(nn.Module, MixerSpec):
     state_name: ClassVar[str] = "state"  # what its state is called in tables of sizes
     # Whether to use kernels that join what torch.compile would; set by a fast step.
     fused: bool = False
+    # Linear maps whose bias it adds by itself, in float32 whatever autocast says.
+    wide_biases: ClassVar[tuple[str, ...]] = ()
     # Whether ``forward`` asks mambabyte.model.sequence for what comes before its stretch.
     splits_length: ClassVar[bool] = False
 

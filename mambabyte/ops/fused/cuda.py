@@ -14,7 +14,8 @@ from mambabyte.ops.conv.cuda import ELEMENTS
 SOURCES = {
     "norm": {"norm_forward": "P" * 13 + "iiiif", "norm_backward": "P" * 23 + "iiii",
              "column_sums": "PPii"},
-    "rotary": {"rotary_forward": "PPPPPqqqiiiiif", "rotary_backward": "PPPPPPPqqqqqqiiiiif"},
+    "rotary": {"rotary_forward": "PPPPPiiiiiif",
+               "rotary_backward": "PqqqPqqqPqqqPPPPPPiiiiiif"},
     "activation": {"activation_forward": "PPq", "activation_backward": "PPPq"},
     "loss": {"loss_forward": "PPPPPPiif", "loss_mean": "PPi", "loss_backward": "PPPPPPPPiif"},
 }

@@ -14,7 +14,7 @@ from mambabyte.ops.fused import cuda
 KINDS = ("none", "rms", "layer")
 EPS = torch.finfo(torch.float32).eps
 _MOST_THREADS = 1024
-_BACKWARD_BLOCKS = 4  # a multiprocessor; each leaves a partial sum
+_RESIDENT = 1024  # threads a multiprocessor in the backward; each block leaves partial sums
 
 
 class Streams(NamedTuple):
@@ -130,12 +130,14 @@ class _MixNorm(torch.autograd.Function):
         streams = [torch.empty(shape, dtype=ctx.dtype if i == 1 else dtype, device=device)
                    if needed else None for i, needed in enumerate(needs[:4])]
         rows = shape.numel() // channels
-        blocks = min(-(-rows // 2), _BACKWARD_BLOCKS * cuda.multiprocessors(device.index))
+        threads = _plan(channels)[1]
+        blocks = min(-(-rows // 2),
+                     max(1, _RESIDENT // threads) * cuda.multiprocessors(device.index))
         wanted = [n and (kind > 0 or i < 4) for i, n in enumerate(needs[4:])]
         partial = torch.empty(sum(wanted), blocks, channels, device=device)
         parts = iter(partial)
         partials = [next(parts) if n else None for n in wanted]
-        cuda.launch(device, "norm_backward", ctx.types, blocks, _plan(channels)[1], d_out, d_normed,
+        cuda.launch(device, "norm_backward", ctx.types, blocks, threads, d_out, d_normed,
                     out, stats, x, y, z, e, *gains, weight, *streams, *partials, blocks, rows,
                     channels, kind)
         sums = torch.empty(sum(wanted), channels, device=device)

@@ -1,4 +1,4 @@
-"""Queries or keys normalised, turned by rotary angles, scaled by a gain a head, in one pass."""
+"""Queries, keys and values of one projection: normalised, turned and scaled in one pass."""
 
 from __future__ import annotations
 
@@ -13,85 +13,99 @@ from mambabyte.ops.fused import cuda
 from mambabyte.ops.fused.norm import EPS
 
 _THREADS = 256
+Table = tuple[Tensor, Tensor]  # cosine and sine (L, d / 2) of the angles
 
 
-def norm_rotate(
-    x: Tensor, table: tuple[Tensor, Tensor], gain: Tensor | None = None, norm: bool = False
-) -> Tensor:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864) of x (B, H, L, d), in x's dtype.
+def rotate_qkv(
+    qkv: Tensor, heads: tuple[int, int], table: Table, gain: Tensor | None = None,
+    norm: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, H, L, d), keys and values (B, G, L, d) of qkv (B, L, (H + 2 G) d), in its dtype.
 
-    ``table`` is cosine and sine (L, d / 2) of the angles. With ``norm``, x is first divided by its
-    RMS over d; ``gain`` (H,) scales the heads last. On a GPU one kernel, and one in the backward;
-    for a dtype or width without a kernel, in torch.
+    ``heads`` is (H, G). Queries and keys get rotary positions (Su et al. 2021, arXiv:2104.09864),
+    with ``norm`` after a division by their RMS over d; ``gain`` (H,) scales the heads of queries
+    last. On a GPU one kernel, and one in the backward, whose results lie as qkv does; for a dtype
+    or width without a kernel, in torch.
     """
-    half = x.shape[-1] // 2
-    width = next(w for w in (4, 2, 1) if half % w == 0)
-    if not cuda.takes(x, gain, *table) or half > 32 * width or not x.numel():
-        return norm_rotate_in_torch(x, table, gain, norm)
+    half = table[0].shape[-1]
+    if not cuda.takes(qkv, gain, *table) or half > 32 * _width(half) or not qkv.numel():
+        return rotate_qkv_in_torch(qkv, heads, table, gain, norm)
     cos, sin = (t.float().contiguous() for t in table)
-    return _NormRotate.apply(x, cos, sin, gain, norm)
+    found: tuple[Tensor, Tensor, Tensor] = _RotateQkv.apply(qkv, heads, cos, sin, gain, norm)
+    return found
 
 
-def norm_rotate_in_torch(
-    x: Tensor, table: tuple[Tensor, Tensor], gain: Tensor | None = None, norm: bool = False
-) -> Tensor:
-    """:func:`norm_rotate` in torch's operators: its definition, in float64 too."""
+def rotate_qkv_in_torch(
+    qkv: Tensor, heads: tuple[int, int], table: Table, gain: Tensor | None = None,
+    norm: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`rotate_qkv` in torch's operators: its definition, in float64 too."""
+    queries, keys = heads
+    rows = qkv.unflatten(-1, (queries + 2 * keys, -1)).transpose(1, 2)
+    q, k, v = rows.split([queries, keys, keys], dim=1)
     if norm:
-        x = F.rms_norm(x, x.shape[-1:])
-    x = rotate(x, table)
-    return x if gain is None else x * gain.to(x.dtype)[:, None, None]
+        q, k = (F.rms_norm(x, x.shape[-1:]) for x in (q, k))
+    q, k = rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype)
+    return q if gain is None else q * gain.to(q.dtype)[:, None, None], k, v
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864): x (B, H, L, head_dim), head_dim even."""
+def rotate(x: Tensor, table: Table) -> Tensor:
+    """Rotary positions alone: x (B, H, L, d), d even."""
     cos, sin = (t.to(x.dtype) for t in table)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def _width(half: int) -> int:
+    """Channels of a half a thread."""
+    return next(w for w in (4, 2, 1) if half % w == 0)
+
+
+def _plan(dtype: torch.dtype, half: int, rows: int) -> tuple[str, int]:
+    """(types, blocks): threads that share a row are a power of two."""
+    lanes = 1 << (half // _width(half) - 1).bit_length()
+    return f"{ELEMENTS[dtype]}, {_width(half)}, {lanes}", -(-rows * lanes // _THREADS)
+
+
+class _RotateQkv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: tuple[int, int], cos: Tensor, sin: Tensor,
+                gain: Tensor | None, norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+        (batch, length, _), (queries, keys) = qkv.shape, heads
+        half = cos.shape[1]
+        qkv = qkv.contiguous()
+        qkv = qkv if cuda.aligned(_width(half), qkv) else qkv.clone()
+        gains = None if gain is None else gain.float().contiguous()
+        y = torch.empty(batch, length, queries + keys, 2 * half, dtype=qkv.dtype, device=qkv.device)
+        types, blocks = _plan(qkv.dtype, half, y.numel() // (2 * half))
+        cuda.launch(qkv.device, "rotary_forward", types, blocks, _THREADS, qkv, cos, sin, gains, y,
+                    batch * length, length, queries, keys, half, norm, EPS)
+        ctx.save_for_backward(qkv, cos, sin, gains)
+        ctx.heads, ctx.norm = heads, norm
+        ctx.gain = None if gain is None else gain.dtype
+        q, k = y.transpose(1, 2).split([queries, keys], dim=1)
+        v = qkv.unflatten(-1, (-1, 2 * half))[:, :, queries + keys :].transpose(1, 2)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        qkv, cos, sin, gains = ctx.saved_tensors
+        (batch, length, _), (queries, keys) = qkv.shape, ctx.heads
+        half = cos.shape[1]
+        d_qkv = torch.empty_like(qkv)
+        dots = torch.empty(batch * length, queries, device=qkv.device) if ctx.gain else None
+        types, blocks = _plan(qkv.dtype, half, qkv.numel() // (2 * half))
+        upstream: list[Any] = []
+        for grad in (_rows(grad, _width(half)) for grad in grads):
+            upstream += [grad, *grad.stride()[:3]]
+        cuda.launch(qkv.device, "rotary_backward", types, blocks, _THREADS, *upstream, qkv, cos,
+                    sin, gains, d_qkv, dots, batch * length, length, queries, keys, half, ctx.norm,
+                    EPS)
+        d_gain = None if dots is None else dots.sum(0).to(ctx.gain)
+        return d_qkv, None, None, None, d_gain, None
 
 
 def _rows(x: Tensor, width: int) -> Tensor:
     """x (B, H, L, d) with unit stride on its last axis, and all of it on ``width`` elements."""
     odd = x.stride(-1) != 1 or any(s % width for s in x.stride()[:3])
     return x.contiguous() if odd or not cuda.aligned(width, x) else x
-
-
-def _plan(half: int) -> tuple[int, int]:
-    """(channels of a half a thread, threads a row)."""
-    width = next(w for w in (4, 2, 1) if half % w == 0)
-    return width, 1 << (half // width - 1).bit_length()
-
-
-class _NormRotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None,
-                norm: bool) -> Tensor:
-        batch, heads, length, both = x.shape
-        width, lanes = _plan(both // 2)
-        x = _rows(x, width)
-        gains = None if gain is None else gain.float().contiguous()
-        y = torch.empty(batch, length, heads, both, dtype=x.dtype, device=x.device)
-        rows, types = batch * length * heads, f"{ELEMENTS[x.dtype]}, {width}, {lanes}"
-        cuda.launch(
-            x.device, "rotary_forward", types, -(-rows * lanes // _THREADS), _THREADS, x, cos, sin,
-            gains, y, x.stride(0), x.stride(2), x.stride(1), rows, length, heads, both // 2,
-            norm, EPS)
-        ctx.save_for_backward(x, cos, sin, gains)
-        ctx.norm, ctx.types = norm, types
-        ctx.gain = None if gain is None else gain.dtype
-        return y.transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        x, cos, sin, gains = ctx.saved_tensors
-        batch, heads, length, both = x.shape
-        width, lanes = _plan(both // 2)
-        dy = _rows(dy, width)
-        dx = torch.empty(batch, length, heads, both, dtype=x.dtype, device=x.device)
-        rows = batch * length * heads
-        dots = torch.empty(batch * length, heads, device=x.device) if ctx.gain else None
-        cuda.launch(
-            x.device, "rotary_backward", ctx.types, -(-rows * lanes // _THREADS), _THREADS, dy, x,
-            cos, sin, gains, dx, dots, dy.stride(0), dy.stride(2), dy.stride(1), x.stride(0),
-            x.stride(2), x.stride(1), rows, length, heads, both // 2, ctx.norm, EPS)
-        d_gain = None if dots is None else dots.sum(0).to(ctx.gain)
-        return dx.transpose(1, 2), None, None, d_gain, None

@@ -15,7 +15,7 @@ from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.fused.activation import activate, activate_in_torch
 from mambabyte.ops.fused.loss import cross_entropy, cross_entropy_in_torch
 from mambabyte.ops.fused.norm import Norm, Streams, mix_norm, mix_norm_in_torch
-from mambabyte.ops.fused.rotary import norm_rotate, norm_rotate_in_torch
+from mambabyte.ops.fused.rotary import rotate_qkv, rotate_qkv_in_torch
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
@@ -80,18 +80,17 @@ def test_norm(kind: str, channels: int, wide: torch.dtype, given: str) -> None:
     (64, True, True, BF16), (24, False, False, FLOAT), (6, True, False, FLOAT)])
 def test_rotary(width: int, norm: bool, gain: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(width)
-    x = torch.randn(2, 7, 3 * width).to(dtype)
+    qkv = torch.randn(2, 7, 7 * width).to(dtype)  # three heads of queries, two of keys
     angle = torch.rand(7, width // 2)
     gains = torch.randn(3) if gain else None
 
     def call(function: Any) -> Callable[..., Any]:
-        def run(x: Tensor, gain: Tensor | None) -> Tensor:
-            heads = x.unflatten(-1, (3, -1)).transpose(1, 2)
-            return function(heads, (angle.cos(), angle.sin()), gain, norm)
+        def run(qkv: Tensor, gain: Tensor | None) -> Any:
+            return function(qkv, (3, 2), (angle.cos(), angle.sin()), gain, norm)
 
         return run
 
-    compared(call(norm_rotate), call(norm_rotate_in_torch), [x, gains], dtype)
+    compared(call(rotate_qkv), call(rotate_qkv_in_torch), [qkv, gains], dtype)
 
 
 @pytest.mark.parametrize(("kind", "shape", "dtype"), [
