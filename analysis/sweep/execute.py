@@ -14,8 +14,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -47,6 +47,13 @@ class Task:
     def log(self) -> Path:
         return Path(self.temporary) / "log.txt"
 
+    def attempt(self, number: int) -> Task:
+        """The same task in the temporary folder of its attempt ``number``, from 0: what a lost
+        worker began may still be ending in that of the one before."""
+        before, token, tag, kind = Path(self.temporary).name.rsplit(".", 3)
+        name = ".".join((before, f"{token[:-2]}{number:02x}", tag, kind))
+        return replace(self, temporary=str(Path(self.temporary).with_name(name)))
+
     def to_json(self) -> str:
         return to_json(asdict(self))
 
@@ -57,9 +64,9 @@ def execute(task: Task) -> None:
     Raises only what is not the notebook's fault: an unwritable folder, an interruption.
     """
     os.chdir(task.cwd)
+    task = _own_attempt(task)
     temporary = Path(task.temporary)
     began = time.perf_counter()
-    make_dir(temporary)
     try:
         # Only what a study says is progress; what libraries write to stderr is kept beside it.
         with (task.log.open("w", encoding="utf-8") as log,
@@ -76,6 +83,18 @@ def execute(task: Task) -> None:
         put_in_place(temporary, folder, _made(folder))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _own_attempt(task: Task) -> Task:
+    """The task in a temporary folder that no other attempt has made."""
+    make_dir(Path(task.temporary).parent)
+    for number in range(256):
+        mine = task.attempt(number)
+        with suppress(FileExistsError):
+            Path(mine.temporary).mkdir()
+            return mine
+    raise UserError(f"{task.folder} was begun 256 times and never ended: remove "
+                    f"{Path(task.temporary).parent}/.{task.run_id}.*")
 
 
 def _made(folder: Path) -> set[str]:

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,10 @@ def _run(
 
 
 def _ended(task: Task, future: Future[None]) -> Row:
-    error = future.exception()
+    try:
+        error: BaseException | None = future.exception()
+    except CancelledError:  # by a cluster that has gone
+        error = RuntimeError("the cluster was lost before this run had ended")
     row = None if error else _row(task)
     if row:
         return row
@@ -172,6 +175,7 @@ class _Tail:
 
     def __init__(self, task: Task) -> None:
         self._task = task
+        self._attempt = 0
         self._position = 0
         self._begun = False
 
@@ -199,4 +203,8 @@ class _Tail:
                 yield line.strip()
 
     def _path(self) -> Path | None:
-        return self._task.log if self._task.log.is_file() else None
+        """The log of the newest attempt, from its beginning on."""
+        while self._task.attempt(self._attempt + 1).log.is_file():
+            self._attempt, self._position = self._attempt + 1, 0
+        log = self._task.attempt(self._attempt).log
+        return log if log.is_file() else None

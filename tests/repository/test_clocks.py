@@ -11,7 +11,7 @@ import pytest
 TESTS = Path(__file__).resolve().parents[1]
 CLOCKS = {"perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "time", "process_time"}
 # Where a test may let time pass: to poll, up to a generous limit, for what another process does.
-SLEEPS = {"runs/test_sweep.py", "tools/test_pool.py"}
+SLEEPS = {"runs/sweep/test_sweep.py", "tools/test_pool.py"}
 
 
 def uses_of_time(source: str) -> set[str]:

@@ -5,6 +5,8 @@
     mambabyte sweep overflow --grid "chunks=16,32;64,128"
     mambabyte sweep ablation throughput --profile full
     mambabyte sweep overflow -f grid.toml
+    mambabyte sweep --profile full --executor dask --address tcp://head:8786
+    mambabyte sweep --profile full --executor slurm --address partition=gpu,gpus_per_node=1
 
 Each run is a notebook executed in a fresh process. An interrupted sweep goes on where it was; a
 failed run stays visible, is tried again by the next sweep, and makes the exit status 1.
@@ -44,7 +46,8 @@ class Options:
     workers: Workers = 1
     """How many runs at once, where the executor can."""
     address: str = ""
-    """Scheduler of a dask cluster, or a Slurm partition."""
+    """Scheduler of a dask cluster, tcp://host:8786; or a Slurm partition, or options of sbatch:
+    partition=gpu,gpus_per_node=1,time=720 (minutes)."""
     force: bool = False
     """Run again what is done already."""
     root: Path = Path("reports/runs")

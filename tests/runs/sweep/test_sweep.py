@@ -17,119 +17,14 @@ from rich.console import Console
 
 from analysis.report.appendix import notebook_html
 from analysis.runs.folders import list_runs
-from analysis.studies import Study
 from analysis.sweep import executors
 from analysis.sweep import run as sweep
 from analysis.sweep.progress import LiveProgress, PlainProgress, printable
 from analysis.sweep.run import run_sweep
 from mambabyte.errors import UserError
+from tests.helpers.sweeps import Events
 
-ROOT = Path(__file__).resolve().parents[2]
-
-PACKAGE = {
-    "__init__": '''
-from dataclasses import dataclass
-
-import pandas as pd
-
-TITLE, QUESTION, NOTEBOOK = "Tiny", "Is it?", "tiny.ipynb"
-
-@dataclass(frozen=True)
-class Parameters:
-    n: int = 3
-    sizes: tuple[int, ...] = (1, 2)
-    mode: str = "ok"
-
-PROFILES = {"quick": Parameters(), "full": Parameters(n=30)}
-
-@dataclass(frozen=True)
-class Results:
-    counts: pd.DataFrame
-''',
-    "compute": '''
-import os, time
-import pandas as pd
-from tiny_study import Results
-
-def run(p, report):
-    for i in range(p.n):
-        report(f"step {i}")
-    if p.mode == "slow":
-        time.sleep(60)
-    if p.mode == "fail":
-        raise ValueError("<b>broken</b>\\nsecond line")
-    if p.mode == "die":
-        os.write(2, b"noise\\nno room for the tensor\\n")
-        os._exit(9)
-    return Results(pd.DataFrame({"n": [p.n], "total": [sum(p.sizes)]}))
-''',
-    "values": '''
-from analysis.runs.folders import Value
-
-def values(found, p):
-    return {"total": Value(int(found.counts["total"].iloc[0]))}
-''',
-    "tables": 'TABLES = {"counts": "What was <counted>."}',
-    "figures": '''
-from analysis.plots import new_figure
-from analysis.studies.drawing import Drawing
-
-FIGURES = (Drawing("line", lambda counts: new_figure()[0], ("counts",), "A line",
-                   caption="It is flat.", alt="Flat."),)
-''',
-}
-CELLS = (
-    'n = 3\nsizes = [1, 2]\nmode = "ok"\nrun_dir = ""',
-    "from pathlib import Path\n"
-    "from analysis.studies import Study\n"
-    "from analysis.studies.session import measure, save\n"
-    'study = Study("tiny", "Tiny", "Is it?", Path("tiny.ipynb"), "tiny_study")\n'
-    "run = measure(study, globals())",
-    "from analysis.studies import STUDIES\n"
-    "from analysis.studies.session import show\n"
-    "STUDIES[study.name] = study\n"
-    'show(run, "line", "counts")',
-    'if mode != "forgetful":\n    save(run)',
-)
-
-
-class Events:
-    """A Progress that remembers."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[str, ...]] = []
-
-    def started(self, run, position, total):
-        self.seen.append(("started", run, f"{position}/{total}"))
-
-    def line(self, run, text):
-        self.seen.append(("line", run, text))
-
-    def finished(self, run, status, note):
-        self.seen.append(("finished", run, status, note))
-
-    def close(self):
-        self.seen.append(("closed",))
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("study")
-    (folder / "tiny_study").mkdir()
-    for name, source in PACKAGE.items():
-        (folder / "tiny_study" / f"{name}.py").write_text(source)
-    cells = [{"cell_type": "code", "id": f"c{i}", "source": source, "outputs": [],
-              "execution_count": None, "metadata": {"tags": ["parameters"]} if i == 0 else {}}
-             for i, source in enumerate(CELLS)]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    (folder / "tiny.ipynb").write_text(json.dumps({
-        "cells": cells, "nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": kernel}}))
-    patch = pytest.MonkeyPatch()
-    patch.syspath_prepend(str(folder))
-    patch.setenv("PYTHONPATH", str(folder))
-    yield {"tiny": Study("tiny", "Tiny", "Is it?", folder / "tiny.ipynb", "tiny_study", folder)}
-    patch.undo()
-
+ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="module")
 def swept(registry, tmp_path_factory):
