@@ -65,8 +65,8 @@ def others(hint: Any, value: Any) -> Iterator[Any]:
         yield not value
     elif isinstance(value, list):
         yield from (value[:1], value[-1:], [])
-        yield from ([value[0], other] for other in others(typing.get_args(hint)[0], value[-1])
-                    if value and other not in value)
+        yield from ([value[0], other] for last in value[-1:]
+                    for other in others(typing.get_args(hint)[0], last) if other not in value)
     elif isinstance(value, int):
         yield from (1, value + 1, 3 * value)
     elif isinstance(value, float):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -24,6 +25,7 @@ def registry(tmp_path_factory):
         "cells": cells, "nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": kernel}}))
     patch = pytest.MonkeyPatch()
     patch.syspath_prepend(str(folder))
-    patch.setenv("PYTHONPATH", str(folder))
+    patch.setenv("PYTHONPATH", os.pathsep.join(
+        filter(None, (str(folder), os.environ.get("PYTHONPATH")))))
     yield {"tiny": Study("tiny", "Tiny", "Is it?", folder / "tiny.ipynb", "tiny_study", folder)}
     patch.undo()
