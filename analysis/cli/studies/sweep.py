@@ -6,7 +6,7 @@
     mambabyte sweep ablation throughput --profile full
     mambabyte sweep overflow -f grid.toml
     mambabyte sweep ablation throughput --profile full --executor dask --address tcp://head:8786
-    mambabyte sweep throughput --profile full --executor slurm --address partition=gpu,gpus_per_node=1
+    mambabyte sweep ablation --profile full --executor slurm --address partition=gpu,gpus_per_node=1
 
 Each run is a notebook executed in a fresh process. An interrupted sweep goes on where it was; a
 failed run stays visible, is tried again by the next sweep, and makes the exit status 1.
