@@ -40,6 +40,7 @@ def test_compiler_present_means_available() -> None:
 
 
 @needs_native
+@pytest.mark.long
 def test_several_processes_compile_at_once(tmp_path: Path) -> None:
     started = [probe(XDG_CACHE_HOME=str(tmp_path)) for _ in range(2)]
     assert [p.communicate()[0].split()[0] for p in started] == ["True"] * 2
@@ -108,7 +109,8 @@ int main(void) {
 
 
 @needs_native
-@pytest.mark.parametrize("checks", ["address,undefined", "thread"])
+@pytest.mark.parametrize(
+    "checks", [pytest.param("address,undefined", marks=pytest.mark.long), "thread"])
 def test_sanitizers(tmp_path: Path, checks: str) -> None:
     """Odd shapes under gcc's or clang's checkers."""
     run_sanitized(tmp_path, SANITIZED, native.SOURCE.parent, checks, "-DSMALL_WORK=1")

@@ -39,7 +39,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", ONE_DAILY)
 @pytest.mark.parametrize("dtype", list(cuda_conv.ELEMENTS))
 def test_convolution_and_step_compile(arch: str, dtype: torch.dtype) -> None:
     for program in (cuda_conv.program(dtype, 4), cuda_step.program(dtype), cuda_gates.program()):
@@ -141,6 +141,7 @@ def scan_kernels(monkeypatch: pytest.MonkeyPatch, hopper: bool) -> set[str]:
 
 
 @needs_nvrtc
+@pytest.mark.long  # 14 s; the daily suite runs these kernels emulated
 @pytest.mark.parametrize("arch", ONE_DAILY)
 def test_the_scan_compiles(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     names = scan_kernels(monkeypatch, hopper=arch != "sm_80")

@@ -305,7 +305,8 @@ DRAWINGS = """(() => {
 })()"""
 
 
-@pytest.mark.parametrize(("width", "theme"), [(360, "dark"), (768, "light"), (1280, "light")])
+@pytest.mark.parametrize(("width", "theme"), [
+    (360, "dark"), *(pytest.param(width, "light", marks=pytest.mark.long) for width in (768, 1280))])
 def test_the_projects_own_pages_fit_and_run_clean(browser, real, width, theme):
     for page in own_pages(real):
         browser.open(page, width, theme)

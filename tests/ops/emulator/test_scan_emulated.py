@@ -72,6 +72,7 @@ def test_parity(
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 
+@pytest.mark.long
 def test_parity_of_the_other_family(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     card(monkeypatch, 8)
     inputs = make_inputs(1, 70, 5, 3, dtype=torch.float32)
@@ -156,6 +157,7 @@ def test_parity_with_hand_overs_in_pieces(
     assert carries == [5 * 2 * 2, 5 * 4]
 
 
+@pytest.mark.long
 def test_short_sequences_are_walked_as_one(
     emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,6 +141,7 @@ def test_libraries_are_counted_on_cuda_alone() -> None:
     assert budget(config, 2, 64, "fp32", "cpu").libraries == 0
 
 
+@pytest.mark.long
 def test_the_full_profile_measures_where_a_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert PROFILES["full"].cuda == "auto"
     assert set(PROFILES) == {"quick", "full"}
