@@ -306,7 +306,8 @@ DRAWINGS = """(() => {
 
 
 @pytest.mark.parametrize(("width", "theme"), [
-    (360, "dark"), *(pytest.param(width, "light", marks=pytest.mark.long) for width in (768, 1280))])
+    (360, "dark"), pytest.param(768, "light", marks=pytest.mark.long),
+    pytest.param(1280, "light", marks=pytest.mark.long)])
 def test_the_projects_own_pages_fit_and_run_clean(browser, real, width, theme):
     for page in own_pages(real):
         browser.open(page, width, theme)
