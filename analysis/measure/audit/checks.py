@@ -22,7 +22,10 @@ from analysis.measure.audit.targets import Target
 # for products in it; what is wrong is wrong by far more.
 BOUNDS = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 LARGEST = 10.0  # how far above the bound a single element may be
-TINY = 1e-10  # where all that is expected is smaller, errors count from here
+TINY = 1e-8  # where all that is expected is smaller, errors count from here
+# Of a gradient the same: this share of the largest one through the same output. One that is exactly
+# 0 is a difference of terms that are not.
+SHARE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -36,17 +39,20 @@ class Measured:
     minor: bool = False  # worth a note, and no fault
 
 
-def distance(found: Tensor | None, expected: Tensor | None) -> float:
-    """How far ``found`` is from ``expected``; inf where it is missing, of another shape or nan."""
+def distance(found: Tensor | None, expected: Tensor | None, least: float = TINY) -> float:
+    """How far ``found`` is from ``expected``; inf where it is missing, of another shape or nan.
+
+    ``least`` is the scale that errors are relative to where what is expected is smaller.
+    """
     if expected is None:
         return 0.0
     if found is None:
-        return math.inf if bool(expected.abs().max() > TINY) else 0.0
+        return math.inf if bool(expected.abs().max() > least) else 0.0
     if found.shape != expected.shape:
         return math.inf
     difference = (found.detach().double() - expected.detach().double()).abs()
     expected = expected.detach().double()
-    scale = expected.square().mean().sqrt().clamp_min(TINY)
+    scale = expected.square().mean().sqrt().clamp_min(least)
     worst = (difference / (expected.abs() + scale)).max() / LARGEST
     error = float(torch.maximum(difference.square().mean().sqrt() / scale, worst))
     return error if math.isfinite(error) else math.inf
@@ -98,9 +104,12 @@ def compare(
         if grads is None:
             yield Measured(f"gradients through the {name}", math.inf, bound, "none flow")
             continue
+        least = SHARE * max(float(g.square().mean().sqrt()) for g in wanted_grads.values()
+                            if g is not None)
         for leaf, grad in wanted_grads.items():
-            yield Measured(f"gradient of {leaf}, through the {name}", distance(grads[leaf], grad),
-                           bound, "" if grads[leaf] is not None else "it is None")
+            yield Measured(f"gradient of {leaf}, through the {name}",
+                           distance(grads[leaf], grad, max(TINY, least)), bound,
+                           "" if grads[leaf] is not None else "it is None")
 
 
 def _everything(target: Target, x: Inputs, documents: tuple[int, ...] = ()) -> dict[str, Tensor]:

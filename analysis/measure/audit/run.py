@@ -94,6 +94,8 @@ def audit(
     takes no input at all.
     """
     start = time.monotonic()
+    for old in folder.glob("fault-??.safetensors") if folder is not None else ():
+        old.unlink()
     found = Audit(target.name, target.kind.name, device, {"torch": torch.__version__},
                   sorted(target.adapter.lacks))
     todo = [(dtype, case, checks) for dtype in dtypes
