@@ -1,9 +1,14 @@
-"""Scoring: bits per byte and greedy next-character accuracy, in parallel or byte by byte."""
+"""Scoring: bits per byte and greedy next-character accuracy, in parallel or byte by byte.
+
+What is scored is a text or a sequence of documents of any lengths, each from its first byte on as
+if it were alone. They are read one behind another, without anything to fill up rows, where the
+model is a ByteLM, and one by one where it is another.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +18,7 @@ import torch
 from mambabyte.corpus.files import present
 from mambabyte.corpus.utf8 import START_BYTE, as_bytes, first_characters
 from mambabyte.errors import NonFiniteError, UserError
+from mambabyte.model import ByteLM
 from mambabyte.stream import ByteModel, ByteStream, CharModel, PrefixCache
 from mambabyte.stream.generation import begin
 from mambabyte.stream.greedy import Windows, greedy_codes
@@ -55,40 +61,62 @@ class Score:
         return record
 
 
+Text = bytes | np.ndarray
+
+
+def _documents(data: Text | Sequence[Text]) -> list[bytes]:
+    """The documents that have bytes; UserError where none has."""
+    given = [data] if isinstance(data, bytes | np.ndarray) else data
+    found = [text for text in (bytes(present(each)) for each in given) if text]
+    if not found:
+        raise UserError("there is nothing to score: the text is empty")
+    return found
+
+
 @torch.inference_mode()
 def byte_log_probs(
-    model: ByteModel, data: bytes, window: int = 8192,
+    model: ByteModel, data: Text | Sequence[Text], window: int = 8192,
     report: Callable[[float], None] = lambda done: None,
 ) -> torch.Tensor:
     """Log-probabilities (L, V) of every byte given all before it, from START_BYTE on.
 
     Runs in windows of ``window`` bytes with the state carried from one to the next, so the
-    result is what streaming gives, up to rounding.
+    result is what streaming gives, up to rounding. Of several documents, those of each in turn,
+    given all before it in its own; L is their sum.
     """
-    was_training = model.training
+    was_training, device, documents = model.training, place_of(model), _documents(data)
     model.eval()
-    device = place_of(model)
-    inputs = torch.tensor([START_BYTE, *data[:-1]], device=device)[None]
-    state, parts = None, []
-    for start in range(0, inputs.shape[1], window):
-        logits, state = model(inputs[:, start : start + window], state)
-        parts.append(torch.log_softmax(logits[0].float(), -1).cpu())
-        report(min(1.0, (start + window) / inputs.shape[1]))
+    size, done, parts = sum(map(len, documents)), 0, []
+    packs = isinstance(model, ByteLM) and model.sequence_group is None
+    for group in [documents] if packs else [[one] for one in documents]:
+        inputs = np.concatenate([
+            np.frombuffer(bytes([START_BYTE]) + one[:-1], np.uint8) for one in group])
+        begins = np.zeros(len(inputs), dtype=bool)
+        begins[np.cumsum([len(one) for one in group[:-1]], dtype=np.int64)] = True
+        state = None
+        for start in range(0, len(inputs), window):
+            here = slice(start, start + window)
+            tokens = torch.from_numpy(inputs[here]).to(device).long()[None]
+            starts = {}
+            if begins[here].any():
+                starts = {"document_starts": torch.from_numpy(begins[here]).to(device)[None]}
+            logits, state = model(tokens, state, **starts)
+            parts.append(torch.log_softmax(logits[0].float(), -1).cpu())
+            done += tokens.shape[1]
+            report(done / size)
     model.train(was_training)
     return torch.cat(parts)
 
 
 def bits_per_byte(
-    model: ByteModel, data: bytes | np.ndarray, window: int = 8192,
+    model: ByteModel, data: Text | Sequence[Text], window: int = 8192,
     report: Callable[[float], None] = lambda done: None,
 ) -> float:
-    """Mean -log2 p over the bytes of ``data``, each given all before it."""
-    data = bytes(present(data))
-    if not data:
-        raise UserError("there is nothing to score: the text is empty")
-    log_probs = byte_log_probs(model, data, window, report)
-    picked = log_probs[torch.arange(len(data)), torch.tensor(list(data))]
-    return _bits(float(-picked.double().sum()), len(data))
+    """Mean -log2 p over the bytes of ``data``, each given all before it in its document."""
+    raw = b"".join(documents := _documents(data))
+    log_probs = byte_log_probs(model, documents, window, report)
+    picked = log_probs[torch.arange(len(raw)), torch.tensor(list(raw))]
+    return _bits(float(-picked.double().sum()), len(raw))
 
 
 def _bits(nats: float, size: int) -> float:
@@ -122,21 +150,57 @@ def _before(model: ByteModel, context: bytes, cache: PrefixCache | None) -> tupl
     return stream.kept.state, context[-1]
 
 
-@torch.inference_mode()
+def _each(
+    run: Callable[[bytes, int, Callable[[float], None]], Score], data: Text | Sequence[Text],
+    characters: int, report: Callable[[float], None],
+) -> Score:
+    """The score of the first ``characters`` characters of all documents, by ``run(document,
+    characters, report)`` of each."""
+    documents = _documents(data)
+    size, before, left = sum(map(len, documents)), 0, characters
+    scores: list[Score] = []
+    for document in documents:
+        if left <= 0 and scores:
+            break
+
+        def told(done: float, before: int = before, own: int = len(document)) -> None:
+            report((before + own * done) / size)
+
+        scores.append(run(document, left, told))
+        before, left = before + len(document), left - scores[-1].characters
+    if len(scores) == 1:
+        return scores[0]
+    total = sum(s.bytes for s in scores)
+    hits = np.concatenate([s.hits for s in scores])
+    return Score(sum(s.bits_per_byte * s.bytes for s in scores) / total, float(hits.mean()),
+                 len(hits), total, sum(s.bytes_not_utf8 for s in scores), hits)
+
+
 def score(
-    model: ByteModel, data: bytes | np.ndarray, characters: int = TASK_CHARACTERS,
+    model: ByteModel, data: Text | Sequence[Text], characters: int = TASK_CHARACTERS,
     window: int | None = None, report: Callable[[float], None] = lambda done: None, *,
     context: bytes = b"", cache: PrefixCache | None = None,
 ) -> Score:
-    """Score the first ``characters`` characters in parallel windows of ``window`` bytes.
+    """Score the first ``characters`` characters in parallel windows of ``window`` bytes; of several
+    documents one by one.
 
-    ``context`` comes before and is not scored; what ``cache`` has of it is not read again.
+    ``context`` comes before each and is not scored; what ``cache`` has of it is not read again.
 
     The result is what streaming gives, up to ties within rounding: see ``greedy`` for the places
     where a longer character is in question. Smaller windows mean more calls of the model, larger
     ones more bytes that such places run again; the default suits the device.
     """
-    text = first_characters(bytes(present(data)), characters)
+    return _each(
+        lambda one, count, told: _score_windows(model, one, count, window, told, context, cache),
+        data, characters, report)
+
+
+@torch.inference_mode()
+def _score_windows(
+    model: ByteModel, data: bytes, characters: int, window: int | None,
+    report: Callable[[float], None], context: bytes, cache: PrefixCache | None,
+) -> Score:
+    text = first_characters(data, characters)
     raw = np.frombuffer(as_bytes(text), np.uint8)
     if not len(raw):
         raise UserError("there is nothing to score: the text is empty")
@@ -174,7 +238,7 @@ def score(
 
 
 def score_streaming(
-    model: CharModel, data: bytes | np.ndarray, characters: int = TASK_CHARACTERS,
+    model: CharModel, data: Text | Sequence[Text], characters: int = TASK_CHARACTERS,
     report: Callable[[float], None] = lambda done: None, *, context: bytes = b"",
     cache: PrefixCache | None = None,
 ) -> Score:
@@ -183,9 +247,19 @@ def score_streaming(
 
     Bits per byte here come from the stream's own byte probabilities. Where the device takes many
     bytes a launch, each step after the other, predictions are read off the probabilities before
-    each byte, and ``model`` is asked where a longer character is in question.
+    each byte, and ``model`` is asked where a longer character is in question. Of several documents
+    each is streamed by itself.
     """
-    text = first_characters(bytes(present(data)), characters)
+    return _each(
+        lambda one, count, told: _score_stream(model, one, count, told, context, cache),
+        data, characters, report)
+
+
+def _score_stream(
+    model: CharModel, data: bytes, characters: int, report: Callable[[float], None],
+    context: bytes, cache: PrefixCache | None,
+) -> Score:
+    text = first_characters(data, characters)
     if not text:
         raise UserError("there is nothing to score: the text is empty")
     stream, _ = begin(model.model, context, cache)

@@ -2,7 +2,8 @@
 
 A corpus is named by ``stdlib`` (offline default), ``wikitext103``, a folder that holds
 ``wiki.{train,valid,test}.raw``, or any text file or folder of text files, packed by gzip or not
-(one text, cut 90 / 5 / 5 in order). Held-out bytes are never sampled for training: splits are
+(cut 90 / 5 / 5 in order), where each file of a folder, and each record of a JSON Lines file, is a
+document by itself. Held-out bytes are never sampled for training: splits are
 disjoint files or disjoint ranges of one. What is kept in the cache is checked by its digest when
 opened.
 """
@@ -11,10 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,15 @@ import torch
 from torch import Tensor
 
 from mambabyte.config.files import cache_dir, whole_dir, whole_file, write_json
-from mambabyte.corpus.files import mapped, open_text, open_texts, present, unchanged
+from mambabyte.corpus.files import (
+    has_records,
+    mapped,
+    open_records,
+    open_text,
+    open_texts,
+    present,
+    unchanged,
+)
 from mambabyte.corpus.utf8 import next_begin
 from mambabyte.errors import UserError
 
@@ -41,11 +51,19 @@ class Corpus:
     valid: np.ndarray
     test: np.ndarray
     source: str = ""  # what ``load_corpus`` opens it by, from any folder; "" for one made otherwise
+    # By split, the places (n,) at which documents begin, ascending; a split without is one text.
+    begins: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def split(self, name: str) -> np.ndarray:
         if name not in SPLITS:
             raise UserError(f"split {name!r} is unknown: choose one of {', '.join(SPLITS)}")
         return getattr(self, name)
+
+    def documents(self, name: str, most: int | None = None) -> list[np.ndarray]:
+        """The documents of the first ``most`` bytes of a split, by default of all, in order."""
+        data = self.split(name)[:most]
+        inner = [at for at in self.begins.get(name, ()) if 0 < at < len(data)]
+        return [data[begin:end] for begin, end in itertools.pairwise([0, *inner, len(data)])]
 
     def digest(self) -> dict[str, str]:
         """SHA-256 of each split, recorded with every run."""
@@ -68,7 +86,11 @@ def load_corpus(name: str = "stdlib", report: Callable[[str], None] = lambda lin
     if path.is_dir():
         if any((path / f"wiki.{split}.raw").exists() for split in SPLITS):
             return _open_folder(path, path.name, "wiki.{train,valid,test}.raw in a folder")
-        return _cut(open_texts(path), path, "the text files of a folder")
+        data, begins = open_texts(path)
+        return _cut(data, path, "the text files of a folder", begins)
+    if path.is_file() and has_records(path):
+        data, begins = open_records(path)
+        return _cut(data, path, "the records of one file", begins)
     if path.is_file():
         data, what = open_text(path)
         return _cut(data, path, f"one file, {what}" if what else "one text file")
@@ -97,9 +119,19 @@ def sample_starts(length: int, context: int, batch: int, seed: int, step: int) -
     return np.random.default_rng([seed, step]).integers(0, length - context, size=batch)
 
 
+def documents_in(begins: np.ndarray, starts: np.ndarray, context: int) -> np.ndarray:
+    """Where documents that begin at ``begins`` (n,), ascending, do so in the windows of
+    ``sample_windows`` at ``starts`` (batch,): (batch, context + 1) bool."""
+    found = np.zeros((len(starts), context + 1), dtype=bool)
+    edges = np.searchsorted(begins, np.stack([starts, starts + context + 1]))
+    for row, (start, first, last) in enumerate(zip(starts, *edges, strict=True)):
+        found[row, begins[first:last] - start] = True
+    return found
+
+
 def _open_own(folder: Path, name: str, about: str) -> Corpus:
-    return Corpus(name, about, **{split: mapped(folder / f"wiki.{split}.raw") for split in SPLITS},
-                  source=name)
+    train, valid, test = (mapped(folder / f"wiki.{split}.raw") for split in SPLITS)
+    return Corpus(name, about, train, valid, test, source=name)
 
 
 def _open_folder(folder: Path, name: str, about: str) -> Corpus:
@@ -110,15 +142,23 @@ def _open_folder(folder: Path, name: str, about: str) -> Corpus:
                         "wiki.train.raw, wiki.valid.raw and wiki.test.raw holds all three")
     opened = {split: open_text(path) for split, path in paths.items()}
     odd = (f"{split} is {what}" for split, (_, what) in opened.items() if what)
-    return Corpus(name, "; ".join([about, *odd]), **{s: data for s, (data, _) in opened.items()},
-                  source=str(folder.absolute()))
+    train, valid, test = (opened[split][0] for split in SPLITS)
+    return Corpus(name, "; ".join([about, *odd]), train, valid, test, str(folder.absolute()))
 
 
-def _cut(data: np.ndarray, path: Path, about: str) -> Corpus:
-    """A corpus from one text: 90 % to train on, 5 % to choose by, 5 % to test, in order."""
+def _cut(
+    data: np.ndarray, path: Path, about: str, begins: np.ndarray | None = None
+) -> Corpus:
+    """A corpus from one text: 90 % to train on, 5 % to choose by, 5 % to test, in order. Of several
+    documents, ``begins`` is where they begin; a cut within one leaves a part on each side."""
     valid, test = (next_begin(data, int(len(data) * share)) for share in (0.90, 0.95))
+    parts, found = ((0, valid), (valid, test), (test, len(data))), {}
+    if begins is not None and len(begins) > 1:
+        about += f", {len(begins)} documents"
+        found = {name: begins[(first <= begins) & (begins < last)] - first
+                 for name, (first, last) in zip(SPLITS, parts, strict=True)}
     return Corpus(path.name, f"{about}, cut 90/5/5", data[:valid], data[valid:test], data[test:],
-                  str(path.absolute()))
+                  str(path.absolute()), found)
 
 
 def _stdlib_documents() -> list[tuple[str, str]]:

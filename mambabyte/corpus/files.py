@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 import gzip
 import hashlib
+import itertools
+import json
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,7 +59,7 @@ def open_text(path: Path) -> tuple[np.ndarray, str]:
     """A file as it is, and what it is where it is no UTF-8 text; "" where it is. gzip is unpacked
     into the cache. A warning says what the bytes of a file in another encoding are taken for."""
     packed = path.is_file() and _begins(path, _GZIP)
-    data = mapped(joined([path], path) if packed else path, source=path)
+    data = mapped(joined([path], path)[0] if packed else path, source=path)
     what = not_utf8(data)
     if what:
         warnings.warn(f"{path} is {what}: it is read as the bytes that it has; convert text to "
@@ -65,8 +67,10 @@ def open_text(path: Path) -> tuple[np.ndarray, str]:
     return data, what
 
 
-def open_texts(folder: Path) -> np.ndarray:
-    """All text files under a folder, sorted by path, as one text; files of gzip are unpacked.
+def open_texts(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """All text files under a folder, sorted by path, one behind another, and the places (n,) at
+    which documents begin: each file is one, of a file of records (:func:`has_records`) each record.
+    Files of gzip are unpacked.
 
     Hidden files are not looked at. A warning says which others are no UTF-8 text and were left
     out. Raises UserError where no file is left.
@@ -84,23 +88,63 @@ def open_texts(folder: Path) -> np.ndarray:
         warnings.warn(f"{folder}: {len(other)} of {len(files)} files are no UTF-8 text and were "
                       f"left out ({', '.join(other[:3])}{', ...' if len(other) > 3 else ''})",
                       UserWarning, stacklevel=4)
-    return mapped(joined(texts, folder), source=folder)
+    path, begins = joined(texts, folder)
+    return mapped(path, source=folder), begins
 
 
-def joined(files: Sequence[Path], source: Path) -> Path:
-    """Files one after another, unpacked, in the cache under the name of their ``source``; each
-    begins a line. Written anew whenever it is opened: what is in the cache is never trusted."""
+def has_records(path: Path) -> bool:
+    """Whether a file is one of records, JSON Lines by its name, packed by gzip or not."""
+    return path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
+
+
+def open_records(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The texts of a file of records one behind another, and the places (n,) at which they begin.
+    UserError for a line that is no record with a text."""
+    whole, begins = joined([path], path)
+    return mapped(whole, source=path), begins
+
+
+def _documents(path: Path) -> Iterator[Iterator[bytes]]:
+    """The documents of a file, each in pieces."""
+    if not has_records(path):
+        yield _blocks(path)
+        return
+    with gzip.open(path) if _begins(path, _GZIP) else path.open("rb") as file:
+        for number, line in enumerate(cast(IO[bytes], file), start=1):
+            if line.strip():
+                yield iter([_text_of(line, f"line {number} of {path}")])
+
+
+def _text_of(line: bytes, where: str) -> bytes:
+    try:
+        record = json.loads(line)
+        text = record.get("text") if isinstance(record, dict) else None
+        if isinstance(text, str):
+            return text.encode("utf-8")
+    except ValueError as error:
+        raise UserError(f"{where} is no JSON ({error}): expected one record a line, "
+                        '{"text": "..."}') from None
+    raise UserError(f'{where} has no text: expected one record a line, {{"text": "..."}}')
+
+
+def joined(files: Sequence[Path], source: Path) -> tuple[Path, np.ndarray]:
+    """Files one after another, unpacked, in the cache under the name of their ``source``, and where
+    each document of them begins: a line. Written anew whenever it is opened: what is in the cache
+    is never trusted."""
     key = hashlib.sha256(str(source.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     path = cache_dir() / "corpora" / f"joined-{key}.raw"
     with whole_file(path) as temporary, temporary.open("wb") as out:
-        last = b"\n"
-        for file in files:
+        last, begins = b"\n", []
+        for document in itertools.chain.from_iterable(map(_documents, files)):
             if last != b"\n":
                 out.write(b"\n")
-            for block in _blocks(file):
+            begins.append(out.tell())
+            for block in document:
                 out.write(block)
-                last = block[-1:]
-    return path
+                last = block[-1:] or last
+        size = out.tell()
+    found = np.unique(np.array(begins, dtype=np.int64))  # (an empty one is none)
+    return path, found[found < size]
 
 
 def not_utf8(data: np.ndarray | bytes, whole: bool = True) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from mambabyte.config import ModelConfig
 from mambabyte.config.mixers import AttentionSpec, LocalAttentionSpec, Shape
-from mambabyte.errors import UserError
 from mambabyte.model import sequence
 from mambabyte.model.mixer import (
     FLOAT32,
@@ -26,10 +26,9 @@ from mambabyte.model.mixer import (
     linear,
     register,
 )
-from mambabyte.ops.fused.rotary import rotate, rotate_qkv
-
-MAX_BLOCK = 1024  # queries in one block of a sliding window
-TILE = 128  # queries, and keys, that FlexAttention skips or takes together
+from mambabyte.ops.fused import flex
+from mambabyte.ops.fused.flex import MAX_BLOCK, blocks_of, mean_keys
+from mambabyte.ops.fused.rotary import rotary_table, rotate, rotate_qkv
 
 
 class AttentionState(NamedTuple):
@@ -38,22 +37,21 @@ class AttentionState(NamedTuple):
     k: Tensor  # (B, n_kv_head, S, head_dim), rotated
     v: Tensor  # (B, n_kv_head, S, head_dim)
     position: int  # bytes seen before
+    # (B,) of these keys, how many first ones are of documents before the one that goes on; None:
+    # of no row any.
+    others: Tensor | None = None
+
+    def alone(self) -> AttentionState:
+        """The state of one row without the keys of other documents."""
+        if self.others is None:
+            return self
+        first = int(self.others)
+        return AttentionState(self.k[:, :, first:], self.v[:, :, first:], self.position)
 
 
-def rotary_table(
-    position: int, length: int, half: int, base: float, fraction: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (length, half) of the rotary angles from ``position`` on, in float64."""
-    # float64 for the angles alone: at position 1e6 float32 would be off by 0.06 radians.
-    turning = max(1, round(half * fraction))
-    rate = base ** (-torch.arange(half, device=device, dtype=torch.float64) / turning)
-    rate[turning:] = 0
-    steps = torch.arange(position, position + length, device=device, dtype=torch.float64)
-    angle = torch.outer(steps, rate)
-    return angle.cos(), angle.sin()
-
-
-def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def windowed_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int, ids: Tensor | None = None
+) -> Tensor:
     """Softmax attention in which a query sees itself and the ``window`` - 1 keys before it.
 
     q (B, H, L, d) are the last L positions of k and v (B, G, S, d), S >= L, of one dtype; H is a
@@ -64,50 +62,74 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     it, the queries go in blocks of a window (at most MAX_BLOCK) against the keys of the block and
     of a window before it, all under one mask of that size. What makes a mask of more than
     2 MAX_BLOCK keys, a wider window or a long past of a wide window, warns that it does.
+
+    With ``ids`` (B, S), the number of each key's document, a query sees no other one's: everything
+    is under masks, a row its own.
     """
     length, before = q.shape[2], k.shape[2] - q.shape[2]
     if before >= window:
         k, v = k[:, :, before - window + 1 :], v[:, :, before - window + 1 :]
+        ids = None if ids is None else ids[:, before - window + 1 :]
         before = window - 1
-    if length == 1:
+
+    def causal(end: int) -> Tensor:  # the first queries, where no key lies before
+        mask = None if ids is None else _visible(end, 0, window, q.device, ids[:, :end])
+        return _sdpa(q[:, :, :end], k[:, :, :end], v[:, :, :end], mask, causal=ids is None)
+
+    if length == 1 and ids is None:
         return _sdpa(q, k, v)  # its window is all there is
     if before == 0 and length <= window:
-        return _sdpa(q, k, v, causal=True)
+        return causal(length)
     block = min(window, MAX_BLOCK)
     done, parts = 0, []
     if before == 0:
         done = window
-        parts.append(_sdpa(q[:, :, :done], k[:, :, :done], v[:, :, :done], causal=True))
+        parts.append(causal(done))
     while done < length and before + done < window:  # until a window of keys lies before
         end = min(length, done + block)
         keys = slice(0, before + end)
-        mask = _visible(end - done, before + done, window, q.device)
+        mask = _visible(end - done, before + done, window, q.device,
+                        None if ids is None else ids[:, keys])
         parts.append(_sdpa(q[:, :, done:end], k[:, :, keys], v[:, :, keys], mask))
         done = end
     if done < length:
         start = before + done - window
         mask = _visible(block, window, window, q.device)
-        parts.append(_blocks(q[:, :, done:], k[:, :, start:], v[:, :, start:], mask))
+        parts.append(_blocks(q[:, :, done:], k[:, :, start:], v[:, :, start:], mask,
+                             None if ids is None else ids[:, start:]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def _blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def _blocks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, ids: Tensor | None = None
+) -> Tensor:
     """Blocks of queries q (B, H, L, d), each against its own stretch of k and v (B, G, W + L, d),
-    as rows of one batch under ``mask`` (block, W + block)."""
+    as rows of one batch under ``mask`` (block, W + block), within documents ``ids`` (B, W + L)."""
     block, reach = mask.shape
     batch, _, length, _ = q.shape
     count = -(-length // block)
     spare = count * block - length  # queries that are not there, at the end
     q, k, v = (F.pad(x, (0, 0, 0, spare)) if spare else x for x in (q, k, v))
+    if ids is not None:  # what fills up is a document too: no query is without a key
+        ids = F.pad(ids, (0, spare), value=-2).unfold(1, reach, block).flatten(0, 1)
+        mask = mask & _of_one_document(ids, block)
     q = q.unflatten(2, (count, block)).transpose(1, 2).flatten(0, 1)  # (B n, H, block, d)
     k, v = (x.unfold(2, reach, block).permute(0, 2, 1, 4, 3).flatten(0, 1) for x in (k, v))
     y = _sdpa(q, k, v, mask).unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)
     return y[:, :, :length]
 
 
-def _visible(queries: int, past: int, window: int, device: torch.device) -> Tensor:
+def _of_one_document(ids: Tensor, queries: int) -> Tensor:
+    """Whether the last ``queries`` of ids (B, S) equal each: (B, 1, queries, S) bool."""
+    return (ids[:, -queries:, None] == ids[:, None, :])[:, None]
+
+
+def _visible(
+    queries: int, past: int, window: int, device: torch.device, ids: Tensor | None = None
+) -> Tensor:
     """Whether each query sees each key, ``past`` of which come before the queries: (queries,
-    past + queries) bool."""
+    past + queries) bool; with ``ids`` (B, past + queries) a row, (B, 1, queries, past + queries).
+    """
     keys = past + queries
     if keys > 2 * MAX_BLOCK and not torch.compiler.is_compiling():
         warnings.warn(
@@ -115,7 +137,8 @@ def _visible(queries: int, past: int, window: int, device: torch.device) -> Tens
             f"most {MAX_BLOCK}, or a whole text within the window in one call, needs none so wide",
             RuntimeWarning, stacklevel=2)
     age = past + torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)
-    return (age >= 0) & (age < window)
+    near = (age >= 0) & (age < window)
+    return near if ids is None else near & _of_one_document(ids, queries)
 
 
 def _sdpa(
@@ -123,67 +146,6 @@ def _sdpa(
 ) -> Tensor:
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def window_tiles(length: int, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of TILE queries by TILE keys each: whether any pair is visible, and whether all are; bool
-    (ceil(length / TILE), the same)."""
-    row = torch.arange(-(-length // TILE), device=device)[:, None]
-    before = TILE * (row - row.T)  # from the first key of a tile to its first query
-    reached = (before >= 0) & (before - (TILE - 1) < window)
-    return reached, (before > 0) & (before + TILE - 1 < window)
-
-
-def flex_window(
-    length: int, window: int, device: torch.device
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """``windowed_attention`` of whole sequences, for a compiler: one kernel that visits only what
-    the window reaches, in tiles of TILE by TILE (FlexAttention, arXiv:2412.05496).
-
-    (q (B, H, length, d), k, v (B, G, length, d)) -> (B, H, length, d). Called without a compiler it
-    computes all scores.
-    """
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention  # loads the compiler
-
-    reached, whole = window_tiles(length, window, device)
-
-    def listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
-        # how many of each row, and which: those come first
-        order = tiles.int().argsort(dim=1, descending=True, stable=True)
-        return tiles.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query - key < window)
-
-    mask = BlockMask.from_kv_blocks(
-        *listed(reached & ~whole), *listed(whole), BLOCK_SIZE=TILE, mask_mod=visible,
-        seq_lengths=(length, length))
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-
-    return attention
-
-
-def blocks_of(length: int, window: int) -> tuple[int, int, int]:
-    """How ``windowed_attention`` cuts a sequence without a past: (bytes of plain causal
-    attention, blocks behind them, queries a block)."""
-    block = min(window, MAX_BLOCK)
-    return min(length, window), max(0, -(-(length - window) // block)), block
-
-
-def mean_keys(length: int, window: int, causal: bool = True) -> float:
-    """Mean number of keys that a query of a sequence of ``length`` sees.
-
-    Query t (from 1) sees min(t, window) keys. ``causal=False`` is the mean that is computed before
-    masking, where no kernel skips what is masked. Raises UserError for one below 1.
-    """
-    if length < 1 or window < 1:
-        raise UserError(f"length {length} and window {window}: both must be at least 1")
-    first, count, block = blocks_of(length, window)
-    if not causal:
-        return (first * first + count * block * (window + block)) / length
-    return (first * (first + 1) / 2 + (length - first) * first) / length
 
 
 @register("A")
@@ -222,7 +184,7 @@ class AttentionMixer(Mixer, AttentionSpec):
         cos, sin = self._table(0, context, device)
         self.rotary = cos.float(), sin.float()
         longer = device.type == "cuda" and context > self.window
-        self.flex = flex_window(context, self.window, device) if longer else None
+        self.flex = flex.flex_window(context, self.window, device) if longer else None
 
     def _table(self, position: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self.rotary is not None and position == 0 and len(self.rotary[0]) == length:
@@ -230,7 +192,9 @@ class AttentionMixer(Mixer, AttentionSpec):
         half = self.head_dim // 2
         return rotary_table(position, length, half, self.rope_base, self.rope_fraction, device)
 
-    def forward(self, x: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState]:
+    def forward(
+        self, x: Tensor, state: AttentionState | None, ages: Tensor | None = None
+    ) -> tuple[Tensor, AttentionState]:
         length = x.shape[1]
         seen = 0 if state is None else state.position
         piece = sequence.current()
@@ -256,15 +220,42 @@ class AttentionMixer(Mixer, AttentionSpec):
         if state is not None:
             k = torch.cat([state.k.to(k.dtype), k], dim=2)
             v = torch.cat([state.v.to(v.dtype), v], dim=2)
-        if self._takes_flex(q, k):
-            y = self.flex(q, k, v)  # type: ignore[misc]
+        others = None if state is None else state.others
+        if ages is not None or others is not None:
+            y, others = self._by_documents(q, k, v, ages, others)
+        elif self.flex is not None and self._takes_flex(q, k):
+            y = self.flex(q, k, v)
         else:
             y = windowed_attention(q, k, v, self.window)
         y = self.out_proj(y.transpose(1, 2).flatten(2))
         # The next byte sees itself and window - 1 keys from before it.
         keep = min(self.window - 1, k.shape[2])
         start = k.shape[2] - keep
-        return y, AttentionState(k[:, :, start:], v[:, :, start:], seen + length)
+        if others is not None:
+            others = (others - start).clamp(min=0)
+        after = AttentionState(k[:, :, start:], v[:, :, start:], seen + length, others)
+        return y, after.alone() if len(x) == 1 and x.device.type == "cpu" else after
+
+    def _by_documents(
+        self, q: Tensor, k: Tensor, v: Tensor, ages: Tensor | None, others: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention within documents, and how many of all keys come before the last one's."""
+        batch, _, length, _ = q.shape
+        if others is None:
+            others = torch.zeros(batch, dtype=torch.int64, device=q.device)
+        starts = (torch.zeros(batch, length, dtype=torch.bool, device=q.device)
+                  if ages is None else ages == 0)
+        if q.is_cuda and self._takes_flex(q, k):
+            y = flex.flex_documents(q, k, v, self.window, starts.cumsum(1))
+        elif q.device.type == "cpu" and not torch.compiler.is_compiling():
+            attend = functools.partial(windowed_attention, window=self.window)
+            y = flex.each_document(attend, q, k, v, starts, others)
+        else:  # masked: nothing should wait to see where documents begin
+            ids = starts.cumsum(1)  # 0 for what goes on
+            passed = torch.arange(k.shape[2] - length, device=q.device) < others[:, None]
+            y = windowed_attention(q, k, v, self.window, torch.cat([-passed.to(ids.dtype), ids], 1))
+        place = torch.arange(k.shape[2] - length, k.shape[2], device=q.device)
+        return y, torch.where(starts, place, 0).amax(1).maximum(others)
 
     def _qkv(self, x: Tensor) -> Tensor:
         """Queries, keys and values side by side, (B, L, d_model + 2 G head_dim): of plain linear
@@ -277,9 +268,8 @@ class AttentionMixer(Mixer, AttentionSpec):
 
     def _takes_flex(self, q: Tensor, k: Tensor) -> bool:
         # Its own compilation would cost seconds where the step is not compiled anyway.
-        return (self.flex is not None and torch.compiler.is_compiling()
-                and q.dtype != torch.float32 and self.rotary is not None
-                and q.shape[2] == k.shape[2] == len(self.rotary[0]))
+        return (torch.compiler.is_compiling() and q.dtype != torch.float32
+                and self.rotary is not None and q.shape[2] == k.shape[2] == len(self.rotary[0]))
 
     def as_configured(self, config: ModelConfig) -> bool:
         return self.window == self.window_of(config)

@@ -76,18 +76,20 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, state: LayerState | None, embedded: Tensor | None = None,
-        skip: Tensor | None = None,
+        skip: Tensor | None = None, ages: Tensor | None = None,
     ) -> tuple[Tensor, LayerState]:
         """x (B, L, d_model) after the mixer's ``state``: the same shape, and its next state.
 
-        ``embedded`` and ``skip``, of x's shape, where the layer reads them."""
+        ``embedded`` and ``skip``, of x's shape, where the layer reads them; ``ages`` as in
+        :meth:`Mixer.forward`."""
         if self.skip_gain is not None:
             assert skip is not None
             x = x + (self.skip_gain * skip).to(x.dtype)
         if self.stream_gain is not None and self.embedded_gain is not None:
             assert embedded is not None
             x = (self.stream_gain * x + self.embedded_gain * embedded).to(x.dtype)
-        y, state = self.mixer(self.norm(x), state)
+        # (A mixer that knows no documents does without where there are none.)
+        y, state = self.mixer(self.norm(x), state, *() if ages is None else (ages,))
         x = x + _scaled(y, self.mixer_gain, x)
         if self.mlp is not None and self.mlp_norm is not None:
             x = x + _scaled(self.mlp(self.mlp_norm(x)), self.mlp_gain, x)

@@ -58,11 +58,14 @@ class DeltaState(NamedTuple):
     memory: Tensor  # (B, H, K, V)
 
 
-def convolved(x: Tensor, weight: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+def convolved(
+    x: Tensor, weight: Tensor, tail: Tensor | None, ages: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """SiLU of the causal convolution of x (B, L, D) with weight (D, K) behind ``tail``, and the
     tail to go on with."""
     return causal_conv(
-        x, weight, None, sequence.tail_before(x, weight.shape[1], tail), silu=True)
+        x, weight, None, sequence.tail_before(x, weight.shape[1], tail), silu=True,
+        document_starts=ages)
 
 
 class HeadNorm(nn.Module):
@@ -119,13 +122,13 @@ class DeltaMixer(Mixer, DeltaSpec):
         raise NotImplementedError(f"{type(self).__name__} has no output gate")
 
     def rule_inputs(
-        self, x: Tensor, state: DeltaState | None
+        self, x: Tensor, state: DeltaState | None, ages: Tensor | None = None
     ) -> tuple[dict[str, Any], tuple[Tensor, Tensor, Tensor]]:
         """What :func:`mambabyte.ops.gated_delta_rule` reads of x (B, L, d_model), by name; and the
         next states of the convolutions."""
         before = (None, None, None) if state is None else state[:3]
         (q, q_tail), (k, k_tail), (v, v_tail) = (
-            convolved(projection(x), conv.weight.squeeze(1), tail)
+            convolved(projection(x), conv.weight.squeeze(1), tail, ages)
             for projection, conv, tail in zip(
                 (self.q_proj, self.k_proj, self.v_proj),
                 (self.q_conv1d, self.k_conv1d, self.v_conv1d), before, strict=True))
@@ -138,8 +141,10 @@ class DeltaMixer(Mixer, DeltaSpec):
                   "beta": torch.sigmoid(widened(self.b_proj(x)))}
         return inputs, (q_tail, k_tail, v_tail)
 
-    def forward(self, x: Tensor, state: DeltaState | None) -> tuple[Tensor, DeltaState]:
-        inputs, tails = self.rule_inputs(x, state)
+    def forward(
+        self, x: Tensor, state: DeltaState | None, ages: Tensor | None = None
+    ) -> tuple[Tensor, DeltaState]:
+        inputs, tails = self.rule_inputs(x, state, ages)
         memory = None if state is None else state.memory
         piece = sequence.current()
         if piece is not None:
@@ -150,7 +155,7 @@ class DeltaMixer(Mixer, DeltaSpec):
             _, decay = gated_delta_rule(
                 **inputs | {"v": nothing}, initial_state=one.repeat(*end.shape[:2], 1, 1))
             memory = piece.arriving(decay, end, memory, matrices=True)
-        o, memory = gated_delta_rule(**inputs, initial_state=memory)
+        o, memory = gated_delta_rule(**inputs, initial_state=memory, document_starts=ages)
         y = self.o_norm(o).flatten(2) * self.output_gate(x)  # (B, L, H V)
         return self.o_proj(y), DeltaState(*tails, memory)
 

@@ -22,7 +22,7 @@ def record_exponents(model: nn.Module, chunk: int = 32) -> Iterator[dict[int, fl
     seen: dict[int, float] = {}
 
     def hook(index: int, mixer: Mixer, args: tuple[Any, ...]) -> None:
-        x, state = args
+        x, state = args[:2]
         value = mixer.exponent(x, state, chunk)
         if value is not None:
             seen[index] = max(value, seen.get(index, 0.0))

@@ -37,7 +37,7 @@ class Stream(NamedTuple):
 
 def fused_layer(
     layer: nn.Module, x: Tensor | Stream, embedded: Tensor | None = None,
-    skip: Tensor | Stream | None = None,
+    skip: Tensor | Stream | None = None, ages: Tensor | None = None,
 ) -> Stream:
     """What ``without_state`` does. A layer with a norm of another class, as an adapter makes it, is
     called as it is."""
@@ -45,13 +45,13 @@ def fused_layer(
     skipped = skip.summed() if isinstance(skip, Stream) else skip
     if not isinstance(layer, Block) or not is_plain(layer, Block) or not _known(
             layer.norm, layer.mlp_norm):
-        return Stream(without_state(layer, stream.summed(), embedded, skipped))
+        return Stream(without_state(layer, stream.summed(), embedded, skipped, ages))
     if layer.stream_gain is None:
         embedded = None
     total, read = _mixed(
         Streams(stream.x, stream.y, skipped if layer.skip_gain is not None else None, embedded,
                 layer.stream_gain, stream.gain, layer.skip_gain, layer.embedded_gain), layer.norm)
-    y, _ = layer.mixer(read, None)
+    y, _ = layer.mixer(read, None, *() if ages is None else (ages,))
     if layer.mlp is None or layer.mlp_norm is None:
         return Stream(total, y, layer.mixer_gain)
     total, read = _mixed(Streams(total, y, y_gain=layer.mixer_gain), layer.mlp_norm)
@@ -60,17 +60,17 @@ def fused_layer(
 
 def fused_head_loss(
     model: ByteLM, x: Tensor | Stream, targets: Tensor, gate: nn.Module | None = None,
-    offset: Tensor | None = None,
+    offset: Tensor | None = None, predictions: Tensor | None = None,
 ) -> Tensor:
     """What ``head_loss`` does, without logits in float32."""
     stream = x if isinstance(x, Stream) else Stream(x)
     if not _known(model.norm_f):
-        return head_loss(model, stream.summed(), targets, gate, offset)
+        return head_loss(model, stream.summed(), targets, gate, offset, predictions)
     hidden = _mixed(Streams(stream.x, stream.y, y_gain=stream.gain), model.norm_f)[1]
     return cross_entropy(
         model.uncapped(hidden).flatten(0, 1), targets.flatten(), model.config.logit_softcap,
         None if gate is None else gate(hidden).flatten(0, 1),
-        None if offset is None else offset.flatten(0, 1))
+        None if offset is None else offset.flatten(0, 1), predictions)
 
 
 class _Loss(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,8 @@ from mambabyte.model import sequence
 from mambabyte.model.block import Block, RMSNorm, make_norm
 from mambabyte.model.mixer import LayerState, Mixer, linear, mixer_of
 from mambabyte.model.pretrained import Layout, Report, fill, open_pretrained, save_pretrained
-from mambabyte.ops.fused.loss import cross_entropy_in_torch
+from mambabyte.ops.arguments import document_ages
+from mambabyte.ops.fused.loss import NOT_PREDICTED, cross_entropy_in_torch
 
 
 class _Embed(torch.autograd.Function):
@@ -73,24 +74,26 @@ def _refuse_unknown(tokens: Tensor, size: int) -> None:
 
 
 def without_state(
-    layer: nn.Module, x: Tensor, embedded: Tensor | None = None, skip: Tensor | None = None
+    layer: nn.Module, x: Tensor, embedded: Tensor | None = None, skip: Tensor | None = None,
+    ages: Tensor | None = None,
 ) -> Tensor:
     """A layer from the first byte on; the state it ends in is not kept."""
-    return layer(x, None, embedded, skip)[0]
+    return layer(x, None, embedded, skip, ages)[0]
 
 
 def head_loss(
     model: ByteLM, x: Tensor, targets: Tensor, gate: nn.Module | None = None,
-    offset: Tensor | None = None,
+    offset: Tensor | None = None, predictions: Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy in nats of the bytes ``targets`` (B, L), x (B, L, d_model) behind the
     last layer. ``gate`` of what the head reads (B, L, 1) times ``offset`` (B, L, V) is added to the
-    logits where they are given."""
+    logits where they are given. With ``predictions`` it is the sum over targets that are not
+    NOT_PREDICTED, divided by that number."""
     hidden = model.norm_f(x)
     return cross_entropy_in_torch(
         model.uncapped(hidden).flatten(0, 1), targets.flatten(), model.config.logit_softcap,
         None if gate is None else gate(hidden).flatten(0, 1),
-        None if offset is None else offset.flatten(0, 1))
+        None if offset is None else offset.flatten(0, 1), predictions)
 
 
 class ByteLM(nn.Module):
@@ -167,7 +170,8 @@ class ByteLM(nn.Module):
         self.sequence_group = shared
 
     def forward(
-        self, tokens: Tensor, state: list[LayerState] | None = None
+        self, tokens: Tensor, state: list[LayerState] | None = None,
+        document_starts: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor, list[LayerState]]:
         """Logits of the byte after each of ``tokens``, and the state to go on from.
 
@@ -175,15 +179,21 @@ class ByteLM(nn.Module):
         pieces, each with the state of the one before, gives what one call gives. With a
         ``sequence_group`` all its processes give the same and get the same: each computes its
         stretch, unless there are fewer bytes than processes. States then carry no gradient.
+
+        ``document_starts`` says where documents begin that lie one behind another in a row, bool
+        (B, L), or for one row also their first places or cumulative lengths: each is read as if it
+        were alone, with neither value nor gradient across, and the state that comes back is that of
+        each row's last. Raises UserError for starts that do not fit.
         """
         tokens = symbols(tokens)
+        ages = self._ages(tokens, document_starts)
         shared, length = self.sequence_group, tokens.shape[1]
         if shared is not None and length < shared.size:
             shared = None
         try:
             with sequence.split(shared, length) as piece:
                 x = self.embedding(tokens if piece is None else tokens[:, piece.own])
-                hidden, states = self.hidden(x, state)
+                hidden, states = self.hidden(x, state, ages)
                 logits = self.logits(hidden)
         except IndexError:
             _refuse_unknown(tokens, self.config.vocab_size)
@@ -201,24 +211,26 @@ class ByteLM(nn.Module):
         return other.train(self.training)
 
     def hidden(
-        self, x: Tensor, state: list[LayerState] | None = None
+        self, x: Tensor, state: list[LayerState] | None = None, ages: Tensor | None = None
     ) -> tuple[Tensor, list[LayerState]]:
-        """From embedded bytes (B, L, d_model) to what the head reads, of the same shape."""
+        """From embedded bytes (B, L, d_model) to what the head reads, of the same shape; ``ages``
+        as in :meth:`Mixer.forward`."""
         states: list[LayerState] = []
 
         def run(layer: nn.Module, *streams: Tensor | None) -> Tensor:
             x, *read = streams
-            y, after = layer(x, None if state is None else state[len(states)], *read)
+            y, after = layer(x, None if state is None else state[len(states)], *read, ages)
             states.append(after)
             return cast(Tensor, y)
 
         return self.norm_f(self._through(x, run)), states
 
-    def through_layers(self, x: Tensor) -> Any:
+    def through_layers(self, x: Tensor, ages: Tensor | None = None) -> Any:
         """For training: from embedded bytes (B, L, d_model) to what ``run_head`` reads, without
         states; layers as ``run_layer`` does."""
         return self._through(
-            x if self.residual_dtype is None else x.to(self.residual_dtype), self.run_layer)
+            x if self.residual_dtype is None else x.to(self.residual_dtype),
+            lambda layer, *streams: self.run_layer(layer, *streams, ages))
 
     def _through(self, x: Any, run: Callable[..., Any]) -> Any:
         """Embedded bytes (B, L, d_model) through the layers, each by ``run(layer, x, embedded,
@@ -246,17 +258,26 @@ class ByteLM(nn.Module):
         table = self.embedding if self.head is None else self.head
         return F.linear(hidden, table.weight, getattr(table, "bias", None))
 
-    def loss(self, tokens: Tensor) -> Tensor:
+    def loss(
+        self, tokens: Tensor, document_starts: Tensor | None = None,
+        predictions: Tensor | None = None,
+    ) -> Tensor:
         """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1].
 
         tokens (B, L + 1) integers; UserError where there is nothing to predict. With a
         ``sequence_group`` all its processes give the same tokens, and each gets its stretch's share
         of the loss, so that the mean over them is the loss; UserError for fewer than one each.
+
+        ``document_starts`` (B, L + 1) bool is as in :meth:`forward`; the first byte of a document
+        is not predicted. ``predictions`` (B,), added up, is what to divide by in place of the
+        number of predictions: then parts of a batch have gradients that add up to its mean's.
         """
         tokens = symbols(tokens, least=2)
         if not len(tokens):
             raise UserError("tokens have no rows: the mean over an empty batch is no number")
         try:
+            if document_starts is not None:
+                return self._loss_of_documents(tokens, document_starts, predictions)
             with sequence.split(self.sequence_group, tokens.shape[1] - 1) as piece:
                 own = slice(None) if piece is None else piece.own
                 x = self.through_layers(embed(tokens[:, :-1][:, own], self.embedding.weight))
@@ -265,3 +286,25 @@ class ByteLM(nn.Module):
         except IndexError:
             _refuse_unknown(tokens, self.config.vocab_size)
             raise
+
+    def _loss_of_documents(
+        self, tokens: Tensor, document_starts: Tensor, predictions: Tensor | None
+    ) -> Tensor:
+        ages = self._ages(tokens, document_starts)
+        assert ages is not None
+        first = ages[:, 1:] == 0
+        if predictions is None:
+            predictions = (~first).sum().clamp(min=1)
+        x = embed(tokens[:, :-1], self.embedding.weight)
+        loss: Tensor = self.run_head(
+            self, self.through_layers(x, ages[:, :-1].contiguous()),
+            tokens[:, 1:].masked_fill(first, NOT_PREDICTED), predictions=predictions.sum())
+        return loss
+
+    def _ages(
+        self, tokens: Tensor, document_starts: Tensor | Sequence[int] | None
+    ) -> Tensor | None:
+        if document_starts is not None and self.sequence_group is not None:
+            raise UserError("document_starts and a sequence that several processes share do not go "
+                            "together yet: give each document a row, or use context_parallel 1")
+        return document_ages(document_starts, tokens)

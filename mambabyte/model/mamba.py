@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mambabyte.config import ModelConfig
 from mambabyte.config.mixers import MambaSpec, Shape
 from mambabyte.config.scan_forms import FORMS
+from mambabyte.errors import UserError
 from mambabyte.model import sequence
 from mambabyte.model.mixer import (
     CONVOLUTION,
@@ -100,16 +101,17 @@ class MambaMixer(Mixer, MambaSpec):
             nn.init.zeros_(self.out_proj.weight)
 
     def scan_inputs(
-        self, x: Tensor, conv_state: Tensor | None
+        self, x: Tensor, conv_state: Tensor | None, ages: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What the scan reads of x (B, L, d_model): u (B, L, D), delta (B, L, D) before bias and
         softplus, B and C (B, L, N), z (B, L, D); and the convolution's next state."""
         u, z = self.in_proj(x).chunk(2, dim=-1)  # each (B, L, D)
         if not self._has_plain_parts():
-            return self._inputs_by_modules(u, z, conv_state)
+            return self._inputs_by_modules(u, z, conv_state, ages)
         u, conv_state = causal_conv(
             u, self.conv1d.weight.squeeze(1), self.conv1d.bias,
-            sequence.tail_before(u, self.d_conv, conv_state), silu=True)
+            sequence.tail_before(u, self.d_conv, conv_state), silu=True,
+            document_starts=ages)
         x_proj, dt_proj = self._small_projections()
         rank, d_state = dt_proj.shape[1] if self.dt_rank else 0, self.A_log.shape[1]
         low_rank, B, C = F.linear(u, x_proj).split([rank, d_state, d_state], dim=-1)
@@ -118,19 +120,28 @@ class MambaMixer(Mixer, MambaSpec):
         return u, delta, B, C, z, conv_state
 
     def _inputs_by_modules(
-        self, u: Tensor, z: Tensor, conv_state: Tensor | None
+        self, u: Tensor, z: Tensor, conv_state: Tensor | None, ages: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """:meth:`scan_inputs` behind in_proj by calls of the modules, whatever took their place."""
         taps, length = self.d_conv, u.shape[1]
+        if ages is not None and not is_plain(self.conv1d, nn.Conv1d):
+            raise UserError("conv1d has been replaced or hooked, and by itself it reads across the "
+                            "starts of documents: give each document a row of its own")
         conv_state = sequence.tail_before(u, taps, conv_state)
-        if conv_state is None:
-            conv_state = u.new_zeros(u.shape[0], taps - 1, u.shape[2])
-        padded = torch.cat([conv_state.to(u.dtype), u], dim=1)  # (B, K-1+L, D)
-        u = F.silu(self.conv1d(padded.transpose(1, 2)).transpose(1, 2))
+        if ages is not None:
+            u, tail = causal_conv(
+                u, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, silu=True,
+                document_starts=ages)
+        else:
+            if conv_state is None:
+                conv_state = u.new_zeros(u.shape[0], taps - 1, u.shape[2])
+            padded = torch.cat([conv_state.to(u.dtype), u], dim=1)  # (B, K-1+L, D)
+            u = F.silu(self.conv1d(padded.transpose(1, 2)).transpose(1, 2))
+            tail = padded[:, length:].clone()
         d_state = self.A_log.shape[1]
         low_rank, B, C = self.x_proj(u).split([self.dt_rank, d_state, d_state], dim=-1)
         delta = self.dt_proj(low_rank if self.dt_rank else u)  # with its bias: see dt_bias
-        return u, delta, B, C, z, padded[:, length:].clone()
+        return u, delta, B, C, z, tail
 
     def _has_plain_parts(self) -> bool:
         """Whether the convolution and both small projections are what their weights say, so that
@@ -160,16 +171,20 @@ class MambaMixer(Mixer, MambaSpec):
             dt_proj = F.pad(dt_proj, (0, spare))
         return x_proj, dt_proj
 
-    def forward(self, x: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
+    def forward(
+        self, x: Tensor, state: MambaState | None, ages: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
         piece = sequence.current()
         if self._is_one_operator(x):
             if state is None:
                 if x.is_cuda:
-                    return self.from_start(x)
-            elif piece is None and x.shape[1] == 1 and not torch.is_grad_enabled():
+                    return self.from_start(x, ages)
+            elif (piece is None and ages is None and x.shape[1] == 1
+                  and not torch.is_grad_enabled()):
                 return self.step(x, state)
+        # (A subclass whose scan_inputs knows no documents does without where there are none.)
         u, delta, B, C, z, conv_state = self.scan_inputs(
-            x, None if state is None else state.conv_state)
+            x, None if state is None else state.conv_state, *() if ages is None else (ages,))
         bias, A = self.dt_bias, -torch.exp(widened(self.A_log))
         options: dict[str, Any] = {
             "delta_bias": None if bias is None else widened(bias), "delta_softplus": True,
@@ -180,10 +195,11 @@ class MambaMixer(Mixer, MambaSpec):
             steps = self.step_size(delta.to(end.dtype)).sum(1)  # (B, D)
             ssm_state = piece.arriving(torch.exp(steps[..., None] * A), end, ssm_state)
         y, ssm_state = selective_scan(
-            u, delta, A, B, C, widened(self.D), z, initial_state=ssm_state, **options)
+            u, delta, A, B, C, widened(self.D), z, initial_state=ssm_state,
+            document_starts=ages, **options)
         return self.out_proj(y), MambaState(conv_state, ssm_state)
 
-    def from_start(self, x: Tensor) -> tuple[Tensor, MambaState]:
+    def from_start(self, x: Tensor, ages: Tensor | None = None) -> tuple[Tensor, MambaState]:
         """``forward`` without a state, as one operator between the large projections. On a GPU."""
         assert self.conv1d.bias is not None
         piece = sequence.current()
@@ -191,7 +207,7 @@ class MambaMixer(Mixer, MambaSpec):
         y, conv_state, ssm_state = operator(
             self.in_proj(x), self.conv1d.weight.squeeze(1), self.conv1d.bias,
             *self._small_projections(), self.dt_proj.bias.float(),
-            -torch.exp(self.A_log.float()), self.D.float(),
+            -torch.exp(self.A_log.float()), self.D.float(), *() if ages is None else (ages,),
         )
         return self.out_proj(y), MambaState(conv_state, ssm_state)
 

@@ -98,7 +98,7 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
             nn.init.zeros_(self.out_proj.weight)
 
     def scan_inputs(
-        self, x: Tensor, conv_state: Tensor | None
+        self, x: Tensor, conv_state: Tensor | None, ages: Tensor | None = None
     ) -> tuple[dict[str, Any], Tensor, Tensor]:
         """What :func:`mambabyte.ops.ssd_scan` reads of x (B, L, d_model), by name; z (B, L, D); and
         the convolution's next state."""
@@ -107,7 +107,8 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
         z, xBC, dt = self.in_proj(x).split([inner, inner + 2 * shared, self.heads], dim=-1)
         xBC, conv_state = causal_conv(
             xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias,
-            sequence.tail_before(xBC, self.conv1d.kernel_size[0], conv_state), silu=True)
+            sequence.tail_before(xBC, self.conv1d.kernel_size[0], conv_state), silu=True,
+            document_starts=ages)
         u, B, C = xBC.split([inner, shared, shared], dim=-1)
         inputs = {
             "x": u.unflatten(-1, (self.heads, -1)), "dt": dt, "A": -torch.exp(widened(self.A_log)),
@@ -116,8 +117,11 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
         }
         return inputs, z, conv_state
 
-    def forward(self, x: Tensor, state: Mamba2State | None) -> tuple[Tensor, Mamba2State]:
-        inputs, z, conv_state = self.scan_inputs(x, None if state is None else state.conv_state)
+    def forward(
+        self, x: Tensor, state: Mamba2State | None, ages: Tensor | None = None
+    ) -> tuple[Tensor, Mamba2State]:
+        inputs, z, conv_state = self.scan_inputs(
+            x, None if state is None else state.conv_state, ages)
         ssm_state = None if state is None else state.ssm_state
         piece = sequence.current()
         if piece is not None:
@@ -125,7 +129,8 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
             decay = torch.exp(self.log_decay(inputs).sum(1))  # (B, H)
             ssm_state = piece.arriving(decay[..., None, None], end, ssm_state)
         y, ssm_state = ssd_scan(
-            **inputs, D=widened(self.D), dt_softplus=True, initial_state=ssm_state)
+            **inputs, D=widened(self.D), dt_softplus=True, initial_state=ssm_state,
+            document_starts=ages)
         return self.out_proj(self.norm(y.flatten(2), z)), Mamba2State(conv_state, ssm_state)
 
     @torch.no_grad()

@@ -107,9 +107,16 @@ class Mixer(nn.Module, MixerSpec):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
 
-    def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
+    def forward(
+        self, x: Tensor, state: LayerState | None, ages: Tensor | None = None
+    ) -> tuple[Tensor, LayerState]:
         """x (B, L, d_model) after ``state``, None before the first byte: y (B, L, d_model) and the
-        state to go on from. One call and the same bytes in pieces give the same."""
+        state to go on from. One call and the same bytes in pieces give the same.
+
+        ``ages`` (B, L) uint8, where documents lie one behind another in a row: how many bytes each
+        is behind the start of its own, of ``document_ages`` (mambabyte.ops.arguments). Nothing may
+        cross a start, an age of 0: each document is as if it were alone, and the state that comes
+        back is that of the last. It is given where there are documents, else left out."""
         raise NotImplementedError(f"{type(self).__name__} has no forward pass")
 
     # ---------------------------------------------------------------- what training asks for

@@ -1,4 +1,5 @@
-"""What an operator is given: whether its tensors fit together, and whether autocast is on."""
+"""What an operator is given: whether its tensors fit together, where documents begin in them, and
+whether autocast is on."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from mambabyte.errors import UserError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+OLD = 255  # an age from which on nothing asks for it
 # torch.amp.is_autocast_available would say so, but torch 2.11's compiler cannot look into it.
 _WITHOUT = ("meta",)
 
@@ -55,6 +57,48 @@ def check_tensors(
             real = "a real floating dtype" if dtype is None else str(dtype)
             raise UserError(f"{other} is {tensor.dtype}: expected {real} beside {name} in "
                             f"{x.dtype}")
+
+
+def document_ages(starts: Tensor | Sequence[int] | None, x: Tensor) -> Tensor | None:
+    """How many steps each step of x (B, L, ...) is behind the start of its document, (B, L) uint8;
+    255 for more, and where the document has begun before the first step. None where there is one
+    document.
+
+    ``starts`` is (B, L) bool, true at the first step of a document. For a batch of one it may be
+    whole numbers that ascend, a list or of one dimension: the steps at which documents begin; the
+    length itself may come last, as in cumulative lengths (``cu_seqlens``). What this returns is
+    taken as it is, so that a model of many layers asks once. Raises UserError for what does not
+    fit.
+    """
+    if starts is None:
+        return None
+    (batch, length), device = x.shape[:2], x.device
+    if not isinstance(starts, Tensor):
+        starts = torch.tensor(starts, device=device)
+    shape = tuple(starts.shape)
+    if starts.dtype in (torch.bool, torch.uint8) and shape != (batch, length):
+        raise UserError(f"document_starts has shape {shape}: expected {(batch, length)}")
+    if starts.dtype == torch.uint8:
+        return starts
+    if starts.device != device:
+        raise UserError(f"document_starts is on {starts.device} and the sequence on {device}: move "
+                        f"it, document_starts.to({str(device)!r})")
+    place = torch.arange(length, device=device)
+    if starts.dtype != torch.bool:
+        if starts.is_floating_point() or starts.is_complex() or starts.ndim != 1 or batch != 1:
+            raise UserError(f"document_starts is {starts.dtype} of shape {shape}: expected bool of "
+                            f"shape {(batch, length)}, or whole numbers for a batch of one")
+        ends = torch.cat([starts.new_zeros(1), starts.long(), starts.new_full((1,), length)])
+        if bool((ends.diff() < 0).any()):
+            raise UserError(f"document_starts must ascend from 0 or more to at most {length}, the "
+                            f"length: got {_listed(starts)}")
+        starts = (place[:, None] == starts).any(1)[None]
+    last = torch.where(starts, place, -OLD).cummax(1).values
+    return (place - last).clamp(max=OLD).to(torch.uint8)
+
+
+def _listed(numbers: Tensor) -> str:
+    return f"{numbers[:8].tolist()}{' and so on' if len(numbers) > 8 else ''}"
 
 
 def whole(value: object) -> bool:

@@ -6,8 +6,9 @@
     from mambabyte.ops import selective_scan_fn                            # after
 
 Meaning and argument order are those documented by ``selective_scan_ref`` of state-spaces/mamba
-(mamba_ssm/ops/selective_scan_interface.py); complex A is not supported. Two things go beyond it: it
-runs on the CPU too, and gradients flow through the last state.
+(mamba_ssm/ops/selective_scan_interface.py); complex A is not supported. Three things go beyond it:
+it runs on the CPU too, gradients flow through the last state, and it takes packed sequences by
+``seq_idx`` or ``cu_seqlens``, as mamba-ssm's Mamba2 module does.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops.arguments import FLOATS, check_tensors
+from mambabyte.ops.arguments import FLOATS, check_tensors, document_ages
 
 
 def selective_scan_fn(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
     z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
-    return_last_state: bool = False,
+    return_last_state: bool = False, *, seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan in mamba-ssm's layout: time is the last dimension.
 
@@ -33,6 +35,10 @@ def selective_scan_fn(
     time, (B, N, L), or (B, G, N, L) where each of G groups serves D / G neighbouring channels;
     D, delta_bias (D,). Returns out (B, D, L) in u's dtype, or (out, last_state) with the state
     (B, D, N) in float32 (float64 for float64 inputs).
+
+    ``seq_idx`` (B, L) int says which sequence each step is of: where it changes, the state begins
+    anew. ``cu_seqlens`` (n + 1,) int says it for a batch of one, in cumulative lengths. The last
+    state is that of the last sequence.
 
     B or C that is constant in time takes N scans of one state each, G groups take G scans.
 
@@ -54,6 +60,7 @@ def selective_scan_fn(
             raise UserError(f"{name} has shape {tuple(tensor.shape)}: expected {tuple(u.shape)}")
     B, C = _grouped("B", B, u, A), _grouped("C", C, u, A)
 
+    ages = _ages(u, seq_idx, cu_seqlens)
     # As in the reference, whatever is not in one dtype is computed in the widest.
     common = u.dtype
     for tensor in (delta, B, C, z):
@@ -71,15 +78,28 @@ def selective_scan_fn(
     gate, skip = None if z is None else rows(z), parameter(D)
     bias = parameter(delta_bias)
     if B.ndim == 2 or C.ndim == 2:
-        out, last_state = _scan_by_state(*inputs, bias, delta_softplus)
+        out, last_state = _scan_by_state(*inputs, bias, delta_softplus, ages)
         if skip is not None:
             out = out + skip * inputs[0]
         if gate is not None:
             out = out * F.silu(gate.to(wide))
     else:
-        out, last_state = _scan_by_group(*inputs, skip, gate, bias, delta_softplus)
+        out, last_state = _scan_by_group(*inputs, skip, gate, bias, delta_softplus, ages)
     out = out.to(u.dtype).transpose(1, 2)
     return (out, last_state) if return_last_state else out
+
+
+def _ages(u: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+    """What ``document_ages`` makes of either way to say where sequences begin."""
+    batch, _, length = u.shape
+    if seq_idx is None:
+        return document_ages(cu_seqlens, u.transpose(1, 2))
+    if cu_seqlens is not None:
+        raise UserError("seq_idx and cu_seqlens say the same: give one of them")
+    check_tensors("seq_idx", seq_idx, (batch, length), (torch.int32, torch.int64))
+    starts = torch.ones_like(seq_idx, dtype=torch.bool)
+    starts[:, 1:] = seq_idx.diff(dim=1) != 0
+    return document_ages(starts, u.transpose(1, 2))
 
 
 def _grouped(name: str, tensor: Tensor, u: Tensor, A: Tensor) -> Tensor:
@@ -100,7 +120,7 @@ def _grouped(name: str, tensor: Tensor, u: Tensor, A: Tensor) -> Tensor:
 
 def _scan_by_group(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: bool,
+    delta_bias: Tensor | None, delta_softplus: bool, ages: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One scan for the channels of each group. u, delta, z (B, L, D); B, C (B, G, N, L)."""
     from mambabyte.ops.scan.dispatch import selective_scan
@@ -121,6 +141,7 @@ def _scan_by_group(
             None if z is None else z[..., mine].contiguous(),
             delta_bias=None if delta_bias is None else delta_bias[mine],
             delta_softplus=delta_softplus,
+            document_starts=ages,
         )
         outs.append(out)
         states.append(state)
@@ -131,7 +152,7 @@ def _scan_by_group(
 
 def _scan_by_state(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, delta_bias: Tensor | None,
-    delta_softplus: bool,
+    delta_softplus: bool, ages: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """B or C (or both) of shape (D, N): each state is a scan of its own, weighted by channel.
 
@@ -147,6 +168,7 @@ def _scan_by_state(
         y, state = _scan_by_group(
             u, delta, A[:, n : n + 1], ones if B.ndim == 2 else B[:, :, n : n + 1],
             ones if C.ndim == 2 else C[:, :, n : n + 1], None, None, delta_bias, delta_softplus,
+            ages,
         )
         if B.ndim == 2:
             y, state = y * B[:, n].to(wide), state * B[:, n : n + 1].to(wide)

@@ -259,13 +259,15 @@ def _differentiable(
     """The gradient of the form in torch, of which there is a gradient."""
     with torch.enable_grad():
         mine = [None if t is None else t.view_as(t) for t in given]
-        present = [t if t.requires_grad else t.requires_grad_() for t in mine if t is not None]
+        present = [t if t.requires_grad else t.requires_grad_()
+                   for t in mine if t is not None and t.is_floating_point()]
         pairs = [(r, g) for r, g in zip(in_torch(*mine, *flags), upstream, strict=True)
                  if g is not None]
         gradients = iter(torch.autograd.grad(
             [r for r, _ in pairs], present, [g for _, g in pairs], create_graph=True,
             materialize_grads=True))
-    return tuple(upstream[0].new_empty(0) if t is None else next(gradients) for t in given)
+    return tuple(next(gradients) if t is not None and t.is_floating_point()
+                 else upstream[0].new_empty(0) for t in given)
 
 
 def _all_given(required: list[tuple[int, str]], args: tuple[Any, ...]) -> None:

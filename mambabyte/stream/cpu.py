@@ -274,6 +274,7 @@ class NativeModel:
         stored = position = first = 0
         room = getattr(before, "room", None)
         if before is not None:
+            before = before.alone()
             position, stored = before.position, before.k.shape[2] if before.k.ndim == 4 else 0
             for name, x in (("k", before.k), ("v", before.v)):
                 _check(name, x, (1, heads, stored, width))

@@ -39,26 +39,49 @@ FUSED = ("auto", "fused")
 WARM_UP = 3  # steps run one by one before the capture: they create the optimizer's state
 
 
-def window_starts(length: int, config: TrainConfig, first_step: int = 0) -> Tensor:
-    """Starts of the windows of every step from ``first_step`` on, (steps, batch_size) int64."""
-    return torch.from_numpy(np.stack([
+def window_starts(
+    length: int, config: TrainConfig, first_step: int = 0, begins: np.ndarray | None = None
+) -> Tensor:
+    """Starts of the windows of every step from ``first_step`` on, (steps, batch_size) int64; of
+    documents that begin at ``begins``, (steps, batch_size, 2), each beside the number of
+    predictions of its whole batch."""
+    starts = np.stack([
         sample_starts(length, config.context, config.batch_size, config.seed, step)
-        for step in range(first_step, config.n_steps)]))
+        for step in range(first_step, config.n_steps)])
+    if begins is not None:
+        first, last = np.searchsorted(begins, np.stack([starts + 1, starts + config.context + 1]))
+        predictions = np.maximum(1, (config.context - (last - first)).sum(1, keepdims=True))
+        starts = np.stack([starts, np.broadcast_to(predictions, starts.shape)], -1)
+    return torch.from_numpy(starts)
 
 
 class Windows:
     """Gathers windows of sequences that run beside the text, on their device.
 
-    ``Windows(text)(starts)`` is what ``corpus.sample_windows`` returns for the same starts.
+    ``Windows(text)(starts)`` is what ``corpus.sample_windows`` returns for the same starts. With
+    the places ``begins`` (n,) of documents in the text, starts are those of ``window_starts`` with
+    such, of batches of ``batch_size`` windows.
     """
 
-    def __init__(self, text: Tensor, context: int) -> None:
-        self.text = text
+    def __init__(
+        self, text: Tensor, context: int, begins: np.ndarray | None = None, batch_size: int = 1
+    ) -> None:
+        self.text, self.batch_size = text, batch_size
         self._offsets = torch.arange(context + 1, device=text.device)
+        self._first: Tensor | None = None
+        if begins is not None:
+            self._first = torch.zeros(len(text), dtype=torch.bool, device=text.device)
+            self._first[torch.from_numpy(begins).to(text.device)] = True
 
     def __call__(self, starts: Tensor) -> tuple[Tensor, ...]:
-        """starts (B,) -> tokens (B, context + 1) int64, in a tuple of arguments for the loss."""
-        return (self.text[self.positions(starts)].long(),)
+        """starts (B,) -> tokens (B, context + 1) int64, in a tuple of arguments for the loss; of
+        documents (B, 2) -> tokens, first bytes of documents and predictions, as of
+        ``step.text_batches``."""
+        if self._first is None:
+            return (self.text[self.positions(starts)].long(),)
+        places = self.positions(starts[:, 0])
+        return (self.text[places].long(), self._first[places],
+                starts[:, 1].float() / self.batch_size)
 
     def positions(self, starts: Tensor) -> Tensor:
         return starts[:, None] + self._offsets
@@ -67,8 +90,9 @@ class Windows:
 class CapturedStep:
     """Calls ``loss(*windows(starts))`` and the optimizer, step after step from ``first_step``.
 
-    starts (steps, batch_size) int64, of every step to come. The optimizer must have been made with
-    ``on_device=True``. ``capture`` is by default whether the model is on a GPU.
+    starts (steps, batch_size) int64, or more of each window, of every step to come. The optimizer
+    must have been made with ``on_device=True``. ``capture`` is by default whether the model is on a
+    GPU.
     """
 
     def __init__(

@@ -79,7 +79,7 @@ def train(
         ended = training.go()
         result = training.result(ended)
         if ended.stopped_by != "interrupt":
-            result |= training.score(corpus.valid[:evaluate_bytes], report_scoring)
+            result |= training.score(corpus.documents("valid", evaluate_bytes), report_scoring)
             if training.world.first:
                 write_json(run / "result.json", result)
         return result
@@ -230,9 +230,11 @@ class _Training:
 
     def _strategy(self) -> Step:
         """How the steps from here to the end of their stage are made."""
+        begins = self.corpus.begins.get("train")
         if self.waits:
             return EagerStep(self.model, self.optimizer, text_batches(
-                self.corpus.train, self.config, self.device), self.config, first_step=self.done)
+                self.corpus.train, self.config, self.device, begins), self.config,
+                first_step=self.done)
         if self.config.step == "compile":
             # All stages share one function, and torch stops compiling one for the ninth time.
             torch._dynamo.reset()
@@ -241,10 +243,12 @@ class _Training:
         shape = replace(self.config, context=stage.context, batch_size=stage.batch_size,
                         n_steps=stage.end, first_context=0, first_batch_size=0)
         text = torch.from_numpy(np.array(present(self.corpus.train))).to(self.model.device)
-        starts = window_starts(len(text), shape, self.done)
-        starts = self.world.share(starts.T, shape.context_parallel).T.contiguous()
-        return CapturedStep(self.model, self.model.loss, self.optimizer,
-                            Windows(text, stage.context), starts, shape, first_step=self.done)
+        starts = window_starts(len(text), shape, self.done, begins)
+        starts = self.world.share(
+            starts.transpose(0, 1), shape.context_parallel).transpose(0, 1).contiguous()
+        windows = Windows(text, stage.context, begins, stage.batch_size)
+        return CapturedStep(self.model, self.model.loss, self.optimizer, windows, starts, shape,
+                            first_step=self.done)
 
     def _agreed(self, yes: bool) -> bool:
         # To ask the others waits for the device: at every captured step that would leave gaps.
@@ -333,12 +337,13 @@ class _Training:
             "checkpoint": str(checkpoint.find_checkpoint(self.run).relative_to(self.run)),
         }
 
-    def score(self, valid: np.ndarray, report: Callable[[float], None]) -> dict[str, Any]:
-        """Bits per byte of held-out bytes, by the first process if the model is sharded."""
+    def score(self, valid: list[np.ndarray], report: Callable[[float], None]) -> dict[str, Any]:
+        """Bits per byte of held-out documents, by the first process if the model is sharded."""
         sharded = self.config.parallel == "sharded" and self.world.size > 1
         # What no device holds is scored on the first process's CPU.
         scored = (checkpoint.load_model(self.run) if sharded and self.world.first else self.model)
-        mine = len(valid) > 0 and (self.world.first or not sharded)
+        size = sum(map(len, valid))
+        mine = size > 0 and (self.world.first or not sharded)
         bits = bits_per_byte(scored, valid, report=report) if mine else None
-        return {"valid_bits_per_byte": bits, "valid_bytes": len(valid),
+        return {"valid_bits_per_byte": bits, "valid_bytes": size,
                 "valid_split_bytes": len(self.corpus.valid)}

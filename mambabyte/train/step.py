@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mambabyte.config import TrainConfig
-from mambabyte.corpus import sample_windows
+from mambabyte.corpus import documents_in, sample_starts, sample_windows
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.model import ByteLM, distributed, record_exponents
 from mambabyte.ops import FORMS, default_form
@@ -159,18 +159,28 @@ def backward_in_parts(
 
 
 def text_batches(
-    data: np.ndarray, config: TrainConfig, device: torch.device | str
+    data: np.ndarray, config: TrainConfig, device: torch.device | str,
+    begins: np.ndarray | None = None,
 ) -> Batches:
     """This process's windows of a text, drawn from (seed, step) in the shape of the step's stage.
 
-    Each batch is one tensor (batch, context + 1) of int64, as ``ByteLM.loss`` takes it.
+    Each batch is one tensor (batch, context + 1) of int64, as ``ByteLM.loss`` takes it; of
+    documents that begin at ``begins`` (n,), with where they do so and the mean number of
+    predictions a window, which is the whole batch's in every part of it.
     """
     world = distributed.current()
 
     def batch(step: int) -> tuple[Tensor, ...]:
         stage = stage_at(step, config)
         tokens = sample_windows(data, stage.context, stage.batch_size, config.seed, step)
-        return (world.share(tokens.to(device, non_blocking=True), config.context_parallel),)
+        found: tuple[Tensor, ...] = (tokens,)
+        if begins is not None:
+            starts = sample_starts(len(data), stage.context, len(tokens), config.seed, step)
+            first = documents_in(begins, starts, stage.context)
+            mean = max(1, (~first[:, 1:]).sum()) / len(first)
+            found += torch.from_numpy(first), torch.full((len(first),), mean)
+        return tuple(world.share(t.to(device, non_blocking=True), config.context_parallel)
+                     for t in found)
 
     return batch
 

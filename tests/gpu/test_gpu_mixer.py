@@ -148,7 +148,7 @@ def test_a_cuda_graph_replays_forward_and_backward() -> None:
 def test_opcheck() -> None:
     inputs = mixer_cases.make_inputs(2, 20, 64, 8, dtype=torch.bfloat16)
     tensors = [t.requires_grad_() for t in inputs.values()]
-    torch.library.opcheck(torch.ops.mambabyte.mixer.default, (*tensors, True))
+    torch.library.opcheck(torch.ops.mambabyte.mixer.default, (*tensors, None, True))
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:

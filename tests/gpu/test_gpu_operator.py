@@ -42,7 +42,7 @@ def test_auto_is_fused_here() -> None:
 
 def test_opcheck() -> None:
     tensors = leaves()
-    torch.library.opcheck(torch.ops.mambabyte.selective_scan.default, (*tensors, True, True))
+    torch.library.opcheck(torch.ops.mambabyte.selective_scan.default, (*tensors, None, True, True))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -88,7 +88,7 @@ def test_convolution_compiles_and_autocasts() -> None:
     with torch.autocast("cuda", dtype=torch.bfloat16):
         y, _ = fused_causal_conv(*inputs)
     assert y.dtype == torch.bfloat16
-    torch.library.opcheck(torch.ops.mambabyte.causal_conv.default, (*inputs, True))
+    torch.library.opcheck(torch.ops.mambabyte.causal_conv.default, (*inputs, None, True))
 
 
 def test_convolution_refuses_what_does_not_fit() -> None:

@@ -29,7 +29,8 @@ def permuted(x: Tensor) -> Tensor:
 
 
 def sliced(x: Tensor) -> Tensor:
-    wide = torch.full([2 * n for n in x.shape], float("nan"), dtype=x.dtype)
+    filler = float("nan") if x.is_floating_point() else 0
+    wide = torch.full([2 * n for n in x.shape], filler, dtype=x.dtype)
     place = wide[tuple(slice(1, None, 2) for _ in x.shape)]
     return place.copy_(x)
 
@@ -55,7 +56,8 @@ def conv_inputs() -> list[Any]:
 
 
 def cases() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
-    scan, conv = scan_inputs(), conv_inputs()
+    ages = torch.randint(3, (B, L), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    scan, conv = [*scan_inputs(), ages], [*conv_inputs(), ages]
     *_, saved = OPS.selective_scan(*scan, True, True)
     row = [normal(B, D), normal(B, D), -normal(D, N).exp(), normal(B, N), normal(B, N), normal(D),
            normal(B, D), normal(D), normal(B, D, N)]

@@ -227,10 +227,12 @@ def test_second_order_is_that_of_the_definition() -> None:
 @native
 def test_opcheck() -> None:
     scan = torch.ops.mambabyte.selective_scan.default
-    torch.library.opcheck(scan, (*leaves(), True, True))
-    torch.library.opcheck(scan, (*make(), False, False))
+    torch.library.opcheck(scan, (*leaves(), None, True, True))
+    ages = torch.tensor([[255, 0, 1, 0, 1]], dtype=torch.uint8).expand(2, 5)
+    torch.library.opcheck(scan, (*leaves(), ages, True, True))
+    torch.library.opcheck(scan, (*make(), None, False, False))
     u, delta, A, B, C, *_ = leaves()
-    torch.library.opcheck(scan, (u, delta, A, B, C, None, None, None, None, True, True))
+    torch.library.opcheck(scan, (u, delta, A, B, C, None, None, None, None, None, True, True))
 
 
 @native

@@ -9,6 +9,7 @@
 The task scores the first 60,000 characters of a split. Both modes give the same predictions:
 "parallel" runs windows with the state carried along, "streaming" goes byte by byte through the
 CharModel contract. The processes of torchrun share the length of each window.
+CharModel contract. Of a corpus of many documents each is scored from its own first byte on.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def _score(options: Options, model: ByteLM, first: bool) -> int:
 
     corpus = corpus_of(options.checkpoint, options.corpus)
     whole = corpus.split(options.split)
-    data = whole[: options.bytes or 4 * options.characters + 3]
+    data = corpus.documents(options.split, options.bytes or 4 * options.characters + 3)
     count = options.bytes or options.characters  # no text has more characters than bytes
     context = b"" if options.context is None else _bytes_of(options.context)
     cache = None if options.prompt_cache is None else PrefixCache(options.prompt_cache)

@@ -47,9 +47,11 @@ from mambabyte.train.step import Batches
 class _RoundedStateMixer(MambaMixer):
     """A Mamba mixer whose state is rounded to bfloat16 after every step (a Python loop)."""
 
-    def forward(self, x: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
+    def forward(
+        self, x: Tensor, state: MambaState | None, ages: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
         u, delta, B, C, z, conv_state = self.scan_inputs(
-            x, None if state is None else state.conv_state)
+            x, None if state is None else state.conv_state, ages)
         A = -torch.exp(self.A_log.float())
         dt = nn.functional.softplus(delta.float() + self.dt_proj.bias.float())
         h = u.new_zeros(u.shape[0], *A.shape) if state is None else state.ssm_state

@@ -3,11 +3,13 @@
 
 constexpr int T = 64, WARPS = 4, THREADS = 32 * WARPS;  // steps of a chunk
 // A log-decay below LEAST counts as LEAST, a factor of 9e-27: sums over a chunk stay so small that
-// their differences are good to 3e-4.
-constexpr float LEAST = -60.f;
+// their differences are good to 3e-4. One of -inf, where a document starts, is a factor of exactly 0:
+// NOTHING is the exponent of no float32.
+constexpr float LEAST = -60.f, NOTHING = -128.f;
 constexpr unsigned ALL = ~0u;
 
 inline float at_least(float log_decay) {
+    if (log_decay < -3.4e38f) return NOTHING;
     return log_decay < LEAST ? LEAST : log_decay;  // a nan stays one
 }
 

@@ -8,6 +8,9 @@
  * so that the last K gradients of s are at hand when dx needs them.  A task is a block of channels over
  * the whole batch, so sums over batch and time need no second pass and have one order.
  *
+ * Where documents lie one behind another, a tap reads an input only if it is not older than the
+ * document: at an age of a steps, the last a inputs and that of the step itself.
+ *
  * Compiled once per element type (float, or double with -DSCAN_DOUBLE).
  */
 #include "vectors.h"
@@ -25,6 +28,7 @@ typedef struct { /* x, y, dy, dx: (batch, length, channels), unit stride on the 
   real *y;
   const real *dy;
   real *dx, *dtail, *dweight, *dbias; /* dtail and dbias may be NULL */
+  const uint8_t *ages; /* (batch, length): steps since the start of the document; NULL for one */
 } conv_args;
 
 INLINE vec load_part(const real *p, int count) {
@@ -57,6 +61,10 @@ INLINE vec input(const conv_args *a, int64_t b, int64_t t, int64_t d, int count)
   return load_part(a->tail + (b * (a->taps - 1) + a->taps - 1 + t) * a->channels + d, count);
 }
 
+INLINE int age_at(const conv_args *a, int64_t b, int64_t t) {
+  return a->ages ? a->ages[b * a->length + t] : MAX_TAPS;
+}
+
 INLINE void lane_forward(const conv_args *a, int K, int64_t d, int count) {
   vec w[MAX_TAPS], past[MAX_TAPS];
   const vec bias = a->bias ? load_part(a->bias + d, count) : splat(0);
@@ -65,6 +73,8 @@ INLINE void lane_forward(const conv_args *a, int K, int64_t d, int count) {
     for (int k = 0; k < K - 1; k++) past[k] = input(a, b, k - (K - 1), d, count);
     for (int64_t t = 0; t < a->length; t++) {
       past[K - 1] = input(a, b, t, d, count);
+      if (age_at(a, b, t) == 0)
+        for (int k = 0; k < K - 1; k++) past[k] = splat(0);
       vec s = bias;
       UNROLL_ALL for (int k = 0; k < K; k++) s += w[k] * past[k];
       if (a->silu) s *= sigmoid(s);
@@ -88,16 +98,21 @@ INLINE void lane_backward(const conv_args *a, int K, int64_t d, int count) {
       g[0] = splat(0);
       if (t >= 0) {
         x[0] = input(a, b, t - K + 1, d, count);
+        const int age = age_at(a, b, t);
+        vec own[MAX_TAPS];
+        UNROLL_ALL for (int k = 0; k < K; k++) own[k] = x[k];
+        if (age < K - 1)
+          for (int k = 0; k < K - 1 - age; k++) own[k] = splat(0);
         vec dy = load_part(a->dy + b * a->dy_batch + t * a->dy_time + d, count);
         if (a->silu) {
           vec s = bias;
-          UNROLL_ALL for (int k = 0; k < K; k++) s += w[k] * x[k];
+          UNROLL_ALL for (int k = 0; k < K; k++) s += w[k] * own[k];
           vec p = sigmoid(s);
           dy *= p * (1 + s * (1 - p));
         }
         g[0] = dy;
         dbias += dy;
-        UNROLL_ALL for (int k = 0; k < K; k++) dw[k] += dy * x[k];
+        UNROLL_ALL for (int k = 0; k < K; k++) dw[k] += dy * own[k];
       }
       vec sum = splat(0);
       UNROLL_ALL for (int k = 0; k < K; k++) sum += w[K - 1 - k] * g[k];
@@ -105,6 +120,8 @@ INLINE void lane_backward(const conv_args *a, int K, int64_t d, int count) {
         store_part(a->dx + (b * a->length + t) * a->channels + d, sum, count);
       else if (a->dtail)
         store_part(a->dtail + (b * (K - 1) + K - 1 + t) * a->channels + d, sum, count);
+      if (t >= 0 && age_at(a, b, t) == 0) /* what came before was not read */
+        for (int k = 0; k < K; k++) g[k] = splat(0);
     }
   }
   for (int k = 0; k < K; k++) {

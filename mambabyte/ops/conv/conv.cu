@@ -5,6 +5,9 @@
 // A thread owns V neighbouring channels and walks `steps` positions in time with the last K - 1
 // inputs in registers, so each input is read once and a warp reads whole lines. What lies before
 // the first position comes from `tail` (zero where it is null). Loads are issued U steps ahead.
+// `ages` (B, L), if any, says how many steps of its document come before each: a tap that reaches further
+// back reads zero.
+//
 // The sums over time of the weight gradients leave as one partial a segment, added up afterwards
 // in a fixed order: no atomics, so results repeat bit for bit.
 
@@ -26,6 +29,16 @@ inline Pack<T, V> fetch_input(const T *x, int64 stride, const T *tail, int chann
     return fetch<T, V>(tail + (int64)(t + K - 1) * channels, tail != nullptr);
 }
 
+// Inputs of other documents are none: those more than `age` steps back.
+template <int V> inline void forget(float (&window)[K][V], int age) {
+#pragma unroll
+    for (int k = 0; k < K - 1; k++) {
+#pragma unroll
+        for (int v = 0; v < V; v++)
+            if (K - 1 - k > age) window[k][v] = 0.f;
+    }
+}
+
 template <class T, int V> inline void store_pack(T *to, const float (&from)[V]) {
     Pack<T, V> pack;
 #pragma unroll
@@ -35,8 +48,8 @@ template <class T, int V> inline void store_pack(T *to, const float (&from)[V]) 
 
 template <class T, int V>
 __global__ void __launch_bounds__(128) conv_forward(
-    const T *x, const float *weight, const float *bias, const T *tail, T *y, T *last,
-    int64 batch_stride, int64 stride, int64 threads, int length, int channels, int steps, int silu) {
+    const T *x, const float *weight, const float *bias, const T *tail, const unsigned char *ages,
+    T *y, T *last, int64 batch_stride, int64 stride, int64 threads, int length, int channels, int steps, int silu) {
     int64 id = blockIdx.x * (int64)blockDim.x + threadIdx.x;
     if (id >= threads) return;
     int packs = channels / V, segments = (length + steps - 1) / steps;
@@ -50,6 +63,7 @@ __global__ void __launch_bounds__(128) conv_forward(
     y += b * length * (int64)channels + d;
     last += b * (K - 1) * channels + d;
     if (tail) tail += b * (K - 1) * channels + d;
+    if (ages) ages += b * length;
 
     float w[K][V], offset[V], window[K][V];
 #pragma unroll
@@ -66,13 +80,17 @@ __global__ void __launch_bounds__(128) conv_forward(
         for (int v = 0; v < V; v++) window[k + 1][v] = load(pack.at[v]);
     }
 
-    auto step = [&](const Pack<T, V> &input, int t) {
+    auto step = [&](const Pack<T, V> &input, int age, int t) {
         float out[V];
 #pragma unroll
         for (int v = 0; v < V; v++) {
 #pragma unroll
             for (int k = 0; k < K - 1; k++) window[k][v] = window[k + 1][v];
             window[K - 1][v] = load(input.at[v]);
+        }
+        if (age < K - 1) forget<V>(window, age);
+#pragma unroll
+        for (int v = 0; v < V; v++) {
             float s = offset[v];
 #pragma unroll
             for (int k = 0; k < K; k++) s = fmaf(w[k][v], window[k][v], s);
@@ -83,12 +101,16 @@ __global__ void __launch_bounds__(128) conv_forward(
     int t0 = start;
     for (; t0 + U <= end; t0 += U) {
         Pack<T, V> ahead[U];
+        int age[U];
 #pragma unroll
-        for (int j = 0; j < U; j++) ahead[j] = fetch<T, V>(x + (t0 + j) * stride, true);
+        for (int j = 0; j < U; j++) {
+            ahead[j] = fetch<T, V>(x + (t0 + j) * stride, true);
+            age[j] = ages ? ages[t0 + j] : K;
+        }
 #pragma unroll
-        for (int j = 0; j < U; j++) step(ahead[j], t0 + j);
+        for (int j = 0; j < U; j++) step(ahead[j], age[j], t0 + j);
     }
-    for (; t0 < end; t0++) step(fetch<T, V>(x + t0 * stride, true), t0);
+    for (; t0 < end; t0++) step(fetch<T, V>(x + t0 * stride, true), ages ? ages[t0] : K, t0);
 
     // The K - 1 inputs to carry on with; in a sequence shorter than that, some come from `tail`.
     for (int k = 0; k < K - 1; k++) {
@@ -105,16 +127,22 @@ template <class T, int V> struct Walk {
     float window[K][V];  // the last K inputs
     float ds[K][V];      // ds[k] is the gradient of s at t - k
     float dw[K][V], db[V];
+    unsigned starts;  // bit k: a document starts at t - k
 
     // Take in the input and the gradient at t, and give dx at t - K + 1, which is complete now.
     // A step beyond `here` belongs to the next segment and does not count for dw and db.
-    inline void step(const Pack<T, V> &input, const Pack<T, V> &gradient, bool there, bool here,
-                     int silu, float (&dx)[V]) {
+    inline void step(const Pack<T, V> &input, const Pack<T, V> &gradient, int age, bool there,
+                     bool here, int silu, float (&dx)[V]) {
 #pragma unroll
         for (int v = 0; v < V; v++) {
 #pragma unroll
             for (int k = 0; k < K - 1; k++) window[k][v] = window[k + 1][v];
             window[K - 1][v] = load(input.at[v]);
+        }
+        if (age < K - 1) forget<V>(window, age);
+        starts = starts << 1 | (age == 0);
+#pragma unroll
+        for (int v = 0; v < V; v++) {
             float g = load(gradient.at[v]);
             if (silu) {
                 float s = offset[v];
@@ -136,6 +164,19 @@ template <class T, int V> struct Walk {
 #pragma unroll
             for (int k = 0; k < K; k++) dx[v] = fmaf(w[k][v], ds[k][v], dx[v]);
         }
+        // A document that starts after t - K + 1, at t - k, did not read the input there.
+        if ((starts & ((1u << (K - 1)) - 1)) == 0) return;
+        int first = 0;
+#pragma unroll
+        for (int k = 0; k < K - 1; k++)
+            if (starts >> k & 1) first = k + 1;
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            dx[v] = 0.f;
+#pragma unroll
+            for (int k = 0; k < K; k++)
+                if (k >= first) dx[v] = fmaf(w[k][v], ds[k][v], dx[v]);
+        }
     }
 };
 
@@ -143,7 +184,7 @@ template <class T, int V> struct Walk {
 template <class T, int V>
 __global__ void __launch_bounds__(128, BLOCKS) conv_backward(
     const T *dy, const T *dlast, const T *x, const float *weight, const float *bias, const T *tail,
-    T *dx, T *dtail, float *partial, int64 dy_batch_stride, int64 dy_stride, int64 batch_stride,
+    const unsigned char *ages, T *dx, T *dtail, float *partial, int64 dy_batch_stride, int64 dy_stride, int64 batch_stride,
     int64 stride, int64 dx_batch_stride, int64 dx_stride, int64 threads, int length, int channels,
     int steps, int silu) {
     int64 id = blockIdx.x * (int64)blockDim.x + threadIdx.x;
@@ -162,8 +203,10 @@ __global__ void __launch_bounds__(128, BLOCKS) conv_backward(
     if (tail) tail += edge;
     if (dlast) dlast += edge;
     if (dtail) dtail += edge;
+    if (ages) ages += b * length;
 
     Walk<T, V> walk;
+    walk.starts = 0;
 #pragma unroll
     for (int v = 0; v < V; v++) {
 #pragma unroll
@@ -189,6 +232,9 @@ __global__ void __launch_bounds__(128, BLOCKS) conv_backward(
         // Most rounds are inside: all their steps count, and all of dx lies in this segment.
         bool inside = t0 >= start + K - 1 && t0 + U <= end && (!dlast || t0 + U <= length - K);
         Pack<T, V> ahead[U], gradient[U];
+        int age[U];
+#pragma unroll
+        for (int j = 0; j < U; j++) age[j] = ages && t0 + j < min(stop, length) ? ages[t0 + j] : K;
         if (inside) {
 #pragma unroll
             for (int j = 0; j < U; j++) {
@@ -199,7 +245,7 @@ __global__ void __launch_bounds__(128, BLOCKS) conv_backward(
 #pragma unroll
             for (int j = 0; j < U; j++) {
                 float out[V];
-                walk.step(ahead[j], gradient[j], true, true, silu, out);
+                walk.step(ahead[j], gradient[j], age[j], true, true, silu, out);
                 store_pack<T, V>(to + j * dx_stride, out);
             }
             continue;
@@ -215,7 +261,7 @@ __global__ void __launch_bounds__(128, BLOCKS) conv_backward(
             int t = t0 + j;
             if (t >= stop) break;
             float out[V];
-            walk.step(ahead[j], gradient[j], t < length, t < end, silu, out);
+            walk.step(ahead[j], gradient[j], age[j], t < length, t < end, silu, out);
             int p = t - K + 1, k = p - (length - K + 1);
             if (dlast && k >= 0 && k < K - 1) {
                 Pack<T, V> more = fetch<T, V>(dlast + (int64)k * channels, true);

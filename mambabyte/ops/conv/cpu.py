@@ -23,7 +23,7 @@ from mambabyte.ops.library import constant_in_graphs
 __all__ = ["available", "backward", "forward"]
 
 SOURCE = Path(__file__).with_name("conv.c")
-_pack = struct.Struct("20q").pack
+_pack = struct.Struct("21q").pack
 
 
 class _Library(NamedTuple):
@@ -49,7 +49,8 @@ def available(dtype: torch.dtype) -> bool:
 
 
 def _call(function: str, x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None,
-          silu: bool, y: Tensor | None, dy: Tensor | None, *outputs: Tensor | None) -> None:
+          silu: bool, ages: Tensor | None, y: Tensor | None, dy: Tensor | None,
+          *outputs: Tensor | None) -> None:
     batch, length, channels = x.shape
     library = _load(x.dtype == torch.float64)
     if isinstance(library, str):
@@ -59,7 +60,7 @@ def _call(function: str, x: Tensor, weight: Tensor, bias: Tensor | None, tail: T
         batch, length, channels, weight.shape[1], silu, torch.get_num_threads(),
         *x.stride()[:2], *strides,
         *(0 if t is None else t.data_ptr() for t in (x, tail, weight, bias, y, dy, *outputs)),
-        *(0,) * (4 - len(outputs))))
+        *(0,) * (4 - len(outputs)), 0 if ages is None else ages.data_ptr()))
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -75,14 +76,15 @@ def _packed(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool,
+    ages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y (B, L, D) and the tail to carry on with (B, K-1, D); arguments as in ``operator.py``, which
     has checked them. Raises UserError where there is no library."""
     x, y = _unit(x), _empty_like(x)
     length, before = x.shape[1], weight.shape[1] - 1
-    weight, bias, tail = _packed(weight, bias, tail)  # type: ignore[assignment]
-    _call("forward", x, weight, bias, tail, silu, y, None)
+    weight, bias, tail, ages = _packed(weight, bias, tail, ages)  # type: ignore[assignment]
+    _call("forward", x, weight, bias, tail, silu, ages, y, None)
     if length >= before:
         return y, x[:, length - before :].clone(memory_format=torch.contiguous_format)
     if tail is None:
@@ -92,14 +94,15 @@ def forward(
 
 def backward(
     dy: Tensor, dlast: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None,
-    tail: Tensor | None, silu: bool,
+    tail: Tensor | None, silu: bool, ages: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x, weight, bias and tail, None for one that is None."""
     x, dx = _unit(x), _empty_like(x)
-    weight, bias, tail = _packed(weight, bias, tail)  # type: ignore[assignment]
+    weight, bias, tail, ages = _packed(weight, bias, tail, ages)  # type: ignore[assignment]
     dweight = torch.zeros_like(weight)
     dtail, dbias = (None if t is None else torch.zeros_like(t) for t in (tail, bias))
-    _call("backward", x, weight, bias, tail, silu, None, _unit(dy), dx, dtail, dweight, dbias)
+    _call("backward", x, weight, bias, tail, silu, ages, None, _unit(dy), dx, dtail, dweight,
+          dbias)
     if dlast is not None:
         length, before = x.shape[1], weight.shape[1] - 1
         own = min(length, before)  # rows of the next tail that are x's; the others are the tail's

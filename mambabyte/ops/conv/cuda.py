@@ -17,7 +17,7 @@ _THREADS = 128
 # Loads in flight a thread and blocks a multiprocessor in the backward: measured, as in _plan.
 _AHEAD, _BLOCKS = 4, 3
 _PARAMETERS = {
-    "conv_forward": "PPPPPPqqqiiii", "conv_backward": "PPPPPPPPPqqqqqqqiiii", "conv_sums": "PPPqii"}
+    "conv_forward": "7Pqqqiiii", "conv_backward": "10Pqqqqqqqiiii", "conv_sums": "PPPqii"}
 
 
 def widths(dtype: torch.dtype) -> tuple[int, ...]:
@@ -74,28 +74,31 @@ def _plan(tensors: tuple[Tensor, ...], backward: bool) -> tuple[int, int, int]:
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool,
+    ages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, length, channels = x.shape
     taps, device = weight.shape[1], x.device.index
     x, weight = _rows(x), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     tail = None if tail is None else tail.contiguous()
+    ages = None if ages is None else ages.contiguous()
     width, steps, threads = _plan((x,) if tail is None else (x, tail), False)
     y = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     last = torch.empty((batch, taps - 1, channels), dtype=x.dtype, device=x.device)
     kernel = _kernel("conv_forward", x.dtype, taps, width, device)
     kernel.launch(
         (-(-threads // _THREADS), 1, 1), (_THREADS, 1, 1), 0, raw_stream(device),
-        x.data_ptr(), weight.data_ptr(), _pointer(bias), _pointer(tail), y.data_ptr(),
-        last.data_ptr(), x.stride(0), x.stride(1), threads, length, channels, steps, silu,
+        x.data_ptr(), weight.data_ptr(), _pointer(bias), _pointer(tail), _pointer(ages),
+        y.data_ptr(), last.data_ptr(), x.stride(0), x.stride(1), threads, length, channels, steps,
+        silu,
     )  # fmt: skip
     return y, last
 
 
 def backward(
     dy: Tensor, dlast: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None,
-    tail: Tensor | None, silu: bool, dx: Tensor | None = None,
+    tail: Tensor | None, silu: bool, dx: Tensor | None = None, ages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias, tail; empty for one that is None.
 
@@ -107,6 +110,7 @@ def backward(
     bias = None if bias is None else bias.contiguous()
     tail = None if tail is None else tail.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
+    ages = None if ages is None else ages.contiguous()
     if dx is None:
         dx = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     width, steps, threads = _plan((x, dy, dx, *(t for t in (tail, dlast) if t is not None)), True)
@@ -117,7 +121,8 @@ def backward(
     kernel.launch(
         (-(-threads // _THREADS), 1, 1), (_THREADS, 1, 1), 0, raw_stream(device),
         dy.data_ptr(), _pointer(dlast), x.data_ptr(), weight.data_ptr(), _pointer(bias),
-        _pointer(tail), dx.data_ptr(), 0 if tail is None else dtail.data_ptr(), partial.data_ptr(),
+        _pointer(tail), _pointer(ages), dx.data_ptr(), 0 if tail is None else dtail.data_ptr(),
+        partial.data_ptr(),
         dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), dx.stride(0), dx.stride(1), threads,
         length, channels, steps, silu,
     )  # fmt: skip

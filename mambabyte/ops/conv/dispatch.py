@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops.arguments import check_tensors
+from mambabyte.ops.arguments import check_tensors, document_ages
 from mambabyte.ops.conv import cpu
-from mambabyte.ops.conv.operator import DTYPES, TAPS, fused_causal_conv, torch_causal_conv
+from mambabyte.ops.conv.operator import (
+    DTYPES,
+    TAPS,
+    fused_causal_conv,
+    of_document,
+    torch_causal_conv,
+)
 from mambabyte.ops.scan.operator import fused_available
 
 FUSED_TAPS = TAPS
@@ -19,6 +25,7 @@ FUSED_TAPS = TAPS
 
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None = None, silu: bool = False,
+    document_starts: Tensor | Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``y_t = bias + sum_k weight_k x_{t-K+1+k}``, where positions before x come from ``tail``.
 
@@ -28,11 +35,17 @@ def causal_conv(
     torch's convolution, which wants (B, D, L), is what there is without them. Gradients flow to
     all inputs and through both results.
 
+    ``document_starts`` says where documents begin that lie one behind another in a row: before its
+    first input each finds zeros; see ``document_ages`` of mambabyte.ops.arguments. The tail that
+    comes back has the inputs of the last, with zeros before them.
+
     Raises UserError for shapes that do not fit.
     """
     tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)
     if tensors and weight.ndim == 2 and fits(x, weight, bias):
-        return fused_causal_conv(x, weight, bias, tail, silu)
+        ages = document_ages(document_starts, x)
+        y, last = fused_causal_conv(x, weight, bias, tail, silu, ages)
+        return y, of_document(last, ages)
     for name, tensor, dims in (("x", x, 3), ("weight", weight, 2)):
         if not isinstance(tensor, Tensor) or tensor.ndim != dims or 0 in tensor.shape[1:]:
             raise UserError(f"{name} has shape {tuple(getattr(tensor, 'shape', ()))}: expected x "
@@ -43,7 +56,9 @@ def causal_conv(
         ("bias?", bias, (channels,), None),
         ("tail?", tail, (batch, weight.shape[1] - 1, channels), None),
     ))  # fmt: skip
-    return torch_causal_conv(x, weight, bias, tail, silu)
+    ages = document_ages(document_starts, x)
+    y, last = torch_causal_conv(x, weight, bias, tail, silu, ages)
+    return y, of_document(last, ages)
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

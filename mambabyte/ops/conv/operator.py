@@ -18,7 +18,7 @@ from mambabyte.errors import UserError
 from mambabyte.ops.arguments import check_tensors
 from mambabyte.ops.library import Tensors, define
 
-__all__ = ["DTYPES", "TAPS", "fused_causal_conv", "torch_causal_conv"]
+__all__ = ["DTYPES", "TAPS", "fused_causal_conv", "of_document", "torch_causal_conv"]
 
 TAPS = range(2, 9)
 DTYPES = {
@@ -29,20 +29,21 @@ DTYPES = {
 
 def fused_causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, tail: Tensor | None = None,
-    silu: bool = True,
+    silu: bool = True, ages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``silu(bias + sum_k weight_k x_{t-K+1+k})``; positions before x come from ``tail``.
 
     Shapes: x (B, L, D) of any strides; weight (D, K), K from 2 to 8; bias (D,); tail (B, K-1, D),
-    zero when None. x is float32, on a GPU bfloat16 or float16 too, on the CPU float64 too; weight
-    and bias are taken in float32, beside a float64 x in float64. Returns y (B, L, D) and the tail
-    to carry on with, both in x's dtype. Gradients flow to all inputs and through both results, in a
-    fixed order of sums: bit-equal on repetition and for any number of threads.
+    zero when None; ages (B, L) as of ``document_ages``. x is float32, on a GPU bfloat16 or float16
+    too, on the CPU float64 too; weight and bias are taken in float32, beside a float64 x in
+    float64. Returns y (B, L, D) and the last K - 1 inputs, of whatever document, both in x's dtype.
+    Gradients flow to all inputs and through both results, in a fixed order of sums: bit-equal on
+    repetition and for any number of threads.
 
     Raises UserError for shapes, dtypes or devices that do not fit.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return _conv(x, _in(wide, weight), _in(wide, bias), _in(x.dtype, tail), silu)
+    return _conv(x, _in(wide, weight), _in(wide, bias), _in(x.dtype, tail), ages, silu)
 
 
 def _in(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
@@ -50,17 +51,34 @@ def _in(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
 
 
 def torch_causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool,
+    ages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same with torch's convolution, which wants (B, D, L); any number of taps."""
     length, taps = x.shape[1], weight.shape[1]
     if tail is None:
         tail = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
     padded = torch.cat([tail.to(x.dtype), x], dim=1)  # (B, K-1+L, D)
-    y = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), bias, groups=x.shape[2])
-    y = y.transpose(1, 2)
+    if ages is None:
+        y = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), bias, groups=x.shape[2])
+        y = y.transpose(1, 2)
+    else:  # tap by tap, each where its input is of the step's own document
+        y = x.new_zeros(()) if bias is None else bias
+        for back in range(taps):
+            here = padded[:, taps - 1 - back : taps - 1 - back + length]
+            here = here.masked_fill((ages < back)[..., None], 0) if back else here
+            y = y + weight[:, taps - 1 - back] * here
     # A copy: a view would keep the whole padded sequence alive as long as the tail.
     return F.silu(y) if silu else y, padded[:, length:].clone()
+
+
+def of_document(tail: Tensor, ages: Tensor | None) -> Tensor:
+    """The tail (B, K-1, D) that a convolution leaves, with zeros for what is older than the last
+    document."""
+    if ages is None:
+        return tail
+    behind = torch.arange(tail.shape[1] - 1, -1, -1, device=tail.device)  # the last step
+    return tail.masked_fill((behind > ages[:, -1:])[..., None], 0)
 
 
 # -------------------------------------------------------------------------------------- operator
@@ -79,7 +97,8 @@ def _kernels(device_type: str) -> ModuleType:
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, ages: Tensor | None,
+    silu: bool,
 ) -> None:
     if x.ndim != 3 or not x.shape[1] * x.shape[2]:
         raise UserError(f"x has shape {tuple(x.shape)}: expected (batch, length, channels), the "
@@ -94,14 +113,15 @@ def _check(
         ("weight", weight, (channels, weight.shape[1]), wide),
         ("bias?", bias, (channels,), wide),
         ("tail?", tail, (batch, weight.shape[1] - 1, channels), x.dtype),
+        ("ages?", ages, x.shape[:2], torch.uint8),
     ))  # fmt: skip
 
 
 def _check_backward(
     dy: Tensor, dlast: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None,
-    tail: Tensor | None, silu: bool,
+    tail: Tensor | None, ages: Tensor | None, silu: bool,
 ) -> None:  # fmt: skip
-    _check(x, weight, bias, tail, silu)
+    _check(x, weight, bias, tail, ages, silu)
     batch, _, channels = x.shape
     check_tensors("x", x, None, DTYPES[x.device.type], (
         ("dy", dy, x.shape, x.dtype),
@@ -110,7 +130,8 @@ def _check_backward(
 
 
 def _shapes(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, ages: Tensor | None,
+    silu: bool,
 ) -> Tensors:
     batch, _, channels = x.shape
     return x.new_empty(x.shape), x.new_empty(batch, weight.shape[1] - 1, channels)
@@ -118,21 +139,28 @@ def _shapes(
 
 def _forward_on(device_type: str) -> Any:
     def forward(*args: Any) -> Tensors:
-        return _kernels(device_type).forward(*args)
+        *inputs, ages, silu = args
+        return _kernels(device_type).forward(*inputs, silu, ages=ages)
 
     return forward
 
 
 def _backward_on(device_type: str) -> Any:
     def backward(*args: Any) -> tuple[Tensor | None, ...]:
-        return _kernels(device_type).backward(*args)
+        *inputs, ages, silu = args
+        return *_kernels(device_type).backward(*inputs, silu, ages=ages), None
 
     return backward
 
 
+def _in_torch(*args: Any) -> tuple[Tensor, Tensor]:
+    x, weight, bias, tail, ages, silu = args
+    return torch_causal_conv(x, weight, bias, tail, silu, ages)
+
+
 _conv = define(
     "causal_conv",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? tail",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? tail, Tensor? ages",
     "y, last",
     flags="bool silu",
     forward={device: _forward_on(device) for device in DTYPES},
@@ -140,6 +168,6 @@ _conv = define(
     check=_check,
     check_backward=_check_backward,
     shapes=_shapes,
-    in_torch=torch_causal_conv,
+    in_torch=_in_torch,
     cast={"cuda": ("x", "tail")},
 )

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops.arguments import FLOATS, check_tensors, whole, without_autocast
+from mambabyte.ops.arguments import (
+    FLOATS,
+    check_tensors,
+    document_ages,
+    whole,
+    without_autocast,
+)
 from mambabyte.ops.delta.chunked import CHUNK, chunked_delta
 from mambabyte.ops.delta.operator import fused_delta
 from mambabyte.ops.delta.recurrent import recurrent_delta
+from mambabyte.ops.ssd.decay import without_past
 from mambabyte.ops.ssd.dispatch import wide_dtype
 
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
@@ -26,6 +33,7 @@ def gated_delta_rule(
     beta: Tensor,
     *,
     initial_state: Tensor | None = None,
+    document_starts: Tensor | Sequence[int] | None = None,
     form: str = "auto",
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -43,6 +51,10 @@ def gated_delta_rule(
     ``beta |k|^2`` in [0, 2]. Returns o (B, L, H, V) in v's dtype and the state after the last step
     (B, H, K, V) in float32 (float64 when any input is float64). Gradients flow to every input
     and through both results.
+
+    ``document_starts`` says where documents begin that lie one behind another in a row: each goes
+    on from a state of zeros and nothing crosses, neither value nor gradient; see ``document_ages``
+    of mambabyte.ops.arguments. The state that comes back is that of the last.
 
     ``form`` is "recurrent", the definition; "chunked", of ``chunk_size`` steps rounded down to a
     power of two; "fused", one operator that keeps its inputs alone for the backward pass; or
@@ -74,7 +86,8 @@ def gated_delta_rule(
         form = "recurrent" if length == 1 else "fused"
 
     wide = wide_dtype(q, k, v, log_decay, beta, initial_state)
-    gate = log_decay.to(wide)
+    gate = without_past(
+        log_decay.to(wide), document_ages(document_starts, v))
     gate = gate if gate.ndim == 4 else gate.unsqueeze(-1)
     state = None if initial_state is None else initial_state.to(wide)
     if form == "fused":

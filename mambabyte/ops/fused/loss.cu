@@ -3,7 +3,7 @@
 //
 //   u = cap tanh(logit / cap) (or logit) + gate offset,   loss = log sum exp u - u[target]
 //
-// A warp takes a row. gate (rows), offset (rows, symbols) in float16; null where there are none.
+// A row whose target is -1 is not asked: its loss and gradients are 0. A warp takes a row. gate (rows), offset (rows, symbols) in float16; null where there are none.
 
 // tanh by its exponential: what the compiler takes for it has 11 bits.
 inline float capped(float x, float cap) {
@@ -44,7 +44,8 @@ __global__ void loss_forward(const T *logits, const int64 *targets, const G *gat
     if (lane == 0) {
         int64 target = targets[row];
         // Not a symbol: no number, as torch ends the process.
-        losses[row] = target >= 0 && target < symbols ? all - at(target) : nanf("");
+        float loss = target >= 0 && target < symbols ? all - at(target) : nanf("");
+        losses[row] = target == -1 ? 0.f : loss;
         normaliser[row] = all;
     }
 }
@@ -70,7 +71,7 @@ __global__ void loss_backward(const float *d_mean, const T *logits, const int64 
     if (row >= rows) return;
     int64 first = (int64)row * symbols, target = targets[row];
     float share = gate ? load(gate[row]) : 0.f, all = normaliser[row];
-    float upstream = *d_mean / rows, along = 0.f;
+    float upstream = target == -1 ? 0.f : *d_mean / rows, along = 0.f;
     for (int i = lane; i < symbols; i += 32) {
         float u = capped(load(logits[first + i]), cap), ratio = u / cap;
         float other = offset ? load(offset[first + i]) : 0.f;

@@ -11,15 +11,19 @@ from torch import Tensor
 from mambabyte.ops.conv.cuda import ELEMENTS
 from mambabyte.ops.fused import cuda
 
+NOT_PREDICTED = -1  # a target: the first byte of a document, which none before it announces
 _THREADS = 256
 
 
 def cross_entropy(
     logits: Tensor, targets: Tensor, cap: float = 0.0, gate: Tensor | None = None,
-    offset: Tensor | None = None,
+    offset: Tensor | None = None, predictions: Tensor | None = None,
 ) -> Tensor:
     """The mean over rows of ``log sum exp u - u[target]``, a float32 scalar, with ``u = cap
     tanh(logits / cap) + gate offset``.
+
+    With ``predictions``, a number, it is the sum over rows whose target is not NOT_PREDICTED,
+    divided by that.
 
     logits (N, V); targets (N,) int64; cap 0 is none; gate (N, 1) and offset (N, V), which takes no
     gradient, go together. On a GPU no copy of the logits in float32 is made: a kernel and a sum,
@@ -27,20 +31,24 @@ def cross_entropy(
     """
     half = offset is None or offset.dtype == torch.float16
     if not half or not cuda.takes(logits, gate, offset) or not logits.numel():
-        return cross_entropy_in_torch(logits, targets, cap, gate, offset)
-    return _CrossEntropy.apply(logits, targets, cap, gate, offset)
+        return cross_entropy_in_torch(logits, targets, cap, gate, offset, predictions)
+    mean: Tensor = _CrossEntropy.apply(logits, targets, cap, gate, offset)
+    return mean if predictions is None else mean * (len(targets) / predictions)
 
 
 def cross_entropy_in_torch(
     logits: Tensor, targets: Tensor, cap: float = 0.0, gate: Tensor | None = None,
-    offset: Tensor | None = None,
+    offset: Tensor | None = None, predictions: Tensor | None = None,
 ) -> Tensor:
     """:func:`cross_entropy` in torch's operators: its definition, in float64 too."""
     u = cap * torch.tanh(logits / cap) if cap else logits
     u = u if u.dtype == torch.float64 else u.float()
     if gate is not None and offset is not None:
         u = u + gate.to(u.dtype) * offset.to(u.dtype)
-    return F.cross_entropy(u, targets)
+    if predictions is None:
+        return F.cross_entropy(u, targets)
+    nats = F.cross_entropy(u, targets, ignore_index=NOT_PREDICTED, reduction="sum")
+    return nats / predictions
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -49,6 +49,19 @@ def rotate_qkv_in_torch(
     return q if gain is None else q * gain.to(q.dtype)[:, None, None], k, v
 
 
+def rotary_table(
+    position: int, length: int, half: int, base: float, fraction: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (length, half) of the rotary angles from ``position`` on, in float64."""
+    # float64 for the angles alone: at position 1e6 float32 would be off by 0.06 radians.
+    turning = max(1, round(half * fraction))
+    rate = base ** (-torch.arange(half, device=device, dtype=torch.float64) / turning)
+    rate[turning:] = 0
+    steps = torch.arange(position, position + length, device=device, dtype=torch.float64)
+    angle = torch.outer(steps, rate)
+    return angle.cos(), angle.sin()
+
+
 def rotate(x: Tensor, table: Table) -> Tensor:
     """Rotary positions alone: x (B, H, L, d), d even."""
     cos, sin = (t.to(x.dtype) for t in table)

@@ -108,6 +108,7 @@ def _wide_step(
         conv_weight.float(),
         None if conv_bias is None else conv_bias.float(),
         tail,
+        None,
         True,
     )
     u, (states, rank) = u.squeeze(1), (A.shape[1], dt_proj.shape[1])

@@ -24,7 +24,7 @@ from torch import Tensor
 from mambabyte.errors import UserError
 from mambabyte.ops.arguments import check_tensors
 from mambabyte.ops.conv import cuda as cuda_conv
-from mambabyte.ops.conv.operator import DTYPES, TAPS, torch_causal_conv
+from mambabyte.ops.conv.operator import DTYPES, TAPS, of_document, torch_causal_conv
 from mambabyte.ops.library import Tensors, define, wants_gradient
 from mambabyte.ops.scan import cuda as cuda_scan
 from mambabyte.ops.scan import plan as cuda_plan
@@ -39,7 +39,7 @@ Leave = Callable[[Tensor], Tensor]
 
 def fused_mixer(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
-    dt_bias: Tensor, A: Tensor, D: Tensor,
+    dt_bias: Tensor, A: Tensor, D: Tensor, ages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From in_proj's output to out_proj's input, for sequences that begin without a state.
 
@@ -47,7 +47,8 @@ def fused_mixer(
     (R + 2N, D), N <= 64; dt_proj (D, R), R >= 1; dt_bias (D,), added before the softplus; A (D, N);
     D (D,). Both products are fastest with R a multiple of 8. Returns y (B, L, D), the
     convolution's tail (B, K-1, D) and the scan's state (B, D, N). Gradients, of first order, flow
-    to all inputs and through all results.
+    to all inputs and through all results. ``ages`` (B, L) as of ``document_ages``, where documents
+    lie one behind another.
 
     xz, x_proj, dt_proj, y and the tail share a dtype: bfloat16, float16 or float32; under autocast
     they are cast to its dtype. The rest is float32.
@@ -57,14 +58,14 @@ def fused_mixer(
     if xz.device.type not in DEVICES:
         raise UserError(f"xz is on {xz.device}: the fused mixer runs on a GPU")
     inputs = (xz, conv_weight.float(), conv_bias.float(), x_proj, dt_proj, dt_bias.float(),
-              A.float(), D.float())  # fmt: skip
+              A.float(), D.float(), ages)  # fmt: skip
     y, tail, state, *_ = _mixer(*inputs, wants_gradient(*inputs))
-    return y, tail, state
+    return y, of_document(tail, ages), state
 
 
 def check(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
-    dt_bias: Tensor, A: Tensor, D: Tensor,
+    dt_bias: Tensor, A: Tensor, D: Tensor, ages: Tensor | None,
 ) -> None:  # fmt: skip
     if xz.ndim != 3 or not xz.shape[1] * xz.shape[2] or xz.shape[2] % 2:
         raise UserError(f"xz has shape {tuple(xz.shape)}: expected (batch, length, 2 channels), "
@@ -86,6 +87,7 @@ def check(
         ("dt_bias", dt_bias, (channels,), wide),
         ("A", A, (channels, states), wide),
         ("D", D, (channels,), wide),
+        ("ages?", ages, xz.shape[:2], torch.uint8),
     ))  # fmt: skip
 
 
@@ -94,7 +96,7 @@ def _check_backward(
 ) -> None:
     *weights, u, parts, delta, saved = args
     check(xz, *weights)
-    conv_weight, _, x_proj, _, _, A, _ = weights
+    conv_weight, _, x_proj, _, _, A, _, _ = weights
     batch, length, both = xz.shape
     channels, states = A.shape
     row = (batch, length, both // 2)
@@ -113,23 +115,24 @@ def _check_backward(
 # -------------------------------------------------------------------------------------- operator
 
 _NAMES = ("xz", "conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A", "D")
+_INPUTS = f"{', '.join(f'Tensor {name}' for name in _NAMES)}, Tensor? ages"
 
 
 def forward(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
-    dt_bias: Tensor, A: Tensor, D: Tensor, save: bool, *, before: Tensor | None = None,
-    arrive: Arrive | None = None,
+    dt_bias: Tensor, A: Tensor, D: Tensor, ages: Tensor | None, save: bool, *,
+    before: Tensor | None = None, arrive: Arrive | None = None,
 ) -> Tensors:  # fmt: skip
     """``before`` is the convolution's tail from before the sequence, ``arrive`` that of
     :func:`mambabyte.ops.scan.cuda.forward`: for a stretch of a longer one."""
     x, z = xz.chunk(2, dim=-1)
     rank, states = dt_proj.shape[1], A.shape[1]
-    u, tail = cuda_conv.forward(x, conv_weight, conv_bias, before, True)
+    u, tail = cuda_conv.forward(x, conv_weight, conv_bias, before, True, ages)
     parts = F.linear(u, x_proj)
     low_rank, B, C = parts.split([rank, states, states], dim=-1)
     delta = F.linear(low_rank, dt_proj)
     y, state, saved = cuda_scan.forward(
-        u, delta, A, B, C, D, z, dt_bias, None, True, save, arrive)
+        u, delta, A, B, C, D, z, dt_bias, None, True, save, arrive, ages)
     if not save:
         u, parts, delta = (y.new_empty(0) for _ in range(3))
     return y, tail, state, u, parts, delta, saved
@@ -142,8 +145,8 @@ def backward(*args: Any) -> Tensors:
 def gradients(
     dy: Tensor, dtail: Tensor | None, dstate: Tensor | None, xz: Tensor, conv_weight: Tensor,
     conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-    u: Tensor, parts: Tensor, delta: Tensor, saved: Tensor, *, before: Tensor | None = None,
-    entered: Tensor | None = None, leave: Leave | None = None,
+    ages: Tensor | None, u: Tensor, parts: Tensor, delta: Tensor, saved: Tensor, *,
+    before: Tensor | None = None, entered: Tensor | None = None, leave: Leave | None = None,
 ) -> Tensors:  # fmt: skip
     """Of all inputs and of ``before``; ``entered`` is the state that ``arrive`` gave, and
     ``leave`` that of :func:`mambabyte.ops.scan.cuda.backward`."""
@@ -157,7 +160,7 @@ def gradients(
     dlow_rank, dB, dC = d_parts.split(widths, dim=-1)
     _, _, dA, _, _, dD, _, ddt_bias, _ = cuda_scan.backward(
         dy, dstate, u, delta, A, B, C, D, z, dt_bias, entered, saved, True,
-        into=(du, ddelta, dz, dB, dC), leave=leave,
+        into=(du, ddelta, dz, dB, dC), leave=leave, ages=ages,
     )  # fmt: skip
 
     torch.mm(_flat(ddelta), dt_proj, out=_flat(dlow_rank))
@@ -167,9 +170,10 @@ def gradients(
 
     dx = ddelta  # which is used up
     _, dconv_weight, dconv_bias, dbefore = cuda_conv.backward(
-        du, dtail, x, conv_weight, conv_bias, before, True, dx)
+        du, dtail, x, conv_weight, conv_bias, before, True, dx, ages)
     dxz = d_rows[..., : xz.shape[2]]
-    return dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA, dD, dbefore
+    none = dxz.new_empty(0)  # for the ages
+    return dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA, dD, none, dbefore
 
 
 def _d_rows(xz: Tensor) -> Tensor:
@@ -184,7 +188,7 @@ def _flat(x: Tensor) -> Tensor:
 
 def _forward_shapes(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
-    dt_bias: Tensor, A: Tensor, D: Tensor, save: bool,
+    dt_bias: Tensor, A: Tensor, D: Tensor, ages: Tensor | None, save: bool,
 ) -> Tensors:  # fmt: skip
     batch, length, both = xz.shape
     channels, states = both // 2, A.shape[1]
@@ -207,26 +211,26 @@ def _backward_shapes(
     dy: Tensor, dtail: Tensor | None, dstate: Tensor | None, xz: Tensor, *tensors: Tensor
 ) -> Tensors:
     dxz = _d_rows(xz)[..., : xz.shape[2]]
-    return dxz, *(t.new_empty(t.shape) for t in tensors[: len(_NAMES) - 1])
+    return dxz, *(t.new_empty(t.shape) for t in tensors[: len(_NAMES) - 1]), dxz.new_empty(0)
 
 
 def _in_torch(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
-    dt_bias: Tensor, A: Tensor, D: Tensor,
+    dt_bias: Tensor, A: Tensor, D: Tensor, ages: Tensor | None = None,
 ) -> Tensors:  # fmt: skip
     x, z = xz.chunk(2, dim=-1)
     rank, states = dt_proj.shape[1], A.shape[1]
     u, tail = torch_causal_conv(
-        x, conv_weight.to(x.dtype), conv_bias.to(x.dtype), None, True)
+        x, conv_weight.to(x.dtype), conv_bias.to(x.dtype), None, True, ages)
     low_rank, B, C = F.linear(u, x_proj).split([rank, states, states], dim=-1)
     y, state = scan_in_torch(
-        u, F.linear(low_rank, dt_proj), A, B, C, D, z, dt_bias, None, True)
+        u, F.linear(low_rank, dt_proj), A, B, C, D, z, dt_bias, None, True, ages)
     return y, tail, state
 
 
 _mixer = define(
     "mixer",
-    ", ".join(f"Tensor {name}" for name in _NAMES),
+    _INPUTS,
     "y, tail, state",
     kept="u, parts, delta, saved",
     forward={"cuda": forward},

@@ -41,7 +41,7 @@ def split_mixer(
         xz, x_proj, dt_proj = (t.to(dtype) for t in (xz, x_proj, dt_proj))
     inputs = (xz, conv_weight.float(), conv_bias.float(), x_proj, dt_proj, dt_bias.float(),
               A.float(), D.float())  # fmt: skip
-    fused.check(*inputs)
+    fused.check(*inputs, None)
     found: tuple[Tensor, Tensor, Tensor] = _SplitMixer.apply(piece, *inputs)
     return found
 
@@ -61,7 +61,7 @@ class _SplitMixer(torch.autograd.Function):
         with without_autocast(xz.device):
             found = piece.before(xz.chunk(2, -1)[0], rows, 1)
             before = F.pad(found, (0, 0, rows - found.shape[1], 0))  # zeros before the beginning
-            given: Any = (*inputs, True)
+            given: Any = (*inputs, None, True)
             y, tail, state, *kept = fused.forward(*given, before=before, arrive=arrive)
         ctx.piece, ctx.received, ctx.count = piece, found.shape[1], len(inputs)
         ctx.mark_non_differentiable(tail, state)
@@ -73,8 +73,9 @@ class _SplitMixer(torch.autograd.Function):
         inputs, rest = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         *kept, before, entered = rest[:6]
         decays = rest[6:]
-        dxz, *others, dbefore = fused.gradients(
-            dy, None, None, *inputs, *kept, before=before, entered=entered,
+        given: Any = (dy, None, None, *inputs, None, *kept)
+        dxz, *others, _none, dbefore = fused.gradients(
+            *given, before=before, entered=entered,
             leave=lambda gradient: ctx.piece.leave(gradient, list(decays)))
         rows = before.shape[1]
         back = ctx.piece.given_back(dbefore[:, rows - ctx.received :], rows, 1)

@@ -12,9 +12,14 @@ sum of what starts inside the chunk and what enters it::
 exponent is <= 0: nothing overflows, and what underflows is a contribution that is zero in the
 definition too. There is no division by a decay and no difference of large exponents, which is
 what sets it apart from the log-cumsum trick (see mambabyte.ops.scan.cumsum).
+
+A document that starts at step t has the log-decay -inf there: exp of it and of every sum with it is
+exactly 0, and so is its derivative.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +27,11 @@ from torch import Tensor
 
 
 def chunked_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Stable chunked scan. Shapes as in mambabyte.ops.selective_scan; ``chunk`` is T."""
+    """Stable chunked scan. Shapes as in mambabyte.ops.selective_scan; ``chunk`` is T; ``starts``
+    (B, L) bool, where documents begin."""
     length = u.shape[1]
     T = min(chunk, length)
     # Steps of delta 0 decay by exp(0) = 1 and add nothing: padding leaves the state as it is.
@@ -34,7 +41,12 @@ def chunked_scan(
         return F.pad(x, (0, 0, 0, pad)).unflatten(1, (-1, T))
 
     dt, B_, C_ = fold(delta), fold(B), fold(C)
-    log_decay = dt.unsqueeze(-1) * A  # (B, K, T, D, N)
+    if starts is None:
+        log_decay = dt.unsqueeze(-1) * A  # (B, K, T, D, N)
+    else:
+        reset = dt.new_zeros(starts.shape).masked_fill(starts, -math.inf)
+        log_decay = torch.addcmul(
+            fold(reset[..., None])[..., None], dt.unsqueeze(-1), A)  # one operation, as without
     inputs = fold(delta * u).unsqueeze(-1) * B_.unsqueeze(-2)  # (B, K, T, D, N)
     decay = torch.exp(log_decay)
 

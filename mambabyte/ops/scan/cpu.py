@@ -30,7 +30,7 @@ TILE = 16  # time steps between two saved states
 PAD = 32  # saved states are padded to this many channels
 GROUP = 128  # channels of one partial sum of dB and dC
 
-_FORWARD_WORDS = 6 + 6 * 4 + 6
+_FORWARD_WORDS = 6 + 6 * 4 + 7
 _BACKWARD_WORDS = _FORWARD_WORDS + 6 * 4 + 7
 _pack = struct.Struct(f"{_BACKWARD_WORDS}q").pack
 _pack_step = struct.Struct("21q").pack
@@ -124,8 +124,10 @@ def _stream_dtype(x: Tensor, real: torch.dtype) -> torch.dtype:
 def forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, initial_state: Tensor | None, delta_softplus: bool, save: bool,
+    ages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The scan of ``ops/scan/recurrent.py``; shapes as in the module's docstring.
+    """The scan of ``ops/scan/recurrent.py``; shapes as in the module's docstring, ``ages`` as of
+    ``document_ages``.
 
     Returns y ``(B, L, D)`` in u's dtype, the final state ``(B, D, N)`` in float32 (float64 if u
     is), and the checkpoints for :func:`backward`, of shape :func:`saved_shape` (empty if not
@@ -141,6 +143,7 @@ def forward(
     saved = torch.empty(shape, dtype=real, device=u.device)
     inputs = [_stream(x, real) for x in (u, delta, B, C, z)]
     params = [_plain(x, real) for x in (A, D, delta_bias, initial_state)]
+    ages = _plain(ages, torch.uint8)
     if length == 0 or y.numel() == 0:
         last = torch.zeros_like(last) if params[3] is None else params[3].clone()
         return y.to(u.dtype), last, saved
@@ -149,6 +152,7 @@ def forward(
         *(word for x in (*inputs, y) for word in _words(x)),
         *(_pointer(x) for x in (*params, last)),
         saved.data_ptr() if save else 0,
+        _pointer(ages),
         *(0,) * (_BACKWARD_WORDS - _FORWARD_WORDS),
     )
     if _library(real == torch.float64).forward(words):
@@ -160,6 +164,7 @@ def backward(
     dy: Tensor, dfinal_state: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
     C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None,
     initial_state: Tensor | None, saved: Tensor, delta_softplus: bool,
+    ages: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of :func:`forward`, whose ``saved`` it takes.
 
@@ -173,7 +178,7 @@ def backward(
     inputs = [_stream(x, real) for x in (u, delta, B, C, z)]
     params = [_plain(x, real) for x in (A, D, delta_bias)]
     dlast = _plain(dfinal_state, real)
-    dout, saved = _stream(dy, real), saved.contiguous()
+    dout, saved, ages = _stream(dy, real), saved.contiguous(), _plain(ages, torch.uint8)
     rows = (batch, length, channels)
     du = torch.empty(rows, dtype=_stream_dtype(u, real), device=u.device)
     ddelta = torch.empty_like(du)
@@ -200,7 +205,7 @@ def backward(
         words = _pack(
             *(batch, length, channels, d_state, delta_softplus, torch.get_num_threads()),
             *(word for x in (*inputs, None) for word in _words(x)),
-            *(_pointer(x) for x in (*params, None, None, saved)),
+            *(_pointer(x) for x in (*params, None, None, saved, ages)),
             *(word for x in (dout, du, ddelta, dz, dB, dC) for word in _words(x)),
             *(_pointer(x) for x in (dA, dD, dbias, dh0, dlast, part_bc, part_a)),
         )

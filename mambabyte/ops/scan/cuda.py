@@ -37,7 +37,7 @@ from mambabyte.ops.scan.plan import (
     saved_shape,
 )
 
-_PROBLEM = "9P21q"
+_PROBLEM = "10P21q"
 _UPSTREAM = "2P2q"
 _MAP = 128  # bytes of a tensor map
 _MAPS = f"{6 * _MAP}s"
@@ -152,7 +152,7 @@ def _weights(x: Tensor | None) -> Tensor | None:
 class _Scan:
     """One call's inputs in the form that the kernels take."""
 
-    def __init__(self, u, delta, A, B, C, D, z, delta_bias, initial_state, softplus):
+    def __init__(self, u, delta, A, B, C, D, z, delta_bias, initial_state, softplus, ages):
         self.batch, self.length, self.channels = u.shape
         self.d_state, self.dtype, self.device = A.shape[1], u.dtype, u.device.index
         self.tile = is_tile(self.length, u.dtype, self.channels, self.d_state)
@@ -162,6 +162,7 @@ class _Scan:
         )
         self.A, self.D, self.bias = _weights(A), _weights(D), _weights(delta_bias)
         self.h0 = _weights(initial_state)
+        self.ages = None if ages is None else ages.contiguous()
         self.padded = padded_states(self.d_state)
         # Channels in a warp; warps that one segment gives.
         self.warp_channels = 8 if self.tile else 128 // self.padded
@@ -190,6 +191,10 @@ class _Scan:
         whole = backward or self.length % CHUNK == 0
         return self.tile and whole and self.plan(backward).segments > 1
 
+    @property
+    def documents(self) -> str:
+        return _true(self.ages is not None)
+
     def plan(self, backward: bool) -> Plan:
         return plan_scan(self.device, self.tile, self.warps, self.length, backward)
 
@@ -212,7 +217,7 @@ class _Scan:
     def problem(self, plan: Plan, output: Tensor | None = None) -> tuple[int, ...]:
         """``output`` is what the kernel writes a row a step of, if any."""
         rows = (self.u, self.delta, self.B, self.C, self.z)
-        pointers = (*rows, self.A, self.D, self.bias, self.h0)
+        pointers = (*rows, self.A, self.D, self.bias, self.h0, self.ages)
         strides = [
             s
             for x in rows
@@ -251,7 +256,8 @@ class _Scan:
         problem = self.problem(Plan(steps // parts, pieces, 1, pieces))
         flags = f"{_true(adjoint)}, {_true(adjoint and self.gated)}, {_true(self.softplus)}"
         _launch(
-            self.device, f"tile_carry<{flags}, {CARRY_WARPS}>", _PROBLEM + _UPSTREAM + "2P2q",
+            self.device, f"tile_carry<{flags}, {CARRY_WARPS}, {self.documents}>",
+            _PROBLEM + _UPSTREAM + "2P2q",
             self.blocks(CARRY_WARPS, count), (32 * CARRY_WARPS, 1), 0,
             *problem, *upstream, _address(states), _address(dts), first, count,
         )  # fmt: skip
@@ -272,7 +278,8 @@ class _Scan:
 
 
 def forward(
-    u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, save, arrive=None
+    u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, save, arrive=None,
+    ages=None,
 ):  # fmt: skip
     """-> (y, final_state, saved). ``saved`` is for :func:`backward`; empty unless ``save``.
 
@@ -280,7 +287,7 @@ def forward(
     zero one (B, D, N) and its sum of step sizes (B, D), it makes the initial state, in place of
     ``initial_state``. The pass over states that segments want anyway then serves both.
     """
-    s = _Scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
+    s = _Scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, ages)
     if arrive is not None and not s.hands_over(False):
         _, end, _ = forward(u, delta, A, B, C, D, None, delta_bias, None, delta_softplus, False)
         step = delta.float() if delta_bias is None else delta.float() + delta_bias
@@ -311,7 +318,7 @@ def forward(
     for part in ("STATE_ONLY", "FULL") if segments > 1 and not s.tile else ("FULL",):
         if s.tile:
             flags = f"{_true(s.gated)}, {_true(s.softplus)}"
-            name = f"tile_forward<{flags}, {warps}, {resident}, {_true(s.fold > 1)}>"
+            name = f"tile_forward<{flags}, {warps}, {resident}, {_true(s.fold > 1)}, {s.documents}>"
         else:
             name = f"any_forward<{_C_TYPE[s.dtype]}, {s.padded}, {_true(s.softplus)}, {part}>"
         _launch(
@@ -325,7 +332,7 @@ def forward(
 
 def backward(
     dy, dfinal_state, u, delta, A, B, C, D, z, delta_bias, initial_state, saved, delta_softplus,
-    into=None, leave=None,
+    into=None, leave=None, ages=None,
 ):  # fmt: skip
     """-> (du, ddelta, dA, dB, dC, dD, dz, dbias, dh0), None where the input was None.
 
@@ -346,7 +353,7 @@ def backward(
     def like(x, *shape, dtype=u.dtype):
         return None if x is None else u.new_empty((batch, *shape), dtype=dtype)
 
-    rows = (dy, dfinal_state, u, delta, B, C, z, initial_state)  # what has a batch axis
+    rows = (dy, dfinal_state, u, delta, B, C, z, ages, initial_state)  # what has a batch axis
     outputs = (
         *(into or (
             *(like(x, length, channels) for x in (u, delta, z)),
@@ -386,8 +393,8 @@ def _recompute(rows, A, D, delta_bias, softplus, outputs, steps):
         return _cut(tensors, slice(None), slice(start, start + steps))
 
     def run(start, state, save):
-        u, delta, B, C, z = piece(rows[1:], start)
-        return forward(u, delta, A, B, C, D, z, delta_bias, state, softplus, save)
+        u, delta, B, C, z, ages = piece(rows[1:], start)
+        return forward(u, delta, A, B, C, D, z, delta_bias, state, softplus, save, ages=ages)
 
     states = [h0]
     for start in starts[:-1]:
@@ -406,9 +413,9 @@ def _recompute(rows, A, D, delta_bias, softplus, outputs, steps):
 
 def _backward(rows, A, D, delta_bias, saved, softplus, outputs, leave=None):
     """Fill ``outputs`` (du, ddelta, dz, dB, dC, dh0) and return the sums (dA, dD, dbias)."""
-    dy, dh_end, u, delta, B, C, z, h0 = rows
+    dy, dh_end, u, delta, B, C, z, ages, h0 = rows
     du, ddelta, dz, dB, dC, dh0 = outputs
-    s = _Scan(u, delta, A, B, C, D, z, delta_bias, h0, softplus)
+    s = _Scan(u, delta, A, B, C, D, z, delta_bias, h0, softplus, ages)
     dy, dh_end = _rows(dy, s.tile), _weights(dh_end)
     sums = s.new(s.channels, s.d_state), s.new(s.channels), s.new(s.channels)
 
@@ -449,7 +456,7 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs, leave=None):
             (32 * ANY_WARPS, 1), 0, *problem, *upstream, _address(states), _address(dts),
         )  # fmt: skip
     if s.tile:
-        more = ", ".join(map(_true, (h0 is not None, s.fold > 1, bool(maps))))
+        more = ", ".join(map(_true, (h0 is not None, s.fold > 1, bool(maps), ages is not None)))
         name = f"tile_backward<{flags}, {warps}, {resident}, {more}>"
         shared = backward_shared(warps, bool(maps))
     else:

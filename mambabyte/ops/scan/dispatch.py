@@ -7,12 +7,14 @@ inputs: delta positive, one floating dtype, the skip and the gate left to the ca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from mambabyte.config.scan_forms import FORMS, OLD_NAMES
 from mambabyte.errors import UserError
-from mambabyte.ops.arguments import autocasts, whole
+from mambabyte.ops.arguments import autocasts, document_ages, whole
 from mambabyte.ops.scan import operator
 from mambabyte.ops.scan.chunked import chunked_scan
 from mambabyte.ops.scan.cumsum import (
@@ -21,7 +23,7 @@ from mambabyte.ops.scan.cumsum import (
     document_chunked_scan,
     document_cumsum_scan,
 )
-from mambabyte.ops.scan.recurrent import Scan, complete_scan, recurrent_scan
+from mambabyte.ops.scan.recurrent import Scan, by_documents, complete_scan, recurrent_scan
 from mambabyte.ops.scan.repairs import (
     associative_scan,
     centred_cumsum_scan,
@@ -36,6 +38,7 @@ from mambabyte.ops.scan.repairs import (
 SCANS: dict[str, Scan] = {
     "recurrent": recurrent_scan,
     "chunked": chunked_scan,
+} | {name: by_documents(scan) for name, scan in {
     "corrected_cumsum": corrected_chunked_cumsum_scan,
     "document_chunked": document_chunked_scan,
     "document_as_coded": document_as_coded_scan,
@@ -47,7 +50,7 @@ SCANS: dict[str, Scan] = {
     "late_mask": late_mask_scan,
     "segment_sum": segment_sum_scan,
     "associative": associative_scan,
-}
+}.items()}
 
 
 def default_form(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
@@ -58,7 +61,8 @@ def default_form(device: torch.device | str = "cpu", dtype: torch.dtype = torch.
 def selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
     z: Tensor | None = None, *, delta_bias: Tensor | None = None, delta_softplus: bool = False,
-    initial_state: Tensor | None = None, form: str = "auto", chunk_size: int | None = None,
+    initial_state: Tensor | None = None, document_starts: Tensor | Sequence[int] | None = None,
+    form: str = "auto", chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Selective scan of Mamba (arXiv:2312.00752, section 3), with state in and state out.
 
@@ -71,6 +75,10 @@ def selective_scan(
     initial_state (B, D, N), zero when None. Returns y (B, L, D) in u's dtype and the state after
     the last step (B, D, N) in float32 (float64 when any input is float64). Gradients flow to
     every input and through both results.
+
+    ``document_starts`` says where documents begin that lie one behind another in a row: each goes
+    on from a state of zeros and nothing crosses, neither value nor gradient; see ``document_ages``
+    of mambabyte.ops.arguments for what it may be. The state that comes back is that of the last.
 
     Where A or a step size is infinite, the fused form's gradients of the other may be finite where
     the recurrence's are nan: of a decay that is exactly 0 it takes the limit.
@@ -93,13 +101,14 @@ def selective_scan(
     if chunk_size is not None and (not whole(chunk_size) or chunk_size < 1):
         raise UserError(f"chunk_size is {chunk_size}: it must be a whole number, at least 1")
 
+    ages = document_ages(document_starts, u)
     if form == "fused":
         return operator.run_fused(
-            u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
+            u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, ages=ages)
 
     y, final_state = complete_scan(
         SCANS[form], chunk_size or FORMS[form].chunk, u, delta, A, B, C, D, z, delta_bias,
-        initial_state, delta_softplus)
+        initial_state, delta_softplus, ages)
     return y, final_state
 
 

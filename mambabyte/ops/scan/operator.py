@@ -123,9 +123,9 @@ def fused_scan(
 def run_fused(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
-    delta_softplus: bool, recompute: bool = False,
+    delta_softplus: bool, recompute: bool = False, ages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """:func:`fused_scan` of what :func:`check_shapes` let pass."""
+    """:func:`fused_scan` of what :func:`check_shapes` let pass; ``ages`` of ``document_ages``."""
     if u.device.type not in _DTYPES and u.device.type != "meta":
         raise UserError(f"no fused scan on {u.device.type}: use form='chunked' there")
     save = not recompute and wants_gradient(
@@ -134,7 +134,7 @@ def run_fused(
     y, final_state, _ = _scan(
         u, delta, _widened("A", A, wide), B, C, _widened("D", D, wide), z,
         _widened("delta_bias", delta_bias, wide), _widened("initial_state", initial_state, wide),
-        delta_softplus, save,
+        ages, delta_softplus, save,
     )  # fmt: skip
     return y, final_state
 
@@ -189,8 +189,9 @@ def check_shapes(
 
 def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
            z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
-           delta_softplus: bool) -> None:  # fmt: skip
+           ages: Tensor | None, delta_softplus: bool) -> None:  # fmt: skip
     """Before a kernel: shapes, dtypes, devices, and that there is a kernel at all."""
+    check_tensors("u", u, None, _DTYPES["cpu"], (("ages?", ages, u.shape[:2], torch.uint8),))
     wide = torch.float64 if u.dtype == torch.float64 else torch.float32
     check_shapes(u, delta, A, B, C, D, z, delta_bias, initial_state, u.dtype, wide, MAX_STATES)
     if u.dtype not in _DTYPES[u.device.type]:
@@ -204,9 +205,9 @@ def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor 
 def _check_backward(
     dy: Tensor, dfinal_state: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
     C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None,
-    initial_state: Tensor | None, saved: Tensor, delta_softplus: bool,
+    initial_state: Tensor | None, ages: Tensor | None, saved: Tensor, delta_softplus: bool,
 ) -> None:  # fmt: skip
-    _check(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
+    _check(u, delta, A, B, C, D, z, delta_bias, initial_state, ages, delta_softplus)
     shape = (0,) if saved is None or saved.ndim == 1 else _saved_shape(u, A)
     check_tensors("u", u, None, _DTYPES["cpu"], (
         ("dy", dy, u.shape, u.dtype),
@@ -220,7 +221,8 @@ def _check_backward(
 
 def _forward_on(device_type: str) -> Any:
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _kernels(device_type).forward(*args)
+        *inputs, ages, delta_softplus, save = args
+        return _kernels(device_type).forward(*inputs, delta_softplus, save, ages=ages)
 
     return forward
 
@@ -228,15 +230,18 @@ def _forward_on(device_type: str) -> Any:
 def _backward_on_cpu(
     dy: Tensor, dfinal_state: Tensor | None, *args: Any
 ) -> tuple[Tensor | None, ...]:
-    *inputs, saved, delta_softplus = args
+    *inputs, ages, saved, delta_softplus = args
     kernels = _kernels("cpu")
     if saved.numel() == 0:
-        _, _, saved = kernels.forward(*inputs, delta_softplus, True)
-    return kernels.backward(dy, dfinal_state, *inputs, saved, delta_softplus)
+        _, _, saved = kernels.forward(*inputs, delta_softplus, True, ages=ages)
+    found = kernels.backward(dy, dfinal_state, *inputs, saved, delta_softplus, ages=ages)
+    return *found, None
 
 
 def _backward_on_cuda(*args: Any) -> tuple[Tensor | None, ...]:
-    return _kernels("cuda").backward(*args)  # where nothing was saved, it computes it by parts
+    # where nothing was saved, it computes it by parts
+    *others, ages, saved, delta_softplus = args
+    return *_kernels("cuda").backward(*others, saved, delta_softplus, ages=ages), None
 
 
 _READY: set[torch.device] = set()
@@ -258,7 +263,8 @@ def _saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
 
 def _shapes(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, initial_state: Tensor | None, delta_softplus: bool, save: bool,
+    delta_bias: Tensor | None, initial_state: Tensor | None, ages: Tensor | None,
+    delta_softplus: bool, save: bool,
 ) -> Tensors:
     return (
         u.new_empty(u.shape),
@@ -268,15 +274,20 @@ def _shapes(
 
 
 def scan_in_torch(*args: Any) -> tuple[Tensor, Tensor]:
-    """The operator by the chunked form, arguments as its own: for what has no kernel."""
+    """The scan by the chunked form, arguments as of complete_scan: for what has no kernel."""
     return complete_scan(chunked_scan, FORMS["chunked"].chunk, *args)
+
+
+def _in_torch(*args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, ages, delta_softplus = args
+    return scan_in_torch(*inputs, delta_softplus, ages)
 
 
 # ``saved`` are states that spare the backward a second forward.
 _scan = define(
     "selective_scan",
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-    "Tensor? delta_bias, Tensor? initial_state",
+    "Tensor? delta_bias, Tensor? initial_state, Tensor? ages",
     "y, final_state",
     flags="bool delta_softplus",
     kept="saved",
@@ -285,6 +296,6 @@ _scan = define(
     check=_check,
     check_backward=_check_backward,
     shapes=_shapes,
-    in_torch=scan_in_torch,
+    in_torch=_in_torch,
     cast=dict.fromkeys(("cpu", "cuda"), ("u", "delta", "B", "C", "z")),
 )

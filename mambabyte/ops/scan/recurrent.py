@@ -8,6 +8,8 @@ against numbers worked by hand.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from mambabyte.ops.arguments import without_autocast
 
-Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+Scan = Callable[..., tuple[Tensor, Tensor]]
 
 
 def selective_scan_step(
@@ -33,30 +35,60 @@ def selective_scan_step(
 
 
 def recurrent_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int = 0
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int = 0,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The scan as L steps. Shapes as in mambabyte.ops.selective_scan; ``chunk`` is not used."""
+    """The scan as L steps. Shapes as in mambabyte.ops.selective_scan; ``chunk`` is not used. A
+    document starts, where ``starts`` (B, L) bool is true, from a state of zeros."""
     ys = []
+    fresh = [None] * u.shape[1] if starts is None else starts[:, :, None, None].unbind(1)
     # unbind, not indexing in the loop: the gradient of each index would be a tensor of the full
     # length, filled with zeros but for one step, and the backward quadratic in L.
-    for u_t, delta_t, B_t, C_t in zip(
-        u.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), strict=True
+    for u_t, delta_t, B_t, C_t, fresh_t in zip(
+        u.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), fresh, strict=True
     ):
+        state = state if fresh_t is None else state.masked_fill(fresh_t, 0)
         y_t, state = selective_scan_step(u_t, delta_t, A, B_t, C_t, state)
         ys.append(y_t)
     return torch.stack(ys, dim=1), state
 
 
+def by_documents(scan: Scan) -> Scan:
+    """A form that knows no documents, with the argument ``starts`` of :func:`recurrent_scan`: it is
+    called for each document by itself."""
+    @functools.wraps(scan)
+    def separately(
+        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int,
+        starts: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if starts is None:
+            return scan(u, delta, A, B, C, state, chunk)
+        ys, states = [], []
+        for row, h in enumerate(state.split(1)):
+            begins = starts[row].nonzero().flatten().tolist()
+            of_row = []
+            for begin, end in itertools.pairwise(sorted({0, *begins, u.shape[1]})):
+                u_d, delta_d, B_d, C_d = (t[row : row + 1, begin:end] for t in (u, delta, B, C))
+                h = torch.zeros_like(h) if begin in begins else h
+                y, h = scan(u_d, delta_d, A, B_d, C_d, h, chunk)
+                of_row.append(y)
+            ys.append(torch.cat(of_row, 1))
+            states.append(h)
+        return torch.cat(ys), torch.cat(states)
+
+    return separately
+
+
 def complete_scan(
     scan: Scan, chunk: int, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
-    delta_softplus: bool,
+    delta_softplus: bool, ages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``mambabyte.ops.selective_scan`` by one form in torch, with bias, softplus, initial state,
-    skip and gate around it. Shapes and results as there.
+    skip and gate around it. Shapes and results as there; ``ages`` as of ``document_ages``.
 
     ``scan`` is called with (u, delta, A, B, C, state, chunk): delta positive, all in one dtype,
-    float32 or the widest that is given.
+    float32 or the widest that is given; and with the starts of documents, if there are any.
     """
     # Autocast would take the sum over states to bf16; a scan accumulates in float32 or better.
     with without_autocast(u.device):
@@ -73,7 +105,9 @@ def complete_scan(
             state = x.new_zeros(x.shape[0], x.shape[2], A.shape[1])
         else:
             state = initial_state.to(dtype)
-        y, final_state = scan(x, dt, A.to(dtype), B.to(dtype), C.to(dtype), state, chunk)
+        starts = () if ages is None else (ages == 0,)
+        y, final_state = scan(
+            x, dt, A.to(dtype), B.to(dtype), C.to(dtype), state, chunk, *starts)
         if D is not None:
             y = y + D.to(dtype) * x
         if z is not None:

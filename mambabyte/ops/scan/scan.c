@@ -11,6 +11,9 @@
  * such as softplus, silu and the conversion from bfloat16, is done before and after the loop over
  * states.
  *
+ * Documents.  A tile is walked in runs, cut where a document starts (at an age of 0): each run but
+ * the first, and the first if it starts so, begins with zeros.
+ *
  * Backward.  The forward leaves the state at the start of every tile; the backward walks the tiles
  * from the last to the first, runs a tile forward again and then back.  Sums over channels (dB, dC)
  * stay in lanes until the end of a group of GROUP channels.  Groups, and after them batch rows, are
@@ -45,6 +48,7 @@ typedef struct {
   int64_t batch, length, channels, states, softplus, threads;
   tensor u, delta, B, C, z, y;
   real *A, *D, *bias, *h0, *h_last, *saved;
+  const uint8_t *ages; /* (batch, length): steps since the start of the document; NULL for one */
   /* the backward only */
   tensor dy, du, ddelta, dz, dB, dC;
   real *dA, *dD, *dbias, *dh0, *dh_last;
@@ -227,7 +231,8 @@ typedef struct { /* one time step of one block of channels */
   vec dt[2], dtu[2], y[2];
 } forward_row;
 
-/* Two states (or one, S) of one tile.  Pointers go to the first state, the second is a row on. */
+/* Two states (or one, S) of one run.  Pointers go to the first state, the second is a row on; no
+ * h_at: from zeros. */
 INLINE void tile_forward(int S, int steps, int64_t states, forward_row *r, const real *B,
                          const real *C, const real *A2_at, int64_t padded, const real *h_at,
                          int64_t row, real *h_next, int64_t next_row) {
@@ -235,7 +240,7 @@ INLINE void tile_forward(int S, int steps, int64_t states, forward_row *r, const
   UNROLL2 for (int s = 0; s < S; s++) {
     UNROLL2 for (int v = 0; v < 2; v++) {
       A2[s][v] = load(A2_at + s * padded + v * LANES);
-      h[s][v] = load(h_at + s * row + v * LANES);
+      h[s][v] = h_at ? load(h_at + s * row + v * LANES) : splat(0);
     }
   }
   for (int t = 0; t < steps; t++) {
@@ -267,6 +272,11 @@ typedef struct { /* where a task is */
   int64_t b, t0, d;
   int steps, count; /* of the tile, and channels of the block */
 } place;
+
+/* whether a document starts at a step of a tile */
+INLINE int starts_at(const scan_args *a, place at, int t) {
+  return a->ages && !a->ages[at.b * a->length + at.t0 + t];
+}
 
 /* what is computed once per (t, d) before the loop over states ... */
 static NOINLINE void forward_open(const plan *p, place at, place next, forward_row *r) {
@@ -309,13 +319,19 @@ static NOINLINE void forward_states(const plan *p, place at, forward_row *r, con
                                     int64_t next_row) {
   const int64_t N = p->a->states, P = p->padded;
   const real *A2 = p->A2 + at.d;
-  for (int64_t n = 0; n < N; n += 2) {
-    if (n + 1 == N)
-      tile_forward(1, at.steps, N, r, B + n, C + n, A2 + n * P, P, h + n * row, row,
-                   h_next + n * next_row, next_row);
-    else
-      tile_forward(2, at.steps, N, r, B + n, C + n, A2 + n * P, P, h + n * row, row,
-                   h_next + n * next_row, next_row);
+  for (int begin = 0, end; begin < at.steps; begin = end) {
+    const int fresh = starts_at(p->a, at, begin);
+    for (end = begin + 1; end < at.steps && !starts_at(p->a, at, end);) end++;
+    const real *B_at = B + begin * N, *C_at = C + begin * N;
+    for (int64_t n = 0; n < N; n += 2) {
+      const real *from = fresh ? NULL : h + n * row;
+      if (n + 1 == N)
+        tile_forward(1, end - begin, N, r + begin, B_at + n, C_at + n, A2 + n * P, P, from, row,
+                     h_next + n * next_row, next_row);
+      else
+        tile_forward(2, end - begin, N, r + begin, B_at + n, C_at + n, A2 + n * P, P, from, row,
+                     h_next + n * next_row, next_row);
+    }
   }
 }
 
@@ -390,9 +406,10 @@ static int64_t backward_scratch(int64_t states) {
          2 * GROUP * (int64_t)sizeof(real);
 }
 
-/* Two states (or one, S) of one tile: forward, keeping exp(dt A) and h, then back.  On entry g is
- * the gradient of the state after the tile, on return of the state before it; dA is added to.
- * Pointers go to the first state, the second is `row` further on (for h and A2 `padded`). */
+/* Two states (or one, S) of one run: forward, keeping exp(dt A) and h, then back.  On entry g is
+ * the gradient of the state after the run, on return of the state before it; dA is added to.
+ * Pointers go to the first state, the second is `row` further on (for h and A2 `padded`); no h_at:
+ * from zeros. */
 INLINE void tile_backward(int S, int with_y, int steps, int64_t states, backward_row *r,
                           const real *B, const real *C, const real *A2_at, const real *h_at,
                           int64_t padded, real *g_at, real *dA_at, int64_t row,
@@ -401,7 +418,7 @@ INLINE void tile_backward(int S, int with_y, int steps, int64_t states, backward
   UNROLL2 for (int s = 0; s < S; s++) {
     UNROLL2 for (int v = 0; v < 2; v++) {
       A2[s][v] = load(A2_at + s * padded + v * LANES);
-      h[s][v] = load(h_at + s * padded + v * LANES);
+      h[s][v] = h_at ? load(h_at + s * padded + v * LANES) : splat(0);
     }
   }
   for (int t = 0; t < steps; t++) {
@@ -549,16 +566,25 @@ static NOINLINE void backward_states(const plan *p, place at, backward_row *r, c
   const int64_t N = p->a->states, P = p->padded;
   const real *A2 = p->A2 + at.d;
   const real *h = p->a->saved + (at.b * p->tiles + at.t0 / TILE) * N * P + at.d;
-  for (int64_t n = 0; n < N; n += 2, sums += TILE) {
-    if (n + 1 == N)
-      tile_backward(1, 1, at.steps, N, r, B + n, C + n, A2 + n * P, h + n * P, P,
-                    g + n * GROUP, dA + n * GROUP, GROUP, sums);
-    else if (p->a->z.ptr)
-      tile_backward(2, 1, at.steps, N, r, B + n, C + n, A2 + n * P, h + n * P, P,
-                    g + n * GROUP, dA + n * GROUP, GROUP, sums);
-    else
-      tile_backward(2, 0, at.steps, N, r, B + n, C + n, A2 + n * P, h + n * P, P,
-                    g + n * GROUP, dA + n * GROUP, GROUP, sums);
+  for (int end = at.steps, begin; end > 0; end = begin) {
+    for (begin = end - 1; begin > 0 && !starts_at(p->a, at, begin);) begin--;
+    const int fresh = starts_at(p->a, at, begin), steps = end - begin;
+    const real *B_at = B + begin * N, *C_at = C + begin * N;
+    for (int64_t n = 0; n < N; n += 2) {
+      const real *from = fresh ? NULL : h + n * P;
+      lane_sums *to = sums + n / 2 * TILE + begin;
+      if (n + 1 == N)
+        tile_backward(1, 1, steps, N, r + begin, B_at + n, C_at + n, A2 + n * P, from, P,
+                      g + n * GROUP, dA + n * GROUP, GROUP, to);
+      else if (p->a->z.ptr)
+        tile_backward(2, 1, steps, N, r + begin, B_at + n, C_at + n, A2 + n * P, from, P,
+                      g + n * GROUP, dA + n * GROUP, GROUP, to);
+      else
+        tile_backward(2, 0, steps, N, r + begin, B_at + n, C_at + n, A2 + n * P, from, P,
+                      g + n * GROUP, dA + n * GROUP, GROUP, to);
+    }
+    if (fresh) /* of what came before, nothing was read */
+      for (int64_t n = 0; n < N; n++) memset(g + n * GROUP, 0, WIDTH * sizeof(real));
   }
 }
 

@@ -17,6 +17,9 @@
 // segment is then   h = exp(A sum dt) h + h_end   folded over the segments before it. The adjoint
 // state of the backward is cut the same way, from the other end.
 //
+// Where documents lie one behind another, the decay at the start of each is exactly 0, in a cut too: its
+// sum of dt is endless.
+//
 // Sums never depend on timing: partial sums go to their own slots and are added in index order.
 
 typedef long long i64;
@@ -25,6 +28,7 @@ typedef unsigned int u32;
 constexpr int CHUNK = 8;  // steps between checkpoints
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
+constexpr float ENDLESS = 3e38f;  // the dt of a decay of 0
 
 // Strides are in elements; the last axis of every tensor has stride one. Null pointers are allowed
 // for z, D, bias and h0. `segment` (a multiple of CHUNK) is the number of steps in a segment. What a segment
@@ -32,6 +36,7 @@ constexpr float LN2 = 0.6931471805599453f;
 struct Problem {
     const void *u, *delta, *B, *C, *z;
     const float *A, *D, *bias, *h0;
+    const unsigned char *ages;  // (batch, length): steps since the start of the document; null for one
     i64 u_batch, u_time, delta_batch, delta_time, B_batch, B_time, C_batch, C_time, z_batch, z_time;
     i64 batch, length, channels, states, segment, segments, parts, pieces;
     i64 period;       // chunks after which another sequence begins, where several are folded into one
@@ -175,6 +180,9 @@ struct AnyLane {
         begin = segment * p.segment;
         end = min(begin + p.segment, p.length);
     }
+    __device__ __forceinline__ bool starts(const Problem &p, i64 t) const {
+        return p.ages && t < end && p.ages[batch * p.length + t] == 0;
+    }
     __device__ __forceinline__ bool holds(const Problem &p, int k) const {
         return active && state + k < p.states;
     }
@@ -183,6 +191,11 @@ struct AnyLane {
         return (batch * p.segments + seg) * p.channels + channel;
     }
 };
+
+// What a segment hands over, after `dt` of decay: x exp(A dt) + end.
+__device__ __forceinline__ float handed_over(float x, float A, float dt, float end) {
+    return dt >= ENDLESS ? end : fmaf(exp_accurate(A * dt), x, end);
+}
 
 template <int LANES>
 __device__ __forceinline__ float sum_states(float x) {
@@ -232,7 +245,7 @@ any_forward(Problem p, T *out, float *h_end, float *checkpoints, float *segment_
             const float dt = segment_dt[row];
 #pragma unroll
             for (int k = 0; k < 4; ++k)
-                h[k] = fmaf(exp_accurate(A[k] * dt), h[k], segment_h[row * NP + lane.state + k]);
+                h[k] = handed_over(h[k], A[k], dt, segment_h[row * NP + lane.state + k]);
         }
 
     const i64 chunks = (p.length + CHUNK - 1) / CHUNK;
@@ -253,6 +266,7 @@ any_forward(Problem p, T *out, float *h_end, float *checkpoints, float *segment_
             read_dt<T, SOFTPLUS>(p, lane.batch * p.delta_batch + t * p.delta_time + lane.channel, bias,
                                  valid, dt, slope);
             const float u = read<T>(p.u, lane.batch * p.u_batch + t * p.u_time + lane.channel, valid);
+            const bool fresh = lane.starts(p, t);
             float y = 0.f;
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
@@ -260,10 +274,11 @@ any_forward(Problem p, T *out, float *h_end, float *checkpoints, float *segment_
                 const i64 n = lane.state + k;
                 const float B = read<T>(p.B, lane.batch * p.B_batch + t * p.B_time + n, held);
                 const float C = read<T>(p.C, lane.batch * p.C_batch + t * p.C_time + n, held);
-                h[k] = Decay(dt * A[k]).apply(h[k], dt * u * B);
+                const Decay decay(dt * A[k]);
+                h[k] = fresh ? dt * u * B : decay.apply(h[k], dt * u * B);
                 y = fmaf(C, h[k], y);
             }
-            chunk_dt += dt;
+            chunk_dt += fresh ? ENDLESS : dt;
             if (PASS == FULL) {
                 y = fmaf(D, u, sum_states<Lane::LANES>(y));
                 if (leader && t < lane.end) {
@@ -313,13 +328,14 @@ any_adjoint(Problem p, Upstream up, float *segment_g, float *segment_dt) {
                 read<T>(p.z, lane.batch * p.z_batch + t * p.z_time + lane.channel, lane.active);
             dy *= z * sigmoid(z);
         }
+        const bool fresh = lane.starts(p, t);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             const float C = read<T>(p.C, lane.batch * p.C_batch + t * p.C_time + lane.state + k,
                                     lane.holds(p, k));
-            g[k] = Decay(dt * A[k]).apply(fmaf(dy, C, g[k]), 0.f);
+            g[k] = fresh ? 0.f : Decay(dt * A[k]).apply(fmaf(dy, C, g[k]), 0.f);
         }
-        total += dt;
+        total += fresh ? ENDLESS : dt;
     }
     if (!lane.active) return;
     const i64 row = lane.row(p, lane.segment);
@@ -389,13 +405,14 @@ any_backward(Problem p, Upstream up, const float *checkpoints, const float *segm
             const float dt = segment_dt[row];
 #pragma unroll
             for (int k = 0; k < 4; ++k)
-                g[k] = fmaf(exp_accurate(A[k] * dt), g[k], segment_g[row * NP + lane.state + k]);
+                g[k] = handed_over(g[k], A[k], dt, segment_g[row * NP + lane.state + k]);
         }
 
     const i64 chunks = (p.length + CHUNK - 1) / CHUNK;
     const i64 last = lane.begin + (lane.end - 1 - lane.begin) / CHUNK * CHUNK;
     for (i64 start = last; start >= lane.begin; start -= CHUNK) {
         float h[CHUNK + 1][4], part[CHUNK][4], u[CHUNK], dt[CHUNK], slope[CHUNK], y[CHUNK];
+        u32 fresh = 0;  // bit j: a document starts at step j
 #pragma unroll
         for (int k = 0; k < 4; ++k)
             h[0][k] = lane.active ? checkpoints[((lane.batch * chunks + start / CHUNK) * p.channels +
@@ -409,6 +426,7 @@ any_backward(Problem p, Upstream up, const float *checkpoints, const float *segm
                                  valid, dt[j], slope[j]);
             u[j] = read<T>(p.u, lane.batch * p.u_batch + t * p.u_time + lane.channel, valid);
             y[j] = 0.f;
+            if (lane.starts(p, t)) fresh |= 1u << j;
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 const bool held = valid && lane.holds(p, k);
@@ -417,7 +435,7 @@ any_backward(Problem p, Upstream up, const float *checkpoints, const float *segm
                 const float C = read<T>(p.C, lane.batch * p.C_batch + t * p.C_time + n, held);
                 const Decay decay(dt[j] * A[k]);
                 part[j][k] = decay.part;
-                h[j + 1][k] = decay.apply(h[j][k], dt[j] * u[j] * B);
+                h[j + 1][k] = fresh >> j & 1 ? dt[j] * u[j] * B : decay.apply(h[j][k], dt[j] * u[j] * B);
                 y[j] = fmaf(C, h[j + 1][k], y[j]);
             }
         }
@@ -443,6 +461,7 @@ any_backward(Problem p, Upstream up, const float *checkpoints, const float *segm
                 const float C = read<T>(p.C, lane.batch * p.C_batch + t * p.C_time + n, held);
                 const float gh = fmaf(dy, C, g[k]);
                 g[k] = Decay(part[j][k], fabsf(dt[j] * A[k]) < .5f).apply(gh, 0.f);
+                if (fresh >> j & 1) g[k] = 0.f;
                 const float w = g[k] * h[j][k];  // d / d (dt A)
                 dA[k] = fmaf(w, dt[j], dA[k]);
                 through_decay = fmaf(w, A[k], through_decay);
@@ -1069,6 +1088,29 @@ __device__ __forceinline__ void tile_dt(float x, bool valid, float &dt, float &s
     }
 }
 
+// The ages of the two steps of an owner lane, of the chunk that begins `at` steps into its segment of
+// `length`; of steps that do not exist, 1. Read while the chunk before is walked.
+struct Ages {
+    u32 first, second;
+    __device__ __forceinline__ Ages() : first(1), second(1) {}
+    __device__ __forceinline__ void read(const Problem &p, const TileLane &l, int at, int length) {
+        const int t = at + 2 * l.t;
+        const unsigned char *from = p.ages + l.batch * p.length + l.begin + t;
+        first = at >= 0 && t < length ? from[0] : 1;
+        second = at >= 0 && t + 1 < length ? from[1] : 1;
+    }
+};
+template <bool DOCUMENTS>
+__device__ __forceinline__ void put_decays(u32 to, float dt0, float dt1, const Ages &ages) {
+    put_pair(to, DOCUMENTS && ages.first == 0 ? ENDLESS : dt0, DOCUMENTS && ages.second == 0 ? ENDLESS : dt1);
+}
+// With an endless dt, A = 0 has to decay too: below the smallest number that does nothing else.
+__device__ __forceinline__ void let_decay(float (&A)[4]) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+        if (A[k] > -1e-35f && A[k] <= 0.f) A[k] = -1e-35f;
+}
+
 // Four masks in one register: all bits of mask `which` are set, none of the others.
 struct Masks {
     u32 bytes;
@@ -1081,8 +1123,9 @@ struct Masks {
     }
 };
 
-// FOLDED: a sequence of `p` is several, of p.period whole chunks each, that begin at zero.
-template <bool GATED, bool SOFTPLUS, int WARPS, int BLOCKS, bool FOLDED>
+// FOLDED: a sequence of `p` is several, of p.period whole chunks each, that begin at zero. DOCUMENTS: there
+// are ages; where one is 0, the dt in the room is endless, and the dt of what is written is not.
+template <bool GATED, bool SOFTPLUS, int WARPS, int BLOCKS, bool FOLDED, bool DOCUMENTS>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 tile_forward(Problem p, char *out, float *h_end, char *checkpoints, const float *segment_h,
              const float *segment_dt) {
@@ -1111,6 +1154,7 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, const float 
     l.read_states(A, p.A, l.channel);
 #pragma unroll
     for (int k = 0; k < 4; ++k) A[k] *= LOG2E;
+    if (DOCUMENTS) let_decay(A);
     const float bias = p.bias ? p.bias[l.channel] : 0.f, D = p.D ? p.D[l.channel] : 0.f;
     if (p.h0) l.read_states(h, p.h0, l.batch * p.channels + l.channel);
     after_previous_kernel();
@@ -1126,11 +1170,11 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, const float 
         __device__ __forceinline__ Ready() : x(0.f, 0.f) {}
     } next;
     u32 rows[4] = {};
-    const auto prepare = [&](int left) {
+    const auto prepare = [&](int left, const Ages &ages) {
         float dt0, dt1, slope;
         tile_dt<SOFTPLUS>(low_bf16(rows[DELTA]) + bias, 2 * l.t < left, dt0, slope);
         tile_dt<SOFTPLUS>(high_bf16(rows[DELTA]) + bias, 2 * l.t + 1 < left, dt1, slope);
-        put_pair(dt_to, dt0, dt1);
+        put_decays<DOCUMENTS>(dt_to, dt0, dt1, ages);
         next.u = rows[U], next.z = rows[Z];
         next.x = SplitPair(dt0 * low_bf16(rows[U]), dt1 * high_bf16(rows[U]));
     };
@@ -1138,9 +1182,12 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, const float 
     if (FOLDED) h_end += (l.batch * (p.length / CHUNK / p.period) * p.channels + l.channel) * 16;
     ring.wait_filled();
     load_transposed(rows, ring.reading + rows_at);
-    prepare(length);
+    Ages ages;
+    if (DOCUMENTS) ages.read(p, l, 0, length);
+    prepare(length, ages);
     for (int left = length; left > 0; left -= CHUNK) {
         const Ready now = next;
+        if (DOCUMENTS) ages.read(p, l, length - left + CHUNK, length);
         const u32 from = ring.reading;
         u32 own[4], B[4], C[2];
         float dt[8];
@@ -1188,7 +1235,7 @@ tile_forward(Problem p, char *out, float *h_end, char *checkpoints, const float 
             sum_over_states(sum, first, second, c);
             if (l.t == i) y0 = sum[0], y1 = sum[3];
         }
-        prepare(left - CHUNK);
+        prepare(left - CHUNK, ages);
         y0 = fmaf(D, low_bf16(now.u), y0), y1 = fmaf(D, high_bf16(now.u), y1);
         if (GATED) {
             const float z0 = low_bf16(now.z), z1 = high_bf16(now.z);
@@ -1237,7 +1284,7 @@ __device__ __forceinline__ float sum_over_owners(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-template <bool ADJOINT, bool GATED, bool SOFTPLUS, int WARPS>
+template <bool ADJOINT, bool GATED, bool SOFTPLUS, int WARPS, bool DOCUMENTS>
 __global__ void __launch_bounds__(32 * WARPS)
 tile_carry(Problem p, Upstream up, float *segment_x, float *segment_dt, i64 first, i64 count) {
     before_next_kernel();
@@ -1265,6 +1312,7 @@ tile_carry(Problem p, Upstream up, float *segment_x, float *segment_dt, i64 firs
     l.read_states(A, p.A, l.channel);
 #pragma unroll
     for (int k = 0; k < 4; ++k) A[k] *= LOG2E;
+    if (DOCUMENTS) let_decay(A);
     const float bias = p.bias ? p.bias[l.channel] : 0.f;
     const float slowest = fmaxf(fmaxf(A[0], A[1]), fmaxf(A[2], A[3]));
 
@@ -1272,11 +1320,16 @@ tile_carry(Problem p, Upstream up, float *segment_x, float *segment_dt, i64 firs
     SplitPair next(0.f, 0.f);
     u32 rows[4] = {}, V[4];
     int left = length;  // steps not walked yet
+    Ages ages;
+    // Of the chunk that is walked when `left` steps are not yet.
+    const auto read_ages = [&](int left) {
+        if (DOCUMENTS) ages.read(p, l, ADJOINT ? length - left : left - CHUNK, length);
+    };
     const auto prepare = [&](int left) {
         float dt0, dt1, slope;
         tile_dt<SOFTPLUS>(low_bf16(rows[DELTA]) + bias, 2 * l.t < left, dt0, slope);
         tile_dt<SOFTPLUS>(high_bf16(rows[DELTA]) + bias, 2 * l.t + 1 < left, dt1, slope);
-        put_pair(dt_to, dt0, dt1);
+        put_decays<DOCUMENTS>(dt_to, dt0, dt1, ages);
         float x0 = dt0 * low_bf16(rows[U]), x1 = dt1 * high_bf16(rows[U]);
         if (ADJOINT) {
             x0 = low_bf16(rows[DOUT]), x1 = high_bf16(rows[DOUT]);
@@ -1307,11 +1360,13 @@ tile_carry(Problem p, Upstream up, float *segment_x, float *segment_dt, i64 firs
     };
     ring.wait_filled();
     load_transposed(rows, ring.reading + rows_at);
+    read_ages(left);
     prepare(left);
     bool forgotten = false;
     while (left > 0 && !forgotten) {
         const SplitPair now = next;
         const u32 from = ring.reading;
+        read_ages(left - CHUNK);
         u32 own[4];
         float dt[8];
         owners.unpack(own);
@@ -1411,7 +1466,8 @@ __device__ __forceinline__ void pack_steps(u32 (&packed)[4], const float (&first
 constexpr int ROUNDS = 4, TILE_ROOM = 512 + 2 * 256 + 512;
 
 // EXACT: there is an h0. FOLDED: as in the forward. BOXES: rows come by tensor maps (sm_90), else by threads.
-template <bool GATED, bool SOFTPLUS, int WARPS, int BLOCKS, bool EXACT, bool FOLDED, bool BOXES>
+template <bool GATED, bool SOFTPLUS, int WARPS, int BLOCKS, bool EXACT, bool FOLDED, bool BOXES,
+          bool DOCUMENTS>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::type maps, Problem p, Upstream up, const uint2 *checkpoints, const float *segment_g,
               const float *segment_dt, char *du, char *ddelta, char *dz, float *dh0, float4 *partial_BC,
@@ -1459,6 +1515,7 @@ tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::t
     l.read_states(A, p.A, l.channel);
 #pragma unroll
     for (int k = 0; k < 4; ++k) A[k] *= LOG2E;
+    if (DOCUMENTS) let_decay(A);
     const float bias = p.bias ? p.bias[l.channel] : 0.f, D = p.D ? p.D[l.channel] : 0.f;
     if (up.dh_end) l.read_states(g, up.dh_end, l.batch * p.channels + l.channel);
     after_previous_kernel();
@@ -1526,6 +1583,7 @@ tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::t
         asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];"
                      : "=r"(now.saved[0]), "=r"(now.saved[1]) : "r"(from + saved_at) : "memory");
     };
+    Ages ages;
     const auto prepare = [&](int at) {
         now.u0 = low_bf16(rows[U]), now.u1 = high_bf16(rows[U]);
         tile_dt<SOFTPLUS, true>(low_bf16(rows[DELTA]) + bias, at + 2 * l.t < length, now.dt0, now.slope0);
@@ -1539,7 +1597,7 @@ tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::t
             now.gate1 = now.dy1 * fmaf(y1, 1.f - s1, s1);
             now.dy0 *= y0, now.dy1 *= y1;
         }
-        put_pair(dt_to, now.dt0, now.dt1);
+        put_decays<DOCUMENTS>(dt_to, now.dt0, now.dt1, ages);
         put_pair(dt_to + 256, now.dy0, now.dy1);
         store_shared(c_to, low_bf16(now.along[2]), high_bf16(now.along[2]), low_bf16(now.along[3]),
                      high_bf16(now.along[3]));
@@ -1559,9 +1617,11 @@ tile_backward(const __grid_constant__ typename Choose<BOXES, TensorMaps, i64>::t
     PhasedBarrier{stage + Ring::FILLED}.wait(0);
     load(stage);
     if (BOXES && SOFTPLUS) mark_steps_past_end(rows[DELTA], length - last - 2 * l.t);
+    if (DOCUMENTS) ages.read(p, l, last, length);
     prepare(last);
     __syncwarp();
     for (int at = last; at >= 0; at -= CHUNK) {
+        if (DOCUMENTS) ages.read(p, l, at - CHUNK, length);
         // ---- forwards: h of the eight steps, y, the sums for dC
         u32 own[4];
         owners.unpack(own);

@@ -15,9 +15,20 @@ division. A decay of 0 is exact.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def without_past(log_decay: Tensor, ages: Tensor | None) -> Tensor:
+    """Log-decays (B, L, ...) with -inf, a factor of exactly 0, where ``ages`` (B, L) is 0: there a
+    document starts. The form that follows needs to know no more of documents."""
+    if ages is None:
+        return log_decay
+    return log_decay.masked_fill((ages == 0).view(*ages.shape, *[1] * (log_decay.ndim - 2)),
+                                 -math.inf)
 
 
 def chunk_length(chunk: int, length: int) -> int:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops.arguments import FLOATS, check_tensors, whole, without_autocast
+from mambabyte.ops.arguments import (
+    FLOATS,
+    check_tensors,
+    document_ages,
+    whole,
+    without_autocast,
+)
 from mambabyte.ops.ssd.chunked import CHUNK, chunked_ssd
+from mambabyte.ops.ssd.decay import without_past
 from mambabyte.ops.ssd.gates import gates
 from mambabyte.ops.ssd.operator import fused_ssd
 from mambabyte.ops.ssd.recurrent import recurrent_ssd
@@ -29,6 +36,7 @@ def ssd_scan(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     initial_state: Tensor | None = None,
+    document_starts: Tensor | Sequence[int] | None = None,
     form: str = "auto",
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -44,6 +52,10 @@ def ssd_scan(
     initial_state (B, H, P, N), zero when None. Returns y (B, L, H, P) in x's dtype and the state
     after the last step (B, H, P, N) in float32 (float64 when any input is float64). Gradients
     flow to every input and through both results.
+
+    ``document_starts`` says where documents begin that lie one behind another in a row: each goes
+    on from a state of zeros and nothing crosses, neither value nor gradient; see ``document_ages``
+    of mambabyte.ops.arguments. The state that comes back is that of the last.
 
     ``form`` is "recurrent", the definition; "chunked", of ``chunk_size`` steps rounded down to a
     power of two; "fused", one operator that keeps its inputs alone for the backward pass, with a
@@ -77,6 +89,8 @@ def ssd_scan(
         wide = wide_dtype(x, dt, A, B, C, initial_state)
         bias = None if dt_bias is None else dt_bias.to(wide)
         step, log_decay = gates(dt, A.to(wide), bias, dt_softplus)
+        ages = document_ages(document_starts, x)
+        log_decay = without_past(log_decay, ages)
         skip = None if D is None else D.to(wide)
         state = None if initial_state is None else initial_state.to(wide)
     if form == "fused":

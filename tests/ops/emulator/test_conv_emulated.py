@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from emulate import TAPS
 from torch import Tensor
 
+from mambabyte.ops.arguments import document_ages
 from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.conv import cuda as cuda_conv
 from mambabyte.ops.conv.dispatch import causal_conv
+from mambabyte.ops.conv.operator import torch_causal_conv
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
@@ -52,6 +54,30 @@ def test_parity(batch, length, channels, silu, dtype, carried) -> None:
         assert relative_rms(one, two) < (1e-5 if one.dtype == torch.float32 else 3e-3), name
     again = cuda_conv.backward(dy, dlast, x, weight, bias, tail, silu)
     assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True))
+
+
+def document_starts(length: int) -> Tensor:
+    """Of two rows: at 0, one after another, at the last step; and within, none at 0."""
+    starts = torch.zeros(2, length, dtype=torch.bool)
+    starts[0, [0, 1, 3, 16, length - 1]] = True
+    starts[1, [15, 17, 32, 33, 34]] = True
+    return starts
+
+
+@pytest.mark.parametrize("silu", [True, False])
+def test_documents(silu: bool) -> None:
+    torch.manual_seed(1)
+    x, weight, bias = made(2, 70, 8), made(8, TAPS), made(8)
+    tail, dy, dlast = made(2, TAPS - 1, 8), made(2, 70, 8), made(2, TAPS - 1, 8)
+    ages = document_ages(document_starts(70), x)
+    found = [*cuda_conv.forward(x, weight, bias, tail, silu, ages),
+             *cuda_conv.backward(dy, dlast, x, weight, bias, tail, silu, ages=ages)]
+    exact = [t.double().requires_grad_() for t in (x, weight, bias, tail)]
+    true = torch_causal_conv(*exact, silu, ages)
+    true = [*true, *torch.autograd.grad(true, exact, [dy.double(), dlast.double()])]
+    for one, two in zip(found, true, strict=True):
+        assert relative_rms(one, two.detach()) < 1e-6
+    assert (found[5][0] - dlast[0, :1] * 0).count_nonzero() == 0  # the first row starts anew
 
 
 def test_what_is_not_a_number_stays_where_it_is() -> None:

@@ -65,6 +65,26 @@ def test_parity(family, length, more) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("family", ["gated delta", "channel gates"])
+def test_documents(family) -> None:
+    """Where one starts the log-decay is -inf: exactly nothing crosses."""
+    inputs = list(prepared(family, 140))
+    starts = [1, 2, 20, 63, 64, 139]
+    inputs[3][0, starts] = -torch.inf
+    found, wanted = found_and_exact(inputs)
+    found["log_decay"][0, starts] = 0  # as without_past does
+    errors = {n: relative_rms(found[n], wanted[n].detach()) for n in found
+              if wanted[n].count_nonzero()}
+    assert max(errors.values()) < LIMIT, errors
+    inputs[2] = inputs[2].clone()
+    inputs[2][0, :64] = 7
+    other, _ = found_and_exact(inputs)
+    assert torch.equal(other["state"], found["state"])
+    for name in ("o", "q", "k", "v"):
+        assert torch.equal(other[name][0, 64:], found[name][0, 64:]), name
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("gates", ["gentle", "mixed"])
 @pytest.mark.parametrize("family", ["gated delta", "channel gates"])
 def test_one_key_written_over_and_over(family, gates) -> None:

@@ -11,6 +11,8 @@ import torch
 from emulate import Emulator, translate
 from scan_cases import NAMES, Inputs, assert_close
 
+from mambabyte.ops import selective_scan
+from mambabyte.ops.arguments import document_ages
 from mambabyte.ops.scan import cuda as cuda_scan
 from mambabyte.ops.scan import plan as cuda_plan
 
@@ -34,11 +36,15 @@ def weights(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return dy, torch.randn((u.shape[0], *A.shape), generator=generator)
 
 
-def results(inputs: Inputs, save: bool = True, dy: torch.Tensor | None = None) -> Tensors:
+def results(
+    inputs: Inputs, save: bool = True, dy: torch.Tensor | None = None,
+    ages: torch.Tensor | None = None,
+) -> Tensors:
     given = [inputs[name] for name in NAMES]
-    y, state, saved = cuda_scan.forward(*given, True, save)
+    y, state, saved = cuda_scan.forward(*given, True, save, ages)
     default, dh = weights(inputs)
-    gradients = cuda_scan.backward(default if dy is None else dy, dh, *given, saved, True)
+    gradients = cuda_scan.backward(
+        default if dy is None else dy, dh, *given, saved, True, ages=ages)
     found = zip((f"d{name}" for name in NAMES), gradients, strict=True)
     return {"y": y, "final_state": state} | {k: v for k, v in found if v is not None}
 
@@ -70,6 +76,41 @@ def test_parity(
     assert all(kernel in names for kernel in kernels), names
     again = results(inputs)  # the warps in another order
     assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+@pytest.mark.parametrize(("dtype", "shape", "multiprocessors", "save"), [
+    (torch.bfloat16, (2, 43, 8), 1, True),
+    *(pytest.param(*case, marks=pytest.mark.long) for case in (
+        (torch.bfloat16, (2, 140, 40), 16, True),  # cut in time
+        (torch.bfloat16, (2, 64, 8), 1, False),  # recomputed
+        (torch.float32, (2, 70, 5, 3), 16, True))),
+])
+def test_documents(
+    dtype: torch.dtype, shape: tuple[int, ...], multiprocessors: int, save: bool,
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card(monkeypatch, multiprocessors)
+    inputs = make_inputs(*shape, dtype=dtype)
+    assert inputs["A"] is not None
+    inputs["A"][:2] = 0.0  # what never decays is left behind all the same
+    starts = torch.zeros(shape[:2], dtype=torch.bool)
+    starts[0, [0, 1, 5, 16, 17, 40]] = True
+    starts[1, [7, 32, shape[1] - 1]] = True
+    monkeypatch.setattr(scan_cases, "selective_scan", functools.partial(
+        selective_scan, document_starts=starts))
+    ages = document_ages(starts, starts)
+    found = results(inputs, save, ages=ages)
+    assert_close(found, scan_cases.definition(inputs), dtype)
+    assert not found["dinitial_state"][0].any()  # the first row begins with a document
+    # Nothing crosses: what comes before does not matter, not in the last bit.
+    for name in ("u", "delta", "B", "C", "z"):
+        tensor = inputs[name]
+        assert tensor is not None
+        tensor[0, :16] = 3 * tensor[0, :16] + 1
+    other = results(inputs, save, ages=ages)
+    for name in ("y", "du", "ddelta", "dB", "dC", "dz"):
+        assert torch.equal(found[name][0, 16:], other[name][0, 16:]), name
+    assert torch.equal(found["final_state"], other["final_state"])
 
 
 @pytest.mark.long

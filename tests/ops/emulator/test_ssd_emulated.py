@@ -71,6 +71,27 @@ def test_a_shut_gate_keeps_nothing_of_what_was_before() -> None:
     assert relative_rms(last, last1) < 1e-6
 
 
+def test_documents() -> None:
+    """Where one starts the log-decay is -inf: exactly nothing crosses."""
+    inputs = list(prepared(1, 140, 2, 1, 16))
+    inputs[2][0, [1, 2, 20, 63, 64, 139]] = -torch.inf
+    dy, dstate = torch.randn(1, 140, 2, 64).bfloat16(), torch.randn(1, 2, 64, 16)
+    wanted = exact_results(inputs, dy, dstate)
+    y, last, carries = cuda_ssd.forward(*inputs, True)
+    found = [y, last, *cuda_ssd.backward(dy, dstate, *inputs, carries)]
+    found[4] = found[4].masked_fill(inputs[2].isinf(), 0)  # as without_past does
+    errors = [relative_rms(a, b) for a, b in zip(found[:-1], wanted[:-1], strict=True)
+              if b.count_nonzero()]
+    assert max(errors) < LIMIT, errors
+    inputs[0] = inputs[0].clone()
+    inputs[0][0, :64] = 7
+    other, last, carries = cuda_ssd.forward(*inputs, True)
+    assert torch.equal(other[0, 64:], y[0, 64:])
+    assert torch.equal(last, found[1])
+    dx, *_ = cuda_ssd.backward(dy, dstate, *inputs, carries)
+    assert torch.equal(dx[0, 64:], found[2][0, 64:])
+
+
 def test_nothing_is_read_past_the_end() -> None:
     inputs = prepared(1, 33, 1, 1, 16)
     longer = [torch.cat([t, torch.full_like(t, torch.nan)], 1)[:, :33] if t.ndim > 2 else t

@@ -41,9 +41,9 @@ class BoundedMixer(MambaMixer):
     """A Mamba mixer whose step sizes end at what its fastest decay may have for CHUNK steps."""
 
     def scan_inputs(
-        self, x: Tensor, conv_state: Tensor | None
+        self, x: Tensor, conv_state: Tensor | None, ages: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        u, delta, B, C, z, conv_state = super().scan_inputs(x, conv_state)
+        u, delta, B, C, z, conv_state = super().scan_inputs(x, conv_state, ages)
         fastest = self.A_log.detach().float().exp().amax(-1)  # (D,)
         bound = inverse_softplus(log_max() / CHUNK / fastest)
         bias = self.dt_bias

@@ -42,9 +42,9 @@ class FixedMixer(MambaMixer):
         self.constant = nn.Parameter(torch.empty(config.d_inner))  # see fix_transitions
 
     def scan_inputs(
-        self, x: Tensor, conv_state: Tensor | None
+        self, x: Tensor, conv_state: Tensor | None, ages: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        u, _, _, _, z, conv_state = super().scan_inputs(x, conv_state)
+        u, _, _, _, z, conv_state = super().scan_inputs(x, conv_state, ages)
         d_state = self.A_log.shape[1]
         low_rank, B, C = self.x_proj(self.constant).split([self.dt_rank, d_state, d_state], dim=-1)
         delta = F.linear(low_rank, self.dt_proj.weight)
@@ -73,9 +73,9 @@ class UngatedMixer(MambaMixer):
     """A Mamba mixer whose output is not gated: z is held where SiLU gives about 1."""
 
     def scan_inputs(
-        self, x: Tensor, conv_state: Tensor | None
+        self, x: Tensor, conv_state: Tensor | None, ages: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        u, delta, B, C, z, conv_state = super().scan_inputs(x, conv_state)
+        u, delta, B, C, z, conv_state = super().scan_inputs(x, conv_state, ages)
         return u, delta, B, C, torch.full_like(z, 1.2784645), conv_state  # SiLU of it is 1
 
 
