@@ -1,6 +1,7 @@
-"""A whole byte model of Mamba layers on the GPU, byte after byte: ``ops/stream/stream.cu``.
+"""A whole byte model on the GPU, byte after byte: ``ops/stream/stream.cu`` and ``hybrid.cu``.
 
 Through torch a byte of a small model costs some fifty launches; here many bytes are one launch.
+Models of plain Mamba layers alone go by the first kernel, all others by the second.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 
 from mambabyte.model import ByteLM
 from mambabyte.model.block import MLP, Block, RMSNorm
+from mambabyte.model.delta import HeadNorm
 from mambabyte.model.mamba import MambaMixer, MambaState
+from mambabyte.model.mamba2 import GatedRMSNorm
+from mambabyte.model.mixer import Mixer, mixers
 from mambabyte.ops.mamba.step import MAX_TAPS
 from mambabyte.ops.scan.operator import MAX_STATES, fused_available
 from mambabyte.ops.stream.cuda import (
@@ -24,12 +28,17 @@ from mambabyte.ops.stream.cuda import (
     StreamState,
     cluster_blocks,
 )
+from mambabyte.ops.stream.hybrid import HybridState
+from mambabyte.stream import hybrid
+from mambabyte.stream.cpu import foreign_layers, say_foreign
+from mambabyte.stream.layout import KINDS
 
 Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
+Hidden = Callable[[Tensor, Any], tuple[Tensor, Any]]
 MOST_BYTES = 256  # fed in one call; longer texts are faster in parallel
 PIECE = 4096  # bytes whose log-probabilities are fetched at a time
-_PARTS = (ByteLM, Block, MambaMixer, MLP, nn.ModuleList, nn.Embedding, nn.Linear, nn.Conv1d,
-          nn.LayerNorm, RMSNorm)  # fmt: skip
+_PARTS = (ByteLM, Block, MLP, nn.ModuleList, nn.Sequential, nn.Embedding, nn.Linear, nn.Conv1d,
+          nn.LayerNorm, RMSNorm, GatedRMSNorm, HeadNorm, *KINDS)  # fmt: skip
 FIRST_DRAW, MOST_DRAW = 16, 256  # bytes drawn a launch: the first come soon, all come steadily
 
 
@@ -43,14 +52,10 @@ def unsupported(model: nn.Module) -> str:
     available, reason = fused_available(device)
     if not available:
         return reason
-    if config.has_extras:
-        return "biases, gains of branches, mixing and skips have no kernel"
-    if set(config.layers) != {MambaMixer.letter} or config.dt_rank == "full":
-        return "attention layers and full step-size projections have no kernel"
-    if config.vocab_size != VOCABULARY or config.d_model % 4:
-        return f"the kernel takes {VOCABULARY} symbols and a d_model that is a multiple of 4"
-    if not 2 <= config.d_conv <= MAX_TAPS or config.d_state > MAX_STATES:
-        return f"the kernel takes 2 to {MAX_TAPS} taps and up to {MAX_STATES} states"
+    if torch.cuda.get_device_capability(device)[0] < 9:
+        return "the kernel needs compute capability 9.0 or later"
+    if config.vocab_size != VOCABULARY:
+        return f"the kernel takes {VOCABULARY} symbols"
     if config.scan_form not in ("auto", "fused"):
         return f"scan_form {config.scan_form!r} is not the kernel's"
     if torch.is_autocast_enabled("cuda") or any(p.dtype is torch.float64
@@ -59,9 +64,17 @@ def unsupported(model: nn.Module) -> str:
     if any(type(m) not in _PARTS or m._forward_hooks or m._forward_pre_hooks
            for m in model.modules()):
         return "the model has hooks, or foreign or parametrized parts"
-    if not cluster_blocks(shape_of(model), device.index):
-        return "no cluster of thread blocks holds it: compute capability 9.0 or later is needed"
-    return ""
+    if not all(mixer.as_configured(config) for mixer in mixers(model, Mixer)):
+        return "a mixer has another form or window than its configuration"
+    return "" if _is_plain(model) else hybrid.unsupported(model)
+
+
+def _is_plain(model: ByteLM) -> bool:
+    """Whether the kernel for Mamba layers alone, which is the quicker one, can stream it."""
+    c = model.config
+    return (set(c.layers) == {MambaMixer.letter} and c.dt_rank != "full" and not c.has_extras
+            and c.d_model % 4 == 0 and 2 <= c.d_conv <= MAX_TAPS and c.d_state <= MAX_STATES
+            and cluster_blocks(shape_of(model), model.device.index) > 0)
 
 
 def shape_of(model: ByteLM) -> Shape:
@@ -78,7 +91,16 @@ def shape_of(model: ByteLM) -> Shape:
 
 def shortcut(model: Any, advance: Advance) -> Advance:
     """``advance``, but in one kernel for up to MOST_BYTES bytes where the model is supported."""
+    if names := foreign_layers(model):
+        say_foreign(names)
     return advance if unsupported(model) else CudaModel(model, advance)
+
+
+def hidden_shortcut(model: ByteLM) -> Hidden:
+    """``model.hidden``, but in one kernel for up to MOST_BYTES embedded bytes of one text."""
+    if unsupported(model) or hybrid.unsupported(model):
+        return model.hidden
+    return CudaHidden(model)
 
 
 class CudaModel:
@@ -89,20 +111,19 @@ class CudaModel:
     """
 
     def __init__(self, model: ByteLM, advance: Advance) -> None:
-        self._parallel, self._dtype = advance, model.embedding.weight.dtype
-        head = model.embedding if model.head is None else model.head
-        with torch.no_grad():
-            self.streamer = CudaStreamer(
-                shape_of(model), model.embedding.weight, [_weights(b) for b in model.layers],
-                _norm(model.norm_f, model.embedding.weight[0]), head.weight)
-        # Each byte as a tensor: feeding a single one copies nothing to the device.
-        self._bytes = torch.arange(256, device=model.device).to(torch.uint8)[:, None]
+        self._parallel = advance
+        self._states = _States(model)
+        self.streamer = self._states.streamer
+        self.from_model, self.for_model = self._states.from_model, self._states.for_model
 
     @torch.inference_mode()
     def __call__(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
         if len(data) > MOST_BYTES:
             return self._parallel(data, self.for_model(state))
-        log_probs, state = self.streamer.feed(self._tokens(data), self.from_model(state))
+        state = self.from_model(state)
+        if len(data) == 1:
+            return self.streamer.feed_byte(data[0], state)
+        log_probs, state = self.streamer.feed(self._tokens(data), state)
         return log_probs[0].cpu(), state
 
     @torch.inference_mode()
@@ -130,27 +151,71 @@ class CudaModel:
             done, piece = done + piece, min(2 * piece, MOST_DRAW)
             yield bytes(drawn[0].tolist()), after[0].cpu(), state
 
-    def from_model(self, state: Any) -> StreamState:
-        """A model's list of layer states, stacked; None is the state before the first byte."""
-        if isinstance(state, StreamState):
+    def _tokens(self, data: bytes) -> Tensor:
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)[None].to(self.streamer.device)
+
+
+class CudaHidden:
+    """``(x (1, L, d_model), state) -> (hidden, state)`` as ``ByteLM.hidden``, in one kernel where
+    the bytes are few."""
+
+    def __init__(self, model: ByteLM) -> None:
+        self._model, self._states = model, _States(model, plain=False)
+        self.from_model, self.for_model = self._states.from_model, self._states.for_model
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        if len(x) != 1 or x.shape[1] > MOST_BYTES:
+            return self._model.hidden(x, self.for_model(state))
+        hidden, state = self._states.streamer.hidden(x, self.from_model(state))
+        return hidden.to(x.dtype), state
+
+
+class _States:
+    """A model's streamer, and its states in and out of the model's own form."""
+
+    def __init__(self, model: ByteLM, plain: bool = True) -> None:
+        self._dtype = model.embedding.weight.dtype
+        self.streamer: Any
+        if plain and _is_plain(model):
+            head = model.embedding if model.head is None else model.head
+            with torch.no_grad():
+                self.streamer = CudaStreamer(
+                    shape_of(model), model.embedding.weight, [_weights(b) for b in model.layers],
+                    _norm(model.norm_f, model.embedding.weight[0]), head.weight)
+        else:
+            self.streamer = hybrid.hybrid_streamer(model)
+
+    def from_model(self, state: Any) -> StreamState | HybridState:
+        """A model's list of layer states as the kernel takes them; None is the state before the
+        first byte."""
+        if isinstance(state, StreamState | HybridState):
             return state
         if state is None:
             return self.streamer.new_state(1)
-        return StreamState(
-            torch.stack([s.conv_state.float() for s in state]),
-            torch.stack([s.ssm_state for s in state]))
+        if isinstance(self.streamer, CudaStreamer):
+            return StreamState(
+                torch.stack([s.conv_state.float() for s in state]),
+                torch.stack([s.ssm_state for s in state]))
+        return hybrid.hybrid_state(self.streamer, state)
 
-    def for_model(self, state: Any) -> list[MambaState] | None:
+    def for_model(self, state: Any) -> Any:
         """The inverse of ``from_model``."""
+        if isinstance(state, HybridState):
+            return [_kept_in(layer, self._dtype)
+                    for layer in hybrid.hybrid_layers(self.streamer, state)]
         if not isinstance(state, StreamState):
             return state
         return [MambaState(conv_state.to(self._dtype), ssm_state)
                 for conv_state, ssm_state in zip(state.tail, state.ssm, strict=True)]
 
-    def _tokens(self, data: bytes) -> Tensor:
-        if len(data) == 1:
-            return self._bytes[data[0]][None]
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8)[None].to(self._bytes.device)
+
+def _kept_in(layer: Any, dtype: torch.dtype) -> Any:
+    """A layer's state with what passes through its projections in the model's type; states of
+    recurrences stay float32."""
+    wide = {"ssm_state", "memory", "position"}
+    return layer._replace(**{name: x.to(dtype) for name, x in layer._asdict().items()
+                             if name not in wide})
 
 
 def _norm(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:

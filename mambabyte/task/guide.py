@@ -232,6 +232,10 @@ class GuidedLM(nn.Module):
             logits, state = self._through(tokens, state, guide, hidden)
             return torch.log_softmax(logits[0, -1], -1).cpu(), state
 
+        def for_model(state: tuple) -> tuple:  # whatever form the engine has
+            return getattr(hidden, "for_model", lambda network: network)(state[0]), state[1]
+
+        advance.for_model = for_model  # type: ignore[attr-defined]
         return advance
 
     def _through(

@@ -6,7 +6,9 @@ in the shared memory of its blocks as far as they fit. It needs compute capabili
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ THREADS = 384
 CLUSTERS = (16, 8)  # blocks of a cluster, best first; 16 is more than every card grants
 STREAMS = (1, 2, 4, 8)  # streams of a cluster
 ACTIVATIONS = ("relu2", "gelu", "silu")
-_PARAMETERS = "PPPPPPPPPPQQiiifif"
+_PARAMETERS = "PPPPPPPPPPPIQQiiifif"
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class StreamState(NamedTuple):
 # --------------------------------------------------------------------------------------- packing
 
 
-def _split(x: Tensor, dim: int, blocks: int) -> Tensor:
+def split(x: Tensor, dim: int, blocks: int) -> Tensor:
     """Cut a dimension into equal parts, zeros at the end: the blocks become the first dimension."""
     size = -(-x.shape[dim] // blocks)
     pad = [0] * (2 * x.ndim)
@@ -93,8 +95,8 @@ def _quads(x: Tensor) -> Tensor:
 
 def _rows_of(x: Tensor, blocks: int) -> Tensor:
     """(d_model, channels): each block's rows, channels in the blocks' order, padding as zeros."""
-    columns = _split(x, 1, blocks).transpose(0, 1).flatten(1)  # (d_model, channels and padding)
-    return _split(F.pad(columns, (0, -columns.shape[1] % 128)), 0, blocks)
+    columns = split(x, 1, blocks).transpose(0, 1).flatten(1)  # (d_model, channels and padding)
+    return split(F.pad(columns, (0, -columns.shape[1] % 128)), 0, blocks)
 
 
 def _behind(norm: tuple[Tensor, Tensor], w: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +111,7 @@ def pack(
     """Each block's share of the weights in the kernel's order: (blocks, floats) float32."""
 
     def share(x: Tensor, dim: int = 0) -> Tensor:
-        return _split(x.float(), dim, blocks)
+        return split(x.float(), dim, blocks)
 
     small, in_proj, up, down, out_proj = [], [], [], [], []
     for w in layers:
@@ -204,7 +206,8 @@ def _program(plan: Plan) -> Program:
         f"{name} = {float(value)!r}" for name, value in real.items()) + ";"
     options = (f"-DSIZES={sizes}",)
     return Program.from_file(
-        "build/types.cu", "stream/stream.cu", names=("stream_bytes",), options=options
+        "build/types.cu", "stream/cluster.cu", "stream/stream.cu", names=("stream_bytes",),
+        options=options
     )
 
 
@@ -217,7 +220,7 @@ def _kernel(plan: Plan, device: int) -> Kernel:
     return kernel
 
 
-def _shared_limit(device: int) -> int:
+def shared_limit(device: int) -> int:
     properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the limit
     return properties.shared_memory_per_block_optin
 
@@ -225,7 +228,7 @@ def _shared_limit(device: int) -> int:
 @functools.cache
 def _resident_clusters(shape: Shape, blocks: int, streams: int, device: int) -> int:
     """How many such clusters run at a time on that device; 0 where none can."""
-    chosen = plan(shape, blocks, streams, _shared_limit(device))
+    chosen = plan(shape, blocks, streams, shared_limit(device))
     if chosen is None:
         return 0
     return _kernel(chosen, device).resident_clusters(blocks, THREADS, chosen.shared_bytes)
@@ -242,7 +245,7 @@ def cluster_blocks(shape: Shape, device: int) -> int:
 @functools.cache
 def _plan_for(shape: Shape, blocks: int, batch: int, device: int) -> Plan:
     """As few streams a cluster as let all run at a time, or as many as there can be."""
-    shared = _shared_limit(device)
+    shared = shared_limit(device)
     best = plan(shape, blocks, 1, shared)
     for streams in STREAMS:
         clusters = _resident_clusters(shape, blocks, streams, device)
@@ -256,6 +259,40 @@ def _plan_for(shape: Shape, blocks: int, batch: int, device: int) -> Plan:
 
 
 # ------------------------------------------------------------------------------------- launching
+
+
+def every_byte(device: torch.device) -> list[Tensor]:
+    """Each byte as a text (1, 1): feeding one copies nothing to the device."""
+    return list(torch.arange(256, device=device).to(torch.uint8)[:, None, None])
+
+
+class Mailbox:
+    """Memory of the host that a kernel writes the log-probabilities of one text to, and then a
+    number, so that nobody waits for the kernel's end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.lock = threading.Lock()  # one text at a time
+        self.device, self._ticket = device, 0
+        self._memory = torch.zeros(VOCABULARY + 1, pin_memory=device.type == "cuda")
+        self.log_probs = self._memory[:VOCABULARY]
+        self._at = self._memory.data_ptr() + 4 * VOCABULARY
+        self._number = ctypes.c_uint32.from_address(self._at)
+
+    def told(self) -> tuple[int, int]:
+        """Where the next kernel tells that it is done, and the number that says so."""
+        self._ticket = self._ticket % 0xFFFFFFFF + 1
+        return self._at, self._ticket
+
+    def read(self) -> Tensor:
+        """The log-probabilities, when they are there."""
+        ticket, number = self._ticket, self._number
+        while number.value != ticket:
+            for _ in range(10_000):
+                if number.value == ticket:
+                    break
+            else:  # a kernel that failed never tells
+                torch.cuda.current_stream(self.device).query()
+        return self.log_probs.clone()
 
 
 class CudaStreamer:
@@ -276,6 +313,8 @@ class CudaStreamer:
             raise NvrtcError(f"no cluster of this model's blocks fits on {self.device}")
         self._embedding = embedding.float().contiguous()
         self._blob = pack(layers, final_norm, head, self._blocks)
+        self._bytes = every_byte(self.device)
+        self._mailbox = Mailbox(self.device)
 
     def new_state(self, batch: int) -> StreamState:
         """The state before the first byte."""
@@ -301,6 +340,15 @@ class CudaStreamer:
                            every=all_positions)
         return log_probs, new
 
+    def feed_byte(self, byte: int, state: StreamState) -> tuple[Tensor, StreamState]:
+        """``feed`` of one byte of one text: log-probabilities (256,) on the CPU, written there by
+        the kernel itself."""
+        box = self._mailbox
+        with box.lock:
+            new = self._launch(
+                state, box.log_probs, 1, 1, tokens=self._bytes[byte], told=box.told())
+            return box.read(), new
+
     def draw(
         self, log_probs: Tensor, state: StreamState, length: int, temperature: float = 1.0,
         top_k: int = 0, top_p: float = 1.0, seed: int = 0, position: int = 0,
@@ -324,7 +372,7 @@ class CudaStreamer:
         self, state: StreamState, log_probs: Tensor, batch: int, length: int,
         tokens: Tensor | None = None, first: Tensor | None = None, drawn: Tensor | None = None,
         every: bool = False, seed: int = 0, position: int = 0, temperature: float = 0.0,
-        top_k: int = 0, top_p: float = 1.0,
+        top_k: int = 0, top_p: float = 1.0, told: tuple[int, int] = (0, 0),
     ) -> StreamState:
         tail, ssm = (t.float().contiguous() for t in state)
         new = StreamState(torch.empty_like(tail), torch.empty_like(ssm))
@@ -335,6 +383,6 @@ class CudaStreamer:
         with torch.cuda.device(self.device):
             _kernel(chosen, self._index).launch(
                 (chosen.blocks * -(-batch // chosen.streams), 1, 1), (THREADS, 1, 1),
-                chosen.shared_bytes, raw_stream(self._index), *pointers,
+                chosen.shared_bytes, raw_stream(self._index), *pointers, *told,
                 seed % 2**64, position, batch, length, int(every), temperature, top_k, top_p)
         return new

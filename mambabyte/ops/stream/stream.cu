@@ -18,21 +18,12 @@
 // after it has everybody's part of the one before, which each sent after reading what came earlier.
 // So exchanges that follow each other use different buffers, and that is enough.
 //
-// SIZES are compile-time constants, given by cuda.py, which also packs the weights:
+// SIZES (see cluster.cu) are given by cuda.py, which also packs the weights:
 //   CL, S, T (threads), LAYERS, DM (d_model), DI (d_inner), N (states), R (dt_rank), K (taps),
 //   H (hidden width of the MLP or 0), ACTIVATION, CENTERED (layer norm), STEM (norm after the
 //   embedding), EPS, STEM_EPS, CAP (of the logits or 0), RESIDENT (floats of a block's weights kept
 //   in shared memory), and BLOB and WORK, its own idea of the sizes below.
 // All arithmetic is float32.
-
-SIZES
-constexpr int V = 256;
-constexpr int WARPS = T / 32;
-constexpr unsigned ALL = 0xffffffffu;
-
-constexpr int parts(int n, int size) { return (n + size - 1) / size; }
-constexpr int up4(int n) { return parts(n, 4) * 4; }
-constexpr int power(int n) { return n <= 1 ? 1 : 2 * power(parts(n, 2)); }
 
 constexpr int DC = parts(DI, CL);                     // channels of a block
 constexpr int HC = parts(H ? H : 1, CL);              // hidden units of a block, if there is an MLP
@@ -74,69 +65,7 @@ static_assert(DM % 4 == 0 && V % (4 * CL) == 0 && S <= 8 && S <= WARPS, "sizes d
 
 enum Exchange { PROJECTED, SCANNED, ADDED, ACTIVATED, LOGITS, EXCHANGES };
 
-// ------------------------------------------------------------------------------- between blocks
-
-inline unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
-
-// Where this block's address 0 of shared memory is seen in another block of the cluster.
-inline unsigned window(unsigned base, int block) {
-    unsigned there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(base), "r"(block));
-    return there - base;
-}
-
-inline void send(unsigned to, unsigned bar, float v) {
-    asm volatile(
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to),
-        "f"(v), "r"(bar) : "memory");
-}
-
-inline void expect(unsigned bar, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
-                 : "memory");
-}
-
-inline void wait(unsigned bar, unsigned parity) {
-    unsigned done;
-    do {
-        asm volatile(
-            "{\n .reg .pred p;\n"
-            " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-            " selp.u32 %0, 1, 0, p;\n}"
-            : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-    } while (!done);
-}
-
-inline void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;"
-                 ::: "memory");
-}
-
 // ------------------------------------------------------------------------------------ in a warp
-
-// Sums of each of VALUES (a power of 2, at most COUNT) over COUNT lanes: lane l has l % VALUES.
-template <int VALUES, int COUNT, int MASK = 1> inline float sums_over(const float (&a)[VALUES]) {
-    if constexpr (VALUES > 1) {
-        bool odd = threadIdx.x & MASK;
-        float half[VALUES / 2];
-#pragma unroll
-        for (int i = 0; i < VALUES / 2; i++) {
-            float give = odd ? a[2 * i] : a[2 * i + 1], keep = odd ? a[2 * i + 1] : a[2 * i];
-            half[i] = keep + __shfl_xor_sync(ALL, give, MASK);
-        }
-        return sums_over<VALUES / 2, COUNT, MASK * 2>(half);
-    } else {
-        float sum = a[0];
-#pragma unroll
-        for (int mask = MASK; mask < COUNT; mask *= 2) sum += __shfl_xor_sync(ALL, sum, mask);
-        return sum;
-    }
-}
-
-template <int COUNT> inline float sum_over(float x) {
-    float a[1] = {x};
-    return sums_over<1, COUNT>(a);
-}
 
 // Lane l gets x[32 j + l], centred where the norm is; returns what to multiply it by. Every warp
 // does so for itself.
@@ -182,108 +111,12 @@ inline float times_x(const float4 (&w)[CI], const float (&xn)[S][CI], const floa
     return value * mine;
 }
 
-// max(x, 0) + log(1 + e), e = exp(-|x|), by the series of 2 artanh(e / (2 + e)).
-inline float softplus(float x) {
-    float e = __expf(-fabsf(x)), r = __fdividef(e, 2.f + e), q = r * r;
-    float sum = fmaf(q, 1.f / 13.f, 1.f / 11.f);
-    sum = fmaf(q, fmaf(q, fmaf(q, fmaf(q, sum, 1.f / 9.f), 1.f / 7.f), 1.f / 5.f), 1.f / 3.f);
-    return fmaxf(x, 0.f) + 2.f * fmaf(r * q, sum, r);
-}
-
-inline float activate(float x) {
-    if (ACTIVATION == 0) return x > 0.f ? x * x : 0.f;
-    if (ACTIVATION == 1) return 0.5f * x * (1.f + erff(x * 0.70710678f));
-    return x * sigmoid(x);
-}
-
 // Element i of what all blocks sent, added in the order of the blocks (in four strands).
 inline float sum_blocks(const float *part, int stride) {
     float sum[4] = {};
 #pragma unroll
     for (int c = 0; c < CL; c++) sum[c % 4] += part[c * stride];
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-}
-
-// Philox 4x32-10 (Salmon et al. 2011): uniform in [0, 1) from (seed, position, stream).
-inline float uniform(unsigned long long seed, unsigned long long position, unsigned stream) {
-    unsigned c[4] = {(unsigned)position, (unsigned)(position >> 32), stream, 0u};
-    unsigned k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
-#pragma unroll
-    for (int round = 0; round < 10; round++) {
-        unsigned long long a = 0xD2511F53ull * c[0], b = 0xCD9E8D57ull * c[2];
-        unsigned n0 = (unsigned)(b >> 32) ^ c[1] ^ k0, n2 = (unsigned)(a >> 32) ^ c[3] ^ k1;
-        c[1] = (unsigned)b, c[3] = (unsigned)a, c[0] = n0, c[2] = n2;
-        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    }
-    return (c[0] >> 8) * 5.9604644775390625e-8f;
-}
-
-// Lane l has entries 8 l to 8 l + 7.
-inline void eight(float (&to)[8], const float *row) {
-    const float4 *from = (const float4 *)row + threadIdx.x % 32 * 2;
-    float4 a = from[0], b = from[1];
-    to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
-    to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
-}
-
-inline float largest(const float (&a)[8]) {
-    float m = a[0];
-#pragma unroll
-    for (int i = 1; i < 8; i++) m = fmaxf(m, a[i]);
-#pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) m = fmaxf(m, __shfl_xor_sync(ALL, m, mask));
-    return m;
-}
-
-// The first of the largest entries.
-inline int first_largest(const float *row) {
-    float a[8];
-    eight(a, row);
-    int key[8], most = -0x7fffffff;  // integers in the order of the floats
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        int bits = __float_as_int(a[i]);
-        key[i] = bits ^ (bits >> 31 & 0x7fffffff);
-        most = max(most, key[i]);
-    }
-    int m = __reduce_max_sync(ALL, most), mine = 0;
-#pragma unroll
-    for (int i = 7; i >= 0; i--)
-        if (key[i] == m) mine = i;
-    int lane = __ffs(__ballot_sync(ALL, most == m)) - 1;
-    return 8 * lane + __shfl_sync(ALL, mine, lane);
-}
-
-// Draws entry i with probability row[i] / sum of row; u is uniform in [0, 1).
-inline int draw(const float *row, float u) {
-    int lane = threadIdx.x % 32;
-    float a[8], before = 0.f;
-    eight(a, row);
-    float mine = 0.f;
-#pragma unroll
-    for (int i = 0; i < 8; i++) mine += a[i];
-    float through = mine;  // sum over this lane's entries and all before
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        float other = __shfl_up_sync(ALL, through, step);
-        if (lane >= step) through += other;
-    }
-    before = __shfl_up_sync(ALL, through, 1);
-    if (lane == 0) before = 0.f;
-    float target = u * __shfl_sync(ALL, through, 31);
-    int found = -1, last = -1;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        before += a[i];
-        if (a[i] > 0.f) last = i;
-        if (found < 0 && a[i] > 0.f && before > target) found = i;
-    }
-    unsigned has = __ballot_sync(ALL, found >= 0);
-    unsigned any = __ballot_sync(ALL, last >= 0);
-    // Rounding can leave the target at the very end: then it is the last entry that is possible.
-    int where = has ? __ffs(has) - 1 : any ? 31 - __clz(any) : 0;
-    int at = __shfl_sync(ALL, has ? found : last, where);
-    return 8 * where + (at < 0 ? 0 : at);
 }
 
 // --------------------------------------------------------------------------------- the kernel
@@ -296,7 +129,8 @@ inline int draw(const float *row, float u) {
 extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) stream_bytes(
     const float *blob, const float *embedding, const unsigned char *tokens, const float *first,
     const float *tail_in, const float *state_in, float *tail_out, float *state_out,
-    unsigned char *drawn, float *log_probs, unsigned long long seed, unsigned long long position,
+    unsigned char *drawn, float *log_probs, unsigned *done, unsigned ticket,
+    unsigned long long seed, unsigned long long position,
     int streams, int steps, int all, float temperature, int top_k, float top_p) {
     extern __shared__ __align__(16) float shared[];
     int tid = threadIdx.x, lane = tid % 32, warp = __shfl_sync(ALL, tid / 32, 0);  // uniform
@@ -314,6 +148,7 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
     float *logit = shared + LOGIT;
     float *prob = shared + PROB, *kept = shared + KEPT;
     int *byte = (int *)(shared + BYTE);
+    const Draw how = {drawn, seed, position, temperature, top_p, top_k};
     unsigned bars = shared_address(shared + BARS), parities = 0;
     auto wait_for = [&](Exchange e) {
         wait(bars + 8 * e, parities >> e & 1);
@@ -357,72 +192,6 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
             logit[i] = base + i / V < streams ? first[(int64)(base + i / V) * V + i % V] : 0.f;
     __syncthreads();
     cluster_barrier();
-
-    // Block s % CL writes stream s. One warp a stream; t is the byte that the logits follow.
-    auto write_log_probs = [&](int t) {
-        int b = base + warp;
-        if (warp >= S || warp % CL != rank || b >= streams) return;
-        float a[8], sum = 0.f;
-        eight(a, logit + warp * V);
-        float m = largest(a);
-#pragma unroll
-        for (int i = 0; i < 8; i++) sum += __expf(a[i] - m);
-        float shift = m + __logf(sum_over<32>(sum));
-        float4 *to = (float4 *)(log_probs + ((int64)b * (all ? steps : 1) + (all ? t : 0)) * V);
-        to[2 * lane] = make_float4(a[0] - shift, a[1] - shift, a[2] - shift, a[3] - shift);
-        to[2 * lane + 1] = make_float4(a[4] - shift, a[5] - shift, a[6] - shift, a[7] - shift);
-    };
-
-    // Every block draws for itself, and so the same: from logit into byte.
-    auto choose = [&](int t) {
-        if (temperature == 0.f) {
-            if (warp < S) byte[warp] = first_largest(logit + warp * V);
-        } else {
-            bool filter = top_k > 0 || top_p < 1.f;
-            if (warp < S) {
-                float a[8], sum = 0.f;
-                eight(a, logit + warp * V);
-                float m = largest(a);
-#pragma unroll
-                for (int i = 0; i < 8; i++) sum += a[i] = __expf((a[i] - m) / temperature);
-                float scale = 1.f / sum_over<32>(sum);
-#pragma unroll
-                for (int i = 0; i < 8; i++) prob[warp * V + 8 * lane + i] = a[i] * scale;
-            }
-            if (filter) {
-                __syncthreads();
-                for (int i = tid; i < S * V; i += T) {
-                    const float4 *row = (const float4 *)(prob + i / V * V);
-                    float p = prob[i], above = 0.f;
-                    int rank_of = 0;
-#pragma unroll 2
-                    for (int j = 0; j < V; j += 4) {  // by probability, then by index
-                        float4 q = row[j / 4];
-                        bool a = q.x > p || (q.x == p && j < i % V);
-                        bool b = q.y > p || (q.y == p && j + 1 < i % V);
-                        bool c = q.z > p || (q.z == p && j + 2 < i % V);
-                        bool d = q.w > p || (q.w == p && j + 3 < i % V);
-                        rank_of += a + b + c + d;
-                        above += (a ? q.x : 0.f) + (b ? q.y : 0.f) + (c ? q.z : 0.f)
-                            + (d ? q.w : 0.f);
-                    }
-                    bool keep = (top_k == 0 || rank_of < top_k) && (rank_of == 0 || above < top_p);
-                    kept[i] = keep ? p : 0.f;
-                }
-                __syncthreads();
-            } else {
-                __syncwarp();
-            }
-            if (warp < S) {
-                float at = uniform(seed, position + t, base + warp);
-                byte[warp] = draw((filter ? kept : prob) + warp * V, at);
-            }
-        }
-        __syncwarp();
-        if (warp < S && rank == warp % CL && lane == 0 && base + warp < streams)
-            drawn[(int64)(base + warp) * steps + t] = (unsigned char)byte[warp];
-        __syncthreads();
-    };
 
     // The embedding of the next byte is fetched a byte ahead where the bytes are known.
     constexpr int MINE = parts(S * DM, T);
@@ -471,7 +240,7 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
 
     for (int t = 0; t < steps; t++) {
         if (!tokens) {
-            choose(t);
+            choose(how, logit, prob, kept, byte, base, streams, steps, t);
             embed(t);
         }
 #pragma unroll
@@ -549,7 +318,7 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
             expect_all(PROJECTED, CL * S * XR);
             if (tokens && layer == 0 && t > 0 && all) {  // the byte before: hidden in the wait
                 wait_for(LOGITS);
-                write_log_probs(t - 1);
+                write_log_probs(logit, log_probs, base, streams, steps, t - 1);
             }
 
             // What does not depend on the exchange is fetched before waiting for it.
@@ -667,7 +436,10 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
         if (t + 1 < steps) fetch_in(0);
         if (!tokens || t + 1 == steps) {
             wait_for(LOGITS);
-            if (t + 1 == steps) write_log_probs(t);
+            if (t + 1 == steps) {
+                write_log_probs(logit, log_probs, base, streams, all ? steps : 1, all ? t : 0);
+                if (done && blockIdx.x == 0 && warp == 0) tell(done, ticket);
+            }
         }
         // x is written next, and was read by the slowest warp for the head.
         __syncthreads();

@@ -20,6 +20,10 @@ TAPS = 4  # of the emulated convolution
 INSTRUCTIONS = {
     r"^$": "nothing",
     r"griddepcontrol": "nothing",
+    r"fence\.mbarrier_init": "nothing",
+    r"barrier\.cluster": "cluster_barrier",
+    r"mapa": "mapa",
+    r"st\.async": "st_async",
     r"fence\.proxy": "nothing",
     r"elect\.sync": "elect",
     r"cp\.async\.bulk\.tensor\.4d": "copy_box",
@@ -104,8 +108,8 @@ class Emulator:
     """Launches kernels of ``source``; builds each one at first use in ``folder``, and keeps it in
     ``kept`` under a digest of what it was made from."""
 
-    def __init__(self, source: Path, folder: Path, kept: Path) -> None:
-        self.folder, self.kept, self.seed = folder, kept, 0
+    def __init__(self, source: Path, folder: Path, kept: Path, cluster: int = 1) -> None:
+        self.folder, self.kept, self.seed, self.cluster = folder, kept, 0, cluster
         self.launched: list[tuple[str, int]] = []  # names and numbers of blocks
         self._text = '#include "lanes.h"\n' + translate(source.read_text(encoding="utf-8"))
         self._lanes = (HERE / "lanes.h").read_text(encoding="utf-8")
@@ -124,7 +128,7 @@ class Emulator:
         subprocess.run([*COMPILE, *arguments], check=True, timeout=300)
 
     def _build(self, name: str) -> ctypes.CDLL:
-        entry = f"launch({name}, blocks, threads, packed, seed);"
+        entry = f"launch({name}, blocks, threads, packed, seed, {self.cluster});"
         text = (
             f'{self._text}\nextern "C" void go(int blocks, int threads, const char *packed, '
             f"unsigned seed) {{ {entry} }}\n"

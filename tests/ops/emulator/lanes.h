@@ -1,7 +1,7 @@
 // Runs CUDA C++ on the CPU, lane by lane, for tests without a GPU: what a kernel uses of CUDA's built-ins,
 // the PTX instructions that emulate.py finds in its inline assembly, and a scheduler.
 //
-// Every thread of a block is a fiber; blocks run one after the other. Warps take turns in a random order, some
+// Every thread of a block is a fiber; blocks run one after the other, those of a cluster together. Warps take turns in a random order, some
 // lag, and asynchronous copies land late, so that a missing barrier shows as a wrong or a varying result. What a
 // warp does together (shuffles, matrix instructions) waits for its 32 lanes. Shared memory starts as NaN.
 
@@ -27,6 +27,7 @@
 #define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__ static
 #define __CUDA_ARCH__ 900
@@ -36,7 +37,7 @@ using std::min;
 
 struct dim3 { int x, y, z; };
 struct float2 { float x, y; };
-struct float4 { float x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct uint2 { uint32_t x, y; };
 static float2 make_float2(float x, float y) { return {x, y}; }
 static uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
@@ -47,6 +48,12 @@ template <class To, class From> static To bits(From from) {
     memcpy(&to, &from, sizeof to);
     return to;
 }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static int __float_as_int(float x) { return bits<int>(x); }
+static int __ffs(uint32_t x) { return __builtin_ffs(x); }
+static int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
+static float __fdividef(float x, float y) { return x / y; }
+static void __threadfence_system() {}
 static float __uint_as_float(uint32_t x) { return bits<float>(x); }
 static uint32_t __float_as_uint(float x) { return bits<uint32_t>(x); }
 static uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
@@ -58,12 +65,15 @@ static uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
 
 // ---------------------------------------------------------------------------------- threads
 
-constexpr int MAX_THREADS = 1024, STACK = 1 << 17;
+constexpr int MAX_THREADS = 1024, STACK = 1 << 17, MAX_CLUSTER = 2, SHARED = 1 << 18;
 static dim3 threadIdx, blockIdx, blockDim;
+static int cluster = 1;  // blocks that run together; in it this is block
+static int block_rank() { return blockIdx.x % cluster; }
 
 struct Meeting { int waiting = 0; unsigned times = 0; };
 struct Barrier { int count, pending; uint32_t phase; long bytes; };  // bytes: still to be copied
-struct Copy { char *to; const char *from; int bytes; uint32_t barrier; bool counted; };  // to null: an arrival
+// to null: an arrival; from null: zeros, or with `sent` that number
+struct Copy { char *to; const char *from; int bytes; uint32_t barrier; bool counted; bool sent = false; float number = 0; };
 struct Fiber {
     jmp_buf context;
     std::vector<char> stack;  // empty until the fiber has begun
@@ -72,10 +82,14 @@ struct Fiber {
     bool done;
 };
 
-static Fiber fibers[MAX_THREADS];
+static Fiber fibers_of[MAX_CLUSTER][MAX_THREADS];
+#define fibers (fibers_of[block_rank()])
 static jmp_buf scheduler;
-static Meeting block_meeting, warp_meetings[MAX_THREADS / 32];
-static uint32_t posted[MAX_THREADS / 32][2][32][4];
+static Meeting block_meetings[MAX_CLUSTER], warps_meetings[MAX_CLUSTER][MAX_THREADS / 32], cluster_meeting;
+#define block_meeting (block_meetings[block_rank()])
+#define warp_meetings (warps_meetings[block_rank()])
+static uint32_t posted_of[MAX_CLUSTER][MAX_THREADS / 32][2][32][4];
+#define posted (posted_of[block_rank()])
 static std::unordered_map<uint32_t, Barrier> barriers;
 static std::function<void()> kernel_call;
 
@@ -116,6 +130,21 @@ template <class T> static T __shfl_sync(uint32_t, T x, int lane) {
 template <class T> static T __shfl_xor_sync(uint32_t all, T x, int mask) {
     return __shfl_sync(all, x, threadIdx.x % 32 ^ mask);
 }
+template <class T> static T __shfl_up_sync(uint32_t all, T x, int step) {
+    return __shfl_sync(all, x, max(0, threadIdx.x % 32 - step));
+}
+static uint32_t __ballot_sync(uint32_t, bool x) {
+    const Words words(x);
+    uint32_t mask = 0;
+    for (int i = 0; i < 32; ++i) mask |= words.of[i][0] << i;
+    return mask;
+}
+static int __reduce_max_sync(uint32_t, int x) {
+    const Words words(bits<uint32_t>(x));
+    int most = x;
+    for (int i = 0; i < 32; ++i) most = max(most, bits<int>(words.of[i][0]));
+    return most;
+}
 static bool __all_sync(uint32_t, bool x) {
     const Words words(x);
     return std::all_of(words.of, words.of + 32, [](const uint32_t(&word)[4]) { return word[0]; });
@@ -125,10 +154,11 @@ static bool __all_sync(uint32_t, bool x) {
 
 // Dynamic shared memory. Addresses are distances from a point far below it, so that static arrays, which lie
 // near, have one too.
-__align__(128) static char shared[1 << 18];
-static char *at(uint32_t address) { return shared - (1 << 30) + address; }
+__align__(128) static char shared_of[MAX_CLUSTER][SHARED];
+#define shared (shared_of[block_rank()])
+static char *at(uint32_t address) { return shared_of[0] - (1 << 30) + address; }
 static size_t __cvta_generic_to_shared(const void *p) {
-    return static_cast<const char *>(p) - (shared - (1 << 30));
+    return static_cast<const char *>(p) - (shared_of[0] - (1 << 30));
 }
 template <class T> static T read_at(uint32_t address) {
     T x;
@@ -156,7 +186,8 @@ static void land(Fiber &fiber) {
     fiber.copies.pop_front();
     if (copy.to == nullptr) return arrive(copy.barrier);
     if (copy.counted) {
-        if (copy.from) memcpy(copy.to, copy.from, copy.bytes);
+        if (copy.sent) memcpy(copy.to, &copy.number, sizeof copy.number);
+        else if (copy.from) memcpy(copy.to, copy.from, copy.bytes);
         else memset(copy.to, 0, copy.bytes);
         return count(copy.barrier, 0, -copy.bytes);
     }
@@ -281,6 +312,14 @@ static void cp_async_arrive(uint32_t barrier) {
 static void mbarrier_init(uint32_t address, int count) { barriers[address] = {count, count, 0, 0}; }
 static void mbarrier_arrive(uint32_t address) { arrive(address); }
 static void mbarrier_arrive_expect(uint32_t address, uint32_t bytes) { count(address, 1, bytes); }
+static void mapa(uint32_t &there, uint32_t base, int block) {
+    there = base + (block - block_rank()) * SHARED;
+}
+static void st_async(uint32_t to, float value, uint32_t barrier) {
+    if (to % 4) fail("a misaligned send");
+    fibers[threadIdx.x].copies.push_back({at(to), nullptr, 4, barrier, true, true, value});
+}
+static void cluster_barrier() { meet(cluster_meeting, cluster * blockDim.x); }
 static void elect(uint32_t &chosen) { chosen = threadIdx.x % 32 == 0; }
 static void copy_bulk(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
     if (to % 16 || bytes % 16 || size_t(from) % 16) fail("a misaligned copy");
@@ -325,37 +364,46 @@ __attribute__((noinline)) static void begin(Fiber &fiber) {
     if (_setjmp(scheduler) == 0) setcontext(&context);
 }
 
-static void run_block(int threads, std::mt19937 &random) {
-    memset(shared, 0xff, sizeof shared);
+// Runs the blocks of a cluster together, from block `base` on.
+static void run_blocks(int base, int threads, std::mt19937 &random) {
     barriers.clear();
-    block_meeting = {};
-    for (Meeting &meeting : warp_meetings) meeting = {};
-    for (int t = 0; t < threads; ++t) {
-        Fiber &fiber = fibers[t];
-        fiber.copies.clear();
-        fiber.exchanges = 0;
-        fiber.done = false;
+    cluster_meeting = {};
+    for (int rank = 0; rank < cluster; ++rank) {
+        blockIdx = {base + rank, 0, 0};
+        memset(shared, 0xff, SHARED);
+        block_meeting = {};
+        for (Meeting &meeting : warp_meetings) meeting = {};
+        for (int t = 0; t < threads; ++t) {
+            Fiber &fiber = fibers[t];
+            fiber.copies.clear();
+            fiber.exchanges = 0;
+            fiber.done = false;
+        }
     }
-    std::vector<int> order(threads / 32);
+    std::vector<int> order(cluster * threads / 32);
     for (size_t i = 0; i < order.size(); ++i) order[i] = i;
     const unsigned delay = 1 << random() % 10;  // of copies, in rounds
-    int left = threads;
+    int left = cluster * threads;
     for (long rounds = 0; left > 0; ++rounds) {
         if (rounds > 10000000) fail("no end");
         if (random() % 8 == 0) std::shuffle(order.begin(), order.end(), random);
         for (int warp : order) {
             if (random() % 4 == 0) continue;
             const int first = random() % 32;
+            blockIdx = {base + warp * 32 / threads, 0, 0};
             for (int i = 0; i < 32; ++i) {
-                Fiber &fiber = fibers[threadIdx.x = 32 * warp + (first + i) % 32];
+                Fiber &fiber = fibers[threadIdx.x = 32 * warp % threads + (first + i) % 32];
                 if (fiber.done) continue;
                 fiber.stack.empty() ? begin(fiber) : change(scheduler, fiber.context);
                 left -= fiber.done;
             }
         }
-        for (int t = 0; t < threads; ++t)
-            if (!fibers[t].copies.empty() && random() % delay == 0)
-                for (size_t copies = fibers[t].copies.size(); copies > 0; --copies) land(fibers[t]);
+        for (int rank = 0; rank < cluster; ++rank) {
+            blockIdx = {base + rank, 0, 0};
+            for (int t = 0; t < threads; ++t)
+                if (!fibers[t].copies.empty() && random() % delay == 0)
+                    for (size_t copies = fibers[t].copies.size(); copies > 0; --copies) land(fibers[t]);
+        }
     }
 }
 
@@ -367,13 +415,12 @@ template <class T> static T next_argument(const char *&from) {
     return x;
 }
 template <class... Arguments>
-static void launch(void (*kernel)(Arguments...), int blocks, int threads, const char *packed, unsigned seed) {
+static void launch(void (*kernel)(Arguments...), int blocks, int threads, const char *packed, unsigned seed,
+                   int together = 1) {
     std::mt19937 random(seed);
     const std::tuple<Arguments...> arguments{next_argument<Arguments>(packed)...};
     kernel_call = [&] { std::apply(kernel, arguments); };
     blockDim = {threads, 1, 1};
-    for (int block = 0; block < blocks; ++block) {
-        blockIdx = {block, 0, 0};
-        run_block(threads, random);
-    }
+    cluster = together;
+    for (int block = 0; block < blocks; block += cluster) run_blocks(block, threads, random);
 }

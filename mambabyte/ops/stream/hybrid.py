@@ -1,0 +1,334 @@
+"""Streaming a whole model of any layers on the GPU in one launch.
+
+The kernel is ``hybrid.cu``; ``stream.cu`` is quicker for models of Mamba layers alone. A
+thread-block cluster steps through the bytes of one text. It needs compute capability 9.0 or later.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambabyte.config import ModelConfig
+from mambabyte.ops.build.kernel import Kernel, raw_stream
+from mambabyte.ops.build.nvrtc import NvrtcError
+from mambabyte.ops.stream.cuda import CLUSTERS, VOCABULARY, Mailbox, every_byte, shared_limit, split
+from mambabyte.ops.stream.packing import THREADS, pack, program
+
+_PARAMETERS = "PPPiPPPPPPPPPiiiPPPPIQQiiifif"
+_TURNS = 4096  # positions whose rotary angles are computed at a time
+_LEAST_ROOM = 256  # bytes that a cache can grow by in place
+
+# ---------------------------------------------------------------------------------------- states
+
+
+class HybridState(NamedTuple):
+    """What all layers remember of B texts: numbers of a fixed size, and keys and values."""
+
+    numbers: Tensor  # (B, blocks * floats)
+    cache: Tensor  # (B, layers of attention, 2, blocks, rows / blocks, n_kv_head * head_dim)
+    begin: int  # rows begin to stored of the cache are theirs
+    stored: int
+    position: int  # bytes seen before
+
+
+class _Part(NamedTuple):
+    """Where numbers of a layer's state lie: tensors (B, ..., widths side by side), cut into blocks
+    along ``dim``."""
+
+    dim: int
+    widths: tuple[int, ...]  # along dim, of the parts that are cut each for itself
+    other: int  # size of the other axis
+
+
+def _parts(c: ModelConfig, letter: str) -> list[_Part]:
+    taps = c.d_conv - 1
+    if letter == "M":
+        return [_Part(1, (c.d_inner,), c.d_state), _Part(2, (c.d_inner,), taps)]
+    if letter == "S":
+        return [_Part(1, (c.d_inner,), c.ssd_d_state),
+                _Part(2, (c.d_inner, 2 * c.ssd_groups * c.ssd_d_state), taps)]
+    if letter in "DK":
+        values = c.d_model * c.delta_expand_v
+        return [_Part(1, (values,), c.delta_head_dim),
+                _Part(2, (c.d_model, c.d_model, values), taps)]
+    return []
+
+
+def to_numbers(c: ModelConfig, layers: list[list[Tensor]], blocks: int) -> Tensor:
+    """States of layers, each two tensors (B, channels, states) and (B, taps - 1, channels), or
+    none, as the kernel has them: (B, blocks * floats)."""
+    found = []
+    for letter, tensors in zip(c.layers, layers, strict=True):
+        for part, x in zip(_parts(c, letter), tensors, strict=True):
+            shares = [split(piece.float(), part.dim, blocks)
+                      for piece in x.split(part.widths, part.dim)]
+            found.append(torch.cat(shares, part.dim + 1).flatten(2))
+    if not found:
+        return torch.zeros(1, 0)
+    whole = torch.cat(found, 2)  # (blocks, B, floats)
+    return F.pad(whole, (0, -whole.shape[2] % 4)).transpose(0, 1).flatten(1).contiguous()
+
+
+def from_numbers(c: ModelConfig, numbers: Tensor, blocks: int) -> list[list[Tensor]]:
+    """The inverse of ``to_numbers``."""
+    whole, at, layers = numbers.unflatten(1, (blocks, -1)), 0, []
+    for letter in c.layers:
+        tensors = []
+        for part in _parts(c, letter):
+            each = [-(-w // blocks) for w in part.widths]
+            size = sum(each) * part.other
+            piece = whole[:, :, at : at + size]
+            at += size
+            shape = (sum(each), part.other) if part.dim == 1 else (part.other, sum(each))
+            pieces = piece.unflatten(2, shape).split(each, part.dim + 1)
+            tensors.append(torch.cat([
+                p.movedim(1, part.dim).flatten(part.dim, part.dim + 1).narrow(part.dim, 0, w)
+                for p, w in zip(pieces, part.widths, strict=True)], part.dim))
+        layers.append(tensors)
+    return layers
+
+
+class _Room:
+    """A cache, and how many of its rows are taken."""
+
+    def __init__(self, rows: int, end: int) -> None:
+        self.rows, self._end = rows, end
+        self._lock = threading.Lock()
+
+    def extend(self, end: int, length: int) -> bool:
+        """Take ``length`` rows behind row ``end``, if they are there and nobody has them."""
+        with self._lock:
+            free = self._end == end and end + length <= self.rows
+            self._end += length * free
+            return free
+
+
+# ------------------------------------------------------------------------------------- launching
+
+
+@functools.cache
+def _kernel(constants: tuple[tuple[str, float], ...], device: int) -> tuple[Kernel, int]:
+    """The kernel on a device and its shared memory; NvrtcError where no cluster of it can run."""
+    made, size = program(constants, shared_limit(device))
+    kernel = made.kernel("stream_hybrid", device, _PARAMETERS)
+    kernel.allow_shared(size)
+    blocks = int(dict(constants)["CL"])
+    if blocks > 8:
+        kernel.allow_large_clusters()
+    if not kernel.resident_clusters(blocks, THREADS, size):
+        raise NvrtcError(f"no cluster of {blocks} blocks of this model fits on the device")
+    return kernel, size
+
+
+def fitting(
+    config: ModelConfig, parameters: Mapping[str, Tensor], eps: float, tiny: float, device: int
+) -> int:
+    """Blocks of the cluster that runs a model with these parameters, of which the shapes count;
+    NvrtcError where none can."""
+    reason = NvrtcError("no clusters")
+    shapes = {name: p.to("meta") for name, p in parameters.items()}
+    for blocks in CLUSTERS:
+        try:
+            _kernel(pack(config, shapes, eps, tiny, blocks).constants, device)
+            return blocks
+        except NvrtcError as error:
+            reason = error
+    raise reason
+
+
+class HybridStreamer:
+    """Steps texts of a model of any layers on one device, with the weights as they are now.
+
+    ``parameters`` are those of a ByteLM of ``config`` by their names in it; ``eps`` is that of its
+    norms, ``tiny`` that of norms without one; ``rotary(position, length)`` gives the angles'
+    cosines and sines, each (length, head_dim / 2). Raises NvrtcError where the device cannot run
+    it.
+    """
+
+    def __init__(
+        self, config: ModelConfig, parameters: Mapping[str, Tensor], eps: float, tiny: float,
+        rotary: Any,
+    ) -> None:
+        self.config = config
+        self.embedding = parameters["embedding.weight"].float().contiguous()
+        self.device, self._rotary = self.embedding.device, rotary
+        self._index = self.device.index
+        self.blocks = fitting(config, parameters, eps, tiny, self._index)
+        self._packed = pack(config, parameters, eps, tiny, self.blocks)
+        self._kernel, self._shared = _kernel(self._packed.constants, self._index)
+        self._ends = torch.tensor(self._packed.ends, dtype=torch.int32, device=self.device)
+        self._windows = [{"A": config.attention_window, "L": config.local_window}[letter]
+                         for letter in config.layers if letter in "AL"]
+        self._turns: tuple[int, Tensor] = (-1, self.embedding)
+        self._bytes, self._mailbox = every_byte(self.device), Mailbox(self.device)
+
+    # ------------------------------------------------------------------------------- states
+
+    def new_state(self, batch: int) -> HybridState:
+        """The state before the first byte."""
+        numbers = torch.zeros(batch, self.blocks * int(dict(self._packed.constants)["STATE"]),
+                              device=self.device)
+        return self._grown(HybridState(numbers, self._cache(batch, 0), 0, 0, 0), 0)[0]
+
+    def state_of(
+        self, layers: list[list[Tensor]], caches: list[tuple[Tensor, Tensor]], position: int
+    ) -> HybridState:
+        """From the tensors of layers, as ``to_numbers`` takes them, and keys and values (B,
+        n_kv_head, S, head_dim) of each layer of attention."""
+        numbers = to_numbers(self.config, layers, self.blocks)
+        batch = len(caches[0][0]) if caches else len(numbers)
+        stored = max((k.shape[2] for k, _ in caches), default=0)
+        cache = self._cache(batch, self._rows(stored))
+        for i, pair in enumerate(caches):
+            for j, x in enumerate(pair):
+                rows = x.float().transpose(1, 2).flatten(2)  # (B, S, width)
+                self._place(cache[:, i, j], F.pad(rows, (0, 0, stored - rows.shape[1], 0)))
+        numbers = numbers.to(self.device)
+        if numbers.shape[1] == 0:
+            numbers = self.new_state(batch).numbers
+        return HybridState(numbers, cache, 0, stored, position)
+
+    def layers_of(
+        self, state: HybridState
+    ) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
+        """The inverse of ``state_of``, without the position."""
+        caches = []
+        for i, window in enumerate(self._windows):
+            begin = max(state.begin, state.stored - (window - 1))
+            k, v = (self._taken(state.cache[:, i, j], begin, state.stored).unflatten(
+                2, (self.config.n_kv_head, -1)).transpose(1, 2).contiguous() for j in range(2))
+            caches.append((k, v))
+        return from_numbers(self.config, state.numbers, self.blocks), caches
+
+    def _rows(self, least: int) -> int:
+        return -(-least // self.blocks) * self.blocks
+
+    def _cache(self, batch: int, rows: int) -> Tensor:
+        width = self.config.n_kv_head * self.config.head_dim
+        return torch.zeros(batch, len(self._windows), 2, self.blocks, rows // self.blocks, width,
+                           device=self.device)
+
+    def _place(self, cache: Tensor, rows: Tensor) -> None:
+        """rows (B, S, width) to the first rows of a cache (B, blocks, slots, width)."""
+        rows = F.pad(rows, (0, 0, 0, self._rows(rows.shape[1]) - rows.shape[1]))
+        slots = rows.unflatten(1, (-1, self.blocks)).transpose(1, 2)
+        cache[:, :, : slots.shape[2]] = slots
+
+    @staticmethod
+    def _taken(cache: Tensor, begin: int, end: int) -> Tensor:
+        return cache.transpose(1, 2).flatten(1, 2)[:, begin:end]
+
+    def _grown(self, state: HybridState, length: int) -> tuple[HybridState, _Room]:
+        """A state of the same numbers with room for ``length`` more rows behind its own that
+        nobody else has: the same cache where it has that, else a copy."""
+        room = getattr(state, "room", None)
+        if room is not None and room.extend(state.stored, length):
+            return state, room
+        kept = min(state.stored - state.begin, max([1, *self._windows]) - 1)
+        # At least as many rows as are copied can follow: a copy costs a row each, in the mean.
+        spare = max(_LEAST_ROOM, kept) if self._windows else 0
+        cache = self._cache(len(state.numbers), self._rows(kept + length + spare))
+        for i in range(len(self._windows)):
+            for j in range(2):
+                self._place(cache[:, i, j], self._taken(state.cache[:, i, j], state.stored - kept,
+                                                        state.stored))
+        room = _Room(cache.shape[3] * cache.shape[4] if self._windows else 1 << 62, kept + length)
+        return state._replace(cache=cache, begin=0, stored=kept), room
+
+    # ------------------------------------------------------------------------------- running
+
+    def feed(
+        self, tokens: Tensor, state: HybridState, all_positions: bool = False
+    ) -> tuple[Tensor, HybridState]:
+        """Advance by tokens (B, L) uint8, L at least 1.
+
+        Returns log-probabilities float32 of the byte after the last one, (B, 256), or after each
+        with ``all_positions``, (B, L, 256); and the new state.
+        """
+        batch, length = tokens.shape
+        shape = (batch, length, VOCABULARY) if all_positions else (batch, VOCABULARY)
+        log_probs = torch.empty(shape, device=self.device)
+        return log_probs, self._launch(
+            state, batch, length, tokens=tokens.contiguous(), log_probs=log_probs,
+            every=all_positions)
+
+    def feed_byte(self, byte: int, state: HybridState) -> tuple[Tensor, HybridState]:
+        """As ``CudaStreamer.feed_byte``."""
+        box = self._mailbox
+        with box.lock:
+            new = self._launch(
+                state, 1, 1, tokens=self._bytes[byte], log_probs=box.log_probs, told=box.told())
+            return box.read(), new
+
+    def hidden(self, x: Tensor, state: HybridState) -> tuple[Tensor, HybridState]:
+        """Advance by embedded bytes x (B, L, d_model): what the head reads, of x's shape."""
+        x = x.float().contiguous()
+        found = torch.empty_like(x)
+        return found, self._launch(state, len(x), x.shape[1], inputs=x, hidden=found)
+
+    def draw(
+        self, log_probs: Tensor, state: HybridState, length: int, temperature: float = 1.0,
+        top_k: int = 0, top_p: float = 1.0, seed: int = 0, position: int = 0,
+    ) -> tuple[Tensor, Tensor, HybridState]:
+        """As ``CudaStreamer.draw``."""
+        batch = log_probs.shape[0]
+        drawn = torch.empty((batch, length), dtype=torch.uint8, device=self.device)
+        after = torch.empty((batch, VOCABULARY), device=self.device)
+        new = self._launch(
+            state, batch, length, first=log_probs.float().contiguous(), drawn=drawn,
+            log_probs=after, seed=seed, position=position, temperature=temperature, top_k=top_k,
+            top_p=top_p)
+        return drawn, after, new
+
+    def _angles(self, position: int, length: int) -> Tensor:
+        """Cosines and sines (n, 2, head_dim / 2) from ``position`` on, n at least ``length``."""
+        if not self._windows:
+            return self.embedding
+        start, table = self._turns
+        if not start <= position <= start + len(table) - length or start < 0:
+            start = position
+            table = torch.stack(self._rotary(start, max(length, _TURNS)), 1).float().contiguous()
+            self._turns = start, table
+        return table[position - start :]
+
+    def _launch(
+        self, state: HybridState, batch: int, length: int, tokens: Tensor | None = None,
+        inputs: Tensor | None = None, first: Tensor | None = None, drawn: Tensor | None = None,
+        log_probs: Tensor | None = None, hidden: Tensor | None = None, every: bool = False,
+        seed: int = 0, position: int = 0, temperature: float = 0.0, top_k: int = 0,
+        top_p: float = 1.0, told: tuple[int, int] = (0, 0),
+    ) -> HybridState:
+        state, room = self._grown(state, length)
+        numbers, angles = torch.empty_like(state.numbers), self._angles(state.position, length)
+        packed = self._packed
+        tiles = len(packed.ends) - (packed.head_tiles if log_probs is None else 0)
+        pointers = [0 if t is None else t.data_ptr() for t in (
+            self.embedding, packed.final_norm, tokens, inputs, first, state.numbers, numbers,
+            state.cache, angles)]
+        results = [0 if t is None else t.data_ptr() for t in (drawn, log_probs, hidden)]
+        rows = state.cache.shape[3] * state.cache.shape[4]
+        self._kernel.launch(
+            (self.blocks * batch, 1, 1), (THREADS, 1, 1), self._shared, raw_stream(self._index),
+            packed.resident.data_ptr(), packed.tiles.data_ptr(), self._ends.data_ptr(), tiles,
+            *pointers, rows, state.begin, state.stored, *results, *told, seed % 2**64, position,
+            batch, length, int(every), temperature, top_k, top_p)
+        new = _Held(numbers, state.cache, state.begin, state.stored + length,
+                    state.position + length)
+        new.room = room
+        return new
+
+
+class _Held(HybridState):
+    """A state whose cache may be added to in place; see ``_Room``."""
+
+    room: _Room | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HybridState, tuple(self)

@@ -1,0 +1,378 @@
+"""The weights of a model of any layers as ``hybrid.cu`` reads them, and the constants that it is
+compiled with: each block's share of every matrix in tiles, small weights together."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambabyte.config import ModelConfig
+from mambabyte.ops.build.kernel import Program
+from mambabyte.ops.build.nvrtc import NvrtcError
+from mambabyte.ops.stream.cuda import ACTIVATIONS, VOCABULARY, split
+
+THREADS = 512
+KINDS = {"M": 0, "A": 1, "L": 1, "S": 2, "D": 3, "K": 4}  # as in the kernel, by letter
+TILES = (4096, 8192)  # floats of a tile of the ring, the first in which a row of every matrix fits
+LEAST_RING = 3
+_LOG2E = 1.4426950408889634
+# What lies among a layer's small weights; 0 where it has none.
+_SMALL = ("MIX_GAIN", "MIX_BIAS", "MLP_GAIN", "MLP_BIAS", "STREAM", "EMBEDDED", "SKIP",
+          "UP_BIAS", "OWN", "M_CONV", "M_CONV_BIAS", "M_DT", "M_DT_BIAS", "M_SKIP", "M_RATE",
+          "A_GAIN", "S_CONV", "S_CONV_BIAS", "S_DT_BIAS", "S_RATE", "S_SKIP", "D_CONV", "D_RATE",
+          "D_DT_BIAS", "D_GATE")  # fmt: skip
+
+
+def _pad(n: int) -> int:
+    """Floats that a row of n columns takes: a whole number of vectors."""
+    return -(-n // 32) * 32 if n <= 96 else -(-n // 128) * 128
+
+
+def _part(n: int, blocks: int) -> int:
+    """The share of n channels that a block has."""
+    return -(-n // blocks)
+
+
+def _up(n: int) -> int:
+    return -(-n // 4) * 4
+
+
+# --------------------------------------------------------------------------------------- packing
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A model's weights as the kernel reads them, by blocks, and the constants that say where."""
+
+    resident: Tensor  # (blocks, floats): tables and small weights
+    tiles: Tensor  # (blocks, floats): the matrices, tile after tile
+    ends: tuple[int, ...]  # where each tile ends
+    head_tiles: int  # the last tiles, of the head
+    final_norm: Tensor  # (2, d_model) weight and bias
+    constants: tuple[tuple[str, float], ...]
+
+
+class _Packer:
+    def __init__(
+        self, config: ModelConfig, parameters: Mapping[str, Tensor], eps: float, tiny: float,
+        blocks: int,
+    ) -> None:
+        self.config, self.parameters, self.blocks = config, parameters, blocks
+        self.eps, self.tiny = eps, tiny
+        embedding = parameters["embedding.weight"]
+        self.like = embedding.new_zeros((), dtype=torch.float32)
+        c = self.config
+        letters = set(c.layers)
+        ssm, delta = letters & set("MS"), letters & set("DK")
+        widest = max(c.d_model, c.mlp_hidden, c.d_inner if ssm else 0,
+                     c.d_model * c.delta_expand_v if delta else 0)
+        longest = _pad(self.padded(widest))
+        self.tile = next((size for size in TILES if longest <= size), 0)
+        self.tiles: list[Tensor] = []
+        self.offsets: dict[str, int] = dict.fromkeys(_SMALL, 0)
+
+    # ------------------------------------------------------------------------------- parts
+
+    def get(self, name: str, default: float | None = None, shape: tuple[int, ...] = ()) -> Tensor:
+        found = self.parameters.get(name)
+        if found is not None:
+            return found.float()
+        assert default is not None, name
+        return self.like.new_full(shape, default)
+
+    def share(self, x: Tensor, dim: int = 0) -> Tensor:
+        return split(x, dim, self.blocks)
+
+    def padded(self, n: int) -> int:
+        """The shares of n channels together."""
+        return self.blocks * _part(n, self.blocks)
+
+    def every(self, x: Tensor) -> Tensor:
+        return x.expand(self.blocks, *x.shape)
+
+    def matrix(self, w: Tensor, width: int | None = None) -> None:
+        """Rows (blocks, rows, columns) into tiles, in the order of their use."""
+        columns = _pad(width or w.shape[2])
+        w = F.pad(w, (0, columns - w.shape[2]))
+        fit = self.tile // columns
+        self.tiles += [w[:, at : at + fit].flatten(1) for at in range(0, w.shape[1], fit)]
+
+    def behind(self, norm: str, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a projection (rows, d_model) with the norm before it multiplied in."""
+        d = self.config.d_model
+        weight, bias = self.get(f"{norm}.weight", 1.0, (d,)), self.get(f"{norm}.bias", 0.0, (d,))
+        return (w.double() * weight).float(), (w.double() @ bias.double()).float()
+
+    def rows(self, norm: str, parts: list[Tensor], bias: Tensor | None = None) -> Tensor:
+        """Projections of one normalised input, each cut into the blocks' shares; returns the shares
+        of their biases (blocks, rows)."""
+        weight, shift = self.behind(norm, torch.cat(parts))
+        shift = shift if bias is None else shift + bias
+        sizes = [len(part) for part in parts]
+        self.matrix(torch.cat([self.share(w) for w in weight.split(sizes)], 1))
+        return torch.cat([self.share(b) for b in shift.split(sizes)], 1)
+
+    def small(self, pieces: Mapping[str, Tensor]) -> Tensor:
+        """Small weights (blocks, ...) of a layer, one after another, noting where."""
+        at, found = 0, []
+        for name, x in pieces.items():
+            self.offsets[name] = at
+            x = x.float().flatten(1)
+            found.append(F.pad(x, (0, -x.shape[1] % 4)))
+            at += found[-1].shape[1]
+        return torch.cat(found, 1)
+
+    # ------------------------------------------------------------------------------- layers
+
+    def layer(self, i: int) -> Tensor:
+        """Put a layer's matrices into tiles; returns its small weights."""
+        c, d = self.config, self.config.d_model
+        mixer = {"M": self.mamba, "A": self.attention, "L": self.attention, "S": self.mamba2,
+                 "D": self.delta, "K": self.delta}[c.layers[i]]
+        name = f"layers.{i}"
+        own = mixer(f"{name}.mixer.", f"{name}.norm")
+        up_bias = self.every(self.like.new_zeros(1))
+        if c.mlp_hidden:
+            bias = self.get(f"{name}.mlp.up_proj.bias", 0.0, (c.mlp_hidden,))
+            up_bias = self.rows(f"{name}.mlp_norm", [self.get(f"{name}.mlp.up_proj.weight")], bias)
+            self.matrix(self.share(self.get(f"{name}.mlp.out_proj.weight")),
+                        self.padded(c.mlp_hidden))
+
+        def channels(which: str, default: float) -> Tensor:
+            return self.share(self.get(which, default, (d,)))
+
+        after = f"layers.{i + 1}"
+        return self.small({
+            "MIX_GAIN": channels(f"{name}.mixer_gain", 1.0),
+            "MIX_BIAS": channels(f"{name}.mixer.out_proj.bias", 0.0),
+            "MLP_GAIN": channels(f"{name}.mlp_gain", 1.0),
+            "MLP_BIAS": channels(f"{name}.mlp.out_proj.bias", 0.0),
+            "STREAM": channels(f"{after}.stream_gain", 1.0),
+            "EMBEDDED": channels(f"{after}.embedded_gain", 0.0),
+            "SKIP": channels(f"{after}.skip_gain", 0.0), "UP_BIAS": up_bias, **own})
+
+    def mamba(self, at: str, norm: str) -> dict[str, Tensor]:
+        c = self.config
+        full = c.dt_rank == "full"
+        bias = self.rows(norm, list(self.get(at + "in_proj.weight").chunk(2)))
+        self.matrix(self.share(self.get(at + "x_proj.weight"), 1))
+        dt = self.get(at + "dt_proj.weight")
+        padded = self.padded(c.d_inner)
+        if full:
+            self.matrix(self.share(dt), padded)
+        self.matrix(self.share(self.get(at + "out_proj.weight")), padded)
+        return {
+            "OWN": bias, "M_CONV": self.share(self.get(at + "conv1d.weight").squeeze(1)),
+            "M_CONV_BIAS": self.share(self.get(at + "conv1d.bias", 0.0, (c.d_inner,))),
+            "M_DT": self.share(dt[:, :0] if full else dt),
+            "M_DT_BIAS": self.share(self.get(at + "dt_proj.bias")),
+            "M_SKIP": self.share(self.get(at + "D")),
+            "M_RATE": self.share(self.rates(at))}
+
+    def rates(self, at: str) -> Tensor:
+        """Decay rates to the base of 2, in which the kernel takes powers."""
+        return (-_LOG2E * torch.exp(self.get(at + "A_log").double())).float()
+
+    def attention(self, at: str, norm: str) -> dict[str, Tensor]:
+        c = self.config
+        weights = [self.get(f"{at}{name}_proj.weight") for name in "qkv"]
+        bias = torch.cat([self.get(f"{at}{name}_proj.bias", 0.0, (len(w),))
+                          for name, w in zip("qkv", weights, strict=True)])
+        shift = self.rows(norm, weights, bias)
+        self.matrix(self.share(self.get(at + "out_proj.weight")))
+        gain = self.get(at + "q_gain", 1.0, (c.n_head,)) * (_LOG2E / math.sqrt(c.head_dim))
+        return {"OWN": shift, "A_GAIN": self.every(gain)}
+
+    def mamba2(self, at: str, norm: str) -> dict[str, Tensor]:
+        c = self.config
+        D, shared = c.d_inner, 2 * c.ssd_groups * c.ssd_d_state
+        z, x, bc, dt = self.get(at + "in_proj.weight").split(
+            [D, D, shared, D // c.ssd_head_dim])
+        bias = self.rows(norm, [x, z, bc, dt])
+        conv, conv_bias = self.get(at + "conv1d.weight").squeeze(1), self.get(
+            at + "conv1d.bias", 0.0, (D + shared,))
+        out = self.get(at + "out_proj.weight") * self.get(at + "norm.weight")
+        self.matrix(self.share(out), self.padded(D))
+        return {
+            "OWN": bias,
+            "S_CONV": torch.cat([self.share(w) for w in conv.split([D, shared])], 1),
+            "S_CONV_BIAS": torch.cat([self.share(b) for b in conv_bias.split([D, shared])], 1),
+            "S_DT_BIAS": self.every(self.get(at + "dt_bias")),
+            "S_RATE": self.every(self.rates(at)), "S_SKIP": self.every(self.get(at + "D"))}
+
+    def delta(self, at: str, norm: str) -> dict[str, Tensor]:
+        c, d = self.config, self.config.d_model
+        kimi = at + "f_proj.0.weight" in self.parameters
+        values = d * c.delta_expand_v
+        gates = ["f_proj.0", "g_proj.0"] if kimi else ["a_proj", "g_proj"]
+        bias = self.rows(norm, [self.get(f"{at}{name}.weight") for name in (
+            "q_proj", "k_proj", "v_proj", "b_proj", *gates)])
+        rates, dt_bias = self.rates(at), self.get(at + "dt_bias")
+        if kimi:
+            low = self.padded(c.delta_head_dim * c.delta_expand_v)
+            self.matrix(self.share(self.get(at + "f_proj.1.weight")), low)
+            self.matrix(self.share(self.get(at + "g_proj.1.weight")), low)
+            rates = rates.repeat_interleave(c.delta_head_dim)
+        out = self.get(at + "o_proj.weight") * self.get(at + "o_norm.weight").repeat(
+            values // (c.delta_head_dim * c.delta_expand_v))
+        self.matrix(self.share(out), self.padded(values))
+        gate = self.get(at + "g_proj.1.bias", 0.0, (values,))
+        put = self.share if kimi else self.every
+        # What follows lies alike in both kinds.
+        part, heads = functools.partial(_part, blocks=self.blocks), d // c.delta_head_dim
+        rows = 2 * part(d) + part(values) + part(heads) + max(
+            part(heads) + part(values), 2 * part(c.delta_head_dim * c.delta_expand_v))
+        room = max(heads, part(d))
+        return {
+            "OWN": _room(bias, rows),
+            "D_CONV": torch.cat([self.share(self.get(f"{at}{name}_conv1d.weight").squeeze(1))
+                                 for name in "qkv"], 1),
+            "D_RATE": _room(put(rates), room), "D_DT_BIAS": _room(put(dt_bias), room),
+            "D_GATE": self.share(gate)}
+
+    # ------------------------------------------------------------------------------- all
+
+    def pack(self) -> Packed:
+        c, d = self.config, self.config.d_model
+        if not self.tile:
+            raise NvrtcError("a row of a matrix is longer than a tile of shared memory")
+        layers = [self.layer(i) for i in range(c.n_layer)]
+        tied = "head.weight" not in self.parameters
+        bias = self.get("head.bias", 0.0, (VOCABULARY,))
+        before = len(self.tiles)
+        head = self.rows("norm_f", [self.get("embedding.weight" if tied else "head.weight")], bias)
+        stem = self.get("norm_embedding.weight", 1.0, (d,))
+        first = stem * (self.get("layers.0.stream_gain", 1.0, (d,))
+                        + self.get("layers.0.embedded_gain", 0.0, (d,)))
+        sizes = _sizes(c, self.blocks)
+        tables, at, states, caches = [], _up(7 * c.n_layer + 2 * d + head.shape[1]), 0, 0
+        slots = {skip: j for j, skip in enumerate(s for s in c.skips if s is not None)}
+        for i, (letter, small) in enumerate(zip(c.layers, layers, strict=True)):
+            skip = c.skips[i]
+            window = {"A": c.attention_window, "L": c.local_window}.get(letter, 0)
+            tables += [KINDS[letter], window, -1 if skip is None else slots[skip],
+                       slots.get(i, -1), at, states, caches]
+            at += small.shape[1]
+            states += state_floats(c, letter, self.blocks)
+            caches += letter in "AL"
+        numbers = torch.tensor(tables, dtype=torch.int32).view(torch.float32).to(self.like.device)
+        model = torch.cat([self.every(numbers), self.every(stem), self.every(first), head], 1)
+        resident = torch.cat([F.pad(model, (0, -model.shape[1] % 4)), *layers], 1)
+        ends = torch.tensor([t.shape[1] for t in self.tiles]).cumsum(0).tolist()
+        constants = sizes | self.offsets | {
+            "CL": self.blocks, "S": 1, "T": THREADS, "TILE": self.tile, "CACHES": max(1, caches),
+            "RESIDENT": resident.shape[1], "STATE": _up(states), "BLOB": ends[-1],
+            "EPS": self.eps, "TINY": self.tiny, "CAP": c.logit_softcap}
+        norm = torch.stack([self.get("norm_f.weight", 1.0, (d,)),
+                            self.get("norm_f.bias", 0.0, (d,))])
+        return Packed(resident.contiguous(), torch.cat(self.tiles, 1).contiguous(), tuple(ends),
+                      len(self.tiles) - before, norm.contiguous(), tuple(constants.items()))
+
+
+def _room(x: Tensor, size: int) -> Tensor:
+    return F.pad(x, (0, size - x.shape[1]))
+
+
+def _sizes(c: ModelConfig, blocks: int) -> dict[str, int]:
+    """The constants of the kernel that the configuration decides; 1 for layers that it lacks."""
+    has = {name: bool(set(c.layers) & set(letters)) for name, letters in (
+        ("M", "M"), ("A", "AL"), ("SS", "S"), ("D", "D"), ("KDA", "K"))}
+    delta = has["D"] or has["KDA"]
+    full = c.dt_rank == "full"
+    return {
+        "LAYERS": c.n_layer, "DM": c.d_model, "H": c.mlp_hidden,
+        "ACTIVATION": ACTIVATIONS.index(c.mlp_activation), "CENTERED": int(c.norm == "layer"),
+        "STEM": int(c.embed_norm), "MIXED": int(c.residual_mix),
+        "SLOTS": sum(s is not None for s in c.skips),
+        "DI": c.d_inner if has["M"] or has["SS"] else 1, "N": c.d_state if has["M"] else 1,
+        "R": (0 if full else c.dt_rank_value) if has["M"] else 1, "K": c.d_conv,
+        "HEADS": c.n_head if has["A"] else 1, "KVH": c.n_kv_head if has["A"] else 1,
+        "HD": c.head_dim if has["A"] else 2, "QKNORM": int(c.qk_norm),
+        "SH": c.d_inner // c.ssd_head_dim if has["SS"] else 1,
+        "SG": c.ssd_groups if has["SS"] else 1, "SN": c.ssd_d_state if has["SS"] else 1,
+        "DH": c.d_model // c.delta_head_dim if delta else 1,
+        "DV": c.delta_head_dim * c.delta_expand_v if delta else 1,
+        **{name: int(value) for name, value in has.items()},
+    }  # fmt: skip
+
+
+def _regions(z: Mapping[str, Any], ring: int) -> dict[str, int]:
+    """Floats of each part of shared memory behind the ring and the resident weights."""
+    part = functools.partial(_part, blocks=z["CL"])
+    blocks, rows, channels = z["CL"], part(z["DM"]), part(z["DI"])
+    kv, values = part(z["KVH"] * z["HD"]), part(z["DH"] * z["DV"])
+    shared, heads, low = part(2 * z["SG"] * z["SN"]), part(z["SH"]), part(z["DV"])
+    delta_heads, inputs = part(z["DH"]), z["R"] + 2 * z["N"]
+    delta = max(z["D"], z["KDA"])
+    groups = z["T"] // 8 // z["HEADS"]
+    local = max(2 * channels + shared + heads,
+                2 * rows + values + delta_heads + max(delta_heads + values, 2 * low))
+    return {
+        "STATES": z["STATE"], "X": _pad(blocks * rows), "XN": _pad(z["DM"]), "EMB": rows,
+        "SLOT": z["SLOTS"] * rows, "LOCAL": local, "U": _pad(channels), "LOW": inputs,
+        "STEP": channels, "PARTS": z["M"] * blocks * inputs,
+        "ALL_U": z["M"] * (z["R"] == 0) * _pad(blocks * channels), "Q": blocks * rows,
+        "KEY": blocks * max(kv, rows), "VALUE": blocks * kv, "PEAK": z["A"] * blocks * z["HEADS"],
+        "SUM": z["A"] * blocks * z["HEADS"], "SHARE": z["A"] * blocks * rows,
+        "GROUP": z["A"] * z["HEADS"] * groups * (z["HD"] + 2), "BC": blocks * shared,
+        "DTS": blocks * max(heads, delta_heads, rows), "BETA": blocks * delta_heads,
+        "F": _pad(blocks * low), "GL": _pad(blocks * low), "GATES": delta * blocks * values,
+        "Y": _pad(blocks * max(channels, rows, values)), "HIDDEN": _pad(blocks * part(z["H"])),
+        "LOGIT": VOCABULARY, "PROB": VOCABULARY, "KEPT": VOCABULARY, "BARS": 2 * (2 + ring),
+        "BYTE": 4,
+    }  # fmt: skip
+
+
+def pack(
+    config: ModelConfig, parameters: Mapping[str, Tensor], eps: float, tiny: float, blocks: int
+) -> Packed:
+    """The parameters of a ByteLM, by their names in it, as ``blocks`` blocks read them; ``eps`` is
+    that of its norms, ``tiny`` that of norms without one."""
+    return _Packer(config, parameters, eps, tiny, blocks).pack()
+
+
+@functools.cache
+def program(constants: tuple[tuple[str, float], ...], shared_bytes: int) -> tuple[Program, int]:
+    """The kernel for these constants, and the bytes of shared memory that it takes; NvrtcError
+    where not even a short ring fits into ``shared_bytes``."""
+    z: dict[str, Any] = dict(constants)
+    for ring in range(16, LEAST_RING - 1, -1):
+        at, places = 0, {}
+        for name, size in _regions(z, ring).items():
+            places[name] = at
+            at += _up(size)
+        floats = ring * z["TILE"] + z["RESIDENT"] + at
+        if 4 * floats <= shared_bytes:
+            break
+    else:
+        raise NvrtcError(f"the model's states and small weights take {4 * floats:,} bytes of "
+                         f"shared memory a block, which has {shared_bytes:,}")
+    whole = {n: v for n, v in (z | places | {"RING": ring}).items() if isinstance(v, int)}
+    real = {n: v for n, v in z.items() if isinstance(v, float)}
+    sizes = "constexpr int " + ", ".join(f"{n} = {v}" for n, v in whole.items())
+    sizes += "; constexpr float " + ", ".join(f"{n} = {v!r}f" for n, v in real.items()) + ";"
+    return Program.from_file(
+        "build/types.cu", "stream/cluster.cu", "stream/hybrid.cu", names=("stream_hybrid",),
+        options=(f"-DSIZES={sizes}",)), 4 * floats
+
+
+def state_floats(c: ModelConfig, letter: str, blocks: int) -> int:
+    """Floats that a block keeps of a layer's state, keys and values apart."""
+    part = functools.partial(_part, blocks=blocks)
+    taps, channels = c.d_conv - 1, part(c.d_inner)
+    if letter == "M":
+        return channels * (c.d_state + taps)
+    if letter == "S":
+        return channels * c.ssd_d_state + taps * (
+            channels + part(2 * c.ssd_groups * c.ssd_d_state))
+    if letter in "DK":
+        values = part(c.d_model * c.delta_expand_v)
+        return values * c.delta_head_dim + taps * (2 * part(c.d_model) + values)
+    return 0

@@ -1,0 +1,91 @@
+"""A ByteLM of any registered layers for ``ops/stream/hybrid.py``: its weights, states, and whether
+that can run it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from mambabyte.model import ByteLM
+from mambabyte.model.attention import AttentionState, rotary_table
+from mambabyte.model.delta import DeltaState
+from mambabyte.model.mamba import MambaState
+from mambabyte.model.mamba2 import Mamba2State
+from mambabyte.model.mixer import LayerState
+from mambabyte.ops.build.nvrtc import NvrtcError
+from mambabyte.ops.stream.hybrid import THREADS, HybridState, HybridStreamer, fitting
+
+
+def _epsilons(model: ByteLM) -> tuple[float, float]:
+    """Of the model's norms, and of norms without one."""
+    tiny = torch.finfo(model.embedding.weight.dtype).eps
+    eps = getattr(model.norm_f, "eps", None)
+    return eps if isinstance(eps, float) else tiny, tiny
+
+
+def unsupported(model: ByteLM) -> str:
+    """Why the kernel cannot stream the model, in one line; empty where it can. The parts are known
+    and the sizes of vocabulary and state are not asked again."""
+    config, index = model.config, model.device.index
+    if set(config.layers) & set("AL") and config.n_head > THREADS // 8:
+        return f"the kernel takes up to {THREADS // 8} heads of attention"
+    shapes = {name: p.to("meta") for name, p in model.named_parameters()}
+    try:
+        fitting(config, shapes, *_epsilons(model), index)
+    except NvrtcError as error:
+        return str(error)
+    return ""
+
+
+def hybrid_streamer(model: ByteLM) -> HybridStreamer:
+    """What streams the model with the weights that it has now."""
+    config = model.config
+    rotary = functools.partial(
+        rotary_table, half=config.head_dim // 2, base=config.rope_base,
+        fraction=config.rope_fraction, device=model.device)
+    with torch.no_grad():
+        return HybridStreamer(config, dict(model.named_parameters()), *_epsilons(model), rotary)
+
+
+def hybrid_state(streamer: HybridStreamer, states: list[LayerState]) -> HybridState:
+    """The model's states of layers as the streamer takes them."""
+    layers: list[list[torch.Tensor]] = []
+    caches, position = [], 0
+    for s in states:
+        if isinstance(s, AttentionState):
+            caches.append((s.k, s.v))
+            position = s.position
+            layers.append([])
+        elif isinstance(s, DeltaState):
+            layers.append([s.memory.transpose(2, 3).flatten(1, 2), torch.cat(s[:3], -1)])
+        else:
+            layers.append([s.ssm_state.flatten(1, -2), s.conv_state])
+    return streamer.state_of(layers, caches, position)
+
+
+def hybrid_layers(streamer: HybridStreamer, state: HybridState) -> list[Any]:
+    """The inverse of ``hybrid_state``; all float32."""
+    config = streamer.config
+    layers, caches = streamer.layers_of(state)
+    found: list[Any] = []
+    remaining = iter(caches)
+    for letter, tensors in zip(config.layers, layers, strict=True):
+        if letter in "AL":
+            found.append(AttentionState(*next(remaining), state.position))
+        elif letter == "M":
+            ssm, conv = tensors
+            found.append(MambaState(conv, ssm))
+        elif letter == "S":
+            ssm, conv = tensors
+            heads = config.d_inner // config.ssd_head_dim
+            found.append(Mamba2State(conv, ssm.unflatten(1, (heads, -1))))
+        else:
+            memory, conv = tensors
+            heads = config.d_model // config.delta_head_dim
+            keys, values = config.d_model, config.d_model * config.delta_expand_v
+            q, k, v = conv.split([keys, keys, values], -1)
+            found.append(DeltaState(
+                q, k, v, memory.unflatten(1, (heads, -1)).transpose(2, 3).contiguous()))
+    return found

@@ -1,0 +1,83 @@
+"""A whole model of any layers in one kernel on the GPU, against the float64 definition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mambabyte.config import PRESETS, ModelConfig
+from mambabyte.stream import ByteStream, advance_of
+from mambabyte.stream import cuda as cuda_model
+from mambabyte.stream.cuda import CudaModel, hidden_shortcut
+from tests.gpu.test_gpu_stream import exact, made, random_bytes, relative_rms
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+
+SMALL = ModelConfig(d_model=132, n_layer=2, d_state=5, d_conv=3, n_head=6, n_kv_head=2,
+                    attention_window=70, local_window=3, ssd_head_dim=24, ssd_groups=1,
+                    ssd_d_state=20, delta_head_dim=33)  # fmt: skip
+CONFIGS = {
+    "all letters and extras": replace(
+        SMALL, layer_pattern="MALSDK", n_layer=7, linear_bias=True, block_scales=True,
+        residual_mix=True, unet_skips=True, qk_gain=1.5, qk_norm=True, embed_norm=True,
+        embed_norm_gain=True, mlp_ratio=1.3, tied_head=False, logit_softcap=15.0),
+    "Mamba-2 and the delta rule": ModelConfig(
+        d_model=128, n_layer=3, layer_pattern="SDK", norm="rms", mlp_ratio=2.0),
+    "full step size": replace(SMALL, layer_pattern="MA", dt_rank="full", rope_fraction=0.5),
+    # float64 has another epsilon in norms without one: small embeddings would differ by that
+    **{name: replace(PRESETS[name].model, embed_std=1.0)
+       for name in ("nano_ssm_1_1", "hybrid_3_1")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fed_drawn_embedded_and_handed_over(name: str) -> None:
+    model = made(CONFIGS[name])
+    assert cuda_model.unsupported(model) == ""
+    advance = advance_of(model)
+    assert isinstance(advance, CudaModel)
+    streamer, tokens = advance.streamer, random_bytes(3, 90)
+    wanted, states = exact(model, tokens)
+    found, state = streamer.feed(tokens[:, :50], streamer.new_state(3), all_positions=True)
+    assert relative_rms(found, wanted[:, :50]) < 5e-6
+    last, end = streamer.feed(tokens[:, 50:], state)
+    assert relative_rms(last, wanted[:, -1]) < 5e-6
+    drawn, after, _ = streamer.draw(found[:, -1], state, 30, temperature=0.0)
+    both, _ = exact(model, torch.cat([tokens[:, :50], drawn], 1))
+    steps = both[:, 49:-1]
+    picked = steps.gather(-1, drawn.cpu().long()[..., None])[..., 0]
+    assert float((steps.amax(-1) - picked).max()) < 1e-4
+    assert relative_rms(after, both[:, -1]) < 5e-6
+    for mine, theirs in zip(advance.for_model(end), states, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            if isinstance(a, torch.Tensor) and b.numel():
+                assert relative_rms(a, b) < 1e-5
+    # One byte at a time by the mailbox, from a state of the model's own; and embedded bytes.
+    with torch.inference_mode():
+        _, parallel = model(tokens[:1, :40].long())
+        _, hidden_state = model.hidden(model.embedding(tokens[:1, :40].long()))
+    stepped = parallel
+    for byte in tokens[0, 40:60].tolist():
+        row, stepped = advance(bytes([byte]), stepped)
+    assert relative_rms(row, wanted[0, 59]) < 1e-5
+    with torch.inference_mode():
+        x = model.embedding(tokens[:1, 40:48].long())
+        theirs, _ = model.hidden(x, hidden_state)
+        mine, _ = hidden_shortcut(model)(x, hidden_state)
+    assert relative_rms(mine, theirs.double().cpu()) < 1e-5
+
+
+def test_branches_do_not_change_each_other_and_the_cache_is_bounded() -> None:
+    model = made(replace(SMALL, layer_pattern="AL", n_layer=2))
+    stream, alone = ByteStream(model), ByteStream(model)
+    sizes = []
+    for i in range(600):
+        fork = stream.fork()
+        fork.feed(b"x")
+        stream.feed(bytes([i % 251]))
+        alone.feed(bytes([i % 251]))
+        assert torch.equal(stream.log_probs, alone.log_probs)
+        sizes.append(stream.state_bytes())
+    assert max(sizes[300:]) == max(sizes[:300])

@@ -1,0 +1,111 @@
+"""The kernel that streams a model of any layers, run on the CPU lane by lane as a cluster of two
+small blocks, against the model in float64."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from emulate import Emulator
+
+from mambabyte.config import ModelConfig
+from mambabyte.model import ByteLM
+from mambabyte.ops.compare import relative_rms
+from mambabyte.ops.stream import hybrid, packing
+from mambabyte.stream.hybrid import hybrid_layers, hybrid_state, hybrid_streamer
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+BLOCKS, THREADS = 2, 64
+ODD = ModelConfig(d_model=20, n_layer=2, d_state=5, d_conv=3, dt_rank=3, n_head=2, n_kv_head=1,
+                  attention_window=5, local_window=3, ssd_head_dim=8, ssd_d_state=6,
+                  delta_head_dim=10, embed_std=1.0)  # fmt: skip
+CONFIGS = {
+    "all letters and extras": replace(
+        ODD, layer_pattern="MALSDK", n_layer=6, linear_bias=True, block_scales=True,
+        residual_mix=True, unet_skips=True, qk_gain=1.5, qk_norm=True, embed_norm=True,
+        embed_norm_gain=True, mlp_ratio=1.3, tied_head=False, logit_softcap=5.0),
+    "full step size, heads of whole vectors": replace(
+        ODD, layer_pattern="MA", dt_rank="full", norm="rms", rope_fraction=0.5, d_model=64,
+        n_kv_head=2),
+}  # fmt: skip
+
+
+@pytest.fixture
+def emulated(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(constants: tuple, device: object) -> tuple[object, int]:
+        program, size = packing.program(constants, 1 << 17)
+        sizes = program.options[0].removeprefix("-DSIZES=")
+        given = (f"#define SIZES {sizes}\n#define __expf expf\n#define __logf logf\n"
+                 "#define rsqrtf(x) (1.f / sqrtf(x))\n")
+        text = "\n".join(line for line in program.source.splitlines() if line[:5] != "#line")
+        (tmp_path / "hybrid.cu").write_text(given + text)
+        emulator = Emulator(tmp_path / "hybrid.cu", tmp_path, kept, cluster=BLOCKS)
+
+        def launch(grid, block, shared, stream, *args) -> None:
+            emulator.launch(device, "stream_hybrid", hybrid._PARAMETERS, grid[0], block[:2],
+                            shared, *args)
+
+        return SimpleNamespace(launch=launch), size
+
+    monkeypatch.setattr(hybrid, "_kernel", kernel)
+    monkeypatch.setattr(hybrid, "raw_stream", lambda device: 0)
+    monkeypatch.setattr(hybrid, "CLUSTERS", (BLOCKS,))
+    monkeypatch.setattr(hybrid, "THREADS", THREADS)
+    monkeypatch.setattr(packing, "THREADS", THREADS)
+
+
+def made(config: ModelConfig) -> ByteLM:
+    torch.manual_seed(1)
+    model = ByteLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn(p.shape)
+    return model
+
+
+def exact(model: ByteLM) -> Callable:
+    double = ByteLM(replace(model.config, scan_form="recurrent")).double().eval()
+    double.load_state_dict(model.state_dict())
+    for module in double.modules():
+        if isinstance(module, torch.nn.RMSNorm):
+            module.eps = torch.finfo(torch.float32).eps
+    return double
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_bytes_given_drawn_and_embedded(name: str) -> None:
+    model = made(CONFIGS[name])
+    streamer = hybrid_streamer(model)
+    tokens = torch.randint(256, (2, 7)).to(torch.uint8)
+    double = exact(model)
+    wanted = torch.log_softmax(double(tokens)[0], -1)
+    found, state = streamer.feed(tokens[:, :4], streamer.new_state(2), all_positions=True)
+    assert relative_rms(found, wanted[:, :4]) < 3e-6
+    # Both go on from one state: the second's keys and values are a copy.
+    last, _ = streamer.feed(tokens[:, 4:], state)
+    assert relative_rms(last, wanted[:, -1]) < 3e-6
+    drawn, after, _ = streamer.draw(found[:, -1], state, 2, temperature=0.0)
+    both = torch.cat([tokens[:, :4], drawn], 1)
+    expected = torch.log_softmax(double(both)[0], -1)
+    assert torch.equal(drawn.long(), expected[:, 3:-1].argmax(-1))
+    assert relative_rms(after, expected[:, -1]) < 3e-6
+    # A state of the model itself, and what the head reads of embedded bytes.
+    one = tokens[:1]
+    _, states = double(one[:, :6])
+    x = model.embedding(one[:, 6:].long())
+    hidden, end = streamer.hidden(x, hybrid_state(streamer, states))
+    assert relative_rms(hidden, double.hidden(x.double(), states)[0]) < 3e-6
+    for mine, theirs in zip(hybrid_layers(streamer, end), double(one)[1], strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            if isinstance(a, int):
+                assert a == b
+            elif b.numel():
+                assert relative_rms(a, b) < 3e-6
