@@ -86,7 +86,7 @@ def load_state(path: Path | str, model: Any, of: str | None = None) -> Kept:
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         if not path.is_file():  # to read a pipe would be to wait for ever
-            raise SafetensorError("there is no such file")
+            raise SafetensorError("there is no such file, or it is none")
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             if about.get("format") != FORMAT:

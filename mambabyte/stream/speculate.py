@@ -109,7 +109,7 @@ class Speculation:
             byte = choose(stream.log_probs) if max_bytes else 0
             while done < max_bytes:
                 room = min(most, max_bytes - done - 1) if len(lag) < _MOST_LAG else 0
-                guess = self.guesser.guess(byte, room) if room > 0 else b""
+                guess = self.guesser.guess(byte, room)[:room] if room > 0 else b""
                 drawn, right = bytes([byte]), 0
                 if guess or lag:
                     data, known = lag + drawn + guess, len(lag)

@@ -127,7 +127,7 @@ class ByteStream:
     @property
     def draws_itself(self) -> bool:
         """Whether ``draw`` is the engine's own: bytes are drawn where they are computed."""
-        return isinstance(self._advance, cuda_model.CudaModel)
+        return hasattr(self._advance, "draw")
 
     @torch.inference_mode()
     def ahead(self, data: bytes) -> tuple[Tensor, Callable[[int], Any]]:

@@ -107,6 +107,17 @@ def test_wrong_guesses_become_fewer_and_right_ones_more():
     assert max(always.asked) == 15
 
 
+def test_a_guesser_that_says_too_much_is_cut_short():
+    model = lm("M")
+    wanted = plain(model, temperature=0.0)
+
+    class Endless(Known):
+        def guess(self, last: int, most: int) -> bytes:
+            return self.text[self.at + 1 :] + bytes(100)
+
+    assert speculated(model, Endless(wanted), temperature=0.0)[0] == wanted
+
+
 def test_nothing_is_drawn_where_nothing_is_asked_for():
     stream = ByteStream(lm("M"))
     before = stream.log_probs

@@ -117,6 +117,18 @@ def test_a_window_of_one_and_a_batch_are_saved_too(tmp_path):
         ByteStream.load(tmp_path / "s", model)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_states_of_other_types_are_saved_as_they_are(dtype, tmp_path):
+    model = lm("MA").to(dtype)
+    stream = ByteStream(model)
+    stream.feed(DATA)
+    stream.save(tmp_path / "s")
+    other = ByteStream.load(tmp_path / "s", model)
+    assert same(other.kept, stream.kept)
+    with pytest.raises(UserError, match="other weights"):
+        load_state(tmp_path / "s", lm("MA"))
+
+
 def test_guided_and_mixed_models_are_told_by_their_tables_too(tmp_path):
     tables = [count(text, 3) for text in (b"abcabc", b"abcabd")]
     guided = GuidedLM(CONFIG, 12).eval()

@@ -23,9 +23,11 @@ from mambabyte.evaluate import score, score_streaming
 from mambabyte.model import ByteLM
 from mambabyte.stream import ByteStream, CharModel, advance_of
 from mambabyte.stream.cuda import CudaModel
+from mambabyte.stream.speculate import Repetitions, Speculation
 
-TORCH, BYTE, DRAW, KERNEL = (
-    "torch, a call a byte", "stream, a byte fed", "stream, bytes drawn", "kernel, bytes drawn")
+TORCH, BYTE, DRAW, KERNEL, GUESSED = (
+    "torch, a call a byte", "stream, a byte fed", "stream, bytes drawn", "kernel, bytes drawn",
+    "stream, guesses kept")
 COLUMNS = {
     "way": "what was timed",
     "streams": "texts that go on at the same time",
@@ -39,6 +41,9 @@ COLUMNS = {
 VALUES = {  # unit, and what it is
     "generation_bytes_per_second": ("bytes/s", "generation: the engine draws its own bytes"),
     "streaming_bytes_per_second": ("bytes/s", "streaming: one byte in, one distribution out"),
+    "speculative_bytes_per_second": (
+        "bytes/s", "the same generation, where a pass checks guesses from what was drawn"),
+    "bytes_a_pass": ("bytes", "that a pass of it draws; a text that repeats itself draws many"),
     "scoring_seconds": ("s", "scoring the text, byte after byte"),
     "window_seconds": ("s", "scoring the same text in parallel windows"),
     "different_hits": ("characters", "predicted right by one of the two ways only"),
@@ -84,9 +89,15 @@ def run_bench(
             done += len(piece)
         case(BYTE, 1, before, functools.partial(_by_feeding, stream))
         case(DRAW, 1, before, functools.partial(_by_drawing, stream))
+    guessed: list[Speculation] = []
+    if seen and not stream.draws_itself:
+        case(GUESSED, 1, max(seen), functools.partial(_by_guessing, stream, guessed))
     last = {row["way"]: float(row["bytes_per_second"]) for row in rows}  # type: ignore[arg-type]
     values = {name: last[way] for name, way in (
-        ("generation_bytes_per_second", DRAW), ("streaming_bytes_per_second", BYTE)) if way in last}
+        ("generation_bytes_per_second", DRAW), ("streaming_bytes_per_second", BYTE),
+        ("speculative_bytes_per_second", GUESSED)) if way in last}
+    if guessed:
+        values["bytes_a_pass"] = guessed[-1].drawn / guessed[-1].passes
     if characters:
         values |= _scoring(model, text, characters, say)
     return pd.DataFrame(rows, columns=list(COLUMNS)), values
@@ -156,4 +167,10 @@ def _by_feeding(stream: ByteStream, length: int) -> None:
 
 def _by_drawing(stream: ByteStream, length: int) -> None:
     for _ in stream.fork().draw(length, temperature=0):
+        pass
+
+
+def _by_guessing(stream: ByteStream, guessed: list[Speculation], length: int) -> None:
+    guessed.append(Speculation(Repetitions()))
+    for _ in guessed[-1].draw(stream.fork(), length, temperature=0):
         pass

@@ -26,7 +26,8 @@ def test_rows_and_values() -> None:
     assert list(frame.columns) == list(bench_stream.COLUMNS)
     assert list(zip(frame["way"], frame["streams"], frame["seen"], strict=True)) == [
         (bench_stream.TORCH, 1, 1), (bench_stream.TORCH, 3, 1), (bench_stream.BYTE, 1, 5),
-        (bench_stream.DRAW, 1, 5), (bench_stream.BYTE, 1, 9), (bench_stream.DRAW, 1, 9)]
+        (bench_stream.DRAW, 1, 5), (bench_stream.BYTE, 1, 9), (bench_stream.DRAW, 1, 9),
+        (bench_stream.GUESSED, 1, 9)]
     assert (frame["low"] <= frame["high"]).all()
     expected = frame["streams"] / frame["microseconds"] * 1e6
     assert frame["bytes_per_second"].to_list() == pytest.approx(expected.to_list())
@@ -37,6 +38,8 @@ def test_rows_and_values() -> None:
     after = frame[frame["seen"] == 9].set_index("way")["bytes_per_second"]
     assert values["generation_bytes_per_second"] == after[bench_stream.DRAW]
     assert values["streaming_bytes_per_second"] == after[bench_stream.BYTE]
+    assert values["speculative_bytes_per_second"] == after[bench_stream.GUESSED]
+    assert values["bytes_a_pass"] >= 1
 
 
 def test_the_command_writes_a_record(tmp_path, capsys) -> None:
@@ -49,7 +52,7 @@ def test_the_command_writes_a_record(tmp_path, capsys) -> None:
     assert out.count(": not asked for") == 5
     assert "nan" not in out
     assert main([*arguments[:-2], "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["stream"]) == 3
-    assert len(load_record(record).tables["stream"].frame) == 3
+    assert len(json.loads(capsys.readouterr().out)["stream"]) == 4
+    assert len(load_record(record).tables["stream"].frame) == 4
     assert main(["bench", "stream", "--streams", "0", "--device", "cpu"]) == 2
     assert "--streams is [0]: expected a list (1 or more" in capsys.readouterr().err
