@@ -3,7 +3,7 @@
     mambabyte generate runs/first
     mambabyte generate runs/first --prompt "The " --bytes 400 --temperature 0.8
     echo "The state" | mambabyte generate runs/first --prompt - --top-p 0.9
-    mambabyte generate runs/first --prompt - --prompt-cache ~/.cache/prompts < book.txt
+    cat book.txt | mambabyte generate runs/first --prompt - --prompt-cache kept/
     mambabyte generate runs/first --save-state story.state
     mambabyte generate runs/first --state story.state --temperature 0 --guess text
 
