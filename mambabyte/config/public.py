@@ -152,8 +152,9 @@ def _check_derived(given: Mapping[str, Any], config: ModelConfig, trained: bool)
             raise UserError(f"the public configuration has {name} {shown(given[name])}: expected "
                             f"{value}, which follows from the others")
     for name in ("time_step_floor", "dt_init_floor"):
-        if not trained and not given.get(name, 0) <= config.dt_min:
-            raise UserError(f"the public configuration has {name} {shown(given[name])}, above the "
+        value = given.get(name, 0)
+        if not trained and not (isinstance(value, (int, float)) and value <= config.dt_min):
+            raise UserError(f"the public configuration has {name} {shown(value)}, above the "
                             f"smallest step size, {config.dt_min}: this package has no floor")
 
 

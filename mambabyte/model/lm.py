@@ -147,9 +147,17 @@ class ByteLM(nn.Module):
         "mambabyte", a checkpoint of this package.
 
         Weights are written in their own dtype. Raises UserError where the library has no such
-        model: for another one it must be all Mamba or all Mamba-2, without MLPs.
+        model (for another one it must be all Mamba or all Mamba-2, without MLPs), and for one whose
+        modules were replaced.
         """
-        return save_pretrained(path, self.config, self.state_dict().items(), layout)
+        with torch.device("meta"):
+            expected = ByteLM(self.config).state_dict()
+        weights = self.state_dict()
+        if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in expected.items()}:
+            odd = min(weights.keys() ^ expected.keys(), default="a shape")
+            raise UserError(f"the model is not what its configuration makes ({odd}): take its "
+                            "adapters or other modules out before it is written")
+        return save_pretrained(path, self.config, weights.items(), layout)
 
     @property
     def device(self) -> torch.device:

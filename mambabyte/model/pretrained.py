@@ -142,7 +142,7 @@ def _config_of(values: dict[str, Any], found: Mapping[str, Entry]) -> ModelConfi
         return from_plain(ModelConfig, values, "config.json")
     config = from_public(values, trained=True)
     # What a configuration says of padding and what was saved need not agree.
-    rows = found["embedding.weight"].shape[0] if "embedding.weight" in found else 0
+    rows = next(iter(found["embedding.weight"].shape), 0) if "embedding.weight" in found else 0
     said, multiple = values["vocab_size"], values.get("pad_vocab_size_multiple", 8)
     if rows in (said, padded_vocabulary({"vocab_size": said, "pad_vocab_size_multiple": multiple})):
         config = replace(config, vocab_size=rows)

@@ -141,6 +141,20 @@ def repeat(target: Target, x: Inputs, case: Case, bound: float) -> Iterator[Meas
     yield from _same(_everything(target, x), _everything(target, x), bound)
 
 
+def apart(target: Target, x: Inputs, case: Case, bound: float) -> Iterator[Measured]:
+    """The output without gradients, and each gradient where no other is asked for."""
+    mine = leaves(x)
+    y, _ = target(mine)
+    with torch.no_grad():
+        yield Measured("output without gradients", distance(target(x)[0], y), bound)
+    for name, wanted in (gradients(y, mine) or {}).items():
+        one = {**x, name: x[name].detach().requires_grad_()}
+        out = target(one)[0]
+        grads = gradients(out, {name: one[name]}) or {}
+        yield Measured(f"gradient of {name}, through the output",
+                       distance(grads.get(name), wanted), bound)
+
+
 def untouched(target: Target, x: Inputs, case: Case, bound: float) -> Iterator[Measured]:
     """That a call with its backward pass leaves its inputs as they were."""
     before = {name: t.clone() for name, t in x.items()}
@@ -271,9 +285,9 @@ def offsets(target: Target, x: Inputs, case: Case, bound: float) -> Iterator[Mea
 
 Check = Callable[[Target, Inputs, Case, float], Iterator[Measured]]
 CHECKS: dict[str, Check] = {
-    "definition": compare, "repeat": repeat, "inputs": untouched, "poisoned memory": poison,
-    "row alone": alone, "other rows": leak, "causality": causal, "handover": handover,
-    "offsets past 2^31": offsets,
+    "definition": compare, "repeat": repeat, "one gradient": apart, "inputs": untouched,
+    "poisoned memory": poison, "row alone": alone, "other rows": leak, "causality": causal,
+    "handover": handover, "offsets past 2^31": offsets,
 }
 NEEDS = {"handover": ("initial_state", "state")}  # features of the target
 

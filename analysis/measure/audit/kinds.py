@@ -169,8 +169,11 @@ def draw(kind: Kind, case: Case, dtype: torch.dtype, device: str) -> Inputs:
     """The inputs of a case: streams in ``dtype``, what ``kind`` keeps wide in float32 or wider."""
     g = torch.Generator().manual_seed(case.seed)
     wide = torch.promote_types(dtype, torch.float32)
-    return {name: t.to(wide if name in kind.wide else dtype).to(device)
-            for name, t in kind.draw(case, g).items()}
+    x = {name: t.to(wide if name in kind.wide else dtype).to(device)
+         for name, t in kind.draw(case, g).items()}
+    if case.documents:  # each of which starts from nothing
+        x.pop("initial_state", None)
+    return x
 
 
 def laid_out(kind: Kind, case: Case, x: Inputs) -> Inputs:

@@ -25,8 +25,8 @@ MOST_FILES = 8  # one a check and a case, of those that fail first
 # By which a function says that it does not take an input; any other exception is a fault.
 REFUSALS = (UserError, NotImplementedError, ValueError, AssertionError)
 _LARGE = Case("more than 2^31 elements", 8192, batch=1)
-_ALL = ("definition", "repeat", "inputs", "poisoned memory", "row alone", "other rows",
-        "causality", "handover")
+_ALL = ("definition", "repeat", "one gradient", "inputs", "poisoned memory", "row alone",
+        "other rows", "causality", "handover")
 
 
 def plan(kind: Kind, device: str) -> Iterator[tuple[Case, tuple[str, ...]]]:

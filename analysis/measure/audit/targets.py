@@ -64,10 +64,11 @@ class Target:
             starts = torch.zeros(stream.shape[:2], dtype=torch.bool, device=stream.device)
             starts[:, [sum(documents[:i]) for i in range(len(documents))]] = True
         found = self.adapter.call(self.function, x, starts)
-        y, state = found if isinstance(found, tuple) else (found, None)
-        if not isinstance(y, Tensor):
-            raise UserError(f"{self.name} returned a {type(y).__name__}: expected a tensor, or a "
-                            "tensor and a state")
+        y, *rest = found if isinstance(found, tuple) else (found,)
+        state = rest[0] if rest else None
+        if not isinstance(y, Tensor) or not isinstance(state, Tensor | None):
+            raise UserError(f"it returned {type(y).__name__} and {type(state).__name__}: expected "
+                            "a tensor, or a tensor and a state that is one")
         return y, state if self.kind.has_state and self.has("state") else None
 
 

@@ -100,6 +100,13 @@ def test_a_model_that_they_do_not_have_is_not_written(changes, message, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_with_other_modules_is_not_written(tmp_path: Path) -> None:
+    model = small()
+    model.blocks[0].mixer.out_proj = torch.nn.Sequential(model.blocks[0].mixer.out_proj)
+    with pytest.raises(UserError, match=r"out_proj.*take its adapters"):
+        model.save_pretrained(tmp_path / "out")
+
+
 def test_shards(tmp_path: Path) -> None:
     model = small(layer_pattern="S")
     out = pretrained.save_pretrained(

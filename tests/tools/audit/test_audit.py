@@ -40,6 +40,7 @@ SHORT = Case("short", 19)
     ("detached_final_state", "delta", SHORT, {"definition", "handover"}),
     ("leak_across_the_batch", "scan", SHORT, {"definition", "row alone", "other rows"}),
     ("unwritten_memory", "scan", SHORT, {"poisoned memory"}),
+    ("all_gradients_or_none", "attention", SHORT, {"one gradient"}),
     ("writes_to_its_input", "conv", SHORT, {"inputs"}),
     ("assumes_contiguous", "ssd", Case("strides", 19, layout="transposed"), {"definition"}),
     ("assumes_contiguous", "ssd", Case("strides", 19, layout="in nan"), {"definition"}),
@@ -119,6 +120,16 @@ def test_documents_in_a_row_are_calls_of_their_own() -> None:
     y, _ = define(kind, x, (4, 5))
     part = {n: t[:, 4:] if n in kind.streams else t for n, t in x.items()}
     assert torch.equal(y[:, 4:], kind.define(part)[0])
+
+
+def test_packed_documents_start_from_nothing() -> None:
+    """A reset at each start, as the protocol has it, is what the definition does."""
+    kind, case = KINDS["scan"], Case("", 9, 1, documents=(4, 5))
+    x = draw(kind, case, torch.float64, "cpu")
+    assert "initial_state" not in x
+    y, _ = define(kind, x, case.documents)
+    assert torch.equal(y[:, :4], kind.define(
+        {n: t[:, :4] if n in kind.streams else t for n, t in x.items()})[0])
 
 
 def test_layouts_keep_values() -> None:
