@@ -284,6 +284,10 @@ class CharModel:
 
     def greedy(self) -> str:
         """The most probable next character, the first of equals."""
+        first = self._stream.log_probs[:0xF5].numpy()
+        best = int(first[:0x80].argmax())
+        if first[0xC2:].max() <= first[best]:  # what begins a longer one is no likelier than this
+            return chr(best)
         distribution = self.predict()
         return max(distribution, key=distribution.__getitem__)
 

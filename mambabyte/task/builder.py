@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from mambabyte.errors import UserError
 from mambabyte.evaluate import byte_log_probs
 from mambabyte.model import ByteLM, head_loss, without_state
 from mambabyte.stream import ByteModel
-from mambabyte.task.experts import ExpertLM, Experts, count_contexts, find_matches, fit_gate
+from mambabyte.task.experts import ExpertLM, Experts, count_contexts, fit_gate
 from mambabyte.task.experts.contexts import PADDING, padded
 from mambabyte.task.guide import Guide, GuidedLM, GuidedWindows
 from mambabyte.task.mixture import Mixture, NgramLM, best_weight
@@ -119,8 +118,9 @@ def _build_guided(
     config: ModelConfig, recipe: TrainConfig, ngram: Ngram, text: Tensor, held: int, began: float,
     report: Report,
 ) -> Fit:
-    cut = int(ngram.guide_share * len(text))
     end = len(text) - held
+    # A window at least is left to train on.
+    cut = max(1, min(int(ngram.guide_share * end), end - recipe.context - 1))
     guide = Guide(_counted(text[:cut], ngram, report))
     model = GuidedLM(config, guide.n_kinds).to(text.device)
     windows = GuidedWindows(text[cut:end], guide, recipe.context)
@@ -154,10 +154,6 @@ def _build_experts(
     first = PADDING + history
     counted = text[begin - int(ngram.share * begin) : begin]
     network: ByteModel | None = None
-    pool = ThreadPoolExecutor(1)  # on the host, while a GPU counts
-    found = pool.submit(find_matches, seen.cpu().numpy(), first, len(seen), mixing.matches,
-                        PADDING, torch.get_num_threads()) if text.is_cuda else None
-    pool.shutdown(wait=False)
     if config is None:
         made = Fit(NgramLM(_counted(counted, ngram, report)), 0, 0, 0, 0, {})
         counts = cast(NgramLM, made.model).ngram
@@ -180,8 +176,8 @@ def _build_experts(
     others = None if network is None else _distributions(network, text, begin, end)
     report("fitting the gate")
     gate, bits = fit_gate(
-        experts, seen, first, others, None if found is None else found.result(),
-        hidden=mixing.hidden, steps=mixing.steps, lr=mixing.lr, seed=recipe.seed)
+        experts, seen, first, others, hidden=mixing.hidden, steps=mixing.steps, lr=mixing.lr,
+        seed=recipe.seed)
     return replace(made, model=ExpertLM(experts, gate, network).eval(),
                    ngram_bytes=experts.n_bytes,
                    notes=made.notes | {"gate_bits_per_byte": bits, "experts": experts.names})

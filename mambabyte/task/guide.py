@@ -32,6 +32,7 @@ from mambabyte.task.ngram import NgramModel, V
 
 _CLEAR = 4  # classes of how clear the longest context is
 _CHUNK = 1 << 22  # bytes of text looked up at a time
+_AT_ONCE = {"cpu": 4096, "cuda": 1 << 16}  # contexts looked up at a time
 _NODES = 1 << 20  # contexts tabulated at a time
 _FEW = 16  # bytes for which looking up on the CPU is the quicker way
 
@@ -247,7 +248,7 @@ class GuidedLM(nn.Module):
             last = torch.full((len(tokens), width), START_BYTE, dtype=torch.uint8)
         text = torch.cat([last.to(tokens.device), tokens.to(torch.uint8)], 1)
         contexts = text[:, 1:].unfold(1, width, 1).flatten(0, 1)
-        parts = [guide.hint(c) for c in contexts.split(4096)]
+        parts = [guide.hint(c) for c in contexts.split(_AT_ONCE.get(tokens.device.type, 4096))]
         log_p, best, kind = (
             torch.cat([getattr(p, name) for p in parts]).to(tokens.device)
             .unflatten(0, tokens.shape) for name in ("log_p", "best", "kind"))

@@ -61,8 +61,7 @@ def _guided(about: str, n_steps: int, **model: Any) -> System:
                    model=replace(nano, **model))
 
 
-WORDS = (Context(words=1), Context(words=2), Context(words=3), Context(6, skip=1),
-         Context(7, fold=True))
+WORDS = (Context(words=2), Context(words=3), Context(6, skip=1), Context(7, fold=True))
 
 
 def _counts(about: str, share: float = 1.0, **mixing: Any) -> System:
@@ -70,11 +69,11 @@ def _counts(about: str, share: float = 1.0, **mixing: Any) -> System:
 
 
 def _counts_and(
-    about: str, n_steps: int, contexts: tuple[Context, ...] = (), **model: Any
+    about: str, n_steps: int, ngram: Ngram, contexts: tuple[Context, ...] = (), **model: Any
 ) -> System:
     """A guided network among the experts."""
     guided = _guided(about, n_steps, **model)
-    return replace(guided, mixing=Mixing(contexts=contexts),
+    return replace(guided, mixing=Mixing(contexts=contexts), ngram=ngram,
                    train=replace(guided.train, step="fused"))
 
 
@@ -98,8 +97,11 @@ SYSTEMS: dict[str, System] = {
     "counts_words": _counts("counts, and words, gaps and folded case", contexts=WORDS),
     "counts_static": _counts("counts without the stream's own matches", contexts=WORDS,
                              matches=Matches(())),
-    "counts_ssm": _counts_and("counts and an SSM of 2 layers", 300, layer_pattern="M", n_layer=2),
-    "counts_hybrid": _counts_and("counts, words and ours", 950, WORDS, layer_pattern="MA"),
+    # Few steps read little text: nearly all is counted at once, and once.
+    "counts_ssm": _counts_and("counts and an SSM of 2 layers", 250, Ngram(
+        discount=None, guide_share=0.88, recount=False), layer_pattern="M", n_layer=2),
+    "counts_hybrid": _counts_and("counts, words and ours", 950, Ngram(
+        discount=None, guide_share=0.6), WORDS, layer_pattern="MA"),
     "ours": _guided("SSM and attention 1:1, d 256, 4 layers, guided by an n-gram in training",
                     n_steps=950, layer_pattern="MA"),
     "ours_attention": _guided("ours with attention alone", n_steps=700),

@@ -21,7 +21,6 @@ from mambabyte.task.experts import (
     find_matches,
     fit_gate,
     gate,
-    matches,
 )
 from mambabyte.task.experts.contexts import PADDING, hashes, padded
 from mambabyte.task.ngram import count
@@ -87,22 +86,22 @@ def test_equal_contexts_have_equal_hashes_and_no_others(context, monkeypatch):
     assert set(hashes(whole, context).tolist()) == set(of_each)
 
 
-def test_matches_are_those_of_the_definition(monkeypatch):
+def test_matches_are_those_of_the_definition():
     wanted = Matches((3, 4, 6), reach=60, newest=2)
-    text = np.random.default_rng(0).integers(97, 100, 700).astype(np.uint8)
-    fast = find_matches(text, 5, len(text) + 1, wanted, first=3, threads=3)
-    monkeypatch.setattr(matches, "library", lambda: None)
-    slow = find_matches(text, 5, len(text) + 1, wanted, first=3)
-    for a, b in zip(vars(fast).values(), vars(slow).values(), strict=True):
-        assert torch.equal(a, b)
-    assert len(fast.row) > 500
-    for i in range(100, 700, 97):  # by hand
-        history = bytes(text[i - 60 : i])
-        for length, counts in zip(wanted.lengths, matches.matches_before(text[i - 60 : i], wanted),
-                                  strict=True):
-            places = [p for p in range(59, length - 1, -1)
-                      if history[p - length : p] == history[-length:]]
-            assert counts == Counter(history[p] for p in places[:2])
+    text = np.random.default_rng(0).integers(97, 100, 400).astype(np.uint8)
+    whole = padded(torch.from_numpy(text))
+    found = find_matches(whole, PADDING + 5, PADDING + 401, wanted)
+    rows = iter(zip(*(t.tolist() for t in vars(found).values()), strict=True))
+    for i in range(5, 401):
+        history = bytes(text[max(0, i - 60) : i])
+        for kind, length in enumerate(wanted.lengths):
+            places = [p for p in range(len(history) - 1, length - 1, -1)
+                      if history[p - length : p] == history[-length:]][:2]
+            for byte, times in sorted(Counter(history[p] for p in places).items()):
+                assert next(rows) == (i - 5, kind, byte, times)
+    assert next(rows, None) is None
+    nothing = find_matches(whole, PADDING, PADDING + 9, Matches(()))
+    assert len(nothing.row) == 0
 
 
 @pytest.mark.parametrize("with_network", [False, True])
@@ -131,16 +130,14 @@ def test_the_engine_is_the_definition(experts, networks):
     engine = gate.engine_of(experts, 0)
     if engine is None:
         pytest.skip("no C compiler")
-    found = find_matches(text.numpy(), PADDING, len(text), experts.matches, PADDING)
-    for a, b in zip(engine.read(text.numpy(), PADDING),
-                    gate.read(experts, text, PADDING, found, None), strict=True):
+    for a, b in zip(engine.read(text.numpy(), PADDING), gate.read(experts, text, PADDING, None),
+                    strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_experts_are_distributions_and_say_how_often(experts):
     text = padded(tensor(OTHER))
-    found = find_matches(text.numpy(), PADDING, len(text) + 1, experts.matches, PADDING)
-    pieces = list(experts.distributions(text, PADDING, found, rows=100))
+    pieces = list(experts.distributions(text, PADDING, rows=100))
     p, evidence = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     assert p.shape == (len(OTHER) + 1, len(experts.names), 256)
     assert torch.allclose(p.sum(-1), torch.ones(p.shape[:2], dtype=p.dtype))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mambabyte.ops.build import c as native_build
 from mambabyte.task.experts.contexts import PADDING, ContextTable
-from mambabyte.task.experts.matches import MATCH_DISCOUNT, Matches, address, library
+from mambabyte.task.experts.matches import MATCH_DISCOUNT, Matches
 from mambabyte.task.ngram import NgramModel, V
 
+SOURCE = Path(__file__).with_name("experts.c")
 FEATURES = 4  # numbers that a gate reads of each expert
 MOST, MOST_HIDDEN = 64, 256  # experts and hidden units, as in the source
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
@@ -36,6 +40,13 @@ class _Mixture(ctypes.Structure):
                 ("table", _pointer), ("match", _pointer), ("match_discount", ctypes.c_double),
                 ("weight_in", _pointer), ("bias_in", _pointer), ("weight_out", _pointer),
                 ("bias_out", _pointer)]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, None without a C compiler or a place to keep what it makes."""
+    loaded = native_build.load(SOURCE)
+    return None if isinstance(loaded, str) else loaded
 
 
 class Engine:
@@ -108,7 +119,8 @@ class Engine:
             others = others.float().contiguous()
         threads = max(1, min(torch.get_num_threads(), 64, (end - begin) // 16))
         self._library.mixture(
-            ctypes.byref(self._mixture), address(text), _int(PADDING), _int(begin), _int(end),
+            ctypes.byref(self._mixture), ctypes.c_void_p(text.ctypes.data), _int(PADDING),
+            _int(begin), _int(end),
             None if others is None else _at(others), threads, seen is None, _at(out),
             None if seen is None else _at(seen))
 

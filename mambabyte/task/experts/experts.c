@@ -84,58 +84,6 @@ static void matched(const uint8_t *text, int64_t low, int64_t at, const int64_t 
     }
 }
 
-typedef struct {
-    const uint8_t *text;
-    int64_t begin, end, first, reach, newest;
-    const int64_t *match;
-    int kinds;
-    int64_t made, room;
-    int32_t *row;
-    uint8_t *kind, *symbol;
-    uint16_t *count;
-} Search;
-
-static void *search(void *argument) {
-    Search *s = argument;
-    uint16_t counts[MOST][V];
-    for (int64_t at = s->begin; at < s->end; at++) {
-        int64_t low = at - s->reach > s->first ? at - s->reach : s->first;
-        matched(s->text, low, at, s->match, s->kinds, s->newest, counts);
-        for (int k = 0; k < s->kinds; k++)
-            for (int w = 0; w < V; w++)
-                if (counts[k][w]) {
-                    s->row[s->made] = (int32_t)at;
-                    s->kind[s->made] = (uint8_t)k;
-                    s->symbol[s->made] = (uint8_t)w;
-                    s->count[s->made++] = counts[k][w];
-                }
-    }
-    return NULL;
-}
-
-/* Rows (place, kind, byte, count) of all matches at the places begin .. end of text, whose history
-   starts at ``first``; ``made[i]``: how many thread i wrote from i * room on. */
-void find_matches(const uint8_t *text, int64_t first, int64_t begin, int64_t end, int64_t reach,
-                  int64_t newest, const int64_t *match, int kinds, int threads, int64_t room,
-                  int64_t *made, int32_t *row, uint8_t *kind, uint8_t *symbol, uint16_t *count) {
-    Search part[64];
-    pthread_t thread[64];
-    int running[64] = {0};
-    for (int i = 0; i < threads; i++) {
-        int64_t share = (end - begin + threads - 1) / threads, from = begin + i * share;
-        int64_t to = from + share < end ? from + share : end;
-        int64_t at = i * room;
-        part[i] = (Search){text, from, to, first, reach, newest, match, kinds, 0, room,
-                           row + at, kind + at, symbol + at, count + at};
-        running[i] = i + 1 < threads && !pthread_create(&thread[i], NULL, search, &part[i]);
-        if (!running[i]) search(&part[i]);
-    }
-    for (int i = 0; i < threads; i++) {
-        if (running[i]) pthread_join(thread[i], NULL);
-        made[i] = part[i].made;
-    }
-}
-
 /* ------------------------------------------------------------------------------------- the mixture */
 
 static int64_t lower_bound(const int64_t *key, int64_t n, int64_t wanted) {

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from mambabyte.task.experts.contexts import PADDING, Context, ContextTable, hashes
-from mambabyte.task.experts.engine import FEATURES, MOST, MOST_HIDDEN, Engine
-from mambabyte.task.experts.matches import MATCH_DISCOUNT, Found, Matches, find_matches, library
+from mambabyte.task.experts.engine import FEATURES, MOST, MOST_HIDDEN, Engine, library
+from mambabyte.task.experts.matches import MATCH_DISCOUNT, Found, Matches, find_matches
 from mambabyte.task.ngram import NgramModel, blend
 
 _ROWS = {"cpu": 1024, "cuda": 16384}  # positions whose distributions are computed at a time
@@ -78,16 +78,15 @@ class Experts:
                        tables=[table.to(device) for table in self.tables])
 
     def distributions(
-        self, text: Tensor, begin: int, found: Found, rows: int = 0
+        self, text: Tensor, begin: int, rows: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Before each place from ``begin`` (at least PADDING) to the end of text (L,) uint8, end
         included: p (B, E, V) and evidence (B, E, 2), the sum of counts and how many bytes have
-        one, in float64; in pieces of ``rows`` places (0: as suit the device). ``found``:
-        ``find_matches`` of the places.
+        one, in float64; in pieces of ``rows`` places (0: as suit the device).
         """
         width, device = self.ngram.order - 1, self.ngram.device
         text, rows = text.to(device), rows or _ROWS.get(device.type, 1024)
-        found = Found(*(t.to(device) for t in (found.row, found.kind, found.symbol, found.count)))
+        found = find_matches(text, begin, len(text) + 1, self.matches)
         hashed = [hashes(text[begin - PADDING :], table.context) for table in self.tables]
         for low in range(begin, len(text) + 1, rows):
             high = min(low + rows, len(text) + 1)
@@ -171,13 +170,12 @@ def engine_of(experts: Experts, others: int, gate: Gate | None = None) -> Engine
 
 
 def mixed(
-    experts: Experts, gate: Gate, text: Tensor, begin: int, found: Found,
-    others: Tensor | None = None,
+    experts: Experts, gate: Gate, text: Tensor, begin: int, others: Tensor | None = None
 ) -> Tensor:
     """Log p (L, V) float32 of the mixture at the places of ``Experts.distributions``; others
     (L, n, V)."""
     gate, parts, done = copy.deepcopy(gate).double(), [], 0
-    for p, evidence in experts.distributions(text, begin, found):
+    for p, evidence in experts.distributions(text, begin):
         here = slice(done, done + len(p))
         done += len(p)
         p, evidence = with_others(p, evidence, None if others is None else others[here])
@@ -187,12 +185,12 @@ def mixed(
 
 
 def read(
-    experts: Experts, text: Tensor, begin: int, found: Found, others: Tensor | None
+    experts: Experts, text: Tensor, begin: int, others: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """What each expert gives the bytes text[begin:], (L, E), and what the gate reads there."""
     target = text[begin:].to(experts.ngram.device).long()
     picked, seen, done = [], [], 0
-    for p, evidence in experts.distributions(text[:-1], begin, found):
+    for p, evidence in experts.distributions(text[:-1], begin):
         here = slice(done, done + len(p))
         done += len(p)
         p, evidence = with_others(p, evidence, None if others is None else others[here])
@@ -202,16 +200,14 @@ def read(
 
 
 def fit_gate(
-    experts: Experts, text: Tensor, begin: int, others: Tensor | None = None,
-    found: Found | None = None, *,
+    experts: Experts, text: Tensor, begin: int, others: Tensor | None = None, *,
     hidden: int = 32, steps: int = 400, lr: float = 0.01, seed: int = 0,
 ) -> tuple[Gate, float]:
     """Fit a gate to text[begin:] (uint8), which the experts have not counted; returns it and its
     bits per byte there. The first PADDING bytes of the text are no history.
 
-    ``others`` (len(text) - begin, n, V): the network's distributions before these bytes; ``found``:
-    the matches there, where they have been searched already. Adam, its rate falling to 0, on
-    batches drawn anew; deterministic.
+    ``others`` (len(text) - begin, n, V): the network's distributions before these bytes. Adam, its
+    rate falling to 0, on batches drawn anew; deterministic.
     """
     device = experts.ngram.device
     engine = None
@@ -220,9 +216,7 @@ def fit_gate(
     if engine is not None:
         picked, seen = engine.read(text.numpy(), begin, others)
     else:
-        if found is None:
-            found = find_matches(text.cpu().numpy(), begin, len(text), experts.matches, PADDING)
-        picked, seen = read(experts, text, begin, found, others)
+        picked, seen = read(experts, text.to(device), begin, others)
     log_p = picked.log()
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):

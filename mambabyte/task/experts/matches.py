@@ -2,27 +2,22 @@
 
 For each of some lengths of context, a match of that length is an earlier place of the history with
 the same bytes before it; the bytes after the latest few of them are counted. That is a cache of the
-text being read: names and phrases come again. Nothing is kept but the last bytes themselves, which
-are searched anew for every byte, some 10 microseconds for 64 kB: so a state is a value.
+text being read: names and phrases come again. Nothing is kept but the last bytes themselves: so a
+state is a value. For a stream ``experts.c`` searches them anew for every byte, some 10 microseconds
+for 64 kB; many positions at once are one sort a length.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mambabyte.ops.build import c as native_build
-from mambabyte.task.ngram import Discounts
+from mambabyte.task.experts.contexts import LONGEST, PADDING, Context, hashes
+from mambabyte.task.ngram import Discounts, V
 
-SOURCE = Path(__file__).with_name("experts.c")
-SHORTEST = 3  # bytes of context, as in the source
+SHORTEST = 3  # bytes of context, as in experts.c
 MATCH_DISCOUNT: Discounts = (0.5, 0.5, 0.5)
 
 
@@ -31,18 +26,18 @@ class Matches:
     """Which matches are counted."""
 
     lengths: tuple[int, ...] = (3, 4, 5, 6, 8, 11, 16, 24)  # bytes of context, ascending
-    reach: int = 1 << 16  # bytes that are searched
+    reach: int = 1 << 16  # bytes that are searched, contexts of the places included
     newest: int = 8  # places counted of each length
 
     def __post_init__(self) -> None:
-        assert not self.lengths or self.lengths[0] >= SHORTEST
+        assert all(SHORTEST <= length <= LONGEST for length in self.lengths)
         assert list(self.lengths) == sorted(set(self.lengths))
         assert self.newest >= 1
 
 
 @dataclass(frozen=True)
 class Found:
-    """Counts at some positions, in their order: one entry a position, length and byte."""
+    """Counts at some positions: one entry a position, length and byte, in this order."""
 
     row: Tensor  # (E,) int64: position, from 0
     kind: Tensor  # (E,) int64: index of the length
@@ -50,65 +45,25 @@ class Found:
     count: Tensor  # (E,) int32
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled functions, None without a C compiler or a place to keep what it makes."""
-    loaded = native_build.load(SOURCE)
-    return None if isinstance(loaded, str) else loaded
-
-
-def find_matches(
-    text: np.ndarray, begin: int, end: int, matches: Matches, first: int = 0, threads: int = 1
-) -> Found:
+def find_matches(text: Tensor, begin: int, end: int, matches: Matches) -> Found:
     """Matches at the positions ``begin`` ... ``end`` - 1 of text (L,) uint8, each with what is
-    before it from ``first`` on as its history."""
-    assert 0 <= first <= begin <= end <= len(text) + 1
-    size, kinds = end - begin, len(matches.lengths)
-    loaded = library()
-    if not size or not kinds:
-        return _found([])
-    if loaded is None:
-        return _found([
-            (i, kind, symbol, times) for i in range(size)
-            for kind, counts in enumerate(matches_before(
-                text[max(first, begin + i - matches.reach) : begin + i], matches))
-            for symbol, times in sorted(counts.items())])
-    threads = max(1, min(threads, 64, size // 64))
-    room = -(-size // threads) * kinds * min(256, matches.newest)
-    made = np.zeros(threads, np.int64)
-    row, kind, symbol, count = (np.empty(threads * room, kind_of) for kind_of in (
-        np.int32, np.uint8, np.uint8, np.uint16))
-    lengths, text = np.array(matches.lengths, np.int64), np.ascontiguousarray(text)
-    number = ctypes.c_int64
-    loaded.find_matches(
-        address(text), number(first), number(begin), number(end), number(matches.reach),
-        number(matches.newest), address(lengths), kinds, threads, number(room), address(made),
-        address(row), address(kind), address(symbol), address(count))
-    parts = [slice(i * room, i * room + n) for i, n in enumerate(made.tolist())]
-    row, kind, symbol, count = (np.concatenate([a[p] for p in parts]) for a in (
-        row, kind, symbol, count))
-    return Found(torch.from_numpy(row).long() - begin, torch.from_numpy(kind).long(),
-                 torch.from_numpy(symbol).long(), torch.from_numpy(count.astype(np.int32)))
+    before it as its history, but for the first PADDING bytes; on the text's device.
 
-
-def matches_before(history: np.ndarray, matches: Matches) -> list[Counter[int]]:
-    """The definition: counts of the bytes after the latest matches in history (L,) uint8, a length
-    each. What matches n bytes is among what matches fewer, and has n bytes before it."""
-    counts, compared = [], 0
-    places = np.arange(len(history) - 1, -1, -1)
-    for length in matches.lengths:
-        for back in range(compared + 1, length + 1):
-            places = places[places >= back]
-            places = places[history[places - back] == history[-back]] if len(places) else places
-        compared = length
-        counts.append(Counter(history[places[: matches.newest]].tolist()))
-    return counts
-
-
-def _found(entries: list[tuple[int, int, int, int]]) -> Found:
-    row, kind, symbol, count = torch.tensor(entries, dtype=torch.int64).reshape(-1, 4).unbind(1)
-    return Found(row, kind, symbol, count.int())
-
-
-def address(array: np.ndarray) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
+    Of positions sorted by the hash of their contexts, stably, the j-th before one is the j-th
+    latest with the same context.
+    """
+    assert PADDING <= begin <= end <= len(text) + 1
+    found = [torch.zeros(0, dtype=torch.int64, device=text.device)]
+    text = text[: end - 1]
+    for kind, length in enumerate(matches.lengths):
+        hashed, order = hashes(text, Context(length)).sort(stable=True)
+        order += PADDING
+        for back in range(1, min(matches.newest, len(order) - 1) + 1):
+            at, place = order[back:], order[:-back]
+            low = (at - matches.reach).clamp(min=PADDING)
+            match = (hashed[back:] == hashed[:-back]) & (place - length >= low) & (at >= begin)
+            at, place = at[match], place[match]
+            found.append(((at - begin) * len(matches.lengths) + kind) * V + text[place])
+    key, count = torch.unique(torch.cat(found), return_counts=True)
+    return Found(key // V // len(matches.lengths) if matches.lengths else key,
+                 key // V % max(1, len(matches.lengths)), key % V, count.int())

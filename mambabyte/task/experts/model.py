@@ -15,7 +15,6 @@ from mambabyte.stream import ByteModel, advance_of
 from mambabyte.task.experts.contexts import PADDING
 from mambabyte.task.experts.engine import Engine
 from mambabyte.task.experts.gate import Experts, Gate, engine_of, mixed
-from mambabyte.task.experts.matches import find_matches
 from mambabyte.task.ngram import digest
 
 _PADDING = np.full(PADDING, START_BYTE, np.uint8)
@@ -66,8 +65,7 @@ class ExpertLM(nn.Module):
         begin, end = len(whole) - last + 1, len(whole) + 1
         if self._engine is not None:
             return self._engine.log_p(whole, begin, end, others)
-        found = find_matches(whole, begin, end, self.experts.matches, first=PADDING)
-        return mixed(self.experts, self.gate, torch.from_numpy(whole), begin, found, others)
+        return mixed(self.experts, self.gate, torch.from_numpy(whole), begin, others)
 
     def forward(self, tokens: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
         """tokens (B, L); returns log p of the byte after each, (B, L, V), and the state."""
