@@ -98,8 +98,8 @@ SYSTEMS: dict[str, System] = {
     "counts_static": _counts("counts without the stream's own matches", contexts=WORDS,
                              matches=Matches(())),
     # Few steps read little text: nearly all is counted at once, and once.
-    "counts_ssm": _counts_and("counts and an SSM of 2 layers", 250, Ngram(
-        discount=None, guide_share=0.88, recount=False), layer_pattern="M", n_layer=2),
+    "counts_ssm": _counts_and("counts and an SSM of 2 layers", 150, Ngram(
+        discount=None, guide_share=0.9, recount=False), layer_pattern="M", n_layer=2),
     "counts_hybrid": _counts_and("counts, words and ours", 950, Ngram(
         discount=None, guide_share=0.6), WORDS, layer_pattern="MA"),
     "ours": _guided("SSM and attention 1:1, d 256, 4 layers, guided by an n-gram in training",
