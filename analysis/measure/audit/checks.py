@@ -93,8 +93,10 @@ def compare(
     call = through or (lambda inputs: target(inputs, case.documents))
     found, expected = call(mine), define(target.kind, exact, case.documents)
     for name, out, wanted in zip(("output", "state"), found, expected, strict=True):
-        if wanted is None or (name == "state" and (out is None or case.documents)):
+        if wanted is None or (name == "state" and out is None):
             continue
+        if case.documents and name == "state" and out is not None and len(out) != len(wanted):
+            continue  # one of each document; the definition's is that of the last
         yield Measured(name, distance(out, wanted), bound)
         if name == "state" and not target.has("state gradient"):
             continue

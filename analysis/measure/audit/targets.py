@@ -174,7 +174,8 @@ def _causal_conv1d(function: Callable[..., Any], x: Inputs, starts: Tensor | Non
 
 
 def _our_conv(function: Callable[..., Any], x: Inputs, starts: Tensor | None) -> Any:
-    return function(x["x"], x["weight"], x["bias"], x.get("initial_state"), silu=True)
+    return function(x["x"], x["weight"], x["bias"], x.get("initial_state"), silu=True,
+                    document_starts=starts)
 
 
 def _torch_attention(function: Callable[..., Any], x: Inputs, starts: Tensor | None) -> Any:
@@ -203,7 +204,7 @@ ADAPTERS = {
     "transformers.delta": Adapter("delta", _transformers_delta, _without("documents")),
     "causal_conv1d": Adapter("conv", _causal_conv1d,
                              _without("initial_state", "state", "documents")),
-    "mambabyte.conv": Adapter("conv", _our_conv, _without("documents")),
+    "mambabyte.conv": Adapter("conv", _our_conv),
     "torch.attention": Adapter("attention", _torch_attention, _without("documents")),
     "flash_attention": Adapter("attention", _flash_attention, _without("documents")),
 }
