@@ -22,12 +22,13 @@ from mambabyte.model.mixer import (
     Mixer,
     Operations,
     Step,
-    is_plain,
+    is_linear,
     linear,
     register,
 )
 from mambabyte.ops.fused import flex
 from mambabyte.ops.fused.flex import MAX_BLOCK, blocks_of, mean_keys
+from mambabyte.ops.fused.linear import linear as linear_map
 from mambabyte.ops.fused.rotary import rotary_table, rotate, rotate_qkv
 
 
@@ -261,10 +262,10 @@ class AttentionMixer(Mixer, AttentionSpec):
         """Queries, keys and values side by side, (B, L, d_model + 2 G head_dim): of plain linear
         maps one product, so that the backward has one too and adds up nothing."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        if not all(is_plain(part, nn.Linear) for part in parts):
+        if not all(map(is_linear, parts)):
             return torch.cat([part(x) for part in parts], -1)
         bias = None if self.q_proj.bias is None else torch.cat([part.bias for part in parts])
-        return F.linear(x, torch.cat([part.weight for part in parts]), bias)
+        return linear_map(x, torch.cat([part.weight for part in parts]), bias)
 
     def _takes_flex(self, q: Tensor, k: Tensor) -> bool:
         # Its own compilation would cost seconds where the step is not compiled anyway.

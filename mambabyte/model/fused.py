@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from mambabyte.model.block import Block, RMSNorm
 from mambabyte.model.lm import ByteLM, head_loss, without_state
-from mambabyte.model.mixer import Mixer, is_plain, named_mixers
+from mambabyte.model.mixer import Mixer, is_linear, is_plain, named_mixers
 from mambabyte.ops.arguments import autocasts
 from mambabyte.ops.fused.activation import activate
 from mambabyte.ops.fused.loss import cross_entropy
@@ -109,7 +109,7 @@ def cast_together(model: nn.Module, loss: Callable[..., Tensor]) -> Callable[...
     wide = {f"{prefix}.{name}.bias" for prefix, mixer in named_mixers(module, Mixer).items()
             for name in mixer.wide_biases}
     weights = {f"{prefix}.{name}": weight for prefix, part in module.named_modules()
-               if is_plain(part, nn.Linear) for name, weight in part.named_parameters()
+               if is_linear(part) for name, weight in part.named_parameters()
                if weight.dtype == torch.float32 and f"{prefix}.{name}" not in wide}
 
     def run(*batch: Tensor) -> Tensor:

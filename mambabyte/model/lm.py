@@ -18,6 +18,7 @@ from mambabyte.model.block import Block, RMSNorm, make_norm
 from mambabyte.model.mixer import LayerState, Mixer, linear, mixer_of
 from mambabyte.model.pretrained import Layout, Report, fill, open_pretrained, save_pretrained
 from mambabyte.ops.arguments import document_ages
+from mambabyte.ops.fused.linear import linear as biased
 from mambabyte.ops.fused.loss import NOT_PREDICTED, cross_entropy_in_torch
 
 
@@ -264,7 +265,7 @@ class ByteLM(nn.Module):
     def uncapped(self, hidden: Tensor) -> Tensor:
         """:meth:`logits` before the cap."""
         table = self.embedding if self.head is None else self.head
-        return F.linear(hidden, table.weight, getattr(table, "bias", None))
+        return biased(hidden, table.weight, getattr(table, "bias", None))
 
     def loss(
         self, tokens: Tensor, document_starts: Tensor | None = None,

@@ -26,6 +26,7 @@ from mambabyte.config import ModelConfig
 from mambabyte.config.mixers import SPECS, MixerSpec, Shape, add_spec, letters_in_words
 from mambabyte.errors import UserError
 from mambabyte.ops.arguments import without_autocast
+from mambabyte.ops.fused.linear import linear as biased
 
 FLOAT32 = 4  # bytes
 # What can check a closed form of operations: torch's counter sees matrix products and
@@ -237,11 +238,23 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         or module._backward_hooks or module._backward_pre_hooks)
 
 
+class Linear(nn.Linear):
+    """``nn.Linear`` whose bias has its gradient from a kernel where there is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return biased(x, self.weight, self.bias)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear map of its weights, and nothing else."""
+    return is_plain(module, nn.Linear) or is_plain(module, Linear)
+
+
 def linear(
     config: ModelConfig, inputs: int, outputs: int, bias: bool | None = None
 ) -> nn.Linear:
     """A linear map, with a bias that starts at 0 where ``bias`` says so, or else ``config``."""
-    layer = nn.Linear(inputs, outputs, config.linear_bias if bias is None else bias)
+    layer = Linear(inputs, outputs, config.linear_bias if bias is None else bias)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer

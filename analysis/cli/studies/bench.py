@@ -153,6 +153,8 @@ class Start(Common):
     """How a step is run; fused and compile on a GPU and eager on a CPU when not given."""
     corpus: str = "stdlib"
     """The text: stdlib, wikitext103, a text file, or a folder of text files or wiki.*.raw."""
+    caches: Annotated[tuple[Literal["cold", "warm"], ...], entries()] = ("cold", "warm")
+    """Cold is with empty caches; warm, which is after cold, with what that left."""
     pace: bool = True
     """Also time a step after the start, where a GPU runs it captured."""
 
@@ -294,7 +296,7 @@ def bench_start(options: Start) -> int:
     check(options.systems, ways, device)
     data = bytes(load_corpus(options.corpus, say).train)
     frame = pd.DataFrame([row for name in options.systems for way in ways
-                          for row in starts(name, way, device, data, say)])
+                          for row in starts(name, way, device, data, options.caches, say)])
     captured = [way for way in ways if cuda and options.pace and way not in ("auto", "eager")]
     pace = pd.DataFrame([row for name in options.systems
                          for row in step_ms(name, captured, device)])

@@ -14,6 +14,7 @@ from mambabyte.ops.conv.cuda import ELEMENTS
 SOURCES = {
     "norm": {"norm_forward": "P" * 13 + "iiiif", "norm_backward": "P" * 23 + "iiii",
              "column_sums": "PPii"},
+    "linear": {"linear_bias": "PPiii"},
     "rotary": {"rotary_forward": "PPPPPiiiiiif",
                "rotary_backward": "PqqqPqqqPqqqPPPPPPiiiiiif"},
     "activation": {"activation_forward": "PPq", "activation_backward": "PPPq"},
@@ -40,8 +41,9 @@ def trained() -> list[str]:
     """The kernels that training launches in bf16, for the common widths."""
     ways = ("forward", "backward")
     return [
-        *(f"norm_{way}<{stream}, bfloat16, 4>" for way in ways for stream in ("float", "bfloat16")),
-        "column_sums",
+        *(f"norm_{way}<{stream}, bfloat16, 4, {mixed}>" for way in ways
+          for stream in ("float", "bfloat16") for mixed in ("false", "true")),
+        "column_sums", "linear_bias<bfloat16, 4>",
         *(f"rotary_{way}<bfloat16, 4, {lanes}>" for way in ways for lanes in (4, 8, 16)),
         *(f"activation_{way}<bfloat16, 8, {kind}>" for way in ways for kind in range(3)),
         *(f"loss_{way}<bfloat16, bfloat16>" for way in ways), "loss_mean",

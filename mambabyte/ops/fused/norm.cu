@@ -3,7 +3,8 @@
 //   out = s (x + a y + b z) + c e,   normed = weight xhat(out) + bias
 //
 // x, z and e are streams of type X; y, what a branch gives, and normed, what the next one reads, are
-// of type Y. s, a, b and c are gains a channel, each 1 where it is null; y, z, e may be null. A block
+// of type Y. s, a, b and c are gains a channel, each 1 where it is null; y, z, e may be null. Without
+// any of the gains, z and e MIXED is false, which spares a third of the registers. A block
 // takes a row after another, a thread V neighbouring channels of each, so the sums over rows that
 // the gains' gradients need stay in registers. They leave as a partial sum a block, which
 // column_sums adds up in a fixed order: no atomics, so results repeat bit for bit.
@@ -67,7 +68,7 @@ template <int COUNT> struct BlockSum {
 };
 
 // stats (rows, 2): mean, which is 0 of an RMS norm, and 1 / deviation.
-template <class X, class Y, int V>
+template <class X, class Y, int V, bool MIXED>
 __global__ void norm_forward(const X *x, const Y *y, const X *z, const X *e, const float *x_gain,
                              const float *y_gain, const float *z_gain, const float *e_gain,
                              const float *weight, const float *bias, X *out, Y *normed,
@@ -78,8 +79,10 @@ __global__ void norm_forward(const X *x, const Y *y, const X *z, const X *e, con
     BlockSum<ROWS> sum{room, 0};
     int c = threadIdx.x * V;
     bool here = c < channels;
-    Row<V> s = fetch<V>(x_gain, c, here, 1.f), a = fetch<V>(y_gain, c, here, 1.f);
-    Row<V> b = fetch<V>(z_gain, c, here, 1.f), g = fetch<V>(e_gain, c, here, 1.f);
+    Row<V> s = fetch<V>(MIXED ? x_gain : nullptr, c, here, 1.f);
+    Row<V> a = fetch<V>(MIXED ? y_gain : nullptr, c, here, 1.f);
+    Row<V> b = fetch<V>(MIXED ? z_gain : nullptr, c, here, 1.f);
+    Row<V> g = fetch<V>(MIXED ? e_gain : nullptr, c, here, 1.f);
     Row<V> w = fetch<V>(weight, c, here, 1.f), o = fetch<V>(bias, c, here);
     for (int first = blockIdx.x * ROWS; first < rows; first += blocks * ROWS) {
         Row<V> mixed[ROWS];
@@ -88,8 +91,8 @@ __global__ void norm_forward(const X *x, const Y *y, const X *z, const X *e, con
             bool there = here && first + r < rows;
             int64 at = (int64)(first + r) * channels + c;
             mixed[r] = fetch<V>(x, at, there);
-            Row<V> branch = fetch<V>(y, at, there), skip = fetch<V>(z, at, there);
-            Row<V> extra = fetch<V>(e, at, there);
+            Row<V> branch = fetch<V>(y, at, there), skip = fetch<V>(MIXED ? z : nullptr, at, there);
+            Row<V> extra = fetch<V>(MIXED ? e : nullptr, at, there);
 #pragma unroll
             for (int v = 0; v < V; v++) {
                 float inner = mixed[r].at[v] + a.at[v] * branch.at[v] + b.at[v] * skip.at[v];
@@ -148,7 +151,7 @@ template <int V> inline Row<V> product(const Row<V> &p, const Row<V> &q) {
 }
 
 // Of the gains' and weights' gradients, those whose partial is not null: (blocks, channels) each.
-template <class X, class Y, int V>
+template <class X, class Y, int V, bool MIXED>
 __global__ void norm_backward(const X *d_out, const Y *d_normed, const X *out, const float *stats,
                               const X *x, const Y *y, const X *z, const X *e, const float *x_gain,
                               const float *y_gain, const float *z_gain, const float *e_gain,
@@ -160,8 +163,10 @@ __global__ void norm_backward(const X *d_out, const Y *d_normed, const X *out, c
     BlockSum<2 * ROWS> sum{room, 0};
     int c = threadIdx.x * V;
     bool here = c < channels;
-    Row<V> s = fetch<V>(x_gain, c, here, 1.f), a = fetch<V>(y_gain, c, here, 1.f);
-    Row<V> b = fetch<V>(z_gain, c, here, 1.f), g = fetch<V>(e_gain, c, here, 1.f);
+    Row<V> s = fetch<V>(MIXED ? x_gain : nullptr, c, here, 1.f);
+    Row<V> a = fetch<V>(MIXED ? y_gain : nullptr, c, here, 1.f);
+    Row<V> b = fetch<V>(MIXED ? z_gain : nullptr, c, here, 1.f);
+    Row<V> g = fetch<V>(MIXED ? e_gain : nullptr, c, here, 1.f);
     Row<V> w = fetch<V>(weight, c, here, 1.f), none = filled<V>(0.f);
     Row<V> ds = none, da = none, db = none, dg = none, dw = none, d_bias = none;
     for (int first = blockIdx.x * ROWS; first < rows; first += blocks * ROWS) {
@@ -203,6 +208,7 @@ __global__ void norm_backward(const X *d_out, const Y *d_normed, const X *out, c
             Row<V> inner = product(s, grad[r]);
             put<V>(dx, at, there, inner);
             put<V>(dy, at, there, product(a, inner));
+            if (!MIXED) continue;
             put<V>(dz, at, there, product(b, inner));
             put<V>(de, at, there, product(g, grad[r]));
             if (p_y || p_x) {
@@ -220,12 +226,13 @@ __global__ void norm_backward(const X *d_out, const Y *d_normed, const X *out, c
         }
     }
     int64 at = (int64)blockIdx.x * channels + c;
+    put<V>(p_weight, at, here, dw);
+    put<V>(p_bias, at, here, d_bias);
+    if (!MIXED) return;
     put<V>(p_x, at, here, ds);
     put<V>(p_y, at, here, da);
     put<V>(p_z, at, here, db);
     put<V>(p_e, at, here, dg);
-    put<V>(p_weight, at, here, dw);
-    put<V>(p_bias, at, here, d_bias);
 }
 
 // sums (groups, columns) of partial (groups, rows, columns), in a fixed order. A block has 32 columns

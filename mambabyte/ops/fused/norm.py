@@ -99,7 +99,8 @@ class _MixNorm(torch.autograd.Function):
         out = None if alone else torch.empty_like(x)
         normed = torch.empty(x.shape if kind else 0, dtype=dtype, device=x.device)
         stats = torch.empty(rows if kind else 0, 2, dtype=torch.float32, device=x.device)
-        types = f"{ELEMENTS[x.dtype]}, {ELEMENTS[dtype]}, {width}"
+        mixed = "false" if all(t is None for t in tensors[2:8]) else "true"
+        types = f"{ELEMENTS[x.dtype]}, {ELEMENTS[dtype]}, {width}, {mixed}"
         blocks = min(-(-rows // 4), 16 * cuda.multiprocessors(x.device.index))
         cuda.launch(x.device, "norm_forward", types, blocks, threads, *tensors, out, normed, stats,
                     blocks, rows, channels, kind, eps)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.fused.activation import activate, activate_in_torch
+from mambabyte.ops.fused.linear import linear
 from mambabyte.ops.fused.loss import cross_entropy, cross_entropy_in_torch
 from mambabyte.ops.fused.norm import Norm, Streams, mix_norm, mix_norm_in_torch
 from mambabyte.ops.fused.rotary import rotate_qkv, rotate_qkv_in_torch
@@ -91,6 +92,12 @@ def test_rotary(width: int, norm: bool, gain: bool, dtype: torch.dtype) -> None:
         return run
 
     compared(call(rotate_qkv), call(rotate_qkv_in_torch), [qkv, gains], dtype)
+
+
+def test_bias() -> None:
+    torch.manual_seed(0)
+    compared(linear, torch.nn.functional.linear,
+             [torch.randn(3, 37, 8), torch.randn(12, 8), torch.randn(12)], FLOAT)
 
 
 @pytest.mark.parametrize(("kind", "shape", "dtype"), [
