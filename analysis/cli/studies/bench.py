@@ -302,7 +302,7 @@ def bench_start(options: Start) -> int:
                          for row in step_ms(name, captured, device)])
     keep(options, {"systems": list(options.systems), "ways": list(ways), "device": device,
                     "corpus": options.corpus}, start_values(frame, pace),
-          {"starts": (STARTS_TABLE, frame), "pace": (PACE_TABLE, pace)},
+          {"starts": (STARTS_TABLE, frame)} | ({"pace": (PACE_TABLE, pace)} if len(pace) else {}),
           "From the start of a process to its first training steps", STARTS_ABOUT)
     lines = [f"{row.system:16} {row.way:8} {row.caches:5} {row.mark:18} {row.seconds:7.2f} s "
              + (f"{row.joules:8.0f} J" if row.joules == row.joules else "  energy not measured")
