@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -257,6 +257,24 @@ class AttentionMixer(Mixer, AttentionSpec):
             y = windowed_attention(q, k, v, self.window, torch.cat([-passed.to(ids.dtype), ids], 1))
         place = torch.arange(k.shape[2] - length, k.shape[2], device=q.device)
         return y, torch.where(starts, place, 0).amax(1).maximum(others)
+
+    def aligned(self, states: Sequence[AttentionState]) -> list[AttentionState]:
+        """Keys are turned on to the furthest position, as scores depend on distances alone; in
+        front of fewer keys stand some that count as another document's."""
+        position = max(state.position for state in states)
+        rows = max(state.k.shape[2] for state in states)
+        found = []
+        for k, v, seen, others in states:
+            if seen != position:
+                table = rotary_table(position - seen, 1, self.head_dim // 2, self.rope_base,
+                                     self.rope_fraction, k.device)
+                k = rotate(k, table)
+            missing = rows - k.shape[2]
+            before = torch.zeros(len(k), dtype=torch.int64, device=k.device) \
+                if others is None else others
+            k, v = (F.pad(x, (0, 0, missing, 0)) for x in (k, v))
+            found.append(AttentionState(k, v, position, before + missing))
+        return found
 
     def _qkv(self, x: Tensor) -> Tensor:
         """Queries, keys and values side by side, (B, L, d_model + 2 G head_dim): of plain linear

@@ -211,6 +211,12 @@ class ByteLM(nn.Module):
             return logits, states
         return piece.gather(logits, 1), piece.last(states)
 
+    def aligned(self, states: Sequence[list[LayerState]]) -> list[list[LayerState]]:
+        """States of single texts as rows of one batch can have them; see ``Mixer.aligned``."""
+        layers = [block.mixer.aligned(column) for block, column in zip(
+            self.blocks, zip(*states, strict=True), strict=True)]
+        return [list(state) for state in zip(*layers, strict=True)]
+
     def reconfigured(self, **changes: Any) -> ByteLM:
         """A model of the same weights, shared with this one, under a configuration changed in
         what shapes no weight, such as ``attention_window`` or ``scan_form``."""

@@ -125,6 +125,11 @@ class Mixer(nn.Module, MixerSpec):
     def prepare(self, context: int) -> None:
         """Get ready for many sequences of ``context`` bytes; values do not change."""
 
+    def aligned(self, states: Sequence[LayerState]) -> list[LayerState]:
+        """States of single texts as rows of one batch can have them: of equal shapes and counts of
+        bytes. What each text goes on with stays the same, up to rounding."""
+        return list(states)
+
     def as_configured(self, config: ModelConfig) -> bool:
         """Whether it still computes what ``config`` says: attributes can be changed."""
         return True

@@ -92,8 +92,18 @@ def stack(states: Sequence[Any]) -> Any:
 
 
 def split(state: Any) -> list[Any]:
-    """The states of the single texts: views of what ``stack`` put together."""
-    return [mapped(lambda t, i=i: t[i : i + 1], state) for i in range(batch_of(state))]
+    """The states of the single texts: views of what ``stack`` put together, without what a layer
+    says it holds for the other rows' sake."""
+    rows = range(batch_of(state))
+    return [_alone(mapped(lambda t, i=i: t[i : i + 1], state)) for i in rows]
+
+
+def _alone(state: Any) -> Any:
+    if hasattr(state, "alone"):
+        return state.alone()
+    if isinstance(state, list | tuple) and not hasattr(state, "_fields"):
+        return type(state)(_alone(part) for part in state)
+    return state
 
 
 def can_batch(state: Any) -> bool:

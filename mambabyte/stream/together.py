@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from mambabyte.errors import UserError
+from mambabyte.model import ByteLM
 from mambabyte.stream.states import kind, select, split, stack
 from mambabyte.stream.streams import ByteModel, ByteStream, numbers
 
@@ -16,11 +17,11 @@ from mambabyte.stream.streams import ByteModel, ByteStream, numbers
 @torch.inference_mode()
 def feed_together(streams: Sequence[ByteStream], data: Sequence[bytes]) -> None:
     """Advance each of ``streams``, all of one model, by its bytes of ``data``: as ``feed`` of each
-    would, up to rounding, in one call of the model for all that can be one batch.
+    would, up to rounding, in one call of the model for all that are given equally many.
 
-    Those can that are given equally many bytes and, where the model has attention, have seen
-    equally many. A stream may join or leave between any two calls. UserError for streams of
-    different models, or one that is there twice.
+    A stream may join or leave between any two calls. A model that is no ByteLM, such as a mixture,
+    batches those that have seen equally many bytes. UserError for streams of different models, or
+    one that is there twice.
     """
     if len(streams) != len(data):
         raise UserError(f"{len(streams)} streams and {len(data)} pieces of text: expected one each")
@@ -31,14 +32,18 @@ def feed_together(streams: Sequence[ByteStream], data: Sequence[bytes]) -> None:
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for i, (stream, piece) in enumerate(zip(streams, data, strict=True)):
         if piece:
-            groups[kind(stream.kept.state), len(piece)].append(i)
+            alike = isinstance(stream.model, ByteLM) or kind(stream.kept.state)
+            groups[alike, len(piece)].append(i)
     for group in groups.values():
         if len(group) == 1:
             streams[group[0]].feed(data[group[0]])
             continue
         model = streams[group[0]].model
+        states = [streams[i].kept.state for i in group]
+        if isinstance(model, ByteLM):
+            states = model.aligned(states)
         tokens = torch.tensor([list(data[i]) for i in group], device=model.device)
-        logits, state = model(tokens, stack([streams[i].kept.state for i in group]))
+        logits, state = model(tokens, stack(states))
         after = numbers(torch.log_softmax(logits[:, -1].float(), -1).cpu())
         for i, log_probs, row in zip(group, after, split(state), strict=True):
             streams[i].move(row, log_probs)
