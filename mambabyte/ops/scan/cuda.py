@@ -76,14 +76,16 @@ def program(name: str) -> Program:
 
 
 def trained(hopper: bool) -> list[str]:
-    """The kernels that training launches in bf16: gated, from no state, as a plan may cut it."""
+    """The kernels that training launches in bf16: gated, from no state, of one document, as a plan
+    may cut it."""
     flags, both = "true, true", (False, True)
     return [
-        *(f"tile_forward<{flags}, {warps}, {resident}, {_true(fold)}>"
+        *(f"tile_forward<{flags}, {warps}, {resident}, {_true(fold)}, false>"
           for warps, resident in cuda_plan.FORWARD_SHAPES for fold in both),
-        *(f"tile_backward<{flags}, {warps}, {resident}, false, {_true(fold)}, {_true(hopper)}>"
+        *(f"tile_backward<{flags}, {warps}, {resident}, false, {_true(fold)}, {_true(hopper)}, "
+          "false>"
           for warps, resident in cuda_plan.BACKWARD_SHAPES for fold in both),
-        *(f"tile_carry<{_true(adjoint)}, {_true(adjoint)}, true, {CARRY_WARPS}>"
+        *(f"tile_carry<{_true(adjoint)}, {_true(adjoint)}, true, {CARRY_WARPS}, false>"
           for adjoint in both),
         "tile_sums",
     ]  # fmt: skip
