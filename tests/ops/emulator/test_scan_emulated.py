@@ -41,7 +41,7 @@ def results(
     ages: torch.Tensor | None = None,
 ) -> Tensors:
     given = [inputs[name] for name in NAMES]
-    y, state, saved = cuda_scan.forward(*given, True, save, ages)
+    y, state, saved = cuda_scan.forward(*given, True, save, ages=ages)
     default, dh = weights(inputs)
     gradients = cuda_scan.backward(
         default if dy is None else dy, dh, *given, saved, True, ages=ages)
