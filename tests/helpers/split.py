@@ -3,7 +3,7 @@
     python -m tests.helpers.split SIZE FOLDER TASK...
 
 A task is ``PATTERN/LENGTH/DTYPE``: a model of that layer pattern alone and split, on the same
-tokens; or ``train=EACH``: a tiny run, EACH processes a sequence, into FOLDER/train-EACH.
+tokens; ``train=EACH``: a tiny run, EACH processes a sequence, into FOLDER/train-EACH; or ``bench``.
 FOLDER/found.json has by task what the first process found.
 """
 
@@ -76,6 +76,23 @@ def alone_and_split(task: str) -> dict[str, float]:
     return errors | {"forward": max(far(a, b) for a, b in zip(split[1], alone[1], strict=True))}
 
 
+def bench() -> list[dict[str, Any]]:
+    """The rows of a bench, one of whose sequences does not fit one process."""
+    from analysis.measure.bench.context import bench_context
+
+    whole = ByteLM.loss
+
+    def loss(model: ByteLM, tokens: Tensor) -> Tensor:
+        if model.sequence_group is None and tokens.shape[1] > 50:
+            raise torch.OutOfMemoryError
+        return whole(model, tokens)
+
+    ByteLM.loss = loss  # type: ignore[method-assign]
+    found = bench_context(model_of("M").config, ["M"], [40, 60], current(), "cpu", rounds=1)
+    rows: list[dict[str, Any]] = json.loads(found.to_json(orient="records"))
+    return rows
+
+
 def work(rank: int, size: int, folder: Path, tasks: list[str]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
@@ -89,6 +106,8 @@ def work(rank: int, size: int, folder: Path, tasks: list[str]) -> None:
             config = TrainConfig(**vars(RECIPE) | {"context_parallel": each})
             found[task] = train(model_of("MA").config, config,
                                 load_corpus(str(folder / "text.txt")), folder / f"train-{each}")
+        elif task == "bench":
+            found[task] = bench()
         else:
             found[task] = alone_and_split(task)
     if rank == 0:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,14 +25,14 @@ ROOT = Path(__file__).resolve().parents[2]
 CLOSE = {"float64": 1e-10, "float32": 5e-6}
 
 
-def run(size: int, folder: Path, *tasks: str) -> dict[str, dict[str, float]]:
+def run(size: int, folder: Path, *tasks: str) -> dict[str, Any]:
     """What ``size`` processes found: see tests/helpers/split.py."""
     (folder / "text.txt").write_text("one long text, many hands. " * 400)
     done = subprocess.run(
         [sys.executable, "-m", "tests.helpers.split", str(size), str(folder), *tasks], cwd=ROOT,
         stderr=subprocess.PIPE, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, dict[str, float]] = json.loads((folder / "found.json").read_text())
+    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return found
 
 
@@ -92,6 +93,17 @@ def test_windows_and_stretches_are_a_mesh(tmp_path):
     expected = load_model(tmp_path / "one").state_dict()
     found = load_model(tmp_path / "train-2").state_dict()
     assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
+
+
+@pytest.mark.long
+def test_the_bench_says_what_does_not_fit(tmp_path):
+    rows = run(2, tmp_path, "bench")["bench"]
+    assert [(row["length"], row["way"]) for row in rows] == [
+        (length, way) for length in (40, 60) for way in ("alone", "split", "stretch")]
+    notes = {(row["length"], row["way"]): row["note"] for row in rows if row["note"]}
+    assert notes == {(60, "alone"): "out of memory"}
+    assert all((row["ms"] is None) == bool(row["note"]) for row in rows)
+    assert [row["way"] for row in rows if row["messages_ms"] is not None] == ["split"] * 2
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

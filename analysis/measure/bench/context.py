@@ -94,14 +94,16 @@ def _of_length(
         if on_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        failed = ""
-        try:
-            for _ in range(2):
+        for _ in range(2):
+            failed = ""
+            try:
                 together(way)
-        except torch.OutOfMemoryError:
-            failed = f"does not fit {torch.cuda.get_device_properties(device).name}"
-            model.zero_grad(set_to_none=True)
-        row["note"] = world.agree(failed)
+            except torch.OutOfMemoryError:
+                failed = "out of memory"
+                model.zero_grad(set_to_none=True)
+            row["note"] = world.agree(failed)
+            if row["note"]:
+                break
         row["peak_bytes"] = torch.cuda.max_memory_allocated(device) if on_cuda else float("nan")
         if way == "split" and not row["note"]:
             row["messages_ms"] = _messages_ms(partial(together, way), world)
