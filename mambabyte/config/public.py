@@ -97,6 +97,8 @@ def from_public(values: Mapping[str, Any], trained: bool = False) -> ModelConfig
             named[name]: value for name, value in given.items() if name in named}}
     known = {*named, *_AS_HERE, *_START, *_OF_NO_NUMBER, *_DERIVED}
     fixed = _AS_HERE if trained else {**_AS_HERE, **_START}
+    if "model_type" in given:  # transformers gates before the norm whatever this entry says
+        fixed = {name: values for name, values in fixed.items() if name != "norm_before_gate"}
     for name, value in given.items():
         if name not in known:
             raise UserError(f"the public configuration says {name}{nearest(name, known)}, which "

@@ -109,7 +109,7 @@ def test_mamba2() -> None:
     (MAMBA_SSM, {"ssm_cfg": 3}, "ssm_cfg is 3"), (MAMBA_SSM, {"d_model": "wide"}, "d_model is"),
     (SECOND, {"time_step_limit": [0.0, 0.1]}, "time_step_limit"),
     (SECOND, {"rms_norm": False}, "rms_norm False"), (SECOND, {"num_heads": 5}, "num_heads 5"),
-    (SECOND, {"norm_before_gate": True}, "norm_before_gate True"),
+    (MAMBA_SSM, {"ssm_cfg": {"layer": "Mamba2", "norm_before_gate": True}}, "norm_before_gate"),
 ])
 def test_what_is_not_here_is_refused_by_its_name(
     base: dict[str, Any], change: dict[str, Any], message: str
@@ -132,6 +132,27 @@ def test_epsilons_biases_and_heads_are_those_of_the_library() -> None:
     assert not from_public(other).tied_head  # in transformers; mamba_ssm ties
     assert from_public({"d_model": 32, "n_layer": 2, "vocab_size": 264,
                         "ssm_cfg": {"layer": "Mamba2", "headdim": 16}}).tied_head
+
+
+def test_the_configurations_of_published_models() -> None:
+    """Of 130 million parameters from mamba_ssm, and of 7 billion from transformers."""
+    small = {"d_model": 768, "n_layer": 24, "vocab_size": 50277, "rms_norm": True,
+             "residual_in_fp32": True, "fused_add_norm": True}
+    first = from_public({**small, "ssm_cfg": {}, "pad_vocab_size_multiple": 8}, trained=True)
+    assert first.n_parameters == 129_135_360
+    second = from_public({
+        **small, "ssm_cfg": {"layer": "Mamba2"}, "pad_vocab_size_multiple": 16,
+        "d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}, "tie_embeddings": True},
+        trained=True)
+    assert (second.vocab_size, second.n_parameters) == (50288, 128_989_632)
+    large = from_public({
+        "architectures": ["Mamba2ForCausalLM"], "chunk_size": 256, "conv_kernel": 4, "expand": 2,
+        "head_dim": 64, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 8192,
+        "layer_norm_epsilon": 1e-5, "model_type": "mamba2", "n_groups": 8, "num_heads": 128,
+        "norm_before_gate": True, "num_hidden_layers": 64, "rms_norm": True, "state_size": 128,
+        "tie_word_embeddings": False, "time_step_limit": [0.0, float("inf")],
+        "time_step_rank": 256, "vocab_size": 32768}, trained=True)
+    assert 7.2e9 < large.n_parameters < 7.3e9
 
 
 def test_a_missing_size_is_one_clear_line() -> None:
