@@ -29,6 +29,8 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
+from analysis.report.decisions import load_decisions
+from analysis.report.decisions import table as decision_table
 from analysis.report.headlines import load_headlines, table
 from analysis.report.html.markdown import to_html, to_line
 from analysis.report.html.text import binary_bytes, fixed, number, plain
@@ -74,7 +76,7 @@ class Prose:
         self._environment.globals.update(
             value=self._value, record=self._record, measured=self._measured, unit=self._unit,
             parameter=self._parameter, cell=self._cell, column=self._column,
-            headlines=self._headlines, headline=self._headline,
+            headlines=self._headlines, headline=self._headline, decisions=self._decisions,
             figure=lambda path: self._place("figure", path, self._blocks.figure(path)),
             table=lambda path: self._place("table", path, self._blocks.table(path)),
             finding=lambda path, caller: self._place(
@@ -167,6 +169,11 @@ class Prose:
     def _headlines(self) -> Text:
         """The table of data/headlines.toml, the same as in the README."""
         return Text(f"\n\n{table(load_headlines(self._sources.records))}\n\n")
+
+    def _decisions(self) -> Text:
+        """The table of data/decisions.toml, the same as in the README."""
+        found = load_decisions(self._sources.records)
+        return Text(f"\n\n{decision_table(found)}\n\n")
 
     def _headline(self, identity: str) -> Text:
         """What one headline measured, in words: both sides, ahead and behind."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import torch
 
 from analysis.measure.statistics import student_interval
 from analysis.runs.folders import INTERACTIVE, Run, load_run, tables_of, write_run
@@ -14,6 +15,8 @@ from analysis.runs.records import RECORDS
 from analysis.studies import get_study, profile_parameters, session
 from analysis.studies.ablation import Parameters as Ablation
 from analysis.studies.ablation import panel as ablation_panel
+from analysis.studies.arena import Parameters as Arena
+from analysis.studies.arena import panel as arena_panel
 from analysis.studies.gradients import Parameters as Gradients
 from analysis.studies.gradients import panel as gradients_panel
 from analysis.studies.gradients.boundary import boundary_frame
@@ -28,7 +31,8 @@ from analysis.studies.throughput import compute as throughput
 from analysis.studies.throughput import figures as throughput_figures
 from analysis.studies.throughput import panel as throughput_panel
 from analysis.theory import bounds
-from mambabyte.config import PRESETS
+from mambabyte.config import PRESETS, ModelConfig
+from mambabyte.model import ByteLM
 
 SMALL = Grid(
     forms=("corrected_cumsum", "document_chunked", "clamped"), precisions=("float32",),
@@ -246,3 +250,15 @@ def test_without_ipywidgets_there_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(builtins, "__import__", without)
     session.panel("memory", scope_of("memory"))
     assert capsys.readouterr().out == session.MISSING + "\n"
+
+
+def test_the_arenas_panel_shows_what_a_layer_reads():
+    torch.manual_seed(0)
+    models = {letter: ByteLM(ModelConfig(d_model=16, n_layer=2, layer_pattern=letter, n_head=1,
+                                         n_kv_head=1, d_state=4)) for letter in "MA"}
+    shown = arena_panel.panel(Arena(), models)
+    lives = moved(shown, system="M", layer=1, start=40)
+    assert lives["layer"].tolist() == [1]
+    assert lives["mixer"].tolist() == ["M"]
+    assert moved(shown, system="A", layer=0).empty
+    assert moved(shown, system="M", start=2000)["channels"].tolist() == [128]

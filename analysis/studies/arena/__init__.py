@@ -194,8 +194,8 @@ PROFILES = {
         task_systems=("M", "S", "D", "K", "A", "MA", "DA"), task_widths=(128,),
         task_rates=(1e-3, 4e-3), task_steps=3000, task_batch=64),
     # Trained in a minute on a CPU, to look at what it remembers.
-    "memory": replace(Parameters(), parts=("text", "memory"), systems=("M", "D", "A"),
-                      budgets=(131_072, 262_144), adamw_rates=(4e-3,), stream_bytes=16_384),
+    "memory": replace(Parameters(), parts=("text", "memory"), systems=("M", "A"),
+                      budgets=(65_536, 131_072), adamw_rates=(8e-3,), stream_bytes=16_384),
 }
 
 
@@ -210,7 +210,8 @@ class Results:
     paired: pd.DataFrame  # differences to the reference, seed by seed
     costs: pd.DataFrame  # time and joules of a step of every system, one job
     equal: pd.DataFrame  # the best runs at equal bytes, time, operations and joules
-    tasks: pd.DataFrame  # accuracy on every task, by size
+    answers: pd.DataFrame  # accuracy of every training on a task, by size
+    tasks: pd.DataFrame  # the same at each system's best rate
     law: pd.DataFrame  # bits by parameters and text: the numbers of each system's law
     points: pd.DataFrame  # what the laws are fitted to, and what they predict
     crossings: pd.DataFrame  # where laws cross
@@ -220,5 +221,6 @@ class Results:
     maps: pd.DataFrame  # how much each output depends on each input
     precision: pd.DataFrame  # bits lost by what the state is kept in
     state_errors: pd.DataFrame  # of the state itself, by half-life
+    units: pd.DataFrame  # bytes and pieces, on clean and on noisy text
     clamp: pd.DataFrame  # largest exponents, with and without a bound on the step size
     followed: pd.DataFrame  # step size times decay while training

@@ -26,6 +26,7 @@ from analysis.studies.arena.memory import remembered
 from analysis.studies.arena.precision import lost_bits
 from analysis.studies.arena.trainings.clamp import train_followed
 from analysis.studies.arena.trainings.learning import learn_task
+from analysis.studies.arena.trainings.pieces import train_on_units
 from analysis.studies.arena.trainings.plan import Cell, Done, plan
 from analysis.studies.arena.trainings.text import open_corpus, step_costs, train
 from mambabyte.errors import UserError
@@ -69,6 +70,8 @@ def measure(p: Parameters, device: str, cell: Cell) -> dict[str, Any]:
         return {"costs": step_costs(p, device)}
     if cell.kind == "clamp":
         return train_followed(p, cell, device)
+    if cell.kind in ("pieces", "noise"):
+        return train_on_units(p, cell, device)
     if cell.kind in ("text", "memory"):
         done, row = train(p, cell, device)
         return row | (look(p, done.model, device) if cell.kind == "memory" else {})
@@ -93,9 +96,11 @@ def tables(
         cells=outcome.cells_table(rows), best=outcome.best_table(p, done),
         tuning=outcome.tuning_table(p, done), sensitivity=outcome.sensitivity_table(rows, p),
         paired=outcome.differences_table(p, done), costs=costs,
-        equal=outcome.equal_table(p, done, costs), tasks=outcome.tasks_table(p, done),
+        equal=outcome.equal_table(p, done, costs), answers=outcome.answers_table(rows, p),
+        tasks=outcome.tasks_table(p, done),
         law=law, points=points, crossings=crossings,
         **{name: outcome.looked_at(rows, "memory", name)
            for name in ("context", "half_lives", "horizon", "maps", "precision", "state_errors")},
-        clamp=outcome.clamp_table(rows), followed=outcome.looked_at(rows, "clamp", "followed"),
+        units=outcome.units_table(rows), clamp=outcome.clamp_table(rows),
+        followed=outcome.looked_at(rows, "clamp", "followed"),
     )

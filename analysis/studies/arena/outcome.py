@@ -13,7 +13,7 @@ from analysis.measure.cells import Row
 from analysis.measure.statistics import paired_difference, paired_table
 from analysis.runs.frames import not_measured
 from analysis.studies.arena import Parameters
-from analysis.studies.arena.trainings.plan import Cell, Done, at, chosen, searches
+from analysis.studies.arena.trainings.plan import Cell, Done, at, chosen, score, searches
 
 MEASURES = {"bytes": "bytes", "time": "seconds", "operations": "FLOPs", "joules": "joules"}
 _COLUMNS = ("system", "size", "optimizer", "rate", "seed", "budget", "status", "n_parameters",
@@ -165,6 +165,16 @@ def costs_table(rows: Iterable[Row]) -> pd.DataFrame:
                    for cost in row["costs"]])
 
 
+def answers_table(rows: Iterable[Row], p: Parameters) -> pd.DataFrame:
+    """Every training on a task: accuracy by size, whatever its rate."""
+    return _frame([
+        {"task": one["task"], "width": int(row["size"]), "system": row["system"],
+         "rate": row["rate"], "seed": row["seed"], "size": one["size"],
+         "accuracy": one["accuracy"], "trained": one["trained"], "steps": row["steps"]}
+        for row in rows if row["kind"] in p.tasks and row["status"] == "done"
+        for one in row["accuracies"]])
+
+
 def tasks_table(p: Parameters, done: Done) -> pd.DataFrame:
     """Accuracy by task and size at each system's best rate: mean, worst and best seed."""
     found = []
@@ -220,6 +230,25 @@ def clamp_table(rows: Iterable[Row]) -> pd.DataFrame:
          "largest_exponent_of_a_chunk": max(one["largest_in_chunk"] for one in row["followed"]),
          "onset_predicted": row["onset_predicted"], "onset_seen": row["onset_seen"]}
         for row in rows if row["kind"] == "clamp" and row["status"] == "done"])
+
+
+def units_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Bytes and pieces under each noise: means over seeds, pieces at the rate that was best."""
+    found = []
+    for kind in ("noise", "pieces"):
+        mine = [r for r in rows if r["kind"] == kind and r["status"] == "done"]
+        for system in dict.fromkeys(r["system"] for r in mine):
+            first = [r for r in mine if r["system"] == system and r["seed"] == 0]
+            rate = min(first, key=score)["rate"] if first else None
+            of = [r for r in mine if r["system"] == system and r["rate"] == rate]
+            for i, one in enumerate(of[0]["units"] if of else []):
+                bits, right = ([r["units"][i][c] for r in of]
+                               for c in ("bits_per_raw_byte", "accuracy"))
+                found.append({
+                    "system": system, "units": one["units"], "noise": one["noise"], "rate": rate,
+                    "bits_per_raw_byte": float(np.mean(bits)), "accuracy": float(np.mean(right)),
+                    "seeds": len(of), "n_parameters": of[0]["n_parameters"]})
+    return _frame(found)
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

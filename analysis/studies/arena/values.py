@@ -29,8 +29,8 @@ def values(r: Results, p: Parameters) -> Values:
     }
     for size in (p.size, *p.larger):
         for budget, end in ((p.tuning_budget, ""), (p.budgets[-1], "_long")):
-            found |= _best(r, p, size, budget, f"{slug(size)}{end}")
-    return found | _tuning(r, p) | _equal(r) | _tasks(r)
+            found |= _best(r, p, size, budget, f"at_{slug(size)}{end}")
+    return found | _tuning(r, p) | _equal(r) | _tasks(r) | _laws(r) | _state(r)
 
 
 def _best(r: Results, p: Parameters, size: str, budget: int, stem: str) -> Values:
@@ -48,6 +48,10 @@ def _best(r: Results, p: Parameters, size: str, budget: int, stem: str) -> Value
     for system, value in bits.items():
         found[f"{stem}_{slug(str(system))}"] = Value(
             float(value), "bits/byte", f"{system} at its best rate, {size}, {budget:,} bytes")
+    names = bits.sort_values().index
+    found[f"{stem}_best_bits"] = Value(float(bits.min()), "bits/byte", "its bits")
+    found[f"{stem}_order"] = Value(", ".join(map(str, names)), "", "systems from best to worst")
+    found[f"{stem}_range"] = Value(float(bits.max() - bits.min()), "bits/byte", "worst minus best")
     kinds = [s for s in bits.index if family(s) == s]
     mixed = [s for s in bits.index if len(s) == 4 and family(s) != s]
     if kinds and mixed:
@@ -117,7 +121,60 @@ def _tasks(r: Results) -> Values:
                                           f"of {task}")
             found[f"{stem}_chance"] = Value(float(last["chance"].iloc[0]), "",
                                             "a guesser that knows the values")
+            order = last.sort_values("accuracy", ascending=False)
+            found[f"{stem}_order"] = Value(
+                ", ".join(f"{row.system} {row.accuracy:.2f}" for row in order.itertuples()), "",
+                "accuracies from best to worst")
+            found[f"{stem}_seeds"] = Value(int(last["seeds"].min()), "seeds", "the fewest")
             for row in last.itertuples():
                 found[f"{stem}_{slug(str(row.system))}"] = Value(
                     float(row.accuracy), "", f"accuracy of {row.system}")
+    return found
+
+
+def _laws(r: Results) -> Values:
+    if r.points.empty:
+        return {}
+    held = r.points[r.points["held_back"]]
+    error = (held["by_the_law"] - held["valid_bits"]).abs()
+    return {
+        "law_points": Value(len(r.points), "trainings", "that the laws are about"),
+        "law_systems": Value(int(r.points["system"].nunique()), "systems", "with a law"),
+        "law_held_back": Value(len(held), "trainings", "left out of the fits"),
+        "law_inside": Value(int(held["inside"].sum()), "trainings",
+                            "of these inside their predicted interval"),
+        "law_worst_error": Value(float(error.max()), "bits/byte", "of a prediction, the largest"),
+        "law_crossings": Value(int(r.crossings["at_parameters"].notna().sum()), "pairs",
+                               "of systems and amounts of text whose laws cross"),
+        "law_pairs": Value(len(r.crossings), "pairs", "of systems and amounts of text"),
+    }
+
+
+def _state(r: Results) -> Values:
+    found: Values = {}
+    if len(r.context):
+        wide = r.context.groupby("system")["bits_per_byte"]
+        gain = (wide.first() - wide.last()).astype(float)
+        found |= {f"context_gain_{slug(str(s))}": Value(
+            float(x), "bits/byte", f"{s}: reset every 32 bytes minus hardly ever")
+            for s, x in gain.items()}
+    for row in r.precision.itertuples() if len(r.precision) else ():
+        found[f"lost_{slug(str(row.system))}_{row.kept}_{row.way}"] = Value(
+            float(row.bits_lost), "bits/byte", f"{row.system}: state in {row.kept}, {row.way}")
+    if len(r.precision):
+        found["streamed_bytes"] = Value(int(r.precision["streamed_bytes"].max()), "bytes",
+                                        "read by each stream with a rounded state")
+    if len(r.clamp):
+        by = r.clamp.pivot(index="seed", columns="system", values="valid_bits").astype(float)
+        free = r.clamp[r.clamp["system"] == "M"]
+        found |= {
+            "clamp_seeds": Value(int(by.dropna().shape[0]), "seeds", "free and bounded"),
+            "clamp_largest": Value(float(free["largest_exponent_of_a_chunk"].max()), "",
+                                   "largest exponent of 32 steps, step size free"),
+            "clamp_past": Value(int(free["onset_seen"].notna().sum()), "trainings",
+                                "that passed what float32 holds"),
+        }
+        if by.shape[1] == 2:
+            found["clamp_price"] = Value(float((by["M bounded"] - by["M"]).mean()), "bits/byte",
+                                         "bounded minus free")
     return found

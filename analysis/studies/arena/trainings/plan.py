@@ -23,8 +23,8 @@ class Cell:
     """One training; see ``kind`` for what size, optimizer and budget mean."""
 
     # "text": bytes of text; "memory": likewise, and looked at; "pieces": likewise, on pieces;
-    # "clamp": likewise, with or without a bound on the step size; "cost": a step of every system;
-    # else a task: width, "adamw", most steps.
+    # "noise": on bytes, scored as pieces are; "clamp": with or without a bound on the step size;
+    # "cost": a step of every system; else a task: width, "adamw", most steps.
     kind: str
     system: str
     size: str
@@ -226,14 +226,14 @@ def scaling_cells(p: Parameters, done: Done) -> list[Cell]:
 
 
 def _pieces(p: Parameters, done: Done) -> list[Cell]:
-    """Mamba-1, the best newer mixer and attention on pieces, at three rates and then more seeds."""
+    """The systems of the laws on pieces, at three rates and then more seeds, and on bytes."""
     cells: list[Cell] = []
     for system in scaling_systems(p, done):
         best = chosen(p, done, system, p.size)
         if best is None or HALF in system:
             continue
         search = [at(best, kind="pieces", rate=rate, seed=0) for rate in rates_around(best.rate)]
-        cells += search
+        cells += [at(best, kind="noise", seed=seed) for seed in range(p.seeds)] + search
         found = done.best(search)
         cells += [at(found, seed=seed) for seed in range(1, p.seeds)] if found else []
     return cells

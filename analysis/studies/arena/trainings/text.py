@@ -32,15 +32,19 @@ HELD_BYTES = 2_000_000  # and at most this
 ADAMW_SHARE = 0.1  # of Muon's rate: what AdamW has for all that is no matrix of a layer
 
 
-def config_of(p: Parameters, system: str, size: str) -> ModelConfig:
-    """A system at a size: MLPs bring all of a size to the parameters of the largest mixer alone."""
+def config_of(
+    p: Parameters, system: str, size: str, vocab_size: int = 256
+) -> ModelConfig:
+    """A system at a size: MLPs bring all of a size to the parameters of the largest mixer alone.
+    A larger vocabulary has its embedding besides."""
     pattern, half = pattern_of(system)
     base = _base(p, size)
     target = max(replace(base, layer_pattern=pattern_of(s)[0]).n_parameters for s in p.systems)
     layers = base.n_layer // 2 if half else base.n_layer
     multiple = GPU_WIDTHS if p.device.startswith("cuda") else 1
-    return match_parameters(
-        replace(base, layer_pattern=pattern, n_layer=layers), target, multiple=multiple).config
+    matched = match_parameters(
+        replace(base, layer_pattern=pattern, n_layer=layers), target, multiple=multiple)
+    return replace(matched.config, vocab_size=vocab_size)
 
 
 def _base(p: Parameters, size: str) -> ModelConfig:

@@ -1,0 +1,50 @@
+"""The table of decisions: from records, the same in the README; what was not measured says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from analysis.report.decisions import load_decisions, table
+from analysis.runs.folders import ROOT, Run, Value
+from analysis.runs.records import load_records
+from mambabyte.errors import UserError
+
+RUN = Run("arena", {}, {"best": Value("D", ""), "bits": Value(1.23456, "bits/byte"),
+                        "gone": Value(None)}, run_id="a-record")
+ROW = '[[decision]]\nquestion = "Which?"\nrecord = "{record}"\nanswer = "{answer}"\n' \
+      'n = "3 seeds"\nlimits = "elsewhere"\n'
+
+
+def written(folder: Path, record: str, answer: str) -> Path:
+    path = folder / "decisions.toml"
+    path.write_text(ROW.replace("{record}", record).replace("{answer}", answer))
+    return path
+
+
+def test_an_answer_has_the_numbers_of_its_record(tmp_path):
+    path = written(tmp_path, "a-record", "{best} at {bits:.2f}")
+    shown = table(load_decisions({"a-record": RUN}, path))
+    assert shown.splitlines()[-1] == "| Which? | D at 1.23 | 3 seeds | elsewhere | `a-record` |"
+
+
+@pytest.mark.parametrize(("record", "answer", "words"), [
+    ("a-record", "{gone}", "has not measured gone"), ("a-record", "{other}", "other"),
+    ("another", "D", "there is no record 'another'"), ("", "D", "must begin with 'not measured'"),
+    ("a-record", "{bits:q}", "Which"),
+])
+def test_what_was_not_measured_is_no_answer(tmp_path, record, answer, words):
+    with pytest.raises(UserError, match=words):
+        load_decisions({"a-record": RUN}, written(tmp_path, record, answer))
+
+
+def test_a_row_has_all_of_its_columns(tmp_path):
+    (tmp_path / "decisions.toml").write_text('[[decision]]\nquestion = "Which?"\n')
+    with pytest.raises(UserError, match="question, record, answer, n, limits"):
+        load_decisions({}, tmp_path / "decisions.toml")
+
+
+def test_the_readme_prints_the_table():
+    """`analysis.report.decisions.table` of the records."""
+    assert table(load_decisions(load_records())) in (ROOT / "README.md").read_text(encoding="utf-8")

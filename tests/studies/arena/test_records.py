@@ -1,0 +1,65 @@
+"""Each headline of the arena's records, worked out once more from the trainings that they hold."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from analysis.runs.folders import Run
+from analysis.runs.records import load_records
+from analysis.studies.arena.values import slug
+
+RECORDS = {name: run for name, run in load_records().items() if run.study == "arena"}
+
+
+def best(run: Run) -> pd.DataFrame:
+    """By size, budget and system: mean validation bits at the rate with the fewest bits of held-out
+    training text, seed 0, at the budget where rates are tuned."""
+    cells = run.tables["cells"].frame
+    done = cells[cells["status"] == "done"].astype({"chosen_by": float, "valid_bits": float})
+    budgets = sorted(run.parameters["budgets"])
+    tuning = done[(done["seed"] == 0) & (done["budget"] == budgets[max(0, len(budgets) - 2)])]
+    rates = tuning.loc[tuning.groupby(["size", "system"])["chosen_by"].idxmin()]
+    at_best = done.merge(rates[["size", "system", "optimizer", "rate"]])
+    return at_best.groupby(["size", "budget", "system"])["valid_bits"].agg(["mean", "count"])
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_bits_are_those_of_the_trainings(name):
+    run = RECORDS[name]
+    found = best(run)
+    assert len(found)
+    for row in run.tables["best"].frame.itertuples():
+        mine = found.loc[(row.size, row.budget, row.system)]
+        assert row.bits_per_byte == pytest.approx(mine["mean"])
+        assert row.seeds == mine["count"]
+    budgets = sorted(run.parameters["budgets"])
+    stem = f"at_{slug(run.parameters['size'])}"
+    mean = found["mean"].loc[run.parameters["size"], budgets[max(0, len(budgets) - 2)]]
+    assert run.values[f"{stem}_best"].value == mean.idxmin()
+    assert run.values[f"{stem}_order"].value == ", ".join(mean.sort_values().index)
+    assert run.values[f"{stem}_range"].value == pytest.approx(mean.max() - mean.min())
+    for system, bits in mean.items():
+        assert run.values[f"{stem}_{slug(system)}"].value == pytest.approx(bits)
+
+
+@pytest.mark.parametrize("name", [n for n, run in RECORDS.items() if "tasks" in run.tables])
+def test_accuracies_are_those_of_the_trainings(name):
+    run = RECORDS[name]
+    answers = run.tables["answers"].frame
+    keys = ["task", "width", "system"]
+    first = answers[(answers["seed"] == 0) & answers["trained"]]
+    rates = first.groupby([*keys, "rate"])["accuracy"].mean().reset_index()
+    rates = rates.loc[rates.groupby(keys)["accuracy"].idxmax(), [*keys, "rate"]]
+    found = answers.merge(rates).groupby([*keys, "size"])["accuracy"].mean()
+    for row in run.tables["tasks"].frame.itertuples():
+        assert row.accuracy == pytest.approx(found.loc[(row.task, row.width, row.system, row.size)])
+
+
+@pytest.mark.parametrize("name", [n for n, run in RECORDS.items() if "clamp" in run.tables])
+def test_the_price_of_the_bound_is_that_of_the_trainings(name):
+    run = RECORDS[name]
+    clamp = run.tables["clamp"].frame.astype({"valid_bits": float})
+    bits = clamp.pivot(index="seed", columns="system", values="valid_bits")
+    assert run.values["clamp_price"].value == pytest.approx(
+        (bits["M bounded"] - bits["M"]).mean())
