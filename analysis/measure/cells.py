@@ -132,42 +132,43 @@ def share(
     folder: Path, worker: Callable[[str], None], places: Sequence[str],
     report: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """``worker(place)`` for each of ``places``, such as GPUs, each in a process of its own.
+    """``worker(place)`` for each of ``places``, such as GPUs, each in a process of its own; a place
+    may be named more than once.
 
     ``worker`` calls ``work`` on ``folder``, and must pickle. A process that dies is started again,
     as an error of CUDA lasts as long as its process, unless it left no row. UserError then.
     """
     make_dir(folder)
     context = get_context("spawn")  # a forked child of a process that has used CUDA cannot use it
-    running: dict[str, tuple[Any, int]] = {}  # process, and rows when it was started
+    running: dict[int, tuple[Any, int]] = {}  # process, and rows when it was started
 
     def count() -> int:
         return len(list(folder.glob("*.json")))
 
-    def start(place: str) -> None:
-        process = context.Process(target=_worker, args=(os.getpid(), worker, place))
+    def start(number: int) -> None:
+        process = context.Process(target=_worker, args=(os.getpid(), worker, places[number]))
         process.start()
-        running[place] = process, count()
+        running[number] = process, count()
 
     try:
-        for place in places:
-            start(place)
+        for number in range(len(places)):
+            start(number)
         said = count()
         while running:
             time.sleep(POLL_SECONDS)
             if count() >= said + SAY_EVERY:
                 said = count()
                 report(f"{said} cells are done")
-            for place, (process, before) in list(running.items()):
+            for number, (process, before) in list(running.items()):
                 if process.is_alive():
                     continue
-                del running[place]
+                del running[number]
+                ended = f"a worker of {places[number]} ended with status {process.exitcode}"
                 if process.exitcode and count() == before:
-                    raise UserError(f"the worker of {place} ended with status {process.exitcode} "
-                                    "before its first cell: see above what it said")
+                    raise UserError(f"{ended} before its first cell: see above what it said")
                 if process.exitcode:
-                    report(f"the worker of {place} ended with status {process.exitcode}: another")
-                    start(place)
+                    report(f"{ended}: another")
+                    start(number)
     finally:
         for process, _ in running.values():
             process.terminate()

@@ -86,7 +86,7 @@ TaskName = Annotated[str, Rule(_holds(task_size), lambda: f"one of {', '.join(TA
 SystemName = Annotated[str, Rule(_holds(pattern_of), lambda: "a layer pattern such as DDDA, and "
                                  f"{HALF} behind it for half of the layers")]
 SizeName = Annotated[str, one_of(lambda: SIZES)]
-Part = Literal["text", "tasks", "memory", "precision", "clamp", "scaling", "pieces"]
+Part = Literal["text", "long", "tasks", "memory", "precision", "clamp", "scaling", "pieces"]
 Rates = Annotated[tuple[Positive, ...], entries(rising=True)]
 
 
@@ -102,13 +102,13 @@ class Parameters(Checked):
     threads: Threads = 1
     """of torch on the CPU; 0 leaves torch's own choice"""
     workers: Workers = 1
-    """processes beside each other, on a CPU"""
+    """processes beside each other on a device"""
     work: str = ""
     """folder that keeps each training, so that the next run goes on; empty is none"""
     max_seconds: NotNegative = 0.0
     """after which no training is begun; 0 is no limit"""
-    parts: Annotated[tuple[Part, ...], entries()] = ("text", "tasks")
-    """what is asked: text, tasks, memory, precision, clamp, scaling, pieces"""
+    parts: Annotated[tuple[Part, ...], entries()] = ("text", "long", "tasks")
+    """text, long, tasks, memory, precision, clamp, scaling, pieces"""
     systems: Annotated[tuple[SystemName, ...], entries()] = ("M", "A", "MMMA")
     """layer patterns that are compared; /2 behind one is half of the layers with wider MLPs"""
     reference: SystemName = "A"
@@ -170,7 +170,8 @@ class Parameters(Checked):
 
 _FULL = Parameters(
     corpus="wikitext103", device="cuda", threads=0,
-    parts=("text", "tasks", "memory", "precision", "clamp", "scaling", "pieces"),
+    parts=("text", "long", "tasks", "memory", "precision", "clamp", "scaling",
+                       "pieces"),
     systems=("M", "S", "D", "K", "A", "A/2", "L", "MMMA", "SSSA", "DDDA", "KKKA", "MA", "SA", "DA",
              "KA"),
     size="1M", larger=("10M",), scaling=("0.25M", "1M", "10M", "30M"),
@@ -185,14 +186,15 @@ _FULL = Parameters(
 PROFILES = {
     "quick": Parameters(),
     "full": _FULL,
-    # What some 200 seconds of one H200 answer.
+    # What some 300 seconds of one H200 answer, three trainings beside each other.
     "short": replace(
-        _FULL, parts=("text", "tasks"), larger=(), scaling=(),
-        systems=("M", "S", "D", "K", "A", "A/2", "MMMA", "SSSA", "DDDA", "KKKA"),
-        budgets=(4_194_304, 16_777_216), adamw_rates=(1e-3, 2e-3, 4e-3), muon_rates=(),
-        heldout_windows=128, tasks=("recall 64",),
+        _FULL, parts=("text", "long", "tasks", "memory", "precision", "clamp", "scaling"),
+        workers=3, larger=(), scaling=("0.25M", "1M", "10M"),
+        budgets=(1_048_576, 4_194_304, 16_777_216),
+        adamw_rates=(2e-3, 4e-3, 8e-3), muon_rates=(1e-2, 2e-2, 4e-2), heldout_windows=128,
+        tasks=("recall 64", "selective copy 32", "parity 32", "permutations 32"),
         task_systems=("M", "S", "D", "K", "A", "MA", "DA"), task_widths=(128,),
-        task_rates=(1e-3, 4e-3), task_steps=3000, task_batch=64),
+        task_rates=(1e-3, 4e-3), task_steps=4000, task_batch=64, stream_bytes=262_144),
     # Trained in a minute on a CPU, to look at what it remembers.
     "memory": replace(Parameters(), parts=("text", "memory"), systems=("M", "A"),
                       budgets=(65_536, 131_072), adamw_rates=(8e-3,), stream_bytes=16_384),
@@ -208,7 +210,7 @@ class Results:
     tuning: pd.DataFrame  # what the search of each system cost and gave
     sensitivity: pd.DataFrame  # bits per byte by rate
     paired: pd.DataFrame  # differences to the reference, seed by seed
-    costs: pd.DataFrame  # time and joules of a step of every system, one job
+    costs: pd.DataFrame  # time and joules of a byte of every system, one job
     equal: pd.DataFrame  # the best runs at equal bytes, time, operations and joules
     answers: pd.DataFrame  # accuracy of every training on a task, by size
     tasks: pd.DataFrame  # the same at each system's best rate

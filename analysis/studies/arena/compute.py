@@ -28,29 +28,38 @@ from analysis.studies.arena.trainings.clamp import train_followed
 from analysis.studies.arena.trainings.learning import learn_task
 from analysis.studies.arena.trainings.pieces import train_on_units
 from analysis.studies.arena.trainings.plan import Cell, Done, plan
-from analysis.studies.arena.trainings.text import open_corpus, step_costs, train
+from analysis.studies.arena.trainings.text import open_corpus, train
 from mambabyte.errors import UserError
-from mambabyte.model import ByteLM
 
 
 def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Results:
     """The whole study, or what of it is done when ``max_seconds`` are over."""
-    if p.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("no CUDA device is available: set device to cpu, or use the quick profile")
     until = time.time() + p.max_seconds if p.max_seconds else float("inf")
     with ExitStack() as stack:
         folder = Path(p.work or stack.enter_context(tempfile.TemporaryDirectory()))
         forget_failed(folder)
-        if p.device == "cpu" and p.workers == 1:
-            _work(p, folder, until, report, "cpu")
-        else:
-            places = [p.device]
-            if p.device == "cuda":
-                places = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-            elif p.device == "cpu":
-                places = [f"cpu:{i}" for i in range(p.workers)]
-            share(folder, partial(_work, p, folder, until, print), places, report)
+        done = Done(done_rows(folder))
+        if time.time() < until and any(
+                cell.name not in done.rows for cell in plan(p, list(done.rows.values()))):
+            _share(p, folder, until, report)
         return tables(p, done_rows(folder), report)
+
+
+def _share(
+    p: Parameters, folder: Path, until: float, report: Callable[[str], None]
+) -> None:
+    """Do what is wanted: here, or by workers."""
+    places = [p.device]
+    if p.device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError("no CUDA device is available: set device to cpu, or use the quick "
+                            "profile")
+        if p.device == "cuda":
+            places = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    elif p.workers == 1:
+        _work(p, folder, until, report, p.device)
+        return
+    share(folder, partial(_work, p, folder, until, print), places * p.workers, report)
 
 
 def _work(
@@ -66,23 +75,19 @@ def _work(
 def measure(p: Parameters, device: str, cell: Cell) -> dict[str, Any]:
     """The row of one cell."""
     gc.collect()  # a captured graph keeps its memory as long as anything refers to it
-    if cell.kind == "cost":
-        return {"costs": step_costs(p, device)}
     if cell.kind == "clamp":
         return train_followed(p, cell, device)
     if cell.kind in ("pieces", "noise"):
         return train_on_units(p, cell, device)
-    if cell.kind in ("text", "memory"):
+    if cell.kind in ("text", "memory", "precision"):
         done, row = train(p, cell, device)
-        return row | (look(p, done.model, device) if cell.kind == "memory" else {})
+        text = open_corpus(p.corpus)[0].valid[: p.stream_bytes]
+        if cell.kind == "memory":
+            row |= remembered(done.model, text, p.context)
+        elif cell.kind == "precision":
+            row |= lost_bits(done.model, text, device)
+        return row
     return learn_task(p, cell, device)
-
-
-def look(p: Parameters, model: ByteLM, device: str) -> dict[str, Any]:
-    """What a trained model remembers, and what its state loses in fewer bits."""
-    text = open_corpus(p.corpus)[0].valid[: p.stream_bytes]
-    return remembered(model, text, p.context) | (
-        lost_bits(model, text, device) if "precision" in p.parts else {})
 
 
 def tables(
@@ -90,7 +95,7 @@ def tables(
 ) -> Results:
     """The study's tables, of the cells that are done."""
     done = Done(rows)
-    costs = outcome.costs_table(rows)
+    costs = outcome.costs_table(p, done)
     law, points, crossings = law_tables(p, done, report)
     return Results(
         cells=outcome.cells_table(rows), best=outcome.best_table(p, done),
@@ -100,7 +105,9 @@ def tables(
         tasks=outcome.tasks_table(p, done),
         law=law, points=points, crossings=crossings,
         **{name: outcome.looked_at(rows, "memory", name)
-           for name in ("context", "half_lives", "horizon", "maps", "precision", "state_errors")},
+           for name in ("context", "half_lives", "horizon", "maps")},
+        **{name: outcome.looked_at(rows, "precision", name)
+           for name in ("precision", "state_errors")},
         units=outcome.units_table(rows), clamp=outcome.clamp_table(rows),
         followed=outcome.looked_at(rows, "clamp", "followed"),
     )

@@ -18,7 +18,7 @@ from analysis.studies.arena.trainings.plan import Cell, Done, at, chosen, score,
 MEASURES = {"bytes": "bytes", "time": "seconds", "operations": "FLOPs", "joules": "joules"}
 _COLUMNS = ("system", "size", "optimizer", "rate", "seed", "budget", "status", "n_parameters",
             "chosen_by", "valid_bits", "trained_bytes", "steps", "ms_per_step", "seconds",
-            "joules", "train_flops", "state_bytes", "commit", "error")
+            "joules", "alone", "train_flops", "state_bytes", "job", "commit", "error")
 
 
 def cells_table(rows: Iterable[Row]) -> pd.DataFrame:
@@ -116,7 +116,7 @@ def differences_table(p: Parameters, done: Done) -> pd.DataFrame:
 def equal_table(p: Parameters, done: Done, costs: pd.DataFrame) -> pd.DataFrame:
     """The best runs read at equal bytes, time, operations and joules.
 
-    A step's time and joules are those of the one job that timed all systems (``costs``). The budget
+    Time and joules of a byte are those of one job (``costs``). The budget
     is what the dearest system's training of the tuning budget costs; a cheaper one may read more
     text for it. Its bits are then between those of its trainings of the tuning and of the longest
     budget, linear in the logarithm of the bytes: each is the end of a whole schedule, where a
@@ -151,18 +151,27 @@ def _price(measure: str, row: Row, costs: pd.DataFrame) -> float | None:
         return 1.0
     if measure == "operations":
         return float(row["train_flops"]) / float(row["trained_bytes"])
-    mine = costs[(costs["system"] == row["system"]) & (costs["optimizer"] == row["optimizer"])] \
-        if len(costs) else costs
+    mine = costs[costs["system"] == row["system"]] if len(costs) else costs
     if mine.empty:
         return None
     value = mine["seconds_per_byte" if measure == "time" else "joules_per_byte"].iloc[0]
     return None if value is None or pd.isna(value) else float(value)
 
 
-def costs_table(rows: Iterable[Row]) -> pd.DataFrame:
-    """Time and joules of a step of every system, of one job."""
-    return _frame([cost for row in rows if row["kind"] == "cost" and row["status"] == "done"
-                   for cost in row["costs"]])
+def costs_table(p: Parameters, done: Done) -> pd.DataFrame:
+    """Time and joules that a byte of training costs each system, by the trainings on the longest
+    budget that had their device for themselves, of the one job that has most of them."""
+    rows = [done.rows[cells[0].name]
+            for cells in best_cells(p, done, p.size, p.budgets[-1]).values()]
+    alone = [row for row in rows if row["alone"]]
+    jobs = [row["job"] for row in alone]
+    job = max(jobs, key=jobs.count, default="")
+    return _frame([
+        {"system": row["system"], "optimizer": row["optimizer"], "ms_per_step": row["ms_per_step"],
+         "seconds_per_byte": row["seconds"] / row["trained_bytes"],
+         "joules_per_byte": None if row["joules"] is None else
+         row["joules"] / row["trained_bytes"], "job": job}
+        for row in alone if row["job"] == job])
 
 
 def answers_table(rows: Iterable[Row], p: Parameters) -> pd.DataFrame:

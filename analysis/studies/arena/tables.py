@@ -12,7 +12,8 @@ TABLES: dict[str, Words] = {
     "tuning": "What the search for each system's rate cost, and beside what it gave what one rate "
               "of AdamW for all gives (one seed). At the end of the range: the best rate may lie "
               "beyond what was tried.",
-    "costs": "A training step of every system, interleaved rounds of one job.",
+    "costs": "What a byte of training costs every system: its training on the longest budget, "
+             "alone on its device, one after the other in one job.",
     "equal": "The best runs read at equal bytes, time, operations and joules; the last three are "
              "what the dearest system's training costs. Between two whole trainings, linear in the "
              "logarithm of the bytes; empty where a system is so cheap that it would have to be "

@@ -9,11 +9,16 @@ import pandas as pd
 import pytest
 
 from analysis.studies.arena import PROFILES, Parameters, family
-from analysis.studies.arena.outcome import best_table, equal_table, tuning_table
+from analysis.studies.arena.outcome import (
+    best_table,
+    costs_table,
+    equal_table,
+    tuning_table,
+)
 from analysis.studies.arena.trainings.plan import Cell, Done, chosen, plan
 from mambabyte.errors import UserError
 
-P = replace(Parameters(), parts=("text",), systems=("M", "A", "MMMA"), budgets=(1000, 4000),
+P = replace(Parameters(), parts=("text", "long"), systems=("M", "A", "MMMA"), budgets=(1000, 4000),
             context=10, batch_size=10, adamw_rates=(1e-3, 2e-3, 4e-3), muon_rates=(1e-2, 2e-2),
             seeds=2)
 OPTIMUM = {"M": 2e-3, "A": 8e-3, "MMMA": 2e-3}
@@ -27,21 +32,21 @@ def row(cell: Cell, **more):
         -0.2 if cell.budget == 4000 else 0.0)
     return {**vars(cell), "status": "done", "chosen_by": bits, "valid_bits": 10 - bits,
             "n_parameters": 100, "state_bytes": 8, "seconds": 1.0, "joules": None,
-            "train_flops": 5.0 * cell.budget, "trained_bytes": cell.budget, **more}
+            "train_flops": 5.0 * cell.budget, "trained_bytes": cell.budget, "alone": True,
+            "job": "a", "optimizer": cell.optimizer, "ms_per_step": 1.0, **more}
 
 
 def finished(p=P, change=lambda cell: {}):
     rows = {}
     while todo := [c for c in plan(p, list(rows.values())) if c.name not in rows]:
         for cell in todo:
-            rows[cell.name] = row(cell, **change(cell)) if cell.kind == "text" else {
-                **vars(cell), "status": "done", "costs": []}
+            rows[cell.name] = row(cell, **change(cell))
     return rows
 
 
 def test_rates_go_on_beyond_an_end_and_hybrids_stay_around_their_mixers():
     rows = finished()
-    tried = {(r["system"], r["optimizer"], r["rate"]) for r in rows.values() if r["kind"] == "text"}
+    tried = {(r["system"], r["optimizer"], r["rate"]) for r in rows.values()}
     assert {rate for s, o, rate in tried if s == "A" and o == "adamw"} == {
         1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2}  # best at 8e-3, with a worse one on either side
     assert {rate for s, o, rate in tried if s == "MMMA"} == {1e-3, 2e-3, 4e-3}
@@ -97,6 +102,16 @@ def test_equal_budgets_are_between_two_whole_trainings():
     assert time.loc["A", "bits_per_byte"] == pytest.approx(sum(ends) / 2)
     assert time.loc["MMMA", "bits_per_byte"] is None
     assert time.loc["M", "bytes"] == 1000
+
+
+def test_costs_are_of_one_job_and_of_trainings_that_were_alone():
+    def change(cell):
+        return {"job": "b" if cell.system == "A" else "a", "alone": cell.system != "MMMA",
+                "seconds": 2.0 * cell.budget}
+
+    costs = costs_table(P, Done(finished(change=change).values()))
+    assert costs["system"].tolist() == ["M"]  # of another job, and not alone: no ratio of these
+    assert costs["seconds_per_byte"].tolist() == [2.0]
 
 
 def test_every_wanted_cell_has_a_name_of_its_own():

@@ -22,9 +22,9 @@ MOST_STEPS_BEYOND = 2  # rates tried beyond an end of the range where the best i
 class Cell:
     """One training; see ``kind`` for what size, optimizer and budget mean."""
 
-    # "text": bytes of text; "memory": likewise, and looked at; "pieces": likewise, on pieces;
+    # "text": bytes of text; "memory", "precision": and looked at; "pieces": likewise, on pieces;
     # "noise": on bytes, scored as pieces are; "clamp": with or without a bound on the step size;
-    # "cost": a step of every system; else a task: width, "adamw", most steps.
+    # else a task: width, "adamw", most steps.
     kind: str
     system: str
     size: str
@@ -138,25 +138,16 @@ def tuned_size(p: Parameters, size: str) -> str:
 
 
 def plan(p: Parameters, rows: Sequence[Row]) -> list[Cell]:
-    """Every training that is wanted now, in the order of what is asked for first."""
-    done, cells = Done(rows), []
-    if "text" in p.parts:
-        cells += _text(p, done)
-    if "tasks" in p.parts:
-        cells += _tasks(p, done)
-    if {"memory", "precision"} & set(p.parts):
-        cells += _memory(p, done)
-    if "clamp" in p.parts:
-        cells += _clamp(p, done)
-    if "scaling" in p.parts:
-        cells += scaling_cells(p, done)
-    if "pieces" in p.parts:
-        cells += _pieces(p, done)
-    return list(dict.fromkeys(cells))
+    """Every training that is wanted now, in the order of the parts."""
+    done = Done(rows)
+    parts = {"text": _text, "long": _long, "tasks": _tasks, "memory": _memory,
+             "precision": _precision, "clamp": _clamp, "scaling": scaling_cells,
+             "pieces": _pieces}
+    return list(dict.fromkeys(cell for part in p.parts for cell in parts[part](p, done)))
 
 
 def _text(p: Parameters, done: Done) -> list[Cell]:
-    cells = [Cell("cost", "all", p.size, "each", 0.0, 0, 1)]
+    cells: list[Cell] = []
     for size in (p.size, *p.larger):
         systems = [*pure(p), *hybrids(p)]
         if size != p.size:
@@ -166,13 +157,18 @@ def _text(p: Parameters, done: Done) -> list[Cell]:
                 cells += search
         best = [c for s in systems if (c := chosen(p, done, s, size)) is not None]
         cells += [at(c, seed=seed) for seed in range(1, p.seeds) for c in best]
-        if size == p.size:
-            cells += [at(c, budget=p.budgets[-1]) for c in best]  # one seed: it costs four times
     return cells
+
+
+def _long(p: Parameters, done: Done) -> list[Cell]:
+    """Every system on the longest budget; one seed, as it costs four times as much."""
+    best = [chosen(p, done, system, p.size) for system in p.systems]
+    return [at(c, budget=p.budgets[-1]) for c in best if c is not None]
 
 
 def _tasks(p: Parameters, done: Done) -> list[Cell]:
     cells: list[Cell] = []
+    seeds: list[Cell] = []
     for task in p.tasks:
         for width in reversed(p.task_widths if task.startswith("recall ") else p.task_widths[-1:]):
             best = []
@@ -182,8 +178,8 @@ def _tasks(p: Parameters, done: Done) -> list[Cell]:
                 cells += search
                 best.append(done.best(search))
             if width == p.task_widths[-1]:
-                cells += [at(c, seed=s) for s in range(1, p.seeds) for c in best if c is not None]
-    return cells
+                seeds += [at(c, seed=s) for s in range(1, p.seeds) for c in best if c is not None]
+    return cells + seeds
 
 
 def _clamp(p: Parameters, done: Done) -> list[Cell]:
@@ -202,6 +198,12 @@ def _memory(p: Parameters, done: Done) -> list[Cell]:
     best = [chosen(p, done, s, p.size) for s in p.systems
             if HALF not in s and len(pattern_of(s)[0]) != 2]
     return [at(c, kind="memory", budget=p.budgets[-1]) for c in best if c is not None]
+
+
+def _precision(p: Parameters, done: Done) -> list[Cell]:
+    """Every system of a single mixer with a state that decays, on the longest budget."""
+    best = [chosen(p, done, s, p.size) for s in p.systems if s in ("M", "S", "D", "K")]
+    return [at(c, kind="precision", budget=p.budgets[-1]) for c in best if c is not None]
 
 
 def scaling_systems(p: Parameters, done: Done) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from analysis.measure.bench.steps import bench_steps
 from analysis.studies.ablation.learning import (
     Learned,
     heldout_windows,
@@ -90,31 +89,10 @@ def train(p: Parameters, cell: Cell, device: str) -> tuple[Learned, dict[str, An
     return done, {
         "chosen_by": done.curve[-1][1], "valid_bits": bits, "n_parameters": config.n_parameters,
         "trained_bytes": trained, "steps": done.steps, "ms_per_step": 1e3 * done.step_seconds,
-        "seconds": done.steps * done.step_seconds, "joules": done.joules,
+        "seconds": done.steps * done.step_seconds,
+        "joules": done.joules, "alone": p.workers == 1,  # on its device, or time and joules are not
         "train_flops": flops * trained,
         "state_bytes": sum(state_bytes(config, p.context).values()),
         "commit": commit(), "job": job()["id"],
     }
 
-
-COST_ROUNDS = 3
-
-
-def step_costs(p: Parameters, device: str) -> list[dict[str, Any]]:
-    """Seconds and joules a byte of every system at the tuned size, by optimizer: steps in
-    interleaved rounds of this one process, so that they may be compared."""
-    configs = {system: config_of(p, system, p.size) for system in p.systems}
-    cuda = device.startswith("cuda")
-    found: list[dict[str, Any]] = []
-    for optimizer in ("adamw", *(["muon"] if p.muon_rates else [])):
-        cell = Cell("cost", "all", p.size, optimizer, p.adamw_rates[0], 0, p.budgets[0])
-        steps, _ = bench_steps(configs, recipe_of(p, cell), device, "fused" if cuda else "eager",
-                               COST_ROUNDS, seconds=1.5 if cuda else 0.03)
-        for row in steps.to_dict("records"):
-            joules = row["joules_per_megabyte"] / 1e6
-            found.append({
-                "system": row["system"], "optimizer": optimizer, "ms_per_step": row["ms"],
-                "seconds_per_byte": 1 / row["bytes_per_second"],
-                "joules_per_byte": joules if math.isfinite(joules) else None,
-                "peak_bytes": row["peak_bytes"] if cuda else None})
-    return found
