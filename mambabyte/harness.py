@@ -292,7 +292,7 @@ def _blamed(path: Path, doing: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [str(f.lineno) for f in traceback.extract_tb(error.__traceback__)
                  if Path(f.filename).resolve() == path.resolve()]
         if isinstance(error, SyntaxError):

@@ -17,6 +17,15 @@ from mambabyte.stream.streams import Advance
 from mambabyte.task.ngram import NgramModel, V
 
 
+def only_bytes(tokens: Tensor) -> Tensor:
+    """``tokens`` (B, L) of any integers as int64; UserError where they are no bytes."""
+    tokens = symbols(tokens)
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < V:
+        raise UserError(f"tokens are from {tokens.min()} to {tokens.max()}: an n-gram model "
+                        "has bytes alone, from 0 to 255")
+    return tokens
+
+
 class NgramLM(nn.Module):
     """An n-gram model alone as a byte model: tokens and state in, log-probabilities and state out.
 
@@ -37,10 +46,7 @@ class NgramLM(nn.Module):
 
     def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """tokens (B, L); returns log p of the byte after each, (B, L, V), and the state."""
-        tokens = symbols(tokens)
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < V:
-            raise UserError(f"tokens are from {tokens.min()} to {tokens.max()}: an n-gram model "
-                            "has bytes alone, from 0 to 255")
+        tokens = only_bytes(tokens)
         batch, width = len(tokens), self.ngram.order - 1
         if state is None:
             state = torch.full((batch, width), START_BYTE, dtype=torch.uint8)

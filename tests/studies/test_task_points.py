@@ -65,6 +65,15 @@ def test_runs_are_means_over_seeds_and_crashes_are_counted(tmp_path):
     assert found.machines == ("Card",)
 
 
+def test_a_public_file_is_a_kind_of_its_own(tmp_path):
+    write_record(tmp_path, "h200-task-a", [
+        [*ROWS[0], None], ["counts", 0, 180.0, 1.3, 0.704, None, None, None, None],
+        ["ours", 0, 700.0, 10.0, 0.65, None, None, None, "0ab1"]],
+        columns=[*COLUMNS, "public file (SHA-256)"])
+    kinds = task.run(task.Parameters(), folder=tmp_path).points["kind"]
+    assert kinds.tolist() == ["SSM and attention", "n-gram alone", "public file"]
+
+
 def test_a_new_record_appears_by_its_name(tmp_path):
     write_record(tmp_path, "h200-task", ROWS)
     before = len(task.run(task.Parameters(), folder=tmp_path).points)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mambabyte.config import get_preset
+from mambabyte.errors import UserError
 from mambabyte.evaluate import score, score_streaming
 from mambabyte.model import ByteLM
 from mambabyte.stream import ByteStream, CharModel
@@ -166,6 +167,19 @@ def test_a_gate_follows_the_expert_that_knows(experts):
     again, same = fit_gate(experts, text, PADDING + 40, steps=150, hidden=8, lr=0.05)
     assert same == worse
     assert torch.equal(again.inner.weight, alone.inner.weight)
+
+
+@pytest.mark.parametrize("data", [b"a" * 300, bytes(300), bytes(range(256)), b"\xff\xfe" * 150])
+def test_texts_of_few_or_of_all_bytes(data):
+    text = tensor(data)
+    experts = Experts(count(text[:200], 6, None), (1, 6), [count_contexts(text[:200], c)
+                                                           for c in CONTEXTS], Matches())
+    fitted, bits = fit_gate(experts, padded(text), PADDING + 200, steps=10, hidden=4)
+    log_p, _ = ExpertLM(experts, fitted).eval()(text[None].long())
+    assert np.isfinite(bits)
+    assert log_p.isfinite().all()
+    with pytest.raises(UserError, match="from 0 to 256"):
+        ExpertLM(experts, fitted)(torch.tensor([[0, 256]]))
 
 
 def test_a_stream_of_any_bytes_branches(experts):

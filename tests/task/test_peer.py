@@ -67,6 +67,8 @@ def test_the_harness_gives_what_the_file_takes(submission):
     n = len(bytes(TEXT[:30]).decode())
     run_submission(submission(body=check.format(n=n)), TEXT, SPLITS)
     run_submission(submission(arguments="train_text", body="len(train_text)"), TEXT, SPLITS)
+    with pytest.raises(UserError, match=r"calling train.* failed with SystemExit: 3"):
+        run_submission(submission(body="raise SystemExit(3)"), TEXT, SPLITS)
     with pytest.raises(UserError, match=r"submission\.py: calling train.*missing 1"):
         run_submission(submission(arguments="text, other", body="pass"), TEXT, SPLITS)
 

@@ -90,11 +90,14 @@ def _short(changed: str) -> str:
 
 
 def _kind(row: dict[str, Any]) -> dict[str, Any]:
-    """What mixes a row's network, and whether an n-gram model helps it.
+    """What mixes a row's network, and whether an n-gram model helps it; of a public file neither is
+    known here.
 
     A trial holds its configuration. A run names its system; ``nano_ssm_500`` is ``nano_ssm`` with
     another number of steps.
     """
+    if isinstance(row.get("public file (SHA-256)"), str):
+        return {"kind": "public file", "with n-gram": None}
     given = json.loads(row.get("configuration") or "{}")
     changed = json.loads(row.get("changed") or "{}")
     name = str(row.get("system"))

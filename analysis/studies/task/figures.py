@@ -17,10 +17,11 @@ from analysis.studies.drawing import Drawing
 LOOKS = {
     "SSM": (plots.BLUE, "o"), "SSM and attention": (plots.PURPLE, "D"),
     "attention": (plots.VERMILION, "s"), "n-gram alone": (plots.GREEN, "^"),
-    "not known": (plots.MUTED, "X"),
+    "public file": (plots.MUTED, "P"), "not known": (plots.MUTED, "X"),
 }
 # Of the kinds of other mixers, in the order in which they appear.
 MORE = ((plots.ORANGE, "v"), (plots.SKY, "P"), (plots.BLACK, "*"))
+_TICKS = (100, 200, 500, 1000, 2000, 3000, 5000, 10_000, 15_000, 30_000)  # joules
 FLOOR = 0.58  # accuracies below are drawn at the edge, with their number
 
 
@@ -40,8 +41,9 @@ def pareto(points: pd.DataFrame, systems: pd.DataFrame, target: float) -> Figure
     for axes, title in ((left, "systems, validation split"),
                         (right, "every run and trial, held-out training text")):
         axes.set_xscale("log")
-        axes.set_xlim(energies.min() * 0.68, energies.max() * 1.3)
-        axes.set_xticks([2000, 3000, 5000, 10_000, 15_000])
+        low, high = energies.min() * 0.68, energies.max() * 1.3
+        axes.set_xlim(low, high)
+        axes.set_xticks([t for t in _TICKS if low <= t <= high])
         axes.xaxis.set_minor_locator(plots.mpl.ticker.NullLocator())
         plots.tick_with(axes.xaxis, lambda joules: f"{joules:,.0f}")
         plots.mark_line(axes, y=target, text=f"{target:.2f}")

@@ -27,6 +27,7 @@ COLUMNS: dict[str, tuple[str, float]] = {
     "peak memory (MiB)": ("peak_memory_bytes", 2**-20), "n-gram tables (MB)": ("ngram_bytes", 1e-6),
     "step (ms)": ("ms_per_step", 1), "first 50 steps and before (s)": ("seconds_to_first_log", 1),
     "scoring (s)": ("scoring_seconds", 1), "changed": ("overrides", 1), "failure": ("failure", 1),
+    "public file (SHA-256)": ("sha256", 1),
 }
 ABOUT = ("Whole runs under the task's rules. Energy is the GPU's own counter from the start of "
          "training to its end, compiling included, minus {:g} W times the time. The total adds the "

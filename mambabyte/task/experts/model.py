@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mambabyte.corpus.utf8 import START_BYTE
-from mambabyte.model.lm import symbols
 from mambabyte.stream import ByteModel, advance_of
 from mambabyte.task.experts.contexts import PADDING
 from mambabyte.task.experts.engine import Engine
 from mambabyte.task.experts.gate import Experts, Gate, engine_of, mixed
+from mambabyte.task.mixture import only_bytes
 from mambabyte.task.ngram import digest
 
 _PADDING = np.full(PADDING, START_BYTE, np.uint8)
@@ -69,7 +69,7 @@ class ExpertLM(nn.Module):
 
     def forward(self, tokens: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
         """tokens (B, L); returns log p of the byte after each, (B, L, V), and the state."""
-        tokens = symbols(tokens)
+        tokens = only_bytes(tokens)
         inner, last = state or (None, torch.zeros((len(tokens), 0), dtype=torch.uint8))
         others = None
         if self.network is not None:
