@@ -48,14 +48,14 @@ class Known:
 def plain(model, **how) -> bytes:
     stream = ByteStream(model)
     stream.feed(PROMPT)
-    return b"".join(stream.draw(50, **how))
+    return b"".join(stream.draw(32, **how))
 
 
 def speculated(model, guesser, **how) -> tuple[bytes, Speculation, ByteStream]:
     stream = ByteStream(model)
     stream.feed(PROMPT)
     draws = Speculation(guesser)
-    return b"".join(draws.draw(stream, 50, **how)), draws, stream
+    return b"".join(draws.draw(stream, 32, **how)), draws, stream
 
 
 HOW = [{"temperature": 0.0}, {"temperature": 1.0, "seed": 3}, {"top_k": 3, "top_p": 0.8}]
@@ -68,7 +68,7 @@ def engine(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("letters", ["M", "MA", "".join(MIXERS)])
+@pytest.mark.parametrize("letters", ["MA", "".join(MIXERS)])
 def test_the_text_is_that_of_plain_generation(letters, engine):
     model = lm(letters)
     for how in HOW if letters == "MA" else HOW[1:2]:
@@ -77,9 +77,9 @@ def test_the_text_is_that_of_plain_generation(letters, engine):
         for wrong in (1, 3, 99) if letters == "MA" else (3,):  # all wrong, some, none
             got, draws, stream = speculated(model, Known(wanted, wrong), **how)
             assert got == wanted
-            assert draws.drawn == 50
+            assert draws.drawn == 32
             if wrong == 99:
-                assert draws.passes < 12
+                assert draws.passes < 9
             after = ByteStream(model)
             after.feed(PROMPT + wanted)
             assert torch.allclose(stream.log_probs, after.log_probs, atol=1e-4)
@@ -90,11 +90,11 @@ def test_a_stream_closed_early_stands_behind_what_it_gave(engine):
     wanted = plain(model, temperature=0.0)
     stream = ByteStream(model)
     stream.feed(PROMPT)
-    pieces = Speculation(Known(wanted)).draw(stream, 50, temperature=0.0)
-    got = b"".join(next(pieces) for _ in range(4))
+    pieces = Speculation(Known(wanted)).draw(stream, 32, temperature=0.0)
+    got = b"".join(next(pieces) for _ in range(3))
     pieces.close()
     assert wanted.startswith(got)
-    assert b"".join(stream.draw(50 - len(got), temperature=0.0)) == wanted[len(got) :]
+    assert b"".join(stream.draw(32 - len(got), temperature=0.0)) == wanted[len(got) :]
 
 
 def test_wrong_guesses_become_fewer_and_right_ones_more():
