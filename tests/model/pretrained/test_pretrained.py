@@ -280,7 +280,8 @@ def test_the_command_both_ways(public: Path, tmp_path: Path, capsys) -> None:
     ("Mamba", {"residual_in_fp32": False, "time_step_rank": 5, "expand": 3, "conv_kernel": 3}),
     ("Mamba2", {"n_groups": 2}), ("Mamba2", {"tie_word_embeddings": True, "n_groups": 4}),
     ("Mamba2", {"use_bias": True, "use_conv_bias": False, "n_groups": 1, "chunk_size": 4}),
-    ("Mamba2", {"layer_norm_epsilon": 1e-3, "residual_in_fp32": False, "conv_kernel": 2}),
+    ("Mamba2", {"layer_norm_epsilon": 1e-3, "residual_in_fp32": False, "conv_kernel": 2,
+                "n_groups": 1}),
 ])
 def test_against_transformers_itself(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="pip install -e .[interop]")
