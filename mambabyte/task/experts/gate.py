@@ -34,6 +34,7 @@ from mambabyte.task.experts.contexts import PADDING, Context, ContextTable, hash
 from mambabyte.task.experts.engine import FEATURES, MOST, MOST_HIDDEN, Engine, library
 from mambabyte.task.experts.matches import MATCH_DISCOUNT, Found, Matches, find_matches
 from mambabyte.task.ngram import NgramModel, blend
+from mambabyte.train.optim import MuonAdamW, set_rates
 
 _ROWS = {"cpu": 1024, "cuda": 16384}  # positions whose distributions are computed at a time
 _BATCH = 4096  # positions of a step of the fit
@@ -224,10 +225,10 @@ def fit_gate(
         gate = Gate(log_p.shape[1], hidden).to(device)
     order = torch.randint(
         len(log_p), (steps, min(_BATCH, len(log_p))), generator=generator).to(device)
-    optimizer = torch.optim.Adam(gate.parameters(), lr, fused=True)
+    optimizer = MuonAdamW([{"params": [*gate.parameters()], "weight_decay": 0.0, "lr": lr,
+                            "peak_lr": lr}], betas=(0.9, 0.999))
     for step, rows in enumerate(order):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (1 - step / steps)
+        set_rates(optimizer, 1 - step / steps)
         loss = -torch.logsumexp(gate(seen[rows]) + log_p[rows], -1).mean()
         optimizer.zero_grad()
         loss.backward()
