@@ -41,7 +41,8 @@ def test_streams_go_on_together_as_alone(pattern, monkeypatch):
             stream.feed(piece)
     for one, other in zip(alone, together, strict=True):
         assert torch.allclose(one.log_probs, other.log_probs, atol=1e-4)
-    assert [n for n in calls if n > 1][:3] == [2, 3, 3]  # those of equally many bytes, wherever each of them is
+    # Those of equally many bytes, wherever each of them is.
+    assert [n for n in calls if n > 1][:3] == [2, 3, 3]
     leaver = together.pop(1)
     leaver.feed(b"alone again")
     feed_together([*together, ByteStream(model)], [b"q"] * 4)  # one leaves, one joins
