@@ -109,8 +109,11 @@ def _documents(path: Path) -> Iterator[Iterator[bytes]]:
     if not has_records(path):
         yield _blocks(path)
         return
-    with gzip.open(path) if _begins(path, _GZIP) else path.open("rb") as file:
-        for number, line in enumerate(cast(IO[bytes], file), start=1):
+    number, rest = 0, b""
+    for block in itertools.chain(_blocks(path), [b"\n"]):
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            number += 1
             if line.strip():
                 yield iter([_text_of(line, f"line {number} of {path}")])
 
@@ -121,6 +124,9 @@ def _text_of(line: bytes, where: str) -> bytes:
         text = record.get("text") if isinstance(record, dict) else None
         if isinstance(text, str):
             return text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{where} has half a character, a lone surrogate: expected whole ones"
+                        ) from None
     except ValueError as error:
         raise UserError(f"{where} is no JSON ({error}): expected one record a line, "
                         '{"text": "..."}') from None

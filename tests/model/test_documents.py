@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from mambabyte.config import ModelConfig
 from mambabyte.config.scan_forms import FORMS
@@ -276,3 +278,17 @@ def test_replaced_modules() -> None:
     mixer.conv1d.register_forward_hook(lambda module, args, output: output)
     with pytest.raises(UserError, match="conv1d has been replaced"):
         model(tokens, None, [0, 4])
+
+
+def test_no_more_operations_than_without() -> None:
+    """By torch's counter, which sees products and torch's own convolution and attention."""
+    model = model_of("MAL", torch.float32)
+    tokens = torch.randint(256, (2, 65))
+    starts = starts_of(((0, 20, 41), (33,)), 65)
+
+    def counted(*documents: Tensor) -> int:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model.loss(tokens, *documents).backward()
+        return counter.get_total_flops()
+
+    assert counted(starts) <= counted()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,3 +122,36 @@ def test_wrong_shapes_are_named(index: int, shape: tuple[int, ...], message: str
     tensors[index] = torch.zeros(shape, dtype=torch.float64)
     with pytest.raises(UserError, match=message):
         selective_scan_fn(*tensors)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_packed_sequences(constant: bool) -> None:
+    """By seq_idx or cumulative lengths: each sequence as if it were alone, values and gradients."""
+    g = torch.Generator().manual_seed(0)
+    u, delta = (torch.randn(1, 4, 12, generator=g, dtype=torch.float64) for _ in range(2))
+    A = -torch.rand(4, 3, generator=g, dtype=torch.float64)
+    B = torch.randn(*((4, 3) if constant else (1, 2, 3, 12)), generator=g, dtype=torch.float64)
+    C = torch.randn(1, 3, 12, generator=g, dtype=torch.float64)
+    edges = [0, 1, 6, 12]
+    seq_idx = torch.tensor([[7] + [2] * 5 + [0] * 6], dtype=torch.int32)
+
+    def alone(u: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        return torch.cat([selective_scan_fn(
+            u[..., a:b], delta[..., a:b], A, B if constant else B[..., a:b], C[..., a:b],
+            delta_softplus=True) for a, b in itertools.pairwise(edges)], -1)
+
+    inputs = [u.requires_grad_(), delta.requires_grad_()]
+    wanted = alone(*inputs)
+    gradients = torch.autograd.grad(wanted.square().sum(), inputs)
+    for packed in ({"seq_idx": seq_idx}, {"cu_seqlens": torch.tensor(edges)}):
+        found, last = selective_scan_fn(
+            *inputs, A, B, C, delta_softplus=True, return_last_state=True, **packed)
+        torch.testing.assert_close(found, wanted)
+        for one, two in zip(torch.autograd.grad(found.square().sum(), inputs), gradients,
+                            strict=True):
+            torch.testing.assert_close(one, two)
+        assert last.shape == (1, 4, 3)
+    with pytest.raises(UserError, match="give one of them"):
+        selective_scan_fn(*inputs, A, B, C, seq_idx=seq_idx, cu_seqlens=torch.tensor(edges))
+    with pytest.raises(UserError, match=r"seq_idx is torch\.float32"):
+        selective_scan_fn(*inputs, A, B, C, seq_idx=seq_idx.float())

@@ -1,0 +1,154 @@
+"""Corpora of many documents: where they begin, how training and scoring read them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.corpus import Corpus, documents_in, load_corpus, sample_starts
+from mambabyte.errors import UserError
+from mambabyte.evaluate import bits_per_byte, byte_log_probs, score, score_streaming
+from mambabyte.model import ByteLM
+from mambabyte.stream import CharModel
+from mambabyte.task.mixture import NgramLM
+from mambabyte.task.ngram import count
+from mambabyte.train import EagerStep, text_batches, train
+from mambabyte.train.captured import CapturedStep, Windows, window_starts
+from mambabyte.train.optim import make_optimizer
+
+MODEL = ModelConfig(d_model=16, layer_pattern="MA", n_layer=2, n_head=2, n_kv_head=1, d_state=4,
+                    dt_rank=4, attention_window=8)
+RECIPE = TrainConfig(context=24, batch_size=4, n_steps=3, warmup_fraction=0.0, log_every=1,
+                     checkpoint_every=3, precision="fp32")
+TEXT = np.frombuffer(b"she sells sea shells by the sea shore " * 30, np.uint8)
+BEGINS = np.array([0, 7, 8, 30, 31, 200, 400, 401, 402, 900])
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "texts").mkdir()
+    return tmp_path / "texts"
+
+
+def test_files_and_records_are_documents(cache: Path) -> None:
+    (cache / "a.txt").write_text("one")
+    (cache / "b.txt").write_text("")  # none
+    with gzip.open(cache / "c.jsonl.gz", "wt") as file:
+        file.write('{"text": "zwei\\n", "id": 3}\n\n{"text": ""}\n{"text": "drei"}\n')
+    (cache / "d.txt").write_text("four " * 40)
+    corpus = load_corpus(str(cache))
+    assert corpus.about == "the text files of a folder, 4 documents, cut 90/5/5"
+    assert [bytes(d) for d in corpus.documents("train")][:3] == [b"one\n", b"zwei\n", b"drei\n"]
+    assert corpus.begins["train"].tolist() == [0, 4, 9, 14]
+    assert [len(corpus.documents(s)) for s in ("train", "valid", "test")] == [4, 1, 1]
+    whole = b"".join(bytes(d) for s in ("train", "valid", "test") for d in corpus.documents(s))
+    assert whole == b"one\nzwei\ndrei\n" + b"four " * 40
+    assert [len(d) for d in corpus.documents("train", 10)] == [4, 5, 1]
+    alone = load_corpus(str(cache / "c.jsonl.gz"))
+    assert alone.about == "the records of one file, 2 documents, cut 90/5/5"
+    assert load_corpus(str(cache / "d.txt")).begins == {}  # one text
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ("{", "line 2 of .* is no JSON"), ("[1]", "line 2 of .* has no text"),
+    ('{"body": "x"}', "has no text"), ('{"text": 3}', "has no text"),
+    ('{"text": "\\ud800"}', "half a character"),
+])  # fmt: skip
+def test_what_is_no_record_is_said_with_its_line(cache: Path, line: str, words: str) -> None:
+    (cache / "a.jsonl").write_text('{"text": "one"}\n' + line + "\n")
+    with pytest.raises(UserError, match=words):
+        load_corpus(str(cache / "a.jsonl"))
+
+
+def test_windows_say_where_documents_begin() -> None:
+    first = np.zeros(len(TEXT), dtype=bool)
+    first[BEGINS] = True
+    starts = sample_starts(len(TEXT), 24, 50, 3, 0)
+    found = documents_in(BEGINS, starts, 24)
+    assert np.array_equal(found, np.stack([first[s : s + 25] for s in starts]))
+    (batch,) = [text_batches(TEXT, RECIPE, "cpu", BEGINS)(1)]
+    windows = Windows(torch.from_numpy(TEXT.copy()), 24, BEGINS, RECIPE.batch_size)
+    for one, two in zip(batch, windows(window_starts(len(TEXT), RECIPE, 1, BEGINS)[0]),
+                        strict=True):
+        assert torch.equal(one, two)
+    assert batch[2].sum() == (~batch[1][:, 1:]).sum()  # predictions
+
+
+def stepped(micro_batches: int, captured: bool) -> list[torch.Tensor]:
+    """The weights after two steps on documents."""
+    torch.manual_seed(0)
+    recipe = replace(RECIPE, micro_batches=micro_batches)
+    model = ByteLM(MODEL)
+    optimizer = make_optimizer(model, recipe, on_device=captured)
+    step = EagerStep(model, optimizer, text_batches(TEXT, recipe, "cpu", BEGINS), recipe)
+    if captured:
+        step = CapturedStep(  # type: ignore[assignment]
+            model, model.loss, optimizer,
+            Windows(torch.from_numpy(TEXT.copy()), 24, BEGINS, recipe.batch_size),
+            window_starts(len(TEXT), recipe, 0, BEGINS), recipe)
+    for _ in range(2):
+        step(1.0)
+    return list(model.parameters())
+
+
+def test_parts_of_a_batch_make_the_step_of_the_whole() -> None:
+    wanted = stepped(1, False)
+    for found in (stepped(4, False), stepped(2, True)):
+        for one, two in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+
+
+def test_a_training_reads_and_scores_documents(tmp_path: Path) -> None:
+    begins = {"train": np.arange(0, len(TEXT), 13), "valid": np.array([5, 40])}
+    corpus = Corpus("shells", "", TEXT, TEXT[:90], TEXT[:90], "", begins)
+    asked: list[torch.Tensor | None] = []
+    real = ByteLM.loss
+
+    def watched(self: ByteLM, *batch: torch.Tensor) -> torch.Tensor:
+        asked.append(batch[1])
+        return real(self, *batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ByteLM, "loss", watched)
+        result = train(MODEL, RECIPE, corpus, tmp_path / "run")
+    assert len(asked) == 3
+    assert any(a.any() for a in asked if a is not None)
+    assert result["valid_bytes"] == 90
+    from mambabyte.checkpoint import load_model
+
+    model = load_model(tmp_path / "run")
+    parts = [bytes(TEXT[a:b]) for a, b in ((0, 5), (5, 40), (40, 90))]
+    assert result["valid_bits_per_byte"] == pytest.approx(bits_per_byte(model, parts), rel=1e-6)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["valid_bytes"] == 90
+
+
+def test_texts_of_any_lengths_score_as_they_do_alone() -> None:
+    torch.manual_seed(1)
+    model = ByteLM(MODEL).double()
+    texts = [b"a", "naïve café".encode(), b"", b"she sells sea shells", b"xy"]
+    alone = [byte_log_probs(model, text, window=7) for text in texts if text]
+    for window in (3, 100):
+        found = byte_log_probs(model, texts, window=window)
+        torch.testing.assert_close(found, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    scores = [score(model, text) for text in texts if text]
+    together = score(model, texts)
+    assert together.hits.tolist() == [h for s in scores for h in s.hits]
+    assert together.bytes == sum(map(len, texts))
+    assert bits_per_byte(model, texts) == pytest.approx(together.bits_per_byte, rel=1e-5)
+    assert score(model, texts, characters=4).characters == 4
+    told: list[float] = []
+    streamed = score_streaming(CharModel(model.float()), texts, report=told.append)
+    assert streamed.bits_per_byte == pytest.approx(together.bits_per_byte, rel=1e-4)
+    assert told == sorted(told)
+    counts = NgramLM(count(b"she sells shells", 3))  # reads no documents: one by one
+    assert len(byte_log_probs(counts, texts)) == together.bytes
+    with pytest.raises(UserError, match="nothing to score"):
+        bits_per_byte(model, [b"", b""])
