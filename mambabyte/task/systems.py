@@ -41,7 +41,7 @@ class System:
 
 def _preset(name: str, ngram: Ngram | None = None, about: str = "", **train: Any) -> System:
     preset = get_preset(name)
-    fast = replace(preset.train, time_aware=True, max_seconds=290.0, step="compile",
+    fast = replace(preset.train, time_aware=True, max_seconds=290.0, step="auto",
                    precision="bf16_residual" if preset.model.embed_norm else "auto")
     return System(about or preset.about, preset.model, replace(fast, **train), ngram)
 

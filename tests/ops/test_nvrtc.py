@@ -115,8 +115,11 @@ def test_every_weight_is_packed_once() -> None:
     assert torch.equal(found, torch.arange(1.0, count + 1))
 
 
-def scan_kernels(monkeypatch: pytest.MonkeyPatch, hopper: bool) -> set[str]:
-    """Names of the kernels that the scan launches, read off calls whose launches do nothing."""
+def scan_kernels(
+    monkeypatch: pytest.MonkeyPatch, hopper: bool, trained: bool = False
+) -> set[str]:
+    """Names of the kernels that the scan launches, read off calls whose launches do nothing;
+    ``trained`` as in training, from no state."""
     names: set[str] = set()
     monkeypatch.setattr(cuda_scan, "_launch", lambda device, name, *_, **__: names.add(name))
     monkeypatch.setattr(cuda_scan, "_is_hopper", lambda device: hopper)
@@ -134,9 +137,10 @@ def scan_kernels(monkeypatch: pytest.MonkeyPatch, hopper: bool) -> set[str]:
         u = torch.zeros(1, length, channels, dtype=dtype)
         B = torch.zeros(1, length, 16, dtype=dtype)
         A, D = torch.zeros(channels, 16), torch.zeros(channels)
-        inputs = (u, u, A, B, B, D, u, D, torch.zeros(1, channels, 16))
+        first = None if trained else torch.zeros(1, channels, 16)
+        inputs = (u, u, A, B, B, D, u, D, first)
         _, state, saved = cuda_scan.forward(*inputs, True, True)
-        cuda_scan.backward(u, state, *inputs, saved, True)
+        cuda_scan.backward(u, None if trained else state, *inputs, saved, True)
     return names
 
 
@@ -291,6 +295,16 @@ def test_what_is_shipped_has_every_kernel_and_is_small() -> None:
         assert image[:4] == b"\x7fELF"
         assert all(lowered[name].encode() in image for name in program.names)
     assert sum(path.stat().st_size for path in shipped.FOLDER.iterdir()) < 4 << 20
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+def test_every_scan_of_a_training_is_among_what_is_shipped(
+    hopper: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = {name for name in scan_kernels(monkeypatch, hopper, trained=True)
+                if name.startswith("tile")}
+    assert len(launched) >= 6
+    assert launched <= set(cuda_scan.trained(hopper))
 
 
 class Driver:
