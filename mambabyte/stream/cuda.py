@@ -213,7 +213,7 @@ class _States:
 def _kept_in(layer: Any, dtype: torch.dtype) -> Any:
     """A layer's state with what passes through its projections in the model's type; states of
     recurrences stay float32."""
-    wide = {"ssm_state", "memory", "position"}
+    wide = {"ssm_state", "memory", "position", "others"}
     return layer._replace(**{name: x.to(dtype) for name, x in layer._asdict().items()
                              if name not in wide})
 

@@ -55,6 +55,7 @@ def hybrid_state(streamer: HybridStreamer, states: list[LayerState]) -> HybridSt
     caches, position = [], 0
     for s in states:
         if isinstance(s, AttentionState):
+            s = s.alone()
             caches.append((s.k, s.v))
             position = s.position
             layers.append([])
