@@ -3,6 +3,7 @@
     mambabyte bench scan
     mambabyte bench stream --preset mamba_byte --streams 1 64 --json
     mambabyte bench stream --checkpoint runs/first --corpus path/to/folder
+    mambabyte bench stream --systems mamba_byte nano_ssm_1_1 task:ours
     mambabyte bench step --preset mamba_byte --patterns A MA --batch-size 4
     mambabyte bench step --d-model 512 --n-layer 16 --peers mamba_ssm
     mambabyte bench start --systems mamba_byte task:ours --ways fused compile
@@ -26,6 +27,7 @@ from analysis.cli.console import say
 from analysis.cli.options import REPEATED, subcommand
 from analysis.cli.parser import Action
 from analysis.cli.studies.bench_context import Context, bench_context
+from analysis.cli.studies.bench_systems import bench_systems
 from analysis.cli.studies.benched import Common, checked, keep, printed
 from mambabyte.config.checks import (
     Count,
@@ -119,6 +121,9 @@ class Stream(Common):
     """After how many bytes the latency of the next one is measured."""
     characters: CountOrNone = 60_000
     """How many characters are scored; 0 scores none."""
+    systems: Annotated[tuple[str, ...], entries()] = ()
+    """Instead a row for each of these presets, and systems of the task as task:NAME; all is every
+    one."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +221,8 @@ def describe_mixer(row: dict) -> str:
 
 
 def bench_stream(options: Stream) -> int:
+    if options.systems:
+        return bench_systems(options, options.systems, options.corpus)
     import torch
 
     from analysis.cli.studies.tables import rows_of, stream_table

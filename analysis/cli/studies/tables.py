@@ -18,6 +18,16 @@ def stream_table(frame: pd.DataFrame) -> pd.DataFrame:
         "gross (J/MB)": frame["joules_per_megabyte"].round(0)}))
 
 
+def systems_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The columns of streamed presets and systems in the words of a reader of the report."""
+    return _measured(pd.DataFrame({
+        "system": frame["system"], "parameters": frame["parameters"],
+        "bytes seen before": frame["seen"],
+        "generation (bytes/s)": frame["generation_bytes_per_second"].round(0),
+        "streaming (bytes/s)": frame["streaming_bytes_per_second"].round(0),
+        "predict and observe (characters/s)": frame["characters_per_second"].round(0)}))
+
+
 def steps_table(frame: pd.DataFrame) -> pd.DataFrame:
     """The columns of compared training steps in the words and units of a reader of the report."""
     return _measured(pd.DataFrame({

@@ -79,28 +79,30 @@ def exact(model: ByteLM) -> Callable:
 
 
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "texts", "length"), [
+    ("all letters and extras", 1, 5),
+    *(pytest.param(name, 2, 7, marks=pytest.mark.long) for name in CONFIGS)])
 @torch.inference_mode()
-def test_bytes_given_drawn_and_embedded(name: str) -> None:
+def test_bytes_given_drawn_and_embedded(name: str, texts: int, length: int) -> None:
     model = made(CONFIGS[name])
     streamer = hybrid_streamer(model)
-    tokens = torch.randint(256, (2, 7)).to(torch.uint8)
+    tokens = torch.randint(256, (texts, length)).to(torch.uint8)
     double = exact(model)
     wanted = torch.log_softmax(double(tokens)[0], -1)
-    found, state = streamer.feed(tokens[:, :4], streamer.new_state(2), all_positions=True)
+    found, state = streamer.feed(tokens[:, :4], streamer.new_state(texts), all_positions=True)
     assert relative_rms(found, wanted[:, :4]) < 3e-6
     # Both go on from one state: the second's keys and values are a copy.
     last, _ = streamer.feed(tokens[:, 4:], state)
     assert relative_rms(last, wanted[:, -1]) < 3e-6
-    drawn, after, _ = streamer.draw(found[:, -1], state, 2, temperature=0.0)
+    drawn, after, _ = streamer.draw(found[:, -1], state, length - 4, temperature=0.0)
     both = torch.cat([tokens[:, :4], drawn], 1)
     expected = torch.log_softmax(double(both)[0], -1)
     assert torch.equal(drawn.long(), expected[:, 3:-1].argmax(-1))
     assert relative_rms(after, expected[:, -1]) < 3e-6
     # A state of the model itself, and what the head reads of embedded bytes.
     one = tokens[:1]
-    _, states = double(one[:, :6])
-    x = model.embedding(one[:, 6:].long())
+    _, states = double(one[:, :-1])
+    x = model.embedding(one[:, -1:].long())
     hidden, end = streamer.hidden(x, hybrid_state(streamer, states))
     assert relative_rms(hidden, double.hidden(x.double(), states)[0]) < 3e-6
     for mine, theirs in zip(hybrid_layers(streamer, end), double(one)[1], strict=True):

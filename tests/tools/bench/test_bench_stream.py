@@ -8,6 +8,7 @@ import pytest
 
 from analysis.cli import main
 from analysis.measure.bench import stream as bench_stream
+from analysis.measure.bench import systems as bench_systems
 from analysis.runs.records import load_record
 from mambabyte.config import PRESETS
 from mambabyte.model import ByteLM
@@ -56,3 +57,21 @@ def test_the_command_writes_a_record(tmp_path, capsys) -> None:
     assert len(load_record(record).tables["stream"].frame) == 4
     assert main(["bench", "stream", "--streams", "0", "--device", "cpu"]) == 2
     assert "--streams is [0]: expected a list (1 or more" in capsys.readouterr().err
+
+
+def test_a_row_for_each_preset_and_system(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(bench_systems, "SECONDS", 0.02)
+    monkeypatch.setattr(bench_systems, "COUNTED", 3000)
+    monkeypatch.setattr(bench_systems, "SEEN", 20)
+    record = tmp_path / "throughput" / "systems"
+    arguments = ["bench", "stream", "--systems", "smoke", "task:ours", "task:ngram", "--device",
+                 "cpu", "--record", str(record)]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert out.count(" B/s  streaming ") == 3
+    frame = load_record(record).tables["systems"].frame
+    assert frame["system"].to_list() == ["smoke", "task:ours", "task:ngram"]
+    assert (frame.iloc[:, 3:] > 0).all(axis=None)
+    assert main(["bench", "stream", "--systems", "task:none", "--device", "cpu"]) == 2
+    assert "system 'none' is unknown" in capsys.readouterr().err
+    assert {"quick_start", "task:ours"} <= set(bench_systems.every())
