@@ -26,7 +26,7 @@ from mambabyte.model.attention import AttentionState
 from mambabyte.model.block import MLP, Block, RMSNorm
 from mambabyte.model.delta import HeadNorm
 from mambabyte.model.mamba2 import GatedRMSNorm
-from mambabyte.model.mixer import LayerState, Mixer, mixers
+from mambabyte.model.mixer import LayerState, Linear, Mixer, mixers
 from mambabyte.ops.build import c as native_build
 from mambabyte.ops.scan import cpu as native_scan
 from mambabyte.stream.layout import (
@@ -47,8 +47,8 @@ Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
 Hidden = Callable[[Tensor, Any], tuple[Tensor, Any]]
 MOST_BYTES = 16  # in one call; longer texts are faster in parallel
 _STALE = 2
-_PARTS = (ByteLM, Block, MLP, nn.ModuleList, nn.Sequential, nn.Embedding, nn.Linear, nn.Conv1d,
-          nn.LayerNorm, RMSNorm, GatedRMSNorm, HeadNorm)  # fmt: skip
+_PARTS = (ByteLM, Block, MLP, nn.ModuleList, nn.Sequential, nn.Embedding, nn.Linear, Linear,
+          nn.Conv1d, nn.LayerNorm, RMSNorm, GatedRMSNorm, HeadNorm)  # fmt: skip
 _LEAST_ROOM = 64  # bytes that a cache of attention can grow by in place
 _pack_call = struct.Struct("7q").pack
 

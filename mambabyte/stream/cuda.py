@@ -17,7 +17,7 @@ from mambabyte.model.block import MLP, Block, RMSNorm
 from mambabyte.model.delta import HeadNorm
 from mambabyte.model.mamba import MambaMixer, MambaState
 from mambabyte.model.mamba2 import GatedRMSNorm
-from mambabyte.model.mixer import Mixer, mixers
+from mambabyte.model.mixer import Linear, Mixer, mixers
 from mambabyte.ops.mamba.step import MAX_TAPS
 from mambabyte.ops.scan.operator import MAX_STATES, fused_available
 from mambabyte.ops.stream.cuda import (
@@ -37,8 +37,8 @@ Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
 Hidden = Callable[[Tensor, Any], tuple[Tensor, Any]]
 MOST_BYTES = 256  # fed in one call; longer texts are faster in parallel
 PIECE = 4096  # bytes whose log-probabilities are fetched at a time
-_PARTS = (ByteLM, Block, MLP, nn.ModuleList, nn.Sequential, nn.Embedding, nn.Linear, nn.Conv1d,
-          nn.LayerNorm, RMSNorm, GatedRMSNorm, HeadNorm, *KINDS)  # fmt: skip
+_PARTS = (ByteLM, Block, MLP, nn.ModuleList, nn.Sequential, nn.Embedding, nn.Linear, Linear,
+          nn.Conv1d, nn.LayerNorm, RMSNorm, GatedRMSNorm, HeadNorm, *KINDS)  # fmt: skip
 FIRST_DRAW, MOST_DRAW = 16, 256  # bytes drawn a launch: the first come soon, all come steadily
 
 
