@@ -12,6 +12,9 @@ from analysis.studies.claims.experiments import choices
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus
 from mambabyte.model import MambaMixer
+from mambabyte.task.experts import Context, Experts, Matches, count_contexts, gate
+from mambabyte.task.experts.contexts import PADDING, padded
+from mambabyte.task.ngram import count
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
@@ -70,3 +73,16 @@ def test_the_claims_paired_trainings_are_those_of_the_cpu(part: str):
     assert bits["cuda"][1] < bits["cuda"][0]
     if part != "selection":  # its constant vectors are drawn on the device
         assert bits["cuda"][0] == pytest.approx(bits["cpu"][0], abs=0.02)
+
+
+def test_experts_on_a_card_are_those_of_the_cpu():
+    text = torch.tensor(list(load_corpus("stdlib").train[:30_000]), dtype=torch.uint8)
+
+    def read(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        counted = text[:25_000].to(device)
+        experts = Experts(count(counted, 9, None), (2, 5, 9), [
+            count_contexts(counted, c) for c in (Context(words=2), Context(5, skip=1))], Matches())
+        return gate.read(experts, padded(text.to(device)), PADDING + 25_000, None)
+
+    for here, there in zip(read("cpu"), read("cuda"), strict=True):
+        assert torch.allclose(here, there.cpu(), rtol=1e-4, atol=1e-6)
