@@ -9,7 +9,7 @@ import torch
 
 from mambabyte.config import ModelConfig
 from mambabyte.model import MIXERS, ByteLM
-from mambabyte.stream import ByteStream, streams
+from mambabyte.stream import ByteStream, advance_of, streams
 from mambabyte.stream.speculate import FirstOf, Repetitions, Speculation
 from tests.conftest import TEXT
 
@@ -71,6 +71,7 @@ def engine(request, monkeypatch):
 @pytest.mark.parametrize("letters", ["MA", "".join(MIXERS)])
 def test_the_text_is_that_of_plain_generation(letters, engine):
     model = lm(letters)
+    assert hasattr(advance_of(model), "ahead") == (engine == "engine")  # else both are one case
     for how in HOW if letters == "MA" else HOW[1:2]:
         wanted = plain(model, **how)
         assert len(set(wanted)) > 5  # no text that any guesser has right
