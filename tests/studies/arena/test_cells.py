@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import pytest
 
-from analysis.measure.cells import done_rows, forget_failed, work
+from analysis.measure.cells import done_rows, forget_failed, share, work
 from mambabyte.config.owners import tag
 from mambabyte.errors import NonFiniteError, UserError
 
@@ -104,3 +107,28 @@ def test_a_file_that_is_no_row_is_named(tmp_path, text):
     (tmp_path / "other.json").write_text(text)
     with pytest.raises(UserError, match=r"other\.json is no row of a sweep"):
         work(tmp_path, first_three, lambda cell: {})
+
+
+def _one_then_gone(folder: Path, place: str) -> None:
+    """One more cell than are done, then the end of the process, as after an error of its GPU."""
+    more = len(done_rows(folder)) + 1
+    work(folder, lambda rows: first_three(rows)[:more], lambda cell: {"place": place})
+    if more < 3:
+        os._exit(7)
+
+
+def _dies_at_once(folder: Path, place: str) -> None:
+    os._exit(3)
+
+
+@pytest.mark.long
+def test_a_worker_that_died_is_started_again_and_does_the_rest(tmp_path):
+    said: list[str] = []
+    share(tmp_path, partial(_one_then_gone, tmp_path), ["gpu"], said.append)
+    assert [row["n"] for row in done_rows(tmp_path)] == [0, 1, 2]
+    assert len([line for line in said if "ended with status 7: another" in line]) == 2
+
+
+def test_a_worker_that_cannot_begin_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="ended with status 3 before its first cell"):
+        share(tmp_path, partial(_dies_at_once, tmp_path), ["gpu"])
