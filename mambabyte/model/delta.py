@@ -65,7 +65,7 @@ def convolved(
     tail to go on with."""
     return causal_conv(
         x, weight, None, sequence.tail_before(x, weight.shape[1], tail), silu=True,
-        document_starts=ages)
+        ages=ages)
 
 
 class HeadNorm(nn.Module):
@@ -155,7 +155,7 @@ class DeltaMixer(Mixer, DeltaSpec):
             _, decay = gated_delta_rule(
                 **inputs | {"v": nothing}, initial_state=one.repeat(*end.shape[:2], 1, 1))
             memory = piece.arriving(decay, end, memory, matrices=True)
-        o, memory = gated_delta_rule(**inputs, initial_state=memory, document_starts=ages)
+        o, memory = gated_delta_rule(**inputs, initial_state=memory, ages=ages)
         y = self.o_norm(o).flatten(2) * self.output_gate(x)  # (B, L, H V)
         return self.o_proj(y), DeltaState(*tails, memory)
 

@@ -111,7 +111,7 @@ class MambaMixer(Mixer, MambaSpec):
         u, conv_state = causal_conv(
             u, self.conv1d.weight.squeeze(1), self.conv1d.bias,
             sequence.tail_before(u, self.d_conv, conv_state), silu=True,
-            document_starts=ages)
+            ages=ages)
         x_proj, dt_proj = self._small_projections()
         rank, d_state = dt_proj.shape[1] if self.dt_rank else 0, self.A_log.shape[1]
         low_rank, B, C = F.linear(u, x_proj).split([rank, d_state, d_state], dim=-1)
@@ -131,7 +131,7 @@ class MambaMixer(Mixer, MambaSpec):
         if ages is not None:
             u, tail = causal_conv(
                 u, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, silu=True,
-                document_starts=ages)
+                ages=ages)
         else:
             if conv_state is None:
                 conv_state = u.new_zeros(u.shape[0], taps - 1, u.shape[2])
@@ -196,7 +196,7 @@ class MambaMixer(Mixer, MambaSpec):
             ssm_state = piece.arriving(torch.exp(steps[..., None] * A), end, ssm_state)
         y, ssm_state = selective_scan(
             u, delta, A, B, C, widened(self.D), z, initial_state=ssm_state,
-            document_starts=ages, **options)
+            ages=ages, **options)
         return self.out_proj(y), MambaState(conv_state, ssm_state)
 
     def from_start(self, x: Tensor, ages: Tensor | None = None) -> tuple[Tensor, MambaState]:

@@ -108,7 +108,7 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
         xBC, conv_state = causal_conv(
             xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias,
             sequence.tail_before(xBC, self.conv1d.kernel_size[0], conv_state), silu=True,
-            document_starts=ages)
+            ages=ages)
         u, B, C = xBC.split([inner, shared, shared], dim=-1)
         inputs = {
             "x": u.unflatten(-1, (self.heads, -1)), "dt": dt, "A": -torch.exp(widened(self.A_log)),
@@ -130,7 +130,7 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
             ssm_state = piece.arriving(decay[..., None, None], end, ssm_state)
         y, ssm_state = ssd_scan(
             **inputs, D=widened(self.D), dt_softplus=True, initial_state=ssm_state,
-            document_starts=ages)
+            ages=ages)
         return self.out_proj(self.norm(y.flatten(2), z)), Mamba2State(conv_state, ssm_state)
 
     @torch.no_grad()

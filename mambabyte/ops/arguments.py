@@ -66,9 +66,8 @@ def document_ages(starts: Tensor | Sequence[int] | None, x: Tensor) -> Tensor | 
 
     ``starts`` is (B, L) bool, true at the first step of a document. For a batch of one it may be
     whole numbers that ascend, a list or of one dimension: the steps at which documents begin; the
-    length itself may come last, as in cumulative lengths (``cu_seqlens``). What this returns is
-    taken as it is, so that a model of many layers asks once. Raises UserError for what does not
-    fit.
+    length itself may come last, as in cumulative lengths (``cu_seqlens``). Raises UserError for
+    what does not fit.
     """
     if starts is None:
         return None
@@ -76,10 +75,8 @@ def document_ages(starts: Tensor | Sequence[int] | None, x: Tensor) -> Tensor | 
     if not isinstance(starts, Tensor):
         starts = torch.tensor(starts, device=device)
     shape = tuple(starts.shape)
-    if starts.dtype in (torch.bool, torch.uint8) and shape != (batch, length):
+    if starts.dtype == torch.bool and shape != (batch, length):
         raise UserError(f"document_starts has shape {shape}: expected {(batch, length)}")
-    if starts.dtype == torch.uint8:
-        return starts
     if starts.device != device:
         raise UserError(f"document_starts is on {starts.device} and the sequence on {device}: move "
                         f"it, document_starts.to({str(device)!r})")

@@ -141,7 +141,7 @@ def _scan_by_group(
             None if z is None else z[..., mine].contiguous(),
             delta_bias=None if delta_bias is None else delta_bias[mine],
             delta_softplus=delta_softplus,
-            document_starts=ages,
+            ages=ages,
         )
         outs.append(out)
         states.append(state)

@@ -20,6 +20,7 @@ from mambabyte.config.scan_forms import FORMS
 from mambabyte.errors import UserError
 from mambabyte.model import MIXERS, ByteLM
 from mambabyte.model.attention import windowed_attention
+from mambabyte.model.sequence import SequenceGroup
 from mambabyte.ops import gated_delta_rule, selective_scan, ssd_scan
 from mambabyte.ops.arguments import document_ages
 from mambabyte.ops.conv.dispatch import causal_conv, torch_convolution
@@ -137,7 +138,6 @@ def test_ages() -> None:
     starts = starts_of(((0, 2), (3,)), 5)
     ages = document_ages(starts, starts)
     assert ages.tolist() == [[0, 1, 0, 1, 2], [255, 255, 255, 0, 1]]
-    assert document_ages(ages, starts) is ages
     assert document_ages(None, starts) is None
     for given in ([0, 2], [0, 2, 5], torch.tensor([0, 2, 2, 5])):  # cumulative lengths too
         assert torch.equal(document_ages(given, starts[:1]), ages[:1])
@@ -148,7 +148,9 @@ def test_ages() -> None:
 
 @pytest.mark.parametrize(("starts", "words"), [
     (torch.zeros(1, 4, dtype=torch.bool), r"has shape \(1, 4\): expected \(1, 5\)"),
-    (torch.zeros(1, 5), "torch.float32 of shape"), ([0, 7], "to at most 5.*got .0, 7."),
+    (torch.zeros(1, 5), "torch.float32 of shape"),
+    (torch.zeros(1, 5, dtype=torch.uint8), "torch.uint8 of shape .* expected bool"),
+    ([0, 7], "to at most 5.*got .0, 7."),
     ([3, 1], "must ascend"), ([-1, 2], "must ascend"),
     (torch.zeros(1, 5, dtype=torch.bool, device="meta"), r"move it, document_starts.to\('cpu'\)"),
 ])  # fmt: skip
@@ -292,3 +294,13 @@ def test_no_more_operations_than_without() -> None:
         return counter.get_total_flops()
 
     assert counted(starts) <= counted()
+
+
+def test_documents_and_a_shared_sequence_are_refused_together() -> None:
+    model = model_of("M")
+    model.share_sequences(SequenceGroup(2, 0))
+    tokens = torch.zeros(1, 9, dtype=torch.int64)
+    for call in (lambda: model(tokens, None, [0, 4]),
+                 lambda: model.loss(tokens, starts_of(((0, 4),), 9))):
+        with pytest.raises(UserError, match="do not go together yet"):
+            call()

@@ -25,7 +25,7 @@ FUSED_TAPS = TAPS
 
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None = None, silu: bool = False,
-    document_starts: Tensor | Sequence[int] | None = None,
+    document_starts: Tensor | Sequence[int] | None = None, ages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``y_t = bias + sum_k weight_k x_{t-K+1+k}``, where positions before x come from ``tail``.
 
@@ -36,14 +36,14 @@ def causal_conv(
     all inputs and through both results.
 
     ``document_starts`` says where documents begin that lie one behind another in a row: before its
-    first input each finds zeros; see ``document_ages`` of mambabyte.ops.arguments. The tail that
-    comes back has the inputs of the last, with zeros before them.
+    first input each finds zeros; see ``document_ages`` of mambabyte.ops.arguments; ``ages`` say the
+    same. The tail that comes back has the inputs of the last, with zeros before them.
 
     Raises UserError for shapes that do not fit.
     """
     tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)
     if tensors and weight.ndim == 2 and fits(x, weight, bias):
-        ages = document_ages(document_starts, x)
+        ages = document_ages(document_starts, x) if ages is None else ages
         y, last = fused_causal_conv(x, weight, bias, tail, silu, ages)
         return y, of_document(last, ages)
     for name, tensor, dims in (("x", x, 3), ("weight", weight, 2)):
@@ -56,7 +56,7 @@ def causal_conv(
         ("bias?", bias, (channels,), None),
         ("tail?", tail, (batch, weight.shape[1] - 1, channels), None),
     ))  # fmt: skip
-    ages = document_ages(document_starts, x)
+    ages = document_ages(document_starts, x) if ages is None else ages
     y, last = torch_causal_conv(x, weight, bias, tail, silu, ages)
     return y, of_document(last, ages)
 

@@ -34,6 +34,7 @@ def gated_delta_rule(
     *,
     initial_state: Tensor | None = None,
     document_starts: Tensor | Sequence[int] | None = None,
+    ages: Tensor | None = None,
     form: str = "auto",
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -54,7 +55,8 @@ def gated_delta_rule(
 
     ``document_starts`` says where documents begin that lie one behind another in a row: each goes
     on from a state of zeros and nothing crosses, neither value nor gradient; see ``document_ages``
-    of mambabyte.ops.arguments. The state that comes back is that of the last.
+    of mambabyte.ops.arguments, and for ``ages``, which say the same. The state that comes back is
+    that of the last.
 
     ``form`` is "recurrent", the definition; "chunked", of ``chunk_size`` steps rounded down to a
     power of two; "fused", one operator that keeps its inputs alone for the backward pass; or
@@ -86,8 +88,8 @@ def gated_delta_rule(
         form = "recurrent" if length == 1 else "fused"
 
     wide = wide_dtype(q, k, v, log_decay, beta, initial_state)
-    gate = without_past(
-        log_decay.to(wide), document_ages(document_starts, v))
+    ages = document_ages(document_starts, v) if ages is None else ages
+    gate = without_past(log_decay.to(wide), ages)
     gate = gate if gate.ndim == 4 else gate.unsqueeze(-1)
     state = None if initial_state is None else initial_state.to(wide)
     if form == "fused":

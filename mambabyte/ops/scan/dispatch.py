@@ -62,7 +62,7 @@ def selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
     z: Tensor | None = None, *, delta_bias: Tensor | None = None, delta_softplus: bool = False,
     initial_state: Tensor | None = None, document_starts: Tensor | Sequence[int] | None = None,
-    form: str = "auto", chunk_size: int | None = None,
+    ages: Tensor | None = None, form: str = "auto", chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Selective scan of Mamba (arXiv:2312.00752, section 3), with state in and state out.
 
@@ -78,7 +78,8 @@ def selective_scan(
 
     ``document_starts`` says where documents begin that lie one behind another in a row: each goes
     on from a state of zeros and nothing crosses, neither value nor gradient; see ``document_ages``
-    of mambabyte.ops.arguments for what it may be. The state that comes back is that of the last.
+    of mambabyte.ops.arguments for what it may be, and for ``ages``, which say the same. The state
+    that comes back is that of the last.
 
     Where A or a step size is infinite, the fused form's gradients of the other may be finite where
     the recurrence's are nan: of a decay that is exactly 0 it takes the limit.
@@ -101,7 +102,7 @@ def selective_scan(
     if chunk_size is not None and (not whole(chunk_size) or chunk_size < 1):
         raise UserError(f"chunk_size is {chunk_size}: it must be a whole number, at least 1")
 
-    ages = document_ages(document_starts, u)
+    ages = document_ages(document_starts, u) if ages is None else ages
     if form == "fused":
         return operator.run_fused(
             u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, ages=ages)

@@ -37,6 +37,7 @@ def ssd_scan(
     dt_softplus: bool = False,
     initial_state: Tensor | None = None,
     document_starts: Tensor | Sequence[int] | None = None,
+    ages: Tensor | None = None,
     form: str = "auto",
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -55,7 +56,8 @@ def ssd_scan(
 
     ``document_starts`` says where documents begin that lie one behind another in a row: each goes
     on from a state of zeros and nothing crosses, neither value nor gradient; see ``document_ages``
-    of mambabyte.ops.arguments. The state that comes back is that of the last.
+    of mambabyte.ops.arguments, and for ``ages``, which say the same. The state that comes back is
+    that of the last.
 
     ``form`` is "recurrent", the definition; "chunked", of ``chunk_size`` steps rounded down to a
     power of two; "fused", one operator that keeps its inputs alone for the backward pass, with a
@@ -89,7 +91,7 @@ def ssd_scan(
         wide = wide_dtype(x, dt, A, B, C, initial_state)
         bias = None if dt_bias is None else dt_bias.to(wide)
         step, log_decay = gates(dt, A.to(wide), bias, dt_softplus)
-        ages = document_ages(document_starts, x)
+        ages = document_ages(document_starts, x) if ages is None else ages
         log_decay = without_past(log_decay, ages)
         skip = None if D is None else D.to(wide)
         state = None if initial_state is None else initial_state.to(wide)
