@@ -39,6 +39,7 @@ from mambabyte.model.pretrained import INDEX, WEIGHTS
 _LOG = logging.getLogger(__name__)
 _OTHER = ("the file is missing, truncated or damaged; use another checkpoint, or delete this one "
           "to resume from the one before")
+MOST_OF_BYTES = 512  # symbols of a model of bytes, with some special ones and padding
 _NAME = re.compile(r"step_\d{8,}")
 _FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "progress.json")
 
@@ -63,7 +64,12 @@ def load_model(path: Path | str, device: str = "cpu") -> ByteLM:
     """
     folder = find_checkpoint(Path(path))
     if is_public(_load_object(folder / "config.json")):
-        return ByteLM.from_pretrained(folder, device)
+        model = ByteLM.from_pretrained(folder, device)
+        if model.config.vocab_size > MOST_OF_BYTES:
+            _LOG.warning("note: %s is a model of %d symbols of a tokenizer: bytes are read as its "
+                         "first 256, which is not what it was trained on", folder,
+                         model.config.vocab_size)
+        return model
     model = ByteLM(load_config(folder)).to(device)
     load_weights(model, folder)
     _verify(folder, "config.json", "model.safetensors")

@@ -180,6 +180,15 @@ def test_half_precision_is_widened_and_padding_is_what_the_weights_have(public: 
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+def test_a_model_of_pieces_is_said_to_be_one(tmp_path: Path, caplog) -> None:
+    small(vocab_size=600).save_pretrained(tmp_path / "pieces")
+    small().save_pretrained(tmp_path / "bytes")
+    load_model(tmp_path / "bytes")
+    assert not caplog.records
+    load_model(tmp_path / "pieces")
+    assert "600 symbols of a tokenizer" in caplog.text
+
+
 # ------------------------------------------------------------------------------- refusals
 
 
