@@ -34,7 +34,8 @@ class Case:
     # transposed: time last in memory; "in nan": a part of a larger tensor, whose rest is nan;
     # expanded: one row for all, with stride 0.
     layout: Literal["contiguous", "transposed", "in nan", "expanded"] = "contiguous"
-    odd: bool = False  # widths that are multiples of little
+    # small; odd, which are multiples of little; or wide, as kernels of tensor cores want them
+    widths: Literal["small", "odd", "wide"] = "small"
     documents: tuple[int, ...] = ()  # lengths of those that lie one behind another in a row
     seed: int = 0
 
@@ -66,7 +67,7 @@ def _steps(case: Case, g: Generator, *shape: int) -> Tensor:
 
 
 def _draw_scan(case: Case, g: Generator) -> Inputs:
-    D, N = (7, 5) if case.odd else (32, 16)
+    D, N = {"small": (32, 16), "odd": (7, 5), "wide": (256, 16)}[case.widths]
     stream = (case.batch, case.length)
     return {
         "u": _randn(g, *stream, D), "delta": _steps(case, g, *stream, D),
@@ -81,7 +82,8 @@ def _define_scan(x: dict[str, Any]) -> Outputs:
 
 
 def _draw_ssd(case: Case, g: Generator) -> Inputs:
-    H, P, G, N = (3, 12, 1, 20) if case.odd else (4, 16, 2, 16)
+    H, P, G, N = {"small": (4, 16, 2, 16), "odd": (3, 12, 1, 20), "wide": (4, 64, 2, 64)}[
+        case.widths]
     stream = (case.batch, case.length)
     return {
         "x": _randn(g, *stream, H, P), "dt": _steps(case, g, *stream, H),
@@ -95,7 +97,7 @@ def _define_ssd(x: dict[str, Any]) -> Outputs:
 
 
 def _draw_delta(case: Case, g: Generator, channel_gates: bool = False) -> Inputs:
-    H, K, V = (3, 12, 20) if case.odd else (2, 16, 32)
+    H, K, V = {"small": (2, 16, 32), "odd": (3, 12, 20), "wide": (2, 64, 64)}[case.widths]
     stream = (case.batch, case.length)
     gates = (*stream, H, K) if channel_gates else (*stream, H)
     return {
@@ -116,7 +118,7 @@ def _define_delta(x: dict[str, Any]) -> Outputs:
 
 
 def _draw_attention(case: Case, g: Generator) -> Inputs:
-    H, width = (3, 12) if case.odd else (4, 32)
+    H, width = {"small": (4, 32), "odd": (3, 12), "wide": (4, 64)}[case.widths]
     shape = (case.batch, case.length, H, width)
     # Scores of about 1, or so large that their exponentials overflow in float32.
     scale = {"usual": 1.0, "slow": 0.01, "fast": 30.0}.get(case.gates, 1.0) * torch.ones(())
@@ -133,7 +135,7 @@ def _define_attention(x: Inputs) -> Outputs:
 
 
 def _draw_conv(case: Case, g: Generator) -> Inputs:
-    D, K = (7, 3) if case.odd else (32, 4)
+    D, K = {"small": (32, 4), "odd": (7, 3), "wide": (256, 4)}[case.widths]
     scale = {"fast": 100.0, "slow": 0.01}.get(case.gates, 1.0)
     return {"x": _randn(g, case.batch, case.length, D) * scale, "weight": _randn(g, D, K),
             "bias": _randn(g, D), "initial_state": _randn(g, case.batch, K - 1, D)}

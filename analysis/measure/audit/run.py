@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,30 +24,41 @@ Verdict = Literal["ok", "fault", "note", "refused"]
 MOST_FILES = 8  # one a check and a case, of those that fail first
 # By which a function says that it does not take an input; any other exception is a fault.
 REFUSALS = (UserError, NotImplementedError, ValueError, AssertionError)
-_LARGE = Case("more than 2^31 elements", 8192, batch=1)
+_LARGE = Case("more than 2^31 elements", 8192, batch=1, widths="wide")
 _ALL = ("definition", "repeat", "one gradient", "inputs", "poisoned memory", "row alone",
         "other rows", "causality", "handover")
 
 
-def plan(kind: Kind, device: str) -> Iterator[tuple[Case, tuple[str, ...]]]:
-    """Cases, and which checks each has."""
+def plan(kind: Kind, device: str) -> list[tuple[Case, tuple[str, ...]]]:
+    """Cases, and which checks each has; on a card, whose kernels are for wide heads, all are wide
+    but the odd one."""
+    on_card = torch.device(device).type == "cuda"
+    cases = list(_plan(kind))
+    if on_card:
+        cases = [(case if case.widths == "odd" else replace(case, widths="wide"), checks)
+                 for case, checks in cases if case.widths != "wide"]
+    if on_card and kind.name != "attention":
+        cases.append((_LARGE, ("offsets past 2^31",)))
+    return cases
+
+
+def _plan(kind: Kind) -> Iterator[tuple[Case, tuple[str, ...]]]:
     only = ("definition",)
     yield Case("usual", 64), _ALL
     for length in (1, 2, 3):
         yield Case(f"short, {length}", length), only
     for length in (63, 65, 127, 129):
         yield Case(f"beside a chunk, {length}", length), only
-    yield Case("odd", 61, batch=3, odd=True), ("definition", "row alone", "other rows")
+    yield Case("odd", 61, batch=3, widths="odd"), ("definition", "row alone", "other rows")
     for gates in ("slow", "fast", "mixed"):
         yield Case(f"{gates} gates", 130, gates=gates), (
             "definition", "handover") if gates == "mixed" else only
     for layout in ("transposed", "in nan", "expanded"):
         yield Case(layout, 33, layout=layout), only
+    yield Case("wide", 130, widths="wide"), only
     yield Case("packed", 130, batch=1, documents=(1, 63, 1, 64, 1)), only
     yield Case("packed, odd", 97, batch=1, documents=(33, 31, 33), gates="mixed"), only
     yield Case("long", 1025 if kind.name == "attention" else 2049), ("definition", "handover")
-    if torch.device(device).type == "cuda" and kind.name != "attention":
-        yield _LARGE, ("offsets past 2^31",)
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,8 @@ def test_every_kind_has_a_case_of_every_sort_and_every_adapter_a_kind() -> None:
     for kind in KINDS.values():
         cases = [case for case, _ in run.plan(kind, "cuda")]
         assert {c.layout for c in cases} == {"contiguous", "transposed", "in nan", "expanded"}
+        assert {c.widths for c in cases} == {"odd", "wide"}
+        assert {c.widths for c, _ in run.plan(kind, "cpu")} == {"small", "odd", "wide"}
         assert {c.gates for c in cases} == {"usual", "slow", "fast", "mixed"}
         assert len({c.name for c in cases}) == len(cases)
     assert {a.kind for a in ADAPTERS.values()} == set(KINDS)
