@@ -119,7 +119,7 @@ class Parameters(Checked):
     """where all but 1:1 hybrids are tuned again, with the better optimizer"""
     scaling: Annotated[tuple[SizeName, ...], entries(0)] = ()
     """sizes of the law of parameters and text"""
-    budgets: Annotated[tuple[Count, ...], entries(rising=True)] = (2_048, 4_096)
+    budgets: Annotated[tuple[Count, ...], entries(rising=True)] = (1_024, 2_048)
     """bytes of training text: the last but one is where rates are tuned"""
     adamw_rates: Rates = (1.6e-2, 3.2e-2, 6.4e-2)
     """learning rates of AdamW, each twice the one before"""
@@ -141,7 +141,7 @@ class Parameters(Checked):
     """widths of their models; of two layers"""
     task_rates: Rates = (4e-3,)
     """learning rates of AdamW"""
-    task_steps: Count = 40
+    task_steps: Count = 20
     """most steps of a training on a task"""
     task_batch: Count = 8
     """samples of a step"""
