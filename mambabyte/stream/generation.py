@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from mambabyte.corpus.utf8 import Utf8Stream, as_bytes
 from mambabyte.stream.prefixes import PrefixCache
@@ -32,13 +32,15 @@ def generate(
 
 
 def begin(
-    model: ByteModel, prompt: str | bytes, cache: PrefixCache | None = None
+    model: ByteModel, prompt: str | bytes, cache: PrefixCache | None = None,
+    report: Callable[[float], None] = lambda done: None,
 ) -> tuple[ByteStream, bytes]:
-    """A stream of ``model`` behind ``prompt``, and the prompt's bytes."""
+    """A stream of ``model`` behind ``prompt``, and the prompt's bytes; ``report`` as in
+    ``PrefixCache.read``."""
     data = as_bytes(prompt) if isinstance(prompt, str) else prompt
     model.eval()
     if cache is not None:
-        return cache.read(model, data), data
+        return cache.read(model, data, report), data
     stream = ByteStream(model)
     stream.feed(data)
     return stream, data

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -53,8 +53,10 @@ class PrefixCache:
         if self.folder.exists() or not private_dir(self.folder):
             make_dir(self.folder)  # says why not
 
-    def read(self, model: ByteModel, prompt: bytes) -> ByteStream:
-        """A stream of ``model`` behind ``prompt``."""
+    def read(
+        self, model: ByteModel, prompt: bytes, report: Callable[[float], None] = lambda done: None
+    ) -> ByteStream:
+        """A stream of ``model`` behind ``prompt``; ``report`` is called with the share done."""
         total = hashlib.sha256(f"{VERSION} {model.device.type} {weights_digest(model)}".encode())
         keys, done = {}, 0
         for at in places(len(prompt)):
@@ -69,6 +71,7 @@ class PrefixCache:
                 self.read_bytes += at - done
                 done = at
                 self._keep(model, stream, key)
+                report(done / len(prompt))
         return stream
 
     def _path(self, key: str) -> Path:

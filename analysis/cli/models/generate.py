@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from analysis.cli.console import escaped, say
+from analysis.cli.console import Bar, escaped, say
 from analysis.cli.models.origin import corpus_of
 from analysis.cli.options import POSITIONAL, parse, pick_device
 from mambabyte.config.checks import CountOrNone, DeviceOrAuto, NotNegative, above, between
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from mambabyte.stream.speculate import Guesser
 
 PROMPT_BYTES = 80
+LONG_PROMPT = 1 << 16  # bytes that take seconds to read
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def run(argv: list[str]) -> int:
     sys.stdout.write("\n")
     if draws is not None:
         say(f"{draws.drawn} bytes in {draws.passes} passes of the model, {draws.right} of "
-            f"{draws.guessed} guessed bytes right" if draws.passes else
+            f"{draws.guessed} guessed bytes right" if not stream.draws_itself else
             "nothing was guessed: bytes are drawn where they are computed, on the GPU")
     if options.save_state is not None:
         stream.save(options.save_state)
@@ -109,7 +111,8 @@ def _begin(options: Options, model: ByteLM, prompt: bytes) -> ByteStream:
         stream.feed(prompt)
         return stream
     cache = None if options.prompt_cache is None else PrefixCache(options.prompt_cache)
-    stream, _ = begin(model, prompt, cache)
+    with Bar("reading") if len(prompt) > LONG_PROMPT else nullcontext(lambda done: None) as bar:
+        stream, _ = begin(model, prompt, cache, bar)
     if cache is not None:
         say(f"prompt: {len(prompt):,} bytes, {cache.found_bytes:,} of them from "
             f"{options.prompt_cache}")
