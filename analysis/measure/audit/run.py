@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from analysis.measure.audit.checks import BOUNDS, NEEDS, Measured, measure
 from analysis.measure.audit.kinds import Case, Inputs, Kind, draw
 from analysis.measure.audit.targets import ADAPTERS, Target, find_target
-from mambabyte.config.files import make_dir
+from mambabyte.config.files import make_dir, to_json
 from mambabyte.errors import UserError
 
 Verdict = Literal["ok", "fault", "note", "refused"]
@@ -189,7 +189,7 @@ def _keep(
     about = {"target": target.name, "kind": target.kind.name, "adapter": adapter, "check": check,
              "case": asdict(case), "bound": bound}
     save_file({name: t.detach().cpu().contiguous().clone() for name, t in x.items()}, path,
-              metadata={"audit": json.dumps(about)})
+              metadata={"audit": to_json(about)})
     return path
 
 
