@@ -6,7 +6,7 @@
 // inputs in registers, so each input is read once and a warp reads whole lines. What lies before
 // the first position comes from `tail` (zero where it is null). Loads are issued U steps ahead.
 // `ages` (B, L), if any, says how many steps of its document come before each: a tap that reaches further
-// back reads zero.
+// back reads zero, and so does the tail to carry on with.
 //
 // The sums over time of the weight gradients leave as one partial a segment, added up afterwards
 // in a fixed order: no atomics, so results repeat bit for bit.
@@ -116,8 +116,10 @@ __global__ void __launch_bounds__(128) conv_forward(
     for (int k = 0; k < K - 1; k++) {
         int t = length - (K - 1) + k;
         if (t >= end || (t < start && !(t < 0 && start == 0))) continue;
-        *(Pack<T, V> *)(last + (int64)k * channels) =
-            fetch_input<T, V>(x, stride, tail, channels, t, length);
+        Pack<T, V> pack = {};
+        if (!ages || K - 2 - k <= ages[length - 1])
+            pack = fetch_input<T, V>(x, stride, tail, channels, t, length);
+        *(Pack<T, V> *)(last + (int64)k * channels) = pack;
     }
 }
 
@@ -263,7 +265,7 @@ __global__ void __launch_bounds__(128, BLOCKS) conv_backward(
             float out[V];
             walk.step(ahead[j], gradient[j], age[j], t < length, t < end, silu, out);
             int p = t - K + 1, k = p - (length - K + 1);
-            if (dlast && k >= 0 && k < K - 1) {
+            if (dlast && k >= 0 && k < K - 1 && (!ages || K - 2 - k <= ages[length - 1])) {
                 Pack<T, V> more = fetch<T, V>(dlast + (int64)k * channels, true);
 #pragma unroll
                 for (int v = 0; v < V; v++) out[v] += load(more.at[v]);

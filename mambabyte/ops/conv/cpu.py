@@ -75,6 +75,15 @@ def _packed(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
+def of_document(tail: Tensor, ages: Tensor | None) -> Tensor:
+    """The last inputs (B, K-1, D), or their gradients, with zeros for those that are older than the
+    last document."""
+    if ages is None:
+        return tail
+    behind = torch.arange(tail.shape[1] - 1, -1, -1, device=tail.device)  # the last step
+    return tail.masked_fill((behind > ages[:, -1:])[..., None], 0)
+
+
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool,
     ages: Tensor | None = None,
@@ -86,10 +95,11 @@ def forward(
     weight, bias, tail, ages = _packed(weight, bias, tail, ages)  # type: ignore[assignment]
     _call("forward", x, weight, bias, tail, silu, ages, y, None)
     if length >= before:
-        return y, x[:, length - before :].clone(memory_format=torch.contiguous_format)
+        last = x[:, length - before :].clone(memory_format=torch.contiguous_format)
+        return y, of_document(last, ages)
     if tail is None:
         tail = x.new_zeros(x.shape[0], before, x.shape[2])
-    return y, torch.cat([tail[:, length:], x], dim=1)
+    return y, of_document(torch.cat([tail[:, length:], x], dim=1), ages)
 
 
 def backward(
@@ -104,6 +114,7 @@ def backward(
     _call("backward", x, weight, bias, tail, silu, ages, None, _unit(dy), dx, dtail, dweight,
           dbias)
     if dlast is not None:
+        dlast = of_document(dlast, ages)
         length, before = x.shape[1], weight.shape[1] - 1
         own = min(length, before)  # rows of the next tail that are x's; the others are the tail's
         dx[:, length - own :] += dlast[:, before - own :]

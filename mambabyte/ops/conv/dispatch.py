@@ -15,7 +15,6 @@ from mambabyte.ops.conv.operator import (
     DTYPES,
     TAPS,
     fused_causal_conv,
-    of_document,
     torch_causal_conv,
 )
 from mambabyte.ops.scan.operator import fused_available
@@ -44,8 +43,7 @@ def causal_conv(
     tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)
     if tensors and weight.ndim == 2 and fits(x, weight, bias):
         ages = document_ages(document_starts, x) if ages is None else ages
-        y, last = fused_causal_conv(x, weight, bias, tail, silu, ages)
-        return y, of_document(last, ages)
+        return fused_causal_conv(x, weight, bias, tail, silu, ages)
     for name, tensor, dims in (("x", x, 3), ("weight", weight, 2)):
         if not isinstance(tensor, Tensor) or tensor.ndim != dims or 0 in tensor.shape[1:]:
             raise UserError(f"{name} has shape {tuple(getattr(tensor, 'shape', ()))}: expected x "
@@ -57,8 +55,7 @@ def causal_conv(
         ("tail?", tail, (batch, weight.shape[1] - 1, channels), None),
     ))  # fmt: skip
     ages = document_ages(document_starts, x) if ages is None else ages
-    y, last = torch_causal_conv(x, weight, bias, tail, silu, ages)
-    return y, of_document(last, ages)
+    return torch_causal_conv(x, weight, bias, tail, silu, ages)
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from mambabyte.errors import UserError
 from mambabyte.ops.arguments import check_tensors
+from mambabyte.ops.conv.cpu import of_document
 from mambabyte.ops.library import Tensors, define
 
-__all__ = ["DTYPES", "TAPS", "fused_causal_conv", "of_document", "torch_causal_conv"]
+__all__ = ["DTYPES", "TAPS", "fused_causal_conv", "torch_causal_conv"]
 
 TAPS = range(2, 9)
 DTYPES = {
@@ -36,7 +37,7 @@ def fused_causal_conv(
     Shapes: x (B, L, D) of any strides; weight (D, K), K from 2 to 8; bias (D,); tail (B, K-1, D),
     zero when None; ages (B, L) as of ``document_ages``. x is float32, on a GPU bfloat16 or float16
     too, on the CPU float64 too; weight and bias are taken in float32, beside a float64 x in
-    float64. Returns y (B, L, D) and the last K - 1 inputs, of whatever document, both in x's dtype.
+    float64. Returns y (B, L, D) and the tail to carry on with, both in x's dtype.
     Gradients flow to all inputs and through both results, in a fixed order of sums: bit-equal on
     repetition and for any number of threads.
 
@@ -69,16 +70,7 @@ def torch_causal_conv(
             here = here.masked_fill((ages < back)[..., None], 0) if back else here
             y = y + weight[:, taps - 1 - back] * here
     # A copy: a view would keep the whole padded sequence alive as long as the tail.
-    return F.silu(y) if silu else y, padded[:, length:].clone()
-
-
-def of_document(tail: Tensor, ages: Tensor | None) -> Tensor:
-    """The tail (B, K-1, D) that a convolution leaves, with zeros for what is older than the last
-    document."""
-    if ages is None:
-        return tail
-    behind = torch.arange(tail.shape[1] - 1, -1, -1, device=tail.device)  # the last step
-    return tail.masked_fill((behind > ages[:, -1:])[..., None], 0)
+    return F.silu(y) if silu else y, of_document(padded[:, length:].clone(), ages)
 
 
 # -------------------------------------------------------------------------------------- operator
