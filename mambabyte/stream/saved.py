@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mambabyte.config.files import whole_file
+from mambabyte.config.files import to_json, whole_file
 from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.errors import UserError
 from mambabyte.stream.states import batch_of, hash_tensors, weights_digest
@@ -46,7 +46,7 @@ def save_state(path: Path | str, model: Any, kept: Kept, of: str | None = None) 
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     _check("the state to save", model, tensors, numbers)
     about = {"format": FORMAT, "version": str(VERSION),
-             "of": of or weights_digest(model), "numbers": json.dumps(numbers)}
+             "of": of or weights_digest(model), "numbers": to_json(numbers)}
     with whole_file(path) as temporary:
         save_file(tensors, temporary, {**about, "sha256": _checksum(tensors, about)})
 
@@ -98,7 +98,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _checksum(tensors: dict[str, Tensor], about: dict[str, str]) -> str:
-    total = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    total = hashlib.sha256(to_json(about, sort_keys=True).encode())
     hash_tensors(total, tensors)
     return total.hexdigest()
 

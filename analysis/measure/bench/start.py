@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mambabyte.config import Preset, get_preset
+from mambabyte.config.files import to_json
 from mambabyte.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def start_values(frame: pd.DataFrame, pace: pd.DataFrame) -> dict[str, tuple[flo
 
 def _child(name: str, way: str, device: str, folder: Path) -> list[dict[str, Any]]:
     where = {variable: str(folder / cache) for variable, cache in CACHES.items()}
-    given = json.dumps([name, way, device, str(folder / "text.txt"), str(folder)])
+    given = to_json([name, way, device, str(folder / "text.txt"), str(folder)])
     before, began = _joules(device), time.time()
     try:
         ran = subprocess.run(
@@ -172,7 +173,7 @@ def _main(given: str, began: float) -> None:
     with contextlib.suppress(_Enough):
         (_build if name.startswith(TASK) else _train)(
             name.removeprefix(TASK), way, device, text, folder, mark)
-    print(json.dumps(marks))
+    print(to_json(marks))
 
 
 def _train(
