@@ -19,7 +19,7 @@ from mambabyte.config.files import write_json
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.stream import generate
-from mambabyte.stream.speculate import FirstOf
+from mambabyte.stream.generation import FirstOf
 from mambabyte.task import ngram_file
 from mambabyte.task.guesses import NgramGuesses
 from mambabyte.task.ngram import count

@@ -29,7 +29,7 @@ from mambabyte.errors import UserError
 if TYPE_CHECKING:
     from mambabyte.model import ByteLM
     from mambabyte.stream import ByteStream
-    from mambabyte.stream.speculate import Guesser
+    from mambabyte.stream.generation import Guesser
 
 PROMPT_BYTES = 80
 LONG_PROMPT = 1 << 16  # bytes that take seconds to read
@@ -70,8 +70,7 @@ def run(argv: list[str]) -> int:
 
     from mambabyte.checkpoint import load_model
     from mambabyte.config.files import check_file
-    from mambabyte.stream.generation import text_of
-    from mambabyte.stream.speculate import Speculation
+    from mambabyte.stream.generation import Speculation, text_of
 
     if options.state is not None and options.prompt_cache is not None:
         raise UserError("--state and --prompt-cache are both given: the text begins with the state "
@@ -120,7 +119,7 @@ def _begin(options: Options, model: ByteLM, prompt: bytes) -> ByteStream:
 
 
 def _guesser(source: str) -> Guesser:
-    from mambabyte.stream.speculate import FirstOf, Repetitions
+    from mambabyte.stream.generation import FirstOf, Repetitions
     from mambabyte.task import ngram_file
     from mambabyte.task.guesses import NgramGuesses
 

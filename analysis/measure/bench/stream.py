@@ -23,7 +23,7 @@ from mambabyte.evaluate import score, score_streaming
 from mambabyte.model import ByteLM
 from mambabyte.stream import ByteStream, CharModel, advance_of
 from mambabyte.stream.cuda import CudaModel
-from mambabyte.stream.speculate import Repetitions, Speculation
+from mambabyte.stream.generation import Repetitions, Speculation
 
 TORCH, BYTE, DRAW, KERNEL, GUESSED = (
     "torch, a call a byte", "stream, a byte fed", "stream, bytes drawn", "kernel, bytes drawn",

@@ -10,7 +10,7 @@ import torch
 from mambabyte.config import ModelConfig
 from mambabyte.model import MIXERS, ByteLM
 from mambabyte.stream import ByteStream, advance_of, streams
-from mambabyte.stream.speculate import FirstOf, Repetitions, Speculation
+from mambabyte.stream.generation import FirstOf, Repetitions, Speculation
 from tests.conftest import TEXT
 
 CONFIG = ModelConfig(d_model=16, n_layer=2, d_state=3, n_head=2, n_kv_head=1, attention_window=12,
