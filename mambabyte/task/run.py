@@ -61,7 +61,8 @@ def run_task(
         "within_cap": energy.seconds <= CAP_SECONDS, "failure": failure,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_cuda else None,
         "model": None if system.model is None else asdict(system.model),
-        "train": asdict(system.train), "n_steps": 0 if system.model is None else system.train.n_steps,
+        "train": asdict(system.train),
+        "n_steps": 0 if system.model is None else system.train.n_steps,
         "ngram": None if system.ngram is None else asdict(system.ngram),
     }
     if fitted is None:
