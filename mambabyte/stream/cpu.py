@@ -23,10 +23,7 @@ from torch import Tensor, nn
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.model.attention import AttentionState
-from mambabyte.model.block import MLP, Block, RMSNorm
-from mambabyte.model.delta import HeadNorm
-from mambabyte.model.mamba2 import GatedRMSNorm
-from mambabyte.model.mixer import LayerState, Linear, Mixer, mixers
+from mambabyte.model.mixer import LayerState, Mixer, mixers
 from mambabyte.ops.build import c as native_build
 from mambabyte.ops.scan import cpu as native_scan
 from mambabyte.stream.layout import (
@@ -35,6 +32,7 @@ from mambabyte.stream.layout import (
     MODEL,
     OWN,
     Kind,
+    is_known,
     model_numbers,
     pack_layer,
     pack_model,
@@ -44,13 +42,10 @@ from mambabyte.stream.layout import (
 _LOG = logging.getLogger(__name__)
 SOURCE = Path(__file__).parent.parent / "ops/stream/model.c"
 Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
-Hidden = Callable[[Tensor, Any], tuple[Tensor, Any]]
 MOST_BYTES = 16  # in one call; longer texts are faster in parallel
 _STALE = 2
-_PARTS = (ByteLM, Block, MLP, nn.ModuleList, nn.Sequential, nn.Embedding, nn.Linear, Linear,
-          nn.Conv1d, nn.LayerNorm, RMSNorm, GatedRMSNorm, HeadNorm)  # fmt: skip
 _LEAST_ROOM = 64  # bytes that a cache of attention can grow by in place
-_pack_call = struct.Struct("7q").pack
+_pack_call = struct.Struct("8q").pack
 
 
 class _Library(NamedTuple):
@@ -85,10 +80,7 @@ def supports(model: nn.Module) -> bool:
         return False
     if model.config.scan_form not in ("auto", "fused") or torch.is_autocast_enabled("cpu"):
         return False
-    if any(type(m) not in (*_PARTS, *KINDS) or m._forward_hooks or m._forward_pre_hooks
-           for m in model.modules()):
-        return False
-    return (_as_configured(model) and all(map(_readable, model.parameters()))
+    return (is_known(model) and all(map(_readable, model.parameters()))
             and _library() is not None)
 
 
@@ -128,27 +120,19 @@ class NativeAdvance:
         return self._native.ahead(data, state) if len(data) <= MOST_BYTES else None
 
 
-def hidden_shortcut(model: ByteLM) -> Hidden:
-    """``model.hidden``, but in C for up to MOST_BYTES embedded bytes of one text."""
-    if not supports(model):
-        return model.hidden
-    native = NativeModel(model)
-
-    def either(x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        few = len(x) == 1 and x.shape[1] <= MOST_BYTES
-        return native.hidden(x, state) if few else model.hidden(x, state)
-
-    return either
+def guided_model(guided: nn.Module, model: ByteLM) -> NativeModel | None:
+    """The network ``model`` of a guided model with the parts ``prior``, ``best``, ``kind`` and
+    ``gate`` around it (task/guide.py); None where C does not compute what it does."""
+    parts = [getattr(guided, name) for name in ("prior", "best", "kind", "gate")]
+    plain = all(type(part) in (nn.Linear, nn.Embedding) and not part._forward_hooks
+                and not part._forward_pre_hooks and all(map(_readable, part.parameters()))
+                for part in parts)
+    return NativeModel(model, guided) if plain and supports(model) else None
 
 
 def _new(*shape: int) -> Tensor:
     """Memory for the C code to fill, whatever torch's defaults are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
-
-
-def _as_configured(model: ByteLM) -> bool:
-    """Whether the mixers still have the form and the window that the configuration says."""
-    return all(mixer.as_configured(model.config) for mixer in mixers(model, Mixer))
 
 
 def _kinds(model: ByteLM) -> list[Kind]:
@@ -167,7 +151,7 @@ class NativeModel:
     States are those of ``ByteLM`` at batch 1, in and out; none that was given out ever changes.
     """
 
-    def __init__(self, model: ByteLM) -> None:
+    def __init__(self, model: ByteLM, guided: nn.Module | None = None) -> None:
         library = _library()
         assert library is not None
         self._library = library
@@ -176,6 +160,8 @@ class NativeModel:
         # Looked up anew in every call, as parameters may be replaced: a dict and a name each.
         self._slots: list[tuple[Mapping[str, Tensor | None], str]] = []
         modules = dict(model.named_modules())
+        if guided is not None:
+            modules |= {f"guided.{name}": part for name, part in guided.named_children()}
         for path in parameter_names(config, self._kinds):
             owner, _, name = path.rpartition(".")
             found = modules.get(owner)  # a block without an MLP has none
@@ -212,24 +198,25 @@ class NativeModel:
                  zip(self._kinds, self._layers, strict=True)]
 
         def first(count: int) -> list[LayerState]:
-            return [layer.without(len(data) - count, window) if isinstance(layer, _Cache)
+            return [layer.without(len(data) - count, window) if isinstance(layer, Cache)
                     else state_of(*(x[count - 1 : count] for x in layer))
                     for layer, (state_of, window) in zip(after, kinds, strict=True)]
 
         return log_probs, first
 
-    def hidden(
-        self, x: Tensor, state: list[LayerState] | None = None
+    def guided(
+        self, data: bytes, state: list[LayerState] | None, hint: Sequence[Tensor]
     ) -> tuple[Tensor, list[LayerState]]:
-        """As ``ByteLM.hidden`` without gradients: x (1, L, d_model), a byte or more."""
-        inputs = _plain(x.detach())
-        hidden = _new(*x.shape)
-        return hidden, self._run(x.shape[1], b"", state, inputs=inputs, hidden=hidden)
+        """As the call, of a model that ``guided_model`` took: ``hint`` is what is said of the byte
+        after each of ``data``, log p (L, 256) float32, best byte and kind (L,) uint8."""
+        log_probs = _new(self.config.vocab_size)
+        hint = [x.contiguous() for x in hint]
+        return log_probs, self._run(len(data), data, state, log_probs=log_probs, hint=hint)
 
     def _run(
         self, length: int, data: bytes, state: list[LayerState] | None,
-        inputs: Tensor | None = None, hidden: Tensor | None = None,
-        log_probs: Tensor | None = None, each: bool = False,
+        log_probs: Tensor, each: bool = False,
+        hint: Sequence[Tensor | None] = (None, None, None),
     ) -> list[LayerState]:
         """Advance by ``length`` bytes, and fill the outputs that are given; with ``each``, rows of
         states (but of caches) are those after each byte."""
@@ -252,9 +239,10 @@ class NativeModel:
             else:
                 after.append(_memory(kind, shapes, before, words, held, length if each else 1))
         states = self._pack_states(*words)
-        outputs = [0 if t is None else t.data_ptr() for t in (inputs, hidden, log_probs)]
+        hints = [0 if t is None else t.data_ptr() for t in hint]
         while True:
-            call = _pack_call(length, position, *outputs, weights.kept.data_ptr(), each)
+            call = _pack_call(length, position, log_probs.data_ptr(), weights.kept.data_ptr(),
+                              each, *hints)
             failed = self._library.advance(weights.words, weights.layers, states, call, data)
             if failed == _STALE:
                 self._weights = weights = weights._replace(
@@ -285,7 +273,7 @@ class NativeModel:
         else:
             # At least as many rows as are copied can follow: a copy costs a row each, in the mean.
             spare = max(_LEAST_ROOM, min(window, stored))
-            room = _Room(_new(2, heads, stored + length + spare, width), stored + length)
+            room = Room(_new(2, heads, stored + length + spare, width), stored + length)
             old = [] if before is None else [_plain_rows(before.k), _plain_rows(before.v)]
             held += old
             words += [x.data_ptr() for x in old] or [0, 0]
@@ -297,7 +285,7 @@ class NativeModel:
         words += at, at + 4 * buffer.stride(0), 0, 0, stored, *strides, *[buffer.stride(1)] * 2
         start = first + max(0, stored + length - (window - 1))
         k, v = buffer[:, None, :, start : first + stored + length]
-        after = _Cache(k, v, position + length)
+        after = Cache(k, v, position + length)
         after.room, after.first = room, start
         return after
 
@@ -348,7 +336,7 @@ def _check(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
                         "on the CPU: a stream goes on from a state of its own model at batch 1")
 
 
-class _Room:
+class Room:
     """A buffer of keys and values, and how many of its rows are taken."""
 
     def __init__(self, buffer: Tensor, end: int) -> None:
@@ -368,16 +356,16 @@ class _Room:
             self._end -= length * (self._end == end)
 
 
-class _Cache(AttentionState):
+class Cache(AttentionState):
     """A state whose keys and values lie in a room, from row ``first`` on."""
 
-    room: _Room | None = None
+    room: Room | None = None
     first = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return AttentionState, tuple(self)
 
-    def without(self, length: int, window: int) -> _Cache:
+    def without(self, length: int, window: int) -> Cache:
         """The state before the last ``length`` bytes, which are given up."""
         assert self.room is not None
         last = self.first + self.k.shape[2]
@@ -385,7 +373,7 @@ class _Cache(AttentionState):
         self.room.give_back(last, length)
         first = max(0, end - (window - 1))
         k, v = self.room.buffer[:, None, :, first:end]
-        before = _Cache(k, v, self.position - length)
+        before = Cache(k, v, self.position - length)
         before.room, before.first = self.room, first
         return before
 

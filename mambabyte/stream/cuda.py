@@ -13,11 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mambabyte.model import ByteLM
-from mambabyte.model.block import MLP, Block, RMSNorm
-from mambabyte.model.delta import HeadNorm
 from mambabyte.model.mamba import MambaMixer, MambaState
-from mambabyte.model.mamba2 import GatedRMSNorm
-from mambabyte.model.mixer import Linear, Mixer, mixers
 from mambabyte.ops.mamba.step import MAX_TAPS
 from mambabyte.ops.scan.operator import MAX_STATES, fused_available
 from mambabyte.ops.stream.cuda import (
@@ -31,14 +27,12 @@ from mambabyte.ops.stream.cuda import (
 from mambabyte.ops.stream.hybrid import HybridState
 from mambabyte.stream import hybrid
 from mambabyte.stream.cpu import foreign_layers, say_foreign
-from mambabyte.stream.layout import KINDS
+from mambabyte.stream.layout import is_known
 
 Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
 Hidden = Callable[[Tensor, Any], tuple[Tensor, Any]]
 MOST_BYTES = 256  # fed in one call; longer texts are faster in parallel
 PIECE = 4096  # bytes whose log-probabilities are fetched at a time
-_PARTS = (ByteLM, Block, MLP, nn.ModuleList, nn.Sequential, nn.Embedding, nn.Linear, Linear,
-          nn.Conv1d, nn.LayerNorm, RMSNorm, GatedRMSNorm, HeadNorm, *KINDS)  # fmt: skip
 FIRST_DRAW, MOST_DRAW = 16, 256  # bytes drawn a launch: the first come soon, all come steadily
 
 
@@ -61,11 +55,9 @@ def unsupported(model: nn.Module) -> str:
     if torch.is_autocast_enabled("cuda") or any(p.dtype is torch.float64
                                                 for p in model.parameters()):
         return "the kernel computes in float32"
-    if any(type(m) not in _PARTS or m._forward_hooks or m._forward_pre_hooks
-           for m in model.modules()):
-        return "the model has hooks, or foreign or parametrized parts"
-    if not all(mixer.as_configured(config) for mixer in mixers(model, Mixer)):
-        return "a mixer has another form or window than its configuration"
+    if not is_known(model):
+        return ("the model has hooks, foreign, parametrized or replaced parts, or a mixer of "
+                "another form or window than its configuration")
     return "" if _is_plain(model) else hybrid.unsupported(model)
 
 

@@ -20,11 +20,12 @@ SMALL = ModelConfig(d_model=132, n_layer=2, d_state=5, d_conv=3, n_head=6, n_kv_
                     ssd_d_state=20, delta_head_dim=33)  # fmt: skip
 CONFIGS = {
     "all letters and extras": replace(
-        SMALL, layer_pattern="MALSDK", n_layer=7, linear_bias=True, block_scales=True,
-        residual_mix=True, unet_skips=True, qk_gain=1.5, qk_norm=True, embed_norm=True,
-        embed_norm_gain=True, mlp_ratio=1.3, tied_head=False, logit_softcap=15.0),
+        SMALL, layer_pattern="MALSDK", n_layer=7, linear_bias=True, ssm_bias=True,
+        ssd_norm_eps=0.01, block_scales=True, residual_mix=True, unet_skips=True, qk_gain=1.5,
+        qk_norm=True, embed_norm=True, embed_norm_gain=True, mlp_ratio=1.3, tied_head=False,
+        logit_softcap=15.0),
     "Mamba-2 and the delta rule": ModelConfig(
-        d_model=128, n_layer=3, layer_pattern="SDK", norm="rms", mlp_ratio=2.0),
+        d_model=128, n_layer=3, layer_pattern="SDK", norm="rms", norm_eps=1e-5, mlp_ratio=2.0),
     "full step size": replace(SMALL, layer_pattern="MA", dt_rank="full", rope_fraction=0.5),
     # float64 has another epsilon in norms without one: small embeddings would differ by that
     **{name: replace(PRESETS[name].model, embed_std=1.0)
@@ -78,6 +79,7 @@ def test_branches_do_not_change_each_other_and_the_cache_is_bounded() -> None:
         fork.feed(b"x")
         stream.feed(bytes([i % 251]))
         alone.feed(bytes([i % 251]))
-        assert torch.equal(stream.log_probs, alone.log_probs)
+        # Rows of a copied cache lie with other blocks, which add up in another order.
+        assert relative_rms(stream.log_probs, alone.log_probs.double()) < 1e-6
         sizes.append(stream.state_bytes())
     assert max(sizes[300:]) == max(sizes[:300])

@@ -44,7 +44,8 @@ CONFIGS = {
                           norm="rms"),
     "all letters and extras": replace(
         ODD, layer_pattern="MALSDK", n_layer=7, ssd_head_dim=24, delta_head_dim=9, local_window=3,
-        linear_bias=True, block_scales=True, residual_mix=True, unet_skips=True, qk_gain=1.5,
+        linear_bias=True, ssm_bias=True, ssd_norm_eps=0.01, block_scales=True,
+        residual_mix=True, unet_skips=True, qk_gain=1.5,
         qk_norm=True, embed_norm=True, embed_norm_gain=True, mlp_ratio=1.5, tied_head=False),
     "hybrid": replace(ODD, layer_pattern="MMA", norm="rms_plain", qk_norm=True, embed_norm=True,
                       rope_fraction=0.5, tied_head=False, mlp_ratio=1.0, mlp_activation="silu"),
@@ -385,8 +386,9 @@ static void once(int64_t w, int64_t D, int64_t N, int64_t K, int64_t R, int64_t 
     .activation = activation, .slots = 1, .mixed = 1, .channels = D, .states = N, .taps = K,
     .rank = R, .heads = heads, .kv_heads = kv, .head_width = d, .normed_heads = 1, .turning = 1,
     .ssd_heads = D / (D / H), .ssd_groups = G, .ssd_states = N, .delta_heads = H,
-    .delta_values = Vd, .embedding_norm = 1, .norm_eps = 1e-5, .tiny_eps = 1e-7, .cap = 3,
-    .rotary_base = 100, .embedding = data(V * w, -.5), .norm = data(w, 0), .norm_bias = data(w, 0),
+    .delta_values = Vd, .embedding_norm = 1, .norm_eps = 1e-5, .tiny_eps = 1e-7, .ssd_eps = 1e-6,
+    .cap = 3, .rotary_base = 100, .embedding = data(V * w, -.5), .norm = data(w, 0),
+    .norm_bias = data(w, 0),
     .head_bias = data(V, 0), .embedding_gain = data(w, 0)};
   m.head = m.embedding;
   const int64_t conv = D + 2 * G * N, values = H * Vd, keys = w;
@@ -397,9 +399,9 @@ static void once(int64_t w, int64_t D, int64_t N, int64_t K, int64_t R, int64_t 
     .mlp_up_bias = data(hidden, 0), .mlp_out = data(hidden * w, -.5), .mlp_out_bias = data(w, 0)};
   layer layers[5] = {l, l, l, l, l};
   const int64_t sizes[5][OWN] = {
-    {2 * D * w, D * K, D, (R + 2 * N) * D, D * (R ? R : D), D, D * N, D, D * w},
+    {2 * D * w, D * K, D, (R + 2 * N) * D, D * (R ? R : D), D, D * N, D, D * w, 2 * D, w},
     {w * w, kv * d * w, kv * d * w, w * w, w, kv * d, kv * d, w, H},
-    {(D + conv + H) * w, conv * K, conv, H, H, H, D, D * w},
+    {(D + conv + H) * w, conv * K, conv, H, H, H, D, D * w, D + conv + H, w},
     {keys * w, keys * w, values * w, keys * K, keys * K, values * K, H * w, H, H, Vd, values * w,
      H * w, 0, values * w},
     {keys * w, keys * w, values * w, keys * K, keys * K, values * K, H * w, H, keys, Vd,
@@ -414,7 +416,7 @@ static void once(int64_t w, int64_t D, int64_t N, int64_t K, int64_t R, int64_t 
   keep(&m, layers, kept);
   unsigned char *bytes = malloc(length);
   memset(bytes, 255, length);
-  call c = {length, 0, NULL, data(length * w, 0), data(length * V, 0), kept};
+  call c = {length, 0, data(length * V, 0), kept};
   memory s[5] = {{{0}, {0}, 0, {0}, {0}}};
   const int64_t states[5][4] = {{(K - 1) * D, D * N}, {kv * most * d, kv * most * d},
     {(K - 1) * conv, D * N}, {(K - 1) * keys, (K - 1) * keys, (K - 1) * values, keys * Vd},
@@ -429,13 +431,16 @@ static void once(int64_t w, int64_t D, int64_t N, int64_t K, int64_t R, int64_t 
         if (states[i][j] && !here) s[i].out[j] = data((i == 1 ? 1 : length) * states[i][j], 0);
       }
     c.each = round & 1;
-    if (round == 3) c.inputs = data(length * w, 0);
+    if (round == 3) {
+      m.prior = data(w * V, -.5), m.best = m.kind = data(2 * w, 0);
+      m.gate = data(w, 0), m.gate_bias = data(1, 0);
+      c.hint = data(length * V, -2), c.best = c.kind = calloc(length, 1);
+    }
     if (advance(&m, layers, s, &c, bytes)) abort();
     s[1].stored += length;
     c.position += length;
   }
   for (int64_t i = 0; i < V; i++) if (!(c.log_probs[i] <= 0)) abort();
-  for (int64_t i = 0; i < length * w; i++) if (c.hidden[i] != c.hidden[i]) abort();
   layers[0].own[A_LOG][0] += 1;
   if (advance(&m, layers, s, &c, bytes) != 2) abort();
 }

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
-from mambabyte.config import ModelConfig
+from mambabyte.config import PRESETS, ModelConfig
 from mambabyte.model import ByteLM
 from mambabyte.model.mamba import MambaMixer
 from mambabyte.stream import ByteModel, ByteStream, advance_of
 from mambabyte.stream import cpu as native_model
+from mambabyte.stream.layout import is_known
 from mambabyte.task import ngram_native
 from mambabyte.task.guide import Guide, GuidedLM
 from mambabyte.task.mixture import Mixture, NgramLM
@@ -82,6 +84,15 @@ def test_a_layer_that_no_engine_has_is_said_once(caplog: pytest.LogCaptureFixtur
         ByteStream(model)
     assert [r.getMessage() for r in caplog.records] == [
         "note: Own runs through torch, byte after byte: no engine has that layer"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_engines_know_all_parts_of_every_preset(name: str) -> None:
+    with torch.device("meta"):
+        model = ByteLM(PRESETS[name].model)
+        assert is_known(model)
+        model.norm_f = nn.Sequential(model.norm_f)  # a class that is known, in another place
+    assert not is_known(model)
 
 
 @pytest.mark.skipif(ngram_native.library() is None, reason="no C compiler")

@@ -21,7 +21,7 @@
 //
 // SIZES (see cluster.cu) are given by hybrid.py, which packs the weights and so knows where they lie:
 //   CL, S = 1, T, LAYERS, DM (d_model), DI (d_inner), N, R (dt_rank, 0: from all channels), K (taps),
-//   H (hidden or 0), ACTIVATION, CENTERED, STEM (norm behind the embedding), EPS, TINY, CAP, HEADS, KVH,
+//   H (hidden or 0), ACTIVATION, CENTERED, STEM (norm behind the embedding), EPS, TINY, SSD_EPS, CAP, HEADS, KVH,
 //   HD, QKNORM; SH, SG, SN (Mamba-2's heads, groups, states); DH, DV (the delta rule's heads, values of
 //   each); MIXED; M, A, SS, D, KDA (whether there are such layers), CACHES (how many of attention);
 //   TILE and RING (floats, tiles), RESIDENT, STATE and BLOB (floats of a block's small weights, states
@@ -412,7 +412,7 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                 for (int group = warp; group < SG; group += WARPS) {
                     float *part = y + group * (DI / SG), square = 0.f;
                     for (int c = lane; c < DI / SG; c += 32) square = fmaf(part[c], part[c], square);
-                    float scale = rsqrtf(sum_over<32>(square) * (1.f / (DI / SG)) + 1e-5f);
+                    float scale = rsqrtf(sum_over<32>(square) * (1.f / (DI / SG)) + SSD_EPS);
                     for (int c = lane; c < DI / SG; c += 32) part[c] *= scale;
                 }
                 __syncthreads();

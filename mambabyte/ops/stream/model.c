@@ -20,9 +20,11 @@ enum { MAMBA, ATTENTION, MAMBA2, DELTA };
 enum { NORM_LAYER = 0, NORM_RMS = 1 };
 enum { RELU2 = 0, GELU = 1, SILU = 2 };
 /* where a mixer's parameters are in `own`, (out, in) as torch has them; NULL where it has none */
-enum { IN_PROJ, CONV, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_LOG, SKIP, OUT_PROJ };
+enum { IN_PROJ, CONV, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_LOG, SKIP, OUT_PROJ, IN_BIAS,
+       OUT_BIAS };
 enum { Q_PROJ, K_PROJ, V_PROJ, O_PROJ, Q_BIAS, K_BIAS, V_BIAS, O_BIAS, Q_GAIN };
-enum { S_IN, S_CONV, S_CONV_BIAS, S_DT_BIAS, S_A_LOG, S_SKIP, S_NORM, S_OUT };
+enum { S_IN, S_CONV, S_CONV_BIAS, S_DT_BIAS, S_A_LOG, S_SKIP, S_NORM, S_OUT, S_IN_BIAS,
+       S_OUT_BIAS };
 enum { D_QKV, D_CONV = 3, D_BETA = 6, D_A_LOG, D_DT_BIAS, D_NORM, D_OUT, D_DECAY, D_DECAY_UP,
        D_GATE, D_GATE_UP, D_GATE_BIAS, OWN };
 
@@ -41,8 +43,9 @@ typedef struct {
   int64_t heads, kv_heads, head_width, normed_heads, turning; /* ATTENTION */
   int64_t ssd_heads, ssd_groups, ssd_states;                  /* MAMBA2 */
   int64_t delta_heads, delta_values;                          /* DELTA; values of a head */
-  double norm_eps, tiny_eps, cap, rotary_base;                /* cap 0: none */
+  double norm_eps, tiny_eps, ssd_eps, cap, rotary_base;                /* cap 0: none */
   real *embedding, *head, *norm, *norm_bias, *head_bias, *embedding_gain;
+  real *prior, *best, *kind, *gate, *gate_bias; /* of a guided model (task/guide.py), or NULL */
 } model;
 
 /* What a layer remembers; zeros before the first byte, where the inputs are NULL.
@@ -56,11 +59,13 @@ typedef struct {
 
 typedef struct {
   int64_t length, position; /* bytes given, a byte or more, and bytes seen before */
-  real *inputs;             /* (length, width) in place of the embedded bytes, or NULL */
-  real *hidden;             /* (length, width), what the head reads, or NULL */
-  real *log_probs;          /* (vocabulary), after the last byte, or NULL; see `each` */
+  real *log_probs;          /* (vocabulary), after the last byte; see `each` */
   real *kept;               /* (layers, kept_size): see transposed */
   int64_t each;             /* log_probs (length, vocabulary) and states are those after each byte */
+  /* Of a guided model, of the bytes that come next: log p (length, vocabulary), the best byte and
+   * its kind (length); or NULL. */
+  real *hint;
+  unsigned char *best, *kind;
 } call;
 
 /* scratch of a call: a row a byte each, and what a mixer needs */
@@ -68,7 +73,7 @@ typedef struct {
   real *normed, *branch, *mixer;
 } work;
 
-#define INNER_EPS 1e-5 /* of the norms inside MAMBA2 and DELTA */
+#define INNER_EPS 1e-5 /* of the norm inside DELTA */
 #define KEY_EPS 1e-6   /* of DELTA, added to the square of a key's length */
 
 INLINE int64_t padded(int64_t n) { return (n + PAD - 1) / PAD * PAD; }
@@ -354,7 +359,7 @@ static void mamba(const model *m, const layer *l, const transposed t, const memo
   memcpy(skip, l->own[SKIP], D * sizeof(real));
 
   normalise_each(m, x, length, l->norm, l->norm_bias, w.normed);
-  project(m, l->own[IN_PROJ], NULL, 2 * D, length, w.normed, both, boths);
+  project(m, l->own[IN_PROJ], l->own[IN_BIAS], 2 * D, length, w.normed, both, boths);
   for (int64_t i = 0; i < length; i++) {
     memcpy(window + before * P, both + i * boths, D * sizeof(real));
     for (int64_t d = 0; d < P; d += LANES) {
@@ -399,7 +404,7 @@ static void mamba(const model *m, const layer *l, const transposed t, const memo
     }
     if (each || i == length - 1) states_out(h, P, D, s->out[1] + each * i * D * N, N);
   }
-  add_branch(m, l->own[OUT_PROJ], NULL, l->mixer_gain, D, length, y, P, x, w.branch);
+  add_branch(m, l->own[OUT_PROJ], l->own[OUT_BIAS], l->mixer_gain, D, length, y, P, x, w.branch);
 }
 
 /* ---------------------------------------------------------------- SSD */
@@ -434,7 +439,8 @@ static void mamba2(const model *m, const layer *l, const memory *s, int64_t leng
   copy_or_zero(window, s->in[0], before * conv);
   copy_or_zero(s->out[1], s->in[1], D * N);
   normalise_each(m, x, length, l->norm, l->norm_bias, w.normed);
-  project(m, l->own[S_IN], NULL, D + conv + H, length, w.normed, all, alls); /* z; x, B, C; dt */
+  project(m, l->own[S_IN], l->own[S_IN_BIAS], D + conv + H, length, w.normed, all,
+          alls); /* z; x, B, C; dt */
   for (int64_t i = 0; i < length; i++, all += alls, y += ys) {
     real *h = place(s->out[1], D * N, i, each);
     convolve(l->own[S_CONV], l->own[S_CONV_BIAS], m->taps, conv, window, all + D, u);
@@ -450,10 +456,11 @@ static void mamba2(const model *m, const layer *l, const memory *s, int64_t leng
     silu(all, D);
     for (int64_t c = 0; c < D; c++) y[c] *= all[c];
     for (int64_t g = 0, size = D / G; g < G; g++)
-      rms(y + g * size, size, l->own[S_NORM] + g * size, INNER_EPS, y + g * size);
+      rms(y + g * size, size, l->own[S_NORM] + g * size, m->ssd_eps, y + g * size);
     copy_or_zero(s->out[0] + each * i * before * conv, window, before * conv);
   }
-  add_branch(m, l->own[S_OUT], NULL, l->mixer_gain, D, length, y - length * ys, ys, x, w.branch);
+  add_branch(m, l->own[S_OUT], l->own[S_OUT_BIAS], l->mixer_gain, D, length, y - length * ys, ys, x,
+             w.branch);
 }
 
 /* ---------------------------------------------------------------- gated delta rule */
@@ -665,6 +672,16 @@ static void mix_in(const model *m, const layer *l, int64_t n, const real *slots,
     x[i] = l->stream_gain[i % m->width] * x[i] + l->embedded_gain[i % m->width] * embedded[i];
 }
 
+/* The input of a guided model's layers for byte i: embedded, and what is said of the next byte. */
+static void add_hint(const model *m, const call *c, int64_t i, const real *embedded, real *likely,
+                     real *to) {
+  const real *hint = c->hint + i * m->vocabulary;
+  const real *best = m->best + c->best[i] * m->width, *kind = m->kind + c->kind[i] * m->width;
+  for (int64_t s = 0; s < m->vocabulary; s++) likely[s] = expf((real)0.5 * hint[s]);
+  times(m->prior, m->width, m->vocabulary, likely, to, 0);
+  for (int64_t j = 0; j < m->width; j++) to[j] += embedded[j] + best[j] + kind[j];
+}
+
 /* 0, 1 when memory ran out, or 2 when `kept` must be made anew; only 0 has written anything */
 int advance(const model *m, const layer *layers, const memory *states, const call *c,
             const unsigned char *bytes) {
@@ -672,14 +689,19 @@ int advance(const model *m, const layer *layers, const memory *states, const cal
   const int64_t n = c->length * m->width, rows = padded(n), each = c->each != 0;
   const int64_t table_size = padded(c->length * m->head_width);
   const int64_t copies = m->slots + m->mixed;
-  real *x = take(((3 + copies) * rows + table_size + scratch_size(m, layers, states, c)) *
+  const int64_t scratch = padded(scratch_size(m, layers, states, c));
+  real *x = take(((3 + copies) * rows + table_size + scratch + padded(m->vocabulary)) *
                  (int64_t)sizeof(real));
   if (!x) return 1;
   real *slots = x + rows, *embedded = slots + m->slots * rows, *table = x + (1 + copies) * rows;
   const work w = {table + table_size, table + table_size + rows, table + table_size + 2 * rows};
   const fp_mode old = flush_denormals();
   for (int64_t i = 0; i < c->length; i++) {
-    const real *from = c->inputs ? c->inputs + i * m->width : m->embedding + bytes[i] * m->width;
+    const real *from = m->embedding + bytes[i] * m->width;
+    if (c->hint) {
+      add_hint(m, c, i, from, w.mixer + scratch, w.normed);
+      from = w.normed;
+    }
     if (m->embedding_norm)
       rms(from, m->width, m->embedding_gain, m->tiny_eps, x + i * m->width);
     else
@@ -699,15 +721,20 @@ int advance(const model *m, const layer *layers, const memory *states, const cal
     if (m->hidden) mlp(m, l, c->length, x, w);
     if (l->kept_as >= 0) memcpy(slots + l->kept_as * rows, x, n * sizeof(real));
   }
-  for (int64_t i = 0; i < c->length && c->hidden; i++)
-    normalise(m, x + i * m->width, m->norm, m->norm_bias, c->hidden + i * m->width);
-  if (c->log_probs) { /* after every byte, or after the last alone */
-    const int64_t asked = each ? c->length : 1, V = m->vocabulary;
-    normalise_each(m, x + n - asked * m->width, asked, m->norm, m->norm_bias, w.normed);
-    project(m, m->head, m->head_bias, V, asked, w.normed, c->log_probs, V);
-    for (int64_t i = 0; i < asked * V && m->cap > 0; i++)
-      c->log_probs[i] = (real)m->cap * tanhf(c->log_probs[i] / (real)m->cap);
-    for (int64_t i = 0; i < asked; i++) log_softmax(c->log_probs + i * V, V);
+  /* after every byte, or after the last alone */
+  const int64_t asked = each ? c->length : 1, V = m->vocabulary;
+  normalise_each(m, x + n - asked * m->width, asked, m->norm, m->norm_bias, w.normed);
+  project(m, m->head, m->head_bias, V, asked, w.normed, c->log_probs, V);
+  for (int64_t i = 0; i < asked * V && m->cap > 0; i++)
+    c->log_probs[i] = (real)m->cap * tanhf(c->log_probs[i] / (real)m->cap);
+  for (int64_t i = 0; i < asked; i++) {
+    real *logits = c->log_probs + i * V;
+    if (c->hint) {
+      const real *hint = c->hint + (c->length - asked + i) * V;
+      const real gate = dot(m->gate, w.normed + i * m->width, m->width) + *m->gate_bias;
+      for (int64_t s = 0; s < V; s++) logits[s] += gate * hint[s];
+    }
+    log_softmax(logits, V);
   }
   restore_mode(old);
   free(x);

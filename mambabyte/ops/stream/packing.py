@@ -161,7 +161,8 @@ class _Packer:
     def mamba(self, at: str, norm: str) -> dict[str, Tensor]:
         c = self.config
         full = c.dt_rank == "full"
-        bias = self.rows(norm, list(self.get(at + "in_proj.weight").chunk(2)))
+        bias = self.rows(norm, list(self.get(at + "in_proj.weight").chunk(2)),
+                         self.get(at + "in_proj.bias", 0.0, (2 * c.d_inner,)))
         self.matrix(self.share(self.get(at + "x_proj.weight"), 1))
         dt = self.get(at + "dt_proj.weight")
         padded = self.padded(c.d_inner)
@@ -193,9 +194,10 @@ class _Packer:
     def mamba2(self, at: str, norm: str) -> dict[str, Tensor]:
         c = self.config
         D, shared = c.d_inner, 2 * c.ssd_groups * c.ssd_d_state
-        z, x, bc, dt = self.get(at + "in_proj.weight").split(
-            [D, D, shared, D // c.ssd_head_dim])
-        bias = self.rows(norm, [x, z, bc, dt])
+        sizes = [D, D, shared, D // c.ssd_head_dim]
+        z, x, bc, dt = self.get(at + "in_proj.weight").split(sizes)
+        own = self.get(at + "in_proj.bias", 0.0, (sum(sizes),)).split(sizes)
+        bias = self.rows(norm, [x, z, bc, dt], torch.cat([own[1], own[0], *own[2:]]))
         conv, conv_bias = self.get(at + "conv1d.weight").squeeze(1), self.get(
             at + "conv1d.bias", 0.0, (D + shared,))
         out = self.get(at + "out_proj.weight") * self.get(at + "norm.weight")
@@ -269,7 +271,8 @@ class _Packer:
         constants = sizes | self.offsets | {
             "CL": self.blocks, "S": 1, "T": THREADS, "TILE": self.tile, "CACHES": max(1, caches),
             "RESIDENT": resident.shape[1], "STATE": _up(states), "BLOB": ends[-1],
-            "EPS": self.eps, "TINY": self.tiny, "CAP": c.logit_softcap}
+            "EPS": self.eps, "TINY": self.tiny, "SSD_EPS": float(c.ssd_norm_eps),
+            "CAP": c.logit_softcap}
         norm = torch.stack([self.get("norm_f.weight", 1.0, (d,)),
                             self.get("norm_f.bias", 0.0, (d,))])
         return Packed(resident.contiguous(), torch.cat(self.tiles, 1).contiguous(), tuple(ends),
