@@ -22,9 +22,15 @@ _COLUMNS = ("system", "size", "optimizer", "rate", "seed", "budget", "status", "
 
 
 def cells_table(rows: Iterable[Row]) -> pd.DataFrame:
-    """Every training on text, those that failed or diverged too."""
-    return _frame([{c: row.get(c, "" if c == "error" else None) for c in _COLUMNS}
-                   for row in rows if row["kind"] == "text"])
+    """Every training on text, those that failed or diverged too. Joules of a device that others
+    used at the same time are nobody's."""
+    return _frame([
+        {c: row.get(c, "" if c == "error" else None) for c in _COLUMNS} | {"joules": _joules(row)}
+        for row in rows if row["kind"] == "text"])
+
+
+def _joules(row: Row) -> float | None:
+    return row.get("joules") if row.get("alone") else None
 
 
 def best_table(p: Parameters, done: Done) -> pd.DataFrame:
@@ -78,7 +84,7 @@ def tuning_table(p: Parameters, done: Done) -> pd.DataFrame:
                 "size": size, "system": system, "trainings": len(rows),
                 "diverged": sum(row["status"] == "diverged" for row in rows),
                 "seconds": sum(row.get("seconds") or 0.0 for row in rows),
-                "joules": _sum(row.get("joules") for row in rows if row["status"] == "done"),
+                "joules": _sum(_joules(row) for row in rows if row["status"] == "done"),
                 "optimizer": best.optimizer, "rate": best.rate,
                 "at_the_end_of_the_range": best.rate in (min(rates), max(rates)),
                 "valid_bits": done.rows[best.name]["valid_bits"],

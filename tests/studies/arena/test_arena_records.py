@@ -54,12 +54,3 @@ def test_accuracies_are_those_of_the_trainings(name):
     found = answers.merge(rates).groupby([*keys, "size"])["accuracy"].mean()
     for row in run.tables["tasks"].frame.itertuples():
         assert row.accuracy == pytest.approx(found.loc[(row.task, row.width, row.system, row.size)])
-
-
-@pytest.mark.parametrize("name", [n for n, run in RECORDS.items() if "clamp" in run.tables])
-def test_the_price_of_the_bound_is_that_of_the_trainings(name):
-    run = RECORDS[name]
-    clamp = run.tables["clamp"].frame.astype({"valid_bits": float})
-    bits = clamp.pivot(index="seed", columns="system", values="valid_bits")
-    assert run.values["clamp_price"].value == pytest.approx(
-        (bits["M bounded"] - bits["M"]).mean())
