@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from mambabyte.model.block import Block, RMSNorm
@@ -91,6 +92,7 @@ class _CastAll(torch.autograd.Function):
         return _copied(dtype, weights)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found = iter(_copied(ctx.dtype, [g for g in grads if g is not None]))
         return None, *(None if g is None else next(found) for g in grads)

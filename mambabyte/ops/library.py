@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 from mambabyte.errors import UserError
 
-__all__ = ["Tensors", "constant_in_graphs", "define", "wants_gradient"]
+__all__ = ["Tensors", "constant_in_graphs", "define", "transformed", "wants_gradient"]
 
 Tensors = tuple[Tensor, ...]
 Kernel = Callable[..., tuple[Tensor | None, ...]]
@@ -106,7 +106,7 @@ def define(
         return run(*args)
 
     def autograd(*args: Any) -> Tensors:
-        if _transformed():
+        if transformed():
             return with_kept(*args)
         return above(kernels.get(_plain(args), below), args)
 
@@ -238,7 +238,7 @@ def _define_backward(
     def autograd(*args: Any) -> Tensors:
         recorded = torch.is_grad_enabled() and any(
             isinstance(t, Tensor) and t.requires_grad for t in args)
-        if recorded or _transformed():
+        if recorded or transformed():
             return _differentiable(
                 in_torch, args[:outputs], args[outputs : outputs + count],
                 args[outputs + count + len(kept) :])
@@ -281,7 +281,7 @@ def _names(declared: str) -> list[str]:
     return [part.split()[-1] for part in declared.split(",") if part.strip()]
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether dual numbers or a transform of torch.func are in use, unknown to native kernels."""
     return (forward_ad._current_level >= 0
             or torch._C._functorch.peek_interpreter_stack() is not None)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mambabyte.ops.build.kernel import Kernel, Program, raw_stream
 from mambabyte.ops.conv.cuda import ELEMENTS
+from mambabyte.ops.library import transformed
 
 # By source, its kernels and their parameters.
 SOURCES = {
@@ -25,10 +26,11 @@ _SOURCE = {name: source for source, kernels in SOURCES.items() for name in kerne
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Whether these are for the kernels: on one GPU, in types that they know, and nobody looks in
-    who would rather have torch's own operators, as torch's compiler."""
-    return not torch.compiler.is_compiling() and all(
-        t is None or (t.is_cuda and t.dtype in ELEMENTS) for t in tensors)
+    """Whether these are for the kernels: on a GPU, in types that they know, and neither torch's
+    compiler nor a transform of torch.func looks in, who need torch's own operators."""
+    if torch.compiler.is_compiling() or transformed():
+        return False
+    return all(t is None or (t.is_cuda and t.dtype in ELEMENTS) for t in tensors)
 
 
 def program(name: str) -> Program:

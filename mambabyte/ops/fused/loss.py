@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mambabyte.ops.conv.cuda import ELEMENTS
 from mambabyte.ops.fused import cuda
@@ -70,6 +71,7 @@ class _CrossEntropy(torch.autograd.Function):
         return mean
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_mean: Tensor) -> Any:
         logits, targets, gate, offset, normaliser = ctx.saved_tensors
         rows, symbols = logits.shape

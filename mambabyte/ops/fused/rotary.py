@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mambabyte.ops.conv.cuda import ELEMENTS
 from mambabyte.ops.fused import cuda
@@ -101,6 +102,7 @@ class _RotateQkv(torch.autograd.Function):
         return q, k, v
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         qkv, cos, sin, gains = ctx.saved_tensors
         (batch, length, _), (queries, keys) = qkv.shape, ctx.heads

@@ -132,3 +132,17 @@ def test_what_is_no_symbol_or_no_number_shows() -> None:
     assert cross_entropy(logits, torch.tensor([3, 3])).isnan()
     x = torch.tensor([1.0, torch.nan, -torch.inf])
     assert activate(x, "relu2").isnan().tolist() == [False, True, True]
+
+
+def test_the_gradient_of_a_gradient_is_right_or_refused() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(*shape).requires_grad_() for shape in ((5, 8), (12, 8), (12,)))
+    found = []
+    for function in (linear, torch.nn.functional.linear):
+        y = function(x, weight, bias).square().sum()
+        (first,) = torch.autograd.grad(y, bias, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), [x, weight, bias]))
+    assert all(torch.allclose(a, b) for a, b in zip(*found, strict=True))
+    (first,) = torch.autograd.grad(activate(x, "relu2").sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (first * x).sum().backward()
