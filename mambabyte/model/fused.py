@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from mambabyte.model.block import Block, RMSNorm
@@ -20,6 +19,7 @@ from mambabyte.model.lm import ByteLM, head_loss, without_state
 from mambabyte.model.mixer import Mixer, is_linear, is_plain, named_mixers
 from mambabyte.ops.arguments import autocasts
 from mambabyte.ops.fused.activation import activate
+from mambabyte.ops.fused.cuda import refuse_second_derivative
 from mambabyte.ops.fused.loss import cross_entropy
 from mambabyte.ops.fused.norm import Norm, Streams, mix_norm
 
@@ -92,8 +92,8 @@ class _CastAll(torch.autograd.Function):
         return _copied(dtype, weights)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         found = iter(_copied(ctx.dtype, [g for g in grads if g is not None]))
         return None, *(None if g is None else next(found) for g in grads)
 

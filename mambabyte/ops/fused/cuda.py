@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from mambabyte.errors import UserError
 from mambabyte.ops.build.kernel import Kernel, Program, raw_stream
 from mambabyte.ops.conv.cuda import ELEMENTS
 from mambabyte.ops.library import transformed
@@ -70,6 +71,14 @@ def launch(
     tensor is passed by its address, None as 0."""
     _launch(f"{name}<{types}>" if types else name, device.index, blocks, threads, *(
         0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in args))
+
+
+def refuse_second_derivative() -> None:
+    """UserError in a backward pass that is itself recorded: what a kernel does is not, and a
+    gradient that lacks it would be wrong without a word."""
+    if torch.is_grad_enabled():
+        raise UserError("the joined kernels have no gradient of a gradient: train with step eager "
+                        "or graph for it")
 
 
 @functools.cache

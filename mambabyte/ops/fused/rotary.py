@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mambabyte.ops.conv.cuda import ELEMENTS
 from mambabyte.ops.fused import cuda
@@ -102,8 +101,8 @@ class _RotateQkv(torch.autograd.Function):
         return q, k, v
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        cuda.refuse_second_derivative()
         qkv, cos, sin, gains = ctx.saved_tensors
         (batch, length, _), (queries, keys) = qkv.shape, ctx.heads
         half = cos.shape[1]
