@@ -87,7 +87,7 @@ def byte_log_probs(
     was_training, device, documents = model.training, place_of(model), _documents(data)
     model.eval()
     size, done, parts = sum(map(len, documents)), 0, []
-    packs = isinstance(model, ByteLM) and model.sequence_group is None
+    packs = isinstance(model, ByteLM)
     for group in [documents] if packs else [[one] for one in documents]:
         inputs = np.concatenate([
             np.frombuffer(bytes([START_BYTE]) + one[:-1], np.uint8) for one in group])

@@ -214,14 +214,16 @@ class AttentionMixer(Mixer, AttentionSpec):
             q, k = rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype)
             if self.q_gain is not None:
                 q = q * self.q_gain.to(q.dtype)[:, None, None]
+        others = None if state is None else state.others
         if piece is not None:
             both = torch.cat([k, v], -1)
             both = torch.cat([piece.before(both, self.window - 1, 2), both], 2)
             k, v = both.chunk(2, -1)
+            if ages is not None:
+                others = self._others_before(piece, state)
         if state is not None:
             k = torch.cat([state.k.to(k.dtype), k], dim=2)
             v = torch.cat([state.v.to(v.dtype), v], dim=2)
-        others = None if state is None else state.others
         if ages is not None or others is not None:
             y, others = self._by_documents(q, k, v, ages, others)
         elif self.flex is not None and self._takes_flex(q, k):
@@ -236,6 +238,15 @@ class AttentionMixer(Mixer, AttentionSpec):
             others = (others - start).clamp(min=0)
         after = AttentionState(k[:, :, start:], v[:, :, start:], seen + length, others)
         return y, after.alone() if len(x) == 1 and x.device.type == "cpu" else after
+
+    def _others_before(self, piece: sequence.Piece, state: AttentionState | None) -> Tensor:
+        """How many keys are of other documents than that which goes on, of those of ``state`` and
+        then of earlier stretches."""
+        start = piece.last_start(self.window - 1)
+        if state is None:
+            return start.clamp(min=0)
+        others = torch.where(start < 0, 0, start + state.k.shape[2])
+        return others if state.others is None else others.maximum(state.others)
 
     def _by_documents(
         self, q: Tensor, k: Tensor, v: Tensor, ages: Tensor | None, others: Tensor | None

@@ -195,14 +195,14 @@ class ByteLM(nn.Module):
         each row's last. Raises UserError for starts that do not fit.
         """
         tokens = symbols(tokens)
-        ages = self._ages(tokens, document_starts)
+        ages = document_ages(document_starts, tokens)
         shared, length = self.sequence_group, tokens.shape[1]
         if shared is not None and length < shared.size:
             shared = None
         try:
-            with sequence.split(shared, length) as piece:
-                x = self.embedding(tokens if piece is None else tokens[:, piece.own])
-                hidden, states = self.hidden(x, state, ages)
+            with sequence.split(shared, length, ages) as piece:
+                x = self.embedding(sequence.own(tokens))
+                hidden, states = self.hidden(x, state, sequence.own_ages(ages))
                 logits = self.logits(hidden)
         except IndexError:
             _refuse_unknown(tokens, self.config.vocab_size)
@@ -294,9 +294,8 @@ class ByteLM(nn.Module):
             if document_starts is not None:
                 return self._loss_of_documents(tokens, document_starts, predictions)
             with sequence.split(self.sequence_group, tokens.shape[1] - 1) as piece:
-                own = slice(None) if piece is None else piece.own
-                x = self.through_layers(embed(tokens[:, :-1][:, own], self.embedding.weight))
-                loss = self.run_head(self, x, tokens[:, 1:][:, own])
+                x = embed(sequence.own(tokens[:, :-1]), self.embedding.weight)
+                loss = self.run_head(self, self.through_layers(x), sequence.own(tokens[:, 1:]))
                 return loss if piece is None else loss * piece.weight
         except IndexError:
             _refuse_unknown(tokens, self.config.vocab_size)
@@ -305,21 +304,16 @@ class ByteLM(nn.Module):
     def _loss_of_documents(
         self, tokens: Tensor, document_starts: Tensor, predictions: Tensor | None
     ) -> Tensor:
-        ages = self._ages(tokens, document_starts)
+        ages = document_ages(document_starts, tokens)
         assert ages is not None
         first = ages[:, 1:] == 0
         if predictions is None:
             predictions = (~first).sum().clamp(min=1)
-        x = embed(tokens[:, :-1], self.embedding.weight)
-        loss: Tensor = self.run_head(
-            self, self.through_layers(x, ages[:, :-1].contiguous()),
-            tokens[:, 1:].masked_fill(first, NOT_PREDICTED), predictions=predictions.sum())
-        return loss
-
-    def _ages(
-        self, tokens: Tensor, document_starts: Tensor | Sequence[int] | None
-    ) -> Tensor | None:
-        if document_starts is not None and self.sequence_group is not None:
-            raise UserError("document_starts and a sequence that several processes share do not go "
-                            "together yet: give each document a row, or use context_parallel 1")
-        return document_ages(document_starts, tokens)
+        targets = tokens[:, 1:].masked_fill(first, NOT_PREDICTED)
+        ages = ages[:, :-1].contiguous()
+        with sequence.split(self.sequence_group, ages.shape[1], ages):
+            x = embed(sequence.own(tokens[:, :-1]), self.embedding.weight)
+            loss: Tensor = self.run_head(
+                self, self.through_layers(x, sequence.own_ages(ages)), sequence.own(targets),
+                predictions=predictions.sum())
+        return loss if self.sequence_group is None else loss * self.sequence_group.size

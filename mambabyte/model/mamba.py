@@ -177,7 +177,7 @@ class MambaMixer(Mixer, MambaSpec):
         piece = sequence.current()
         if self._is_one_operator(x):
             if state is None:
-                if x.is_cuda:
+                if x.is_cuda and (piece is None or ages is None):
                     return self.from_start(x, ages)
             elif (piece is None and ages is None and x.shape[1] == 1
                   and not torch.is_grad_enabled()):
@@ -191,9 +191,10 @@ class MambaMixer(Mixer, MambaSpec):
             "form": self.form, "chunk_size": self.chunk}
         ssm_state = None if state is None else state.ssm_state
         if piece is not None:
-            _, end = selective_scan(u, delta, A, B, C, **options)
+            _, end = selective_scan(u, delta, A, B, C, document_starts=ages, **options)
             steps = self.step_size(delta.to(end.dtype)).sum(1)  # (B, D)
-            ssm_state = piece.arriving(torch.exp(steps[..., None] * A), end, ssm_state)
+            decay = sequence.unbroken(torch.exp(steps[..., None] * A), ages)
+            ssm_state = piece.arriving(decay, end, ssm_state)
         y, ssm_state = selective_scan(
             u, delta, A, B, C, widened(self.D), z, initial_state=ssm_state,
             ages=ages, **options)

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops.arguments import without_autocast
+from mambabyte.ops.arguments import document_ages, without_autocast
 
 UNIT = 64  # long stretches are multiples of it, but for the last: kernels walk in chunks
 
@@ -47,15 +47,16 @@ class SequenceGroup:
     rank: int  # of this process
     group: Any = None  # of torch.distributed; None: all processes there are
 
-    def pieces(self, length: int) -> Piece:
-        """Which positions of ``length`` each process has; UserError for fewer than processes."""
+    def pieces(self, length: int, ages: Tensor | None = None) -> Piece:
+        """Which positions of ``length`` each process has; UserError for fewer than processes.
+        ``ages`` (B, length) as of :func:`mambabyte.ops.arguments.document_ages`."""
         if length < self.size:
             raise UserError(f"a sequence of {length} bytes cannot be split among {self.size} "
                             f"processes: give at least {self.size}, or fewer processes")
         unit = UNIT if length >= UNIT * UNIT * self.size else 1
         blocks = -(-length // unit)
         starts = [unit * (blocks * r // self.size) for r in range(self.size)]
-        return Piece(self, (*starts, length))
+        return Piece(self, (*starts, length), ages)
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Piece:
 
     shared: SequenceGroup
     bounds: tuple[int, ...]  # process r has the positions from bounds[r] up to bounds[r + 1]
+    ages: Tensor | None = None  # of all positions, where there are documents
 
     @property
     def start(self) -> int:
@@ -78,6 +80,15 @@ class Piece:
         """What a mean over the own positions counts in the mean of all processes' means."""
         own = self.own.stop - self.own.start
         return own * self.shared.size / self.bounds[-1]
+
+    def last_start(self, rows: int) -> Tensor:
+        """At which of the ``rows`` positions before the own ones, or as many as there are, the last
+        document begins, from 0: (B,), -1 where none does."""
+        assert self.ages is not None
+        found = self.ages[:, max(self.start - rows, 0) : self.start] == 0
+        place = torch.arange(found.shape[1], device=found.device)
+        return torch.cat([place.new_full((len(found), 1), -1), torch.where(found, place, -1)],
+                         1).amax(1)
 
     def before(self, x: Tensor, rows: int, dim: int) -> Tensor:
         """The last ``rows`` positions before the own ones, or as many as there are, along ``dim``
@@ -175,15 +186,40 @@ def current() -> Piece | None:
 
 
 @contextmanager
-def split(shared: SequenceGroup | None, length: int) -> Iterator[Piece | None]:
+def split(
+    shared: SequenceGroup | None, length: int, ages: Tensor | None = None
+) -> Iterator[Piece | None]:
     """Let the mixers know that what they are given are stretches of sequences of ``length``; with
-    ``shared`` None they are whole. Raises UserError for fewer positions than processes."""
+    ``shared`` None they are whole. ``ages`` as in :meth:`SequenceGroup.pieces`. Raises UserError
+    for fewer positions than processes."""
     global _piece
-    before, _piece = _piece, None if shared is None else shared.pieces(length)
+    before, _piece = _piece, None if shared is None else shared.pieces(length, ages)
     try:
         yield _piece
     finally:
         _piece = before
+
+
+def own(x: Tensor) -> Tensor:
+    """Of x (B, L, ...) the own positions, where a sequence is split."""
+    return x if _piece is None else x[:, _piece.own]
+
+
+def own_ages(ages: Tensor | None) -> Tensor | None:
+    """Those of a mixer's own positions: a document from an earlier stretch has begun before."""
+    if _piece is None or ages is None:
+        return ages
+    here = own(ages)
+    return document_ages(here == 0, here)
+
+
+def unbroken(decay: Tensor, ages: Tensor | None) -> Tensor:
+    """What a stretch makes of a state that enters it, ``decay`` (B, ...), if documents begin where
+    ``ages`` (B, L) are 0: nothing is left of it where one does."""
+    if ages is None:
+        return decay
+    kept = (ages != 0).all(1)
+    return decay * kept.view(-1, *[1] * (decay.ndim - 1)).to(decay.dtype)
 
 
 def tail_before(x: Tensor, taps: int, tail: Tensor | None) -> Tensor | None:
@@ -193,10 +229,14 @@ def tail_before(x: Tensor, taps: int, tail: Tensor | None) -> Tensor | None:
         return tail
     found = _piece.before(x, taps - 1, 1)
     missing = taps - 1 - found.shape[1]
-    if not missing:
+    if missing:
+        found = F.pad(found, (0, 0, missing, 0)) if tail is None else torch.cat(
+            [tail[:, -missing:].to(x.dtype), found], 1)
+    if _piece.ages is None:
         return found
-    return F.pad(found, (0, 0, missing, 0)) if tail is None else torch.cat(
-        [tail[:, -missing:].to(x.dtype), found], 1)
+    distance = torch.arange(taps - 1, 0, -1, device=x.device)
+    same = distance <= _piece.ages[:, _piece.start, None]  # of the document that goes on
+    return torch.where(same[..., None], found, 0)
 
 
 class _Exchange(torch.autograd.Function):

@@ -53,27 +53,39 @@ def alone_and_split(task: str) -> dict[str, float]:
     tokens = torch.randint(0, 256, (2, int(length) + 1))
     weights = list(model.parameters())
 
+    starts = torch.rand(tokens.shape) < 4 / int(length)  # some stretches have none, and some two
+
     def loss_and_gradients() -> list[Tensor]:
-        loss = model.loss(tokens)
-        found = [loss.detach(), *torch.autograd.grad(loss, weights)]
+        found = []
+        for documents in (None, starts):
+            loss = model.loss(tokens, documents)
+            found += [loss.detach(), *torch.autograd.grad(loss, weights)]
         world.average(found)
         return found
 
     @torch.inference_mode()
     def in_pieces() -> list[Tensor]:
-        found, state = [], None
-        for piece in tokens.split([int(length) - 1, 2], 1):  # two bytes are too few to be split
-            logits, state = model(piece, state)
-            found.append(logits)
-        assert state is not None
-        return [*found, *(x for layer in state for x in layer if isinstance(x, Tensor))]
+        half = int(length) // 2
+        found: list[Tensor] = []
+        for documents in (None, starts):
+            state = None
+            for places in torch.arange(int(length) + 1).split(
+                    [half, int(length) - 1 - half, 2]):  # two are too few to be split
+                logits, state = model(tokens[:, places], state, None if documents is None
+                                      else documents[:, places])
+                found.append(logits)
+            assert state is not None
+            found += [x for layer in state for x in layer if isinstance(x, Tensor)]
+        return found
 
     alone = loss_and_gradients(), in_pieces()
     model.share_sequences(world.sequence_group(world.size))
     split = loss_and_gradients(), in_pieces()
     names = ["loss", *(name for name, _ in model.named_parameters())]
+    names += [f"{name} of documents" for name in names]
     errors = {n: far(a, b) for n, a, b in zip(names, split[0], alone[0], strict=True)}
-    return errors | {"forward": max(far(a, b) for a, b in zip(split[1], alone[1], strict=True))}
+    return errors | {"forward": max(
+        far(a.double(), b.double()) for a, b in zip(split[1], alone[1], strict=True))}
 
 
 def bench() -> list[dict[str, Any]]:
