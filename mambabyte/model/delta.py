@@ -148,13 +148,13 @@ class DeltaMixer(Mixer, DeltaSpec):
         memory = None if state is None else state.memory
         piece = sequence.current()
         if piece is not None:
-            _, end = gated_delta_rule(**inputs, document_starts=ages)
+            _, end = gated_delta_rule(**inputs, ages=ages)
             # What becomes of a state where nothing is written: of each of its key channels.
             one = torch.eye(end.shape[2], dtype=end.dtype, device=end.device)
             nothing = torch.zeros_like(inputs["k"])
             _, decay = gated_delta_rule(
                 **inputs | {"v": nothing}, initial_state=one.repeat(*end.shape[:2], 1, 1),
-                document_starts=ages)
+                ages=ages)
             memory = piece.arriving(decay, end, memory, matrices=True)
         o, memory = gated_delta_rule(**inputs, initial_state=memory, ages=ages)
         y = self.o_norm(o).flatten(2) * self.output_gate(x)  # (B, L, H V)

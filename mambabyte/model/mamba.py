@@ -191,7 +191,7 @@ class MambaMixer(Mixer, MambaSpec):
             "form": self.form, "chunk_size": self.chunk}
         ssm_state = None if state is None else state.ssm_state
         if piece is not None:
-            _, end = selective_scan(u, delta, A, B, C, document_starts=ages, **options)
+            _, end = selective_scan(u, delta, A, B, C, ages=ages, **options)
             steps = self.step_size(delta.to(end.dtype)).sum(1)  # (B, D)
             decay = sequence.unbroken(torch.exp(steps[..., None] * A), ages)
             ssm_state = piece.arriving(decay, end, ssm_state)

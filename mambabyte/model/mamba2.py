@@ -125,7 +125,7 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
         ssm_state = None if state is None else state.ssm_state
         piece = sequence.current()
         if piece is not None:
-            _, end = ssd_scan(**inputs, dt_softplus=True, document_starts=ages)
+            _, end = ssd_scan(**inputs, dt_softplus=True, ages=ages)
             decay = sequence.unbroken(torch.exp(self.log_decay(inputs).sum(1)), ages)  # (B, H)
             ssm_state = piece.arriving(decay[..., None, None], end, ssm_state)
         y, ssm_state = ssd_scan(
