@@ -291,7 +291,8 @@ def forward(
     """
     s = _Scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, ages)
     if arrive is not None and not s.hands_over(False):
-        _, end, _ = forward(u, delta, A, B, C, D, None, delta_bias, None, delta_softplus, False)
+        _, end, _ = forward(
+            u, delta, A, B, C, D, None, delta_bias, None, delta_softplus, False, ages=ages)
         step = delta.float() if delta_bias is None else delta.float() + delta_bias
         step = torch.nn.functional.softplus(step) if delta_softplus else step
         s.h0, arrive, s.foldable = _weights(arrive(end, step.sum(1))), None, False
@@ -348,8 +349,9 @@ def backward(
     batch, length, channels = u.shape
     d_state = A.shape[1]
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if leave is not None and not (saved.numel() and _Scan(*given, delta_softplus).hands_over(True)):
-        dfinal_state = leave(backward(dy, None, *given, saved, delta_softplus)[-1])
+    if leave is not None and not (
+            saved.numel() and _Scan(*given, delta_softplus, ages).hands_over(True)):
+        dfinal_state = leave(backward(dy, None, *given, saved, delta_softplus, ages=ages)[-1])
         leave = None
 
     def like(x, *shape, dtype=u.dtype):
