@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mambabyte.config import ModelConfig
 from mambabyte.config.checks import from_plain
 from mambabyte.config.files import (
+    MANIFEST,
     damaged,
     read_manifest,
     temporary_dir,
@@ -63,7 +64,8 @@ def load_model(path: Path | str, device: str = "cpu") -> ByteLM:
     the shapes its configuration says.
     """
     folder = find_checkpoint(Path(path))
-    if is_public(_load_object(folder / "config.json")):
+    ours = (folder / MANIFEST).exists()
+    if not ours and is_public(_load_object(folder / "config.json")):
         model = ByteLM.from_pretrained(folder, device)
         if model.config.vocab_size > MOST_OF_BYTES:
             _LOG.warning("note: %s is a model of %d symbols of a tokenizer: bytes are read as its "

@@ -43,6 +43,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> NgramModel:
         if discount is not None and not 0 < discount < 1:
             raise ValueError(f"its discount is {discount}, expected one between 0 and 1")
         said_digest = about.pop("sha256", None)
+        if unknown := about.keys() - {"order", "discount", "bytes_counted"}:
+            raise ValueError(f"it says {', '.join(sorted(unknown))}")  # a damaged "sha256", too
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is no n-gram model ({str(error).splitlines()[0]}): expected "
                         "a file written by mambabyte ngram --save") from None

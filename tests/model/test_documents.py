@@ -20,7 +20,6 @@ from mambabyte.config.scan_forms import FORMS
 from mambabyte.errors import UserError
 from mambabyte.model import MIXERS, ByteLM
 from mambabyte.model.attention import windowed_attention
-from mambabyte.model.sequence import SequenceGroup
 from mambabyte.ops import gated_delta_rule, selective_scan, ssd_scan
 from mambabyte.ops.arguments import document_ages
 from mambabyte.ops.conv.dispatch import causal_conv, torch_convolution
@@ -294,13 +293,3 @@ def test_no_more_operations_than_without() -> None:
         return counter.get_total_flops()
 
     assert counted(starts) <= counted()
-
-
-def test_documents_and_a_shared_sequence_are_refused_together() -> None:
-    model = model_of("M")
-    model.share_sequences(SequenceGroup(2, 0))
-    tokens = torch.zeros(1, 9, dtype=torch.int64)
-    for call in (lambda: model(tokens, None, [0, 4]),
-                 lambda: model.loss(tokens, starts_of(((0, 4),), 9))):
-        with pytest.raises(UserError, match="do not go together yet"):
-            call()

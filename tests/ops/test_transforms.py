@@ -110,9 +110,11 @@ def test_a_cell(name: str, column: str, word: str, monkeypatch: pytest.MonkeyPat
         for way in ("forward", "backward"):
             kernel = getattr(kernels, way)
 
-            def noted(*args: Any, kernel: Callable[..., Any] = kernel, way: str = way) -> Any:
+            def noted(
+                *args: Any, kernel: Callable[..., Any] = kernel, way: str = way, **more: Any
+            ) -> Any:
                 native.append(way)
-                return kernel(*args)
+                return kernel(*args, **more)
 
             monkeypatch.setattr(kernels, way, noted)
     found = TRANSFORMS[name](function, draw(6), draw(1))

@@ -382,7 +382,8 @@ def test_task_keeps_the_seeds_that_ended_before_a_signal(name, tiny, monkeypatch
 @pytest.mark.parametrize(("code", "message"), [
     ("raise ValueError('boom')", "line 1: importing it failed with ValueError: boom"),
     ("def train(", "line 1: importing it failed with SyntaxError"),
-    ("def train(text): return 3", "failed with TypeError: too many positional arguments"),
+    ("def train(text): return 3", "train returned int, which is no CharModel"),
+    ("def train(): return 3", "failed with TypeError: train() takes 0 positional arguments"),
     ("def train(text, valid=None):\n    return 1 / 0", "line 2: calling train"),
 ])
 def test_a_submission_that_fails_is_named_with_its_line(code, message, tmp_path, capsys):

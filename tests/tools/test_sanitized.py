@@ -105,18 +105,56 @@ int main(void) {
 }
 """
 
+EXPERTS = """
+#include "experts.c"
+#include <stdio.h>
+enum { PAD = 64, LENGTH = 3000, OTHERS = 1, GIVEN = 2 + 2 + 2 + OTHERS, HIDDEN = 3 };
+int main(void) {
+  static uint8_t text[PAD + LENGTH];
+  for (int i = 0; i < LENGTH; i++) text[PAD + i] = (uint8_t)("ab AB\\xc3"[(i * i / 7 + i) % 6]);
+  int64_t root[1] = {0}, after[2] = {'a', 'b'}, match[2] = {3, 7};
+  int32_t start[2] = {0, 2}, total[1] = {3}, count[2] = {1, 2};
+  int32_t starts[3] = {0, 1, 2}, totals[2] = {1, 5};
+  int32_t counts[2] = {1, 5};
+  uint8_t symbol[2] = {'a', 255};
+  Level level[2] = {
+    {1, root, start, total, symbol, count, {.5, .6, .7}, 1},
+    {2, after, starts, totals, symbol, counts, {.5, .6, .7}, 1}};
+  Table table[2] = {{.length = 9, .words = 2, .fold = 1, .discount = {.5, .6, .7}},
+                    {.length = 2, .skip = 1, .discount = {.5, .6, .7}}};
+  static int64_t keys[2][2];
+  for (int t = 0; t < 2; t++) { /* what came before the 100th place, and one more */
+    keys[t][0] = hashed(text, PAD + 100, &table[t]) << 8 | 'a', keys[t][1] = INT64_MAX;
+    table[t].pairs = 2, table[t].key = keys[t], table[t].count = counts;
+  }
+  static float in[HIDDEN * 4 * GIVEN], out_of[GIVEN * HIDDEN], bias[HIDDEN + GIVEN];
+  static float others[LENGTH * V];
+  for (int i = 0; i < HIDDEN * 4 * GIVEN; i++) in[i] = (float)(i % 5) / 5 - .4f;
+  for (int i = 0; i < LENGTH * V; i++) others[i] = 1.0f / V;
+  Mixture m = {2, 2, 2, OTHERS, HIDDEN, 500, 32, level, table, match, .5, in, bias, out_of, bias};
+  static float one[LENGTH * V], four[LENGTH * V], p[LENGTH * GIVEN], feature[LENGTH * 4 * GIVEN];
+  mixture(&m, text, PAD, PAD, PAD + LENGTH, others, 1, 1, one, NULL);
+  mixture(&m, text, PAD, PAD, PAD + LENGTH, others, 4, 1, four, NULL);
+  mixture(&m, text, PAD, PAD, PAD + LENGTH, others, 4, 0, p, feature);
+  mixture(&m, text, PAD, PAD, PAD + 2, others, 7, 1, four, NULL);
+  if (memcmp(one, four, sizeof one)) abort();
+  puts("clean");
+}
+"""
+
 
 @needs_compiler
 @pytest.mark.long
 @pytest.mark.parametrize("checks", ["address,undefined", "thread"])
 @pytest.mark.parametrize(("driver", "folder"), [
-    (CONV, "ops/conv"), (NGRAM, "task"), (STREAM, "ops/stream")], ids=["conv", "ngram", "stream"])
+    (CONV, "ops/conv"), (NGRAM, "task"), (EXPERTS, "task/experts"), (STREAM, "ops/stream")],
+    ids=["conv", "ngram", "experts", "stream"])
 def test_sanitizers(driver, folder, checks, tmp_path):
     run_sanitized(tmp_path, driver, PACKAGE / folder, checks)
 
 
 def test_no_source_is_left_out():
     scan = Path(__file__).parents[1] / "ops/test_native_build.py"
-    drivers = [CONV, NGRAM, STREAM, scan.read_text()]
+    drivers = [CONV, NGRAM, EXPERTS, STREAM, scan.read_text()]
     for source in PACKAGE.rglob("*.c"):
         assert any(f'#include "{source.name}"' in driver for driver in drivers), source
