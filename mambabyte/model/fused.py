@@ -68,9 +68,11 @@ def fused_head_loss(
     if not _known(model.norm_f):
         return head_loss(model, stream.summed(), targets, gate, offset, predictions)
     hidden = _mixed(Streams(stream.x, stream.y, y_gain=stream.gain), model.norm_f)[1]
+    share = None if gate is None else gate(hidden).flatten(0, 1)
+    logits = model.uncapped(hidden).flatten(0, 1)
+    del hidden  # as in head_loss
     return cross_entropy(
-        model.uncapped(hidden).flatten(0, 1), targets.flatten(), model.config.logit_softcap,
-        None if gate is None else gate(hidden).flatten(0, 1),
+        logits, targets.flatten(), model.config.logit_softcap, share,
         None if offset is None else offset.flatten(0, 1), predictions)
 
 

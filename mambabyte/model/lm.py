@@ -91,9 +91,11 @@ def head_loss(
     logits where they are given. With ``predictions`` it is the sum over targets that are not
     NOT_PREDICTED, divided by that number."""
     hidden = model.norm_f(x)
+    share = None if gate is None else gate(hidden).flatten(0, 1)
+    logits = model.uncapped(hidden).flatten(0, 1)
+    del hidden  # under autocast the head keeps a cast of it: this one would live through the loss
     return cross_entropy_in_torch(
-        model.uncapped(hidden).flatten(0, 1), targets.flatten(), model.config.logit_softcap,
-        None if gate is None else gate(hidden).flatten(0, 1),
+        logits, targets.flatten(), model.config.logit_softcap, share,
         None if offset is None else offset.flatten(0, 1), predictions)
 
 

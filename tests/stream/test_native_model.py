@@ -359,6 +359,7 @@ def test_a_byte_costs_the_same_after_many() -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names an x86 processor")
+@pytest.mark.long
 def test_code_for_processors_without_wide_vectors(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Vectors of 16 bytes and no fused multiply-add: the path that aarch64 takes as well."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -454,6 +455,7 @@ int main(void) {
 """
 
 
+@pytest.mark.long
 def test_sanitizers(tmp_path) -> None:  # type: ignore[no-untyped-def]
     """Odd shapes under gcc's or clang's checkers."""
     run_sanitized(tmp_path, SANITIZED, native_model.SOURCE.parent, "address,undefined")

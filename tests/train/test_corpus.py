@@ -27,6 +27,7 @@ def stdlib(tmp_path_factory):
     patch.undo()
 
 
+@pytest.mark.long
 def test_stdlib_is_large_prose(stdlib):
     assert len(stdlib.train) > 1_000_000
     assert min(len(stdlib.valid), len(stdlib.test)) > 20_000
@@ -39,6 +40,7 @@ def test_stdlib_is_the_same_each_time(stdlib, tmp_path, monkeypatch):
     assert load_corpus("stdlib").digest() == stdlib.digest()
 
 
+@pytest.mark.long
 def test_held_out_text_is_not_in_training(stdlib):
     train = bytes(stdlib.train)
     seen = {train[i : i + 64] for i in range(0, len(train) - 64)}

@@ -1,7 +1,7 @@
 """The kernels of the convolution, SSD, the delta rule and the scan, emulated in place of a GPU's.
 
 The cases of the GPU tests serve the emulated kernels as well. `make test` takes the first case of
-each test, and the last where it has three or more; `make test-long` takes the others. All of them::
+each test, `make test-long` the others. All of them::
 
     pytest tests/ops/emulator -m "long or not long"
 """
@@ -32,12 +32,12 @@ sys.path.insert(0, str(HERE.parents[1] / "gpu"))
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cases of a test besides its first are long, but the last of three or more."""
+    """Cases of a test besides its first are long."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if HERE in item.path.parents:
             cases.setdefault(item.nodeid.split("[")[0], []).append(item)
-    for item in chain.from_iterable(some[1:max(2, len(some) - 1)] for some in cases.values()):
+    for item in chain.from_iterable(some[1:] for some in cases.values()):
         item.add_marker(pytest.mark.long)
 
 

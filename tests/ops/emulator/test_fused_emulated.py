@@ -80,6 +80,7 @@ def test_norm(kind: str, channels: int, wide: torch.dtype, given: str) -> None:
 
 @pytest.mark.parametrize(("width", "norm", "gain", "dtype"), [
     (64, True, True, BF16), (24, False, False, FLOAT), (6, True, False, FLOAT)])
+@pytest.mark.long
 def test_rotary(width: int, norm: bool, gain: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(width)
     qkv = torch.randn(2, 7, 7 * width).to(dtype)  # three heads of queries, two of keys
@@ -95,6 +96,7 @@ def test_rotary(width: int, norm: bool, gain: bool, dtype: torch.dtype) -> None:
     compared(call(rotate_qkv), call(rotate_qkv_in_torch), [qkv, gains], dtype)
 
 
+@pytest.mark.long
 def test_bias() -> None:
     torch.manual_seed(0)
     compared(linear, torch.nn.functional.linear,
@@ -103,6 +105,7 @@ def test_bias() -> None:
 
 @pytest.mark.parametrize(("kind", "shape", "dtype"), [
     ("relu2", (3, 40), BF16), ("silu", (5, 7), FLOAT), ("gelu", (3, 40), FLOAT)])
+@pytest.mark.long
 def test_activation(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     compared(lambda x: activate(x, kind), lambda x: activate_in_torch(x, kind),

@@ -187,6 +187,7 @@ def test_unknown_assembly_is_refused() -> None:
         translate('void f() { asm volatile("brkpt;"); }')
 
 
+@pytest.mark.long
 def test_parity_with_hand_overs_in_pieces(
     emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,7 @@ def exact(model: ByteLM) -> Callable:
     ("all letters and extras", 1, 5),
     *(pytest.param(name, 2, 7, marks=pytest.mark.long) for name in CONFIGS)])
 @torch.inference_mode()
+@pytest.mark.long
 def test_bytes_given_drawn_and_embedded(name: str, texts: int, length: int) -> None:
     model = made(CONFIGS[name])
     streamer = hybrid_streamer(model)
