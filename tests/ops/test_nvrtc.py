@@ -41,6 +41,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ONE_DAILY)
 @pytest.mark.parametrize("dtype", list(cuda_conv.ELEMENTS))
+@pytest.mark.long  # what is shipped was compiled; a test of the daily suite tells what is stale
 def test_convolution_and_step_compile(arch: str, dtype: torch.dtype) -> None:
     for program in (cuda_conv.program(dtype, 4), cuda_step.program(dtype), cuda_gates.program()):
         cubin = program.compile(arch)
@@ -51,7 +52,8 @@ def test_convolution_and_step_compile(arch: str, dtype: torch.dtype) -> None:
 
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ONE_DAILY)
-@pytest.mark.parametrize("states", cuda_ssd.STATES)
+@pytest.mark.parametrize("states", [
+    64, *(pytest.param(n, marks=pytest.mark.long) for n in cuda_ssd.STATES if n != 64)])
 def test_ssd_compiles(arch: str, states: int) -> None:
     program = cuda_ssd.program(states)
     cubin = program.compile(arch)

@@ -324,6 +324,7 @@ def test_generate_refuses_numbers_that_mean_nothing(args, run, capsys):
     assert f"{args[0]} is {args[1]}" in error_line(capsys, "generate", run, *args)
 
 
+@pytest.mark.long
 def test_generate_reads_any_bytes_and_writes_to_any_terminal(run):
     command = [sys.executable, "-m", "analysis.cli", "generate", run, "--bytes", "5", "--prompt"]
     done = subprocess.run([*command, "-"], cwd=ROOT, capture_output=True, timeout=PATIENCE,
