@@ -225,6 +225,7 @@ def test_second_order_is_that_of_the_definition() -> None:
 
 
 @native
+@pytest.mark.long
 def test_opcheck() -> None:
     scan = torch.ops.mambabyte.selective_scan.default
     torch.library.opcheck(scan, (*leaves(), None, True, True))

@@ -306,8 +306,8 @@ DRAWINGS = """(() => {
 
 
 @pytest.mark.parametrize(("width", "theme"), [
-    (360, "dark"), pytest.param(768, "light", marks=pytest.mark.long),
-    pytest.param(1280, "light", marks=pytest.mark.long)])
+    (360, "dark"), (768, "light"), (1280, "light")])
+@pytest.mark.long
 def test_the_projects_own_pages_fit_and_run_clean(browser, real, width, theme):
     for page in own_pages(real):
         browser.open(page, width, theme)

@@ -114,6 +114,7 @@ def test_eval_modes_agree_and_generate_is_utf8(run, tiny, capsys):
     assert capsys.readouterr().out.startswith("é")
 
 
+@pytest.mark.long
 def test_generate_reads_standard_input_and_survives_a_closed_pipe(run):
     done = mambabyte("generate", run, "--prompt", "-", "--bytes", "5", input="from stdin")
     assert done.returncode == 0
@@ -393,6 +394,7 @@ def test_a_submission_that_fails_is_named_with_its_line(code, message, tmp_path,
     assert message in error_line(capsys, "task", "check", path)
 
 
+@pytest.mark.long
 def test_ctrl_c_keeps_what_was_done_and_resumes(text_file, tmp_path):
     folder = tmp_path / "run"
     args = ["train", "--corpus", str(text_file), "--out", str(folder), "--preset", "smoke",

@@ -64,7 +64,7 @@ ODD = pd.DataFrame({
 })
 
 
-@pytest.mark.parametrize("rows", [1, 20_000])
+@pytest.mark.parametrize("rows", [1, pytest.param(20_000, marks=pytest.mark.long)])
 def test_not_measured_and_nan_stay_apart(tmp_path, rows):
     """In a CSV, and in the Parquet of a table that is too large for one."""
     frame = pd.concat([ODD] * rows, ignore_index=True)

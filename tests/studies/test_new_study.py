@@ -58,6 +58,7 @@ def mambabyte(house: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_a_study_is_a_folder_and_a_notebook(house):
     assert mambabyte(house, "study", "tiny", "--parameters") == "n = 3\n"
     swept = json.loads(mambabyte(house, "sweep", "tiny", "--grid", "n=3,4", "--json"))["runs"]

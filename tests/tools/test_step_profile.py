@@ -81,6 +81,7 @@ def test_a_captured_step_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None
     assert "captures CUDA graphs" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_peer_takes_the_place_of_the_mixers(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

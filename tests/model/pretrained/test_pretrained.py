@@ -293,7 +293,7 @@ def test_the_command_both_ways(public: Path, tmp_path: Path, capsys) -> None:
                 "n_groups": 1}),
 ])
 def test_against_transformers_itself(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="pip install -e .[test]")
+    transformers = pytest.importorskip("transformers", reason="pip install -e .[interop]")
     sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "state_size": 4,
                              "num_hidden_layers": 2}
     sizes |= {"num_heads": 4, "head_dim": 8} if kind == "Mamba2" else {}

@@ -114,6 +114,7 @@ def test_activation(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize(("symbols", "cap", "guided", "dtype"), [
     (256, 15.0, True, BF16), (75, 0.0, False, FLOAT), (300, 2.0, False, FLOAT)])
+@pytest.mark.long
 def test_loss(symbols: int, cap: float, guided: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(symbols)
     logits, targets = 3 * torch.randn(11, symbols), torch.randint(symbols, (11,))

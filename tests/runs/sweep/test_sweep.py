@@ -110,6 +110,7 @@ def test_progress_is_forwarded(swept):
     assert events.seen[-1] == ("closed",)
 
 
+@pytest.mark.long
 def test_finished_runs_are_skipped_and_failed_ones_tried_again(swept, registry):
     root, rows, _ = swept
     stamp = (rows["ok"].folder / "run.json").stat().st_mtime_ns
