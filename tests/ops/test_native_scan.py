@@ -191,6 +191,7 @@ def test_float64() -> None:
 
 @needs_native
 @pytest.mark.parametrize("log_decay", [-1e-7, -1e-5, -1e-2, -1.0, -20.0, -80.0])
+@pytest.mark.long
 def test_constant_decay_over_a_long_sequence(log_decay: float) -> None:
     """Rounding exp(dt A) to float32 first would be off by 2e-8 per step, in one direction."""
     x = make_inputs(1, 3000, 8, 2, absent=("D", "z", "delta_bias"))

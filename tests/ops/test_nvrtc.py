@@ -79,6 +79,7 @@ STREAMED = [
 @pytest.mark.parametrize("arch", ONE_DAILY[1:])
 @pytest.mark.parametrize("blocks", cuda_stream.CLUSTERS)
 @pytest.mark.parametrize("shape", STREAMED, ids=str)
+@pytest.mark.long
 def test_the_streaming_model_compiles(arch: str, blocks: int, shape: cuda_stream.Shape) -> None:
     plan = cuda_stream.plan(shape, blocks, 2, 227 * 1024)
     assert plan is not None

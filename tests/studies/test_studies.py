@@ -220,6 +220,7 @@ MEASURING = {
 
 
 @pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.long
 def test_a_study_depends_on_what_it_measures(name):
     study = STUDIES[name]
     if not study.notebook.exists():

@@ -70,6 +70,7 @@ def test_saved_bytes_are_exact(seed: int) -> None:
     assert predicted == counted
 
 
+@pytest.mark.long
 def test_the_documents_step_counted_at_its_own_size() -> None:
     preset = PRESETS["mamba_byte_original"]
     config = replace(preset.model, scan_form="document_chunked", n_layer=1)
@@ -161,6 +162,7 @@ def test_a_checkpointed_layer_goes_forward_beside_the_gradients_above_it() -> No
 
 
 @pytest.mark.parametrize("what", ["batch", "context"])
+@pytest.mark.long
 def test_devices_have_hybrids_attention_and_checkpointing(what: str) -> None:
     frame = device_frames(("chunked", "fused"))[("batch", "context").index(what)]
     assert {*zip(frame["pattern"], frame["form"], strict=True)} == {
@@ -201,6 +203,7 @@ def test_where_no_c_compiler_is_the_fused_scan_is_not_counted(
     assert counted["chunked"] is not None
 
 
+@pytest.mark.long
 def test_full_tensors_of_each_form() -> None:
     frame = full_tensors_frame().set_index("form")
     kept = frame["kept, full tensors"]
