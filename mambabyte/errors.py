@@ -31,7 +31,10 @@ class NonFiniteError(UserError):
         self.step = step
 
 
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
-    """A hint for a message about an unknown name, " (did you mean X?)"; "" where none is near."""
+def nearest(name: object, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """A hint for a message about an unknown name, " (did you mean X?)"; "" where none is near, or
+    where it is no word at all."""
+    if not isinstance(name, str):
+        return ""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -217,7 +217,7 @@ def load_run(folder: Path | str) -> Run:
         record = _read_record(folder)
         if record["format"] != FORMAT:
             raise UserError(
-                f"{folder} has format {record['format']}, this version reads {FORMAT}: "
+                f"{folder} has format {record['format']!r}, this version reads {FORMAT}: "
                 "delete the folder and run the sweep again")
         if record["status"] not in ("done", "failed"):
             raise ValueError(f"status is {record['status']!r}, expected done or failed")

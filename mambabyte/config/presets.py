@@ -143,7 +143,7 @@ ALIASES = {"hybrid_1_1": "ssm_1", "ssm_1_1": "ssm_1", "hybrid_2_1": "ssm_2",
 
 def get_preset(name: str) -> Preset:
     """The preset called ``name``; a UserError lists the names when there is none."""
-    name = ALIASES.get(name, name)
-    if name not in PRESETS:
+    known = isinstance(name, str) and ALIASES.get(name, name) in PRESETS
+    if not known:
         raise UserError(f"preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    return PRESETS[ALIASES.get(name, name)]
