@@ -123,7 +123,8 @@ def systems_frame(points: pd.DataFrame) -> pd.DataFrame:
             ["system", "kind", "with n-gram"], sort=False, dropna=False):
         accuracy, joules = group[VALID].astype(float), group["energy (J)"].astype(float)
         rows.append({
-            "system": name, "kind": kind, "with n-gram": ngram, "seeds": len(group),
+            "system": name, "kind": kind,
+            "with n-gram": None if ngram is None or ngram != ngram else bool(ngram), "seeds": len(group),
             "energy (J)": joules.mean(), "lowest energy (J)": joules.min(),
             "highest energy (J)": joules.max(), VALID: accuracy.mean(),
             "lowest accuracy": accuracy.min(), "highest accuracy": accuracy.max()})
