@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from analysis.runs.folders import Run, tables_of
+from analysis.runs.frames import csv_text
 from analysis.runs.records import DATA, write_record_folder
 from analysis.runs.staleness import source_files
 from analysis.studies.task import compute as task
@@ -70,8 +72,11 @@ def test_a_public_file_is_a_kind_of_its_own(tmp_path):
         [*ROWS[0], None], ["counts", 0, 180.0, 1.3, 0.704, None, None, None, None],
         ["ours", 0, 700.0, 10.0, 0.65, None, None, None, "0ab1"]],
         columns=[*COLUMNS, "public file (SHA-256)"])
-    kinds = task.run(task.Parameters(), folder=tmp_path).points["kind"]
-    assert kinds.tolist() == ["SSM and attention", "n-gram alone", "public file"]
+    found = task.run(task.Parameters(), folder=tmp_path)
+    assert found.points["kind"].tolist() == ["SSM and attention", "n-gram alone", "public file"]
+    for field in fields(found):  # what is kept of it can be written
+        if isinstance(frame := getattr(found, field.name), pd.DataFrame):
+            assert csv_text(field.name, frame)
 
 
 def test_a_new_record_appears_by_its_name(tmp_path):

@@ -124,7 +124,7 @@ def systems_frame(points: pd.DataFrame) -> pd.DataFrame:
         accuracy, joules = group[VALID].astype(float), group["energy (J)"].astype(float)
         rows.append({
             "system": name, "kind": kind,
-            "with n-gram": None if ngram is None or ngram != ngram else bool(ngram),
+            "with n-gram": None if pd.isna(ngram) else bool(ngram),
             "seeds": len(group),
             "energy (J)": joules.mean(), "lowest energy (J)": joules.min(),
             "highest energy (J)": joules.max(), VALID: accuracy.mean(),
