@@ -31,6 +31,14 @@ def _styles(systems: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {name: style for name, style in styles.items() if name in found}
 
 
+def _curves(ax: Any, frame: pd.DataFrame, x: str, y: str, styles: dict[str, Any]) -> None:
+    """A curve of ``y`` against ``x`` for each system that the frame has."""
+    for system, look in styles.items():
+        mine = frame[frame["system"] == system].sort_values(x)
+        if len(mine):
+            ax.plot(mine[x], mine[y].astype(float), label=system, **look)
+
+
 def best(frame: pd.DataFrame) -> Figure:
     """Bits per byte of every system at its best rate, a panel a size and budget."""
     groups = list(frame.groupby(["size", "budget"], sort=False))
@@ -58,10 +66,7 @@ def sensitivity(frame: pd.DataFrame) -> Figure:
                               squeeze=False, sharey=False)
     styles = _styles(frame["system"])
     for ax, ((size, optimizer), rows) in zip(axes[0], groups, strict=True):
-        for system, look in styles.items():
-            mine = rows[rows["system"] == system].sort_values("rate")
-            if len(mine):
-                ax.plot(mine["rate"], mine["chosen_by"].astype(float), label=system, **look)
+        _curves(ax, rows, "rate", "chosen_by", styles)
         ax.set_xscale("log", base=2)
         rates = sorted(rows["rate"].unique())
         ax.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45)
@@ -86,10 +91,7 @@ def tasks(frame: pd.DataFrame) -> Figure:
         ax.set_visible(False)
     for ax, task in zip(axes.flat, names, strict=False):
         some = shown[shown["task"] == task]
-        for system, look in styles.items():
-            mine = some[some["system"] == system].sort_values("size")
-            if len(mine):
-                ax.plot(mine["size"], mine["accuracy"], label=system, **look)
+        _curves(ax, some, "size", "accuracy", styles)
         guess = some.drop_duplicates("size").sort_values("size")
         ax.plot(guess["size"], guess["chance"], color="black", linestyle=":", marker="",
                 label="a guesser that knows the values")
@@ -147,9 +149,7 @@ def scaling(points: pd.DataFrame) -> Figure:
 def context(frame: pd.DataFrame) -> Figure:
     """Bits per byte by how often the state is reset."""
     figure, ax = new_figure()
-    for system, look in _styles(frame["system"]).items():
-        mine = frame[frame["system"] == system]
-        ax.plot(mine["reset_every"], mine["bits_per_byte"], label=system, **look)
+    _curves(ax, frame, "reset_every", "bits_per_byte", _styles(frame["system"]))
     log2_axis(ax, "x", sorted(frame["reset_every"].unique()))
     label_axes(ax, "the state is reset every so many bytes", "bits per byte")
     legend_below(figure)
@@ -174,9 +174,7 @@ def half_lives(frame: pd.DataFrame) -> Figure:
 def horizon(frame: pd.DataFrame) -> Figure:
     """Share of the gradient that lies within a distance."""
     figure, ax = new_figure()
-    for system, look in _styles(frame["system"]).items():
-        mine = frame[frame["system"] == system]
-        ax.plot(mine["distance"], mine["share_up_to_here"], label=system, **look)
+    _curves(ax, frame, "distance", "share_up_to_here", _styles(frame["system"]))
     log2_axis(ax, "x", sorted(frame["distance"].unique()))
     label_axes(ax, "distance from the predicted byte, bytes", "share of the gradient up to there")
     legend_below(figure)
