@@ -15,7 +15,7 @@ from analysis.theory.kept_tensors import (
     squares_in_float32,
 )
 from mambabyte.config import ModelConfig
-from mambabyte.model.mamba import resolve_form
+from mambabyte.model.families.mamba import resolve_form
 from mambabyte.model.mixer import FLOAT32, Around, Step, mixer_of
 
 # What the matrix libraries hold inside torch's allocator. This one number is not derived: it was

@@ -1,11 +1,11 @@
 """ByteLM: blocks of sequence mixers between an embedding and a head."""
 
-from mambabyte.model.attention import AttentionMixer, LocalAttentionMixer
-from mambabyte.model.delta import GatedDeltaNetMixer, KimiDeltaMixer
 from mambabyte.model.exponents import record_exponents
+from mambabyte.model.families.attention import AttentionMixer, LocalAttentionMixer
+from mambabyte.model.families.delta import GatedDeltaNetMixer, KimiDeltaMixer
+from mambabyte.model.families.mamba import MambaMixer
+from mambabyte.model.families.mamba2 import Mamba2Mixer
 from mambabyte.model.lm import ByteLM, embed, head_loss, without_state
-from mambabyte.model.mamba import MambaMixer
-from mambabyte.model.mamba2 import Mamba2Mixer
 from mambabyte.model.mixer import MIXERS, LayerState, Mixer, mixers, register
 
 __all__ = [

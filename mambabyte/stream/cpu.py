@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
-from mambabyte.model.attention import AttentionState
+from mambabyte.model.families.attention import AttentionState
 from mambabyte.model.mixer import LayerState, Mixer, mixers
 from mambabyte.ops.build import c as native_build
 from mambabyte.ops.scan import cpu as native_scan

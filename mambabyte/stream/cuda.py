@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mambabyte.model import ByteLM
-from mambabyte.model.mamba import MambaMixer, MambaState
+from mambabyte.model.families.mamba import MambaMixer, MambaState
 from mambabyte.ops.mamba.step import MAX_TAPS
 from mambabyte.ops.scan.operator import MAX_STATES, fused_available
 from mambabyte.ops.stream.cuda import (

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from mambabyte.model import ByteLM
-from mambabyte.model.attention import AttentionState, rotary_table
-from mambabyte.model.delta import DeltaState
-from mambabyte.model.mamba import MambaState
-from mambabyte.model.mamba2 import Mamba2State
+from mambabyte.model.families.attention import AttentionState, rotary_table
+from mambabyte.model.families.delta import DeltaState
+from mambabyte.model.families.mamba import MambaState
+from mambabyte.model.families.mamba2 import Mamba2State
 from mambabyte.model.mixer import LayerState
 from mambabyte.ops.build.nvrtc import NvrtcError
 from mambabyte.ops.stream.hybrid import THREADS, HybridState, HybridStreamer, fitting

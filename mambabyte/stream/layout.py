@@ -12,11 +12,11 @@ from torch import nn
 
 from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
-from mambabyte.model.attention import AttentionMixer, AttentionState, LocalAttentionMixer
 from mambabyte.model.block import MLP, Block, RMSNorm
-from mambabyte.model.delta import DeltaState, GatedDeltaNetMixer, HeadNorm, KimiDeltaMixer
-from mambabyte.model.mamba import MambaMixer, MambaState
-from mambabyte.model.mamba2 import GatedRMSNorm, Mamba2Mixer, Mamba2State
+from mambabyte.model.families.attention import AttentionMixer, AttentionState, LocalAttentionMixer
+from mambabyte.model.families.delta import DeltaState, GatedDeltaNetMixer, HeadNorm, KimiDeltaMixer
+from mambabyte.model.families.mamba import MambaMixer, MambaState
+from mambabyte.model.families.mamba2 import GatedRMSNorm, Mamba2Mixer, Mamba2State
 from mambabyte.model.mixer import Linear, Mixer, mixers
 
 _ACTIVATIONS = {"relu2": 0, "gelu": 1, "silu": 2}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mambabyte.config import ModelConfig
 from mambabyte.model import AttentionMixer
-from mambabyte.model.attention import windowed_attention
+from mambabyte.model.families.attention import windowed_attention
 
 # What torch itself warns of depends on the machine.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

@@ -17,7 +17,7 @@ from analysis.measure.allocations import autocast_to, saved_storages
 from analysis.theory.kept_tensors import AUTOCASTS, Autocast, saved_terms
 from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
-from mambabyte.model.mamba import MambaMixer
+from mambabyte.model.families.mamba import MambaMixer
 from mambabyte.ops.mamba.fused import fused_mixer
 
 # What torch itself warns of depends on the machine.

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from analysis.measure.allocations import saved_storages
 from mambabyte.config import ModelConfig
 from mambabyte.model import AttentionMixer, ByteLM
-from mambabyte.model import attention as module
-from mambabyte.model.attention import mean_keys, windowed_attention
+from mambabyte.model.families import attention as module
+from mambabyte.model.families.attention import mean_keys, windowed_attention
 from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.fused import flex
 

@@ -19,7 +19,7 @@ from mambabyte.config import ModelConfig
 from mambabyte.config.scan_forms import FORMS
 from mambabyte.errors import UserError
 from mambabyte.model import MIXERS, ByteLM
-from mambabyte.model.attention import windowed_attention
+from mambabyte.model.families.attention import windowed_attention
 from mambabyte.ops import gated_delta_rule, selective_scan, ssd_scan
 from mambabyte.ops.arguments import document_ages
 from mambabyte.ops.conv.dispatch import causal_conv, torch_convolution

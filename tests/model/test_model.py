@@ -20,8 +20,8 @@ from mambabyte.config.mixers import SPECS
 from mambabyte.errors import UserError
 from mambabyte.evaluate import bits_per_byte, score
 from mambabyte.model import ByteLM, record_exponents
-from mambabyte.model.attention import AttentionMixer, rotary_table, rotate
-from mambabyte.model.mamba import MambaMixer
+from mambabyte.model.families.attention import AttentionMixer, rotary_table, rotate
+from mambabyte.model.families.mamba import MambaMixer
 from mambabyte.ops.compare import relative_rms
 from mambabyte.stream import ByteStream
 

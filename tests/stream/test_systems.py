@@ -10,7 +10,7 @@ from torch import nn
 
 from mambabyte.config import PRESETS, ModelConfig
 from mambabyte.model import ByteLM
-from mambabyte.model.mamba import MambaMixer
+from mambabyte.model.families.mamba import MambaMixer
 from mambabyte.stream import ByteModel, ByteStream, advance_of
 from mambabyte.stream import cpu as native_model
 from mambabyte.stream.layout import is_known

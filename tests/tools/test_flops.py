@@ -19,7 +19,7 @@ from analysis.theory.matching import GPU_WIDTHS, match_parameters, match_pattern
 from mambabyte.config import ModelConfig, get_preset
 from mambabyte.errors import UserError
 from mambabyte.model import AttentionMixer, ByteLM
-from mambabyte.model.attention import mean_keys
+from mambabyte.model.families.attention import mean_keys
 
 SMALL = ModelConfig(d_model=32, n_layer=3, layer_pattern="MA", n_head=4, n_kv_head=2, d_state=8,
                     attention_window=64)

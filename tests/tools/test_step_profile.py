@@ -15,7 +15,7 @@ from analysis.cli import main
 from analysis.measure.bench.steps import OTHER, part_of, rivals, use_published_mixers
 from mambabyte.config import get_preset
 from mambabyte.model import ByteLM
-from mambabyte.model.mamba import MambaMixer
+from mambabyte.model.families.mamba import MambaMixer
 
 
 @pytest.mark.parametrize(("operator", "part"), [

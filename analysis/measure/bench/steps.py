@@ -30,7 +30,7 @@ from mambabyte.config.mixers import MambaSpec, Role, spec_of, uses_window
 from mambabyte.energy import EnergyMeter
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
-from mambabyte.model.mamba import MambaMixer
+from mambabyte.model.families.mamba import MambaMixer
 from mambabyte.model.mixer import Mixer, mixer_of, named_mixers
 from mambabyte.train import train_step
 from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts

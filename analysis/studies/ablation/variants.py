@@ -37,7 +37,7 @@ from analysis.measure.exponents import ssm_layers, step_sizes
 from analysis.studies.ablation import PUBLISHED_MATRIX_LR, Variant
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.model import ByteLM
-from mambabyte.model.mamba import MambaMixer, MambaState
+from mambabyte.model.families.mamba import MambaMixer, MambaState
 from mambabyte.ops.scan.recurrent import selective_scan_step
 from mambabyte.train import EagerStep, NonFiniteError, optimise
 from mambabyte.train.optim import MuonAdamW, roles

@@ -28,7 +28,7 @@ from analysis.theory.kept_tensors import Autocast, saved_terms
 from analysis.theory.step_memory import LIBRARY_BYTES, budget
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.errors import UserError
-from mambabyte.model.mamba import resolve_form
+from mambabyte.model.families.mamba import resolve_form
 from mambabyte.train import EagerStep
 from mambabyte.train.optim import make_optimizer
 

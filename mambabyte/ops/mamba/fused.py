@@ -1,9 +1,10 @@
 """Everything of an SSM layer between its two large projections, as one operator on the GPU.
 
-``torch.ops.mambabyte.mixer`` is the composition in :class:`mambabyte.model.mamba.MambaMixer` (the
-definition) of the same kernels: convolution with SiLU, two small products, gated scan. Forwards it
-is no faster than that. Backwards each part leaves its gradients where the next product reads them,
-so that no pass over memory only adds two of them up or puts them side by side. They are columns of
+``torch.ops.mambabyte.mixer`` is the composition of the same kernels in the definition,
+:class:`mambabyte.model.families.mamba.MambaMixer`: convolution with SiLU, two small products, gated
+scan. Forwards it is no faster than that. Backwards each part leaves its gradients where the next
+product reads them, so that no pass over memory only adds two of them up or puts them side by side.
+They are columns of
 
 - ``d_rows`` (B, L, 3D): ddelta, later overwritten by dx | dz | du. The first two thirds are the
   gradient of xz; du takes up the gradient through ``x_proj`` within that product, in float32.

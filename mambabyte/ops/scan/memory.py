@@ -59,7 +59,7 @@ def scan_terms(
     """(tensor, elements, itemsize) that one scan keeps for its backward pass.
 
     Counts what the form itself makes; its inputs belong to the layer (see
-    mambabyte.model.mamba). ``dtype`` is that of the streams, bfloat16 under bf16 autocast;
+    mambabyte.model.families.mamba). ``dtype`` is that of the streams, bfloat16 under bf16 autocast;
     it matters to the fused form alone.
     """
     wide = channels * states

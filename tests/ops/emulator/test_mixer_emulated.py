@@ -18,7 +18,7 @@ from torch import Tensor
 from analysis.measure.allocations import saved_storages
 from analysis.theory.kept_tensors import saved_terms
 from mambabyte.config import ModelConfig
-from mambabyte.model.mamba import MambaMixer
+from mambabyte.model.families.mamba import MambaMixer
 from mambabyte.ops.conv import cuda as cuda_conv
 from mambabyte.ops.mamba import fused as mixer
 from mambabyte.ops.scan import cuda as cuda_scan

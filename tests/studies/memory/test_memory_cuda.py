@@ -27,8 +27,8 @@ from analysis.theory.kept_tensors import (
 from analysis.theory.step_memory import LIBRARY_BYTES, budget
 from mambabyte.config import PRESETS, ModelConfig
 from mambabyte.errors import UserError
-from mambabyte.model import mamba
-from mambabyte.model.attention import rms_norm_is_cast
+from mambabyte.model.families import mamba
+from mambabyte.model.families.attention import rms_norm_is_cast
 from mambabyte.ops.conv import dispatch as causal_conv
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from mambabyte.config import ModelConfig
 from mambabyte.config.mixers import DeltaSpec, GatedDeltaNetSpec, KimiDeltaSpec, Shape
 from mambabyte.model import sequence
-from mambabyte.model.mamba import convolves_in_one_kernel, inverse_softplus
-from mambabyte.model.mamba2 import gates_in_one_kernel
+from mambabyte.model.families.mamba import convolves_in_one_kernel, inverse_softplus
+from mambabyte.model.families.mamba2 import gates_in_one_kernel
 from mambabyte.model.mixer import (
     CONVOLUTION,
     FLOAT32,

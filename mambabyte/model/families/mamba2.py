@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mambabyte.config import ModelConfig
 from mambabyte.config.mixers import Mamba2Spec, Shape
 from mambabyte.model import sequence
-from mambabyte.model.mamba import convolves_in_one_kernel, inverse_softplus
+from mambabyte.model.families.mamba import convolves_in_one_kernel, inverse_softplus
 from mambabyte.model.mixer import (
     CONVOLUTION,
     FLOAT32,
