@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -29,6 +29,7 @@ from mambabyte.task.systems import Ngram, System
 from mambabyte.train import Step, optimise
 from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
 from mambabyte.train.optim import make_optimizer
+from mambabyte.train.precision import autocast
 from mambabyte.train.schedule import schedule
 from mambabyte.train.smoke import is_smoke, smoke_configs
 
@@ -57,14 +58,29 @@ def silent(line: str) -> None:
     pass
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Who hears of a build: ``report`` a line now and then, ``ended`` the name of each part when it
+    has ended, the device's work included. ``began`` is perf_counter at the start."""
+
+    report: Report = silent
+    ended: Report = silent
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.began
+
+
 def build(
     system: System, data: bytes | np.ndarray, device: str = "cpu", seed: int = 0,
-    report: Report = silent,
+    report: Report = silent, ended: Report = silent,
 ) -> Fit:
     """Train ``system`` on ``data``, all of it counted from this call on. Deterministic but for the
     clock. A tiny corpus, or SMOKE_TEST_ONLY=1, selects the smoke configuration. ``report`` gets a
-    line now and then while it trains."""
-    began = time.perf_counter()
+    line now and then while it trains, ``ended`` the name of each part when it has ended."""
+    watch = Watch(report, ended)
     data = present(data) if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
     if len(data) < 64:
         raise UserError(f"{len(data)} training bytes: expected at least 64")
@@ -79,58 +95,56 @@ def build(
     text = torch.from_numpy(np.array(data)).to(device)
     torch.manual_seed(seed)
     if system.mixing is not None:
-        return _build_experts(system, config, recipe, ngram, text, held, began, report)
+        return _build_experts(system, config, recipe, ngram, text, held, watch)
     if config is None:
         assert ngram is not None
-        report(f"counting {len(text):,} bytes")
-        counts = count(text, ngram.order, ngram.discount, device, continuation=ngram.continuation)
+        counts = _counted(text, ngram, watch)
         return Fit(NgramLM(counts).eval(), 0, 0, 0, counts.n_bytes, {})
     if ngram is not None and ngram.guide_share:
-        return _build_guided(config, recipe, ngram, text, held, began, report)
+        return _build_guided(config, recipe, ngram, text, held, watch)
 
     model = ByteLM(config).to(device)
     steps, notes = fit(model, model,
-                       Windows(text[: len(text) - held], recipe.context), recipe, began, report)
+                       Windows(text[: len(text) - held], recipe.context), recipe, watch)
     result: ByteModel = model
     table_bytes = 0
     if ngram is not None:
         weight = ngram.weight
         if weight is None:
-            part = count(text[: len(text) - held], ngram.order, ngram.discount, device,
-                         continuation=ngram.continuation)
+            part = _counted(text[: len(text) - held], ngram, watch)
             weight = _weight_on(model, NgramLM(part), bytes(data[len(data) - held :]))
             del part
             notes["ngram_weight"] = weight
-        report(f"counting {len(text):,} bytes")
-        counts = count(text, ngram.order, ngram.discount, device, continuation=ngram.continuation)
+        counts = _counted(text, ngram, watch)
         table_bytes = counts.n_bytes
         result = Mixture(model, counts, weight)
     return Fit(result.eval(), steps, steps * recipe.batch_size * recipe.context,
                config.n_parameters, table_bytes, notes)
 
 
-def _counted(data: Tensor, ngram: Ngram, report: Report) -> NgramModel:
-    report(f"counting {len(data):,} bytes")
-    return count(data, ngram.order, ngram.discount, data.device, continuation=ngram.continuation)
+def _counted(data: Tensor, ngram: Ngram, watch: Watch) -> NgramModel:
+    watch.report(f"counting {len(data):,} bytes")
+    made = count(data, ngram.order, ngram.discount, continuation=ngram.continuation)
+    watch.ended("counting")
+    return made
 
 
 def _build_guided(
-    config: ModelConfig, recipe: TrainConfig, ngram: Ngram, text: Tensor, held: int, began: float,
-    report: Report,
+    config: ModelConfig, recipe: TrainConfig, ngram: Ngram, text: Tensor, held: int, watch: Watch,
 ) -> Fit:
     end = len(text) - held
     # A window at least is left to train on.
     cut = max(1, min(int(ngram.guide_share * end), end - recipe.context - 1))
-    guide = Guide(_counted(text[:cut], ngram, report))
+    guide = Guide(_counted(text[:cut], ngram, watch))
     model = GuidedLM(config, guide.n_kinds).to(text.device)
     windows = GuidedWindows(text[cut:end], guide, recipe.context)
-    notes = {"seconds_before_training": time.perf_counter() - began,
-             "hint_bytes": windows.n_bytes}
-    steps, more = fit(model, model.lm, windows, recipe, began, report)
+    watch.ended("tabulating hints")
+    notes = {"seconds_before_training": watch.elapsed, "hint_bytes": windows.n_bytes}
+    steps, more = fit(model, model.lm, windows, recipe, watch)
     del windows
     if ngram.recount:
         del guide
-        guide = Guide(_counted(text[:end], ngram, report))
+        guide = Guide(_counted(text[:end], ngram, watch))
     model.guide = guide
     return Fit(model.eval(), steps, steps * recipe.batch_size * recipe.context,
                sum(p.numel() for p in model.parameters()), model.guide.n_bytes, notes | more)
@@ -138,7 +152,7 @@ def _build_guided(
 
 def _build_experts(
     system: System, config: ModelConfig | None, recipe: TrainConfig, ngram: Ngram | None,
-    text: Tensor, held: int, began: float, report: Report,
+    text: Tensor, held: int, watch: Watch,
 ) -> Fit:
     """Counts, a network where there is one, and the gate that joins them. The gate is fitted on
     the bytes before the held-out ones, which nothing else has seen."""
@@ -155,29 +169,33 @@ def _build_experts(
     counted = text[begin - int(ngram.share * begin) : begin]
     network: ByteModel | None = None
     if config is None:
-        made = Fit(NgramLM(_counted(counted, ngram, report)), 0, 0, 0, 0, {})
+        made = Fit(NgramLM(_counted(counted, ngram, watch)), 0, 0, 0, 0, {})
         counts = cast(NgramLM, made.model).ngram
     elif ngram.guide_share:
-        made = _build_guided(config, recipe, ngram, text, len(text) - begin, began, report)
+        made = _build_guided(config, recipe, ngram, text, len(text) - begin, watch)
         network, guide = made.model, cast(GuidedLM, made.model).guide
         assert guide is not None
         counts = guide.ngram
     else:
         model = ByteLM(config).to(text.device)
-        steps, notes = fit(model, model, Windows(text[:begin], recipe.context), recipe, began,
-                           report)
+        steps, notes = fit(model, model, Windows(text[:begin], recipe.context), recipe, watch)
         network = model.eval()
         made = Fit(model, steps, steps * recipe.batch_size * recipe.context, config.n_parameters,
                    0, notes)
-        counts = _counted(counted, ngram, report)
+        counts = _counted(counted, ngram, watch)
     tables = [count_contexts(counted, context) for context in mixing.contexts]
+    if tables:
+        watch.ended("counting other contexts")
     experts = Experts(counts, tuple(n for n in mixing.orders if n <= counts.order), tables,
                       mixing.matches)
     others = None if network is None else _distributions(network, text, begin, end)
-    report("fitting the gate")
+    if network is not None:
+        watch.ended("asking the network")
+    watch.report("fitting the gate")
     gate, bits = fit_gate(
         experts, seen, first, others, hidden=mixing.hidden, steps=mixing.steps, lr=mixing.lr,
         seed=recipe.seed)
+    watch.ended("fitting the gate")
     return replace(made, model=ExpertLM(experts, gate, network).eval(),
                    ngram_bytes=experts.n_bytes,
                    notes=made.notes | {"gate_bits_per_byte": bits, "experts": experts.names})
@@ -186,22 +204,23 @@ def _build_experts(
 @torch.inference_mode()
 def _distributions(model: ByteModel, text: Tensor, begin: int, end: int) -> Tensor:
     """The network's probabilities (end - begin, 1, V) of the bytes text[begin:end], in rows, each
-    with some bytes before it."""
+    with some bytes before it; in the arithmetic of training, whose kernels are there."""
     size = min(_ROW, end - begin)
     before = min(_BEFORE, begin - 1)
     starts = torch.arange(begin, end, size, device=text.device) - 1 - before
     rows = text[starts[:, None] + torch.arange(before + size, device=text.device)]
-    logits, _ = model(rows.long())
+    with autocast(text.device, "auto"):
+        logits, _ = model(rows.long())
     return torch.softmax(logits[:, before:].float(), -1).flatten(0, 1)[:, None]
 
 
 def fit(
     model: ByteLM | GuidedLM, network: ByteLM, windows: Windows | GuidedWindows,
-    recipe: TrainConfig, began: float, report: Report = silent,
+    recipe: TrainConfig, watch: Watch,
 ) -> tuple[int, dict[str, Any]]:
-    """Run the recipe; returns the steps done and notes. ``began``: perf_counter at the start, from
-    which ``max_seconds`` counts. ``report`` gets a line every two seconds of steps issued, which
-    the device need not have ended. Raises NonFiniteError when it diverges."""
+    """Run the recipe; returns the steps done and notes. ``max_seconds`` counts from where the watch
+    began. It gets a line every two seconds of steps issued, which the device need not have ended.
+    Raises NonFiniteError when it diverges."""
     if len(windows.text) < recipe.context + 1:
         raise UserError(f"context {recipe.context} does not fit into {len(windows.text)} bytes: "
                         "choose a shorter one or a larger corpus")
@@ -215,12 +234,13 @@ def fit(
                     window_starts(len(windows.text), recipe), recipe,
                     capture=on_cuda and recipe.step != "eager")
     model.train()
-    log = _Log(step, recipe, began, report)
+    log = _Log(step, recipe, watch)
     done = optimise(step, lambda number: schedule(number, recipe, log.elapsed), recipe.n_steps,
                     stop=log.stop, after=log.after).steps
     if done % _LOG_EVERY:  # also where the clock ended the run: what was queued is done now
         log.look(done)
     del step, optimizer
+    watch.ended("training")
     network.run_layer, network.run_head = without_state, head_loss
     return done, log.notes(done)
 
@@ -228,20 +248,20 @@ def fit(
 class _Log:
     """The clock of a fit, and the losses that are looked at on the way."""
 
-    def __init__(self, step: Step, recipe: TrainConfig, began: float, report: Report) -> None:
-        self.step, self.recipe, self.began, self.report = step, recipe, began, report
+    def __init__(self, step: Step, recipe: TrainConfig, watch: Watch) -> None:
+        self.step, self.recipe, self.watch = step, recipe, watch
         self.losses: list[float] = []
         self.elapsed = self._told = 0.0
         self._first: tuple[int, float] | None = None  # step and time of the first look
 
     def stop(self, done: int) -> str | None:
         cap = self.recipe.max_seconds
-        self.elapsed = time.perf_counter() - self.began
+        self.elapsed = self.watch.elapsed
         if cap and self.elapsed >= cap:
             return "max_seconds"
         if self.elapsed >= self._told + _TELL_SECONDS:
             self._told = self.elapsed
-            self.report(f"step {done + 1} of {self.recipe.n_steps}, {self.elapsed:.0f} s"
+            self.watch.report(f"step {done + 1} of {self.recipe.n_steps}, {self.elapsed:.0f} s"
                         + (f" of at most {cap:.0f}" if cap else ""))
         return None
 
@@ -250,20 +270,20 @@ class _Log:
         if done % _LOG_EVERY == 0:
             self.look(done)
         if done in (1, _LOG_EVERY):  # that it learns, and when
-            self.report(f"step {done}: loss {self.step.read().loss:.4f} nats")
+            self.watch.report(f"step {done}: loss {self.step.read().loss:.4f} nats")
 
     def look(self, done: int) -> None:
         """Keep the last loss; waits for the device. NonFiniteError if one was not finite."""
         self.losses.append(round(self.step.read().loss, 4))
         if self._first is None:
-            self._first = done, time.perf_counter()
+            self._first = done, self.watch.elapsed
 
     def notes(self, done: int) -> dict[str, Any]:
         found: dict[str, Any] = {"losses_nats": self.losses}
         if self._first is not None and done > self._first[0]:
             first, at = self._first
-            found["ms_per_step"] = 1e3 * (time.perf_counter() - at) / (done - first)
-            found["seconds_to_first_log"] = at - self.began
+            found["ms_per_step"] = 1e3 * (self.watch.elapsed - at) / (done - first)
+            found["seconds_to_first_log"] = at
         return found
 
 

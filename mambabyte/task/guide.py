@@ -51,7 +51,8 @@ class Guide:
     """Hints from an n-gram model.
 
     Most long contexts were seen once. They are left out of the distributions, since what they say
-    is in ``best`` and ``kind``: that makes the distributions few enough to be tabulated whole.
+    is in ``best`` and ``kind``: that makes the distributions that a text meets few enough for a
+    table.
     """
 
     def __init__(self, ngram: NgramModel) -> None:
@@ -99,46 +100,52 @@ class Guide:
         log_p = self.ngram.probabilities(contexts, keep=self._keep).log().float()
         return Hint(log_p, *self._longest(self.ngram.find(contexts)))
 
-    def tabulate(self) -> tuple[Tensor, list[Tensor]]:
-        """log p after every context kept, (rows, V) float16, and for every level the row of each
-        of its contexts, (U,) int32, -1 where it is not kept. 512 bytes a row."""
-        sizes = [int(keep.sum()) for keep in self._keep]
-        table = torch.empty(sum(sizes), V, dtype=torch.float16, device=self.ngram.device)
-        row_of: list[Tensor] = []
-        used = 0
-        for m, (level, keep) in enumerate(zip(self.ngram.levels, self._keep, strict=True)):
-            rows = torch.cumsum(keep, 0, dtype=torch.int32).add_(used - 1)
-            row_of.append(torch.where(keep, rows, -1))
-            for low in range(0, len(keep), _NODES):
-                node = low + keep[low : low + _NODES].nonzero()[:, 0]
-                if not len(node):
-                    continue
-                if m:
-                    p = table[row_of[m - 1][level.key[node] >> 8]].float().exp_()
-                else:
-                    p = torch.full((1, V), 1 / V, device=table.device)
-                here = torch.arange(len(node), device=table.device)
-                self.ngram.interpolate(m, p, here, node)
-                table[used : used + len(node)] = p.log_()
-                used += len(node)
-        return table, row_of
-
-    def along(self, text: Tensor, row_of: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """For every byte of ``text`` (L,) uint8: row of the table (int32), best byte, kind."""
+    def along(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For every byte of ``text`` (L,) uint8: the longest context kept, (L,) int64, numbered
+        through all levels, the shortest first; best byte; kind."""
         device = self.ngram.device
         pad = torch.full((self.width,), START_BYTE, dtype=torch.uint8, device=text.device)
         whole = torch.cat([pad, text]).to(device)
-        rows = torch.zeros(len(text), dtype=torch.int32, device=device)
+        longest = torch.zeros(len(text), dtype=torch.int64, device=device)
         best, kind = (torch.empty(len(text), dtype=torch.uint8, device=device) for _ in range(2))
         for low in range(0, len(text), _CHUNK):
             high = min(low + _CHUNK, len(text))
             contexts = whole[low : high + self.width - 1].unfold(0, self.width, 1)
-            found = self.ngram.find(contexts)
-            for node, row in zip(found, row_of, strict=True):
-                at = torch.where(node >= 0, row[node.clamp(min=0)], -1)
-                rows[low:high] = torch.where(at >= 0, at, rows[low:high])
+            found, first = self.ngram.find(contexts), 0
+            for node, keep in zip(found, self._keep, strict=True):
+                kept = (node >= 0) & keep[node.clamp(min=0)]
+                longest[low:high] = torch.where(kept, node + first, longest[low:high])
+                first += len(keep)
             best[low:high], kind[low:high] = self._longest(found)
-        return rows, best, kind
+        return longest, best, kind
+
+    def tabulate(self, longest: Tensor) -> tuple[Tensor, Tensor]:
+        """log p after each context that ``longest`` (L,) has, and those that it rests on,
+        (rows, V) float16, 512 bytes a row; and the row of each of ``longest``, (L,) int32."""
+        levels, device = self.ngram.levels, self.ngram.device
+        sizes = [len(level.key) for level in levels]
+        wanted = torch.zeros(sum(sizes), dtype=torch.bool, device=device)
+        wanted[longest] = True
+        each = wanted.split(sizes)
+        for m in range(len(levels) - 1, 0, -1):
+            each[m - 1][levels[m].key[each[m]] >> 8] = True
+        row_of = torch.cumsum(wanted, 0, dtype=torch.int32) - 1
+        rows = row_of.split(sizes)
+        table = torch.empty(int(row_of[-1]) + 1, V, dtype=torch.float16, device=device)
+        used = 0
+        for m, level in enumerate(levels):
+            for low in range(0, sizes[m], _NODES):
+                node = low + each[m][low : low + _NODES].nonzero()[:, 0]
+                if not len(node):
+                    continue
+                if m:
+                    p = table[rows[m - 1][level.key[node] >> 8]].float().exp_()
+                else:
+                    p = torch.full((1, V), 1 / V, device=device)
+                self.ngram.interpolate(m, p, torch.arange(len(node), device=device), node)
+                table[used : used + len(node)] = p.log_()
+                used += len(node)
+        return table, row_of[longest]
 
     def _longest(self, found: list[Tensor]) -> tuple[Tensor, Tensor]:
         best = torch.zeros(len(found[0]), dtype=torch.uint8, device=self.ngram.device)
@@ -273,8 +280,9 @@ class GuidedWindows:
     def __init__(self, text: Tensor, guide: Guide, context: int) -> None:
         self.text = text
         self._offsets = torch.arange(context + 1, device=text.device)
-        self._table, row_of = guide.tabulate()
-        self._along = guide.along(text, row_of)
+        longest, *seen = guide.along(text)
+        self._table, rows = guide.tabulate(longest)
+        self._along = rows, *seen
 
     @property
     def n_bytes(self) -> int:

@@ -215,11 +215,11 @@ def digest(tensors: dict[str, Tensor], about: dict[str, str]) -> str:
 
 def count(
     data: bytes | np.ndarray | Tensor, order: int = 12, discount: float | None = DISCOUNT,
-    device: torch.device | str = "cpu", *, continuation: bool = True,
+    device: torch.device | str | None = None, *, continuation: bool = True,
 ) -> NgramModel:
     """Count ``data`` and return its Kneser-Ney model of n-grams of up to ``order`` bytes.
 
-    ``discount`` None is modified Kneser-Ney.
+    ``discount`` None is modified Kneser-Ney; ``device`` None is where the text is.
     Without ``continuation`` shorter contexts count occurrences too: plain absolute discounting.
     The work is sorting, on ``device``: by torch on a GPU, about 60 bytes of memory a byte of text
     at the peak; in C on the CPU where there is a compiler, else by torch too, five times slower.
@@ -234,7 +234,8 @@ def count(
     if not isinstance(data, Tensor):
         data = torch.from_numpy(np.frombuffer(bytes(present(data)), np.uint8).copy())
     pad = torch.full((order - 1,), START_BYTE, dtype=torch.uint8)
-    text = torch.cat([pad.to(device), data.to(device)])
+    data = data.to(data.device if device is None else device)
+    text = torch.cat([pad.to(data.device), data])
 
     native = (text.device.type == "cpu" and order <= ngram_native.MAX_ORDER
               and ngram_native.library() is not None)

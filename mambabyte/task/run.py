@@ -43,8 +43,9 @@ def run_task(
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     meter, host = EnergyMeter(device, idle_watts), EnergyMeter("cpu")
+    parts = _Parts(meter, on_cuda)
     try:
-        fitted: Fit | None = build(system, train_data, device, seed, report)
+        fitted: Fit | None = build(system, train_data, device, seed, report, parts.ended)
         failure = None
         if on_cuda:
             torch.cuda.synchronize()
@@ -62,6 +63,7 @@ def run_task(
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_cuda else None,
         "model": None if system.model is None else asdict(system.model),
         "train": asdict(system.train),
+        "parts": parts.found,
         "n_steps": 0 if system.model is None else system.train.n_steps,
         "ngram": None if system.ngram is None else asdict(system.ngram),
     }
@@ -92,3 +94,25 @@ def run_task(
     if on_cuda:
         torch.cuda.empty_cache()
     return row
+
+
+class _Parts:
+    """Seconds and joules of the parts of a build, each added up where it comes again."""
+
+    def __init__(self, meter: EnergyMeter, on_cuda: bool) -> None:
+        self._meter, self._on_cuda = meter, on_cuda
+        self._last = meter.read()
+        self.found: dict[str, dict[str, float | None]] = {}
+
+    def ended(self, part: str) -> None:
+        """What went on since the last one, ``part``, has ended."""
+        if self._on_cuda:
+            torch.cuda.synchronize()
+        now, last = self._meter.read(at="the end of a part"), self._last
+        self._last = now
+        before = self.found.get(part, {"seconds": 0.0, "joules": 0.0})
+        self.found[part] = {
+            name: None if old is None or new is None or sofar is None else sofar + new - old
+            for (name, sofar), old, new in zip(
+                before.items(), (last.seconds, last.joules), (now.seconds, now.joules),
+                strict=True)}

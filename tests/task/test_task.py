@@ -34,6 +34,10 @@ def test_every_system_runs_on_a_tiny_corpus(name):
     assert row["within_cap"]
     assert row["joules"] is None or row["joules"] < 1e6
     assert row["failure"] is None
+    assert sum(part["seconds"] for part in row["parts"].values()) <= row["seconds"]
+    system = get_system(name)
+    assert ("training" in row["parts"]) == (system.model is not None)
+    assert ("fitting the gate" in row["parts"]) == (system.mixing is not None)
 
 
 @pytest.mark.parametrize(("name", "contract"), [
@@ -117,15 +121,19 @@ def guide():
 
 def test_tabulated_hints_are_the_exact_ones(guide):
     text = torch.tensor(list(OTHER[:300]), dtype=torch.uint8)
-    table, row_of = guide.tabulate()
-    rows, best, kind = guide.along(text, row_of)
+    longest, best, kind = guide.along(text)
+    table, rows = guide.tabulate(longest)
     hint = guide.hint(guide.ngram.contexts(OTHER[:300]))
     assert torch.allclose(table[rows.long()].float(), hint.log_p, atol=0.02)
     assert torch.equal(best, hint.best)
     assert torch.equal(kind, hint.kind)
     assert len(set(kind.tolist())) > 5
     assert int(kind.max()) < guide.n_kinds
-    assert len(table) < sum(len(level.key) for level in guide.ngram.levels)
+    # Of contexts seen once, and of those that this text does not meet, there are no rows.
+    assert len(table) <= int(sum(keep.sum() for keep in guide._keep))
+    few, row = guide.tabulate(longest[:9])
+    assert len(few) < len(table)
+    assert torch.equal(few[row.long()], table[rows[:9].long()])
 
 
 def test_best_byte_is_the_most_frequent_after_the_longest_context(guide):

@@ -30,14 +30,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from mambabyte.config import TrainConfig
 from mambabyte.task.experts.contexts import PADDING, Context, ContextTable, hashes
 from mambabyte.task.experts.engine import FEATURES, MOST, MOST_HIDDEN, Engine, library
 from mambabyte.task.experts.matches import MATCH_DISCOUNT, Found, Matches, find_matches
 from mambabyte.task.ngram import NgramModel, blend
-from mambabyte.train.optim import MuonAdamW, set_rates
+from mambabyte.train.captured import CapturedStep
+from mambabyte.train.optim import MuonAdamW
 
-_ROWS = {"cpu": 1024, "cuda": 16384}  # positions whose distributions are computed at a time
+_ROWS = {"cpu": 1024, "cuda": 32768}  # positions whose distributions are computed at a time
 _BATCH = 4096  # positions of a step of the fit
+_FIT = TrainConfig(precision="fp32", step="graph", grad_clip=0.0)
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,7 @@ def fit_gate(
     bits per byte there. The first PADDING bytes of the text are no history.
 
     ``others`` (len(text) - begin, n, V): the network's distributions before these bytes. Adam, its
-    rate falling to 0, on batches drawn anew; deterministic.
+    rate falling to 0, on batches drawn anew, one captured step on a card; deterministic.
     """
     device = experts.ngram.device
     engine = None
@@ -218,21 +221,30 @@ def fit_gate(
         picked, seen = engine.read(text.numpy(), begin, others)
     else:
         picked, seen = read(experts, text.to(device), begin, others)
-    log_p = picked.log()
+    return fitted(picked, seen, hidden=hidden, steps=steps, lr=lr, seed=seed)
+
+
+def fitted(
+    picked: Tensor, seen: Tensor, *, hidden: int = 32, steps: int = 400, lr: float = 0.01,
+    seed: int = 0,
+) -> tuple[Gate, float]:
+    """``fit_gate`` from what each expert gives the bytes that came, (L, E), and what the gate reads
+    there, (L, FEATURES * E), as ``read`` returns them."""
+    log_p, device = picked.log(), picked.device
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         gate = Gate(log_p.shape[1], hidden).to(device)
     order = torch.randint(
-        len(log_p), (steps, min(_BATCH, len(log_p))), generator=generator).to(device)
-    optimizer = MuonAdamW([{"params": [*gate.parameters()], "weight_decay": 0.0, "lr": lr,
+        len(log_p), (steps, min(_BATCH, len(log_p))), generator=generator)
+    rate = torch.tensor(lr, device=device)
+    optimizer = MuonAdamW([{"params": [*gate.parameters()], "weight_decay": 0.0, "lr": rate,
                             "peak_lr": lr}], betas=(0.9, 0.999))
-    for step, rows in enumerate(order):
-        set_rates(optimizer, 1 - step / steps)
-        loss = -torch.logsumexp(gate(seen[rows]) + log_p[rows], -1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    step = CapturedStep(
+        gate, lambda seen, log_p: -torch.logsumexp(gate(seen) + log_p, -1).mean(), optimizer,
+        lambda rows: (seen[rows], log_p[rows]), order, _FIT)
+    for number in range(steps):
+        step(1 - number / steps)
     with torch.no_grad():
         nats = -torch.logsumexp(gate(seen) + log_p, -1).mean()
     return gate.eval(), float(nats) / math.log(2)
