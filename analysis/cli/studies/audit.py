@@ -12,6 +12,7 @@ fault. With --out the inputs of a fault are kept: mambabyte audit FILE runs that
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -39,6 +40,8 @@ class Options:
     """auto, cpu, cuda or cuda:N; auto is a GPU where there is one."""
     tolerance: Positive | None = None
     """Largest relative error that is no fault; none is the dtype's own."""
+    max_seconds: Positive | None = None
+    """Ends after so long, and says which cases it did not reach."""
     out: Path | None = None
     """Folder for report.txt, report.json and the inputs that failed."""
     html: bool = False
@@ -69,7 +72,7 @@ def run(argv: list[str]) -> int:
             None if word == "auto" else word for word in (options.kind, options.adapter)))
         with Bar("auditing") as bar:
             found = audit(target, [getattr(torch, name) for name in dict.fromkeys(names)], device,
-                          options.out, options.tolerance, bar)
+                          options.out, options.tolerance, bar, options.max_seconds or math.inf)
     text = lines(found)
     if options.out is not None:
         make_dir(options.out)
@@ -79,4 +82,4 @@ def run(argv: list[str]) -> int:
         if options.html:
             (options.out / "report.html").write_text(page(found), encoding="utf-8")
     print_result(found.as_dict(), options.json, text)
-    return 1 if found.of("fault") else 0
+    return 130 if found.interrupted else 1 if found.of("fault") else 0

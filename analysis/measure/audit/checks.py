@@ -294,6 +294,8 @@ CHECKS: dict[str, Check] = {
 NEEDS = {"handover": ("initial_state", "state")}  # features of the target
 
 
-def measure(name: str, target: Target, case: Case, x: Inputs, bound: float) -> list[Measured]:
+def measure(
+    name: str, target: Target, case: Case, x: Inputs, bound: float
+) -> Iterator[Measured]:
     """The numbers of one check on inputs that are laid out as ``case`` says."""
-    return list(CHECKS[name](target, laid_out(target.kind, case, x), case, bound))
+    return CHECKS[name](target, laid_out(target.kind, case, x), case, bound)

@@ -54,11 +54,23 @@ def summary(audit: Audit) -> str:
             f"{len(audit.findings)} numbers of {len(cases)} cases, {audit.seconds:.0f} s")
 
 
+def limits(audit: Audit) -> list[str]:
+    """What the numbers do not say, a line each."""
+    out = []
+    if audit.settings:
+        out.append(f"{len(audit.settings)} kernels that tune themselves had one setting each, the "
+                   "smallest that runs")
+    if audit.unreached:
+        out.append(f"not reached: {'; '.join(audit.unreached)}")
+    return out
+
+
 def lines(audit: Audit) -> list[str]:
     """The report for a terminal."""
     out = [summary(audit), ", ".join(f"{k} {v}" for k, v in audit.versions.items())]
     if audit.lacks:
         out.append(f"not offered, and not asked for: {', '.join(audit.lacks)}")
+    out += limits(audit)
     out += ["", f"{'check':<18} {'of':<30} {'dtype':<9} {'numbers':>7} {'worst':>8} "
             f"{'bound':>8}  verdict"]
     for check, quantity, dtype, members in groups(audit):
@@ -106,6 +118,7 @@ def page(audit: Audit) -> str:
              table(("check", "of", "dtype", "numbers", "worst", "bound", "verdict"), rows)]
     if audit.lacks:
         parts.insert(2, f"<p>Not offered: {html.escape(', '.join(audit.lacks))}.</p>")
+    parts += [f"<p>{html.escape(line)}</p>" for line in limits(audit)]
     for verdict, title in (("fault", "Faults"), ("refused", "Refused"), ("note", "Notes")):
         found = audit.of(verdict)  # type: ignore[arg-type]
         if found:

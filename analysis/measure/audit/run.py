@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from analysis.measure.audit.checks import BOUNDS, NEEDS, Measured, measure
 from analysis.measure.audit.kinds import Case, Inputs, Kind, draw
 from analysis.measure.audit.targets import ADAPTERS, Target, find_target
+from analysis.measure.audit.tuning import one_setting
 from mambabyte.config.files import make_dir, to_json
 from mambabyte.errors import UserError
 
@@ -87,6 +89,9 @@ class Audit:
     lacks: list[str]  # features that the target does not have, and was not asked for
     seconds: float = 0.0
     findings: list[Finding] = field(default_factory=list)
+    unreached: list[str] = field(default_factory=list)  # cases whose checks did not all end
+    interrupted: bool = False
+    settings: dict[str, str] = field(default_factory=dict)  # of kernels that tune themselves
 
     def of(self, verdict: Verdict) -> list[Finding]:
         return [f for f in self.findings if f.verdict == verdict]
@@ -98,28 +103,45 @@ class Audit:
 def audit(
     target: Target, dtypes: list[torch.dtype], device: str, folder: Path | None = None,
     tolerance: float | None = None, report: Callable[[float, str], None] | None = None,
+    seconds: float = math.inf,
 ) -> Audit:
     """Check ``target`` in each of ``dtypes``; inputs that fail go to ``folder`` where there is one.
 
-    ``tolerance`` takes the place of the bounds of all dtypes. Raises UserError where the target
-    takes no input at all.
+    ``tolerance`` takes the place of the bounds of all dtypes. After ``seconds``, or when it is
+    interrupted, what has been found is returned, with the cases that were not reached. Raises
+    UserError where the target takes no input at all.
     """
     start = time.monotonic()
     for old in folder.glob("fault-??.safetensors") if folder is not None else ():
         old.unlink()
-    found = Audit(target.name, target.kind.name, device, {"torch": torch.__version__},
-                  sorted(target.adapter.lacks))
+    found = _begun(target, device)
     todo = [(dtype, case, checks) for dtype in dtypes
             for case, checks in plan(target.kind, device) if _asked(target, case, dtype)]
     todo.sort(key=lambda item: item[1] is _LARGE)  # last: a crash of the card ends what follows
-    for number, (dtype, case, checks) in enumerate(todo):
-        if report is not None:
-            report(number / len(todo), f"{case.name}, {str(dtype).removeprefix('torch.')}")
-        x = target.taken(draw(target.kind, case, dtype, device))
-        for check in checks:
-            if all(map(target.has, NEEDS.get(check, ()))):
-                found.findings += check_case(
-                    target, check, case, x, tolerance or BOUNDS[dtype], folder, found)
+    names = [f"{case.name}, {str(dtype).removeprefix('torch.')}" for dtype, case, _ in todo]
+    number = 0
+    try:
+        with one_setting() as found.settings:
+            for number, (dtype, case, checks) in enumerate(todo):
+                if report is not None:
+                    report(number / len(todo), names[number])
+                x = target.taken(draw(target.kind, case, dtype, device))
+                for check in checks:
+                    if time.monotonic() - start > seconds:
+                        raise TimeoutError
+                    if all(map(target.has, NEEDS.get(check, ()))):
+                        found.findings += check_case(
+                            target, check, case, x, tolerance or BOUNDS[dtype], folder, found)
+            number = len(todo)
+    except TimeoutError:
+        if not found.findings:
+            raise UserError(f"{seconds:g} seconds are over before the first number: give more "
+                            "with --max-seconds") from None
+    except KeyboardInterrupt:
+        if not found.findings:
+            raise
+        found.interrupted = True
+    found.unreached = names[number:]
     if all(f.quantity == "call" for f in found.findings):
         first = found.findings[0]
         raise UserError(f"{target.name} takes no input of kind {target.kind.name} ({first.note}): "
@@ -129,6 +151,14 @@ def audit(
         found.lacks = sorted({*found.lacks, "state"})
     found.seconds = time.monotonic() - start
     return found
+
+
+def _begun(target: Target, device: str) -> Audit:
+    """An audit without findings yet, with the versions of what computes."""
+    package = target.name.partition(":")[0].partition(".")[0]
+    versions = {name: str(sys.modules[name].__version__) for name in ("torch", "triton", package)
+                if hasattr(sys.modules.get(name), "__version__")}
+    return Audit(target.name, target.kind.name, device, versions, sorted(target.adapter.lacks))
 
 
 def _asked(target: Target, case: Case, dtype: torch.dtype) -> bool:
@@ -143,18 +173,18 @@ def check_case(
 ) -> list[Finding]:
     """The findings of one check on one case."""
     dtype = str(x[target.kind.streams[0]].dtype).removeprefix("torch.")
+    findings: list[Finding] = []
     try:
-        measured = measure(check, target, case, x, bound)
+        for measured in measure(check, target, case, x, bound):  # what ends with an error as well
+            findings.append(_judged(measured, check, case, dtype))
+    except torch.OutOfMemoryError:
+        findings.append(Finding(check, case.name, dtype, "call", math.nan, bound, "refused",
+                                "out of memory"))
     except Exception as error:  # whatever the target raises is what is found
-        if isinstance(error, torch.OutOfMemoryError):
-            return [Finding(check, case.name, dtype, "call", math.nan, bound, "refused",
-                            "out of memory")]
         first = (str(error).splitlines() or [""])[0]
-        verdict: Verdict = "refused" if isinstance(error, REFUSALS) else "fault"
-        measured = [Measured("call", math.inf, bound, f"{type(error).__name__}: {first}")]
-        findings = _judged(measured, check, case, dtype, verdict)
-    else:
-        findings = _judged(measured, check, case, dtype)
+        findings.append(_judged(
+            Measured("call", math.inf, bound, f"{type(error).__name__}: {first}"), check, case,
+            dtype, "refused" if isinstance(error, REFUSALS) else "fault"))
     faults = [f for f in findings if f.verdict == "fault"]
     kept = {f.file for f in found.findings if f.file}
     if faults and folder is not None and len(kept) < MOST_FILES and case is not _LARGE:
@@ -165,15 +195,11 @@ def check_case(
 
 
 def _judged(
-    measured: list[Measured], check: str, case: Case, dtype: str, verdict: Verdict | None = None
-) -> list[Finding]:
-    def judge(m: Measured) -> Verdict:
-        if verdict is not None:
-            return verdict
-        return "ok" if m.error <= m.bound else "note" if m.minor else "fault"
-
-    return [Finding(check, case.name, dtype, m.quantity, m.error, m.bound, judge(m), m.note)
-            for m in measured]
+    m: Measured, check: str, case: Case, dtype: str, verdict: Verdict | None = None
+) -> Finding:
+    if verdict is None:
+        verdict = "ok" if m.error <= m.bound else "note" if m.minor else "fault"
+    return Finding(check, case.name, dtype, m.quantity, m.error, m.bound, verdict, m.note)
 
 
 # --------------------------------------------------------------------- inputs that failed
@@ -205,8 +231,7 @@ def reproduce(path: Path, device: str) -> Audit:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} holds no inputs of an audit ({type(error).__name__}): expected a "
                         "file that mambabyte audit --out wrote") from None
-    found = Audit(target.name, target.kind.name, device, {"torch": torch.__version__},
-                  sorted(target.adapter.lacks))
+    found = _begun(target, device)
     x = {name: x[name] for name in draw(target.kind, Case("", 1), torch.float32, "cpu")
          if name in x}  # in the order of the kind
     found.findings = check_case(target, about["check"], case, x, about["bound"], None, found)

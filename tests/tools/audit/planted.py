@@ -149,3 +149,20 @@ def not_repeatable(q, k, v):
     y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (_Noisy.apply(q), k, v)),
                                        is_causal=True)
     return y.transpose(1, 2)
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        raise RuntimeError("not on this card")
+
+
+def no_backward(x, weight, bias, initial_state=None):
+    """Right in value, and an error where it is differentiated."""
+    padded = torch.cat([initial_state, _Forward.apply(x)], 1)
+    y = F.conv1d(padded.mT, weight[:, None], bias, groups=len(weight)).mT
+    return F.silu(y), padded[:, x.shape[1]:]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from analysis.measure.audit.checks import CHECKS, distance
 from analysis.measure.audit.kinds import KINDS, Case, define, draw, laid_out
 from analysis.measure.audit.run import Audit, audit, check_case
 from analysis.measure.audit.targets import ADAPTERS, find_target
+from analysis.measure.audit.tuning import one_setting
 
 PLANTED = str(Path(__file__).with_name("planted.py"))
 
@@ -182,6 +186,82 @@ def test_the_inputs_of_a_fault_are_kept_and_run_again(few, tmp_path, capsys) -> 
 def test_a_sound_one_leaves_with_0(few, capsys) -> None:
     assert main(["audit", f"{PLANTED}:sound", "--kind", "scan", "--device", "cpu"]) == 0
     assert "0 faults" in capsys.readouterr().out
+
+
+def test_what_was_found_before_it_ended_is_reported(few, monkeypatch, capsys) -> None:
+    command = ["audit", f"{PLANTED}:sound", "--kind", "scan", "--device", "cpu"]
+    assert main([*command, "--max-seconds", "1e-9"]) == 2
+    assert "before the first number" in capsys.readouterr().err
+    whole = run.check_case
+
+    def second(target: Any, check: str, *rest: Any) -> Any:
+        if check == "repeat":
+            raise KeyboardInterrupt
+        return whole(target, check, *rest)
+
+    monkeypatch.setattr(run, "check_case", second)
+    assert main(command) == 130
+    text = capsys.readouterr().out
+    assert "not reached: usual, float32; short, float32" in text
+    assert "definition " in text
+    assert "repeat " not in text
+
+
+def test_numbers_before_an_error_count(few, capsys) -> None:
+    assert main(["audit", f"{PLANTED}:no_backward", "--kind", "conv", "--device", "cpu"]) == 1
+    text = capsys.readouterr().out
+    assert "definition         output                         float32         2" in text
+    assert "RuntimeError: not on this card" in text
+
+
+class Tuner:
+    """As Triton's, with a kernel that runs at settings of at most 64 elements."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.configs = [SimpleNamespace(kwargs={"BLOCK": n}, num_stages=1, num_warps=None)
+                        for n in sizes]
+        self.cache: dict[str, Any] = {}
+        self.base_fn = SimpleNamespace(__name__="kernel")
+        self.do_bench = lambda call, quantiles: [call(), call(), call()]
+        self.ran: list[int] = []
+
+    def prune_configs(self, kwargs: dict[str, Any]) -> list[Any]:
+        return self.configs
+
+    def check_disk_cache(self, key: str, configs: Any, bench: Any) -> bool:
+        raise AssertionError("what was not timed is not for the disk")
+
+    def _bench(self, *args: Any, config: Any, **meta: Any) -> list[float]:
+        if config.kwargs["BLOCK"] < args[0]:  # too small for its argument
+            return [float("inf")] * 3
+        return self.do_bench(lambda: self.ran.append(config.kwargs["BLOCK"]), (0.5, 0.2, 0.8))
+
+    def __call__(self, key: str, least: int) -> int:
+        if key not in self.cache:
+            def bench() -> None:
+                times = {c.kwargs["BLOCK"]: self._bench(least, config=c)
+                         for c in self.prune_configs({})}
+                self.cache[key] = min(times, key=lambda n: times[n])
+            self.check_disk_cache(key, self.configs, bench)
+        return self.cache[key]
+
+
+def test_kernels_that_tune_themselves_have_one_setting(monkeypatch) -> None:
+    module = ModuleType("triton.runtime.autotuner")
+    module.Autotuner = Tuner  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    tuner = Tuner([256, 64, 128, 32])
+    tuner.cache["tuned before"] = 256
+    with one_setting() as taken:
+        assert tuner("tuned before", 1) == 256
+        assert tuner("bf16", 1) == 32  # the smallest
+        assert tuner("f32", 50) == 64  # the smallest that runs
+    assert tuner.ran == [32, 64]
+    assert set(taken) == {"kernel"}
+    assert tuner.cache == {"tuned before": 256}
+    with pytest.raises(AssertionError, match="for the disk"):
+        tuner("bf16", 1)
 
 
 @pytest.mark.parametrize(("words", "message"), [
