@@ -142,7 +142,7 @@ class Parameters(Checked):
     task_rates: Rates = (4e-3,)
     """learning rates of AdamW"""
     task_steps: Count = 20
-    """most steps of a training on a task"""
+    """most steps on a size of a task; fewer once it is solved"""
     task_batch: Count = 8
     """samples of a step"""
     task_layers: Layers = 2
@@ -180,8 +180,8 @@ _FULL = Parameters(
     context=1024, batch_size=16, heldout_windows=256,
     tasks=("recall 256", "noisy recall 64", "selective copy 64", "induction 256", "parity 64",
            "permutations 64", "memorisation 4096"),
-    task_systems=("M", "S", "D", "K", "A", "L", "MA", "SA", "DA", "KA"), task_widths=(64, 128),
-    task_rates=(5e-4, 2e-3, 8e-3), task_steps=6000, task_batch=32, stream_bytes=1_048_576,
+    task_systems=("A", "M", "S", "D", "K", "L", "MA", "SA", "DA", "KA"), task_widths=(64, 128),
+    task_rates=(1e-3, 2e-3, 4e-3), task_steps=3000, task_batch=64, stream_bytes=1_048_576,
 )
 PROFILES = {
     "quick": Parameters(),
@@ -192,9 +192,10 @@ PROFILES = {
         workers=3, larger=(), scaling=("0.25M", "1M", "10M"),
         budgets=(1_048_576, 4_194_304, 16_777_216),
         adamw_rates=(2e-3, 4e-3, 8e-3), muon_rates=(1e-2, 2e-2, 4e-2), heldout_windows=128,
-        tasks=("recall 64", "selective copy 32", "parity 32", "permutations 32"),
-        task_systems=("M", "S", "D", "K", "A", "MA", "DA"), task_widths=(128,),
-        task_rates=(1e-3, 4e-3), task_steps=4000, task_batch=64, stream_bytes=262_144),
+        tasks=("recall 256", "selective copy 32", "noisy recall 64", "induction 128", "parity 32",
+               "permutations 32", "memorisation 4096"),
+        task_systems=("A", "M", "S", "D", "K", "MA", "SA", "DA", "KA"), task_widths=(64, 128),
+        task_rates=(1e-3, 4e-3), task_steps=1500, task_batch=64, stream_bytes=262_144),
     # Trained in a minute on a CPU, to look at what it remembers.
     "memory": replace(Parameters(), parts=("text", "memory"), systems=("M", "A"),
                       budgets=(65_536, 131_072), adamw_rates=(8e-3,), stream_bytes=16_384),

@@ -105,16 +105,19 @@ def tasks(frame: pd.DataFrame) -> Figure:
 
 
 def state(frame: pd.DataFrame) -> Figure:
-    """Accuracy of recall, the mean over sizes, against the bytes of state."""
+    """Accuracy of recall against the bytes of state, a panel each of the four largest sizes; a
+    system's widths are joined."""
     some = frame[frame["task"] == "recall"]
-    figure, ax = new_figure(size=(7.2, 4.2))
-    for system, look in _styles(some["system"]).items():
-        mine = some[some["system"] == system].groupby("state_bytes")["accuracy"].mean()
-        ax.plot(mine.index, np.asarray(mine), label=system, **look)
-    ax.set_xscale("log", base=2)
-    tick_bytes(ax.xaxis)
-    ax.set_ylim(0, 1.05)
-    label_axes(ax, "state after a sample, bytes", "accuracy of recall, mean over sizes")
+    sizes = sorted(some["size"].unique())[-4:]
+    figure, axes = new_figure(1, len(sizes), size=(max(7.2, 3.3 * len(sizes)), 3.8),
+                              squeeze=False, sharey=True)
+    styles = _styles(some["system"])
+    for ax, size in zip(axes[0], sizes, strict=True):
+        _curves(ax, some[some["size"] == size], "state_bytes", "accuracy", styles)
+        ax.set_xscale("log", base=2)
+        tick_bytes(ax.xaxis)
+        ax.set_ylim(0, 1.05)
+        label_axes(ax, "state after a sample, bytes", "accuracy of recall", f"{size} pairs")
     legend_below(figure)
     return figure
 
@@ -262,9 +265,10 @@ FIGURES = (
         alt="One panel a task; accuracy against size, a curve a layer pattern."),
     Drawing(
         "state", state, ("tasks",), "Recall against state",
-        caption="Accuracy of associative recall, mean over sizes, against the bytes that a layer "
-                "pattern carries at the end of a sample, by width of the model.",
-        alt="Accuracy against bytes of state on a logarithmic axis, a curve a layer pattern.",
+        caption="Accuracy of associative recall against the bytes that a layer pattern carries at "
+                "the end of a sample; the widths of a pattern's models are joined.",
+        alt="One panel a number of pairs; accuracy against bytes of state on a logarithmic axis, a "
+            "mark a model.",
         when=lambda frame: "recall" in set(frame["task"])),
     Drawing(
         "scaling", scaling, ("points",), "Laws of parameters and text",

@@ -185,7 +185,7 @@ def answers_table(rows: Iterable[Row], p: Parameters) -> pd.DataFrame:
     return _frame([
         {"task": one["task"], "width": int(row["size"]), "system": row["system"],
          "rate": row["rate"], "seed": row["seed"], "size": one["size"],
-         "accuracy": one["accuracy"], "trained": one["trained"], "steps": row["steps"]}
+         "accuracy": one["accuracy"], "trained": one["trained"], "steps": one["steps"]}
         for row in rows if row["kind"] in p.tasks and row["status"] == "done"
         for one in row["accuracies"]])
 
@@ -205,15 +205,15 @@ def tasks_table(p: Parameters, done: Done) -> pd.DataFrame:
                         if (row := done.rows.get(at(best, seed=seed).name))
                         and row["status"] == "done"]
                 for i, one in enumerate(rows[0]["accuracies"]):
-                    points = [row["accuracies"][i]["accuracy"] for row in rows]
+                    points, steps = ([row["accuracies"][i][c] for row in rows]
+                                     for c in ("accuracy", "steps"))
                     found.append({
                         "task": one["task"], "size": one["size"], "unit": one["unit"],
                         "system": system, "width": width, "rate": best.rate,
                         "accuracy": float(np.mean(points)), "worst": min(points),
                         "best": max(points), "seeds": len(points), "chance": one["chance"],
                         "trained": one["trained"], "n_parameters": rows[0]["n_parameters"],
-                        "state_bytes": rows[0]["state_bytes"],
-                        "steps": float(np.mean([row["steps"] for row in rows]))})
+                        "state_bytes": one["state_bytes"], "steps": float(np.mean(steps))})
     return _frame(found)
 
 

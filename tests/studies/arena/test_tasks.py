@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from analysis.studies.arena import TASKS
-from analysis.studies.arena.trainings.tasks import IGNORE, SYMBOLS, largest_count, parse_task
+from analysis.studies.arena.trainings.tasks import SYMBOLS, largest_count, parse_task
 from mambabyte.errors import UserError
 
 CPU = torch.device("cpu")
@@ -21,10 +21,11 @@ SMALL = {"recall": "recall 8", "noisy recall": "noisy recall 8", "parity": "pari
 def answers(task, size, count=32):
     """Of each sample: its inputs, and its answers by position."""
     torch.manual_seed(0)
-    inputs, targets = task.test(size, count, CPU)
-    places = torch.arange(inputs.shape[1])[task.asked].tolist()
-    for row, wanted in zip(inputs.tolist(), targets.tolist(), strict=True):
-        yield row, {at: y for at, y in zip(places, wanted, strict=True) if y != IGNORE}
+    inputs, wanted = task.draw(size, count, CPU)
+    assert max(int(inputs.max()), int(wanted.max())) < task.vocab_size
+    places = torch.arange(inputs.shape[1])[task.asked(size)].tolist()
+    for row, some in zip(inputs.tolist(), wanted.tolist(), strict=True):
+        yield row, dict(zip(places, some, strict=True))
 
 
 def solve(name, row, at, facts):
@@ -91,10 +92,19 @@ def test_the_largest_count_is_that_of_all_draws(draws, symbols):
     assert largest_count(draws, symbols) == pytest.approx(sum(counts) / len(counts))
 
 
-def test_a_batch_mixes_the_sizes():
-    torch.manual_seed(0)
-    _, targets = parse_task("recall 16").batch(64, CPU)
-    assert set((targets != IGNORE).sum(1).tolist()) == {4, 8, 16}
+@pytest.mark.parametrize("name", [n for n in TASKS if n != "memorisation"])
+def test_a_small_size_is_short(name):
+    """Of any task of that kind: what is beside it is only longer."""
+    lengths = [parse_task(f"{name} 32").length(size) for size in (4, 8, 16, 32)]
+    assert lengths == sorted(set(lengths))
+    assert lengths[0] == parse_task(f"{name} 4").length(4)
+
+
+def test_a_size_of_one_is_a_sample():
+    for name in TASKS:
+        task = parse_task(f"{name} 1")
+        inputs, wanted = task.draw(task.sizes[0], 2, CPU)
+        assert wanted.shape[1] == len(range(inputs.shape[1])[task.asked(task.sizes[0])]) > 0
 
 
 @pytest.mark.parametrize("text", ["recall", "recal 4", "recall 0", "recall 99999", "recall -1"])

@@ -76,6 +76,26 @@ def test_a_task_is_learned():
     assert row["chosen_by"] == pytest.approx(1 - one["accuracy"])
 
 
+def test_a_model_that_learned_nothing_is_asked_no_more_of():
+    p = replace(SMALL, task_steps=1, task_batch=2, task_systems=("A",))
+    row = learn_task(p, Cell("recall 16", "A", "16", "adamw", 1e-5, 0, 1), "cpu")
+    assert [(a["size"], a["trained"], a["steps"]) for a in row["accuracies"]] == [
+        (4, True, 1), (8, False, 0), (16, False, 0)]
+    assert [a["state_bytes"] for a in row["accuracies"]] == [
+        # Keys and values of two layers of 16 channels, float32; the window is the longest sample.
+        2 * 2 * 16 * 4 * min(4 * size, 63) for size in (4, 8, 16)]
+
+
+@pytest.mark.long
+def test_attention_recalls_what_it_is_known_to(monkeypatch):
+    """From 4 pairs up, solved each: on 16 at once it stays a guesser for thousands of steps."""
+    monkeypatch.setattr("analysis.studies.arena.trainings.learning.HEAD", 32)
+    p = replace(SMALL, task_batch=32, task_systems=("A", "D"))
+    row = learn_task(p, Cell("recall 16", "A", "32", "adamw", 4e-3, 0, 1000), "cpu")
+    assert min(a["accuracy"] for a in row["accuracies"]) > 0.98
+    assert all(a["trained"] for a in row["accuracies"])
+
+
 @pytest.fixture(scope="module")
 def wide_steps():
     """A layer whose step sizes are far past the bound, free and bounded, of the same weights."""

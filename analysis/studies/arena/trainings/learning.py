@@ -1,7 +1,14 @@
-"""Training a model on one of the tasks: the step that text has, on samples drawn in the step."""
+"""Training a model on one of the tasks: the step that text has, on samples drawn in the step.
+
+A model climbs a ladder: it is trained on the smallest size until it has solved it, or to the end
+of the schedule, then on the next. What a size asks, such as to compare keys at all, is found in
+hundreds of steps where a sample is short; in long ones, of mixed sizes too, attention stays at a
+guesser's accuracy for thousands (docs/log/studies.md).
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +18,7 @@ from torch import Tensor
 
 from analysis.studies.arena import Parameters
 from analysis.studies.arena.trainings.plan import Cell
-from analysis.studies.arena.trainings.tasks import IGNORE, Task, parse_task
+from analysis.studies.arena.trainings.tasks import Task, parse_task
 from analysis.theory.matching import GPU_WIDTHS, match_patterns
 from analysis.theory.sizes import at_size
 from analysis.theory.step_memory import state_bytes
@@ -21,22 +28,23 @@ from mambabyte.model import ByteLM
 from mambabyte.model.lm import embed
 from mambabyte.train import autocast, optimise
 from mambabyte.train.captured import CapturedStep, prepare
-from mambabyte.train.optim import make_optimizer
+from mambabyte.train.optim import Optimizer, make_optimizer
 from mambabyte.train.schedule import schedule
 
-SOLVED = 0.999  # accuracy at which a training ends early
+SOLVED = 0.99  # accuracy at which a size is left for the next one
+NOTHING = 0.1  # of the way from chance to 1: who learned less is not trained on larger sizes
 TESTED = 256  # samples of each size at the end, and half of them on the way
-LOOKS = 10  # at the accuracy on the way
+LOOK_EVERY = 100  # steps between two looks at the accuracy
 HEAD = 64  # channels of a head where the width allows: the one that the GPU's kernels have
 
 
 def task_config(p: Parameters, system: str, width: int, task: Task) -> ModelConfig:
     """A small model for a task, as many parameters as the others have; its attention looks back
     over whole samples."""
-    length = sum(task.draw(torch.tensor([1]))[0].shape[1:])
+    longest = max(task.length(size) for size in (*task.sizes, *task.beyond))
     base = at_size(
         get_preset("mamba_byte").model, width, p.task_layers, max(1, width // HEAD),
-        attention_window=length, vocab_size=task.vocab_size,
+        attention_window=longest, vocab_size=task.vocab_size,
         # Embeddings of unit length: at the text models' 0.02 layers' outputs drown the symbols.
         embed_std=width**-0.5)
     multiple = GPU_WIDTHS if p.device.startswith("cuda") else 1
@@ -45,40 +53,52 @@ def task_config(p: Parameters, system: str, width: int, task: Task) -> ModelConf
 
 
 def learn_task(p: Parameters, cell: Cell, device: str) -> dict[str, Any]:
-    """The row of a training on a task: accuracy by size, and the share of wrong answers over the
-    trained sizes, by which a rate is chosen."""
+    """The row of a training on a task: the accuracy on each size when the model had been trained on
+    it, and the mean share of wrong answers, by which a rate is chosen."""
     task = parse_task(cell.kind)
     config = task_config(p, cell.system, int(cell.size), task)
     torch.manual_seed(cell.seed)
     model = ByteLM(config).to(device)
     recipe = TrainConfig(lr=cell.rate, n_steps=cell.budget, weight_decay=0.0, seed=cell.seed,
-                         context=config.attention_window, batch_size=p.task_batch, step="graph")
-    prepare(model, recipe)
+                         batch_size=p.task_batch, step="graph", schedule="stable")
+    optimizer = make_optimizer(model, recipe, on_device=True)
+    rows: list[dict[str, Any]] = []
+    learning = True
+    for size in (*task.sizes, *task.beyond):
+        trained = learning and size in task.sizes
+        steps = _train(model, optimizer, recipe, task, size) if trained else 0
+        accuracy, chance = _accuracy(model, task, size, TESTED), task.chance(size)
+        rows.append({
+            "task": task.name, "unit": task.unit, "size": size, "accuracy": accuracy,
+            "chance": chance, "trained": trained, "steps": steps,
+            "state_bytes": sum(state_bytes(config, task.length(size)).values())})
+        learning = learning and accuracy > chance + NOTHING * (1 - chance)
+    asked = [row["accuracy"] for row in rows if row["size"] in task.sizes]
+    return {"chosen_by": 1 - sum(asked) / len(asked), "steps": sum(row["steps"] for row in rows),
+            "n_parameters": config.n_parameters, "commit": commit(), "accuracies": rows}
+
+
+def _train(
+    model: ByteLM, optimizer: Optimizer, recipe: TrainConfig, task: Task, size: int
+) -> int:
+    """Train on samples of one size until they are solved or the schedule ends: steps done."""
+    prepare(model, replace(recipe, context=task.length(size)))
     step = CapturedStep(
-        model, partial(_loss, model, task.asked), make_optimizer(model, recipe, on_device=True),
-        lambda starts: task.batch(p.task_batch, starts.device),
-        torch.zeros(cell.budget, 1, dtype=torch.int64), recipe)
-    every, found = max(1, cell.budget // LOOKS), {"accuracy": 0.0}
+        model, partial(_loss, model, task.asked(size)), optimizer,
+        lambda starts: task.draw(size, recipe.batch_size, starts.device),
+        torch.zeros(recipe.n_steps, 1, dtype=torch.int64), recipe)
+    accuracy = 0.0
 
     def look(done: int) -> None:
-        if done % every == 0:
+        nonlocal accuracy
+        if done % LOOK_EVERY == 0:
             step.read()  # NonFiniteError ends the training
-            found["accuracy"] = _mean(_accuracies(model, task, task.sizes, TESTED // 2))
+            accuracy = _accuracy(model, task, size, TESTED // 2)
 
-    ended = optimise(step, partial(schedule, config=recipe), cell.budget, after=look,
-                     stop=lambda done: "solved" if found["accuracy"] >= SOLVED else None)
+    ended = optimise(step, partial(schedule, config=recipe), recipe.n_steps, after=look,
+                     stop=lambda done: "solved" if accuracy >= SOLVED else None)
     step.read()
-    model.eval()
-    by_size = _accuracies(model, task, (*task.sizes, *task.beyond), TESTED)
-    return {
-        "chosen_by": 1 - _mean({s: by_size[s] for s in task.sizes}), "steps": ended.steps,
-        "stopped_by": ended.stopped_by, "n_parameters": config.n_parameters,
-        "state_bytes": sum(state_bytes(config, config.attention_window).values()),
-        "length": config.attention_window, "commit": commit(),
-        "accuracies": [{"task": task.name, "unit": task.unit, "size": size, "accuracy": accuracy,
-                        "chance": task.chance(size), "trained": size in task.sizes}
-                       for size, accuracy in by_size.items()],
-    }
+    return ended.steps
 
 
 def _logits(model: ByteLM, inputs: Tensor, asked: slice) -> Tensor:
@@ -87,29 +107,16 @@ def _logits(model: ByteLM, inputs: Tensor, asked: slice) -> Tensor:
     return model.logits(hidden[:, asked])
 
 
-def _loss(model: ByteLM, asked: slice, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean over samples of the mean over a sample's answers, in nats."""
-    nats = F.cross_entropy(_logits(model, inputs, asked).flatten(0, 1).float(), targets.flatten(),
-                           ignore_index=IGNORE, reduction="none").view(targets.shape)
-    return (nats.sum(1) / (targets != IGNORE).sum(1)).mean()
+def _loss(model: ByteLM, asked: slice, inputs: Tensor, answers: Tensor) -> Tensor:
+    """Mean over all answers, in nats."""
+    return F.cross_entropy(_logits(model, inputs, asked).flatten(0, 1).float(), answers.flatten())
 
 
 @torch.no_grad()
-def _accuracies(
-    model: ByteLM, task: Task, sizes: tuple[int, ...], samples: int
-) -> dict[int, float]:
-    """Share of right answers by size; samples weigh the same."""
-    found = {}
+def _accuracy(model: ByteLM, task: Task, size: int, samples: int) -> float:
+    """Share of right answers on new samples."""
     with autocast(model.device, "auto"):
-        for size in sizes:
-            inputs, targets = task.test(size, samples, model.device)
-            right = torch.cat([
-                _logits(model, part, task.asked).argmax(-1) for part in inputs.split(64)
-            ]) == targets
-            asked = targets != IGNORE
-            found[size] = float(((right & asked).sum(1) / asked.sum(1)).double().mean())
-    return found
-
-
-def _mean(accuracies: dict[int, float]) -> float:
-    return sum(accuracies.values()) / len(accuracies)
+        inputs, answers = task.draw(size, samples, model.device)
+        found = torch.cat([_logits(model, part, task.asked(size)).argmax(-1)
+                           for part in inputs.split(64)])
+    return float((found == answers).double().mean())

@@ -2,10 +2,9 @@
 
 Tokens are small integers, not text; 0 is blank. Answers are never fed back, so that a model that
 recalls nothing cannot strike out what has been asked. Every sample is drawn anew, so accuracy is
-that on unseen ones. A batch mixes sizes, one a sample, and each sample weighs the same in the loss:
-the small ones teach what the large ones need (Arora et al. 2023, arXiv:2312.04927, train their
-models of multi-query associative recall on a mixture, too). ``chance`` of a task is the accuracy of
-a guesser that knows which values a sample holds, and nothing of where each belongs.
+that on unseen ones. A task has sizes, and a sample of a small one is short: it is the same as of a
+task that ends there, but for the vocabulary's length. ``chance`` of a task is the accuracy of a
+guesser that knows which values a sample holds, and nothing of where each belongs.
 """
 
 from __future__ import annotations
@@ -23,37 +22,32 @@ from torch import Tensor
 
 from analysis.studies.arena import task_size
 
-IGNORE = -100  # an answer that is not asked for
 SYMBOLS = 16  # of all tasks but recall, whose keys must be many
 NOISE = 16  # symbols that mean nothing, in noisy recall
 
 
 @dataclass(frozen=True)
 class Task:
-    """A generator of batches, and what they ask.
+    """A generator of samples, and what they ask.
 
-    ``draw(sizes)``, sizes (B,) int64 on any device, gives inputs (B, length) and targets
-    (B, answers), int64; the answers are read at the positions ``asked``, IGNORE where there is
-    none. ``sizes`` are trained on, ``beyond`` are longer ones that are only tested.
+    ``draw(size, count, device)`` gives inputs (count, length) and answers (count, asked), int64,
+    from torch's own generator of the device; the answers are expected at the positions
+    ``asked(size)``. ``sizes`` are trained on, smallest first; ``beyond`` are longer ones that are
+    only tested.
     """
 
     name: str
-    about: str
     unit: str  # of a size
     vocab_size: int
     sizes: tuple[int, ...]
-    asked: slice
-    draw: Callable[[Tensor], tuple[Tensor, Tensor]]
+    asked: Callable[[int], slice]
+    draw: Callable[[int, int, torch.device], tuple[Tensor, Tensor]]
     chance: Callable[[int], float]
     beyond: tuple[int, ...] = ()
 
-    def batch(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Samples of mixed sizes, drawn from torch's own generator of the device."""
-        sizes = _constant(self.sizes, device)
-        return self.draw(sizes[torch.randint(len(self.sizes), (count,), device=device)])
-
-    def test(self, size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        return self.draw(torch.full((count,), size, device=device))
+    def length(self, size: int) -> int:
+        """Tokens of a sample."""
+        return self.draw(size, 1, torch.device("cpu"))[0].shape[1]
 
 
 @cache
@@ -92,60 +86,55 @@ def _powers(largest: int, first: int = 4) -> tuple[int, ...]:
 
 
 def recall(largest: int, noisy: bool = False) -> Task:
-    """Multi-query associative recall in the field's form: key-value pairs, then every key once.
+    """Multi-query associative recall in the field's form (Arora et al. 2023, arXiv:2312.04927):
+    key-value pairs, then every key once.
 
     ``k v k v ...  k . k . k .``: keys and values distinct, the queries in another random order,
-    the answer expected at the key and not fed back. A smaller sample has its pairs at random places
-    among blanks, and blanks between its queries. ``noisy`` adds as many pairs again of symbols that
-    mean nothing, and puts them in place of the blanks. A guesser that knows the values shown is
-    right once in ``pairs``.
+    the answer expected at the key and not fed back. Keys and values are each of twice as many
+    symbols as there are pairs. ``noisy`` has as many pairs again, at random places, of symbols that
+    mean nothing. A guesser that knows the values shown is right once in ``pairs``.
     """
-    symbols, slots = max(2 * largest - 1, 16), largest * (2 if noisy else 1)
-    noise = 2 * symbols + 1
+    first_value = max(2 * largest, SYMBOLS) + 1
+    first_noise = 2 * first_value - 1
 
-    def draw(sizes: Tensor) -> tuple[Tensor, Tensor]:
-        count, device = len(sizes), sizes.device
-        keys = _distinct(count, symbols, largest, device) + 1
-        values = _distinct(count, symbols, largest, device) + symbols + 1
-        real = torch.arange(largest, device=device) < sizes[:, None]
-        shown = torch.zeros(count, slots, 2, dtype=torch.int64, device=device)
+    def draw(size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        symbols = max(2 * size, SYMBOLS)
+        keys = _distinct(count, symbols, size, device) + 1
+        values = _distinct(count, symbols, size, device) + first_value
+        shown = torch.stack([keys, values], -1)
         if noisy:
-            shown = torch.randint(noise, noise + NOISE, shown.shape, device=device)
-        at = _distinct(count, slots, largest, device)[..., None].expand(-1, -1, 2)
-        pairs = torch.stack([keys, values], -1)
-        shown = shown.scatter(1, at, torch.where(real[..., None], pairs, shown.gather(1, at)))
-        order = _distinct(count, largest, largest, device)
-        asked = torch.where(real, keys, 0).gather(1, order)
-        answers = torch.where(real, values, IGNORE).gather(1, order)
+            noise = torch.randint(first_noise, first_noise + NOISE, shown.shape, device=device)
+            order = _distinct(count, 2 * size, 2 * size, device)
+            shown = torch.cat([shown, noise], 1).gather(1, order[..., None].expand(-1, -1, 2))
+        order = _distinct(count, size, size, device)
+        asked = keys.gather(1, order)
         queries = torch.stack([asked, torch.zeros_like(asked)], -1)
-        return torch.cat([shown.flatten(1), queries.flatten(1)], 1), answers
+        return torch.cat([shown.flatten(1), queries.flatten(1)], 1), values.gather(1, order)
 
-    return Task("noisy recall" if noisy else "recall", "each of so many pairs is asked for once",
-                "pairs", noise + (NOISE if noisy else 0), _powers(largest),
-                slice(2 * slots, 2 * (slots + largest), 2), draw, lambda size: 1 / size)
+    def asked(size: int) -> slice:
+        first = 2 * size * (2 if noisy else 1)
+        return slice(first, first + 2 * size, 2)
+
+    return Task("noisy recall" if noisy else "recall", "pairs",
+                first_noise + (NOISE if noisy else 0), _powers(largest), asked, draw,
+                lambda size: 1 / size)
 
 
 def selective_copy(largest: int) -> Task:
-    """Symbols scattered among blanks, to be given back in order (Gu & Dao 2023, section 4.1.1).
-
-    The answers are expected at as many marks behind 4 x largest tokens.
+    """Symbols scattered among blanks, to be given back in order (Gu & Dao 2023, arXiv:2312.00752,
+    section 4.1.1): 4 x size tokens, then as many marks as symbols, where the answers are expected.
     """
-    length, mark = 4 * largest, SYMBOLS + 1
+    mark = SYMBOLS + 1
 
-    def draw(sizes: Tensor) -> tuple[Tensor, Tensor]:
-        count, device = len(sizes), sizes.device
-        data = torch.randint(1, SYMBOLS + 1, (count, largest), device=device)
-        real = torch.arange(largest, device=device) < sizes[:, None]
-        # Of all places in order, as many as there are symbols; the others go behind the end.
-        places = _distinct(count, length, largest, device)
-        places = torch.where(real, places, length).sort(1).values
-        text = torch.zeros(count, length + 1, dtype=torch.int64, device=device)
-        text = text.scatter(1, places, data)[:, :length]
-        marks = torch.full((count, largest), mark, device=device)
-        return torch.cat([text, marks], 1), torch.where(real, data, IGNORE)
+    def draw(size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        data = torch.randint(1, SYMBOLS + 1, (count, size), device=device)
+        places = _distinct(count, 4 * size, size, device).sort(1).values
+        text = torch.zeros(count, 4 * size, dtype=torch.int64, device=device)
+        marks = torch.full((count, size), mark, device=device)
+        return torch.cat([text.scatter(1, places, data), marks], 1), data
 
-    return Task("selective copy", "so many symbols among blanks, in order", "symbols",
-                SYMBOLS + 2, _powers(largest), slice(length, length + largest), draw,
+    return Task("selective copy", "symbols", SYMBOLS + 2, _powers(largest),
+                lambda size: slice(4 * size, 5 * size), draw,
                 lambda size: largest_count(size, SYMBOLS) / size)
 
 
@@ -156,59 +145,49 @@ def induction(largest: int) -> Task:
     """
     mark = SYMBOLS + 1
 
-    def draw(sizes: Tensor) -> tuple[Tensor, Tensor]:
-        count, device = len(sizes), sizes.device
-        text = torch.randint(1, SYMBOLS + 1, (count, largest + 2), device=device)
-        back = (sizes * (1 + torch.rand(count, device=device)) / 2).long().clamp(min=1)
-        first = (largest + 1 - 1 - back)[:, None]
+    def draw(size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        text = torch.randint(1, SYMBOLS + 1, (count, size + 2), device=device)
+        between = torch.randint(-(-size // 2), size + 1, (count, 1), device=device)
+        first = size - between
         text = text.scatter(1, first, mark)
         answer = text.gather(1, first + 1)
         text[:, -1] = mark
         return text, answer
 
-    return Task("induction", "what followed the mark so many symbols ago", "symbols",
-                SYMBOLS + 2, _powers(largest), slice(largest + 1, largest + 2), draw,
-                lambda size: 1 / SYMBOLS)
+    return Task("induction", "symbols", SYMBOLS + 2, _powers(largest),
+                lambda size: slice(size + 1, size + 2), draw, lambda size: 1 / SYMBOLS)
 
 
 def parity(largest: int) -> Task:
     """The parity of the bits so far, at every position of the second half of a sample."""
 
-    def draw(sizes: Tensor) -> tuple[Tensor, Tensor]:
-        bits = torch.randint(0, 2, (len(sizes), 4 * largest), device=sizes.device)
-        return bits + 1, _second_half(bits.cumsum(1) % 2 + 1, sizes)
+    def draw(size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        bits = torch.randint(0, 2, (count, size), device=device)
+        return bits + 1, (bits.cumsum(1) % 2 + 1)[:, size // 2 :]
 
-    return Task("parity", "parity of so many bits", "bits", 3, _powers(largest),
-                slice(0, 4 * largest), draw, lambda size: 0.5, beyond=(4 * largest,))
+    return Task("parity", "bits", 3, _powers(largest), lambda size: slice(size // 2, size), draw,
+                lambda size: 0.5, beyond=(4 * largest,))
 
 
 def permutations(largest: int) -> Task:
     """The product of the permutations of three things so far, as ``parity`` asks it."""
     perms = tuple(itertools.permutations(range(3)))
 
-    def draw(sizes: Tensor) -> tuple[Tensor, Tensor]:
-        device = sizes.device
-        drawn = torch.randint(0, 6, (len(sizes), 4 * largest), device=device)
+    def draw(size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        drawn = torch.randint(0, 6, (count, size), device=device)
         product = _constant(perms, device)[drawn]  # (B, L, 3)
         step = 1
-        while step < product.shape[1]:  # products of 1, 2, 4, ... neighbours up to each position
+        while step < size:  # products of 1, 2, 4, ... neighbours up to each position
             later = product[:, step:].gather(2, product[:, :-step])
             product = torch.cat([product[:, :step], later], 1)
             step *= 2
         # Images of 0 and 1 say which of the six it is, in the order of ``perms``.
-        first, second = product[..., 0], product[..., 1]
-        return drawn + 1, _second_half(2 * first + (second > 3 - first - second) + 1, sizes)
+        first, second = product[:, size // 2 :, 0], product[:, size // 2 :, 1]
+        return drawn + 1, 2 * first + (second > 3 - first - second) + 1
 
-    return Task("permutations", "product of so many permutations of three", "permutations", 7,
-                _powers(largest), slice(0, 4 * largest), draw, lambda size: 1 / 6,
+    return Task("permutations", "permutations", 7, _powers(largest),
+                lambda size: slice(size // 2, size), draw, lambda size: 1 / 6,
                 beyond=(4 * largest,))
-
-
-def _second_half(answers: Tensor, sizes: Tensor) -> Tensor:
-    """The answers from half of a sample's size on to its size."""
-    at = torch.arange(answers.shape[1], device=sizes.device)
-    inside = (at >= sizes[:, None] // 2) & (at < sizes[:, None])
-    return torch.where(inside, answers, IGNORE)
 
 
 def memorise(largest: int) -> Task:
@@ -222,15 +201,14 @@ def memorise(largest: int) -> Task:
     table = tuple(values.tolist())
     shown = 32  # facts a sample
 
-    def draw(sizes: Tensor) -> tuple[Tensor, Tensor]:
-        fact = torch.randint(0, facts, (len(sizes), shown), device=sizes.device)
+    def draw(size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        fact = torch.randint(0, size, (count, shown), device=device)
         pair = torch.stack([fact // side + 1, fact % side + side + 1], -1)
-        return pair.flatten(1), _constant(table, sizes.device)[fact]
+        return pair.flatten(1), _constant(table, device)[fact]
 
     most = float(np.bincount(values).max()) / facts
-    return Task("memorisation", "so many facts, the same in all samples", "facts",
-                max(2 * side, SYMBOLS) + 1, (facts,), slice(1, 2 * shown, 2), draw,
-                lambda size: most)
+    return Task("memorisation", "facts", max(2 * side, SYMBOLS) + 1, (facts,),
+                lambda size: slice(1, 2 * shown, 2), draw, lambda size: most)
 
 
 _MAKE: dict[str, Callable[[int], Task]] = {
