@@ -15,7 +15,7 @@ from mambabyte.model.families.mamba import MambaState
 from mambabyte.model.families.mamba2 import Mamba2State
 from mambabyte.model.mixer import LayerState
 from mambabyte.ops.build.nvrtc import NvrtcError
-from mambabyte.ops.stream.hybrid import THREADS, HybridState, HybridStreamer, fitting
+from mambabyte.ops.stream.hybrid import THREADS, HybridState, HybridStreamer, check_fit
 
 
 def _epsilons(model: ByteLM) -> tuple[float, float]:
@@ -33,7 +33,7 @@ def unsupported(model: ByteLM) -> str:
         return f"the kernel takes up to {THREADS // 8} heads of attention"
     shapes = {name: p.to("meta") for name, p in model.named_parameters()}
     try:
-        fitting(config, shapes, *_epsilons(model), index)
+        check_fit(config, shapes, *_epsilons(model), index)
     except NvrtcError as error:
         return str(error)
     return ""

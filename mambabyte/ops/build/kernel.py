@@ -199,17 +199,20 @@ class Kernel:
         stream: int,
         *args: Any,
         overlap: bool = False,
+        together: bool = False,
     ) -> None:
         """Launch on ``stream`` (see :func:`raw_stream`); the caller keeps the tensors alive.
 
         With ``overlap`` the kernel may start before the one launched before it has ended, and waits
-        for it itself (``griddepcontrol``; only on cards that have it).
+        for it itself (``griddepcontrol``; only on cards that have it). With ``together`` all its
+        blocks run at a time, or the launch fails (a cooperative launch).
 
         ``stream`` belongs to the kernel's device, which need not be torch's current one.
         """
         if _current_device() != self.device:  # the driver launches in the current context alone
             with torch.cuda.device(self.device):
-                return self.launch(grid, block, shared_bytes, stream, *args, overlap=overlap)
+                return self.launch(grid, block, shared_bytes, stream, *args, overlap=overlap,
+                                   together=together)
         local = self._local
         try:
             buffer, extra = local.packed
@@ -221,9 +224,10 @@ class Kernel:
             local.packed, local.size = (buffer, extra), size
         self._struct.pack_into(buffer, 0, *args)
         function, (gx, gy, gz), (bx, by, bz) = self._function, grid, block
-        if overlap:
-            # CUlaunchConfig, with one CUlaunchAttribute: 6, programmatic stream serialization.
-            attribute = (ctypes.c_uint * 18)(6, 0, 1)
+        if overlap or together:
+            # CUlaunchConfig, with one CUlaunchAttribute: 6, programmatic stream serialization, or 2,
+            # a cooperative launch.
+            attribute = (ctypes.c_uint * 18)(6 if overlap else 2, 0, 1)
             config = ctypes.create_string_buffer(struct.pack(
                 "@7I4xPPI4x", *grid, *block, shared_bytes, stream, ctypes.addressof(attribute), 1))
             status = _in_context(

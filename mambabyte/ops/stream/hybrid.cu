@@ -1,32 +1,34 @@
 // A whole model of any layers, byte after byte, in one launch; stream.cu is quicker for Mamba alone.
 //
-// A cluster of CL blocks runs one stream. Of every matrix a block has the same share of rows, and of
-// every state the channels that its rows make. A block's matrices pass through a ring of tiles in its
-// shared memory, in the order of their use: thread 0 asks for a tile where one has been used up, so
-// that weights come in while the blocks wait for each other. Vectors that all rows need are sent to all
-// blocks by st.async, which counts itself off at a barrier of the receiver.
+// CL blocks, one a multiprocessor and all running at a time (a cooperative launch), read one text. Of
+// every matrix a block has the same share of rows, and of every state the channels that its rows make.
+// Matrices lie in shared memory as far as they fit; the others pass through a ring in it, in the order
+// of their use: thread 0 asks for a tile where its place has become free, so that weights come in while
+// the blocks wait for each other. What one block computes and all need is exchanged through L2.
 //
-//   Mamba (M)        in_proj, convolution => sums of x_proj => scan step => out_proj => x
+//   Mamba (M)        in_proj, convolution => x_proj => scan step => out_proj => x
 //   attention (A, L) q, k, v => each block its share of the positions => owners of channels => out_proj
 //   Mamba-2 (S)      in_proj, convolution => B, C, step sizes => state => norm, out_proj
 //   delta rule (D)   q, k, v, convolution => (KDA: decays =>) state => norms, o_proj
 //   MLP              up => down
 //
-// A buffer that an exchange fills may be filled by a fast block as soon as this block has sent its
-// own part of the exchange before: it must not be one that is still read after that. So exchanges that
-// follow each other fill different buffers, and x is changed in place by rows, each by its owner.
+// An exchange (=>): every number goes to L2 beside the number of its exchange, 8 bytes written as one,
+// and whoever needs it looks until that number is there. So no barrier and no fence is paid for. A place
+// is written again two exchanges later, by a block that has all numbers of the exchange between, which
+// each block sent after it had taken in those of the first. For that every block sends in every
+// exchange and waits for all blocks: shares are padded to equal sizes.
 //
 // Keys and values lie in global memory, rows of positions: row i is with block i % CL, which alone
 // reads and writes it.
 //
-// SIZES (see cluster.cu) are given by hybrid.py, which packs the weights and so knows where they lie:
+// SIZES (see cluster.cu) are given by packing.py, which packs the weights and so knows where they lie:
 //   CL, S = 1, T, LAYERS, DM (d_model), DI (d_inner), N, R (dt_rank, 0: from all channels), K (taps),
 //   H (hidden or 0), ACTIVATION, CENTERED, STEM (norm behind the embedding), EPS, TINY, SSD_EPS, CAP, HEADS, KVH,
 //   HD, QKNORM; SH, SG, SN (Mamba-2's heads, groups, states); DH, DV (the delta rule's heads, values of
 //   each); MIXED; M, A, SS, D, KDA (whether there are such layers), CACHES (how many of attention);
-//   TILE and RING (floats, tiles), RESIDENT, STATE and BLOB (floats of a block's small weights, states
-//   and tiles); where each small weight of a layer lies (MIX_GAIN, M_CONV, ...), and each vector in
-//   shared memory (X, XN, ...).
+//   TILE (floats of a tile of several rows), TILES (tiles of a byte), SPACE, RESIDENT, STATE and BLOB
+//   (floats of a block's tiles in shared memory, small weights, states and all tiles); where each small
+//   weight of a layer lies (MIX_GAIN, M_CONV, ...), and each vector in shared memory (X, XN, ...).
 // All arithmetic is float32.
 
 template <int N_> struct Columns { static constexpr int n = N_; };
@@ -35,8 +37,8 @@ constexpr float NOTHING = -3e38f;  // below every score of attention
 constexpr int pad(int n) { return n <= 96 ? parts(n, 32) * 32 : parts(n, 128) * 128; }
 constexpr int most(int a, int b) { return a > b ? a : b; }
 
-constexpr int RD = parts(DM, CL), DC = parts(DI, CL), HC = parts(H ? H : 1, CL), RV = V / CL;
-constexpr int XR = R + 2 * N, G = power(N) < 16 ? power(N) : 16;
+constexpr int RD = parts(DM, CL), DC = parts(DI, CL), HC = parts(H ? H : 1, CL), RV = parts(V, CL);
+constexpr int XR = R + 2 * N, RX = parts(XR, CL), G = power(N) < 16 ? power(N) : 16;
 constexpr int KV = KVH * HD, RK = parts(KV, CL);
 constexpr int GROUPS = T / 8 / HEADS, HE = parts(HD, 8);  // groups of 8 threads a head; channels each
 constexpr int SB = 2 * SG * SN, RB = parts(SB, CL), RH = parts(SH, CL);
@@ -50,20 +52,36 @@ enum Kind { MAMBA, ATTENTION, MAMBA2, DELTA, KIMI };
 // the first layer; bias of the head.
 constexpr int STEM_GAIN = LAYERS * ENTRIES, FIRST = STEM_GAIN + DM, HEAD_BIAS = FIRST + DM;
 constexpr int S_ROWS = 2 * DC + RB + RH, D_ROWS = 2 * RD + VC + RE;  // of in_proj; without the gates' rows
-static_assert(S == 1 && V % CL == 0 && CL <= 32 && TILE % 4 == 0 && RESIDENT % 4 == 0, "sizes do not fit");
+static_assert(S == 1 && SPACE % 4 == 0 && RESIDENT % 4 == 0, "sizes do not fit");
 static_assert(!A || GROUPS > 0, "more heads than groups of threads");
 
-extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) stream_hybrid(
-    const float *resident, const float *tiles, const int *ends, int n_tiles, const float *embedding,
-    const float *final_norm, const unsigned char *tokens, const float *inputs, const float *first,
-    const float *state_in, float *state_out, float *cache, const float *rotary, int rows, int begin,
-    int stored, unsigned char *drawn, float *log_probs, float *hidden, unsigned *done, unsigned ticket,
-    unsigned long long seed, unsigned long long position, int streams, int steps, int all,
-    float temperature, int top_k, float top_p) {
+struct Tile { int from, floats, place, gap; };  // gap: see ask; 0 for a tile that stays
+struct Number { unsigned bits, exchange; };
+
+inline void write_number(Number *to, float value, unsigned exchange) {
+    asm volatile("st.volatile.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(__float_as_uint(value)), "r"(exchange)
+                 : "memory");
+}
+
+inline Number look(const Number *from) {
+    Number n;
+    asm volatile("ld.volatile.global.v2.u32 {%0, %1}, [%2];" : "=r"(n.bits), "=r"(n.exchange) : "l"(from)
+                 : "memory");
+    return n;
+}
+
+// Grid CL blocks of T threads. `numbers` are exchanged, from exchange number `exchange` on; for the rest
+// see stream.cu.
+extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
+    const float *resident, const float *tiles, const Tile *schedule, Number *numbers, unsigned exchange,
+    const float *embedding, const float *final_norm, const unsigned char *tokens, const float *inputs,
+    const float *first, const float *state_in, float *state_out, float *cache, const float *rotary,
+    int rows, int begin, int stored, unsigned char *drawn, float *log_probs, float *hidden,
+    unsigned *done, unsigned ticket, unsigned long long seed, unsigned long long position, int streams,
+    int steps, int all, float temperature, int top_k, float top_p) {
     extern __shared__ __align__(128) char shared[];
-    float *const mem = (float *)shared + TILE * RING + RESIDENT;
-    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-    const int rank = blockIdx.x % CL, stream = blockIdx.x / CL;
+    float *const mem = (float *)shared + SPACE + RESIDENT;
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, rank = blockIdx.x;
     const Draw how = {drawn, seed, position, temperature, top_p, top_k};
     const float *small = mem - RESIDENT;
     float *x = mem + X, *xn = mem + XN, *local = mem + LOCAL, *y = mem + Y;
@@ -71,50 +89,67 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
     const unsigned bars = shared_address(mem + BARS);
 
     // ------------------------------------------------------------------- exchanges
-    int exchanges = 0;
-    auto send_to = [&](float *to, int block, float value) {
-        unsigned there = window(bars, block);
-        send(shared_address(to) + there, bars + 8 * (exchanges & 1) + there, value);
+    auto place = [&](int at) { return numbers + (exchange & 1) * PLACES + at; };
+    auto send = [&](float *to, float value) {  // to that vector in all blocks
+        write_number(place((int)(to - mem)), value, exchange);
     };
-    auto send_all = [&](float *to, float value) {  // one thread
-#pragma unroll 4
-        for (int block = 0; block < CL; block++) send_to(to, block, value);
-    };
-    auto spread = [&](float *to, float value) {  // the lanes of a warp, which all have the value
-        if (lane < CL) send_to(to, lane, value);
-    };
-    auto exchange = [&](int floats) {
-        unsigned bar = bars + 8 * (exchanges & 1);
-        if (tid == 0) expect(bar, 4 * floats);
-        wait(bar, exchanges >> 1 & 1);
-        exchanges++;
+    // Number i of n to where(i) in shared memory. Ends with a barrier of the block.
+    auto take = [&](int n, auto where) {
+        constexpr int AT_ONCE = 4;
+        for (int start = tid; start < n; start += AT_ONCE * T) {
+            Number got[AT_ONCE];
+            bool there;
+            do {
+                there = true;
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; j++)
+                    if (start + j * T < n) got[j] = look(place(where(start + j * T)));
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; j++)
+                    if (start + j * T < n) there = there && got[j].exchange == exchange;
+            } while (!there);
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++)
+                if (start + j * T < n) mem[where(start + j * T)] = __uint_as_float(got[j].bits);
+        }
+        exchange++;
         __syncthreads();
     };
+    auto take_all = [&](int to, int n) { take(n, [&](int i) { return to + i; }); };
 
-    // ------------------------------------------------------------------- the ring
+    // ------------------------------------------------------------------- tiles
     const float *own = tiles + (int64)rank * BLOB;
-    const long long total = (long long)n_tiles * steps;
-    long long asked = 0, used = 0;
-    int next = 0;  // of a byte's tiles, the next one to ask for
-    auto ask = [&]() {  // thread 0
-        if (asked == total) return;
-        int from = next ? ends[next - 1] : 0, floats = ends[next] - from, slot = (int)(asked % RING);
-        unsigned bar = bars + 8 * (2 + slot);
-        expect(bar, 4 * floats);
+    const Tile *plan = (const Tile *)(mem + SCHEDULE);
+    auto fetch = [&](int i) {
+        unsigned bar = bars + 8 * i;
+        expect(bar, 4 * plan[i].floats);
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                     ::"r"(shared_address((float *)shared + slot * TILE)), "l"(own + from), "r"(4 * floats), "r"(bar)
-                     : "memory");
-        asked++;
-        next = next + 1 == n_tiles ? 0 : next + 1;
+                     ::"r"(shared_address((float *)shared + plan[i].place)), "l"(own + plan[i].from),
+                     "r"(4 * plan[i].floats), "r"(bar) : "memory");
+    };
+    // Of a byte's tiles, the next to ask for and to use; of all bytes', how many of the ring's were asked
+    // for and used. One of these takes the place of the gap-th before it.
+    const int64 total = (int64)streams * steps;
+    int64 asked = 0, used = 0, lap = 0;  // lap: of which byte the next one is
+    int next = 0, now_used = 0;
+    unsigned parity = 0;  // of the ring's barriers
+    auto ask = [&]() {  // thread 0
+        while (lap < total) {
+            const int gap = plan[next].gap;
+            if (gap && used <= asked - gap) return;
+            if (gap || lap == 0) fetch(next);
+            asked += gap > 0;
+            if (++next == TILES) next = 0, lap = asked ? lap + 1 : total;
+        }
     };
     // done(row, product of the row and `from`, in all lanes) for this block's rows; `from` has numbers up
     // to a whole number of vectors. Ends with a barrier of the block.
     auto times = [&](auto columns, int n, const float *from, auto done) {
-        constexpr int W = pad(decltype(columns)::n), FIT = TILE / W;
+        constexpr int W = pad(decltype(columns)::n), FIT = most(1, TILE / W);
         for (int at = 0; at < n; at += FIT) {
-            int slot = (int)(used % RING);
-            wait(bars + 8 * (2 + slot), (unsigned)(used / RING & 1));
-            const float *tile = (const float *)shared + slot * TILE;
+            const Tile here = plan[now_used];
+            wait(bars + 8 * now_used, here.gap ? parity : 0);
+            const float *tile = (const float *)shared + here.place;
             for (int r = warp; r < min(FIT, n - at); r += WARPS) {
                 const float *w = tile + r * W;
                 float sum[4] = {};
@@ -134,8 +169,11 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                 done(at + r, sum_over<32>((sum[0] + sum[1]) + (sum[2] + sum[3])));
             }
             __syncthreads();
-            used++;
-            if (tid == 0) ask();
+            now_used++;
+            if (here.gap) {
+                used++;
+                if (tid == 0) ask();
+            }
         }
     };
 
@@ -179,8 +217,7 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                 if (MIXED)
                     value = fmaf(own_small[EMBEDDED + r], mem[EMB + r], own_small[STREAM + r] * value);
             }
-            __syncwarp();  // every lane has read x before the first one's number can come
-            spread(x + rank * RD + r, value);
+            if (lane == 0) send(x + rank * RD + r, value);
         };
     };
     auto biased = [&](int r, float v) {
@@ -190,29 +227,31 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
     const int mine = max(0, min(RD, DM - rank * RD));  // channels of d_model that are this block's
 
     // ------------------------------------------------------------------- start
+    for (int i = tid; i < 4 * TILES; i += T) ((int *)plan)[i] = ((const int *)schedule)[i];
     if (tid == 0) {
-        for (int i = 0; i < 2 + RING; i++)
+        for (int i = 0; i < TILES; i++)
             asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bars + 8 * i), "r"(1) : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async;" ::: "memory");
-        for (int i = 0; i < RING; i++) ask();
     }
+    __syncthreads();
+    if (tid == 0) ask();
     for (int i = tid; i < RESIDENT; i += T)
         mem[i - RESIDENT] = resident[(int64)rank * RESIDENT + i];
-    const int64 state_at = ((int64)stream * CL + rank) * STATE;
-    for (int i = tid; i < STATE; i += T) mem[STATES + i] = state_in ? state_in[state_at + i] : 0.f;
     for (int i = tid; i < LOGIT - X; i += T) mem[X + i] = 0.f;
-    for (int i = tid; i < V; i += T)
-        mem[LOGIT + i] = first ? first[(int64)stream * V + i] : 0.f;
-    __syncthreads();
-    cluster_barrier();
 
 #pragma unroll 1
-    for (int t = 0; t < steps; t++) {
-        const int64 step = (int64)stream * steps + t;
+    for (int text = 0, t = 0; text < streams; t + 1 < steps ? t++ : (t = 0, text++)) {
+        const int64 step = (int64)text * steps + t;
+        const int64 state_at = ((int64)text * CL + rank) * STATE;
+        if (t == 0) {
+            __syncthreads();  // the text before is at its end in all threads
+            for (int i = tid; i < STATE; i += T) mem[STATES + i] = state_in ? state_in[state_at + i] : 0.f;
+            for (int i = tid; first && i < V; i += T) mem[LOGIT + i] = first[(int64)text * V + i];
+        }
+        __syncthreads();
         const bool drawing = !tokens && !inputs;
-        if (drawing)
-            choose(how, mem + LOGIT, mem + PROB, mem + KEPT, byte, stream, streams, steps, t);
+        if (drawing) choose(how, mem + LOGIT, mem + PROB, mem + KEPT, byte, text, streams, steps, t);
         const float *from = inputs ? inputs + step * DM
                                    : embedding + (int64)(drawing ? byte[0] : tokens[step]) * DM;
         for (int i = tid; i < DM; i += T) x[i] = from[i];
@@ -232,27 +271,22 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
             const int kind = table[KIND];
             norm(CENTERED, EPS, xn);
             if (M && kind == MAMBA) {
-                float *u = mem + U, *low = mem + LOW;
+                float *all_u = mem + ALL_U, *u = all_u + rank * DC, *low = mem + LOW;
                 times(Columns<DM>{}, 2 * DC, xn, biased);
                 for (int c = tid; c < DC; c += T) {
-                    u[c] = convolve(own_small + M_CONV + c * K, own_small[M_CONV_BIAS + c],
-                                    state + DC * N + c, DC, local[c]);
+                    send(u + c, convolve(own_small + M_CONV + c * K, own_small[M_CONV_BIAS + c],
+                                         state + DC * N + c, DC, local[c]));
                     local[DC + c] *= sigmoid(local[DC + c]);
-                    if (R == 0) send_all(mem + ALL_U + rank * DC + c, u[c]);
                 }
-                __syncthreads();
-                times(Columns<DC>{}, XR, u, [&](int r, float v) { spread(mem + PARTS + rank * XR + r, v); });
-                exchange(CL * XR + (R == 0 ? CL * DC : 0));
-                for (int i = tid; i < XR; i += T) {
-                    float sum = 0.f;
-                    for (int b = 0; b < CL; b++) sum += mem[PARTS + b * XR + i];
-                    low[i] = sum;
-                }
-                __syncthreads();
+                take_all(ALL_U, CL * DC);
+                times(Columns<CL * DC>{}, RX, all_u, [&](int r, float v) {
+                    if (lane == 0) send(low + rank * RX + r, v);
+                });
                 if constexpr (R == 0)
-                    times(Columns<CL * DC>{}, DC, mem + ALL_U, [&](int r, float v) {
+                    times(Columns<CL * DC>{}, DC, all_u, [&](int r, float v) {
                         if (lane == 0) mem[STEP + r] = v;
                     });
+                take_all(LOW, CL * RX);
                 for (int start = 32 * warp; start < DC * G; start += T) {
                     const int g = lane % G, c = min((start + lane) / G, DC - 1);
                     const bool there = start + lane < DC * G;
@@ -267,10 +301,9 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                         out = fmaf(low[R + N + n], h, out);
                     }
                     out = fmaf(own_small[M_SKIP + c], u[c], sum_over<G>(out)) * local[DC + c];
-                    for (int block = g; there && block < CL; block += G)
-                        send_to(y + rank * DC + c, block, out);
+                    if (there && g == 0) send(y + rank * DC + c, out);
                 }
-                exchange(CL * DC);
+                take_all(Y, CL * DC);
                 times(Columns<CL * DC>{}, RD, y, mix_row);
             }
             if (A && kind == ATTENTION) {
@@ -278,12 +311,14 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                 times(Columns<DM>{}, RD + 2 * RK, xn, [&](int r, float v) {
                     float *to = r < RD ? q + rank * RD + r : r < RD + RK ? key + rank * RK + r - RD
                                        : value + rank * RK + r - RD - RK;
-                    spread(to, v + own_small[OWN + r]);
+                    if (lane == 0) send(to, v + own_small[OWN + r]);
                 });
-                exchange(CL * (RD + 2 * RK));
+                take(CL * (RD + 2 * RK), [](int i) {
+                    return i < CL * RD ? Q + i : i < CL * (RD + RK) ? KEY + i - CL * RD : VALUE + i - CL * (RD + RK);
+                });
                 const int now = stored + t, low_row = max(begin, now - table[WINDOW] + 1);
                 const int64 size = (int64)(rows / CL) * KV;  // of one block's keys of one layer
-                float *keys = cache + (((int64)stream * CACHES + table[CACHE]) * 2 * CL + rank) * size;
+                float *keys = cache + (((int64)text * CACHES + table[CACHE]) * 2 * CL + rank) * size;
                 float *values = keys + CL * size;
                 for (int head = warp; head < HEADS + KVH; head += WARPS) {
                     float *v = head < HEADS ? q + head * HD : key + (head - HEADS) * HD, square = 0.f;
@@ -346,8 +381,12 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                     }
                 }
                 __syncthreads();
-                for (int idx = tid; idx < DM; idx += T) {
-                    const float *part = mem + GROUP + idx / HD * GROUPS * (HD + 2);
+                // To the owner of each channel: this block's sum of values, their highest score, sum of weights.
+                auto share = [&](int owner, int r, int block) {
+                    return place(SHARES + 3 * ((owner * RD + r) * CL + block));
+                };
+                for (int idx = tid; idx < CL * RD; idx += T) {
+                    const float *part = mem + GROUP + min(idx, DM - 1) / HD * GROUPS * (HD + 2);
                     float peak = NOTHING, sum = 0.f, out = 0.f;
                     for (int g = 0; g < GROUPS; g++) peak = fmaxf(peak, part[g * (HD + 2) + HD]);
                     for (int g = 0; g < GROUPS; g++) {
@@ -355,25 +394,33 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                         float w = from[HD] == NOTHING ? 0.f : exp2f(from[HD] - peak);
                         sum = fmaf(w, from[HD + 1], sum), out = fmaf(w, from[idx % HD], out);
                     }
-                    send_to(mem + SHARE + rank * RD + idx % RD, idx / RD, out);
-                    if (idx % HD == 0) {
-                        send_all(mem + PEAK + rank * HEADS + idx / HD, peak);
-                        send_all(mem + SUM + rank * HEADS + idx / HD, sum);
-                    }
+                    Number *to = share(idx / RD, idx % RD, rank);
+                    write_number(to, out, exchange);
+                    write_number(to + 1, peak, exchange);
+                    write_number(to + 2, sum, exchange);
                 }
-                exchange(CL * (mine + 2 * HEADS));
-                for (int r = tid; r < mine; r += T) {
-                    const int head = (rank * RD + r) / HD;
+                for (int r = warp; r < RD; r += WARPS) {
                     float peak = NOTHING, sum = 0.f, out = 0.f;
-                    for (int b = 0; b < CL; b++) peak = fmaxf(peak, mem[PEAK + b * HEADS + head]);
-                    for (int b = 0; b < CL; b++) {
-                        float w = exp2f(mem[PEAK + b * HEADS + head] - peak);
-                        sum = fmaf(w, mem[SUM + b * HEADS + head], sum);
-                        out = fmaf(w, mem[SHARE + b * RD + r], out);
+                    for (int b = lane; b < CL; b += 32) {
+                        const Number *from = share(rank, r, b);
+                        Number v, p, s;
+                        do v = look(from), p = look(from + 1), s = look(from + 2);
+                        while (v.exchange != exchange || p.exchange != exchange || s.exchange != exchange);
+                        float score = __uint_as_float(p.bits), top = fmaxf(peak, score);
+                        float keep = exp2f(peak - top), w = exp2f(score - top);
+                        sum = fmaf(sum, keep, w * __uint_as_float(s.bits)), peak = top;
+                        out = fmaf(out, keep, w * __uint_as_float(v.bits));
                     }
-                    send_all(y + rank * RD + r, out / sum);
+                    float top = peak;
+#pragma unroll
+                    for (int mask = 1; mask < 32; mask *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, mask));
+                    sum = sum_over<32>(sum * exp2f(peak - top)), out = sum_over<32>(out * exp2f(peak - top));
+                    if (lane == 0) local[r] = out / sum;
                 }
-                exchange(DM);
+                exchange++;
+                __syncthreads();
+                for (int r = tid; r < RD; r += T) send(y + rank * RD + r, local[r]);
+                take_all(Y, CL * RD);
                 times(Columns<DM>{}, RD, y, mix_row);
             }
             if (SS && kind == MAMBA2) {
@@ -386,11 +433,10 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                     if (c < DC)
                         local[c] = out;
                     else
-                        send_all(bc + rank * RB + c - DC, out);
+                        send(bc + rank * RB + c - DC, out);
                 }
-                for (int h = tid; h < RH; h += T)
-                    send_all(steps_of + rank * RH + h, local[2 * DC + RB + h]);
-                exchange(CL * (RB + RH));
+                for (int h = tid; h < RH; h += T) send(steps_of + rank * RH + h, local[2 * DC + RB + h]);
+                take(CL * (RB + RH), [](int i) { return i < CL * RB ? BC + i : DTS + i - CL * RB; });
                 for (int start = 32 * warp; start < DC * 16; start += T) {
                     const int g = lane % 16, c = min((start + lane) / 16, DC - 1);
                     const bool there = start + lane < DC * 16;
@@ -405,10 +451,9 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                     }
                     float z = local[DC + c];
                     out = fmaf(own_small[S_SKIP + h], local[c], sum_over<16>(out)) * z * sigmoid(z);
-                    if (there && g < CL)
-                        for (int block = g; block < CL; block += 16) send_to(y + rank * DC + c, block, out);
+                    if (there && g == 0) send(y + rank * DC + c, out);
                 }
-                exchange(CL * DC);
+                take_all(Y, CL * DC);
                 for (int group = warp; group < SG; group += WARPS) {
                     float *part = y + group * (DI / SG), square = 0.f;
                     for (int c = lane; c < DI / SG; c += 32) square = fmaf(part[c], part[c], square);
@@ -427,29 +472,36 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                     float out = convolve(own_small + D_CONV + c * K, 0.f, state + VC * DK + c, 2 * RD + VC,
                                          local[c]);
                     if (c < 2 * RD)
-                        send_all((c < RD ? q : key - RD) + rank * RD + c, out);
+                        send((c < RD ? q : key - RD) + rank * RD + c, out);
                     else
                         local[c] = out;
                 }
                 for (int r = tid; r < RE; r += T) {
-                    send_all(mem + BETA + rank * RE + r, local[D_ROWS - RE + r]);
-                    if (!kimi) send_all(decay + rank * RE + r, local[D_ROWS + r]);
+                    send(mem + BETA + rank * RE + r, local[D_ROWS - RE + r]);
+                    if (!kimi) send(decay + rank * RE + r, local[D_ROWS + r]);
                 }
                 for (int r = tid; kimi && r < RF; r += T) {
-                    send_all(mem + F + rank * RF + r, local[D_ROWS + r]);
-                    send_all(mem + GL + rank * RF + r, local[D_ROWS + RF + r]);
+                    send(mem + F + rank * RF + r, local[D_ROWS + r]);
+                    send(mem + GL + rank * RF + r, local[D_ROWS + RF + r]);
                 }
-                exchange(CL * (2 * RD + RE + (kimi ? 2 * RF : RE)));
+                take(CL * (2 * RD + RE + (kimi ? 2 * RF : RE)), [&](int i) {
+                    if (i < CL * RD) return Q + i;
+                    if (i < 2 * CL * RD) return KEY + i - CL * RD;
+                    i -= 2 * CL * RD;
+                    if (i < CL * RE) return BETA + i;
+                    i -= CL * RE;
+                    return !kimi ? DTS + i : i < CL * RF ? F + i : GL + i - CL * RF;
+                });
                 if constexpr (KDA)
                     if (kimi) {
                         times(Columns<CL * RF>{}, RD, mem + F, [&](int r, float v) {
                             float dt = softplus(v + own_small[D_DT_BIAS + r]);
-                            spread(decay + rank * RD + r, exp2f(dt * own_small[D_RATE + r]));
+                            if (lane == 0) send(decay + rank * RD + r, exp2f(dt * own_small[D_RATE + r]));
                         });
                         times(Columns<CL * RF>{}, VC, mem + GL, [&](int r, float v) {
                             if (lane == 0) gate[r] = sigmoid(v + own_small[D_GATE + r]);
                         });
-                        exchange(CL * RD);
+                        take_all(DTS, CL * RD);
                     }
                 for (int head = warp; head < 2 * DH; head += WARPS) {  // |q| = 1 / sqrt(DK), |k| = 1
                     float *v = head < DH ? q + head * DK : key + (head - DH) * DK, square = 0.f;
@@ -481,12 +533,12 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                     }
                     out = sum_over<GV>(out);
                     float open = kimi ? gate[j] : gate[j] * sigmoid(gate[j]);
-                    for (int block = g; there && block < CL; block += GV) {
-                        send_to(y + rank * VC + j, block, out);
-                        send_to(mem + GATES + rank * VC + j, block, open);
+                    if (there && g == 0) {
+                        send(y + rank * VC + j, out);
+                        send(mem + GATES + rank * VC + j, open);
                     }
                 }
-                exchange(2 * CL * VC);
+                take(2 * CL * VC, [](int i) { return i < CL * VC ? Y + i : GATES + i - CL * VC; });
                 for (int head = warp; head < DH; head += WARPS) {
                     float *v = y + head * DV, *open = mem + GATES + head * DV, square = 0.f;
                     for (int c = lane; c < DV; c += 32) square = fmaf(v[c], v[c], square);
@@ -496,15 +548,15 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                 __syncthreads();
                 times(Columns<CL * VC>{}, RD, y, mix_row);
             }
-            exchange(CL * RD);
+            take_all(X, CL * RD);
             if constexpr (H > 0) {
                 norm(CENTERED, EPS, xn);
                 times(Columns<DM>{}, HC, xn, [&](int r, float v) {
-                    spread(mem + HIDDEN + rank * HC + r, activate(v + own_small[UP_BIAS + r]));
+                    if (lane == 0) send(mem + HIDDEN + rank * HC + r, activate(v + own_small[UP_BIAS + r]));
                 });
-                exchange(CL * HC);
+                take_all(HIDDEN, CL * HC);
                 times(Columns<CL * HC>{}, RD, mem + HIDDEN, add_row(MLP_GAIN, MLP_BIAS, true));
-                exchange(CL * RD);
+                take_all(X, CL * RD);
             }
         }
 
@@ -512,21 +564,18 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
         if (hidden && rank == 0)
             for (int i = tid; i < DM; i += T)
                 hidden[step * DM + i] = fmaf(xn[i], final_norm[i], final_norm[DM + i]);
-        if (log_probs) {
-            times(Columns<DM>{}, RV, xn, [&](int r, float v) {
-                float value = v + small[HEAD_BIAS + r];
-                if (CAP > 0.f)  // CAP tanh(value / CAP)
-                    value = CAP * (1.f - 2.f / (1.f + __expf(value * (2.f / CAP))));
-                spread(mem + LOGIT + rank * RV + r, value);
-            });
-            exchange(V);
-            if (all || t + 1 == steps)
-                write_log_probs(mem + LOGIT, log_probs, stream, streams, all ? steps : 1, all ? t : 0);
-            if (done && t + 1 == steps && blockIdx.x == 0 && warp == 0) tell(done, ticket);
-        }
-        __syncthreads();
+        times(Columns<DM>{}, RV, xn, [&](int r, float v) {
+            float value = v + small[HEAD_BIAS + r];
+            if (CAP > 0.f)  // CAP tanh(value / CAP)
+                value = CAP * (1.f - 2.f / (1.f + __expf(value * (2.f / CAP))));
+            if (lane == 0) send(mem + LOGIT + rank * RV + r, value);
+        });
+        take_all(LOGIT, CL * RV);
+        now_used = 0, parity ^= 1;
+        if (log_probs && (all || t + 1 == steps))
+            write_log_probs(mem + LOGIT, log_probs, text, streams, all ? steps : 1, all ? t : 0);
+        if (done && step + 1 == total && rank == 0 && warp == 0) tell(done, ticket);
+        if (t + 1 == steps)
+            for (int i = tid; i < STATE; i += T) state_out[state_at + i] = mem[STATES + i];
     }
-
-    for (int i = tid; i < STATE; i += T) state_out[state_at + i] = mem[STATES + i];
-    cluster_barrier();  // nobody leaves while others may still send to it
 }

@@ -1,7 +1,8 @@
 """Streaming a whole model of any layers on the GPU in one launch.
 
-The kernel is ``hybrid.cu``; ``stream.cu`` is quicker for models of Mamba layers alone. A
-thread-block cluster steps through the bytes of one text. It needs compute capability 9.0 or later.
+The kernel is ``hybrid.cu``; ``stream.cu`` is quicker for models of Mamba layers alone. All
+multiprocessors of the card step through the bytes of one text. It needs compute capability 9.0 or
+later.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from torch import Tensor
 from mambabyte.config import ModelConfig
 from mambabyte.ops.build.kernel import Kernel, raw_stream
 from mambabyte.ops.build.nvrtc import NvrtcError
-from mambabyte.ops.stream.cuda import CLUSTERS, VOCABULARY, Mailbox, every_byte, shared_limit, split
-from mambabyte.ops.stream.packing import THREADS, pack, program
+from mambabyte.ops.stream.cuda import VOCABULARY, Mailbox, every_byte, shared_limit, split
+from mambabyte.ops.stream.packing import THREADS, Built, Packed, pack, program, schedule
 
-_PARAMETERS = "PPPiPPPPPPPPPiiiPPPPIQQiiifif"
+_PARAMETERS = "PPPPIPPPPPPPPPiiiPPPPIQQiiifif"
+_WIDTHS = (128, 64, 32, 16, 8)  # blocks, each alone on a multiprocessor, best first
 _TURNS = 4096  # positions whose rotary angles are computed at a time
+_MOST_EXCHANGES = 6  # a layer
 _LEAST_ROOM = 256  # bytes that a cache can grow by in place
 
 # ---------------------------------------------------------------------------------------- states
@@ -114,33 +117,58 @@ class _Room:
 
 
 @functools.cache
-def _kernel(constants: tuple[tuple[str, float], ...], device: int) -> tuple[Kernel, int]:
-    """The kernel on a device and its shared memory; NvrtcError where no cluster of it can run."""
-    made, size = program(constants, shared_limit(device))
-    kernel = made.kernel("stream_hybrid", device, _PARAMETERS)
-    kernel.allow_shared(size)
-    blocks = int(dict(constants)["CL"])
-    if blocks > 8:
-        kernel.allow_large_clusters()
-    if not kernel.resident_clusters(blocks, THREADS, size):
-        raise NvrtcError(f"no cluster of {blocks} blocks of this model fits on the device")
-    return kernel, size
+def _kernel(constants: tuple[tuple[str, float], ...], device: int) -> tuple[Kernel, Built]:
+    """The kernel on a device, and what a launch needs to know of it."""
+    built = program(constants, shared_limit(device))
+    if built.space < 0:
+        raise NvrtcError("the model's states and small weights take more shared memory than a "
+                         "block has")
+    kernel = built.program.kernel("stream_hybrid", device, _PARAMETERS)
+    kernel.allow_shared(built.shared_bytes)
+    return kernel, built
 
 
-def fitting(
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _packed(
     config: ModelConfig, parameters: Mapping[str, Tensor], eps: float, tiny: float, device: int
-) -> int:
-    """Blocks of the cluster that runs a model with these parameters, of which the shapes count;
-    NvrtcError where none can."""
-    reason = NvrtcError("no clusters")
+) -> Packed:
+    """The parameters, packed for as many blocks as the device runs at a time; NvrtcError where
+    they do not fit."""
+    blocks = next((n for n in _WIDTHS if n <= _multiprocessors(device)), 0)
+    if not blocks:
+        raise NvrtcError(f"the kernel needs {_WIDTHS[-1]} multiprocessors")
+    packed = pack(config, parameters, eps, tiny, blocks)
+    schedule(packed.sizes, _kernel(packed.constants, device)[1].space)
+    return packed
+
+
+def check_fit(
+    config: ModelConfig, parameters: Mapping[str, Tensor], eps: float, tiny: float, device: int
+) -> None:
+    """NvrtcError where the device cannot run a model with these parameters, of which the shapes
+    count."""
     shapes = {name: p.to("meta") for name, p in parameters.items()}
-    for blocks in CLUSTERS:
-        try:
-            _kernel(pack(config, shapes, eps, tiny, blocks).constants, device)
-            return blocks
-        except NvrtcError as error:
-            reason = error
-    raise reason
+    _packed(config, shapes, eps, tiny, device)
+
+
+class _Exchange:
+    """Where blocks exchange numbers, each beside the number of its exchange; one a CUDA stream, as
+    the launches on one come one after another."""
+
+    def __init__(self, places: int, device: torch.device) -> None:
+        self.numbers = torch.zeros(2, places, 2, dtype=torch.int32, device=device)
+        self._next = 1
+
+    def take(self, count: int) -> int:
+        """The first of ``count`` exchanges that nobody else has."""
+        if self._next + count >= 1 << 32:
+            self.numbers.zero_()
+            self._next = 1
+        self._next += count
+        return self._next - count
 
 
 class HybridStreamer:
@@ -160,10 +188,14 @@ class HybridStreamer:
         self.embedding = parameters["embedding.weight"].float().contiguous()
         self.device, self._rotary = self.embedding.device, rotary
         self._index = self.device.index
-        self.blocks = fitting(config, parameters, eps, tiny, self._index)
-        self._packed = pack(config, parameters, eps, tiny, self.blocks)
-        self._kernel, self._shared = _kernel(self._packed.constants, self._index)
-        self._ends = torch.tensor(self._packed.ends, dtype=torch.int32, device=self.device)
+        self._packed = _packed(config, parameters, eps, tiny, self._index)
+        self._constants = dict(self._packed.constants)
+        self.blocks = int(self._constants["CL"])
+        self._kernel, self._built = _kernel(self._packed.constants, self._index)
+        self._schedule = torch.tensor(schedule(self._packed.sizes, self._built.space),
+                                      dtype=torch.int32, device=self.device)
+        self._exchanges: dict[int, _Exchange] = {}
+        self._lock = threading.Lock()
         self._windows = [{"A": config.attention_window, "L": config.local_window}[letter]
                          for letter in config.layers if letter in "AL"]
         self._turns: tuple[int, Tensor] = (-1, self.embedding)
@@ -173,7 +205,7 @@ class HybridStreamer:
 
     def new_state(self, batch: int) -> HybridState:
         """The state before the first byte."""
-        numbers = torch.zeros(batch, self.blocks * int(dict(self._packed.constants)["STATE"]),
+        numbers = torch.zeros(batch, self.blocks * int(self._constants["STATE"]),
                               device=self.device)
         return self._grown(HybridState(numbers, self._cache(batch, 0), 0, 0, 0), 0)[0]
 
@@ -307,18 +339,23 @@ class HybridStreamer:
     ) -> HybridState:
         state, room = self._grown(state, length)
         numbers, angles = torch.empty_like(state.numbers), self._angles(state.position, length)
-        packed = self._packed
-        tiles = len(packed.ends) - (packed.head_tiles if log_probs is None else 0)
+        packed, stream = self._packed, raw_stream(self._index)
         pointers = [0 if t is None else t.data_ptr() for t in (
             self.embedding, packed.final_norm, tokens, inputs, first, state.numbers, numbers,
             state.cache, angles)]
         results = [0 if t is None else t.data_ptr() for t in (drawn, log_probs, hidden)]
         rows = state.cache.shape[3] * state.cache.shape[4]
-        self._kernel.launch(
-            (self.blocks * batch, 1, 1), (THREADS, 1, 1), self._shared, raw_stream(self._index),
-            packed.resident.data_ptr(), packed.tiles.data_ptr(), self._ends.data_ptr(), tiles,
-            *pointers, rows, state.begin, state.stored, *results, *told, seed % 2**64, position,
-            batch, length, int(every), temperature, top_k, top_p)
+        with self._lock:  # of two threads on one stream the first to count is the first to launch
+            if stream not in self._exchanges:
+                self._exchanges[stream] = _Exchange(self._built.places, self.device)
+            exchange = self._exchanges[stream]
+            number = exchange.take(batch * length * (_MOST_EXCHANGES * self.config.n_layer + 1))
+            self._kernel.launch(
+                (self.blocks, 1, 1), (THREADS, 1, 1), self._built.shared_bytes, stream,
+                packed.resident.data_ptr(), packed.tiles.data_ptr(), self._schedule.data_ptr(),
+                exchange.numbers.data_ptr(), number, *pointers, rows, state.begin, state.stored,
+                *results, *told, seed % 2**64, position, batch, length, int(every), temperature,
+                top_k, top_p, together=True)
         new = _Held(numbers, state.cache, state.begin, state.stored + length,
                     state.position + length)
         new.room = room

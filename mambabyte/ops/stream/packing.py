@@ -1,13 +1,14 @@
 """The weights of a model of any layers as ``hybrid.cu`` reads them, and the constants that it is
-compiled with: each block's share of every matrix in tiles, small weights together."""
+compiled with: each block's share of every matrix in tiles, small weights together; and where each
+tile lies in shared memory."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,8 @@ from mambabyte.ops.stream.cuda import ACTIVATIONS, VOCABULARY, split
 
 THREADS = 512
 KINDS = {"M": 0, "A": 1, "L": 1, "S": 2, "D": 3, "K": 4}  # as in the kernel, by letter
-TILES = (4096, 8192)  # floats of a tile of the ring, the first in which a row of every matrix fits
-LEAST_RING = 3
+TILE = 4096  # floats of a tile of several rows; a longer row is one alone
+RING = 16384  # floats through which tiles pass that find no place of their own: some 2 us of reading
 _LOG2E = 1.4426950408889634
 # What lies among a layer's small weights; 0 where it has none.
 _SMALL = ("MIX_GAIN", "MIX_BIAS", "MLP_GAIN", "MLP_BIAS", "STREAM", "EMBEDDED", "SKIP",
@@ -53,8 +54,7 @@ class Packed:
 
     resident: Tensor  # (blocks, floats): tables and small weights
     tiles: Tensor  # (blocks, floats): the matrices, tile after tile
-    ends: tuple[int, ...]  # where each tile ends
-    head_tiles: int  # the last tiles, of the head
+    sizes: tuple[int, ...]  # floats of each tile
     final_norm: Tensor  # (2, d_model) weight and bias
     constants: tuple[tuple[str, float], ...]
 
@@ -68,13 +68,6 @@ class _Packer:
         self.eps, self.tiny = eps, tiny
         embedding = parameters["embedding.weight"]
         self.like = embedding.new_zeros((), dtype=torch.float32)
-        c = self.config
-        letters = set(c.layers)
-        ssm, delta = letters & set("MS"), letters & set("DK")
-        widest = max(c.d_model, c.mlp_hidden, c.d_inner if ssm else 0,
-                     c.d_model * c.delta_expand_v if delta else 0)
-        longest = _pad(self.padded(widest))
-        self.tile = next((size for size in TILES if longest <= size), 0)
         self.tiles: list[Tensor] = []
         self.offsets: dict[str, int] = dict.fromkeys(_SMALL, 0)
 
@@ -101,7 +94,7 @@ class _Packer:
         """Rows (blocks, rows, columns) into tiles, in the order of their use."""
         columns = _pad(width or w.shape[2])
         w = F.pad(w, (0, columns - w.shape[2]))
-        fit = self.tile // columns
+        fit = max(1, TILE // columns)
         self.tiles += [w[:, at : at + fit].flatten(1) for at in range(0, w.shape[1], fit)]
 
     def behind(self, norm: str, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,9 +156,9 @@ class _Packer:
         full = c.dt_rank == "full"
         bias = self.rows(norm, list(self.get(at + "in_proj.weight").chunk(2)),
                          self.get(at + "in_proj.bias", 0.0, (2 * c.d_inner,)))
-        self.matrix(self.share(self.get(at + "x_proj.weight"), 1))
         dt = self.get(at + "dt_proj.weight")
         padded = self.padded(c.d_inner)
+        self.matrix(self.share(self.get(at + "x_proj.weight")), padded)
         if full:
             self.matrix(self.share(dt), padded)
         self.matrix(self.share(self.get(at + "out_proj.weight")), padded)
@@ -243,12 +236,9 @@ class _Packer:
 
     def pack(self) -> Packed:
         c, d = self.config, self.config.d_model
-        if not self.tile:
-            raise NvrtcError("a row of a matrix is longer than a tile of shared memory")
         layers = [self.layer(i) for i in range(c.n_layer)]
         tied = "head.weight" not in self.parameters
         bias = self.get("head.bias", 0.0, (VOCABULARY,))
-        before = len(self.tiles)
         head = self.rows("norm_f", [self.get("embedding.weight" if tied else "head.weight")], bias)
         stem = self.get("norm_embedding.weight", 1.0, (d,))
         first = stem * (self.get("layers.0.stream_gain", 1.0, (d,))
@@ -267,16 +257,17 @@ class _Packer:
         numbers = torch.tensor(tables, dtype=torch.int32).view(torch.float32).to(self.like.device)
         model = torch.cat([self.every(numbers), self.every(stem), self.every(first), head], 1)
         resident = torch.cat([F.pad(model, (0, -model.shape[1] % 4)), *layers], 1)
-        ends = torch.tensor([t.shape[1] for t in self.tiles]).cumsum(0).tolist()
+        sizes_of = tuple(t.shape[1] for t in self.tiles)
         constants = sizes | self.offsets | {
-            "CL": self.blocks, "S": 1, "T": THREADS, "TILE": self.tile, "CACHES": max(1, caches),
-            "RESIDENT": resident.shape[1], "STATE": _up(states), "BLOB": ends[-1],
+            "CL": self.blocks, "S": 1, "T": THREADS, "TILE": TILE, "TILES": len(sizes_of),
+            "CACHES": max(1, caches), "RESIDENT": resident.shape[1], "STATE": _up(states),
+            "BLOB": sum(sizes_of),
             "EPS": self.eps, "TINY": self.tiny, "SSD_EPS": float(c.ssd_norm_eps),
             "CAP": c.logit_softcap}
         norm = torch.stack([self.get("norm_f.weight", 1.0, (d,)),
                             self.get("norm_f.bias", 0.0, (d,))])
-        return Packed(resident.contiguous(), torch.cat(self.tiles, 1).contiguous(), tuple(ends),
-                      len(self.tiles) - before, norm.contiguous(), tuple(constants.items()))
+        return Packed(resident.contiguous(), torch.cat(self.tiles, 1).contiguous(), sizes_of,
+                      norm.contiguous(), tuple(constants.items()))
 
 
 def _room(x: Tensor, size: int) -> Tensor:
@@ -306,31 +297,72 @@ def _sizes(c: ModelConfig, blocks: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _regions(z: Mapping[str, Any], ring: int) -> dict[str, int]:
-    """Floats of each part of shared memory behind the ring and the resident weights."""
+def _regions(z: Mapping[str, Any]) -> dict[str, int]:
+    """Floats of each part of shared memory behind the tiles and the resident weights."""
     part = functools.partial(_part, blocks=z["CL"])
     blocks, rows, channels = z["CL"], part(z["DM"]), part(z["DI"])
     kv, values = part(z["KVH"] * z["HD"]), part(z["DH"] * z["DV"])
     shared, heads, low = part(2 * z["SG"] * z["SN"]), part(z["SH"]), part(z["DV"])
-    delta_heads, inputs = part(z["DH"]), z["R"] + 2 * z["N"]
+    delta_heads = part(z["DH"])
     delta = max(z["D"], z["KDA"])
     groups = z["T"] // 8 // z["HEADS"]
     local = max(2 * channels + shared + heads,
                 2 * rows + values + delta_heads + max(delta_heads + values, 2 * low))
     return {
         "STATES": z["STATE"], "X": _pad(blocks * rows), "XN": _pad(z["DM"]), "EMB": rows,
-        "SLOT": z["SLOTS"] * rows, "LOCAL": local, "U": _pad(channels), "LOW": inputs,
-        "STEP": channels, "PARTS": z["M"] * blocks * inputs,
-        "ALL_U": z["M"] * (z["R"] == 0) * _pad(blocks * channels), "Q": blocks * rows,
-        "KEY": blocks * max(kv, rows), "VALUE": blocks * kv, "PEAK": z["A"] * blocks * z["HEADS"],
-        "SUM": z["A"] * blocks * z["HEADS"], "SHARE": z["A"] * blocks * rows,
+        "SLOT": z["SLOTS"] * rows, "LOCAL": local, "LOW": blocks * part(z["R"] + 2 * z["N"]),
+        "STEP": channels, "ALL_U": z["M"] * _pad(blocks * channels), "Q": blocks * rows,
+        "KEY": blocks * max(kv, rows), "VALUE": blocks * kv,
         "GROUP": z["A"] * z["HEADS"] * groups * (z["HD"] + 2), "BC": blocks * shared,
         "DTS": blocks * max(heads, delta_heads, rows), "BETA": blocks * delta_heads,
         "F": _pad(blocks * low), "GL": _pad(blocks * low), "GATES": delta * blocks * values,
         "Y": _pad(blocks * max(channels, rows, values)), "HIDDEN": _pad(blocks * part(z["H"])),
-        "LOGIT": VOCABULARY, "PROB": VOCABULARY, "KEPT": VOCABULARY, "BARS": 2 * (2 + ring),
-        "BYTE": 4,
+        "LOGIT": blocks * part(VOCABULARY), "PROB": VOCABULARY, "KEPT": VOCABULARY, "BYTE": 4,
+        "SCHEDULE": 4 * z["TILES"], "BARS": 2 * z["TILES"],
     }  # fmt: skip
+
+
+class Tile(NamedTuple):
+    """Where a tile comes from and lies, in floats; as in the kernel."""
+
+    start: int
+    floats: int
+    place: int
+    gap: int  # it takes the place of the gap-th of the ring's tiles before it; 0: it stays
+
+
+def schedule(sizes: Sequence[int], space: int) -> list[Tile]:
+    """Tiles of these sizes in ``space`` floats of shared memory: where not all can stay, some do,
+    evenly among the others, which pass through a ring in the order of their use."""
+    if sum(sizes) <= space:
+        ring = 0
+    elif (ring := max(RING, 3 * max(sizes))) > space:
+        raise NvrtcError(f"the model's states and small weights leave {4 * space:,} bytes of "
+                         f"shared memory a block for its matrices, which take {4 * ring:,}")
+    stays, kept, due = [], 0, 0.0
+    for size in sizes:  # an even share of what was met so far
+        due += size * (space - ring) / sum(sizes)
+        stays.append(ring == 0 or kept + size <= due)
+        kept += size * stays[-1]
+    moving = [size for size, stay in zip(sizes, stays, strict=True) if not stay]
+    places, at = [], 0
+    for size in moving:
+        at = 0 if at + size > ring else at
+        places.append(at)
+        at += size
+
+    def gap(i: int) -> int:
+        """How far back, over the end of the byte before, is the last tile that overlaps."""
+        def overlaps(j: int) -> bool:
+            return places[j] < places[i] + moving[i] and places[i] < places[j] + moving[j]
+        return next(back for back in range(1, len(moving) + 1) if overlaps(i - back))
+
+    gaps = [gap(i) for i in range(len(moving))]
+    found, start, pinned, of_ring = [], 0, ring, iter(zip(places, gaps, strict=True))
+    for size, stay in zip(sizes, stays, strict=True):
+        found.append(Tile(start, size, *((pinned, 0) if stay else next(of_ring))))
+        start, pinned = start + size, pinned + size * stay
+    return found
 
 
 def pack(
@@ -341,29 +373,35 @@ def pack(
     return _Packer(config, parameters, eps, tiny, blocks).pack()
 
 
+class Built(NamedTuple):
+    """The kernel for some constants, and what a launch needs to know of it."""
+
+    program: Program
+    space: int  # floats of a block's shared memory for tiles; negative where the rest does not fit
+    shared_bytes: int  # a block
+    places: int  # of numbers that an exchange may fill
+
+
 @functools.cache
-def program(constants: tuple[tuple[str, float], ...], shared_bytes: int) -> tuple[Program, int]:
-    """The kernel for these constants, and the bytes of shared memory that it takes; NvrtcError
-    where not even a short ring fits into ``shared_bytes``."""
+def program(constants: tuple[tuple[str, float], ...], shared_bytes: int) -> Built:
+    """The kernel for these constants where a block may have ``shared_bytes`` of shared memory."""
     z: dict[str, Any] = dict(constants)
-    for ring in range(16, LEAST_RING - 1, -1):
-        at, places = 0, {}
-        for name, size in _regions(z, ring).items():
-            places[name] = at
-            at += _up(size)
-        floats = ring * z["TILE"] + z["RESIDENT"] + at
-        if 4 * floats <= shared_bytes:
-            break
-    else:
-        raise NvrtcError(f"the model's states and small weights take {4 * floats:,} bytes of "
-                         f"shared memory a block, which has {shared_bytes:,}")
-    whole = {n: v for n, v in (z | places | {"RING": ring}).items() if isinstance(v, int)}
+    at, places = 0, {}
+    for name, size in _regions(z).items():
+        places[name] = at
+        at += _up(size)
+    # Numbers that are exchanged have the places of the vectors they come to, then shares of attention.
+    rows = _part(z["DM"], z["CL"])
+    places |= {"SHARES": at, "PLACES": at + z["A"] * 3 * rows * z["CL"] ** 2}
+    space = min(z["BLOB"], (shared_bytes // 4 - z["RESIDENT"] - at) // 4 * 4)
+    whole = {n: v for n, v in (z | places | {"SPACE": space}).items() if isinstance(v, int)}
     real = {n: v for n, v in z.items() if isinstance(v, float)}
     sizes = "constexpr int " + ", ".join(f"{n} = {v}" for n, v in whole.items())
     sizes += "; constexpr float " + ", ".join(f"{n} = {v!r}f" for n, v in real.items()) + ";"
-    return Program.from_file(
+    made = Program.from_file(
         "build/types.cu", "stream/cluster.cu", "stream/hybrid.cu", names=("stream_hybrid",),
-        options=(f"-DSIZES={sizes}",)), 4 * floats
+        options=(f"-DSIZES={sizes}",))
+    return Built(made, space, 4 * (space + z["RESIDENT"] + at), places["PLACES"])
 
 
 def state_floats(c: ModelConfig, letter: str, blocks: int) -> int:

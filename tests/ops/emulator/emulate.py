@@ -50,6 +50,8 @@ INSTRUCTIONS = {
     r"st\.shared\.v4": "st_shared_v4",
     r"st\.shared\.v2": "st_shared_v2",
     r"st\.global\.b32": "st_global_if",
+    r"st\.volatile\.global\.v2": "st_volatile_v2",
+    r"ld\.volatile\.global\.v2": "ld_volatile_v2",
     r"cp\.async\.mbarrier\.arrive": "cp_async_arrive",
     r"cp\.async\.wait_all": "cp_async_wait_all",
     r"cp\.async\.c[ag]": "cp_async",

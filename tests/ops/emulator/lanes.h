@@ -299,6 +299,16 @@ static void st_shared_v2(uint32_t address, float x, float y) { write_at(address,
 static void st_global_if(uint32_t valid, char *to, uint32_t x) {
     if (valid) memcpy(to, &x, 4);
 }
+static void st_volatile_v2(void *to, uint32_t x, uint32_t y) {
+    const uint32_t both[2] = {x, y};
+    memcpy(to, both, sizeof both);
+}
+// Whoever looks again and again lets the others go on.
+static void ld_volatile_v2(uint32_t &x, uint32_t &y, const void *from) {
+    memcpy(&x, from, 4);
+    memcpy(&y, static_cast<const char *>(from) + 4, 4);
+    yield();
+}
 static void cp_async(uint32_t to, const void *from, int bytes, uint32_t wanted = 1) {
     if (to % 16 || size_t(from) % 16) fail("a misaligned copy");
     if (wanted) fibers[threadIdx.x].copies.push_back({at(to), static_cast<const char *>(from), bytes, 0, false});

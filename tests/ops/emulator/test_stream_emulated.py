@@ -39,8 +39,11 @@ CONFIGS = {
 
 @pytest.fixture
 def emulated(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def kernel(constants: tuple, device: object) -> tuple[object, int]:
-        program, size = packing.program(constants, 1 << 17)
+    def kernel(constants: tuple, device: object) -> tuple[object, packing.Built]:
+        whole = packing.program(constants, 1 << 17)
+        # Room for two thirds of the matrices: some tiles stay, the others pass through the ring.
+        built = packing.program(constants, whole.shared_bytes - whole.space // 3 * 4)
+        program = built.program
         sizes = program.options[0].removeprefix("-DSIZES=")
         given = (f"#define SIZES {sizes}\n#define __expf expf\n#define __logf logf\n"
                  "#define rsqrtf(x) (1.f / sqrtf(x))\n")
@@ -48,17 +51,21 @@ def emulated(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (tmp_path / "hybrid.cu").write_text(given + text)
         emulator = Emulator(tmp_path / "hybrid.cu", tmp_path, kept, cluster=BLOCKS)
 
-        def launch(grid, block, shared, stream, *args) -> None:
+        def launch(grid, block, shared, stream, *args, together: bool) -> None:
+            assert together
             emulator.launch(device, "stream_hybrid", hybrid._PARAMETERS, grid[0], block[:2],
                             shared, *args)
 
-        return SimpleNamespace(launch=launch), size
+        return SimpleNamespace(launch=launch), built
 
     monkeypatch.setattr(hybrid, "_kernel", kernel)
     monkeypatch.setattr(hybrid, "raw_stream", lambda device: 0)
-    monkeypatch.setattr(hybrid, "CLUSTERS", (BLOCKS,))
+    monkeypatch.setattr(hybrid, "_multiprocessors", lambda device: BLOCKS)
+    monkeypatch.setattr(hybrid, "_WIDTHS", (BLOCKS,))
     monkeypatch.setattr(hybrid, "THREADS", THREADS)
     monkeypatch.setattr(packing, "THREADS", THREADS)
+    monkeypatch.setattr(packing, "TILE", 96)
+    monkeypatch.setattr(packing, "RING", 0)
 
 
 def made(config: ModelConfig) -> ByteLM:
