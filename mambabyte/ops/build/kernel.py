@@ -225,8 +225,8 @@ class Kernel:
         self._struct.pack_into(buffer, 0, *args)
         function, (gx, gy, gz), (bx, by, bz) = self._function, grid, block
         if overlap or together:
-            # CUlaunchConfig, with one CUlaunchAttribute: 6, programmatic stream serialization, or 2,
-            # a cooperative launch.
+            # CUlaunchConfig, with one CUlaunchAttribute: 6, programmatic stream serialization, or
+            # 2, a cooperative launch.
             attribute = (ctypes.c_uint * 18)(6 if overlap else 2, 0, 1)
             config = ctypes.create_string_buffer(struct.pack(
                 "@7I4xPPI4x", *grid, *block, shared_bytes, stream, ctypes.addressof(attribute), 1))

@@ -22,7 +22,7 @@ from mambabyte.ops.stream.cuda import ACTIVATIONS, VOCABULARY, split
 THREADS = 512
 KINDS = {"M": 0, "A": 1, "L": 1, "S": 2, "D": 3, "K": 4}  # as in the kernel, by letter
 TILE = 4096  # floats of a tile of several rows; a longer row is one alone
-RING = 16384  # floats through which tiles pass that find no place of their own: some 2 us of reading
+RING = 16384  # floats through which tiles pass that find no place of their own
 _LOG2E = 1.4426950408889634
 # What lies among a layer's small weights; 0 where it has none.
 _SMALL = ("MIX_GAIN", "MIX_BIAS", "MLP_GAIN", "MLP_BIAS", "STREAM", "EMBEDDED", "SKIP",
@@ -390,7 +390,7 @@ def program(constants: tuple[tuple[str, float], ...], shared_bytes: int) -> Buil
     for name, size in _regions(z).items():
         places[name] = at
         at += _up(size)
-    # Numbers that are exchanged have the places of the vectors they come to, then shares of attention.
+    # Numbers that are exchanged have the places of the vectors they come to; then attention's.
     rows = _part(z["DM"], z["CL"])
     places |= {"SHARES": at, "PLACES": at + z["A"] * 3 * rows * z["CL"] ** 2}
     space = min(z["BLOB"], (shared_bytes // 4 - z["RESIDENT"] - at) // 4 * 4)
