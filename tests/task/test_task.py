@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from analysis.cli.models.task import run as command
-from analysis.studies.task.record import summary_frame
+from analysis.studies.task.record import parts_frame, summary_frame
 from mambabyte import harness
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.evaluate import Score, score, score_streaming
@@ -229,10 +229,12 @@ def test_command_lists_checks_and_runs(tmp_path, capsys):
     assert "returns a character" in capsys.readouterr().out
     for split in ("train", "valid", "test"):
         (tmp_path / f"wiki.{split}.raw").write_text(TINY_TEXT)
-    assert command(["run", "ours", "--corpus", str(tmp_path), "--seeds", "2", "--characters", "50",
-                    "--device", "cpu", "--json"]) == 0
+    assert command(["run", "ours", "--corpus", str(tmp_path), "--seeds", "2", "--seed", "3",
+                    "--characters", "50", "--device", "cpu", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert [row["seed"] for row in record["runs"]] == [0, 1]
+    assert [row["seed"] for row in record["runs"]] == [3, 4]
+    assert set(parts_frame(record["runs"])["part"]) == {
+        "counting", "tabulating hints", "training"}
     assert record["runs"][0]["test_characters"] == 50
     assert "commit" in record
     assert command(["run", "ngram", "--corpus", str(tmp_path), "--characters", "50"]) == 0

@@ -2,6 +2,7 @@
 
     mambabyte task list
     mambabyte task run ours --corpus path/to/folder --seeds 3
+    mambabyte task run ours --corpus path/to/folder --seed 3   # one more
     mambabyte task run nano_plus_ngram --corpus path/to/folder --json
     mambabyte task run ours --corpus path/to/folder --record data/records/task/h200-task-new
     mambabyte task run --peer submission.py --corpus path/to/folder --characters 2000
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from analysis.cli.console import say
 from analysis.cli.options import POSITIONAL, pick_device, print_result, subcommand
 from analysis.cli.parser import Action
-from mambabyte.config.checks import Count, DeviceOrAuto, NotNegative, between
+from mambabyte.config.checks import Count, DeviceOrAuto, NotNegative, Seed, between
 
 if TYPE_CHECKING:
     from mambabyte.task.systems import System
@@ -50,7 +51,9 @@ class Run:
     corpus: str = "stdlib"
     """stdlib, wikitext103, a text file, or a folder of text files or wiki.*.raw."""
     seeds: Annotated[int, between(1, 1000)] = 1
-    """How many runs, with seeds 0, 1, ..."""
+    """How many runs, each with a seed of its own."""
+    seed: Seed = 0
+    """The first seed; the next runs have those that follow it."""
     characters: Count = 60_000
     """How many characters of each split to score."""
     idle_watts: NotNegative = 50.0
@@ -182,7 +185,7 @@ def _seeds(options: Run, name: str, system: System | Path) -> int:
     rows: list[dict[str, Any]] = []
     interrupted = False
     try:
-        for seed in range(options.seeds):
+        for seed in range(options.seed, options.seed + options.seeds):
             splits = {"valid": corpus.valid, "test": corpus.test}
             rules: dict[str, Any] = {"device": device, "idle_watts": options.idle_watts,
                                      "characters": options.characters, "report": say}

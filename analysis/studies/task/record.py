@@ -72,16 +72,29 @@ def summary_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def parts_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One line a part of a run: where its seconds and joules went."""
+    return pd.DataFrame([
+        {"system": row["system"], "seed": row["seed"], "part": part, "time (s)": took["seconds"],
+         "GPU (J, idle subtracted)": took["joules"]}
+        for row in rows for part, took in (row.get("parts") or {}).items()])
+
+
 def task_record(
     rows: Sequence[dict[str, Any]], provenance: Mapping[str, Any], *, idle_watts: float,
     characters: int, title: str = "", about: str = "",
 ) -> Run:
     """Rows as a run that can be kept as a record: every run, and means over the seeds of each
-    system. ``provenance`` is that of the machine where they took place."""
+    system; and, where they say so, the parts of each. ``provenance`` is that of the machine where
+    they took place."""
+    parts = parts_frame(rows)
+    tables = {
+        "systems": ("Systems under the task's rules, means over seeds", summary_frame(rows)),
+        "runs": ("Every run", rows_frame(rows))}
+    if len(parts):
+        tables["parts"] = ("Where the seconds and joules of each run went", parts)
     return Run(
         "task", {"idle_watts": idle_watts, "characters": characters},
-        tables=tables_of({
-            "systems": ("Systems under the task's rules, means over seeds", summary_frame(rows)),
-            "runs": ("Every run", rows_frame(rows))}),
+        tables=tables_of(tables),
         provenance=dict(provenance), seconds=sum(row.get("seconds") or 0.0 for row in rows),
         title=title or "The task", about=about or ABOUT.format(idle_watts))
