@@ -95,8 +95,9 @@ def tasks(frame: pd.DataFrame) -> Figure:
         guess = some.drop_duplicates("size").sort_values("size")
         ax.plot(guess["size"], guess["chance"], color="black", linestyle=":", marker="",
                 label="a guesser that knows the values")
-        if not some["trained"].all():
-            mark_line(ax, x=float(some[some["trained"]]["size"].max()), text="trained up to here")
+        trained = some[some["trained"]]["size"]
+        if len(trained) and trained.max() < some["size"].max():
+            mark_line(ax, x=float(trained.max()), text="trained up to here")
         log2_axis(ax, "x", sorted(some["size"].unique()))
         ax.set_ylim(0, 1.05)
         label_axes(ax, f"number of {some['unit'].iloc[0]}", "accuracy", task)

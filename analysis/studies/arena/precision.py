@@ -9,7 +9,7 @@ in the same format, and added before the next rounding: twice the bytes). Arithm
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,10 @@ def rounded(x: Tensor, kept: str, stochastic: bool = False) -> Tensor:
     return x.clamp(-65504, 65504).half().float()
 
 
-def _keeper(kept: str, way: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+Keep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def keeper(kept: str, way: str = "nearest") -> Keep:
     """(new state, what was dropped before) -> (state as kept, what was dropped)."""
     def keep(new: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
         if way != "feedback":
@@ -62,32 +65,35 @@ def _keeper(kept: str, way: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Ten
 
 @torch.no_grad()
 def stream(
-    model: ByteLM, tokens: Tensor, keep: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    capture: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """Bits per byte of each quarter of tokens (n, T + 1), byte after byte with ``keep`` on every
-    tensor of the state, and the tensors of the last state. On a GPU a byte is one captured graph.
+    model: ByteLM, tokens: Tensor, keepers: Sequence[Keep], capture: bool
+) -> tuple[Tensor, Tensor]:
+    """Stream tokens (n, T + 1) byte after byte, once for each of ``keepers``, side by side.
+
+    Returns bits per byte (keepers, QUARTERS) of each quarter, and of the last state what stands
+    last in it, the memory: (layers, keepers, n, ...). For models of one mixer. A keeper is called
+    on each tensor of the state, (layers, n, ...), after every byte. With ``capture``, on a GPU, a
+    byte is one captured graph.
     """
-    _, state = model(tokens[:, :1].contiguous())
-    kinds = [type(layer) for layer in state]
-    held = [t.float().clone() for layer in state for t in layer]
-    for t in held:
-        t.zero_()
+    rows = tokens.repeat(len(keepers), 1)
+    _, state = model(rows[:, :1].contiguous())
+    kind = type(state[0])
+    held = [torch.zeros_like(torch.stack(parts), dtype=torch.float32)
+            for parts in zip(*state, strict=True)]
     dropped = [torch.zeros_like(t) for t in held]
     index = torch.zeros(1, dtype=torch.int64, device=tokens.device)
-    nats = torch.zeros(len(tokens), device=tokens.device)
+    nats = torch.zeros(len(rows), device=tokens.device)
 
     def byte() -> None:
-        parts = iter(held)
-        layers = [kind(*itertools.islice(parts, len(kind._fields))) for kind in kinds]
-        logits, after = model(tokens.index_select(1, index), layers)
-        nats.add_(F.cross_entropy(logits[:, 0].float(), tokens.index_select(1, index + 1)[:, 0],
+        logits, after = model(rows.index_select(1, index),
+                              [kind(*layer) for layer in zip(*held, strict=True)])
+        nats.add_(F.cross_entropy(logits[:, 0].float(), rows.index_select(1, index + 1)[:, 0],
                                   reduction="none"))
-        for old, gone, new in zip(held, dropped, (t for layer in after for t in layer),
-                                  strict=True):
-            stored, lost = keep(new.float(), gone)
-            old.copy_(stored)
-            gone.copy_(lost)
+        for old, gone, parts in zip(held, dropped, zip(*after, strict=True), strict=True):
+            news = torch.stack(parts).float().chunk(len(keepers), 1)
+            places = zip(old.chunk(len(keepers), 1), gone.chunk(len(keepers), 1), strict=True)
+            for keep, new, (stored, lost) in zip(keepers, news, places, strict=True):
+                for place, value in zip((stored, lost), keep(new, lost), strict=True):
+                    place.copy_(value)
         index.add_(1)
 
     run = byte
@@ -105,22 +111,22 @@ def stream(
             t.zero_()
         run = graph.replay
     length = tokens.shape[1] - 1
-    bits, before = [], 0.0
+    bits, before = [], torch.zeros(len(keepers), dtype=torch.float64)
     for quarter in range(QUARTERS):
         steps = length * (quarter + 1) // QUARTERS - length * quarter // QUARTERS
         for _ in range(steps):
             run()
-        now = float(nats.double().mean())
+        now = nats.double().view(len(keepers), -1).mean(1).cpu()
         bits.append((now - before) / LN2 / max(1, steps))
         before = now
-    return torch.tensor(bits), held
+    return torch.stack(bits, 1), held[-1].unflatten(1, (len(keepers), -1))
 
 
 def lost_bits(model: ByteLM, text: np.ndarray, device: str) -> dict[str, Any]:
     """Rows: bits lost by each format and way, and the state's error by half-life.
 
-    ``text`` is read as STREAMS streams side by side. For models whose state has decays and is
-    tensors alone; no rows for others.
+    ``text`` is read as STREAMS streams side by side. For models of one mixer whose state has decays
+    and is tensors alone; no rows for others.
     """
     model.eval()
     streams = max(1, min(STREAMS, len(text) // 64))
@@ -128,40 +134,38 @@ def lost_bits(model: ByteLM, text: np.ndarray, device: str) -> dict[str, Any]:
     tokens = torch.from_numpy(
         text[: streams * (length + 1)].reshape(streams, length + 1).copy()).long().to(device)
     decays = log_decays(model, tokens[:4, : min(length, 1024)])
-    if any(decay is None for decay in decays):
+    if len(set(model.config.layers)) > 1 or any(decay is None for decay in decays):
         return {"precision": [], "state_errors": []}
-    lives = [LN2 / -decay for decay in decays if decay is not None]
-    capture = device.startswith("cuda")
-    plain, exact = stream(model, tokens, _keeper("float32", "nearest"), capture)
+    lives = torch.stack([LN2 / -decay for decay in decays if decay is not None])
+    torch.manual_seed(0)
+    ways = list(itertools.product(FORMATS, WAYS))
+    (plain, *bits), states = stream(
+        model, tokens, [keeper("float32"), *itertools.starmap(keeper, ways)],
+        capture=device.startswith("cuda"))
     rows, errors = [], []
-    each = len(exact) // len(lives)  # tensors a layer, the memory last
-    for kept, way in itertools.product(FORMATS, WAYS):
-        torch.manual_seed(0)
-        bits, states = stream(model, tokens, _keeper(kept, way), capture)
-        lost = (bits - plain).tolist()
+    for i, ((kept, way), mine) in enumerate(zip(ways, bits, strict=True), 1):
+        lost = (mine - plain).tolist()
         rows.append({
             "kept": kept, "way": way, "state_bytes_a_number":
-            BYTES[kept] * (2 if way == "feedback" else 1), "bits_per_byte": float(bits.mean()),
+            BYTES[kept] * (2 if way == "feedback" else 1), "bits_per_byte": float(mine.mean()),
             "bits_lost": float(np.mean(lost)), "bits_lost_last_quarter": lost[-1],
             "streamed_bytes": streams * length})
-        errors += [{"kept": kept, "way": way, **row} for row in _errors(
-            [(states[each * (i + 1) - 1], exact[each * (i + 1) - 1], life)
-             for i, life in enumerate(lives)])]
+        errors += [{"kept": kept, "way": way, **row}
+                   for row in _errors(states[:, i], states[:, 0], lives)]
     return {"precision": rows, "state_errors": errors, "float32_bits": float(plain.mean())}
 
 
-def _errors(layers: list[tuple[Tensor, Tensor, Tensor]]) -> list[dict[str, Any]]:
-    """Relative RMS error of states by the half-life of their numbers."""
+def _errors(found: Tensor, exact: Tensor, lives: Tensor) -> list[dict[str, Any]]:
+    """Relative RMS error of states (layers, n, ...) by the half-life of their numbers, (layers,
+    ...) without what all numbers of a channel share."""
+    wide = lives[:, None]
+    wide = wide.view(*wide.shape, *[1] * (exact.ndim - wide.ndim))
     rows = []
     for low, high in itertools.pairwise(LIFE_EDGES):
-        wrong = right = numbers = 0.0
-        for found, exact, life in layers:
-            wide = life.view(*life.shape, *[1] * (exact.ndim - 1 - life.ndim))
-            inside = ((wide >= low) & (wide < high)).expand(exact.shape)
-            wrong += float((found - exact)[inside].double().square().sum())
-            right += float(exact[inside].double().square().sum())
-            numbers += float(inside[0].sum())
-        if numbers and right:
-            rows.append({"half_life_from": low, "numbers": int(numbers),
+        inside = ((wide >= low) & (wide < high)).expand(exact.shape)
+        right = float(exact[inside].double().square().sum())
+        if right:
+            wrong = float((found - exact)[inside].double().square().sum())
+            rows.append({"half_life_from": low, "numbers": int(inside[:, 0].sum()),
                          "relative_error": (wrong / right) ** 0.5})
     return rows

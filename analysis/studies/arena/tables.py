@@ -19,8 +19,9 @@ TABLES: dict[str, Words] = {
              "logarithm of the bytes; empty where a system is so cheap that it would have to be "
              "read past its longest.",
     "tasks": "Accuracy on unseen samples at each system's best rate, by size, over seeds, beside a "
-             "guesser that knows which values a sample holds. Sizes that were not trained on are "
-             "marked.",
+             "guesser that knows which values a sample holds: from one size to the next, each when "
+             "the model had been trained on it, for so many steps. A model that learned nothing of "
+             "a size was not trained on larger ones, which is marked, as are those beyond all.",
     "law": "Bits per byte = E + A N^-alpha + B D^-beta, N in millions of parameters and D in "
            "megabytes of text, with 95 % intervals of the residual bootstrap.",
     "points": "What the laws are fitted to. The points of most operations were held back; low and "

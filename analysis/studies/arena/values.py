@@ -10,6 +10,7 @@ from analysis.runs.folders import Value
 from analysis.studies.arena import HALF, Parameters, Results, family
 
 Values = dict[str, Value]
+SOLVED = 0.95  # accuracy of a size that a system is said to solve
 
 
 def slug(text: str) -> str:
@@ -112,24 +113,41 @@ def _equal(r: Results) -> Values:
 def _tasks(r: Results) -> Values:
     found: Values = {}
     for (task, width), rows in r.tasks.groupby(["task", "width"]) if len(r.tasks) else ():
-        for kind, part in (("", rows[rows["trained"]]), ("_beyond", rows[~rows["trained"]])):
-            if part.empty:
-                continue
-            last = part[part["size"] == part["size"].max()]
-            stem = f"{slug(task)}_{width}{kind}"
-            found[f"{stem}_size"] = Value(int(last["size"].iloc[0]), str(last["unit"].iloc[0]),
-                                          f"of {task}")
-            found[f"{stem}_chance"] = Value(float(last["chance"].iloc[0]), "",
-                                            "a guesser that knows the values")
-            order = last.sort_values("accuracy", ascending=False)
-            found[f"{stem}_order"] = Value(
-                ", ".join(f"{row.system} {row.accuracy:.2f}" for row in order.itertuples()), "",
-                "accuracies from best to worst")
-            found[f"{stem}_seeds"] = Value(int(last["seeds"].min()), "seeds", "the fewest")
-            for row in last.itertuples():
-                found[f"{stem}_{slug(str(row.system))}"] = Value(
-                    float(row.accuracy), "", f"accuracy of {row.system}")
+        asked = rows.groupby("size")["trained"].transform("any")  # else of no system, beyond all
+        stem, unit = f"{slug(task)}_{width}", str(rows["unit"].iloc[0])
+        for kind, part in (("", rows[asked]), ("_beyond", rows[~asked])):
+            if len(part):
+                found |= _accuracies(part[part["size"] == part["size"].max()], f"{stem}{kind}")
+        reach = {str(s): solved(mine) for s, mine in rows[asked].groupby("system", sort=False)}
+        order = sorted(reach, key=lambda s: -reach[s])
+        found[f"{stem}_solves"] = Value(
+            ", ".join(f"{s} {reach[s]}" for s in order), "",
+            f"{unit} up to which each system has an accuracy of {SOLVED} or more; 0 is none")
+        found |= {f"{stem}_solves_{slug(s)}": Value(n, unit, f"up to which {s} has {SOLVED}")
+                  for s, n in reach.items()}
     return found
+
+
+def solved(rows: pd.DataFrame) -> int:
+    """The largest size up to which one system's accuracy is SOLVED or more; 0 where it is not at
+    the smallest."""
+    right = rows.sort_values("size").set_index("size")["accuracy"].astype(float) >= SOLVED
+    return max((int(size) for size in right.index[right.cummin()]), default=0)
+
+
+def _accuracies(rows: pd.DataFrame, stem: str) -> Values:
+    """Of all systems at one size of a task."""
+    first, order = rows.iloc[0], rows.sort_values("accuracy", ascending=False)
+    found = {
+        f"{stem}_size": Value(int(first["size"]), str(first["unit"]), f"of {first['task']}"),
+        f"{stem}_chance": Value(float(first["chance"]), "", "a guesser that knows the values"),
+        f"{stem}_order": Value(
+            ", ".join(f"{row.system} {row.accuracy:.2f}" for row in order.itertuples()), "",
+            "accuracies from best to worst"),
+        f"{stem}_seeds": Value(int(rows["seeds"].min()), "seeds", "the fewest"),
+    }
+    return found | {f"{stem}_{slug(str(row.system))}": Value(
+        float(row.accuracy), "", f"accuracy of {row.system}") for row in rows.itertuples()}
 
 
 def _laws(r: Results) -> Values:

@@ -7,6 +7,7 @@ import pytest
 
 from analysis.runs.folders import Run
 from analysis.runs.records import load_records
+from analysis.studies.arena.trainings.tasks import parse_task
 from analysis.studies.arena.values import slug
 
 RECORDS = {name: run for name, run in load_records().items() if run.study == "arena"}
@@ -48,9 +49,20 @@ def test_accuracies_are_those_of_the_trainings(name):
     run = RECORDS[name]
     answers = run.tables["answers"].frame
     keys = ["task", "width", "system"]
-    first = answers[(answers["seed"] == 0) & answers["trained"]]
-    rates = first.groupby([*keys, "rate"])["accuracy"].mean().reset_index()
+    sizes = {(task.name, size) for task in map(parse_task, run.parameters["tasks"])
+             for size in task.sizes}
+    asked = answers[[pair in sizes for pair in zip(answers["task"], answers["size"], strict=True)]]
+    rates = asked[asked["seed"] == 0].groupby([*keys, "rate"])["accuracy"].mean().reset_index()
     rates = rates.loc[rates.groupby(keys)["accuracy"].idxmax(), [*keys, "rate"]]
     found = answers.merge(rates).groupby([*keys, "size"])["accuracy"].mean()
     for row in run.tables["tasks"].frame.itertuples():
         assert row.accuracy == pytest.approx(found.loc[(row.task, row.width, row.system, row.size)])
+    solves = dict.fromkeys(found.index.droplevel("size"), 0)
+    for key in solves:
+        for size, accuracy in found.loc[key].items():  # smallest first
+            if accuracy < 0.95:
+                break
+            solves[key] = size
+    for (task, width, system), size in solves.items():
+        value = run.values.get(f"{slug(task)}_{width}_solves_{slug(system)}")
+        assert value is None or value.value == size

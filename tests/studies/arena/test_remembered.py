@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -17,7 +18,7 @@ from analysis.studies.arena.memory import (
     log_decays,
     stagnation_half_life,
 )
-from analysis.studies.arena.precision import FORMATS, _keeper, lost_bits, rounded, stream
+from analysis.studies.arena.precision import FORMATS, WAYS, keeper, lost_bits, rounded, stream
 from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM, Mixer, mixers
 
@@ -106,20 +107,29 @@ def test_stochastic_rounding_is_right_on_average_and_lands_on_the_grid(kept):
     torch.testing.assert_close(rounded(nearest, kept), nearest)
 
 
-def test_float32_streams_as_the_model_does_and_int8_loses_more_than_float16(models):
-    tokens = torch.from_numpy(TEXT[:66].reshape(2, 33).copy()).long()
-    bits, _ = stream(models["M"], tokens, _keeper("float32", "nearest"), capture=False)
+@pytest.mark.parametrize("letter", ["M", "S", "D", "K"])
+def test_float32_streams_as_the_model_does_and_int8_loses_more_than_float16(models, letter):
+    """Side by side, none touching the others' streams."""
+    model, tokens = models[letter], torch.from_numpy(TEXT[:66].reshape(2, 33).copy()).long()
+    bits, (*_, last) = stream(model, tokens, [*map(keeper, ("int8", "float32", "float16"))],
+                              capture=False)
     with torch.no_grad():
-        logits, _ = models["M"](tokens[:, :-1])
+        logits, state = model(tokens[:, :-1])
         nats = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-    assert float(bits.mean()) == pytest.approx(float(nats) / math.log(2), rel=1e-4)
-    errors = {}
-    for kept in ("float16", "int8"):
-        _, states = stream(models["M"], tokens, _keeper(kept, "nearest"), capture=False)
-        _, exact = stream(models["M"], tokens, _keeper("float32", "nearest"), capture=False)
-        errors[kept] = float((states[-1] - exact[-1]).norm())
-    assert 0 < errors["float16"] < errors["int8"]
+    assert float(bits[1].mean()) == pytest.approx(float(nats) / math.log(2), rel=1e-4)
+    torch.testing.assert_close(last[1], state[-1][-1], rtol=1e-3, atol=1e-4)
+    assert (last[1] - last[2]).norm() < (last[1] - last[0]).norm()
+
+
+def test_bits_lost_are_of_models_whose_state_decays(models):
     assert lost_bits(models["A"], TEXT[:128], "cpu")["precision"] == []
+    found = lost_bits(models["M"], TEXT[:130], "cpu")
+    assert {(row["kept"], row["way"]) for row in found["precision"]} == set(
+        itertools.product(FORMATS, WAYS))
+    numbers = {row["half_life_from"]: row["numbers"] for row in found["state_errors"]
+               if (row["kept"], row["way"]) == ("int8", "nearest")}
+    state = models["M"](torch.zeros(1, 1, dtype=torch.int64))[1]
+    assert sum(numbers.values()) == sum(layer[-1].numel() for layer in state)
 
 
 def test_rounding_to_nearest_stands_still_where_it_is_said_to():
