@@ -31,6 +31,8 @@ SHAPES = [  # batch, length, channels, rank, taps, states
     (3, 1, 64, 8, 4, 16),
     (2, 7, 64, 8, 2, 16),  # shorter than a chunk
     (2, 30, 33, 3, 3, 5),
+    (16, 128, 384, None, 4, 16),  # of full rank
+    (2, 30, 33, None, 3, 5),
 ]
 CONFIG = ModelConfig(d_model=96, n_layer=1, dt_rank=12)  # a rank that is padded
 

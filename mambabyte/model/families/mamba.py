@@ -179,7 +179,7 @@ class MambaMixer(Mixer, MambaSpec):
             if state is None:
                 if x.is_cuda and (piece is None or ages is None):
                     return self.from_start(x, ages)
-            elif (piece is None and ages is None and x.shape[1] == 1
+            elif (self.dt_rank and piece is None and ages is None and x.shape[1] == 1
                   and not torch.is_grad_enabled()):
                 return self.step(x, state)
         # (A subclass whose scan_inputs knows no documents does without where there are none.)
@@ -203,11 +203,15 @@ class MambaMixer(Mixer, MambaSpec):
     def from_start(self, x: Tensor, ages: Tensor | None = None) -> tuple[Tensor, MambaState]:
         """``forward`` without a state, as one operator between the large projections. On a GPU."""
         assert self.conv1d.bias is not None
+        x_proj, dt_proj = self._small_projections()
+        low_rank: Tensor | None = dt_proj
+        if not self.dt_rank:  # both read the same: one product, whose backward adds up nothing
+            x_proj, low_rank = torch.cat([dt_proj, x_proj]), None
         piece = sequence.current()
         operator = fused_mixer if piece is None else functools.partial(split_mixer, piece)
         y, conv_state, ssm_state = operator(
             self.in_proj(x), self.conv1d.weight.squeeze(1), self.conv1d.bias,
-            *self._small_projections(), self.dt_proj.bias.float(),
+            x_proj, low_rank, self.dt_proj.bias.float(),
             -torch.exp(self.A_log.float()), self.D.float(), *() if ages is None else (ages,),
         )
         return self.out_proj(y), MambaState(conv_state, ssm_state)
@@ -226,7 +230,7 @@ class MambaMixer(Mixer, MambaSpec):
     def _is_one_operator(self, x: Tensor) -> bool:
         """Whether the operators for a step and for a sequence do what this layer is set to: the
         convolution, both small products and the fused scan, none of them changed by a subclass."""
-        if not self.dt_rank or self.form not in ("auto", "fused"):
+        if self.form not in ("auto", "fused"):
             return False
         if x.dtype == torch.float64 or not 2 <= self.d_conv <= MAX_TAPS:
             return False
@@ -339,8 +343,8 @@ class MambaMixer(Mixer, MambaSpec):
         if half:
             taps = 0 if one_kernel else D * config.d_conv
             terms.append(("casts", "weights, cast", 2 * D * d + taps + small + D * d, itemsize))
-        elif rank and rank != config.dt_rank_value:
-            terms.append(("casts", "small weights, padded", small, itemsize))
+        elif device == "cuda" and fused and rank != config.dt_rank_value:
+            terms.append(("casts", "small weights, padded or joined", small, itemsize))
         chunk = config.scan_chunk or FORMS[form].chunk
         for name, elements, size in scan_terms(
                 form, batch, length, D, N, chunk, device, dtype):
@@ -360,10 +364,10 @@ class MambaMixer(Mixer, MambaSpec):
         forward, backward = scan_workspace(form, step.batch, step.length, D, N, chunk)
         if form == "fused":
             # dy, du, ddelta, dz, dB, dC and the partial sums of the last two. On CUDA there is
-            # room beside dB and dC for the gradient of the low-rank step.
+            # room beside dB and dC for the gradient of the low-rank step, or of full rank for dx.
             columns = 2 * N
             if device == "cuda":
-                columns += low_rank_width(config, device)
+                columns += D if config.dt_rank == "full" else low_rank_width(config, device)
             sums = columns * tokens * itemsize + FLOAT32 * partial_sums(
                 step.batch, step.length, D, N, device, step.dtype)
             # And u in (L, D) order where torch's convolution left it in (D, L) order.

@@ -10,6 +10,9 @@ They are columns of
   gradient of xz; du takes up the gradient through ``x_proj`` within that product, in float32.
 - ``d_parts`` (B, L, R + 2N): of the low-rank step | dB | dC, which is the gradient of u x_proj^T.
 
+Of full rank, without ``dt_proj``, the step size is the first D columns of that product itself, and
+``d_rows`` is (B, L, 4D + 2N): dx | dz | du | d_parts.
+
 What it keeps for the backward is what the composition keeps.
 """
 
@@ -39,14 +42,15 @@ Leave = Callable[[Tensor], Tensor]
 
 
 def fused_mixer(
-    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor | None,
     dt_bias: Tensor, A: Tensor, D: Tensor, ages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From in_proj's output to out_proj's input, for sequences that begin without a state.
 
     Shapes: xz (B, L, 2D) on a GPU; conv_weight (D, K), K from 2 to 8; conv_bias (D,); x_proj
     (R + 2N, D), N <= 64; dt_proj (D, R), R >= 1; dt_bias (D,), added before the softplus; A (D, N);
-    D (D,). Both products are fastest with R a multiple of 8. Returns y (B, L, D), the
+    D (D,). Both products are fastest with R a multiple of 8. Without dt_proj R is D, and the first
+    D rows of x_proj give the step sizes themselves. Returns y (B, L, D), the
     convolution's tail (B, K-1, D) and the scan's state (B, D, N). Gradients, of first order, flow
     to all inputs and through all results. ``ages`` (B, L) as of ``document_ages``, where documents
     lie one behind another.
@@ -65,15 +69,15 @@ def fused_mixer(
 
 
 def check(
-    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor | None,
     dt_bias: Tensor, A: Tensor, D: Tensor, ages: Tensor | None,
 ) -> None:  # fmt: skip
     if xz.ndim != 3 or not xz.shape[1] * xz.shape[2] or xz.shape[2] % 2:
         raise UserError(f"xz has shape {tuple(xz.shape)}: expected (batch, length, 2 channels), "
                         "the last two at least 1")
     channels = xz.shape[2] // 2
-    taps, rank, states = (0 if t is None or not t.ndim else t.shape[-1]
-                          for t in (conv_weight, dt_proj, A))
+    taps, states = (0 if t is None or not t.ndim else t.shape[-1] for t in (conv_weight, A))
+    rank = _rank(xz, dt_proj)
     if taps not in TAPS or not 1 <= states <= MAX_STATES or not rank:
         raise UserError(
             f"got {taps} taps, {states} states and rank {rank}: the fused mixer takes {TAPS[0]} to "
@@ -84,7 +88,7 @@ def check(
         ("conv_weight", conv_weight, (channels, taps), wide),
         ("conv_bias", conv_bias, (channels,), wide),
         ("x_proj", x_proj, (rank + 2 * states, channels), xz.dtype),
-        ("dt_proj", dt_proj, (channels, rank), xz.dtype),
+        ("dt_proj?", dt_proj, (channels, rank), xz.dtype),
         ("dt_bias", dt_bias, (channels,), wide),
         ("A", A, (channels, states), wide),
         ("D", D, (channels,), wide),
@@ -97,7 +101,7 @@ def _check_backward(
 ) -> None:
     *weights, u, parts, delta, saved = args
     check(xz, *weights)
-    conv_weight, _, x_proj, _, _, A, _, _ = weights
+    conv_weight, _, x_proj, dt_proj, _, A, _, _ = weights
     batch, length, both = xz.shape
     channels, states = A.shape
     row = (batch, length, both // 2)
@@ -108,7 +112,7 @@ def _check_backward(
         ("dstate?", dstate, (batch, channels, states), torch.float32),
         ("u", u, row, xz.dtype),
         ("parts", parts, (batch, length, x_proj.shape[0]), xz.dtype),
-        ("delta", delta, row, xz.dtype),
+        ("delta", delta, (0,) if dt_proj is None else row, xz.dtype),
         ("saved", saved, kept, torch.float32),
     ))  # fmt: skip
 
@@ -116,24 +120,27 @@ def _check_backward(
 # -------------------------------------------------------------------------------------- operator
 
 _NAMES = ("xz", "conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A", "D")
-_INPUTS = f"{', '.join(f'Tensor {name}' for name in _NAMES)}, Tensor? ages"
+_ABSENT = ("dt_proj", "ages")  # what may be None
+_INPUTS = ", ".join(f"Tensor{'?' * (name in _ABSENT)} {name}" for name in (*_NAMES, "ages"))
 
 
 def forward(
-    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor | None,
     dt_bias: Tensor, A: Tensor, D: Tensor, ages: Tensor | None, save: bool, *,
     before: Tensor | None = None, arrive: Arrive | None = None,
 ) -> Tensors:  # fmt: skip
     """``before`` is the convolution's tail from before the sequence, ``arrive`` that of
     :func:`mambabyte.ops.scan.cuda.forward`: for a stretch of a longer one."""
     x, z = xz.chunk(2, dim=-1)
-    rank, states = dt_proj.shape[1], A.shape[1]
+    rank, states = _rank(xz, dt_proj), A.shape[1]
     u, tail = cuda_conv.forward(x, conv_weight, conv_bias, before, True, ages)
     parts = F.linear(u, x_proj)
     low_rank, B, C = parts.split([rank, states, states], dim=-1)
-    delta = F.linear(low_rank, dt_proj)
+    delta = low_rank if dt_proj is None else F.linear(low_rank, dt_proj)
     y, state, saved = cuda_scan.forward(
         u, delta, A, B, C, D, z, dt_bias, None, True, save, arrive, ages)
+    if dt_proj is None:  # it is a part of another result
+        delta = y.new_empty(0)
     if not save:
         u, parts, delta = (y.new_empty(0) for _ in range(3))
     return y, tail, state, u, parts, delta, saved
@@ -145,31 +152,35 @@ def backward(*args: Any) -> Tensors:
 
 def gradients(
     dy: Tensor, dtail: Tensor | None, dstate: Tensor | None, xz: Tensor, conv_weight: Tensor,
-    conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-    ages: Tensor | None, u: Tensor, parts: Tensor, delta: Tensor, saved: Tensor, *,
+    conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor | None, dt_bias: Tensor, A: Tensor,
+    D: Tensor, ages: Tensor | None, u: Tensor, parts: Tensor, delta: Tensor, saved: Tensor, *,
     before: Tensor | None = None, entered: Tensor | None = None, leave: Leave | None = None,
-) -> Tensors:  # fmt: skip
+) -> tuple[Any, ...]:  # fmt: skip
     """Of all inputs and of ``before``; ``entered`` is the state that ``arrive`` gave, and
     ``leave`` that of :func:`mambabyte.ops.scan.cuda.backward`."""
     # Gradients are left between those of ``parts``, so that its rows must lie one behind another.
     u, parts, delta = u.contiguous(), parts.contiguous(), delta.contiguous()
     x, z = xz.chunk(2, dim=-1)
-    widths = [dt_proj.shape[1], A.shape[1], A.shape[1]]
+    widths = [_rank(xz, dt_proj), A.shape[1], A.shape[1]]
     low_rank, B, C = parts.split(widths, dim=-1)
-    d_rows, d_parts = _d_rows(xz), torch.empty_like(parts)
-    ddelta, dz, du = d_rows.chunk(3, dim=-1)
+    d_rows, ends = _d_rows(xz, x_proj, dt_proj), 3 * x.shape[2]
+    dx, dz, du = d_rows[..., :ends].chunk(3, dim=-1)
+    d_parts = d_rows[..., ends:] if dt_proj is None else torch.empty_like(parts)
     dlow_rank, dB, dC = d_parts.split(widths, dim=-1)
+    ddelta = dlow_rank if dt_proj is None else dx  # which then takes its place
+    delta = low_rank if dt_proj is None else delta
     _, _, dA, _, _, dD, _, ddt_bias, _ = cuda_scan.backward(
         dy, dstate, u, delta, A, B, C, D, z, dt_bias, entered, saved, True,
         into=(du, ddelta, dz, dB, dC), leave=leave, ages=ages,
     )  # fmt: skip
 
-    torch.mm(_flat(ddelta), dt_proj, out=_flat(dlow_rank))
-    ddt_proj = _flat(ddelta).t() @ _flat(low_rank)
+    ddt_proj = None
+    if dt_proj is not None:
+        torch.mm(_flat(ddelta), dt_proj, out=_flat(dlow_rank))
+        ddt_proj = _flat(ddelta).t() @ _flat(low_rank)
     _flat(du).addmm_(_flat(d_parts), x_proj)
     dx_proj = _flat(d_parts).t() @ _flat(u)
 
-    dx = ddelta  # which is used up
     _, dconv_weight, dconv_bias, dbefore = cuda_conv.backward(
         du, dtail, x, conv_weight, conv_bias, before, True, dx, ages)
     dxz = d_rows[..., : xz.shape[2]]
@@ -177,9 +188,15 @@ def gradients(
     return dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA, dD, none, dbefore
 
 
-def _d_rows(xz: Tensor) -> Tensor:
+def _rank(xz: Tensor, dt_proj: Tensor | None) -> int:
+    if dt_proj is None:
+        return xz.shape[2] // 2
+    return dt_proj.shape[-1] if dt_proj.ndim else 0
+
+
+def _d_rows(xz: Tensor, x_proj: Tensor, dt_proj: Tensor | None) -> Tensor:
     batch, length, both = xz.shape
-    return xz.new_empty(batch, length, both // 2 * 3)
+    return xz.new_empty(batch, length, both // 2 * 3 + (len(x_proj) if dt_proj is None else 0))
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -188,7 +205,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _forward_shapes(
-    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor | None,
     dt_bias: Tensor, A: Tensor, D: Tensor, ages: Tensor | None, save: bool,
 ) -> Tensors:  # fmt: skip
     batch, length, both = xz.shape
@@ -197,7 +214,7 @@ def _forward_shapes(
     if save:
         row = (batch, length, channels)
         saved = cuda_plan.saved_shape(batch, length, channels, states, xz.dtype)
-        kept = [row, (batch, length, x_proj.shape[0]), row, saved]
+        kept = [row, (batch, length, x_proj.shape[0]), (0,) if dt_proj is None else row, saved]
     *in_dtype, saved = kept
     return (
         xz.new_empty(batch, length, channels),
@@ -209,23 +226,27 @@ def _forward_shapes(
 
 
 def _backward_shapes(
-    dy: Tensor, dtail: Tensor | None, dstate: Tensor | None, xz: Tensor, *tensors: Tensor
+    dy: Tensor, dtail: Tensor | None, dstate: Tensor | None, xz: Tensor, *tensors: Tensor | None
 ) -> Tensors:
-    dxz = _d_rows(xz)[..., : xz.shape[2]]
-    return dxz, *(t.new_empty(t.shape) for t in tensors[: len(_NAMES) - 1]), dxz.new_empty(0)
+    weights = tensors[: len(_NAMES) - 1]
+    _, _, x_proj, dt_proj, *_ = weights
+    assert x_proj is not None
+    dxz = _d_rows(xz, x_proj, dt_proj)[..., : xz.shape[2]]
+    none = dxz.new_empty(0)
+    return dxz, *(none if t is None else t.new_empty(t.shape) for t in weights), none
 
 
 def _in_torch(
-    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor | None,
     dt_bias: Tensor, A: Tensor, D: Tensor, ages: Tensor | None = None,
 ) -> Tensors:  # fmt: skip
     x, z = xz.chunk(2, dim=-1)
-    rank, states = dt_proj.shape[1], A.shape[1]
+    rank, states = _rank(xz, dt_proj), A.shape[1]
     u, tail = torch_causal_conv(
         x, conv_weight.to(x.dtype), conv_bias.to(x.dtype), None, True, ages)
     low_rank, B, C = F.linear(u, x_proj).split([rank, states, states], dim=-1)
-    y, state = scan_in_torch(
-        u, F.linear(low_rank, dt_proj), A, B, C, D, z, dt_bias, None, True, ages)
+    delta = low_rank if dt_proj is None else F.linear(low_rank, dt_proj)
+    y, state = scan_in_torch(u, delta, A, B, C, D, z, dt_bias, None, True, ages)
     return y, tail, state
 
 

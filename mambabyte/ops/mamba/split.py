@@ -31,14 +31,15 @@ class Elsewhere(Protocol):
 
 def split_mixer(
     piece: Elsewhere, xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor,
-    dt_proj: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    dt_proj: Tensor | None, dt_bias: Tensor, A: Tensor, D: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`mambabyte.ops.mamba.fused.fused_mixer` of one stretch: shapes, dtypes and results as
     there; gradients flow through y alone, to the other stretches too. All processes call together.
     """
     if torch.is_autocast_enabled(xz.device.type):
         dtype = torch.get_autocast_dtype(xz.device.type)
-        xz, x_proj, dt_proj = (t.to(dtype) for t in (xz, x_proj, dt_proj))
+        xz, x_proj = xz.to(dtype), x_proj.to(dtype)
+        dt_proj = None if dt_proj is None else dt_proj.to(dtype)
     inputs = (xz, conv_weight.float(), conv_bias.float(), x_proj, dt_proj, dt_bias.float(),
               A.float(), D.float())  # fmt: skip
     fused.check(*inputs, None)

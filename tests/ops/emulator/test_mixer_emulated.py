@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import mixer_cases
 import pytest
 import torch
-import torch.nn.functional as F
 from emulate import TAPS, Emulator
 from mixer_cases import NAMES, Inputs
 from scan_cases import relative_rms
@@ -35,6 +35,8 @@ SHAPES = [  # batch, length, channels, rank, multiprocessors
     (2, 1, 8, 8, 1),
     (1, 15, 16, 3, 1),  # too short for the tensor cores; rows that are not on 16 bytes
     (2, 20, 7, 1, 1),
+    (2, 24, 24, None, 8),  # of full rank
+    (1, 9, 7, None, 1),
 ]
 
 
@@ -67,14 +69,13 @@ class Scan(torch.autograd.Function):
 
 
 def composed(
-    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor,
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor | None,
     dt_bias: Tensor, A: Tensor, D: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, z = xz.chunk(2, dim=-1)
     u, tail = Convolution.apply(x, conv_weight, conv_bias)
-    widths = [dt_proj.shape[1], A.shape[1], A.shape[1]]
-    low_rank, B, C = F.linear(u, x_proj).split(widths, dim=-1)
-    y, state = Scan.apply(u, F.linear(low_rank, dt_proj), A, B, C, D, z, dt_bias)
+    products = mixer_cases.small_products(u, x_proj, dt_proj, A)
+    y, state = Scan.apply(u, *products, D, z, dt_bias)
     return y, tail, state
 
 
@@ -85,7 +86,8 @@ def operator(inputs: Inputs, training: bool) -> dict[str, Tensor]:
     others = [None if training else d for d in others]
     gradients = mixer.backward(dy, *others, *given, None, *kept)
     found = {"y": y, "tail": tail, "state": state}
-    return found | {f"d{name}": g for name, g in zip(NAMES, gradients, strict=False)}
+    return found | {f"d{name}": g for name, g in zip(NAMES, gradients, strict=False)
+                    if g is not None}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -127,16 +129,18 @@ def on_the_cpu(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.usefixtures("dispatched")(once(test))
 
 
-def leaves(dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    inputs = mixer_cases.make_inputs(2, 20, 16, 8, TAPS, dtype=dtype, device="cpu")
-    return [t.requires_grad_() for t in inputs.values()]
+def leaves(dtype: torch.dtype = torch.bfloat16, rank: int | None = 8) -> list[Tensor]:
+    inputs = mixer_cases.make_inputs(2, 20, 16, rank, TAPS, dtype=dtype, device="cpu")
+    return [None if t is None else t.requires_grad_() for t in inputs.values()]
 
 
 @on_the_cpu
-def test_opcheck() -> None:
+@pytest.mark.parametrize("rank", [None, 8])
+def test_opcheck(rank: int | None) -> None:
     operator = torch.ops.mambabyte.mixer.default
-    torch.library.opcheck(operator, (*leaves(), None, True))
-    torch.library.opcheck(operator, (*[t.detach() for t in leaves()], None, False))
+    torch.library.opcheck(operator, (*leaves(rank=rank), None, True))
+    torch.library.opcheck(
+        operator, (*[None if t is None else t.detach() for t in leaves(rank=rank)], None, False))
 
 
 @on_the_cpu
@@ -183,9 +187,10 @@ CONFIG = ModelConfig(d_model=16, n_layer=1, expand=1, dt_rank=8, d_conv=TAPS, sc
 
 
 @on_the_cpu
-@pytest.mark.parametrize("length", [1, 20])
-def test_a_layer_does_what_it_composes(length: int) -> None:
-    layer = MambaMixer(CONFIG)
+@pytest.mark.parametrize("rank", ["full", 8])
+@pytest.mark.parametrize("length", [20, 1])
+def test_a_layer_does_what_it_composes(length: int, rank: int | str) -> None:
+    layer = MambaMixer(replace(CONFIG, dt_rank=rank))
     x, found = torch.randn(2, length, CONFIG.d_model), []
     for function in (layer.from_start, lambda x: layer(x, None)):
         y, state = function(x.requires_grad_())
@@ -197,9 +202,11 @@ def test_a_layer_does_what_it_composes(length: int) -> None:
 
 
 @on_the_cpu
-def test_it_keeps_what_the_closed_form_says() -> None:
-    layer, x = MambaMixer(CONFIG), torch.randn(2, 20, CONFIG.d_model)
+@pytest.mark.parametrize("rank", ["full", 8])
+def test_it_keeps_what_the_closed_form_says(rank: int | str) -> None:
+    config = replace(CONFIG, dt_rank=rank)
+    layer, x = MambaMixer(config), torch.randn(2, 20, config.d_model)
     kept = sum(size for _, size in saved_storages(lambda: layer.from_start(x)[0], layer))
-    terms = [t for t in saved_terms(CONFIG, 2, 20, device="cuda") if t.layer == 0]
+    terms = [t for t in saved_terms(config, 2, 20, device="cuda") if t.layer == 0]
     outside = [t.bytes for t in terms if t.part == "norm" and t.tensor != "output"]
     assert kept == sum(t.bytes for t in terms) - sum(outside)
