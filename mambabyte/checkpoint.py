@@ -200,6 +200,9 @@ def load_training(
     for number, values in state.items():
         state[number] = {k: distributed.like(t, parameters[number]) for k, t in values.items()}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    for group in optimizer.param_groups:
+        if "done" in group:  # steps, which a momentum that warms up goes by
+            group["done"].fill_(progress["step"])
     return progress
 
 

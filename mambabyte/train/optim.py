@@ -99,12 +99,16 @@ class MuonAdamW:
     Muon: the gradient goes into a momentum buffer, the Nesterov combination of the two is replaced
     by the nearest matrix with singular values near 1, and that, times lr and
     max(1, rows / columns)^0.5, is subtracted. Decay is decoupled. A group with "momentum_steps"
-    raises its momentum to "momentum" from "first_momentum" over that many of its first steps.
+    raises its momentum to "momentum" from "first_momentum" over that many of its first steps, and
+    has in "done" how many there were.
     """
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float],
                  eps: float = 1e-8) -> None:
         self.param_groups = [{"muon": False, **group} for group in groups if group["params"]]
+        for group in self.param_groups:
+            if group.get("momentum_steps"):  # counted there, so that a captured step counts too
+                group["done"] = torch.zeros((), device=group["params"][0].device)
         self.betas, self.eps = betas, eps
         self.state: dict[Tensor, dict[str, Tensor]] = {}
 
@@ -162,7 +166,7 @@ class MuonAdamW:
             buffers.append(state["momentum"])
         grads = [p.grad for p in parameters if p.grad is not None]
         # lr may be a tensor on the device, so that a captured step can be given another.
-        lr, beta = group["lr"], self._momentum(group, parameters[0].device)
+        lr, beta = group["lr"], _momentum(group)
         fresh, old = 1 - beta, beta
         if isinstance(beta, Tensor):
             fresh, old = [fresh] * len(grads), [old] * len(grads)
@@ -182,17 +186,15 @@ class MuonAdamW:
                 scale = max(1.0, rows / columns) ** 0.5
                 parameters[i].sub_((o.mT if t else o) * (lr * scale))
 
-    def _momentum(self, group: dict[str, Any], device: torch.device) -> Any:
-        """A number, or during and after a warm-up a tensor on the device: the steps are counted
-        there, so that a captured step counts its replays."""
-        steps = group.get("momentum_steps", 0)
-        if not steps:
-            return group["momentum"]
-        if "done" not in group:
-            group["done"] = torch.zeros((), device=device)
-        share = (group["done"] / steps).clamp(max=1.0)
-        group["done"] += 1
-        return group["first_momentum"] + share * (group["momentum"] - group["first_momentum"])
+
+def _momentum(group: dict[str, Any]) -> Any:
+    """Of the next step: a number, or of a group that warms up a tensor on the device."""
+    steps = group.get("momentum_steps", 0)
+    if not steps:
+        return group["momentum"]
+    share = (group["done"] / steps).clamp(max=1.0)
+    group["done"] += 1
+    return group["first_momentum"] + share * (group["momentum"] - group["first_momentum"])
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -135,11 +135,12 @@ def test_resume_with_muon_is_exact(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("all work and no play makes a dull byte. " * 400)
     corpus = load_corpus(str(path))
-    train(MODEL, RECIPE, corpus, tmp_path / "whole")
-    train(MODEL, RECIPE, corpus, tmp_path / "part")
+    recipe = replace(RECIPE, muon_first_momentum=0.5, muon_momentum_steps=2 * RECIPE.n_steps)
+    train(MODEL, recipe, corpus, tmp_path / "whole")
+    train(MODEL, recipe, corpus, tmp_path / "part")
     newest = find_checkpoint(tmp_path / "part")
     newest.rename(tmp_path / "gone")
-    train(MODEL, RECIPE, corpus, tmp_path / "part", resume=True)
+    train(MODEL, recipe, corpus, tmp_path / "part", resume=True)
     whole, part = (load_model(tmp_path / n).state_dict() for n in ("whole", "part"))
     assert all(torch.equal(whole[k], part[k]) for k in whole)
 
