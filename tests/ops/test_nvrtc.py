@@ -7,21 +7,31 @@ import os
 import re
 import threading
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mambabyte import ops
+from mambabyte.config import PRESETS, ModelConfig, TrainConfig
+from mambabyte.model import ByteLM
+from mambabyte.model.families.mamba import MambaMixer
+from mambabyte.model.fused import cast_together
 from mambabyte.ops.build import catalogue, kernel, nvrtc, shipped
 from mambabyte.ops.conv import cuda as cuda_conv
 from mambabyte.ops.delta import cuda as cuda_delta
+from mambabyte.ops.fused import cuda as cuda_fused
 from mambabyte.ops.mamba import cuda as cuda_step
+from mambabyte.ops.mamba import fused as mixer
 from mambabyte.ops.scan import cuda as cuda_scan
 from mambabyte.ops.scan import plan as cuda_plan
 from mambabyte.ops.ssd import cuda as cuda_ssd
 from mambabyte.ops.ssd import gates as cuda_gates
 from mambabyte.ops.stream import cuda as cuda_stream
+from mambabyte.task.systems import SYSTEMS
+from mambabyte.train.captured import prepare
 
 AVAILABLE, REASON = nvrtc.nvrtc_available()
 needs_nvrtc = pytest.mark.skipif(not AVAILABLE, reason=REASON)
@@ -308,6 +318,59 @@ def test_every_scan_of_a_training_is_among_what_is_shipped(
                 if name.startswith("tile")}
     assert len(launched) >= 6
     assert launched <= set(cuda_scan.trained(hopper))
+
+
+def _trainings() -> dict[str, tuple[ModelConfig, str]]:
+    """What models people train on a card without a word of their own: presets and systems."""
+    found = {name: (preset.model, "bf16") for name, preset in PRESETS.items()}
+    return found | {f"task:{name}": (system.model, system.train.precision)
+                    for name, system in SYSTEMS.items()
+                    if system.model is not None and name not in PRESETS}
+
+
+@pytest.mark.parametrize("name", [
+    name if name in ("modded_nanogpt", "hybrid_3_1", "task:ours")
+    else pytest.param(name, marks=pytest.mark.long) for name in _trainings()])
+def test_every_program_of_a_training_step_is_shipped(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step of the joined kernels, which are asked for and not run; so whatever else comes of
+    them is no number."""
+    asked: dict[str, str] = {}
+
+    def asked_for(self: kernel.Program, name: str, device: object, parameters: str) -> object:
+        asked[self.digest] = name
+        return SimpleNamespace(allow_shared=lambda *_: None, launch=lambda *_, **__: None)
+
+    monkeypatch.setattr(kernel.Program, "kernel", asked_for)
+    for module in (cuda_conv, cuda_scan, cuda_fused):
+        monkeypatch.setattr(module, "_kernel", module._kernel.__wrapped__)  # nothing is kept
+        monkeypatch.setattr(module, "raw_stream", lambda device: 0)
+    for module, count in ((cuda_conv, "_multiprocessors"), (cuda_fused, "multiprocessors"),
+                          (cuda_plan, "multiprocessors")):
+        monkeypatch.setattr(module, count, lambda device: 132)
+    monkeypatch.setattr(cuda_plan, "block_shared", lambda device: 227 << 10)
+    monkeypatch.setattr(cuda_scan, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(cuda_scan, "_takes_boxes", lambda device: True)
+    monkeypatch.setattr(cuda_scan, "_encode", lambda *_: bytes(128))
+    monkeypatch.setattr(cuda_fused, "takes", lambda *tensors: True)
+    monkeypatch.setattr(mixer, "DEVICES", ("cpu",))
+    monkeypatch.setattr(MambaMixer, "forward", lambda self, x, *_: self.from_start(x))
+
+    config, precision = _trainings()[name]
+    kinds = "".join(dict.fromkeys(config.layers))  # a layer of each
+    assert {*kinds} <= {"M", "A"}, "say here how the others are reached without a card"
+    model = ByteLM(replace(config, layer_pattern=kinds, n_layer=len(kinds)))
+    prepare(model, TrainConfig(context=16, step="fused", precision=precision))
+    tokens = torch.randint(0, 256, (1, 17))
+    with torch.library._scoped_library("mambabyte", "IMPL") as library, \
+            torch.autocast("cpu", torch.bfloat16):
+        library.impl("mixer", mixer.forward, "CPU")
+        library.impl("mixer_backward", mixer.backward, "CPU")
+        cast_together(model, model.loss)(tokens).backward()
+    assert asked
+    missing = [asked[digest] for digest in asked.keys() - shipped.digests("sm_90")]
+    assert not missing, "compiled at the start of a training: add to what the catalogue has"
 
 
 class Driver:
