@@ -51,7 +51,9 @@ ABOUT = ("Forward, and forward with backward through autograd, of one scan with 
 MIXERS_TABLE = "Recurrences of the field's mixers and their peers: interleaved, medians, quartiles"
 MIXERS_ABOUT = ("Forward, and forward with backward through autograd, of each family's recurrence "
                 "on heads of 64 channels. Errors are against the float64 definition at a reduced "
-                "size: of the output, and of the worst gradient.")
+                "size: of the output, and of the worst gradient. Peers that tune themselves do it "
+                "at the first shape.")
+SETTINGS_TABLE = "What peers that tune themselves chose"
 
 
 STREAM_TABLE = "Streaming: every byte waits for the one before"
@@ -189,8 +191,10 @@ def bench_scan(options: Scan) -> int:
 
 
 def bench_mixers(options: Mixers) -> int:
+    import pandas as pd
+
     from analysis.cli.studies.tables import rows_of
-    from analysis.measure.bench.mixers import FAMILIES, run_bench
+    from analysis.measure.bench.mixers import FAMILIES, SETTINGS, run_bench
     from analysis.measure.ceilings import describe_machine
 
     device = checked(options)
@@ -198,7 +202,9 @@ def bench_mixers(options: Mixers) -> int:
     frame = run_bench(
         [parse_shape(text) for text in options.shapes] or None, options.peers or tuple(FAMILIES),
         device, options.repeats, say)
-    keep(options, machine, {}, {"bench": (MIXERS_TABLE, frame)},
+    settings = frame.attrs.pop("settings")
+    chosen = {"settings": (SETTINGS_TABLE, pd.DataFrame(settings, columns=list(SETTINGS)))}
+    keep(options, machine, {}, {"bench": (MIXERS_TABLE, frame)} | (chosen if settings else {}),
           "The field's mixers and their peers", MIXERS_ABOUT)
     lines = [f"{name}: {value}" for name, value in machine.items()]
     for shape, group in frame.groupby(["batch", "length", "heads"], sort=False):

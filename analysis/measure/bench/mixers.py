@@ -19,11 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.measure.bench import peers as engine
-from analysis.measure.bench.peers import Peer, Shape, bench_peers, carry_tuning
+from analysis.measure.bench.peers import Peer, Shape, bench_peers
+from analysis.measure.bench.scan import make_inputs, torch_form
+from analysis.measure.bench.tuning import carry_tuning, chosen_settings
 from mambabyte.errors import UserError
 from mambabyte.ops import gated_delta_rule, ssd_scan
 
 HEAD = 64  # channels
+STATES = 16  # of Mamba-1, a channel
 GPU_SHAPES: tuple[Shape, ...] = (  # B, L, heads
     (16, 1024, 6), (64, 2048, 6), (8, 2048, 24), (1, 65536, 24))
 CPU_SHAPES: tuple[Shape, ...] = ((4, 512, 6), (1, 2048, 6))
@@ -34,6 +37,11 @@ COLUMNS = {
     "family": "which recurrence",
     "peer": "whose implementation",
     **engine.COLUMNS,
+}
+SETTINGS = {
+    "kernel": "of a peer that tunes itself",
+    "sizes": "and dtypes that its setting is chosen by",
+    "setting": "the one that was chosen, of those that were compiled in time",
 }
 
 
@@ -110,6 +118,12 @@ def _fla_gated_delta(q, k, v, log_decay, beta):
     return chunk_gated_delta_rule(q, k, v, log_decay, beta, scale=1.0)[0]
 
 
+def _mamba_inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    return make_inputs((*shape[:2], shape[2] * HEAD), STATES, dtype, device)
+
+
 def _attention_inputs(
     shape: Shape, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
@@ -141,6 +155,8 @@ FAMILIES: dict[str, Family] = {
     "SSD, 128 states": _ssd_family(128),
     "gated delta rule": _delta_family(False, _fla_gated_delta),
     "KDA": _delta_family(True, _fla_kda),
+    f"Mamba-1, {STATES} states": Family(_mamba_inputs, torch_form("chunked"), {
+        "fused": Peer("this project's operator", torch_form("fused"))}),
     "attention": Family(_attention_inputs, None, {
         "sdpa": Peer("causal attention of the same width, for scale", _sdpa, is_scan=False)}),
 }
@@ -151,7 +167,8 @@ def run_bench(
     device: str | torch.device | None = None, repeats: int = 30,
     progress: Callable[[str], None] | None = None, seconds_per_peer: float = 10.0,
 ) -> pd.DataFrame:
-    """Time every peer of the families on each shape; columns as in COLUMNS.
+    """Time every peer of the families on each shape; columns as in COLUMNS. The frame's
+    ``attrs["settings"]`` are what peers that tune themselves chose, rows as in SETTINGS.
 
     Raises UserError for a family that is unknown.
     """
@@ -178,14 +195,17 @@ def run_bench(
         if not rows:
             raise
         say(f"interrupted: the {len(rows)} rows of before are kept")
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    frame.attrs["settings"] = chosen_settings()
+    return frame
 
 
 def _bench_family(
     name: str, shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int,
     seconds_per_peer: float, say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    family, reduced = FAMILIES[name], (min(shape[0], 2), min(shape[1], 200), min(shape[2], 4))
+    # The heads stay: many kernels are compiled anew for another number of them.
+    family, reduced = FAMILIES[name], (min(shape[0], 2), min(shape[1], 200), shape[2])
     found = bench_peers(
         family.peers, lambda small: family.make(reduced if small else shape, dtype, device),
         family.exact, device, repeats, seconds_per_peer,

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import functools
-import gc
 import importlib.util
 import math
-import operator
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +16,14 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from analysis.measure.bench.tuning import bounded_tuning, carry_tuning
 from analysis.measure.timing import captured, device_seconds_of, in_turns, quartiles
 from mambabyte.ops.compare import relative_rms
 
 Shape = tuple[int, int, int]
 Inputs = dict[str, Tensor]
 GPU_ONLY = ("mamba_ssm", "fla")
-TUNING_SECONDS = 60.0  # for each peer; some would take ten minutes
-CUT_SHORT = f"its tuner was stopped after {TUNING_SECONDS:.0f} s"
+TUNING_SECONDS = 90.0  # of compiling for each peer; some would take ten minutes
 DIRECTIONS = ("forward", "forward+backward")
 COLUMNS = {
     "direction": "forward (no gradients) or forward+backward (through autograd)",
@@ -111,11 +107,12 @@ def bench_peers(
         try:
             if not note:
                 # Before the reduced size, on which a peer that tunes itself would choose badly.
-                with bounded_tuning(TUNING_SECONDS) as cut:
+                with bounded_tuning(TUNING_SECONDS) as settings:
                     cases[name] = PeerCase(peer, make(False))
                     cases[name].forward_backward()
+                met, left_out = settings()
                 for row in mine.values():
-                    row["note"] = CUT_SHORT if cut() else ""
+                    row["note"] = f"tuned without {left_out} of {met} settings" * (left_out > 0)
                 end = carry_tuning()
                 errors = _errors(peer, exact, make(True)) if exact and peer.is_scan else None
                 end()
@@ -185,64 +182,6 @@ def _longest_kernel(case: PeerCase, direction: str, device: torch.device) -> str
     spent = [(event.self_device_time_total, event.key) for event in profiler.key_averages()
              if event.device_type != DeviceType.CPU]
     return kernel_name(max(spent, default=(0.0, ""))[1])
-
-
-class _Carried(dict[Any, Any]):
-    """What a tuner chose by key; for a new key what it chose for the one most like it."""
-
-    def __contains__(self, key: object) -> bool:
-        return True
-
-    def __missing__(self, key: Sequence[object]) -> Any:
-        return self[max(self, key=lambda known: sum(map(operator.eq, known, key)))]
-
-
-def carry_tuning() -> Callable[[], None]:
-    """From here on Triton's tuners take for new sizes what they chose for others; until what comes
-    back is called."""
-    if importlib.util.find_spec("triton") is None:
-        return lambda: None
-    from triton.runtime.autotuner import Autotuner
-
-    tuned = [(tuner, tuner.cache) for tuner in gc.get_objects()
-             if issubclass(type(tuner), Autotuner) and tuner.cache]
-    for tuner, cache in tuned:
-        tuner.cache = _Carried(cache)
-
-    def end() -> None:
-        for tuner, cache in tuned:
-            tuner.cache = cache
-
-    return end
-
-
-@contextmanager
-def bounded_tuning(seconds: float) -> Iterator[Callable[[], bool]]:
-    """Triton's tuners measure no further settings after so long, but one that runs each; what comes
-    back says whether that cut any of them short. The settings of some peers take ten minutes."""
-    if importlib.util.find_spec("triton") is None:
-        yield lambda: False
-        return
-    from triton.runtime.autotuner import Autotuner
-
-    measure, until = Autotuner._bench, time.monotonic() + seconds
-    begun: set[int] = set()
-    left_out: list[object] = []
-
-    def bounded(self: Any, *args: Any, config: Any, **meta: Any) -> Any:
-        if time.monotonic() > until and id(self) in begun:
-            left_out.append(config)
-            return [math.inf] * 3
-        found = measure(self, *args, config=config, **meta)
-        if math.isfinite(found[0]):  # else it asked for more than the card has
-            begun.add(id(self))
-        return found
-
-    Autotuner._bench = bounded
-    try:
-        yield lambda: bool(left_out)
-    finally:
-        Autotuner._bench = measure
 
 
 def _interleaved(

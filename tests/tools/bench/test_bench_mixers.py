@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from analysis.cli import main
-from analysis.measure.bench import mixers, peers
+from analysis.measure.bench import mixers, tuning
 from analysis.measure.bench.mixers import COLUMNS, FAMILIES, run_bench
 from mambabyte.errors import UserError
 
@@ -57,33 +58,80 @@ def test_what_was_timed_before_an_interruption_is_kept(monkeypatch: pytest.Monke
         run_bench([(1, 8, 1)], ("KDA",), "cpu", 3)
 
 
-def test_tuning_ends_in_time_and_is_carried_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Autotuner:
-        def __init__(self) -> None:
-            self.cache: dict[Any, Any] = {}
+class Autotuner:
+    """Triton's, as far as it matters here: a cache by key, a choice of settings, a timer."""
 
-        def _bench(self, *args: Any, config: Any, **meta: Any) -> list[float]:
-            return [config] * 3
+    do_bench: Any = None
 
-    module = ModuleType("triton.runtime.autotuner")
-    module.Autotuner = Autotuner  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "triton.runtime.autotuner", module)
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
-    tuner = Autotuner()
-    with peers.bounded_tuning(math.inf) as cut:
-        assert [tuner._bench(config=c) for c in (3.0, 2.0)] == [[3.0] * 3, [2.0] * 3]
-        assert not cut()
-    with peers.bounded_tuning(-1.0) as cut:  # over at once: one setting each
-        assert [tuner._bench(config=c)[0] for c in (math.inf, 3.0, 2.0)] == [
-            math.inf, 3.0, math.inf]  # the first does not run
-        assert cut()
-    assert tuner._bench(config=2.0) == [2.0] * 3
+    def __init__(self, settings: list[Any]) -> None:
+        self.cache: dict[Any, Any] = {}
+        self.settings, self.nargs = settings, {"x": 1}
+        self.fn = self.base_fn = SimpleNamespace(run=run, __name__="kernel")
 
+    def prune_configs(self, meta: dict[str, Any]) -> list[Any]:
+        return self.settings
+
+
+class Setting(SimpleNamespace):
+    def all_kwargs(self) -> dict[str, Any]:
+        return {"compiles": self.compiles}
+
+
+def run(x: int, compiles: str, warmup: bool) -> Any:
+    assert x == 1
+    assert warmup
+    while compiles == "never":
+        signal.pause()
+    if compiles == "not":
+        raise ValueError(compiles)
+    return SimpleNamespace(metadata=SimpleNamespace(shared=1 << 30 if compiles == "large" else 8))
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    utils = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 1 << 10})
+    driver = SimpleNamespace(active=SimpleNamespace(
+        utils=utils, get_current_target=lambda: "sm_90", get_current_device=lambda: 0),
+        set_active=lambda instead: None)
+    for name, content in {
+        "triton": {}, "triton.runtime": {"driver": driver},
+        "triton.runtime.autotuner": {"Autotuner": Autotuner},
+        "triton.testing": {"do_bench": lambda call, **times: times},
+    }.items():
+        module = ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    sys.modules["triton"].testing = sys.modules["triton.testing"]  # type: ignore[attr-defined]
+    monkeypatch.setattr(tuning.importlib.util, "find_spec", lambda name: object())
+
+
+@pytest.mark.usefixtures("triton")
+def test_settings_are_compiled_ahead_and_given_up_in_time() -> None:
+    quick, large, fails, never = (Setting(compiles=how) for how in ("", "large", "not", "never"))
+    choose = Autotuner.prune_configs
+    with tuning.bounded_tuning(math.inf) as settings:
+        assert Autotuner([large, quick, fails]).prune_configs({"warmup": False}) == [quick]
+        assert settings() == (3, 2)
+        assert Autotuner([quick]).do_bench(print) == {
+            "warmup": tuning.WARM_MS, "rep": tuning.TIMED_MS}
+        # Nothing runs: the tuner comes to see why.
+        assert Autotuner([fails, large]).prune_configs({"warmup": False}) == [fails]
+    with tuning.bounded_tuning(-1.0) as settings:  # over at once: one setting each
+        assert Autotuner([never, fails, quick, never]).prune_configs({"warmup": False}) == [quick]
+        assert settings() == (4, 3)
+    assert Autotuner.prune_configs is choose
+    assert Autotuner.do_bench is None
+
+
+@pytest.mark.usefixtures("triton")
+def test_what_was_chosen_is_carried_to_other_sizes() -> None:
+    tuner = Autotuner([])
     tuner.cache = {(64, "bf16"): "a", (128, "bf16"): "b"}
     gc.collect()
-    end = peers.carry_tuning()
+    end = tuning.carry_tuning()
     assert (256, "none") in tuner.cache
     assert tuner.cache[128, "bf16"] == "b"
     assert tuner.cache[128, "fp32"] == "b"
+    assert [row["setting"] for row in tuning.chosen_settings()] == ["b", "a"]
     end()
     assert (256, "none") not in tuner.cache
