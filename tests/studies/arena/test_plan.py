@@ -61,6 +61,13 @@ def test_more_seeds_and_the_longer_budget_are_at_the_best_rate_alone():
         assert more == {(best, 1, 1000), (best, 0, 4000)}
 
 
+def test_every_part_has_a_first_answer_before_any_has_more_seeds():
+    cells = plan(replace(P, parts=("text", "clamp", "tasks")), list(finished().values()))
+    seeds = [cell.seed > 0 for cell in cells]
+    assert seeds == sorted(seeds)
+    assert {cell.kind for cell in cells if not cell.seed} > {"text", "clamp"}
+
+
 def test_validation_text_chooses_nothing():
     done = Done(finished().values())
     assert chosen(P, done, "M", "tiny").rate == 2e-3

@@ -138,12 +138,13 @@ def tuned_size(p: Parameters, size: str) -> str:
 
 
 def plan(p: Parameters, rows: Sequence[Row]) -> list[Cell]:
-    """Every training that is wanted now, in the order of the parts."""
+    """Every training that is wanted now: all parts in their order with a first seed, then more."""
     done = Done(rows)
     parts = {"text": _text, "long": _long, "tasks": _tasks, "memory": _memory,
              "precision": _precision, "clamp": _clamp, "scaling": scaling_cells,
              "pieces": _pieces}
-    return list(dict.fromkeys(cell for part in p.parts for cell in parts[part](p, done)))
+    cells = dict.fromkeys(cell for part in p.parts for cell in parts[part](p, done))
+    return sorted(cells, key=lambda cell: cell.seed > 0)
 
 
 def _text(p: Parameters, done: Done) -> list[Cell]:
