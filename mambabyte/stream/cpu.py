@@ -123,11 +123,15 @@ class NativeAdvance:
 def guided_model(guided: nn.Module, model: ByteLM) -> NativeModel | None:
     """The network ``model`` of a guided model with the parts ``prior``, ``best``, ``kind`` and
     ``gate`` around it (task/guide.py); None where C does not compute what it does."""
-    parts = [getattr(guided, name) for name in ("prior", "best", "kind", "gate")]
-    plain = all(type(part) in (nn.Linear, nn.Embedding) and not part._forward_hooks
-                and not part._forward_pre_hooks and all(map(_readable, part.parameters()))
-                for part in parts)
-    return NativeModel(model, guided) if plain and supports(model) else None
+    readable = plain_parts(guided) and all(map(_readable, guided.parameters()))
+    return NativeModel(model, guided) if readable and supports(model) else None
+
+
+def plain_parts(guided: nn.Module) -> bool:
+    """Whether what a guided model has around its network computes what the engines do."""
+    return all(type(part) in (nn.Linear, nn.Embedding) and not part._forward_hooks
+               and not part._forward_pre_hooks
+               for part in (getattr(guided, name) for name in ("prior", "best", "kind", "gate")))
 
 
 def _new(*shape: int) -> Tensor:

@@ -6,7 +6,7 @@ Models of plain Mamba layers alone go by the first kernel, all others by the sec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from mambabyte.ops.stream.cuda import (
 )
 from mambabyte.ops.stream.hybrid import HybridState
 from mambabyte.stream import hybrid
-from mambabyte.stream.cpu import foreign_layers, say_foreign
+from mambabyte.stream.cpu import foreign_layers, plain_parts, say_foreign
 from mambabyte.stream.layout import is_known
 
 Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
@@ -88,11 +88,14 @@ def shortcut(model: Any, advance: Advance) -> Advance:
     return advance if unsupported(model) else CudaModel(model, advance)
 
 
-def hidden_shortcut(model: ByteLM) -> Hidden:
-    """``model.hidden``, but in one kernel for up to MOST_BYTES embedded bytes of one text."""
+def hidden_shortcut(model: ByteLM, guided: nn.Module | None = None) -> Hidden:
+    """``model.hidden``, but in one kernel for up to MOST_BYTES embedded bytes of one text; with
+    ``guided``, the guided model that it is the network of, a CudaGuided where that is supported."""
     if unsupported(model) or hybrid.unsupported(model):
         return model.hidden
-    return CudaHidden(model)
+    if guided is None or not plain_parts(guided):
+        return CudaHidden(model)
+    return CudaGuided(model, guided)
 
 
 class CudaModel:
@@ -108,14 +111,16 @@ class CudaModel:
         self.streamer = self._states.streamer
         self.from_model, self.for_model = self._states.from_model, self._states.for_model
 
-    @torch.inference_mode()
     def __call__(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
+        if len(data) == 1:  # nothing is recorded; inference mode would cost what a launch does
+            return self.streamer.feed_byte(data[0], self.from_model(state))
+        return self._several(data, state)
+
+    @torch.inference_mode()
+    def _several(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
         if len(data) > MOST_BYTES:
             return self._parallel(data, self.for_model(state))
-        state = self.from_model(state)
-        if len(data) == 1:
-            return self.streamer.feed_byte(data[0], state)
-        log_probs, state = self.streamer.feed(self._tokens(data), state)
+        log_probs, state = self.streamer.feed(self._tokens(data), self.from_model(state))
         return log_probs[0].cpu(), state
 
     @torch.inference_mode()
@@ -151,8 +156,8 @@ class CudaHidden:
     """``(x (1, L, d_model), state) -> (hidden, state)`` as ``ByteLM.hidden``, in one kernel where
     the bytes are few."""
 
-    def __init__(self, model: ByteLM) -> None:
-        self._model, self._states = model, _States(model, plain=False)
+    def __init__(self, model: ByteLM, guided: nn.Module | None = None) -> None:
+        self._model, self._states = model, _States(model, False, guided)
         self.from_model, self.for_model = self._states.from_model, self._states.for_model
 
     @torch.inference_mode()
@@ -163,10 +168,34 @@ class CudaHidden:
         return hidden.to(x.dtype), state
 
 
+class CudaGuided(CudaHidden):
+    """The network of a guided model (task/guide.py), and its gate, in one kernel; the weights are
+    those at the time of construction."""
+
+    def __init__(self, model: ByteLM, guided: nn.Module) -> None:
+        super().__init__(model, guided)
+        # A byte's hints are found on the CPU, and embedded there: four launches cost more.
+        self._tables = [guided.get_parameter(name).detach().float().cpu() for name in (
+            "lm.embedding.weight", "prior.weight", "best.weight", "kind.weight")]
+
+    def guided(self, data: bytes, state: Any, hint: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        """As ``NativeModel.guided``."""
+        embedding, prior, best_of, kind_of = self._tables
+        log_p, best, kind = hint
+        tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        x = embedding[tokens.int()] + best_of[best.int()] + kind_of[kind.int()]
+        x = torch.addmm(x, torch.exp(0.5 * log_p), prior.T)
+        both = torch.cat([x, log_p], 1)[None].to(self._states.streamer.device)
+        return self._states.streamer.guided(
+            both[..., : x.shape[1]], both[..., x.shape[1] :], self.from_model(state))
+
+
 class _States:
     """A model's streamer, and its states in and out of the model's own form."""
 
-    def __init__(self, model: ByteLM, plain: bool = True) -> None:
+    def __init__(
+        self, model: ByteLM, plain: bool = True, guided: nn.Module | None = None
+    ) -> None:
         self._dtype = model.embedding.weight.dtype
         self.streamer: Any
         if plain and _is_plain(model):
@@ -176,12 +205,12 @@ class _States:
                     shape_of(model), model.embedding.weight, [_weights(b) for b in model.layers],
                     _norm(model.norm_f, model.embedding.weight[0]), head.weight)
         else:
-            self.streamer = hybrid.hybrid_streamer(model)
+            self.streamer = hybrid.hybrid_streamer(model, guided)
 
     def from_model(self, state: Any) -> StreamState | HybridState:
         """A model's list of layer states as the kernel takes them; None is the state before the
         first byte."""
-        if isinstance(state, StreamState | HybridState):
+        if isinstance(state, (StreamState, HybridState)):  # a union is made anew each time
             return state
         if state is None:
             return self.streamer.new_state(1)

@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import torch
+from torch import nn
 
 from mambabyte.model import ByteLM
 from mambabyte.model.families.attention import AttentionState, rotary_table
@@ -16,6 +17,7 @@ from mambabyte.model.families.mamba2 import Mamba2State
 from mambabyte.model.mixer import LayerState
 from mambabyte.ops.build.nvrtc import NvrtcError
 from mambabyte.ops.stream.hybrid import THREADS, HybridState, HybridStreamer, check_fit
+from mambabyte.ops.stream.packing import GATE, GATE_BIAS
 
 
 def _epsilons(model: ByteLM) -> tuple[float, float]:
@@ -39,14 +41,18 @@ def unsupported(model: ByteLM) -> str:
     return ""
 
 
-def hybrid_streamer(model: ByteLM) -> HybridStreamer:
-    """What streams the model with the weights that it has now."""
+def hybrid_streamer(model: ByteLM, guided: nn.Module | None = None) -> HybridStreamer:
+    """What streams the model with the weights that it has now; with the gate of ``guided``, the
+    guided model that it is the network of."""
     config = model.config
     rotary = functools.partial(
         rotary_table, half=config.head_dim // 2, base=config.rope_base,
         fraction=config.rope_fraction, device=model.device)
+    parameters = dict(model.named_parameters())
+    if guided is not None:
+        parameters |= {name: guided.get_parameter(name) for name in (GATE, GATE_BIAS)}
     with torch.no_grad():
-        return HybridStreamer(config, dict(model.named_parameters()), *_epsilons(model), rotary)
+        return HybridStreamer(config, parameters, *_epsilons(model), rotary)
 
 
 def hybrid_state(streamer: HybridStreamer, states: list[LayerState]) -> HybridState:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mambabyte.corpus.utf8 import (
     START_BYTE,
@@ -19,6 +19,7 @@ from mambabyte.corpus.utf8 import (
 )
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.model import ByteLM
+from mambabyte.ops.stream.cuda import NOT_NUMBERS
 from mambabyte.stream import cpu as native_model
 from mambabyte.stream import cuda as cuda_model
 from mambabyte.stream.saved import Kept, load_state, save_state
@@ -54,6 +55,7 @@ def place_of(model: ByteModel) -> torch.device:
 
 Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
 Hidden = Callable[[Tensor, Any], tuple[Tensor, Any]]
+Guided = Callable[[bytes, Any, Sequence[Tensor]], tuple[Tensor, Any]]
 
 
 def advance_of(model: ByteModel) -> Advance:
@@ -78,10 +80,16 @@ def advance_of(model: ByteModel) -> Advance:
     return advance if shortcut is None else shortcut(model, advance)
 
 
-def hidden_of(model: ByteLM) -> Hidden:
-    """``model.hidden``, x (B, L, d_model) and state in, the same out, without gradients: by a
-    faster way for a few bytes of one text, which gives the same up to rounding."""
-    return cuda_model.hidden_shortcut(model) if place_of(model).type == "cuda" else model.hidden
+def guided_of(guided: nn.Module, model: ByteLM) -> tuple[Hidden, Guided | None]:
+    """How the network ``model`` of a guided model (task/guide.py) goes on without gradients:
+    ``model.hidden``, x (B, L, d_model) and state in, the same out, by a faster way for a few bytes
+    of one text where there is one; and what an engine has for a few bytes with their hints, (data,
+    state, (log p, best, kind)) in, (log p of the next byte, state) out. Both up to rounding."""
+    if place_of(model).type == "cuda":
+        hidden = cuda_model.hidden_shortcut(model, guided)
+        return hidden, getattr(hidden, "guided", None)
+    native = native_model.guided_model(guided, model)
+    return model.hidden, None if native is None else native.guided
 
 
 class ByteStream:
@@ -107,8 +115,9 @@ class ByteStream:
     def feed(self, data: bytes) -> None:
         """Advance by ``data`` in one call; nothing happens when it is empty."""
         if data:
-            log_probs, self._state = self._advance(data, self._state)
-            self.log_probs = numbers(log_probs)
+            self.log_probs, self._state = self._advance(data, self._state)
+            if len(data) > 1 or not isinstance(self._advance, cuda_model.CudaModel):
+                numbers(self.log_probs)  # one byte's are looked at by the engine, at less cost
 
     def read(self, data: bytes) -> Tensor | None:
         """Advance by ``data`` byte after byte; log p (L, V) before each of its bytes.
@@ -210,7 +219,7 @@ class ByteStream:
 def numbers(log_probs: Tensor) -> Tensor:
     """``log_probs`` as they are; NonFiniteError where one is nan. -inf is a probability of 0."""
     if math.isnan(float(log_probs.sum())):  # a sum is nan if any is: one pass, no copy
-        raise NonFiniteError("the model's probabilities are not numbers: its weights have gone nan")
+        raise NonFiniteError(NOT_NUMBERS)
     return log_probs
 
 

@@ -26,8 +26,7 @@ from mambabyte.config import ModelConfig
 from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.model import ByteLM, embed
 from mambabyte.model.lm import symbols
-from mambabyte.stream.cpu import guided_model
-from mambabyte.stream.streams import Advance, Hidden, hidden_of
+from mambabyte.stream.streams import Advance, Hidden, guided_of
 from mambabyte.task import ngram_native
 from mambabyte.task.ngram import NgramModel, V
 
@@ -231,20 +230,19 @@ class GuidedLM(nn.Module):
 
     def streamed(self) -> Advance:
         """How a stream goes on: the network in its engine, the hints from tables on the CPU."""
-        native = guided_model(self, self.lm)
-        hidden = hidden_of(self.lm) if native is None else self.lm.hidden
+        hidden, guided = guided_of(self, self.lm)
 
         @torch.inference_mode()
         def advance(data: bytes, state: Any) -> tuple[Tensor, Any]:
             assert self.guide is not None, "a guided model needs its guide"
             guide = self.guide.near if len(data) <= _FEW else self.guide
-            if native is not None and len(data) <= _FEW:
+            if guided is not None and len(data) <= _FEW:
                 network, last = (None, None) if state is None else state
                 if last is None:
                     last = torch.full((1, guide.width), START_BYTE, dtype=torch.uint8)
                 text = torch.cat([last[0], torch.frombuffer(bytearray(data), dtype=torch.uint8)])
                 hint = guide.hint(text[1:].unfold(0, guide.width, 1))
-                log_p, network = native.guided(data, network, (hint.log_p, hint.best, hint.kind))
+                log_p, network = guided(data, network, (hint.log_p, hint.best, hint.kind))
                 return log_p, (network, text[None, len(text) - guide.width :])
             tokens = torch.tensor([list(data)], device=self.device)
             logits, state = self._through(tokens, state, guide, hidden)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambabyte.errors import NonFiniteError
 from mambabyte.ops.build.kernel import Kernel, Program, raw_stream
 from mambabyte.ops.build.nvrtc import NvrtcError
 
@@ -25,6 +27,7 @@ THREADS = 384
 CLUSTERS = (16, 8)  # blocks of a cluster, best first; 16 is more than every card grants
 STREAMS = (1, 2, 4, 8)  # streams of a cluster
 ACTIVATIONS = ("relu2", "gelu", "silu")
+NOT_NUMBERS = "the model's probabilities are not numbers: its weights have gone nan"
 _PARAMETERS = "PPPPPPPPPPPIQQiiifif"
 
 
@@ -277,6 +280,7 @@ class Mailbox:
         self.log_probs = self._memory[:VOCABULARY]
         self._at = self._memory.data_ptr() + 4 * VOCABULARY
         self._number = ctypes.c_uint32.from_address(self._at)
+        self._first = ctypes.c_float.from_address(self._memory.data_ptr())
 
     def told(self) -> tuple[int, int]:
         """Where the next kernel tells that it is done, and the number that says so."""
@@ -284,7 +288,7 @@ class Mailbox:
         return self._at, self._ticket
 
     def read(self) -> Tensor:
-        """The log-probabilities, when they are there."""
+        """The log-probabilities, when they are there; NonFiniteError where they are nan."""
         ticket, number = self._ticket, self._number
         while number.value != ticket:
             for _ in range(10_000):
@@ -292,10 +296,51 @@ class Mailbox:
                     break
             else:  # a kernel that failed never tells
                 torch.cuda.current_stream(self.device).query()
+        if math.isnan(self._first.value):  # normalised: where one is nan, all are
+            raise NonFiniteError(NOT_NUMBERS)
         return self.log_probs.clone()
 
 
-class CudaStreamer:
+class ByteFeeder:
+    """What the two engines share: a text is fed, and a byte of it, by ``_launch``."""
+
+    device: torch.device
+
+    def _launch(
+        self, state: Any, log_probs: Tensor, batch: int, length: int, *,
+        tokens: Tensor | None = None, every: bool = False, told: tuple[int, int] = (0, 0),
+    ) -> Any:
+        raise NotImplementedError
+
+    def _begin(self, device: torch.device) -> None:
+        self.device, self._index = device, device.index
+        self._bytes, self._mailbox = every_byte(device), Mailbox(device)
+
+    def feed(
+        self, tokens: Tensor, state: Any, all_positions: bool = False
+    ) -> tuple[Tensor, Any]:
+        """Advance by tokens (B, L) uint8, L at least 1.
+
+        Returns log-probabilities float32 of the byte after the last one, (B, 256), or after each
+        with ``all_positions``, (B, L, 256); and the new state.
+        """
+        batch, length = tokens.shape
+        shape = (batch, length, VOCABULARY) if all_positions else (batch, VOCABULARY)
+        log_probs = torch.empty(shape, device=self.device)
+        return log_probs, self._launch(state, log_probs, batch, length,
+                                       tokens=tokens.contiguous(), every=all_positions)
+
+    def feed_byte(self, byte: int, state: Any) -> tuple[Tensor, Any]:
+        """``feed`` of one byte of one text: log-probabilities (256,) on the CPU, written there by
+        the kernel itself; NonFiniteError where they are nan."""
+        box = self._mailbox
+        with box.lock:
+            new = self._launch(
+                state, box.log_probs, 1, 1, tokens=self._bytes[byte], told=box.told())
+            return box.read(), new
+
+
+class CudaStreamer(ByteFeeder):
     """Steps a model's streams on one device, with the weights as they are now.
 
     embedding and head are (256, d_model). Raises NvrtcError where the device cannot run it; ask
@@ -306,15 +351,15 @@ class CudaStreamer:
         self, shape: Shape, embedding: Tensor, layers: Sequence[LayerWeights],
         final_norm: tuple[Tensor, Tensor], head: Tensor,
     ) -> None:
-        self.shape, self.device = shape, embedding.device
-        self._index = embedding.device.index
+        self.shape = shape
+        self._begin(embedding.device)
         self._blocks = cluster_blocks(shape, self._index)
         if not self._blocks:
             raise NvrtcError(f"no cluster of this model's blocks fits on {self.device}")
         self._embedding = embedding.float().contiguous()
         self._blob = pack(layers, final_norm, head, self._blocks)
-        self._bytes = every_byte(self.device)
-        self._mailbox = Mailbox(self.device)
+        self._weights = self._blob.data_ptr(), self._embedding.data_ptr()
+        self._plans: dict[int, tuple[Kernel, tuple[int, int, int], int]] = {}
 
     def new_state(self, batch: int) -> StreamState:
         """The state before the first byte."""
@@ -324,30 +369,6 @@ class CudaStreamer:
             zeros(s.layers, batch, s.taps - 1, s.d_inner),
             zeros(s.layers, batch, s.d_inner, s.states),
         )
-
-    def feed(
-        self, tokens: Tensor, state: StreamState, all_positions: bool = False
-    ) -> tuple[Tensor, StreamState]:
-        """Advance by tokens (B, L) uint8, L at least 1.
-
-        Returns log-probabilities float32 of the byte after the last one, (B, 256), or after each
-        with ``all_positions``, (B, L, 256); and the new state.
-        """
-        batch, length = tokens.shape
-        shape = (batch, length, VOCABULARY) if all_positions else (batch, VOCABULARY)
-        log_probs = torch.empty(shape, device=self.device)
-        new = self._launch(state, log_probs, batch, length, tokens=tokens.contiguous(),
-                           every=all_positions)
-        return log_probs, new
-
-    def feed_byte(self, byte: int, state: StreamState) -> tuple[Tensor, StreamState]:
-        """``feed`` of one byte of one text: log-probabilities (256,) on the CPU, written there by
-        the kernel itself."""
-        box = self._mailbox
-        with box.lock:
-            new = self._launch(
-                state, box.log_probs, 1, 1, tokens=self._bytes[byte], told=box.told())
-            return box.read(), new
 
     def draw(
         self, log_probs: Tensor, state: StreamState, length: int, temperature: float = 1.0,
@@ -369,20 +390,30 @@ class CudaStreamer:
         return drawn, after, new
 
     def _launch(
-        self, state: StreamState, log_probs: Tensor, batch: int, length: int,
+        self, state: StreamState, log_probs: Tensor, batch: int, length: int, *,
         tokens: Tensor | None = None, first: Tensor | None = None, drawn: Tensor | None = None,
         every: bool = False, seed: int = 0, position: int = 0, temperature: float = 0.0,
         top_k: int = 0, top_p: float = 1.0, told: tuple[int, int] = (0, 0),
     ) -> StreamState:
-        tail, ssm = (t.float().contiguous() for t in state)
+        tail, ssm = state
+        if tail.dtype is not torch.float32 or not (tail.is_contiguous() and ssm.is_contiguous()):
+            tail, ssm = tail.float().contiguous(), ssm.float().contiguous()
         new = StreamState(torch.empty_like(tail), torch.empty_like(ssm))
-        chosen = _plan_for(self.shape, self._blocks, batch, self._index)
+        kernel, grid, shared_bytes = self._planned(batch)
         pointers = [0 if t is None else t.data_ptr() for t in (
-            self._blob, self._embedding, tokens, first, tail, ssm, new.tail, new.ssm, drawn,
-            log_probs)]
-        with torch.cuda.device(self.device):
-            _kernel(chosen, self._index).launch(
-                (chosen.blocks * -(-batch // chosen.streams), 1, 1), (THREADS, 1, 1),
-                chosen.shared_bytes, raw_stream(self._index), *pointers, *told,
-                seed % 2**64, position, batch, length, int(every), temperature, top_k, top_p)
+            tokens, first, tail, ssm, new.tail, new.ssm, drawn, log_probs)]
+        kernel.launch(
+            grid, (THREADS, 1, 1), shared_bytes, raw_stream(self._index), *self._weights,
+            *pointers, *told, seed % 2**64, position, batch, length, int(every), temperature,
+            top_k, top_p)
         return new
+
+    def _planned(self, batch: int) -> tuple[Kernel, tuple[int, int, int], int]:
+        """The kernel for so many texts, its grid and its shared memory."""
+        found = self._plans.get(batch)
+        if found is None:
+            chosen = _plan_for(self.shape, self._blocks, batch, self._index)
+            grid = (chosen.blocks * -(-batch // chosen.streams), 1, 1)
+            found = self._plans[batch] = (
+                _kernel(chosen, self._index), grid, chosen.shared_bytes)
+        return found

@@ -25,7 +25,7 @@
 //   CL, S = 1, T, LAYERS, DM (d_model), DI (d_inner), N, R (dt_rank, 0: from all channels), K (taps),
 //   H (hidden or 0), ACTIVATION, CENTERED, STEM (norm behind the embedding), EPS, TINY, SSD_EPS, CAP, HEADS, KVH,
 //   HD, QKNORM; SH, SG, SN (Mamba-2's heads, groups, states); DH, DV (the delta rule's heads, values of
-//   each); MIXED; M, A, SS, D, KDA (whether there are such layers), CACHES (how many of attention);
+//   each); MIXED; GUIDED (the head has one row more, a gate); M, A, SS, D, KDA (whether there are such layers), CACHES (how many of attention);
 //   TILE (floats of a tile of several rows), TILES (tiles of a byte), SPACE, RESIDENT, STATE and BLOB
 //   (floats of a block's tiles in shared memory, small weights, states and all tiles); where each small
 //   weight of a layer lies (MIX_GAIN, M_CONV, ...), and each vector in shared memory (X, XN, ...).
@@ -37,7 +37,7 @@ constexpr float NOTHING = -3e38f;  // below every score of attention
 constexpr int pad(int n) { return n <= 96 ? parts(n, 32) * 32 : parts(n, 128) * 128; }
 constexpr int most(int a, int b) { return a > b ? a : b; }
 
-constexpr int RD = parts(DM, CL), DC = parts(DI, CL), HC = parts(H ? H : 1, CL), RV = parts(V, CL);
+constexpr int RD = parts(DM, CL), DC = parts(DI, CL), HC = parts(H ? H : 1, CL), RV = parts(V + GUIDED, CL);
 constexpr int XR = R + 2 * N, RX = parts(XR, CL), G = power(N) < 16 ? power(N) : 16;
 constexpr int KV = KVH * HD, RK = parts(KV, CL);
 constexpr int GROUPS = T / 8 / HEADS, HE = parts(HD, 8);  // groups of 8 threads a head; channels each
@@ -71,11 +71,12 @@ inline Number look(const Number *from) {
 }
 
 // Grid CL blocks of T threads. `numbers` are exchanged, from exchange number `exchange` on; for the rest
-// see stream.cu.
+// see stream.cu. `inputs` (streams, steps, DM) are embedded bytes, in place of tokens; `hints` (streams,
+// steps, V) are log-probabilities that a guided model adds to its logits, times its gate.
 extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
-    const float *resident, const float *tiles, const Tile *schedule, Number *numbers, unsigned exchange,
+    Number *numbers, unsigned exchange, const float *resident, const float *tiles, const Tile *schedule,
     const float *embedding, const float *final_norm, const unsigned char *tokens, const float *inputs,
-    const float *first, const float *state_in, float *state_out, float *cache, const float *rotary,
+    const float *hints, const float *first, const float *state_in, float *state_out, float *cache, const float *rotary,
     int rows, int begin, int stored, unsigned char *drawn, float *log_probs, float *hidden,
     unsigned *done, unsigned ticket, unsigned long long seed, unsigned long long position, int streams,
     int steps, int all, float temperature, int top_k, float top_p) {
@@ -566,11 +567,16 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
                 hidden[step * DM + i] = fmaf(xn[i], final_norm[i], final_norm[DM + i]);
         times(Columns<DM>{}, RV, xn, [&](int r, float v) {
             float value = v + small[HEAD_BIAS + r];
-            if (CAP > 0.f)  // CAP tanh(value / CAP)
+            if (CAP > 0.f && rank * RV + r < V)  // CAP tanh(value / CAP)
                 value = CAP * (1.f - 2.f / (1.f + __expf(value * (2.f / CAP))));
             if (lane == 0) send(mem + LOGIT + rank * RV + r, value);
         });
         take_all(LOGIT, CL * RV);
+        if (GUIDED && hints) {
+            for (int i = tid; i < V; i += T)
+                mem[LOGIT + i] = fmaf(mem[LOGIT + V], hints[step * V + i], mem[LOGIT + i]);
+            __syncthreads();
+        }
         now_used = 0, parity ^= 1;
         if (log_probs && (all || t + 1 == steps))
             write_log_probs(mem + LOGIT, log_probs, text, streams, all ? steps : 1, all ? t : 0);

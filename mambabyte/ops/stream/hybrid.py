@@ -19,10 +19,10 @@ from torch import Tensor
 from mambabyte.config import ModelConfig
 from mambabyte.ops.build.kernel import Kernel, raw_stream
 from mambabyte.ops.build.nvrtc import NvrtcError
-from mambabyte.ops.stream.cuda import VOCABULARY, Mailbox, every_byte, shared_limit, split
+from mambabyte.ops.stream.cuda import VOCABULARY, ByteFeeder, shared_limit, split
 from mambabyte.ops.stream.packing import THREADS, Built, Packed, pack, program, schedule
 
-_PARAMETERS = "PPPPIPPPPPPPPPiiiPPPPIQQiiifif"
+_PARAMETERS = "PI" + 13 * "P" + "iiiPPPPIQQiiifif"
 _WIDTHS = (128, 64, 32, 16, 8)  # blocks, each alone on a multiprocessor, best first
 _TURNS = 4096  # positions whose rotary angles are computed at a time
 _MOST_EXCHANGES = 6  # a layer
@@ -171,7 +171,7 @@ class _Exchange:
         return self._next - count
 
 
-class HybridStreamer:
+class HybridStreamer(ByteFeeder):
     """Steps texts of a model of any layers on one device, with the weights as they are now.
 
     ``parameters`` are those of a ByteLM of ``config`` by their names in it; ``eps`` is that of its
@@ -186,20 +186,22 @@ class HybridStreamer:
     ) -> None:
         self.config = config
         self.embedding = parameters["embedding.weight"].float().contiguous()
-        self.device, self._rotary = self.embedding.device, rotary
-        self._index = self.device.index
+        self._begin(self.embedding.device)
+        self._rotary = rotary
         self._packed = _packed(config, parameters, eps, tiny, self._index)
         self._constants = dict(self._packed.constants)
         self.blocks = int(self._constants["CL"])
         self._kernel, self._built = _kernel(self._packed.constants, self._index)
         self._schedule = torch.tensor(schedule(self._packed.sizes, self._built.space),
                                       dtype=torch.int32, device=self.device)
+        packed = self._packed
+        self._weights = [t.data_ptr() for t in (
+            packed.resident, packed.tiles, self._schedule, self.embedding, packed.final_norm)]
         self._exchanges: dict[int, _Exchange] = {}
         self._lock = threading.Lock()
         self._windows = [{"A": config.attention_window, "L": config.local_window}[letter]
                          for letter in config.layers if letter in "AL"]
         self._turns: tuple[int, Tensor] = (-1, self.embedding)
-        self._bytes, self._mailbox = every_byte(self.device), Mailbox(self.device)
 
     # ------------------------------------------------------------------------------- states
 
@@ -276,34 +278,23 @@ class HybridStreamer:
 
     # ------------------------------------------------------------------------------- running
 
-    def feed(
-        self, tokens: Tensor, state: HybridState, all_positions: bool = False
+    def guided(
+        self, x: Tensor, hints: Tensor, state: HybridState
     ) -> tuple[Tensor, HybridState]:
-        """Advance by tokens (B, L) uint8, L at least 1.
-
-        Returns log-probabilities float32 of the byte after the last one, (B, 256), or after each
-        with ``all_positions``, (B, L, 256); and the new state.
-        """
-        batch, length = tokens.shape
-        shape = (batch, length, VOCABULARY) if all_positions else (batch, VOCABULARY)
-        log_probs = torch.empty(shape, device=self.device)
-        return log_probs, self._launch(
-            state, batch, length, tokens=tokens.contiguous(), log_probs=log_probs,
-            every=all_positions)
-
-    def feed_byte(self, byte: int, state: HybridState) -> tuple[Tensor, HybridState]:
-        """As ``CudaStreamer.feed_byte``."""
+        """Advance one text by embedded bytes x (1, L, d_model), where log-probabilities ``hints``
+        (1, L, 256), times the gate of a guided model, are added to the logits: log-probabilities
+        (256,) of the byte after the last one, on the CPU, and the new state."""
         box = self._mailbox
         with box.lock:
-            new = self._launch(
-                state, 1, 1, tokens=self._bytes[byte], log_probs=box.log_probs, told=box.told())
+            new = self._launch(state, box.log_probs, 1, x.shape[1], inputs=x.contiguous(),
+                               hints=hints.contiguous(), told=box.told())
             return box.read(), new
 
     def hidden(self, x: Tensor, state: HybridState) -> tuple[Tensor, HybridState]:
         """Advance by embedded bytes x (B, L, d_model): what the head reads, of x's shape."""
         x = x.float().contiguous()
         found = torch.empty_like(x)
-        return found, self._launch(state, len(x), x.shape[1], inputs=x, hidden=found)
+        return found, self._launch(state, None, len(x), x.shape[1], inputs=x, hidden=found)
 
     def draw(
         self, log_probs: Tensor, state: HybridState, length: int, temperature: float = 1.0,
@@ -314,9 +305,8 @@ class HybridStreamer:
         drawn = torch.empty((batch, length), dtype=torch.uint8, device=self.device)
         after = torch.empty((batch, VOCABULARY), device=self.device)
         new = self._launch(
-            state, batch, length, first=log_probs.float().contiguous(), drawn=drawn,
-            log_probs=after, seed=seed, position=position, temperature=temperature, top_k=top_k,
-            top_p=top_p)
+            state, after, batch, length, first=log_probs.float().contiguous(), drawn=drawn,
+            seed=seed, position=position, temperature=temperature, top_k=top_k, top_p=top_p)
         return drawn, after, new
 
     def _angles(self, position: int, length: int) -> Tensor:
@@ -331,20 +321,18 @@ class HybridStreamer:
         return table[position - start :]
 
     def _launch(
-        self, state: HybridState, batch: int, length: int, tokens: Tensor | None = None,
-        inputs: Tensor | None = None, first: Tensor | None = None, drawn: Tensor | None = None,
-        log_probs: Tensor | None = None, hidden: Tensor | None = None, every: bool = False,
-        seed: int = 0, position: int = 0, temperature: float = 0.0, top_k: int = 0,
-        top_p: float = 1.0, told: tuple[int, int] = (0, 0),
+        self, state: HybridState, log_probs: Tensor | None, batch: int, length: int, *,
+        tokens: Tensor | None = None, every: bool = False, told: tuple[int, int] = (0, 0),
+        inputs: Tensor | None = None, hints: Tensor | None = None, first: Tensor | None = None,
+        drawn: Tensor | None = None, hidden: Tensor | None = None, seed: int = 0,
+        position: int = 0, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
     ) -> HybridState:
         state, room = self._grown(state, length)
         numbers, angles = torch.empty_like(state.numbers), self._angles(state.position, length)
-        packed, stream = self._packed, raw_stream(self._index)
+        stream, shape = raw_stream(self._index), state.cache.shape
         pointers = [0 if t is None else t.data_ptr() for t in (
-            self.embedding, packed.final_norm, tokens, inputs, first, state.numbers, numbers,
-            state.cache, angles)]
+            tokens, inputs, hints, first, state.numbers, numbers, state.cache, angles)]
         results = [0 if t is None else t.data_ptr() for t in (drawn, log_probs, hidden)]
-        rows = state.cache.shape[3] * state.cache.shape[4]
         with self._lock:  # of two threads on one stream the first to count is the first to launch
             if stream not in self._exchanges:
                 self._exchanges[stream] = _Exchange(self._built.places, self.device)
@@ -352,10 +340,9 @@ class HybridStreamer:
             number = exchange.take(batch * length * (_MOST_EXCHANGES * self.config.n_layer + 1))
             self._kernel.launch(
                 (self.blocks, 1, 1), (THREADS, 1, 1), self._built.shared_bytes, stream,
-                packed.resident.data_ptr(), packed.tiles.data_ptr(), self._schedule.data_ptr(),
-                exchange.numbers.data_ptr(), number, *pointers, rows, state.begin, state.stored,
-                *results, *told, seed % 2**64, position, batch, length, int(every), temperature,
-                top_k, top_p, together=True)
+                exchange.numbers.data_ptr(), number, *self._weights, *pointers,
+                shape[3] * shape[4], state.begin, state.stored, *results, *told, seed % 2**64,
+                position, batch, length, int(every), temperature, top_k, top_p, together=True)
         new = _Held(numbers, state.cache, state.begin, state.stored + length,
                     state.position + length)
         new.room = room

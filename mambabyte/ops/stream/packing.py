@@ -23,6 +23,7 @@ THREADS = 512
 KINDS = {"M": 0, "A": 1, "L": 1, "S": 2, "D": 3, "K": 4}  # as in the kernel, by letter
 TILE = 4096  # floats of a tile of several rows; a longer row is one alone
 RING = 16384  # floats through which tiles pass that find no place of their own
+GATE, GATE_BIAS = "gate.weight", "gate.bias"  # of a guided model, beside its network's parameters
 _LOG2E = 1.4426950408889634
 # What lies among a layer's small weights; 0 where it has none.
 _SMALL = ("MIX_GAIN", "MIX_BIAS", "MLP_GAIN", "MLP_BIAS", "STREAM", "EMBEDDED", "SKIP",
@@ -239,12 +240,16 @@ class _Packer:
         layers = [self.layer(i) for i in range(c.n_layer)]
         tied = "head.weight" not in self.parameters
         bias = self.get("head.bias", 0.0, (VOCABULARY,))
-        head = self.rows("norm_f", [self.get("embedding.weight" if tied else "head.weight")], bias)
+        head = self.get("embedding.weight" if tied else "head.weight")
+        if guided := GATE in self.parameters:
+            head = torch.cat([head, self.get(GATE)])
+            bias = torch.cat([bias, self.get(GATE_BIAS)])
+        head_bias = self.rows("norm_f", [head], bias)
         stem = self.get("norm_embedding.weight", 1.0, (d,))
         first = stem * (self.get("layers.0.stream_gain", 1.0, (d,))
                         + self.get("layers.0.embedded_gain", 0.0, (d,)))
         sizes = _sizes(c, self.blocks)
-        tables, at, states, caches = [], _up(7 * c.n_layer + 2 * d + head.shape[1]), 0, 0
+        tables, at, states, caches = [], _up(7 * c.n_layer + 2 * d + head_bias.shape[1]), 0, 0
         slots = {skip: j for j, skip in enumerate(s for s in c.skips if s is not None)}
         for i, (letter, small) in enumerate(zip(c.layers, layers, strict=True)):
             skip = c.skips[i]
@@ -255,13 +260,13 @@ class _Packer:
             states += state_floats(c, letter, self.blocks)
             caches += letter in "AL"
         numbers = torch.tensor(tables, dtype=torch.int32).view(torch.float32).to(self.like.device)
-        model = torch.cat([self.every(numbers), self.every(stem), self.every(first), head], 1)
+        model = torch.cat([self.every(numbers), self.every(stem), self.every(first), head_bias], 1)
         resident = torch.cat([F.pad(model, (0, -model.shape[1] % 4)), *layers], 1)
         sizes_of = tuple(t.shape[1] for t in self.tiles)
         constants = sizes | self.offsets | {
             "CL": self.blocks, "S": 1, "T": THREADS, "TILE": TILE, "TILES": len(sizes_of),
-            "CACHES": max(1, caches), "RESIDENT": resident.shape[1], "STATE": _up(states),
-            "BLOB": sum(sizes_of),
+            "GUIDED": int(guided), "CACHES": max(1, caches), "RESIDENT": resident.shape[1],
+            "STATE": _up(states), "BLOB": sum(sizes_of),
             "EPS": self.eps, "TINY": self.tiny, "SSD_EPS": float(c.ssd_norm_eps),
             "CAP": c.logit_softcap}
         norm = torch.stack([self.get("norm_f.weight", 1.0, (d,)),
@@ -317,8 +322,8 @@ def _regions(z: Mapping[str, Any]) -> dict[str, int]:
         "DTS": blocks * max(heads, delta_heads, rows), "BETA": blocks * delta_heads,
         "F": _pad(blocks * low), "GL": _pad(blocks * low), "GATES": delta * blocks * values,
         "Y": _pad(blocks * max(channels, rows, values)), "HIDDEN": _pad(blocks * part(z["H"])),
-        "LOGIT": blocks * part(VOCABULARY), "PROB": VOCABULARY, "KEPT": VOCABULARY, "BYTE": 4,
-        "SCHEDULE": 4 * z["TILES"], "BARS": 2 * z["TILES"],
+        "LOGIT": blocks * part(VOCABULARY + z["GUIDED"]), "PROB": VOCABULARY, "KEPT": VOCABULARY,
+        "BYTE": 4, "SCHEDULE": 4 * z["TILES"], "BARS": 2 * z["TILES"],
     }  # fmt: skip
 
 

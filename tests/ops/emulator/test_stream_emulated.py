@@ -17,7 +17,9 @@ from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
 from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.stream import hybrid, packing
+from mambabyte.stream.cuda import CudaGuided
 from mambabyte.stream.hybrid import hybrid_layers, hybrid_state, hybrid_streamer
+from mambabyte.task.guide import GuidedLM, Hint
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -120,3 +122,24 @@ def test_bytes_given_drawn_and_embedded(name: str, texts: int, length: int) -> N
                 assert a == b
             elif b.numel():
                 assert relative_rms(a, b) < 3e-6
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.long
+@torch.inference_mode()
+def test_a_guided_models_hints_and_gate() -> None:
+    torch.manual_seed(1)
+    model = GuidedLM(replace(ODD, layer_pattern="MA", logit_softcap=5.0), n_kinds=7).eval()
+    for p in model.parameters():
+        p += 0.2 * torch.randn(p.shape)
+    data = b"abc"
+    hint = Hint(torch.log_softmax(3 * torch.randn(3, 256), -1),
+                *(torch.randint(7, (3,)).to(torch.uint8) for _ in range(2)))
+    engine = CudaGuided(model.lm, model)
+    found, state = engine.guided(data[:1], None, (hint.log_p[:1], hint.best[:1], hint.kind[:1]))
+    last, _ = engine.guided(data[1:], state, (hint.log_p[1:], hint.best[1:], hint.kind[1:]))
+    whole = Hint(*(x[None] for x in (hint.log_p, hint.best, hint.kind)))
+    hidden, _ = model.lm.hidden(model.embedded(torch.tensor([list(data)]), whole))
+    wanted = torch.log_softmax(model.combined(hidden, whole).double(), -1)[0]
+    assert relative_rms(found, wanted[0]) < 1e-5
+    assert relative_rms(last, wanted[2]) < 1e-5
