@@ -7,6 +7,9 @@ import torch
 from scan_cases import poison
 from torch import Tensor
 
+from analysis.measure.audit.kinds import draw
+from analysis.measure.audit.run import LARGE, Audit, check_case
+from analysis.measure.audit.targets import find_target
 from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
 from mambabyte.ops import gated_delta_rule, ssd_scan
@@ -193,6 +196,20 @@ def test_delta_past_two_to_the_31() -> None:
         end, last_2 = gated_delta_rule(*second, initial_state=state, form="fused")
     assert relative_rms(o[:, -1000:], end[:, -1000:]) < LIMIT[torch.bfloat16]
     assert relative_rms(last, last_2) < LIMIT[torch.bfloat16]
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("mambabyte.ops.conv.dispatch:causal_conv", None), ("mambabyte.ops:ssd_scan", None),
+    ("mambabyte.ops:gated_delta_rule", "delta"), ("mambabyte.ops:gated_delta_rule", "kda")])
+def test_rows_past_two_to_the_31(name: str, kind: str | None) -> None:
+    """First and last row of a batch of more elements are what they are alone, gradients too."""
+    target = find_target(name, kind)
+    x = target.taken(draw(target.kind, LARGE, torch.bfloat16, "cuda"))
+    found = check_case(target, "offsets past 2^31", LARGE, x, LIMIT[torch.bfloat16], None,
+                       Audit("", "", "", {}, []))
+    if any(f.note == "out of memory" for f in found):
+        pytest.skip("needs most of 140 GiB of GPU memory")
+    assert {f.verdict for f in found} == {"ok"}
 
 
 @pytest.mark.parametrize("family", list(OPERATORS))

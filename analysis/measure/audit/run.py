@@ -26,7 +26,8 @@ Verdict = Literal["ok", "fault", "note", "refused"]
 MOST_FILES = 8  # one a check and a case, of those that fail first
 # By which a function says that it does not take an input; any other exception is a fault.
 REFUSALS = (UserError, NotImplementedError, ValueError, AssertionError)
-_LARGE = Case("more than 2^31 elements", 8192, batch=1, widths="wide")
+# What offsets of 32 bits do not reach; of a row that is drawn.
+LARGE = Case("more than 2^31 elements", 8192, batch=1, widths="wide")
 _ALL = ("definition", "repeat", "one gradient", "inputs", "poisoned memory", "row alone",
         "other rows", "causality", "handover")
 
@@ -40,7 +41,7 @@ def plan(kind: Kind, device: str) -> list[tuple[Case, tuple[str, ...]]]:
         cases = [(case if case.widths == "odd" else replace(case, widths="wide"), checks)
                  for case, checks in cases if case.widths != "wide"]
     if on_card and kind.name != "attention":
-        cases.append((_LARGE, ("offsets past 2^31",)))
+        cases.append((LARGE, ("offsets past 2^31",)))
     return cases
 
 
@@ -117,7 +118,7 @@ def audit(
     found = _begun(target, device)
     todo = [(dtype, case, checks) for dtype in dtypes
             for case, checks in plan(target.kind, device) if _asked(target, case, dtype)]
-    todo.sort(key=lambda item: item[1] is _LARGE)  # last: a crash of the card ends what follows
+    todo.sort(key=lambda item: item[1] is LARGE)  # last: a crash of the card ends what follows
     names = [f"{case.name}, {str(dtype).removeprefix('torch.')}" for dtype, case, _ in todo]
     number = 0
     try:
@@ -164,7 +165,7 @@ def _begun(target: Target, device: str) -> Audit:
 def _asked(target: Target, case: Case, dtype: torch.dtype) -> bool:
     if case.documents and not target.has("documents"):
         return False
-    return case is not _LARGE or dtype in (torch.bfloat16, torch.float16)
+    return case is not LARGE or dtype in (torch.bfloat16, torch.float16)
 
 
 def check_case(
@@ -187,7 +188,7 @@ def check_case(
             dtype, "refused" if isinstance(error, REFUSALS) else "fault"))
     faults = [f for f in findings if f.verdict == "fault"]
     kept = {f.file for f in found.findings if f.file}
-    if faults and folder is not None and len(kept) < MOST_FILES and case is not _LARGE:
+    if faults and folder is not None and len(kept) < MOST_FILES and case is not LARGE:
         path = _keep(folder, len(kept) + 1, target, check, case, x, bound)
         findings = [Finding(**{**vars(f), "file": path}) if f.verdict == "fault" else f
                     for f in findings]
