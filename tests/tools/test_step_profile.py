@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from analysis.cli import main
+from analysis.cli.studies.tables import parts_table
+from analysis.measure.bench import steps
 from analysis.measure.bench.steps import OTHER, part_of, rivals, use_published_mixers
 from mambabyte.config import get_preset
 from mambabyte.model import ByteLM
@@ -38,6 +40,31 @@ from mambabyte.model.families.mamba import MambaMixer
     ("triton_poi_fused_add_causal_conv_backward_view_6", "other compiled code")])
 def test_operators_belong_to_parts(operator: str, part: str) -> None:
     assert part_of(operator) == part
+
+
+def test_what_was_timed_before_an_interruption_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    preset, lines, calls = get_preset("smoke"), [], []
+    config = replace(preset.model, n_layer=1)
+
+    def interrupted(step: object, device: str, count: int = 1, last: int = 6) -> float:
+        calls.append(count)
+        if len(calls) > last:
+            raise KeyboardInterrupt
+        return float(len(calls))
+
+    monkeypatch.setattr(steps, "seconds_of", interrupted)
+    monkeypatch.setattr(steps, "training_step", lambda *_: (lambda: None, 0.0))
+    given = {"first": config, "second": config}, preset.train, "cpu", "eager"
+    # two to count steps, then rounds of two: the first whole, of the second one
+    frame, parts = steps.bench_steps(*given, rounds=9, say=lines.append)
+    assert list(frame["system"]) == ["first", "second"]
+    assert list(frame["ms"]) == [4000.0, 5000.0]  # of 3 and 5, and of 4 and 6
+    assert not len(parts)
+    assert len(parts_table(parts)) == 0
+    assert lines[-1].startswith("interrupted: the timings of before are kept, of 2 systems")
+    calls[:] = [0] * 4
+    with pytest.raises(KeyboardInterrupt):
+        steps.bench_steps(*given, rounds=9)
 
 
 def test_the_parts_add_up_to_the_step(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -308,11 +309,19 @@ def bench_start(options: Start) -> int:
     ways = options.ways or (("fused", "compile") if cuda else ("eager",))
     check(options.systems, ways, device)
     data = bytes(load_corpus(options.corpus, say).train)
-    frame = pd.DataFrame([row for name in options.systems for way in ways
-                          for row in starts(name, way, device, data, options.caches, say)])
     captured = [way for way in ways if cuda and options.pace and way not in ("auto", "eager")]
-    pace = pd.DataFrame([row for name in options.systems
-                         for row in step_ms(name, captured, device)])
+    started: list[dict] = []
+    paced: list[dict] = []
+    try:
+        for name, way in product(options.systems, ways):
+            started += starts(name, way, device, data, options.caches, say)
+        for name in options.systems if captured else ():
+            paced += step_ms(name, captured, device)
+    except KeyboardInterrupt:
+        if not started:
+            raise
+        say(f"interrupted: the {len(started) + len(paced)} rows of before are kept")
+    frame, pace = pd.DataFrame(started), pd.DataFrame(paced)
     keep(options, {"systems": list(options.systems), "ways": list(ways), "device": device,
                     "corpus": options.corpus}, start_values(frame, pace),
           {"starts": (STARTS_TABLE, frame)} | ({"pace": (PACE_TABLE, pace)} if len(pace) else {}),

@@ -158,7 +158,8 @@ def bench_steps(
     mixers run.
     parts: (system, part, ms, share, kernel), largest first; ``kernel`` is the one that took most of
     it, as the profiler names it. On the CPU the parts are scaled to the clock's total, which takes
-    out what the profiler costs; ``ms`` of a part on CUDA is the kernels' own.
+    out what the profiler costs; ``ms`` of a part on CUDA is the kernels' own. An interruption keeps
+    what was timed before it, without parts; KeyboardInterrupt where that is nothing.
     """
     if way != "eager" and not device.startswith("cuda"):
         raise UserError(f"--way {way} captures CUDA graphs: use eager on {device}")
@@ -182,24 +183,36 @@ def bench_steps(
     counts = {name: max(1, round(seconds / rounds / seconds_of(stepper, device, 2)))
               for name, stepper in steppers.items()}
 
+    took: dict[str, list[float]] = {name: [] for name in configs}
+
     def once(name: str) -> float:
         meter = EnergyMeter(device)
-        took = seconds_of(steppers[name], device, counts[name])
+        seconds = seconds_of(steppers[name], device, counts[name])
         gross = meter.read().gross_joules
+        took[name].append(seconds)
         joules[name] += float("nan") if gross is None else gross
-        return took
+        return seconds
 
-    took = in_turns({name: partial(once, name) for name in steppers}, rounds,
-                    round_done=lambda number: say(f"round {number} of {rounds}"))
+    try:
+        in_turns({name: partial(once, name) for name in steppers}, rounds,
+                 round_done=lambda number: say(f"round {number} of {rounds}"))
+        profiled = set(configs)
+    except KeyboardInterrupt:
+        rows, profiled = [row for row in rows if took[row["system"]]], set()
+        if not rows:
+            raise
+        say(f"interrupted: the timings of before are kept, of {len(rows)} systems, without parts")
     for row in rows:
         name = row["system"]
         low, median, high = quartiles(took[name])
         row |= {"ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high,
                 "bytes_per_second": size / median,
-                "joules_per_megabyte": joules[name] / (rounds * counts[name] * size) * 1e6}
+                "joules_per_megabyte": joules[name] / (len(took[name]) * counts[name] * size) * 1e6}
         row["times_first"] = row["ms"] / rows[0]["ms"]
-        parts += _parts(name, steppers[name], device, row["ms"])
-    return pd.DataFrame(rows), pd.DataFrame(parts)
+        if name in profiled:
+            parts += _parts(name, steppers[name], device, row["ms"])
+    return pd.DataFrame(rows), pd.DataFrame(
+        parts, columns=["system", "part", "ms", "share", "kernel"])
 
 
 def step_values(frame: pd.DataFrame) -> dict[str, tuple[float, str, str]]:

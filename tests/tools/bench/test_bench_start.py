@@ -8,6 +8,7 @@ import subprocess
 import pandas as pd
 import pytest
 
+from analysis.cli import main
 from analysis.measure.bench import start
 from mambabyte.errors import UserError
 
@@ -51,3 +52,23 @@ def test_a_child_that_fails_is_one_line(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(start.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(UserError, match="smoke by eager ended with 1: UserError: no text"):
         start._child("smoke", "eager", "cpu", tmp_path)
+
+
+def test_what_was_started_before_an_interruption_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"system": "smoke", "way": "eager", "caches": "cold", "mark": "step 1", "seconds": 1.0,
+           "joules": float("nan")}
+
+    def starts(name: str, *_: object) -> list[dict[str, object]]:
+        if name != "smoke":
+            raise KeyboardInterrupt
+        return [row]
+
+    monkeypatch.setattr(start, "starts", starts)
+    command = ["bench", "start", "--device", "cpu", "--corpus", __file__, "--json", "--systems"]
+    assert main([*command, "smoke", "mamba_byte"]) == 0
+    said = capsys.readouterr()
+    assert len(json.loads(said.out)["starts"]) == 1
+    assert "interrupted: the 1 rows of before are kept" in said.err
+    assert main([*command, "mamba_byte"]) == 130
