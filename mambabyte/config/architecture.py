@@ -37,7 +37,8 @@ class Architecture(Checked):
     """Number of layers."""
     layer_pattern: str = "M"
     """Mixers, a letter a layer, cycled over n_layer: MMMA is three SSM layers to one of attention.
-    M Mamba, S Mamba-2, D Gated DeltaNet, K Kimi Delta Attention, A attention, L local attention."""
+    M Mamba, S Mamba-2, R Mamba-3, D Gated DeltaNet, K Kimi Delta Attention, A attention, L local
+    attention."""
     norm: Literal["layer", "rms", "rms_plain"] = "layer"
     """Norm before every mixer and MLP; rms_plain is an RMS norm without weights."""
     norm_eps: NotNegative | None = None
@@ -62,13 +63,15 @@ class Architecture(Checked):
     ssm_bias: bool = False
     """Biases in the projections into and out of Mamba and Mamba-2."""
     ssd_head_dim: Count = 64
-    """Channels of a head of Mamba-2."""
+    """Channels of a head of Mamba-2 and Mamba-3."""
     ssd_d_state: Count = 64
-    """States of a head of Mamba-2."""
+    """States of a head of Mamba-2 and Mamba-3."""
     ssd_groups: Count = 1
-    """Groups of heads of Mamba-2 that share B and C."""
+    """Groups of heads of Mamba-2 and Mamba-3 that share B and C."""
     ssd_norm_eps: NotNegative = 1e-5
     """Added to the mean square in Mamba-2's gated norm."""
+    ssd_rope_fraction: Annotated[float, above(0, 1)] = 0.5
+    """Share of the states of Mamba-3 that turn, in pairs."""
     delta_head_dim: Count = 64
     """Key channels of a head of the delta rule, whose heads are d_model / delta_head_dim."""
     delta_expand_v: Count = 1

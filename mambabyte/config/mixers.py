@@ -192,6 +192,17 @@ class LocalAttentionSpec(AttentionSpec):
         return "local_attention"
 
 
+def check_heads(about: str, config: Architecture) -> None:
+    """Raise UserError where d_inner does not split into heads, and these into groups."""
+    if config.d_inner % config.ssd_head_dim:
+        raise UserError(f"d_inner {config.d_inner} does not split into heads of ssd_head_dim "
+                        f"{config.ssd_head_dim} channels")
+    heads = config.d_inner // config.ssd_head_dim
+    if heads % config.ssd_groups:
+        raise UserError(f"{heads} heads of {about} do not split into ssd_groups "
+                        f"{config.ssd_groups}")
+
+
 class Mamba2Spec(MixerSpec):
     """Mamba-2; names and shapes are those of the public checkpoints."""
 
@@ -199,13 +210,7 @@ class Mamba2Spec(MixerSpec):
 
     @classmethod
     def check(cls, config: Architecture) -> None:
-        if config.d_inner % config.ssd_head_dim:
-            raise UserError(f"d_inner {config.d_inner} does not split into heads of ssd_head_dim "
-                            f"{config.ssd_head_dim} channels")
-        heads = config.d_inner // config.ssd_head_dim
-        if heads % config.ssd_groups:
-            raise UserError(f"{heads} heads of Mamba-2 do not split into ssd_groups "
-                            f"{config.ssd_groups}")
+        check_heads(cls.about, config)
 
     @classmethod
     def shapes(cls, config: Architecture) -> dict[str, Shape]:
@@ -224,6 +229,49 @@ class Mamba2Spec(MixerSpec):
     def group(cls, name: str) -> str:
         part = name.partition(".")[0]
         return "mamba2_conv" if part == "conv1d" else f"mamba2_{part}"
+
+
+class Mamba3Spec(MixerSpec):
+    """Mamba-3 of one input and one output a head; names and shapes are those of the public
+    module."""
+
+    about = "Mamba-3"
+    not_decayed = frozenset({"B_bias", "C_bias"})  # biases, of a shape for several inputs a head
+
+    @classmethod
+    def check(cls, config: Architecture) -> None:
+        check_heads(cls.about, config)
+        if config.ssd_d_state % 2 or not cls.pairs(config):
+            raise UserError(
+                f"ssd_d_state {config.ssd_d_state} with ssd_rope_fraction "
+                f"{config.ssd_rope_fraction} has {cls.pairs(config)} pairs of states that turn: "
+                "Mamba-3 needs an even ssd_d_state and at least one pair")
+
+    @classmethod
+    def pairs(cls, config: Architecture) -> int:
+        """Pairs of states that turn."""
+        return int(config.ssd_d_state * config.ssd_rope_fraction) // 2
+
+    @classmethod
+    def widths(cls, config: Architecture) -> tuple[int, ...]:
+        """What in_proj makes: z, x, B, C, and of dt, decay, mix and angle."""
+        D, shared = config.d_inner, config.ssd_groups * config.ssd_d_state
+        heads = D // config.ssd_head_dim
+        return D, D, shared, shared, heads, heads, heads, cls.pairs(config)
+
+    @classmethod
+    def shapes(cls, config: Architecture) -> dict[str, Shape]:
+        d, D, N = config.d_model, config.d_inner, config.ssd_d_state
+        heads = D // config.ssd_head_dim
+        return {
+            "in_proj.weight": (sum(cls.widths(config)), d), "dt_bias": (heads,),
+            "B_bias": (heads, 1, N), "C_bias": (heads, 1, N), "D": (heads,),
+            "B_norm.weight": (N,), "C_norm.weight": (N,), "out_proj.weight": (d, D),
+        }
+
+    @classmethod
+    def group(cls, name: str) -> str:
+        return f"mamba3_{name.partition('.')[0]}"
 
 
 class DeltaSpec(MixerSpec):
@@ -299,5 +347,6 @@ add_spec("M", MambaSpec)
 add_spec("A", AttentionSpec)
 add_spec("L", LocalAttentionSpec)
 add_spec("S", Mamba2Spec)
+add_spec("R", Mamba3Spec)
 add_spec("D", GatedDeltaNetSpec)
 add_spec("K", KimiDeltaSpec)

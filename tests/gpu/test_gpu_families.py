@@ -80,7 +80,7 @@ def test_ssd_kernels_repeat_to_the_bit() -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-DELTA = [family for family in OPERATORS if family != "ssd"]
+DELTA = [family for family in OPERATORS if family not in ("ssd", "mamba3")]
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000])
@@ -247,7 +247,7 @@ def test_opcheck() -> None:
                               (*(t.detach().requires_grad_() for t in tensors), True))
 
 
-@pytest.mark.parametrize("letter", "SDK")
+@pytest.mark.parametrize("letter", "SRDK")
 def test_a_layer_streams_what_it_computes_at_once_under_autocast(letter: str) -> None:
     model = ByteLM(ModelConfig(d_model=128, n_layer=2, layer_pattern=letter)).cuda()
     tokens = torch.randint(0, 256, (2, 140), device="cuda")

@@ -1,18 +1,37 @@
-"""Inputs of SSD and of the gated delta rule, hard ones too, and their results with gradients."""
+"""Inputs of SSD, of Mamba-3's scan and of the gated delta rule, hard ones too, and their results
+with gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mambabyte.ops.delta.dispatch import gated_delta_rule
 from mambabyte.ops.ssd.dispatch import ssd_scan
+from mambabyte.ops.ssd.mamba3 import Mamba3State, mamba3_scan
 
 Inputs = dict[str, Tensor]
+
+
+def mamba3(
+    x: Tensor, *, initial_state: Tensor | None = None, **others: Any
+) -> tuple[Tensor, Tensor]:
+    """``mamba3_scan`` with the three tensors of its state as one, (B, H, N + P + P N)."""
+    channels, states = x.shape[-1], others["B"].shape[-1]
+    state = None
+    if initial_state is not None:
+        k, v, h = initial_state.split([states, channels, channels * states], 2)
+        state = Mamba3State(k, v, h.unflatten(2, (channels, states)))
+    y, state = mamba3_scan(x, initial_state=state, **others)
+    return y, torch.cat([state.k_state, state.v_state, state.ssm_state.flatten(2)], 2)
+
+
 OPERATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "ssd": ssd_scan, "gated delta": gated_delta_rule, "channel gates": gated_delta_rule}
+    "ssd": ssd_scan, "mamba3": mamba3, "gated delta": gated_delta_rule,
+    "channel gates": gated_delta_rule}
 # Gates: log-decays a step, drawn evenly from between the two; "mixed" jumps between both ends.
 GATES = {"gentle": (-0.5, -1e-3), "one": (0.0, 0.0), "strong": (-90.0, -20.0), "zero": (-1e6, -1e6),
          "mixed": (-1e6, -1e-6)}
@@ -45,6 +64,19 @@ def make_inputs(
             "x": normal(batch, length, heads, values), "dt": dt.to(dtype), "A": A.to(wide),
             "B": normal(batch, length, groups, keys), "C": normal(batch, length, groups, keys),
             "D": normal(heads, dtype=wide), "initial_state": state.mT.contiguous(),
+        }
+    if family == "mamba3":
+        bias = normal(2, heads, keys, dtype=wide)
+        last = normal(batch, heads, keys + values, dtype=wide)
+        return {
+            "x": normal(batch, length, heads, values), "dt": (0.5 + share).to(wide),
+            "log_decay": log_decay.to(wide),
+            "B": normal(batch, length, groups, keys), "C": normal(batch, length, groups, keys),
+            # Some turns a step, to and fro; mixes from one end of a step to the other.
+            "theta": 10 * normal(batch, length, max(1, keys // 4), dtype=wide),
+            "mix": (1.2 * even(batch, length, heads) - 0.1).clamp(0, 1).to(wide),
+            "D": normal(heads, dtype=wide), "B_bias": bias[0], "C_bias": bias[1],
+            "initial_state": torch.cat([last, state.flatten(2)], 2),
         }
     q, k = (t / t.norm(dim=-1, keepdim=True) for t in (
         normal(batch, length, heads, keys, dtype=torch.float64) for _ in range(2)))

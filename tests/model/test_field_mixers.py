@@ -25,12 +25,14 @@ BASE = ModelConfig(d_model=32, n_layer=2, norm="rms", ssd_head_dim=16, ssd_d_sta
 CONFIGS = {
     "Mamba-2": replace(BASE, layer_pattern="S"),
     "Mamba-2, groups": replace(BASE, layer_pattern="S", ssd_groups=2, expand=1),
+    "Mamba-3, groups": replace(BASE, layer_pattern="R", ssd_groups=2, expand=1, norm="layer",
+                               ssd_rope_fraction=1.0),
     "Gated DeltaNet": replace(BASE, layer_pattern="D"),
     "Gated DeltaNet, wide": replace(BASE, layer_pattern="D", delta_expand_v=2, d_conv=1),
     "KDA": replace(BASE, layer_pattern="K"),
     "KDA, wide": replace(BASE, layer_pattern="K", delta_expand_v=2, norm="layer"),
     "local attention": replace(BASE, layer_pattern="L", local_window=12),
-    "hybrid": replace(BASE, layer_pattern="SDKMAL", n_layer=6, mlp_ratio=1.0, local_window=8),
+    "hybrid": replace(BASE, layer_pattern="SDKRMAL", n_layer=7, mlp_ratio=1.0, local_window=8),
 }
 by_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -78,6 +80,15 @@ def test_names_are_those_of_the_public_mamba2_checkpoints():
         "out_proj.weight": (768, 1536)}
 
 
+def test_names_are_those_of_the_public_mamba3_module():
+    # mamba_ssm's Mamba3(d_model=768), of one input and output: 128 states, half of them turn.
+    config = ModelConfig(d_model=768, n_layer=1, layer_pattern="R", ssd_d_state=128)
+    assert MIXERS["R"].shapes(config) == {
+        "in_proj.weight": (2 * 1536 + 2 * 128 + 3 * 24 + 32, 768), "dt_bias": (24,),
+        "B_bias": (24, 1, 128), "C_bias": (24, 1, 128), "D": (24,), "B_norm.weight": (128,),
+        "C_norm.weight": (128,), "out_proj.weight": (768, 1536)}
+
+
 @by_config
 def test_state_bytes_are_those_of_a_stream(config):
     model = ByteLM(config)
@@ -111,7 +122,7 @@ def test_kept_bytes_are_exact(config, autocast, batch, length):
     assert predicted == measure_saved(config, batch, length, autocast)
 
 
-@pytest.mark.parametrize("letter", "SDK")
+@pytest.mark.parametrize("letter", [*"SDK", pytest.param("R", marks=pytest.mark.long)])
 @pytest.mark.parametrize("autocast", ["fp32", "bf16"])
 def test_peak_of_a_step(letter, autocast):
     # What the backward pass takes for itself is a fit here, not a sum of tensors: 8 %, not 5.
@@ -138,6 +149,12 @@ def test_scans_by_hand():
     # bias, softplus and rate 3 a head.
     assert scan["forward_flops_per_byte"] == 4 * 16 * 8 * 5 + 64 * 3 + 4 * 3
     assert scan["exp_per_byte"] == 12
+    scan = flops_table(replace(config, layer_pattern="R"), 10).set_index("module").loc[
+        "Mamba-3 scan"]
+    # The same state; skip and own part 2 a channel; of each head 5 a state, 15 for each of 2 pairs
+    # that turn, 10 of gates.
+    assert scan["forward_flops_per_byte"] == 4 * 16 * 8 * 5 + 64 * 2 + 4 * (8 * 5 + 2 * 15 + 10)
+    assert scan["exp_per_byte"] == 4 * (7 + 2 * 2) + 2
     for letter, gates in (("D", 4), ("K", 32)):
         config = replace(BASE, n_layer=1, layer_pattern=letter)
         rows = flops_table(config, 10).set_index("module")
@@ -147,7 +164,7 @@ def test_scans_by_hand():
         assert rule["exp_per_byte"] == 3 * gates + 4
 
 
-@pytest.mark.parametrize("letter", "SDK")
+@pytest.mark.parametrize("letter", "SRDK")
 def test_cost_of_a_byte_does_not_grow_with_the_length(letter):
     config = replace(BASE, layer_pattern=letter)
     assert flops_per_byte(config, 64) == flops_per_byte(config, 65536)
@@ -157,10 +174,15 @@ def test_cost_of_a_byte_does_not_grow_with_the_length(letter):
 def test_roles():
     found = roles(ByteLM(CONFIGS["hybrid"]))
     of = {letter: {name.removeprefix(f"layers.{i}.mixer."): role for name, role in found.items()
-                   if name.startswith(f"layers.{i}.mixer.")} for i, letter in enumerate("SDK")}
+                   if name.startswith(f"layers.{i}.mixer.")} for i, letter in enumerate("SDKR")}
     assert of["S"] == {
         "dt_bias": "free", "A_log": "free", "D": "free", "in_proj.weight": "muon",
         "conv1d.weight": "decay", "conv1d.bias": "free", "norm.weight": "free",
+        "out_proj.weight": "muon"}
+    # Biases of B and C are no maps, and what starts at 1 is not pulled to 0.
+    assert of["R"] == {
+        "dt_bias": "free", "B_bias": "free", "C_bias": "free", "D": "free",
+        "in_proj.weight": "muon", "B_norm.weight": "free", "C_norm.weight": "free",
         "out_proj.weight": "muon"}
     # What makes a gate is for AdamW: a row moves the gate of a head, or spreads over all channels.
     assert {n for n, role in of["D"].items() if role == "decay"} == {
@@ -191,7 +213,7 @@ def test_every_parameter_learns(config, optimizer):
     assert losses[-1] < 0.6 * losses[0]
 
 
-@pytest.mark.parametrize("letter", "SDK")
+@pytest.mark.parametrize("letter", "SRDK")
 def test_exponent_and_definition(letter):
     config = replace(BASE, layer_pattern=letter)
     mixer = MIXERS[letter](config)
@@ -199,6 +221,10 @@ def test_exponent_and_definition(letter):
     if letter == "S":
         inputs = mixer.scan_inputs(x, None)[0]
         log_decay = inputs["A"] * F.softplus(inputs["dt"] + inputs["dt_bias"])
+    elif letter == "R":
+        inputs = mixer.scan_inputs(x)[0]
+        rate = mixer.in_proj(x)[..., -10:-6]  # behind it a mix a head and two angles
+        log_decay = -F.softplus(rate) * inputs["dt"]
     else:
         log_decay = mixer.log_decay(x)
     log_decay = log_decay.detach()
@@ -212,6 +238,9 @@ def test_exponent_and_definition(letter):
 @pytest.mark.parametrize(("change", "message"), [
     ({"layer_pattern": "S", "ssd_head_dim": 24}, "d_inner 64 does not split into heads"),
     ({"layer_pattern": "S", "ssd_groups": 3}, "4 heads of Mamba-2 do not split"),
+    ({"layer_pattern": "R", "ssd_groups": 3}, "4 heads of Mamba-3 do not split"),
+    ({"layer_pattern": "R", "ssd_d_state": 7}, "ssd_d_state 7 with ssd_rope_fraction 0.5 has 1"),
+    ({"layer_pattern": "R", "ssd_d_state": 2}, "has 0 pairs"),
     ({"layer_pattern": "D", "delta_head_dim": 24}, "d_model 32 does not split"),
     ({"layer_pattern": "K", "delta_head_dim": 0}, "delta_head_dim is 0"),
 ])

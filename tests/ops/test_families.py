@@ -1,7 +1,8 @@
-"""SSD and the gated delta rule: definitions by hand, chunked forms against the definitions."""
+"""SSD, Mamba-3 and the gated delta rule: definitions by hand, other forms against these."""
 
 from __future__ import annotations
 
+import cmath
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.delta.dispatch import gated_delta_rule
 from mambabyte.ops.ssd.decay import decayed_products
 from mambabyte.ops.ssd.dispatch import ssd_scan
+from mambabyte.ops.ssd.mamba3 import mamba3_scan
 from tests.helpers.family_cases import GATES, OPERATORS, in_dtype, make_inputs, results
 
 FAMILIES = list(OPERATORS)
@@ -66,6 +68,54 @@ def test_ssd_is_the_selective_scan_with_a_decay_a_head():
     assert relative_rms(state.flatten(1, 2), state1) < 1e-14
 
 
+def test_mamba3_by_hand():
+    """One head, one channel, one pair of states as a complex number, by Python's."""
+    turn, x, B, C = 0.5, (3.0, -1.0, 2.0), (1 + 2j, 0.5 - 1j, 2j), (1 - 1j, 3 + 0j, 1 + 1j)
+    dt, rate, mix = (0.5, 2.0, 1.0), (-1.0, -0.25, -0.1), (0.25, 1.0, 0.0)
+    h, before, wanted = 0j, 0j, []
+    for t in range(3):
+        a = cmath.exp(dt[t] * (rate[t] - 1j * turn))
+        written = x[t] * (B[t] + (1 + 1j))
+        h = a * h + (1 - mix[t]) * dt[t] * a * before + mix[t] * dt[t] * written
+        before = written
+        wanted.append((h * C[t].conjugate()).real + 10 * x[t])
+
+    def number(values, *shape):
+        return torch.tensor(values, dtype=torch.float64).view(1, 3, *shape)
+
+    def pairs(values):
+        return number([[z.real, z.imag] for z in values], 1, 2)
+
+    step, one = number(dt, 1), torch.ones(1, 2, dtype=torch.float64)
+    y, state = mamba3_scan(
+        number(x, 1, 1), step, step * number(rate, 1), pairs(B), pairs(C), number([turn] * 3, 1),
+        number(mix, 1), torch.tensor([10.0], dtype=torch.float64), B_bias=one, form="recurrent")
+    assert y.flatten().tolist() == pytest.approx(wanted, abs=1e-14)
+    assert state.ssm_state.flatten().tolist() == pytest.approx([h.real, h.imag], abs=1e-14)
+    assert state.k_state.flatten().tolist() == [1, 3]
+    assert state.v_state.item() == 2
+
+
+def test_mamba3_that_writes_at_the_end_of_a_step_and_does_not_turn_is_ssd():
+    inputs = make_inputs("mamba3", 2, 29, heads=4, keys=4, values=5, groups=2)
+    x, dt, _, B, C, theta, mix, D, *_ = inputs.values()
+    A = -torch.rand(4, dtype=torch.float64)
+    y, state = mamba3_scan(
+        x, dt, dt * A, B, C, 0 * theta, torch.ones_like(mix), D, form="chunked", chunk_size=8)
+    y1, h1 = ssd_scan(x, dt, A, B, C, D, form="recurrent")
+    assert relative_rms(y, y1) < 1e-14
+    assert relative_rms(state.ssm_state, h1) < 1e-14
+
+
+def test_whole_turns_are_nothing():
+    """However many there are in a step: only what is left over turns."""
+    inputs = in_dtype(make_inputs("mamba3", 1, 200, keys=4, values=3), torch.float32)
+    inputs["dt"] = torch.ones_like(inputs["dt"])
+    theta = torch.rand(inputs["theta"].shape, dtype=torch.float64)
+    found = OPERATORS["mamba3"](**inputs | {"theta": theta + 2 * math.pi * 100_000})[0]
+    assert relative_rms(found, OPERATORS["mamba3"](**inputs | {"theta": theta})[0]) < 1e-7
+
+
 def test_delta_rule_by_hand():
     # Two orthogonal keys. Each step halves the state, then writes; the second write replaces.
     k = torch.tensor([[1.0, 0], [0, 1], [1, 0]], dtype=torch.float64).view(1, 3, 1, 2)
@@ -86,10 +136,23 @@ def test_delta_rule_by_hand():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_definition_gradients_against_finite_differences(family):
-    inputs = make_inputs(family, 1, 4, heads=2, keys=3, values=2)
-    names, tensors = list(inputs), [t.requires_grad_() for t in inputs.values()]
-    assert torch.autograd.gradcheck(lambda *args: OPERATORS[family](
-        **dict(zip(names, args, strict=True)), form="recurrent"), tensors)
+    f, vector = of_one_vector(
+        OPERATORS[family], make_inputs(family, 1, 4, heads=2, keys=3, values=2), form="recurrent")
+    assert torch.autograd.gradcheck(f, vector, fast_mode=True)
+
+
+def of_one_vector(function, inputs, **options):
+    """``function`` as a map of one vector to another, and the vector of ``inputs``: what is checked
+    by differences costs as little as one input."""
+    shapes = [t.shape for t in inputs.values()]
+
+    def f(vector):
+        parts = vector.split([s.numel() for s in shapes])
+        found = function(**{name: part.view(shape) for name, part, shape in zip(
+            inputs, parts, shapes, strict=True)}, **options)
+        return torch.cat([t.flatten() for t in found])
+
+    return f, torch.cat([t.flatten() for t in inputs.values()]).requires_grad_()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,8 +172,8 @@ def test_forms_equal_the_definition(family, length, form):
 @pytest.mark.parametrize("repeated_keys", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_survive_every_gate(family, gates, repeated_keys, form):
-    if family == "ssd" and repeated_keys:
-        return  # nothing in SSD depends on how keys lie
+    if family in ("ssd", "mamba3") and repeated_keys:
+        return  # nothing in these depends on how keys lie
     inputs = make_inputs(family, 2, 53, gates=gates, repeated_keys=repeated_keys)
     wanted = results(family, inputs, "recurrent")
     assert_close(results(family, inputs, form, 16), wanted, 1e-12)
@@ -235,15 +298,12 @@ def test_the_operator_keeps_its_inputs_alone(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_operator_has_second_derivatives_and_shapes_without_data(family):
     inputs = make_inputs(family, 1, 4, heads=1, keys=2, values=2)
-    names, tensors = list(inputs), [t.requires_grad_() for t in inputs.values()]
-
-    def f(*args):
-        return OPERATORS[family](**dict(zip(names, args, strict=True)), form="fused")
-
-    assert torch.autograd.gradgradcheck(f, tensors)
-    real = f(*tensors)
+    f, vector = of_one_vector(OPERATORS[family], inputs, form="fused")
+    assert torch.autograd.gradgradcheck(f, vector, fast_mode=True)
+    real = OPERATORS[family](**inputs, form="fused")
     with torch._subclasses.FakeTensorMode() as mode:
-        fake = f(*(mode.from_tensor(t) for t in tensors))
+        fake = OPERATORS[family](
+            **{name: mode.from_tensor(t) for name, t in inputs.items()}, form="fused")
     assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in real]
 
 
@@ -254,6 +314,13 @@ def test_the_operator_has_second_derivatives_and_shapes_without_data(family):
     ("ssd", {"C": torch.zeros(2, 5, 1, 9)}, "C has shape"),
     ("ssd", {"initial_state": torch.zeros(2, 3, 8, 6)}, "initial_state has shape"),
     ("ssd", {"form": "fast"}, "SSD form 'fast' is unknown"),
+    ("mamba3", {"x": torch.zeros(2, 5, 6)}, "x has shape"),
+    ("mamba3", {"B": torch.zeros(2, 5, 2, 8)}, "groups a divisor of 3 heads"),
+    ("mamba3", {"theta": torch.zeros(2, 5, 5)}, "at most 4 pairs of the 8 states"),
+    ("mamba3", {"mix": torch.zeros(2, 5)}, r"mix has shape \(2, 5\): expected \(2, 5, 3\)"),
+    ("mamba3", {"C_bias": torch.zeros(8)}, "C_bias has shape"),
+    ("mamba3", {"form": "fast"}, "Mamba-3 form 'fast' is unknown"),
+    ("mamba3", {"chunk_size": 0}, "chunk_size is 0"),
     ("gated delta", {"k": torch.zeros(2, 0, 3, 8)}, "k has shape"),
     ("gated delta", {"q": torch.zeros(2, 5, 3, 9)}, "q has shape"),
     ("gated delta", {"v": torch.zeros(2, 5, 6)}, "v has shape"),

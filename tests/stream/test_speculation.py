@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from mambabyte.config import ModelConfig
-from mambabyte.model import MIXERS, ByteLM
+from mambabyte.model import ByteLM
 from mambabyte.stream import ByteStream, advance_of, streams
 from mambabyte.stream.generation import FirstOf, Repetitions, Speculation
+from mambabyte.stream.layout import KINDS
 from tests.conftest import TEXT
 
 CONFIG = ModelConfig(d_model=16, n_layer=2, d_state=3, n_head=2, n_kv_head=1, attention_window=12,
@@ -68,7 +69,7 @@ def engine(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("letters", ["MA", "".join(MIXERS)])
+@pytest.mark.parametrize("letters", ["MA", "".join(kind.letter for kind in KINDS)])
 def test_the_text_is_that_of_plain_generation(letters, engine):
     model = lm(letters)
     assert hasattr(advance_of(model), "ahead") == (engine == "engine")  # else both are one case

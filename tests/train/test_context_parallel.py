@@ -47,17 +47,17 @@ def check(found: dict[str, dict[str, float]]) -> None:
 def three(tmp_path_factory):
     """Three processes, and lengths that do not divide."""
     folder = tmp_path_factory.mktemp("three")
-    return folder, run(3, folder, "MSDKAL/17/float64", "MSDKAL/50/float32", "train=3")
+    return folder, run(3, folder, "MSDKALR/17/float64", "MSDKALR/50/float32", "train=3")
 
 
 def test_split_equals_whole(three):
     _, found = three
-    assert len(found["MSDKAL/17/float64"]) > 60  # a value for each parameter
+    assert len(found["MSDKALR/17/float64"]) > 60  # a value for each parameter
     check(found)
 
 
 def test_all_mixers_are_among_them():
-    assert set(MIXERS) == set("MSDKAL")
+    assert set(MIXERS) == set("MSDKALR")
 
 
 def test_a_split_run_is_the_run_of_one(three, tmp_path):

@@ -32,7 +32,7 @@ def models():
     return {letter: ByteLM(ModelConfig(
         d_model=16, n_layer=1, layer_pattern=letter, n_head=1, n_kv_head=1, d_state=4,
         ssd_head_dim=16, ssd_d_state=4, delta_head_dim=16, attention_window=64, local_window=4))
-        for letter in "MSDKAL"}
+        for letter in "MSRDKAL"}
 
 
 @pytest.mark.parametrize("letter", "MSDK")
@@ -59,7 +59,7 @@ def test_a_state_decays_as_its_log_decays_say(models, letter):
 def test_half_lives_are_of_mixers_with_decays_alone(models):
     for letter, model in models.items():
         rows = half_lives(model, TOKENS[None])
-        assert len(rows) == (letter in "MSDK")
+        assert len(rows) == (letter in "MSRDK")
         for found in rows:
             assert 0 < found["half_life_5"] <= found["half_life_50"] <= found["half_life_95"]
     (decay,) = log_decays(models["M"], TOKENS[None])
@@ -77,7 +77,7 @@ def test_effective_context_scores_the_same_bytes_whole_and_in_pieces(models):
     assert found[128] == pytest.approx(float(whole) / math.log(2), rel=1e-5)
 
 
-@pytest.mark.parametrize("letter", "MSDKAL")
+@pytest.mark.parametrize("letter", "MSRDKAL")
 def test_the_implicit_map_is_causal_and_local_attention_is_local(models, letter):
     shares = attention_map(models[letter], TOKENS, 0)
     assert shares.sum(1).allclose(torch.ones(24), atol=1e-4)

@@ -1,0 +1,233 @@
+"""The mixer of Mamba-3, one input and one output a head, and its costs in closed form.
+
+Symbols: D = d_inner = H P, H heads of P channels; N states, of which S pairs turn; G groups of
+heads, each with its own B and C.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambabyte.config import ModelConfig
+from mambabyte.config.mixers import Mamba3Spec, Shape
+from mambabyte.model import sequence
+from mambabyte.model.families.delta import HeadNorm
+from mambabyte.model.families.mamba import inverse_softplus
+from mambabyte.model.families.mamba2 import (
+    SCAN_BACKWARD_PER_STATE,
+    SCAN_FORWARD_PER_STATE,
+    has_kernel,
+)
+from mambabyte.model.mixer import (
+    FLOAT32,
+    FORMULA,
+    Around,
+    Kept,
+    Mixer,
+    Operations,
+    Step,
+    largest_exponent,
+    operator_against_definition,
+    register,
+    widened,
+)
+from mambabyte.ops import Mamba3State, mamba3_scan
+from mambabyte.ops.ssd.chunked import CHUNK
+from mambabyte.ops.ssd.cuda import CHUNK as KERNEL_CHUNK
+from mambabyte.ops.ssd.decay import chunk_length
+from mambabyte.ops.ssd.mamba3 import per_head
+from mambabyte.ops.ssd.recurrent import turns
+
+LEAST_RATE = 1e-4  # of decay, a unit of time
+
+
+@register("R")
+class Mamba3Mixer(Mixer, Mamba3Spec):
+    """Mamba-3 (Lahoti et al. 2026, arXiv:2603.15569, section 3), the public module's without norm
+    before out_proj; its sign of angles, the opposite of the paper's.
+
+    in_proj -> (z, x, B, C, dt, decay, mix, angle); B and C -> RMS norm -> bias a head -> scan with
+    complex decays and both ends of each step -> gate silu(z) -> out_proj. No convolution.
+    """
+
+    has_decays = True
+    state_name = "ssm"
+    splits_length = True
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.parts, self.groups = self.widths(config), config.ssd_groups
+        self.heads = config.d_inner // config.ssd_head_dim
+        self.in_proj = nn.Linear(config.d_model, sum(self.parts), bias=False)
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        dt = torch.exp(torch.rand(self.heads) * (high - low) + low)
+        self.dt_bias = nn.Parameter(inverse_softplus(dt))
+        self.B_bias = nn.Parameter(torch.ones(self.heads, 1, config.ssd_d_state))
+        self.C_bias = nn.Parameter(torch.ones(self.heads, 1, config.ssd_d_state))
+        self.B_norm = HeadNorm(config.ssd_d_state)
+        self.C_norm = HeadNorm(config.ssd_d_state)
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
+        if config.zero_init_out:
+            nn.init.zeros_(self.out_proj.weight)
+
+    def scan_inputs(self, x: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """What :func:`mambabyte.ops.mamba3_scan` reads of x (B, L, d_model), by name; and z (B, L,
+        D)."""
+        z, u, B, C, dt, rate, mix, angle = self.in_proj(x).split(self.parts, dim=-1)
+        step = F.softplus(widened(dt) + widened(self.dt_bias))
+        inputs = {
+            "x": u.unflatten(-1, (self.heads, -1)), "dt": step,
+            "log_decay": -(F.softplus(widened(rate)).clamp(min=LEAST_RATE) * step),
+            "B": self.B_norm(B.unflatten(-1, (self.groups, -1))),
+            "C": self.C_norm(C.unflatten(-1, (self.groups, -1))),
+            "theta": math.pi * torch.tanh(widened(angle)), "mix": torch.sigmoid(widened(mix)),
+            "B_bias": widened(self.B_bias).squeeze(1), "C_bias": widened(self.C_bias).squeeze(1),
+        }
+        return inputs, z
+
+    def forward(
+        self, x: Tensor, state: Mamba3State | None, ages: Tensor | None = None
+    ) -> tuple[Tensor, Mamba3State]:
+        inputs, z = self.scan_inputs(x)
+        piece = sequence.current()
+        if piece is not None:
+            state = self.entering(piece, inputs, state, ages)
+        y, state = mamba3_scan(**inputs, D=widened(self.D), initial_state=state, ages=ages)
+        return self.out_proj(y.flatten(2) * F.silu(z)), state
+
+    def entering(
+        self, piece: sequence.Piece, inputs: dict[str, Any], state: Mamba3State | None,
+        ages: Tensor | None,
+    ) -> Mamba3State:
+        """The state before the own stretch, where the one before the sequence is ``state``."""
+        B, u = inputs["B"], inputs["x"]
+        k = per_head(widened(B[:, -1:]), inputs["B_bias"], self.heads)
+        sizes = [self.heads * k.shape[3], self.heads * u.shape[3]]
+        last = torch.cat([k.flatten(2), widened(u[:, -1:]).flatten(2)], 2)
+        tail = None if state is None else torch.cat(
+            [state.k_state.flatten(1), state.v_state.flatten(1)], 1)[:, None]
+        tail = sequence.tail_before(last, 2, tail)
+        assert tail is not None
+        k_state, v_state = (t.unflatten(1, (self.heads, -1))
+                            for t in tail.squeeze(1).split(sizes, 1))
+        nothing = k.new_zeros(*v_state.shape, k.shape[3])
+        _, end = mamba3_scan(
+            **inputs, initial_state=Mamba3State(k_state, v_state, nothing), ages=ages)
+        # What the stretch makes of a state: of each pair (N / 2, 2) a turn, decayed.
+        angle = turns(inputs["theta"], inputs["dt"])[:, -1]
+        angle = F.pad(angle, (0, k.shape[3] // 2 - angle.shape[2]))
+        cos, sin = torch.cos(angle), torch.sin(angle)
+        turn = torch.stack([cos, sin, -sin, cos], -1).unflatten(-1, (2, 2))
+        decay = torch.exp(inputs["log_decay"].sum(1))[..., None, None, None] * turn
+        h = piece.arriving(
+            sequence.unbroken(decay, ages), _by_pair(end),
+            None if state is None else _by_pair(state), matrices=True)
+        return Mamba3State(k_state, v_state, h.flatten(2, 3).mT)
+
+    @torch.no_grad()
+    def exponent(self, x: Tensor, state: Mamba3State | None, chunk: int) -> float:
+        return largest_exponent(self.scan_inputs(x)[0]["log_decay"], chunk)
+
+    def log_decays(self, x: Tensor) -> Tensor:
+        found: Tensor = self.scan_inputs(x)[0]["log_decay"]
+        return found
+
+    def against_definition(self, x: Tensor) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        def scan(**inputs: Any) -> tuple[Tensor, Tensor]:
+            y, state = mamba3_scan(**inputs)
+            return y, state.ssm_state
+
+        return operator_against_definition(scan, self.scan_inputs(x)[0])
+
+    @classmethod
+    def state_shapes(cls, config: ModelConfig, seen: int) -> dict[str, Shape]:
+        head, N = config.ssd_head_dim, config.ssd_d_state
+        heads = config.d_inner // head
+        return {"k_state": (heads, N), "v_state": (heads, head), "ssm_state": (heads, head, N)}
+
+    @classmethod
+    def operations(
+        cls, config: ModelConfig, length: int, causal: bool = True
+    ) -> list[Operations]:
+        d, D, N, S = config.d_model, config.d_inner, config.ssd_d_state, cls.pairs(config)
+        heads = D // config.ssd_head_dim
+        # Beside the state: the step's own part and the skip. Of each head B and C with bias (2 N),
+        # turned (12 S) and decayed (N), their product (2 N), angles (3 S), gates.
+        around = 2 * D + heads * (5 * N + 15 * S + 10)
+        forward = SCAN_FORWARD_PER_STATE * D * N + around
+        backward = SCAN_BACKWARD_PER_STATE * D * N + 2 * around
+        return [
+            Operations("Mamba-3 in_proj", 2 * d * sum(cls.widths(config))),
+            # Two softplus, a sigmoid and a decay a head, sine and cosine of its pairs, one tanh.
+            Operations("Mamba-3 scan", forward, heads * (7 + 2 * S) + S, FORMULA,
+                       backward / forward),
+            Operations("Mamba-3 out_proj", 2 * D * d),
+        ]
+
+    @classmethod
+    def elementwise(cls, config: ModelConfig) -> tuple[float, float]:
+        # The norms of B and C; SiLU of the gate (2 and 1), the gate.
+        D, groups = config.d_inner, config.ssd_groups
+        return 4 * 2 * groups * config.ssd_d_state + 3 * D, D + 2 * groups
+
+    @classmethod
+    def kept(cls, config: ModelConfig, step: Step) -> list[Kept]:
+        d, D, N, S = config.d_model, config.d_inner, config.ssd_d_state, cls.pairs(config)
+        heads, shared = D // config.ssd_head_dim, 2 * config.ssd_groups * N
+        tokens, itemsize, half = step.tokens, step.itemsize, step.itemsize != FLOAT32
+        terms = [
+            ("projection", "output of in_proj", tokens * sum(cls.widths(config)), itemsize),
+            ("norm", "1/rms of B and C", 2 * tokens * config.ssd_groups, FLOAT32),
+            ("norm", "B and C, normalised", tokens * shared, itemsize),
+            ("scan input", "B and C", tokens * shared, itemsize),
+            ("scan input", "step sizes, rates, log-decays and mixes, and what they are made of",
+             6 * tokens * heads, FLOAT32),
+            ("scan input", "angles a unit of time, and their tanh", 2 * tokens * S, FLOAT32),
+            ("gate", "y and silu(z)", 2 * tokens * D, itemsize),
+            ("projection", "input of out_proj", tokens * D, itemsize),
+        ]
+        if half:
+            terms += [("scan input", "rates before their softplus", tokens * heads, FLOAT32),
+                      ("casts", "weights, cast",
+                       (sum(cls.widths(config)) + D) * d + 2 * N, itemsize)]
+            if step.device == "cpu":  # it norms in float32
+                terms.append(("norm", "B and C before their norm", tokens * shared, FLOAT32))
+        return [Kept(*term) for term in terms]
+
+    @classmethod
+    def moments(
+        cls, config: ModelConfig, step: Step, around: Around
+    ) -> dict[str, tuple[int, int]]:
+        wide = step.tokens * config.d_inner * step.itemsize
+        # Gone: what is behind the scan, y and silu(z) and their product. There: the gradients of y
+        # and z.
+        there = around.held - around.mlp - 3 * wide + around.residual + 2 * wide
+        return {"scan backward": (there + scan_workspace(config, step),
+                                  around.done + FLOAT32 * config.d_inner * config.d_model)}
+
+
+def _by_pair(state: Mamba3State) -> Tensor:
+    """(B, H, P, N) -> (B, H, N / 2, 2, P)."""
+    return state.ssm_state.mT.unflatten(2, (-1, 2))
+
+
+def scan_workspace(config: ModelConfig, step: Step) -> int:
+    """Bytes that the scan's backward pass takes above what is kept: the intermediate tensors of a
+    second forward.
+
+    Numbers a channel, a state of a head, a pair of steps in a chunk, a state of a chunk and a pair
+    that turns, fitted to the profiler's count at 21 sizes on a CPU; whole steps come out within
+    5 %. With SSD's kernels there are no pairs of steps; what that takes on a card was not measured.
+    """
+    D, N, S = config.d_inner, config.ssd_d_state, Mamba3Mixer.pairs(config)
+    heads, kernels = D // config.ssd_head_dim, has_kernel(config, step)
+    chunk = KERNEL_CHUNK if kernels else chunk_length(CHUNK, step.length)
+    chunks = step.batch * -(-step.length // chunk)
+    a_step = 6.8 * D + heads * (6.8 * N + 3.7 * S + (0 if kernels else 5.7 * chunk))
+    return round(FLOAT32 * (chunks * chunk * a_step + 3.1 * chunks * D * N))
