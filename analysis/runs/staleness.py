@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -27,9 +28,10 @@ COMPANIONS = (".c", ".cu", ".h", ".json", ".mplstyle", ".toml", ".txt")
 
 def digest(modules: Iterable[str], notebook: Path, root: Path = ROOT) -> str:
     """Hex digest (16 digits) of a notebook's code and of all sources behind it and ``modules``."""
-    names = {*modules, *_imports(ast.parse(notebook_code(notebook)), "", root)}
+    tree = ast.parse(notebook_code(notebook))
+    names = {*modules, *_imports(_named(tree), "", root)}
     total = hashlib.sha256()
-    total.update(ast.dump(_bare(ast.parse(notebook_code(notebook)))).encode())
+    total.update(ast.dump(_bare(tree)).encode())
     for path in source_files(names, root):
         total.update(f"\0{path.relative_to(root).as_posix()}\0".encode())
         total.update(_content(path, path.stat().st_mtime_ns))
@@ -64,10 +66,10 @@ def source_files(modules: Iterable[str], root: Path = ROOT) -> list[Path]:
         if path is None:
             continue
         found.add(path)
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        named = _named_in(path, path.stat().st_mtime_ns)
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        todo += [package, *_imports(tree, package, root)]
-        found.update(_companions(tree, (path.parent, path.parent.parent, root / "data")))
+        todo += [package, *_imports(named, package, root)]
+        found.update(_companions(named, (path.parent, path.parent.parent, root / "data")))
     return sorted(found)
 
 
@@ -84,20 +86,45 @@ def notebook_code(notebook: Path) -> str:
     return "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
 
 
-def _imports(tree: ast.AST, package: str, root: Path) -> Iterator[str]:
+@dataclass
+class _Named:
+    """What a program names of other files: module, dots before it and names taken of it of each
+    import, and the strings that may be a file's name."""
+
+    imports: list[tuple[str, int, list[str]]] = field(default_factory=list)
+    strings: list[str] = field(default_factory=list)
+
+
+def _named(tree: ast.AST) -> _Named:
+    named = _Named()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            named.imports += [(alias.name, 0, []) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = package.split(".")
-                parents = parts[: len(parts) - node.level + 1]
-                base = ".".join([*parents, *([base] if base else [])])
-            yield base
-            # from package import module
-            yield from (f"{base}.{alias.name}" for alias in node.names
-                        if _module_file(f"{base}.{alias.name}", root))
+            names = [alias.name for alias in node.names]
+            named.imports.append((node.module or "", node.level, names))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) \
+                and node.value.endswith(COMPANIONS) and len(node.value) < 100:
+            named.strings.append(node.value)
+    return named
+
+
+@cache
+def _named_in(path: Path, _changed: int) -> _Named:
+    """Of a file, read once: every study and drawing depends on most of them."""
+    return _named(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def _imports(named: _Named, package: str, root: Path) -> Iterator[str]:
+    for base, level, names in named.imports:
+        if level:
+            parts = package.split(".")
+            parents = parts[: len(parts) - level + 1]
+            base = ".".join([*parents, *([base] if base else [])])
+        yield base
+        # from package import module
+        yield from (f"{base}.{name}" for name in names
+                    if _module_file(f"{base}.{name}", root))
 
 
 def _module_file(name: str, root: Path) -> Path | None:
@@ -110,16 +137,13 @@ def _module_file(name: str, root: Path) -> Path | None:
     return None
 
 
-def _companions(tree: ast.AST, folders: Iterable[Path]) -> Iterator[Path]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) \
-                and node.value.endswith(COMPANIONS) and len(node.value) < 100:
-            for folder in folders:
-                found = folder.glob(node.value) if "*" in node.value else [
-                    Path(os.path.normpath(folder / node.value))]
-                for path in (p for p in found if p.is_file()):
-                    # A record is its folder: the tables beside what says of them.
-                    yield from path.parent.iterdir() if path.name == "run.json" else [path]
+def _companions(named: _Named, folders: Iterable[Path]) -> Iterator[Path]:
+    for name in named.strings:
+        for folder in folders:
+            found = folder.glob(name) if "*" in name else [Path(os.path.normpath(folder / name))]
+            for path in (p for p in found if p.is_file()):
+                # A record is its folder: the tables beside what says of them.
+                yield from path.parent.iterdir() if path.name == "run.json" else [path]
 
 
 @cache

@@ -9,7 +9,6 @@ import hashlib
 import os
 import platform
 import re
-import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -106,6 +105,12 @@ def translate(source: str) -> str:
 COMPILE = ("g++", "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fPIC")
 
 
+def _digest(*texts: str) -> str:
+    """A name for what is compiled from ``texts`` on this kind of machine."""
+    made_from = "\0".join([*COMPILE, platform.machine(), *texts])
+    return hashlib.sha256(made_from.encode()).hexdigest()[:16]
+
+
 class Emulator:
     """Launches kernels of ``source``; builds each one at first use in ``folder``, and keeps it in
     ``kept`` under a digest of what it was made from."""
@@ -119,15 +124,19 @@ class Emulator:
 
     @functools.cached_property
     def _header(self) -> Path:
-        """The folder of lanes.h, precompiled: with the standard headers that it includes it takes
-        longer to compile than a kernel."""
-        header = self.folder / "lanes.h"
-        header.write_text(self._lanes, encoding="utf-8")
-        self._compile("-x", "c++-header", str(header), "-o", f"{header}.gch")
-        return self.folder
+        """A folder with lanes.h precompiled, one for all sources: with the standard headers that it
+        includes it takes longer to compile than a kernel."""
+        header = self.kept / f"lanes-{_digest(self._lanes)}" / "lanes.h"
+        if not (compiled := Path(f"{header}.gch")).exists():
+            header.parent.mkdir(exist_ok=True)
+            header.write_text(self._lanes, encoding="utf-8")
+            self._compile(compiled, "-x", "c++-header", str(header))
+        return header.parent
 
-    def _compile(self, *arguments: str) -> None:
-        subprocess.run([*COMPILE, *arguments], check=True, timeout=300)
+    def _compile(self, made: Path, *arguments: str) -> None:
+        partial = made.with_suffix(f".{os.getpid()}")
+        subprocess.run([*COMPILE, *arguments, "-o", str(partial)], check=True, timeout=300)
+        partial.replace(made)  # atomic: another process may build the same
 
     def _build(self, name: str) -> ctypes.CDLL:
         entry = f"launch({name}, blocks, threads, packed, seed, {self.cluster});"
@@ -135,16 +144,11 @@ class Emulator:
             f'{self._text}\nextern "C" void go(int blocks, int threads, const char *packed, '
             f"unsigned seed) {{ {entry} }}\n"
         )
-        made_from = "\0".join([*COMPILE, platform.machine(), self._lanes, text])
-        library = self.kept / f"{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+        library = self.kept / f"{_digest(self._lanes, text)}.so"
         if not library.exists():
-            stem = self.folder / re.sub(r"\W+", "_", name)
-            source, made = stem.with_suffix(".cpp"), stem.with_suffix(".so")
+            source = (self.folder / re.sub(r"\W+", "_", name)).with_suffix(".cpp")
             source.write_text(text, encoding="utf-8")
-            self._compile("-shared", f"-I{self._header}", str(source), "-o", str(made))
-            partial = library.with_suffix(f".{os.getpid()}")
-            shutil.copy(made, partial)
-            partial.replace(library)  # atomic: another process may build the same
+            self._compile(library, "-shared", f"-I{self._header}", str(source))
         return ctypes.CDLL(str(library))
 
     def launch(
