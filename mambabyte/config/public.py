@@ -1,4 +1,5 @@
-"""The public configurations of Mamba and Mamba-2, of mamba_ssm and of transformers, and ours.
+"""The public configurations of Mamba, Mamba-2 and Mamba-3, of mamba_ssm and of transformers, and
+ours.
 
 Every entry is one of five: a field of ours; what is so here in any case, and refused otherwise; how
 weights start, which is refused where it is not ours and weights are yet to be drawn; a number that
@@ -37,6 +38,11 @@ _FIELDS = {
     "mamba2": {**_SHARED, "state_size": "ssd_d_state", "d_state": "ssd_d_state",
                "head_dim": "ssd_head_dim", "headdim": "ssd_head_dim", "n_groups": "ssd_groups",
                "ngroups": "ssd_groups"},
+    # Without a convolution and without biases.
+    "mamba3": {**{name: ours for name, ours in _SHARED.items()
+                  if ours not in ("d_conv", "ssm_bias", "dt_rank")},
+               "d_state": "ssd_d_state", "headdim": "ssd_head_dim", "ngroups": "ssd_groups",
+               "rope_fraction": "ssd_rope_fraction"},
 }
 # What is left out has the value that it has there, which is not ours.
 _DEFAULTS = {"norm": "rms", "norm_eps": 1e-5, "ssd_d_state": 128}
@@ -50,9 +56,13 @@ _AS_HERE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"), "activation": ("silu", "swish"), "d_intermediate": (0, None),
     "attn_layer_idx": ([], None), "attn_cfg": ({}, None), "D_has_hdim": (False,),
     "rmsnorm": (True,), "norm_before_gate": (False,), "d_ssm": (None,),
-    "time_step_limit": _NO_LIMIT, "dt_limit": _NO_LIMIT, "layer": (None, "Mamba1", "Mamba2"),
-    "model_type": (None, "mamba", "mamba2"),
+    "time_step_limit": _NO_LIMIT, "dt_limit": _NO_LIMIT,
+    "layer": (None, "Mamba1", "Mamba2", "Mamba3"), "model_type": (None, "mamba", "mamba2"),
 }
+# Of Mamba-3 one input and one output a head, and no norm before the output's projection.
+_MAMBA3 = {"is_mimo": (False,), "is_outproj_norm": (False,), "A_floor": (1e-4,),
+           "dropout": (0, None)}
+_LETTERS = {"mamba": "M", "mamba2": "S", "mamba3": "R"}
 # How weights start: of no number once they are there.
 _START: dict[str, tuple[Any, ...]] = {
     "time_step_scale": (1.0,), "dt_scale": (1.0,), "time_step_init_scheme": ("random",),
@@ -93,10 +103,12 @@ def from_public(values: Mapping[str, Any], trained: bool = False) -> ModelConfig
     named = _FIELDS[kind]
     defaults = _defaults(given, kind)
     ours: dict[str, Any] = {
-        **defaults, "layer_pattern": "S" if kind == "mamba2" else "M", **{
+        **defaults, "layer_pattern": _LETTERS[kind], **{
             named[name]: value for name, value in given.items() if name in named}}
-    known = {*named, *_AS_HERE, *_START, *_OF_NO_NUMBER, *_DERIVED}
     fixed = _AS_HERE if trained else {**_AS_HERE, **_START}
+    known = {*named, *_AS_HERE, *_START, *_OF_NO_NUMBER, *_DERIVED}
+    if kind == "mamba3":
+        fixed, known = {**fixed, **_MAMBA3}, {*known, *_MAMBA3, "mimo_rank"}
     if "model_type" in given:  # transformers gates before the norm whatever this entry says
         fixed = {name: values for name, values in fixed.items() if name != "norm_before_gate"}
     for name, value in given.items():
@@ -124,8 +136,8 @@ def from_public(values: Mapping[str, Any], trained: bool = False) -> ModelConfig
 
 
 def _kind(given: Mapping[str, Any]) -> str:
-    second = "mamba2" in (given.get("model_type"), str(given.get("layer")).lower())
-    return "mamba2" if second else "mamba"
+    said = (given.get("model_type"), str(given.get("layer")).lower())
+    return next((kind for kind in ("mamba2", "mamba3") if kind in said), "mamba")
 
 
 def _defaults(given: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -166,8 +178,9 @@ _OF_OTHERS = {"dt_init", "dt_min", "dt_max", "embed_std", "zero_init_out", "scan
               "scan_chunk", "n_head", "n_kv_head", "qk_norm", "qk_gain", "rope_base",
               "rope_fraction", "attention_window", "local_window", "delta_head_dim",
               "delta_expand_v", "mlp_activation"}
-_OF_ONE = {"M": {"ssd_head_dim", "ssd_d_state", "ssd_groups", "ssd_norm_eps"},
-           "S": {"d_state", "dt_rank"}}
+_OF_ONE = {"M": {"ssd_head_dim", "ssd_d_state", "ssd_groups", "ssd_norm_eps", "ssd_rope_fraction"},
+           "S": {"d_state", "dt_rank", "ssd_rope_fraction"},
+           "R": {"d_state", "dt_rank", "d_conv", "ssm_bias", "ssd_norm_eps"}}
 
 
 def to_public(config: ModelConfig, layout: Layout) -> dict[str, Any]:
@@ -181,9 +194,10 @@ def to_public(config: ModelConfig, layout: Layout) -> dict[str, Any]:
     if layout == "mambabyte":
         return asdict(config)
     letters = set(config.layers)
-    if letters not in ({"M"}, {"S"}):
+    if letters not in ({"M"}, {"S"}, {"R"}) or (letters == {"R"} and layout == "transformers"):
+        also = "" if layout == "transformers" else ", or all of Mamba-3 (R)"
         raise UserError(f"layer_pattern is {shown(config.layer_pattern)}: {layout} has models all "
-                        "of Mamba (M) or all of Mamba-2 (S)")
+                        f"of Mamba (M) or all of Mamba-2 (S){also}")
     eps = _norm_eps(config)
     public = (_of_transformers if layout == "transformers" else _of_mamba_ssm)(config, eps)
     found, wanted = _computed(from_public(public, trained=True)), _computed(config)
@@ -234,15 +248,20 @@ def _of_transformers(config: ModelConfig, eps: float) -> dict[str, Any]:
 
 
 def _of_mamba_ssm(config: ModelConfig, eps: float) -> dict[str, Any]:
-    inner: dict[str, Any] = {"layer": "Mamba2", "d_state": config.ssd_d_state,
-                             "headdim": config.ssd_head_dim, "ngroups": config.ssd_groups}
-    if config.layers[0] == "M":
-        inner = {"layer": "Mamba1", "d_state": config.d_state, "dt_rank": config.dt_rank_value}
+    inner: dict[str, Any] = {"d_state": config.ssd_d_state, "headdim": config.ssd_head_dim,
+                             "ngroups": config.ssd_groups, "expand": config.expand}
+    taps = {"d_conv": config.d_conv, "bias": config.ssm_bias}
+    if config.layers[0] == "R":
+        inner |= {"layer": "Mamba3", "rope_fraction": config.ssd_rope_fraction}
+    elif config.layers[0] == "S":
+        inner |= {"layer": "Mamba2", **taps}
+    else:
+        inner = {"layer": "Mamba1", "d_state": config.d_state, "dt_rank": config.dt_rank_value,
+                 "expand": config.expand, **taps}
     return {
         "d_model": config.d_model, "n_layer": config.n_layer, "d_intermediate": 0,
         "vocab_size": config.vocab_size, "pad_vocab_size_multiple": 1,
-        "ssm_cfg": {**inner, "d_conv": config.d_conv, "expand": config.expand,
-                    "bias": config.ssm_bias},
+        "ssm_cfg": inner,
         "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": config.norm == "rms",
         "residual_in_fp32": True, "fused_add_norm": True, "tie_embeddings": config.tied_head,
     }

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.cli import main
-from mambabyte.config.public import from_public
+from mambabyte.config.public import from_public, to_public
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 
@@ -97,6 +97,19 @@ def test_mamba2() -> None:
     assert ByteLM(config)(torch.zeros(1, 3).long())[0].shape == (1, 3, 264)
 
 
+def test_mamba3() -> None:
+    inner = {"layer": "Mamba3", "headdim": 16, "d_state": 8, "ngroups": 3, "rope_fraction": 1.0,
+             "is_mimo": False, "mimo_rank": 4, "chunk_size": 64}
+    config = from_public({**MAMBA_SSM, "ssm_cfg": inner})
+    assert (config.layers, config.ssd_d_state, config.ssd_groups, config.ssd_rope_fraction) == (
+        "RR", 8, 3, 1.0)
+    assert from_public(to_public(config, "mamba_ssm")) == config
+    plain = from_public({**MAMBA_SSM, "ssm_cfg": {"layer": "Mamba3", "headdim": 16}})
+    assert (plain.ssd_d_state, plain.ssd_groups, plain.ssd_rope_fraction) == (128, 1, 0.5)
+    with pytest.raises(UserError, match="transformers has models all of Mamba"):
+        to_public(config, "transformers")
+
+
 @pytest.mark.parametrize(("base", "change", "message"), [
     (TRANSFORMERS, {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     (TRANSFORMERS, {"time_step_scale": 2.0}, "time_step_scale 2.0"),
@@ -105,7 +118,11 @@ def test_mamba2() -> None:
     (TRANSFORMERS, {"hidden_sise": 50}, "hidden_sise .did you mean hidden_size"),
     (MAMBA_SSM, {"attn_layer_idx": [1]}, r"attn_layer_idx \[1\]"),
     (MAMBA_SSM, {"d_intermediate": 64}, "d_intermediate 64"),
-    (MAMBA_SSM, {"ssm_cfg": {"layer": "Mamba3"}}, "layer 'Mamba3'"),
+    (MAMBA_SSM, {"ssm_cfg": {"layer": "Mamba4"}}, "layer 'Mamba4'"),
+    (MAMBA_SSM, {"ssm_cfg": {"layer": "Mamba3", "is_mimo": True}}, "is_mimo True"),
+    (MAMBA_SSM, {"ssm_cfg": {"layer": "Mamba3", "is_outproj_norm": True}}, "is_outproj_norm True"),
+    (MAMBA_SSM, {"ssm_cfg": {"layer": "Mamba3", "d_conv": 4}}, "says d_conv"),
+    (MAMBA_SSM, {"ssm_cfg": {"layer": "Mamba2", "rope_fraction": 0.5}}, "says rope_fraction"),
     (MAMBA_SSM, {"ssm_cfg": 3}, "ssm_cfg is 3"), (MAMBA_SSM, {"d_model": "wide"}, "d_model is"),
     (SECOND, {"time_step_limit": [0.0, 0.1]}, "time_step_limit"),
     (SECOND, {"rms_norm": False}, "rms_norm False"), (SECOND, {"num_heads": 5}, "num_heads 5"),

@@ -71,6 +71,7 @@ def test_logits_are_those_of_transformers_whole_and_byte_by_byte(kind: str) -> N
     ("transformers", {"layer_pattern": "S", "tied_head": False, "vocab_size": 37}),
     ("mamba_ssm", {"layer_pattern": "M", "norm": "layer", "expand": 3, "d_conv": 3}),
     ("mamba_ssm", {"layer_pattern": "S", "vocab_size": 37}),
+    ("mamba_ssm", {"layer_pattern": "R", "vocab_size": 37, "ssd_d_state": 6}),
     ("mambabyte", {"layer_pattern": "MSA", "n_head": 2, "n_kv_head": 1, "mlp_ratio": 2.0}),
 ])
 def test_written_and_read_again(layout: Any, changes: dict[str, Any], tmp_path: Path) -> None:
