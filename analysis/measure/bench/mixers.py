@@ -9,6 +9,7 @@ direction), with the worst relative RMS against the float64 definition on a redu
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from analysis.measure.bench.peers import Peer, Shape, bench_peers
 from analysis.measure.bench.scan import make_inputs, torch_form
 from analysis.measure.bench.tuning import carry_tuning, chosen_settings
 from mambabyte.errors import UserError
-from mambabyte.ops import gated_delta_rule, ssd_scan
+from mambabyte.ops import gated_delta_rule, mamba3_scan, ssd_scan
 
 HEAD = 64  # channels
 STATES = 16  # of Mamba-1, a channel
@@ -82,6 +83,25 @@ def _mamba_ssm(x, dt, A, B, C, D, dt_bias):
 
     return mamba_chunk_scan_combined(
         x, dt, A, B, C, chunk_size=256, D=D, dt_bias=dt_bias, dt_softplus=True)
+
+
+def _mamba3_inputs(
+    states: int, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    heads = shape[2]
+    made = _normal(shape, dtype, device, x=(heads, HEAD), dt=(heads,), log_decay=(heads,),
+                   B=(1, states), C=(1, states), theta=(states // 4,), mix=(heads,))
+    dt = F.softplus(made["dt"].float() - 4)
+    bias = torch.ones(heads, states, device=device)
+    return made | {
+        "dt": dt, "log_decay": -dt * F.softplus(made["log_decay"].float()),
+        "theta": math.pi * torch.tanh(made["theta"].float()),
+        "mix": torch.sigmoid(made["mix"].float()), "D": bias[:, 0].clone(),
+        "B_bias": bias, "C_bias": bias.clone()}
+
+
+def _mamba3(form: str, **inputs: Tensor) -> Tensor:
+    return mamba3_scan(**inputs, form=form)[0]  # type: ignore[arg-type]
 
 
 def _delta_inputs(
@@ -153,6 +173,9 @@ def _delta_family(by_channel: bool, theirs: Callable[..., Tensor]) -> Family:
 FAMILIES: dict[str, Family] = {
     "SSD, 64 states": _ssd_family(64),
     "SSD, 128 states": _ssd_family(128),
+    "Mamba-3, 64 states": Family(
+        functools.partial(_mamba3_inputs, 64), functools.partial(_mamba3, "chunked"),
+        {"fused": Peer("this project's operator", functools.partial(_mamba3, "fused"))}),
     "gated delta rule": _delta_family(False, _fla_gated_delta),
     "KDA": _delta_family(True, _fla_kda),
     f"Mamba-1, {STATES} states": Family(_mamba_inputs, torch_form("chunked"), {
