@@ -146,7 +146,7 @@ class Parameters(Checked):
     """bytes of a window; quality along a stream is shown from a quarter of it on"""
     batch_size: Count = 4
     """windows of a step"""
-    steps: Count = 100
+    steps: Count = 30
     """training steps of a compared system"""
     lr: Positive = 3e-3
     """largest learning rate"""
@@ -160,11 +160,11 @@ class Parameters(Checked):
     """of one training; 0 is no limit"""
     heldout_windows: Count = 24
     """windows of held-out text"""
-    characters: CountOrNone = 300
+    characters: CountOrNone = 120
     """characters whose greedy prediction is scored; 0 scores none"""
-    streams: Count = 8
+    streams: Count = 4
     """long streams on which drift is measured"""
-    stream_bytes: Count = 1024
+    stream_bytes: Count = 512
     """bytes of each, at least two contexts"""
     tasks: Annotated[tuple[TaskName, ...], entries(0)] = ("recall 4", "copy 8")
     """synthetic tasks, kind and size; may be empty"""
@@ -172,7 +172,7 @@ class Parameters(Checked):
     """symbols of a task"""
     task_layers: Layers = 2
     """layers of its models"""
-    task_steps: Count = 200
+    task_steps: Count = 120
     """training steps of a task"""
     task_batch: Count = 64
     """samples of a step"""
@@ -182,7 +182,7 @@ class Parameters(Checked):
     """choices of the second document, one at a time; may be empty"""
     variant_pattern: LayerPattern = "MA"
     """layer pattern of the variants"""
-    variant_steps: Count = 30
+    variant_steps: Count = 12
     """training steps of a variant"""
     variant_seeds: Seeds = (0,)
     """a training of every variant for each"""

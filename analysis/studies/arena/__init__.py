@@ -144,7 +144,7 @@ class Parameters(Checked):
     task_steps: Count = 20
     """most steps on a size of a task; fewer once it is solved"""
     task_batch: Count = 8
-    """samples of a step"""
+    """samples of a step; fewer where each asks much"""
     task_layers: Layers = 2
     """layers of the models"""
     stream_bytes: Count = 2_048
@@ -195,7 +195,7 @@ PROFILES = {
         tasks=("recall 256", "selective copy 32", "noisy recall 64", "induction 128", "parity 32",
                "permutations 32", "memorisation 4096"),
         task_systems=("A", "M", "S", "D", "K", "MA", "SA", "DA", "KA"), task_widths=(64, 128),
-        task_rates=(1e-3, 4e-3), task_steps=1500, task_batch=64, stream_bytes=262_144),
+        task_rates=(1e-3, 2e-3), task_steps=1000, task_batch=64),
     # Trained in a minute on a CPU, to look at what it remembers.
     "memory": replace(Parameters(), parts=("text", "memory"), systems=("M", "A"),
                       budgets=(65_536, 131_072), adamw_rates=(8e-3,), stream_bytes=16_384),

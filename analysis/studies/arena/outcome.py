@@ -191,14 +191,16 @@ def answers_table(rows: Iterable[Row], p: Parameters) -> pd.DataFrame:
 
 
 def tasks_table(p: Parameters, done: Done) -> pd.DataFrame:
-    """Accuracy by task and size at each system's best rate: mean, worst and best seed."""
+    """Accuracy by task and size at each system's best rate, of those tried so far: mean, worst and
+    best seed."""
     found = []
     for task in p.tasks:
         for width in p.task_widths:
             for system in p.task_systems:
                 search = [Cell(task, system, str(width), "adamw", rate, 0, p.task_steps)
                           for rate in p.task_rates]
-                best = done.best(search)
+                tried = [cell for cell in search if done.bits(cell) is not None]
+                best = done.best(tried)
                 if best is None:
                     continue
                 rows = [row for seed in range(p.seeds)
@@ -210,6 +212,7 @@ def tasks_table(p: Parameters, done: Done) -> pd.DataFrame:
                     found.append({
                         "task": one["task"], "size": one["size"], "unit": one["unit"],
                         "system": system, "width": width, "rate": best.rate,
+                        "rates_tried": len(tried),
                         "accuracy": float(np.mean(points)), "worst": min(points),
                         "best": max(points), "seeds": len(points), "chance": one["chance"],
                         "trained": one["trained"], "n_parameters": rows[0]["n_parameters"],

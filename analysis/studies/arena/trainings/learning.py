@@ -34,6 +34,8 @@ from mambabyte.train.schedule import schedule
 SOLVED = 0.99  # accuracy at which a size is left for the next one
 NOTHING = 0.1  # of the way from chance to 1: who learned less is not trained on larger sizes
 TESTED = 256  # samples of each size at the end, and half of them on the way
+ANSWERS = 1024  # of a step, from which on it has fewer samples
+FEWEST = 8  # of a step
 LOOK_EVERY = 100  # steps between two looks at the accuracy
 HEAD = 64  # channels of a head where the width allows: the one that the GPU's kernels have
 
@@ -83,9 +85,11 @@ def _train(
 ) -> int:
     """Train on samples of one size until they are solved or the schedule ends: steps done."""
     prepare(model, replace(recipe, context=task.length(size)))
+    asked = len(range(task.length(size))[task.asked(size)])
+    samples = min(recipe.batch_size, max(FEWEST, ANSWERS // asked))
     step = CapturedStep(
         model, partial(_loss, model, task.asked(size)), optimizer,
-        lambda starts: task.draw(size, recipe.batch_size, starts.device),
+        lambda starts: task.draw(size, samples, starts.device),
         torch.zeros(recipe.n_steps, 1, dtype=torch.int64), recipe)
     accuracy = 0.0
 
