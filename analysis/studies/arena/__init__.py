@@ -180,7 +180,8 @@ _FULL = Parameters(
     context=1024, batch_size=16, heldout_windows=256,
     tasks=("recall 256", "noisy recall 64", "selective copy 64", "induction 256", "parity 64",
            "permutations 64", "memorisation 4096"),
-    task_systems=("A", "M", "S", "D", "K", "L", "MA", "SA", "DA", "KA"), task_widths=(64, 128),
+    task_systems=("A", "M", "S", "D", "K", "R", "L", "MA", "SA", "DA", "KA", "RA"),
+    task_widths=(64, 128),
     task_rates=(1e-3, 2e-3, 4e-3), task_steps=3000, task_batch=64, stream_bytes=1_048_576,
 )
 PROFILES = {
@@ -194,7 +195,8 @@ PROFILES = {
         adamw_rates=(2e-3, 4e-3, 8e-3), muon_rates=(1e-2, 2e-2, 4e-2), heldout_windows=128,
         tasks=("recall 256", "selective copy 32", "noisy recall 64", "induction 128", "parity 32",
                "permutations 32", "memorisation 4096"),
-        task_systems=("A", "M", "S", "D", "K", "MA", "SA", "DA", "KA"), task_widths=(64, 128),
+        task_systems=("A", "M", "S", "D", "K", "R", "MA", "SA", "DA", "KA", "RA"),
+        task_widths=(64, 128),
         task_rates=(1e-3, 2e-3), task_steps=1000, task_batch=64),
     # Trained in a minute on a CPU, to look at what it remembers.
     "memory": replace(Parameters(), parts=("text", "memory"), systems=("M", "A"),
