@@ -16,8 +16,12 @@ report: $(VENV)/.ready       ## run the studies that are not up to date, write r
 # A process a core; tests of one file share what it prepares, so they stay together.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
-test: $(VENV)/.test check    ## lint, types and tests
-	$(PYTEST)
+# Types are checked beside the tests, on a core that would wait; what is found is said behind them.
+test: $(VENV)/.test          ## lint, types and tests
+	$(BIN)/ruff check .
+	@$(BIN)/mypy > $(VENV)/types.txt 2>&1 & types=$$!; trap "kill $$types" INT TERM; \
+	$(PYTEST); tests=$$?; \
+	wait $$types; checked=$$?; cat $(VENV)/types.txt; exit $$((tests ? tests : checked))
 
 test-long: $(VENV)/.test     ## the tests that take minutes
 	$(PYTEST) -m 'long and not gpu'

@@ -231,8 +231,9 @@ def accessibility(browser) -> list[str]:
             v.id + ": " + v.nodes.slice(0, 3).map((n) => n.html.slice(0, 150)).join(" | ")))""")
 
 
-@pytest.mark.parametrize("theme", THEMES)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("width", "theme"), [
+    (360, "dark"), (1280, "light"), *(pytest.param(*other, marks=pytest.mark.long)
+                                      for other in ((360, "light"), (1280, "dark")))])
 def test_accessibility_checker_finds_nothing(browser, report, width, theme):
     browser.open(report, width, theme)
     assert accessibility(browser) == []
@@ -368,7 +369,9 @@ def test_what_can_be_tried_says_what_the_table_says(browser, real):
         "document.querySelectorAll('.labs:empty').length") == 1
 
 
-@pytest.mark.parametrize("evil", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize("evil", [  # test_report_hostile.py has all of them every day
+    evil if i % 4 == 0 else pytest.param(evil, marks=pytest.mark.long)
+    for i, evil in enumerate(HOSTILE)], ids=range(len(HOSTILE)))
 def test_hostile_strings_do_nothing_in_a_browser(browser, world, evil):
     count = """[...document.querySelectorAll("*")].map((e) => e.localName).filter((n) =>
         ["script", "img", "iframe", "object", "embed", "link", "style", "form"].includes(n))"""

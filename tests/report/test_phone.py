@@ -24,7 +24,8 @@ def panels(count: int, **subplots):
     return figure
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 9])
+@pytest.mark.parametrize("count", [1, 2, pytest.param(3, marks=pytest.mark.long),
+                                   pytest.param(9, marks=pytest.mark.long)])
 def test_everything_is_on_the_screen(count):
     figure = panels(count) if count > 1 else one_panel()
     before = words(figure)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,6 +30,7 @@ def module_of(path: Path, root: Path = ROOT) -> str:
     return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
 
 
+@cache
 def imported(path: Path, root: Path = ROOT) -> list[tuple[str, list[str]]]:
     """Every import anywhere in a file, those in functions too: a module, and names taken of it."""
     package = module_of(path, root).split(".")
@@ -68,9 +68,9 @@ def upward(path: Path, root: Path = ROOT) -> set[str]:
             if own is not None and (rank := layer_of(i)) is not None and rank > own}
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_imports_point_down(path):
-    assert not upward(path)
+def test_imports_point_down():
+    wrong = {module_of(path): upward(path) for path in FILES}
+    assert not {module: found for module, found in wrong.items() if found}
 
 
 def needs(path: Path, files: Collection[str], root: Path = ROOT) -> set[str]:

@@ -56,6 +56,7 @@ def test_no_commands_help_loads_torch():
     assert "torch" not in loaded_by(HELP)
 
 
+@pytest.mark.long  # tests/report/test_report.py: building one computes nothing
 def test_a_report_is_built_without_torch(world, tmp_path):
     world.run()
     world.runs.rename(tmp_path / "done")

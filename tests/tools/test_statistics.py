@@ -16,7 +16,8 @@ from analysis.measure.statistics import (
 )
 
 
-@pytest.mark.parametrize("seeds", [3, 5, 9])
+@pytest.mark.parametrize("seeds", [
+    pytest.param(3, marks=pytest.mark.long), 5, pytest.param(9, marks=pytest.mark.long)])
 def test_students_interval_covers_as_often_as_it_says(seeds: int) -> None:
     samples = np.random.default_rng(0).normal(1.0, 0.3, (4000, seeds))
     ends = [student_interval(sample) for sample in samples]

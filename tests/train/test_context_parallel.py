@@ -47,7 +47,7 @@ def check(found: dict[str, dict[str, float]]) -> None:
 def three(tmp_path_factory):
     """Three processes, and lengths that do not divide."""
     folder = tmp_path_factory.mktemp("three")
-    return folder, run(3, folder, "MSDKALR/17/float64", "MSDKALR/50/float32", "train=3")
+    return folder, run(3, folder, "MSDKALR/17/float64", "train=3")
 
 
 def test_split_equals_whole(three):

@@ -135,6 +135,7 @@ def leaves(dtype: torch.dtype = torch.bfloat16, rank: int | None = 8) -> list[Te
 
 
 @on_the_cpu
+@pytest.mark.long  # compiled below, it is traced, differentiated and run in the daily suite
 @pytest.mark.parametrize("rank", [None, 8])
 def test_opcheck(rank: int | None) -> None:
     operator = torch.ops.mambabyte.mixer.default
