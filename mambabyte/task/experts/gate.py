@@ -40,6 +40,7 @@ from mambabyte.train.optim import MuonAdamW
 
 _ROWS = {"cpu": 1024, "cuda": 32768}  # positions whose distributions are computed at a time
 _BATCH = 4096  # positions of a step of the fit
+_LEAST_SCALE = 0.01  # of what hardly varies in the fit, and may elsewhere
 _FIT = TrainConfig(precision="fp32", step="graph", grad_clip=0.0)
 
 
@@ -229,8 +230,14 @@ def fitted(
     seed: int = 0,
 ) -> tuple[Gate, float]:
     """``fit_gate`` from what each expert gives the bytes that came, (L, E), and what the gate reads
-    there, (L, FEATURES * E), as ``read`` returns them."""
+    there, (L, FEATURES * E), as ``read`` returns them.
+
+    The fit reads what has mean 0 and variance 1, by which it ends in a third of the steps; mean and
+    scale are part of the weights afterwards.
+    """
     log_p, device = picked.log(), picked.device
+    mean, scale = seen.mean(0), seen.std(0, correction=0).clamp(min=_LEAST_SCALE)
+    seen = (seen - mean) / scale
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -247,4 +254,6 @@ def fitted(
         step(1 - number / steps)
     with torch.no_grad():
         nats = -torch.logsumexp(gate(seen) + log_p, -1).mean()
+        gate.inner.weight /= scale
+        gate.inner.bias -= gate.inner.weight @ mean
     return gate.eval(), float(nats) / math.log(2)
