@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus.files import present
@@ -20,7 +21,7 @@ from mambabyte.errors import UserError
 from mambabyte.evaluate import byte_log_probs
 from mambabyte.model import ByteLM, head_loss, without_state
 from mambabyte.stream import ByteModel
-from mambabyte.task.experts import ExpertLM, Experts, count_contexts, fit_gate
+from mambabyte.task.experts import ExpertLM, Experts, Mixing, count_contexts, fit_gate
 from mambabyte.task.experts.contexts import PADDING, padded
 from mambabyte.task.guide import Guide, GuidedLM, GuidedWindows
 from mambabyte.task.mixture import Mixture, NgramLM, best_weight
@@ -36,6 +37,7 @@ from mambabyte.train.smoke import is_smoke, smoke_configs
 HELD_OUT_BYTES = 200_000  # end of the training text: kept for choices, no network trains on it
 _LOG_EVERY = 50
 _TELL_SECONDS = 2.0
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _ROW, _BEFORE = 4096, 1024  # bytes of a row whose distributions the gate needs, and before it
 
 
@@ -85,17 +87,20 @@ def build(
     if len(data) < 64:
         raise UserError(f"{len(data)} training bytes: expected at least 64")
     config, recipe, ngram = system.model, replace(system.train, seed=seed), system.ngram
+    mixing = system.mixing
     if is_smoke(len(data)):
         report(f"SMOKE mode ({len(data)} training bytes): a tiny model in place of the system's")
         if config is not None:
             config, recipe = smoke_configs(config, len(data))
         if ngram is not None:
             ngram = replace(ngram, order=min(ngram.order, 5))
+        if mixing is not None:
+            mixing = replace(mixing, steps=min(mixing.steps, 20))
     held = min(HELD_OUT_BYTES, len(data) // 10)
     text = torch.from_numpy(np.array(data)).to(device)
     torch.manual_seed(seed)
-    if system.mixing is not None:
-        return _build_experts(system, config, recipe, ngram, text, held, watch)
+    if mixing is not None:
+        return _build_experts(mixing, config, recipe, ngram, text, held, watch)
     if config is None:
         assert ngram is not None
         counts = _counted(text, ngram, watch)
@@ -151,13 +156,11 @@ def _build_guided(
 
 
 def _build_experts(
-    system: System, config: ModelConfig | None, recipe: TrainConfig, ngram: Ngram | None,
+    mixing: Mixing, config: ModelConfig | None, recipe: TrainConfig, ngram: Ngram | None,
     text: Tensor, held: int, watch: Watch,
 ) -> Fit:
     """Counts, a network where there is one, and the gate that joins them. The gate is fitted on
     the bytes before the held-out ones, which nothing else has seen."""
-    mixing = system.mixing
-    assert mixing is not None
     assert ngram is not None
     end = len(text) - held
     size = min(mixing.fit_bytes, end // 10)
@@ -204,12 +207,14 @@ def _build_experts(
 @torch.inference_mode()
 def _distributions(model: ByteModel, text: Tensor, begin: int, end: int) -> Tensor:
     """The network's probabilities (end - begin, 1, V) of the bytes text[begin:end], in rows, each
-    with some bytes before it; in the arithmetic of training, whose kernels are there."""
+    with some bytes before it; in the arithmetic of training, whose kernels are there, and with
+    attention by kernels that torch brings along: for masked rows cuDNN's would be compiled first,
+    more than a second for one call."""
     size = min(_ROW, end - begin)
     before = min(_BEFORE, begin - 1)
     starts = torch.arange(begin, end, size, device=text.device) - 1 - before
     rows = text[starts[:, None] + torch.arange(before + size, device=text.device)]
-    with autocast(text.device, "auto"):
+    with autocast(text.device, "auto"), sdpa_kernel(_ATTENTION):
         logits, _ = model(rows.long())
     return torch.softmax(logits[:, before:].float(), -1).flatten(0, 1)[:, None]
 

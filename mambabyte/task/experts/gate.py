@@ -52,8 +52,8 @@ class Mixing:
     contexts: tuple[Context, ...] = ()
     matches: Matches = field(default_factory=Matches)
     fit_bytes: int = 200_000  # of training text that is not counted, for the gate
-    hidden: int = 32
-    steps: int = 400
+    hidden: int = 128
+    steps: int = 1000
     lr: float = 0.01
 
 
