@@ -58,11 +58,16 @@ class Block(nn.Module):
 
     Where ``config`` says so, each branch has a gain a channel, and x is first mixed with the
     embedded bytes (as in github.com/KellerJordan/modded-nanogpt). ``has_skip``: the layer adds
-    what an earlier one put out, times a gain (U-Net, Ronneberger et al. 2015, arXiv:1505.04597).
+    what an earlier one put out, times a gain (U-Net, Ronneberger et al. 2015, arXiv:1505.04597);
+    ``is_kept``: what this one puts out is for such a layer too.
     """
 
-    def __init__(self, config: ModelConfig, mixer: type[Mixer], has_skip: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, mixer: type[Mixer], has_skip: bool = False,
+        is_kept: bool = False,
+    ) -> None:
         super().__init__()
+        self.is_kept = is_kept
         self.skip_gain = _gain(config) if has_skip else None
         mixed, scaled = config.residual_mix, config.block_scales
         self.stream_gain = _gain(config) if mixed else None

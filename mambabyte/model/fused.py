@@ -8,7 +8,8 @@ the next one, so that the residual stream goes through memory once a norm.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +22,24 @@ from mambabyte.ops.arguments import autocasts
 from mambabyte.ops.fused.activation import activate
 from mambabyte.ops.fused.cuda import refuse_second_derivative
 from mambabyte.ops.fused.loss import cross_entropy
-from mambabyte.ops.fused.norm import Norm, Streams, mix_norm
+from mambabyte.ops.fused.norm import Mixed, Norm, Streams, mix_norm
 
 
-class Stream(NamedTuple):
+@dataclass
+class Stream:
     """A residual stream (B, L, d_model) and what is still to be added to it, times its gain."""
 
     x: Tensor
     y: Tensor | None = None
     gain: Tensor | None = None
+    embedded: Tensor | None = None  # what the layers so far have read it from
+    kept: bool = False  # whether a later layer reads the sum too: the next one then leaves it here
 
     def summed(self) -> Tensor:
         """The stream with that added."""
-        return self.x if self.y is None else _mixed(Streams(self.x, self.y, y_gain=self.gain))[0]
+        if self.y is not None:
+            self.x, self.y = _mixed(Streams(self.x, self.y, y_gain=self.gain)).total, None
+        return self.x
 
 
 def fused_layer(
@@ -49,14 +55,20 @@ def fused_layer(
         return Stream(without_state(layer, stream.summed(), embedded, skipped, ages))
     if layer.stream_gain is None:
         embedded = None
-    total, read = _mixed(
+    elif stream.embedded is not None:
+        embedded = stream.embedded
+    total, read, first, embedded = _mixed(
         Streams(stream.x, stream.y, skipped if layer.skip_gain is not None else None, embedded,
-                layer.stream_gain, stream.gain, layer.skip_gain, layer.embedded_gain), layer.norm)
+                layer.stream_gain, stream.gain, layer.skip_gain, layer.embedded_gain), layer.norm,
+        first=stream.kept)
+    if stream.kept:
+        stream.x, stream.y = first, None
     y, _ = layer.mixer(read, None, *() if ages is None else (ages,))
-    if layer.mlp is None or layer.mlp_norm is None:
-        return Stream(total, y, layer.mixer_gain)
-    total, read = _mixed(Streams(total, y, y_gain=layer.mixer_gain), layer.mlp_norm)
-    return Stream(total, layer.mlp(read, activate), layer.mlp_gain)
+    gain = layer.mixer_gain
+    if layer.mlp is not None and layer.mlp_norm is not None:
+        total, read, *_ = _mixed(Streams(total, y, y_gain=gain), layer.mlp_norm)
+        y, gain = layer.mlp(read, activate), layer.mlp_gain
+    return Stream(total, y, gain, embedded, layer.is_kept)
 
 
 def fused_head_loss(
@@ -67,7 +79,7 @@ def fused_head_loss(
     stream = x if isinstance(x, Stream) else Stream(x)
     if not _known(model.norm_f):
         return head_loss(model, stream.summed(), targets, gate, offset, predictions)
-    hidden = _mixed(Streams(stream.x, stream.y, y_gain=stream.gain), model.norm_f)[1]
+    hidden = _mixed(Streams(stream.x, stream.y, y_gain=stream.gain), model.norm_f).normed
     share = None if gate is None else gate(hidden).flatten(0, 1)
     logits = model.uncapped(hidden).flatten(0, 1)
     del hidden  # as in head_loss
@@ -132,15 +144,16 @@ def _known(*norms: nn.Module | None) -> bool:
                for norm in norms)
 
 
-def _mixed(streams: Streams, norm: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+def _mixed(streams: Streams, norm: nn.Module | None = None, first: bool = False) -> Mixed:
     """The sum, and the norm of it in the type in which a linear map reads it."""
     x = streams.x
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype
     if streams.y is not None:
         streams = streams._replace(y=streams.y.to(dtype))
-    if norm is None:
-        return mix_norm(streams, Norm(), dtype)
+    given = Norm()
     if isinstance(norm, nn.LayerNorm):
-        return mix_norm(streams, Norm("layer", norm.eps, norm.weight, norm.bias), dtype)
-    assert isinstance(norm, RMSNorm)
-    return mix_norm(streams, Norm("rms", norm.eps, norm.weight), dtype)
+        given = Norm("layer", norm.eps, norm.weight, norm.bias)
+    elif norm is not None:
+        assert isinstance(norm, RMSNorm)
+        given = Norm("rms", norm.eps, norm.weight)
+    return mix_norm(streams, given, dtype, first)

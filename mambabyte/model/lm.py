@@ -116,8 +116,8 @@ class ByteLM(nn.Module):
         kinds = {letter: mixer_of(letter) for letter in config.layers} | dict(mixers or {})
         self.kinds = kinds
         self.layers = nn.ModuleList(
-            Block(config, kinds[letter], skip is not None)
-            for letter, skip in zip(config.layers, config.skips, strict=True))
+            Block(config, kinds[letter], skip is not None, i in config.skips)
+            for i, (letter, skip) in enumerate(zip(config.layers, config.skips, strict=True)))
         self.norm_f = make_norm(config)
         self.norm_embedding = RMSNorm(config.d_model) if config.embed_norm_gain else None
         self.head = None if config.tied_head else linear(

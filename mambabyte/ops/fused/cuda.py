@@ -14,7 +14,7 @@ from mambabyte.ops.library import transformed
 
 # By source, its kernels and their parameters.
 SOURCES = {
-    "norm": {"norm_forward": "P" * 13 + "iiiif", "norm_backward": "P" * 23 + "iiii",
+    "norm": {"norm_forward": "P" * 14 + "iiiif", "norm_backward": "P" * 25 + "iiii",
              "column_sums": "PPii"},
     "linear": {"linear_bias": "PPiii"},
     "rotary": {"rotary_forward": "PPPPPiiiiiif",

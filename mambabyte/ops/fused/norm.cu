@@ -1,13 +1,15 @@
 // A residual stream and what is added to it, mixed and normalised in one pass, and its backward.
 //
-//   out = s (x + a y + b z) + c e,   normed = weight xhat(out) + bias
+//   sum = x + a y,   out = s (sum + b z) + c e,   normed = weight xhat(out) + bias
 //
 // x, z and e are streams of type X; y, what a branch gives, and normed, what the next one reads, are
-// of type Y. s, a, b and c are gains a channel, each 1 where it is null; y, z, e may be null. Without
-// any of the gains, z and e MIXED is false, which spares a third of the registers. A block
-// takes a row after another, a thread V neighbouring channels of each, so the sums over rows that
-// the gains' gradients need stay in registers. They leave as a partial sum a block, which
-// column_sums adds up in a fixed order: no atomics, so results repeat bit for bit.
+// of type Y. s, a, b and c are gains a channel, each 1 where it is null; y, z, e may be null. sum is
+// written where it is asked for, as the z of a later layer. Its gradient, and the one that e has from
+// later layers, come back into the same pass. Without any of the gains, z and e MIXED is false, which
+// spares a third of the registers. A block takes a row after another, a thread V neighbouring channels
+// of each, so the sums over rows that the gains' gradients need stay in registers. They leave as a
+// partial sum a block, which column_sums adds up in a fixed order: no atomics, so results repeat bit
+// for bit.
 
 constexpr int PLAIN = 0, RMS = 1, LAYER = 2;  // what xhat is: nothing, out / rms, (out - mean) / std
 
@@ -41,6 +43,23 @@ template <int V, class T> inline void put(T *to, int64 at, bool there, const Row
     *(Pack<T, V> *)(to + at) = pack;
 }
 
+template <int V> inline void add_product(Row<V> &to, const Row<V> &p, const Row<V> &q) {
+#pragma unroll
+    for (int v = 0; v < V; v++) to.at[v] = fmaf(p.at[v], q.at[v], to.at[v]);
+}
+
+template <int V> inline void add(Row<V> &to, const Row<V> &p) {
+#pragma unroll
+    for (int v = 0; v < V; v++) to.at[v] += p.at[v];
+}
+
+template <int V> inline Row<V> product(const Row<V> &p, const Row<V> &q) {
+    Row<V> r;
+#pragma unroll
+    for (int v = 0; v < V; v++) r.at[v] = p.at[v] * q.at[v];
+    return r;
+}
+
 // Sums over the block of COUNT values a thread. Two rooms by turns: nobody can still be reading what
 // is written, since there is a barrier in between.
 template <int COUNT> struct BlockSum {
@@ -71,10 +90,10 @@ template <int COUNT> struct BlockSum {
 template <class X, class Y, int V, bool MIXED>
 __global__ void norm_forward(const X *x, const Y *y, const X *z, const X *e, const float *x_gain,
                              const float *y_gain, const float *z_gain, const float *e_gain,
-                             const float *weight, const float *bias, X *out, Y *normed,
+                             const float *weight, const float *bias, X *out, X *sum_out, Y *normed,
                              float *stats, int blocks, int rows, int channels, int kind,
                              float eps) {
-    constexpr int ROWS = 4;
+    constexpr int ROWS = 2;
     __shared__ float room[2][32][ROWS];
     BlockSum<ROWS> sum{room, 0};
     int c = threadIdx.x * V;
@@ -93,10 +112,12 @@ __global__ void norm_forward(const X *x, const Y *y, const X *z, const X *e, con
             mixed[r] = fetch<V>(x, at, there);
             Row<V> branch = fetch<V>(y, at, there), skip = fetch<V>(MIXED ? z : nullptr, at, there);
             Row<V> extra = fetch<V>(MIXED ? e : nullptr, at, there);
-#pragma unroll
-            for (int v = 0; v < V; v++) {
-                float inner = mixed[r].at[v] + a.at[v] * branch.at[v] + b.at[v] * skip.at[v];
-                mixed[r].at[v] = s.at[v] * inner + g.at[v] * extra.at[v];
+            add_product(mixed[r], a, branch);
+            if (MIXED) {
+                put<V>(sum_out, at, there, mixed[r]);
+                add_product(mixed[r], b, skip);
+                mixed[r] = product(s, mixed[r]);
+                add_product(mixed[r], g, extra);
             }
             put<V>(out, at, there, mixed[r]);
         }
@@ -138,27 +159,16 @@ __global__ void norm_forward(const X *x, const Y *y, const X *z, const X *e, con
     }
 }
 
-template <int V> inline void add_product(Row<V> &to, const Row<V> &p, const Row<V> &q) {
-#pragma unroll
-    for (int v = 0; v < V; v++) to.at[v] = fmaf(p.at[v], q.at[v], to.at[v]);
-}
-
-template <int V> inline Row<V> product(const Row<V> &p, const Row<V> &q) {
-    Row<V> r;
-#pragma unroll
-    for (int v = 0; v < V; v++) r.at[v] = p.at[v] * q.at[v];
-    return r;
-}
-
-// Of the gains' and weights' gradients, those whose partial is not null: (blocks, channels) each.
+// Of the gains' and weights' gradients, those whose partial is not null: (blocks, channels) each. All
+// that a row needs is on its way before the sums over the block are waited for.
 template <class X, class Y, int V, bool MIXED>
-__global__ void norm_backward(const X *d_out, const Y *d_normed, const X *out, const float *stats,
-                              const X *x, const Y *y, const X *z, const X *e, const float *x_gain,
-                              const float *y_gain, const float *z_gain, const float *e_gain,
-                              const float *weight, X *dx, Y *dy, X *dz, X *de, float *p_x,
-                              float *p_y, float *p_z, float *p_e, float *p_weight, float *p_bias,
-                              int blocks, int rows, int channels, int kind) {
-    constexpr int ROWS = 2;
+__global__ void __launch_bounds__(MIXED ? 512 : 1024)
+norm_backward(const X *d_out, const Y *d_normed, const X *d_sum, const X *d_e, const X *out,
+              const float *stats, const X *x, const Y *y, const X *z, const X *e, const float *x_gain,
+              const float *y_gain, const float *z_gain, const float *e_gain, const float *weight, X *dx,
+              Y *dy, X *dz, X *de, float *p_x, float *p_y, float *p_z, float *p_e, float *p_weight,
+              float *p_bias, int blocks, int rows, int channels, int kind) {
+    constexpr int ROWS = MIXED ? 1 : 2;
     __shared__ float room[2][32][2 * ROWS];
     BlockSum<2 * ROWS> sum{room, 0};
     int c = threadIdx.x * V;
@@ -171,12 +181,19 @@ __global__ void norm_backward(const X *d_out, const Y *d_normed, const X *out, c
     Row<V> ds = none, da = none, db = none, dg = none, dw = none, d_bias = none;
     for (int first = blockIdx.x * ROWS; first < rows; first += blocks * ROWS) {
         Row<V> grad[ROWS], hat[ROWS], d_hat[ROWS];
+        Row<V> branch[ROWS], whole[ROWS], skip[ROWS], extra[ROWS], more[ROWS], d_extra[ROWS];
         float sums[2 * ROWS], scale[ROWS];  // of d_hat xhat, and of d_hat
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             bool there = here && first + r < rows;
             int64 at = (int64)(first + r) * channels + c;
             grad[r] = fetch<V>(d_out, at, there);
+            branch[r] = fetch<V>(MIXED && (p_x || p_y) ? y : nullptr, at, there);
+            whole[r] = fetch<V>(MIXED && p_x ? x : nullptr, at, there);
+            skip[r] = fetch<V>(MIXED && (p_x || p_z) ? z : nullptr, at, there);
+            extra[r] = fetch<V>(MIXED && p_e ? e : nullptr, at, there);
+            more[r] = fetch<V>(MIXED ? d_sum : nullptr, at, there);
+            d_extra[r] = fetch<V>(MIXED ? d_e : nullptr, at, there);
             sums[r] = sums[ROWS + r] = 0.f;
             if (kind == PLAIN) continue;
             d_hat[r] = fetch<V>(d_normed, at, there);
@@ -205,24 +222,21 @@ __global__ void norm_backward(const X *d_out, const Y *d_normed, const X *out, c
                 for (int v = 0; v < V; v++)
                     grad[r].at[v] += scale[r] * (d_hat[r].at[v] - level - hat[r].at[v] * along);
             }
-            Row<V> inner = product(s, grad[r]);
-            put<V>(dx, at, there, inner);
-            put<V>(dy, at, there, product(a, inner));
+            Row<V> inner = product(s, grad[r]), d_x = inner;
+            if (MIXED) add(d_x, more[r]);
+            put<V>(dx, at, there, d_x);
+            put<V>(dy, at, there, product(a, d_x));
             if (!MIXED) continue;
             put<V>(dz, at, there, product(b, inner));
-            put<V>(de, at, there, product(g, grad[r]));
-            if (p_y || p_x) {
-                Row<V> branch = fetch<V>(y, at, there);
-                add_product(da, inner, branch);
-                if (p_x) {
-                    Row<V> whole = fetch<V>(x, at, there);
-                    add_product(whole, a, branch);
-                    add_product(whole, b, fetch<V>(z, at, there));
-                    add_product(ds, grad[r], whole);
-                }
-            }
-            if (p_z) add_product(db, inner, fetch<V>(z, at, there));
-            if (p_e) add_product(dg, grad[r], fetch<V>(e, at, there));
+            Row<V> d_more = d_extra[r];
+            add_product(d_more, g, grad[r]);
+            put<V>(de, at, there, d_more);
+            add_product(da, d_x, branch[r]);
+            add_product(whole[r], a, branch[r]);
+            add_product(whole[r], b, skip[r]);
+            add_product(ds, grad[r], whole[r]);
+            add_product(db, inner, skip[r]);
+            add_product(dg, grad[r], extra[r]);
         }
     }
     int64 at = (int64)blockIdx.x * channels + c;
