@@ -16,7 +16,7 @@ from mambabyte.model.families.mamba import MambaState
 from mambabyte.model.families.mamba2 import Mamba2State
 from mambabyte.model.mixer import LayerState
 from mambabyte.ops.build.nvrtc import NvrtcError
-from mambabyte.ops.stream.hybrid import THREADS, HybridState, HybridStreamer, check_fit
+from mambabyte.ops.stream.hybrid import HybridState, HybridStreamer, check_fit
 from mambabyte.ops.stream.packing import GATE, GATE_BIAS
 
 
@@ -31,8 +31,6 @@ def unsupported(model: ByteLM) -> str:
     """Why the kernel cannot stream the model, in one line; empty where it can. The parts are known
     and the sizes of vocabulary and state are not asked again."""
     config, index = model.config, model.device.index
-    if set(config.layers) & set("AL") and config.n_head > THREADS // 8:
-        return f"the kernel takes up to {THREADS // 8} heads of attention"
     shapes = {name: p.to("meta") for name, p in model.named_parameters()}
     try:
         check_fit(config, shapes, *_epsilons(model), index)

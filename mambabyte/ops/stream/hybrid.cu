@@ -3,7 +3,7 @@
 // CL blocks, one a multiprocessor and all running at a time (a cooperative launch), read one text. Of
 // every matrix a block has the same share of rows, and of every state the channels that its rows make.
 // Matrices lie in shared memory as far as they fit; the others pass through a ring in it, in the order
-// of their use: thread 0 asks for a tile where its place has become free, so that weights come in while
+// of their use: a thread asks for a tile where its place has become free, so that weights come in while
 // the blocks wait for each other. What one block computes and all need is exchanged through L2.
 //
 //   Mamba (M)        in_proj, convolution => x_proj => scan step => out_proj => x
@@ -31,7 +31,10 @@
 //   weight of a layer lies (MIX_GAIN, M_CONV, ...), and each vector in shared memory (X, XN, ...).
 // All arithmetic is float32.
 
-template <int N_> struct Columns { static constexpr int n = N_; };
+template <int N_, bool NORMED_ = false> struct Columns {
+    static constexpr int n = N_;
+    static constexpr bool normed = NORMED_;  // the vector is still to be divided by its RMS
+};
 constexpr float NOTHING = -3e38f;  // below every score of attention
 
 constexpr int pad(int n) { return n <= 96 ? parts(n, 32) * 32 : parts(n, 128) * 128; }
@@ -40,7 +43,8 @@ constexpr int most(int a, int b) { return a > b ? a : b; }
 constexpr int RD = parts(DM, CL), DC = parts(DI, CL), HC = parts(H ? H : 1, CL), RV = parts(V + GUIDED, CL);
 constexpr int XR = R + 2 * N, RX = parts(XR, CL), G = power(N) < 16 ? power(N) : 16;
 constexpr int KV = KVH * HD, RK = parts(KV, CL);
-constexpr int GROUPS = T / 8 / HEADS, HE = parts(HD, 8);  // groups of 8 threads a head; channels each
+constexpr int HEAD_WARPS = most(1, WARPS / HEADS), ROWS = 4 * HEAD_WARPS;  // a head's; keys at a time
+constexpr int HE = parts(HD, 8);  // 8 threads a key: channels of each
 constexpr int SB = 2 * SG * SN, RB = parts(SB, CL), RH = parts(SH, CL);
 constexpr int DK = DM / DH, VC = parts(DH * DV, CL), RE = parts(DH, CL), RF = parts(DV, CL);
 constexpr int GV = power(DK) < 16 ? power(DK) : 16, KE = parts(DK, GV);  // threads a value; keys each
@@ -53,7 +57,6 @@ enum Kind { MAMBA, ATTENTION, MAMBA2, DELTA, KIMI };
 constexpr int STEM_GAIN = LAYERS * ENTRIES, FIRST = STEM_GAIN + DM, HEAD_BIAS = FIRST + DM;
 constexpr int S_ROWS = 2 * DC + RB + RH, D_ROWS = 2 * RD + VC + RE;  // of in_proj; without the gates' rows
 static_assert(S == 1 && SPACE % 4 == 0 && RESIDENT % 4 == 0, "sizes do not fit");
-static_assert(!A || GROUPS > 0, "more heads than groups of threads");
 
 struct Tile { int from, floats, place, gap; };  // gap: see ask; 0 for a tile that stays
 struct Number { unsigned bits, exchange; };
@@ -92,10 +95,12 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
     // ------------------------------------------------------------------- exchanges
     auto place = [&](int at) { return numbers + (exchange & 1) * PLACES + at; };
     auto send = [&](float *to, float value) {  // to that vector in all blocks
-        write_number(place((int)(to - mem)), value, exchange);
+#pragma unroll
+        for (int copy = 0; copy < COPIES; copy++)
+            write_number(place(copy * VECTORS + (int)(to - mem)), value, exchange);
     };
-    // Number i of n to where(i) in shared memory. Ends with a barrier of the block.
-    auto take = [&](int n, auto where) {
+    // Numbers at `from(i)`, i below n, to `to(i)` in shared memory. Ends with a barrier of the block.
+    auto take_from = [&](int n, auto from, auto to) {
         constexpr int AT_ONCE = 4;
         for (int start = tid; start < n; start += AT_ONCE * T) {
             Number got[AT_ONCE];
@@ -104,17 +109,20 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
                 there = true;
 #pragma unroll
                 for (int j = 0; j < AT_ONCE; j++)
-                    if (start + j * T < n) got[j] = look(place(where(start + j * T)));
+                    if (start + j * T < n) got[j] = look(place(from(start + j * T)));
 #pragma unroll
                 for (int j = 0; j < AT_ONCE; j++)
                     if (start + j * T < n) there = there && got[j].exchange == exchange;
             } while (!there);
 #pragma unroll
             for (int j = 0; j < AT_ONCE; j++)
-                if (start + j * T < n) mem[where(start + j * T)] = __uint_as_float(got[j].bits);
+                if (start + j * T < n) mem[to(start + j * T)] = __uint_as_float(got[j].bits);
         }
         exchange++;
         __syncthreads();
+    };
+    auto take = [&](int n, auto where) {  // of vectors
+        take_from(n, [&](int i) { return rank % COPIES * VECTORS + where(i); }, where);
     };
     auto take_all = [&](int to, int n) { take(n, [&](int i) { return to + i; }); };
 
@@ -134,7 +142,8 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
     int64 asked = 0, used = 0, lap = 0;  // lap: of which byte the next one is
     int next = 0, now_used = 0;
     unsigned parity = 0;  // of the ring's barriers
-    auto ask = [&]() {  // thread 0
+    constexpr int ASKER = T - 32;  // a thread of the warp that has the fewest rows
+    auto ask = [&]() {
         while (lap < total) {
             const int gap = plan[next].gap;
             if (gap && used <= asked - gap) return;
@@ -147,13 +156,14 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
     // to a whole number of vectors. Ends with a barrier of the block.
     auto times = [&](auto columns, int n, const float *from, auto done) {
         constexpr int W = pad(decltype(columns)::n), FIT = most(1, TILE / W);
+        constexpr bool NORMED = decltype(columns)::normed;
         for (int at = 0; at < n; at += FIT) {
             const Tile here = plan[now_used];
             wait(bars + 8 * now_used, here.gap ? parity : 0);
             const float *tile = (const float *)shared + here.place;
             for (int r = warp; r < min(FIT, n - at); r += WARPS) {
                 const float *w = tile + r * W;
-                float sum[4] = {};
+                float sum[4] = {}, square[4] = {};
                 if constexpr (W % 128 == 0) {
 #pragma unroll 4
                     for (int j = 0; j < W / 128; j++) {
@@ -161,19 +171,31 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
                         float4 b = ((const float4 *)from)[32 * j + lane];
                         sum[0] = fmaf(a.x, b.x, sum[0]), sum[1] = fmaf(a.y, b.y, sum[1]);
                         sum[2] = fmaf(a.z, b.z, sum[2]), sum[3] = fmaf(a.w, b.w, sum[3]);
+                        if (NORMED) {
+                            square[0] = fmaf(b.x, b.x, square[0]), square[1] = fmaf(b.y, b.y, square[1]);
+                            square[2] = fmaf(b.z, b.z, square[2]), square[3] = fmaf(b.w, b.w, square[3]);
+                        }
                     }
                 } else {
 #pragma unroll
-                    for (int j = 0; j < W / 32; j++)
-                        sum[j % 4] = fmaf(w[32 * j + lane], from[32 * j + lane], sum[j % 4]);
+                    for (int j = 0; j < W / 32; j++) {
+                        float b = from[32 * j + lane];
+                        sum[j % 4] = fmaf(w[32 * j + lane], b, sum[j % 4]);
+                        if (NORMED) square[j % 4] = fmaf(b, b, square[j % 4]);
+                    }
                 }
-                done(at + r, sum_over<32>((sum[0] + sum[1]) + (sum[2] + sum[3])));
+                float value = sum_over<32>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+                if (NORMED) {
+                    float whole = sum_over<32>((square[0] + square[1]) + (square[2] + square[3]));
+                    value *= rsqrtf(whole * (1.f / decltype(columns)::n) + EPS);
+                }
+                done(at + r, value);
             }
             __syncthreads();
             now_used++;
             if (here.gap) {
                 used++;
-                if (tid == 0) ask();
+                if (tid == ASKER) ask();
             }
         }
     };
@@ -188,6 +210,15 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
         if (to == x) __syncthreads();
         for (int i = tid; i < DM; i += T) to[i] = (x[i] - mean) * scale;
         __syncthreads();
+    };
+    // As times, of x behind a layer's norm. An RMS norm divides the products, while they are summed.
+    auto times_normed = [&](int n, auto done) {
+        if constexpr (CENTERED) {
+            norm(true, EPS, xn);
+            times(Columns<DM>{}, n, xn, done);
+        } else {
+            times(Columns<DM, true>{}, n, x, done);
+        }
     };
     // Causal convolution and SiLU of one channel; tail (K - 1, width), w (K).
     auto convolve = [&](const float *w, float bias, float *tail, int width, float value) {
@@ -236,7 +267,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
         asm volatile("fence.proxy.async;" ::: "memory");
     }
     __syncthreads();
-    if (tid == 0) ask();
+    if (tid == ASKER) ask();
     for (int i = tid; i < RESIDENT; i += T)
         mem[i - RESIDENT] = resident[(int64)rank * RESIDENT + i];
     for (int i = tid; i < LOGIT - X; i += T) mem[X + i] = 0.f;
@@ -256,6 +287,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
         const float *from = inputs ? inputs + step * DM
                                    : embedding + (int64)(drawing ? byte[0] : tokens[step]) * DM;
         for (int i = tid; i < DM; i += T) x[i] = from[i];
+        for (int i = tid; A && i < HD; i += T) mem[TURN + i] = rotary[(int64)t * HD + i];
         __syncthreads();
         if (STEM) norm(false, TINY, x);
         for (int r = tid; r < mine; r += T)
@@ -270,10 +302,9 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
             own_small = small + table[SMALL];
             float *state = mem + STATES + table[STATE_AT];
             const int kind = table[KIND];
-            norm(CENTERED, EPS, xn);
             if (M && kind == MAMBA) {
                 float *all_u = mem + ALL_U, *u = all_u + rank * DC, *low = mem + LOW;
-                times(Columns<DM>{}, 2 * DC, xn, biased);
+                times_normed(2 * DC, biased);
                 for (int c = tid; c < DC; c += T) {
                     send(u + c, convolve(own_small + M_CONV + c * K, own_small[M_CONV_BIAS + c],
                                          state + DC * N + c, DC, local[c]));
@@ -309,7 +340,32 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
             }
             if (A && kind == ATTENTION) {
                 float *q = mem + Q, *key = mem + KEY, *value = mem + VALUE;
-                times(Columns<DM>{}, RD + 2 * RK, xn, [&](int r, float v) {
+                const int now = stored + t, low_row = max(begin, now - table[WINDOW] + 1);
+                const int64 size = (int64)(rows / CL) * KV;  // of one block's keys of one layer
+                float *keys = cache + (((int64)text * CACHES + table[CACHE]) * 2 * CL + rank) * size;
+                float *values = keys + CL * size;
+                const int first_slot = low_row / CL, slots = now / CL - first_slot + 1;
+                auto channel = [&](int e) {  // neighbours where 8 threads take whole float4
+                    return HD % 32 == 0 ? 4 * (lane % 8) + 32 * (e / 4) + e % 4 : lane % 8 + 8 * e;
+                };
+                float ks[HE], vs[HE];
+                // Slot s of those that warp `unit` looks at, here 8 threads': its row, or -1. What was stored
+                // before this byte is fetched.
+                auto fetch_row = [&](int unit, int s) {
+                    const int i = s + 4 * (unit / HEADS) + lane / 8, row = (first_slot + i) * CL + rank;
+                    const bool seen = i < slots && row >= low_row && row <= now, before = seen && row < now;
+                    const int at = unit % HEADS / (HEADS / KVH) * HD;
+                    const float *k = keys + (int64)(before ? first_slot + i : 0) * KV + at;
+                    const float *v = k + CL * size;
+#pragma unroll
+                    for (int e = 0; e < HE; e++) {
+                        bool in = before && channel(e) < HD;
+                        ks[e] = in ? k[channel(e)] : 0.f, vs[e] = in ? v[channel(e)] : 0.f;
+                    }
+                    return seen ? row : -1;
+                };
+                int row = warp < HEADS * HEAD_WARPS ? fetch_row(warp, 0) : -1;  // while q comes to be
+                times_normed(RD + 2 * RK, [&](int r, float v) {
                     float *to = r < RD ? q + rank * RD + r : r < RD + RK ? key + rank * RK + r - RD
                                        : value + rank * RK + r - RD - RK;
                     if (lane == 0) send(to, v + own_small[OWN + r]);
@@ -317,10 +373,6 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
                 take(CL * (RD + 2 * RK), [](int i) {
                     return i < CL * RD ? Q + i : i < CL * (RD + RK) ? KEY + i - CL * RD : VALUE + i - CL * (RD + RK);
                 });
-                const int now = stored + t, low_row = max(begin, now - table[WINDOW] + 1);
-                const int64 size = (int64)(rows / CL) * KV;  // of one block's keys of one layer
-                float *keys = cache + (((int64)text * CACHES + table[CACHE]) * 2 * CL + rank) * size;
-                float *values = keys + CL * size;
                 for (int head = warp; head < HEADS + KVH; head += WARPS) {
                     float *v = head < HEADS ? q + head * HD : key + (head - HEADS) * HD, square = 0.f;
                     for (int c = lane; c < HD; c += 32) square = fmaf(v[c], v[c], square);
@@ -328,7 +380,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
                     if (head < HEADS) scale *= own_small[A_GAIN + head];
                     for (int c = lane; c < HD / 2; c += 32) {
                         float a = v[c] * scale, b = v[c + HD / 2] * scale;
-                        float cosine = rotary[t * HD + c], sine = rotary[t * HD + HD / 2 + c];
+                        float cosine = mem[TURN + c], sine = mem[TURN + HD / 2 + c];
                         v[c] = a * cosine - b * sine, v[c + HD / 2] = a * sine + b * cosine;
                     }
                 }
@@ -338,95 +390,87 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
                         keys[(int64)(now / CL) * KV + i] = key[i];
                         values[(int64)(now / CL) * KV + i] = value[i];
                     }
-                __syncthreads();
-                {
-                    const int group = tid / 8, part = tid % 8, head = group % HEADS, i = group / HEADS;
-                    const int at = head / (HEADS / KVH) * HD;
+#pragma unroll 1
+                for (int unit = warp; unit < HEADS * HEAD_WARPS; unit += WARPS) {
+                    const int head = unit % HEADS, at = head / (HEADS / KVH) * HD;
                     float qs[HE], o[HE], peak = NOTHING, sum = 0.f;
-                    auto channel = [&](int e) {  // neighbours where 8 threads take whole float4
-                        return HD % 32 == 0 ? 4 * part + 32 * (e / 4) + e % 4 : part + 8 * e;
-                    };
 #pragma unroll
                     for (int e = 0; e < HE; e++) {
                         qs[e] = channel(e) < HD ? q[head * HD + channel(e)] : 0.f;
                         o[e] = 0.f;
                     }
-                    const int first_slot = low_row / CL, slots = now / CL - first_slot + 1;
-#pragma unroll 2
-                    for (int s = 0; s < slots; s += GROUPS) {  // as often in every thread
-                        const int slot = first_slot + min(s + i, slots - 1), row = slot * CL + rank;
-                        const bool seen = i < GROUPS && s + i < slots && row >= low_row && row <= now;
-                        const float *k = keys + (int64)(seen ? slot : first_slot) * KV + at;
-                        const float *v = values + (int64)(seen ? slot : first_slot) * KV + at;
-                        float ks[HE], vs[HE], score = 0.f;
+#pragma unroll 1
+                    for (int s = 0; s < slots; s += ROWS) {
+                        if (s > 0 || unit != warp) row = fetch_row(unit, s);
+                        float score = 0.f;
 #pragma unroll
                         for (int e = 0; e < HE; e++) {
-                            bool in = seen && channel(e) < HD;
-                            ks[e] = in ? k[channel(e)] : 0.f, vs[e] = in ? v[channel(e)] : 0.f;
+                            if (row == now && channel(e) < HD) ks[e] = key[at + channel(e)], vs[e] = value[at + channel(e)];
                             score = fmaf(qs[e], ks[e], score);
                         }
                         score = sum_over<8>(score);
-                        if (seen) {
+                        if (row >= 0) {
                             float top = fmaxf(peak, score), keep = exp2f(peak - top), w = exp2f(score - top);
                             sum = fmaf(sum, keep, w), peak = top;
 #pragma unroll
                             for (int e = 0; e < HE; e++) o[e] = fmaf(o[e], keep, w * vs[e]);
                         }
                     }
-                    float *to = mem + GROUP + (head * GROUPS + i) * (HD + 2);
-                    if (i < GROUPS) {
+#pragma unroll
+                    for (int mask = 8; mask < 32; mask *= 2) {  // the warp's four shares
+                        float other = __shfl_xor_sync(ALL, peak, mask), top = fmaxf(peak, other);
+                        float keep = exp2f(peak - top), add = exp2f(other - top);
+                        peak = top, sum = fmaf(sum, keep, add * __shfl_xor_sync(ALL, sum, mask));
+#pragma unroll
+                        for (int e = 0; e < HE; e++)
+                            o[e] = fmaf(o[e], keep, add * __shfl_xor_sync(ALL, o[e], mask));
+                    }
+                    float *to = mem + GROUP + (head * HEAD_WARPS + unit / HEADS) * (HD + 2);
+                    if (lane < 8)
 #pragma unroll
                         for (int e = 0; e < HE; e++)
                             if (channel(e) < HD) to[channel(e)] = o[e];
-                        if (part == 0) to[HD] = peak, to[HD + 1] = sum;
-                    }
+                    if (lane == 0) to[HD] = peak, to[HD + 1] = sum;
                 }
                 __syncthreads();
                 // To the owner of each channel: this block's sum of values, their highest score, sum of weights.
-                auto share = [&](int owner, int r, int block) {
-                    return place(SHARES + 3 * ((owner * RD + r) * CL + block));
-                };
                 for (int idx = tid; idx < CL * RD; idx += T) {
-                    const float *part = mem + GROUP + min(idx, DM - 1) / HD * GROUPS * (HD + 2);
+                    const float *part = mem + GROUP + min(idx, DM - 1) / HD * HEAD_WARPS * (HD + 2);
                     float peak = NOTHING, sum = 0.f, out = 0.f;
-                    for (int g = 0; g < GROUPS; g++) peak = fmaxf(peak, part[g * (HD + 2) + HD]);
-                    for (int g = 0; g < GROUPS; g++) {
+#pragma unroll
+                    for (int g = 0; g < HEAD_WARPS; g++) peak = fmaxf(peak, part[g * (HD + 2) + HD]);
+#pragma unroll
+                    for (int g = 0; g < HEAD_WARPS; g++) {
                         const float *from = part + g * (HD + 2);
-                        float w = from[HD] == NOTHING ? 0.f : exp2f(from[HD] - peak);
+                        float w = exp2f(from[HD] - peak);
                         sum = fmaf(w, from[HD + 1], sum), out = fmaf(w, from[idx % HD], out);
                     }
-                    Number *to = share(idx / RD, idx % RD, rank);
+                    Number *to = place(SHARES + 3 * (idx * CL + rank));
                     write_number(to, out, exchange);
                     write_number(to + 1, peak, exchange);
                     write_number(to + 2, sum, exchange);
                 }
+                take_from(3 * RD * CL, [&](int i) { return SHARES + rank * 3 * RD * CL + i; },
+                          [](int i) { return PARTIAL + i; });
                 for (int r = warp; r < RD; r += WARPS) {
+                    const float *from = mem + PARTIAL + 3 * r * CL;
                     float peak = NOTHING, sum = 0.f, out = 0.f;
-                    for (int b = lane; b < CL; b += 32) {
-                        const Number *from = share(rank, r, b);
-                        Number v, p, s;
-                        do v = look(from), p = look(from + 1), s = look(from + 2);
-                        while (v.exchange != exchange || p.exchange != exchange || s.exchange != exchange);
-                        float score = __uint_as_float(p.bits), top = fmaxf(peak, score);
-                        float keep = exp2f(peak - top), w = exp2f(score - top);
-                        sum = fmaf(sum, keep, w * __uint_as_float(s.bits)), peak = top;
-                        out = fmaf(out, keep, w * __uint_as_float(v.bits));
-                    }
-                    float top = peak;
+                    for (int b = lane; b < CL; b += 32) peak = fmaxf(peak, from[3 * b + 1]);
 #pragma unroll
-                    for (int mask = 1; mask < 32; mask *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, mask));
-                    sum = sum_over<32>(sum * exp2f(peak - top)), out = sum_over<32>(out * exp2f(peak - top));
-                    if (lane == 0) local[r] = out / sum;
+                    for (int mask = 1; mask < 32; mask *= 2) peak = fmaxf(peak, __shfl_xor_sync(ALL, peak, mask));
+                    for (int b = lane; b < CL; b += 32) {
+                        float w = exp2f(from[3 * b + 1] - peak);
+                        sum = fmaf(w, from[3 * b + 2], sum), out = fmaf(w, from[3 * b], out);
+                    }
+                    sum = sum_over<32>(sum), out = sum_over<32>(out);
+                    if (lane == 0) send(y + rank * RD + r, out / sum);
                 }
-                exchange++;
-                __syncthreads();
-                for (int r = tid; r < RD; r += T) send(y + rank * RD + r, local[r]);
                 take_all(Y, CL * RD);
                 times(Columns<DM>{}, RD, y, mix_row);
             }
             if (SS && kind == MAMBA2) {
                 float *bc = mem + BC, *steps_of = mem + DTS;
-                times(Columns<DM>{}, S_ROWS, xn, biased);  // x, z, a share of B and C and of the step sizes
+                times_normed(S_ROWS, biased);  // x, z, a share of B and C and of the step sizes
                 for (int c = tid; c < DC + RB; c += T) {
                     const int at = c < DC ? c : c + DC;
                     float out = convolve(own_small + S_CONV + c * K, own_small[S_CONV_BIAS + c],
@@ -468,7 +512,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
                 const bool kimi = KDA && (!D || kind == KIMI);
                 float *q = mem + Q, *key = mem + KEY, *decay = mem + DTS;
                 float *gate = local + D_ROWS + (kimi ? 0 : RE);
-                times(Columns<DM>{}, D_ROWS + (kimi ? 2 * RF : RE + VC), xn, biased);  // q, k, v, beta; gates
+                times_normed(D_ROWS + (kimi ? 2 * RF : RE + VC), biased);  // q, k, v, beta; gates
                 for (int c = tid; c < 2 * RD + VC; c += T) {
                     float out = convolve(own_small + D_CONV + c * K, 0.f, state + VC * DK + c, 2 * RD + VC,
                                          local[c]);
@@ -551,8 +595,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
             }
             take_all(X, CL * RD);
             if constexpr (H > 0) {
-                norm(CENTERED, EPS, xn);
-                times(Columns<DM>{}, HC, xn, [&](int r, float v) {
+                times_normed(HC, [&](int r, float v) {
                     if (lane == 0) send(mem + HIDDEN + rank * HC + r, activate(v + own_small[UP_BIAS + r]));
                 });
                 take_all(HIDDEN, CL * HC);
@@ -561,11 +604,13 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
             }
         }
 
-        norm(CENTERED, EPS, xn);
-        if (hidden && rank == 0)
-            for (int i = tid; i < DM; i += T)
+        if (hidden) {
+            norm(CENTERED, EPS, xn);
+            for (int i = tid; rank == 0 && i < DM; i += T)
                 hidden[step * DM + i] = fmaf(xn[i], final_norm[i], final_norm[DM + i]);
-        times(Columns<DM>{}, RV, xn, [&](int r, float v) {
+            __syncthreads();
+        }
+        times_normed(RV, [&](int r, float v) {
             float value = v + small[HEAD_BIAS + r];
             if (CAP > 0.f && rank * RV + r < V)  // CAP tanh(value / CAP)
                 value = CAP * (1.f - 2.f / (1.f + __expf(value * (2.f / CAP))));

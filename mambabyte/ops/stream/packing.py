@@ -22,6 +22,7 @@ from mambabyte.ops.stream.cuda import ACTIVATIONS, VOCABULARY, split
 THREADS = 512
 KINDS = {"M": 0, "A": 1, "L": 1, "S": 2, "D": 3, "K": 4}  # as in the kernel, by letter
 TILE = 4096  # floats of a tile of several rows; a longer row is one alone
+COPIES = 2  # of a number that is exchanged: so many fewer blocks look at each
 RING = 16384  # floats through which tiles pass that find no place of their own
 GATE, GATE_BIAS = "gate.weight", "gate.bias"  # of a guided model, beside its network's parameters
 _LOG2E = 1.4426950408889634
@@ -310,7 +311,7 @@ def _regions(z: Mapping[str, Any]) -> dict[str, int]:
     shared, heads, low = part(2 * z["SG"] * z["SN"]), part(z["SH"]), part(z["DV"])
     delta_heads = part(z["DH"])
     delta = max(z["D"], z["KDA"])
-    groups = z["T"] // 8 // z["HEADS"]
+    head_warps = max(1, z["T"] // 32 // z["HEADS"])
     local = max(2 * channels + shared + heads,
                 2 * rows + values + delta_heads + max(delta_heads + values, 2 * low))
     return {
@@ -318,7 +319,8 @@ def _regions(z: Mapping[str, Any]) -> dict[str, int]:
         "SLOT": z["SLOTS"] * rows, "LOCAL": local, "LOW": blocks * part(z["R"] + 2 * z["N"]),
         "STEP": channels, "ALL_U": z["M"] * _pad(blocks * channels), "Q": blocks * rows,
         "KEY": blocks * max(kv, rows), "VALUE": blocks * kv,
-        "GROUP": z["A"] * z["HEADS"] * groups * (z["HD"] + 2), "BC": blocks * shared,
+        "TURN": z["HD"], "GROUP": z["A"] * z["HEADS"] * head_warps * (z["HD"] + 2),
+        "PARTIAL": z["A"] * 3 * rows * blocks, "BC": blocks * shared,
         "DTS": blocks * max(heads, delta_heads, rows), "BETA": blocks * delta_heads,
         "F": _pad(blocks * low), "GL": _pad(blocks * low), "GATES": delta * blocks * values,
         "Y": _pad(blocks * max(channels, rows, values)), "HIDDEN": _pad(blocks * part(z["H"])),
@@ -397,7 +399,8 @@ def program(constants: tuple[tuple[str, float], ...], shared_bytes: int) -> Buil
         at += _up(size)
     # Numbers that are exchanged have the places of the vectors they come to; then attention's.
     rows = _part(z["DM"], z["CL"])
-    places |= {"SHARES": at, "PLACES": at + z["A"] * 3 * rows * z["CL"] ** 2}
+    places |= {"VECTORS": at, "COPIES": COPIES, "SHARES": COPIES * at,
+               "PLACES": COPIES * at + z["A"] * 3 * rows * z["CL"] ** 2}
     space = min(z["BLOB"], (shared_bytes // 4 - z["RESIDENT"] - at) // 4 * 4)
     whole = {n: v for n, v in (z | places | {"SPACE": space}).items() if isinstance(v, int)}
     real = {n: v for n, v in z.items() if isinstance(v, float)}
