@@ -254,6 +254,6 @@ def fitted(
         step(1 - number / steps)
     with torch.no_grad():
         nats = -torch.logsumexp(gate(seen) + log_p, -1).mean()
-        gate.inner.weight /= scale
-        gate.inner.bias -= gate.inner.weight @ mean
+        gate.inner.weight.div_(scale)
+        gate.inner.bias.sub_(gate.inner.weight @ mean)
     return gate.eval(), float(nats) / math.log(2)
