@@ -243,8 +243,9 @@ def test_opcheck() -> None:
     for family in DELTA:
         q, k, v, gate, beta, state = made(family, 1, 70).values()
         tensors = (q, k, v, gate if gate.ndim == 4 else gate.unsqueeze(-1), beta.float(), state)
+        ages = torch.arange(70, dtype=torch.uint8, device="cuda").view(1, 70) % 9
         torch.library.opcheck(torch.ops.mambabyte.gated_delta_rule.default,
-                              (*(t.detach().requires_grad_() for t in tensors), True))
+                              (*(t.detach().requires_grad_() for t in tensors), ages, True))
 
 
 @pytest.mark.parametrize("letter", "SRDK")

@@ -20,7 +20,7 @@ from mambabyte.stream import CharModel
 from mambabyte.task.mixture import NgramLM
 from mambabyte.task.ngram import count
 from mambabyte.train import EagerStep, text_batches, train
-from mambabyte.train.captured import CapturedStep, Windows, window_starts
+from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
 from mambabyte.train.optim import make_optimizer
 
 MODEL = ModelConfig(d_model=16, layer_pattern="MA", n_layer=2, n_head=2, n_kv_head=1, d_state=4,
@@ -82,28 +82,52 @@ def test_windows_say_where_documents_begin() -> None:
     assert batch[2].sum() == (~batch[1][:, 1:]).sum()  # predictions
 
 
-def stepped(micro_batches: int, captured: bool) -> list[torch.Tensor]:
-    """The weights after two steps on documents."""
+def stepped(
+    config: ModelConfig, recipe: TrainConfig, captured: bool, device: str = "cpu"
+) -> tuple[list[torch.Tensor], list[tuple[float, float]]]:
+    """The weights after two steps on documents; loss and gradient norm of each."""
     torch.manual_seed(0)
-    recipe = replace(RECIPE, micro_batches=micro_batches)
-    model = ByteLM(MODEL)
+    model = ByteLM(config).to(device)
     optimizer = make_optimizer(model, recipe, on_device=captured)
-    step = EagerStep(model, optimizer, text_batches(TEXT, recipe, "cpu", BEGINS), recipe)
+    step = EagerStep(model, optimizer, text_batches(TEXT, recipe, device, BEGINS), recipe)
     if captured:
+        prepare(model, recipe)
+        text = torch.from_numpy(TEXT.copy()).to(device)
         step = CapturedStep(  # type: ignore[assignment]
             model, model.loss, optimizer,
-            Windows(torch.from_numpy(TEXT.copy()), 24, BEGINS, recipe.batch_size),
+            Windows(text, recipe.context, BEGINS, recipe.batch_size),
             window_starts(len(TEXT), recipe, 0, BEGINS), recipe)
-    for _ in range(2):
+    readings = []
+    for _ in range(recipe.n_steps):
         step(1.0)
-    return list(model.parameters())
+        readings.append(step.read()[:2])
+    return list(model.parameters()), readings
 
 
 def test_parts_of_a_batch_make_the_step_of_the_whole() -> None:
-    wanted = stepped(1, False)
-    for found in (stepped(4, False), stepped(2, True)):
+    recipe = replace(RECIPE, n_steps=2, step="graph")
+    wanted, _ = stepped(MODEL, recipe, False)
+    for parts, captured in ((4, False), (2, True)):
+        found, _ = stepped(MODEL, replace(recipe, micro_batches=parts), captured)
         for one, two in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("way", ["graph", "fused", "compile"])
+def test_captured_steps_on_documents(way: str) -> None:
+    """Every kind of mixer with the kernels of a card, past the steps before a capture."""
+    config = replace(MODEL, layer_pattern="MSDKA", n_layer=5, d_model=64, d_state=16)
+    recipe = replace(RECIPE, n_steps=6, context=200, step=way, precision="bf16", lr=1e-3)
+    _, wanted = stepped(config, recipe, False, "cuda")
+    _, found = stepped(config, recipe, True, "cuda")
+    assert found == [pytest.approx(reading, rel=3e-2) for reading in wanted]
+    alone = replace(recipe, n_steps=1)
+    torch.manual_seed(0)
+    model = ByteLM(config)
+    tokens, starts, _ = text_batches(TEXT, alone, "cpu", BEGINS)(0)
+    assert wanted[0][0] == pytest.approx(float(model.loss(tokens, starts).detach()), rel=2e-2)
 
 
 def test_a_training_reads_and_scores_documents(tmp_path: Path) -> None:

@@ -39,6 +39,15 @@ template <int V> inline void forget(float (&window)[K][V], int age) {
     }
 }
 
+// The ages of U steps from t on that come before `stop`; K, of which nothing is asked, for the others and
+// where all are that old. Then the last one alone is read: ages ascend by 1 within a document.
+inline void read_ages(int (&age)[U], const unsigned char *ages, int t, int stop) {
+    int last = min(t + U, stop) - 1;
+    bool young = ages && last >= t && ages[last] < K - 1 + last - t;
+#pragma unroll
+    for (int j = 0; j < U; j++) age[j] = young && t + j <= last ? ages[t + j] : K;
+}
+
 template <class T, int V> inline void store_pack(T *to, const float (&from)[V]) {
     Pack<T, V> pack;
 #pragma unroll
@@ -47,7 +56,7 @@ template <class T, int V> inline void store_pack(T *to, const float (&from)[V]) 
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(128) conv_forward(
+__global__ void __launch_bounds__(128, 6) conv_forward(
     const T *x, const float *weight, const float *bias, const T *tail, const unsigned char *ages,
     T *y, T *last, int64 batch_stride, int64 stride, int64 threads, int length, int channels, int steps, int silu) {
     int64 id = blockIdx.x * (int64)blockDim.x + threadIdx.x;
@@ -103,10 +112,8 @@ __global__ void __launch_bounds__(128) conv_forward(
         Pack<T, V> ahead[U];
         int age[U];
 #pragma unroll
-        for (int j = 0; j < U; j++) {
-            ahead[j] = fetch<T, V>(x + (t0 + j) * stride, true);
-            age[j] = ages ? ages[t0 + j] : K;
-        }
+        for (int j = 0; j < U; j++) ahead[j] = fetch<T, V>(x + (t0 + j) * stride, true);
+        read_ages(age, ages, t0, t0 + U);
 #pragma unroll
         for (int j = 0; j < U; j++) step(ahead[j], age[j], t0 + j);
     }
@@ -235,8 +242,7 @@ __global__ void __launch_bounds__(128, BLOCKS) conv_backward(
         bool inside = t0 >= start + K - 1 && t0 + U <= end && (!dlast || t0 + U <= length - K);
         Pack<T, V> ahead[U], gradient[U];
         int age[U];
-#pragma unroll
-        for (int j = 0; j < U; j++) age[j] = ages && t0 + j < min(stop, length) ? ages[t0 + j] : K;
+        read_ages(age, ages, t0, min(stop, length));
         if (inside) {
 #pragma unroll
             for (int j = 0; j < U; j++) {

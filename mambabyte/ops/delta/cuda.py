@@ -16,8 +16,8 @@ CHANNELS = 64  # key and value channels of a head, the one number there is a ker
 CHUNK = 64  # steps, and rows of a tile
 _THREADS = {"delta_pairs": 128, "delta_forward": 256, "delta_backward": 256, "delta_gradients": 128}
 _PARAMETERS = {
-    "delta_pairs": "8P6q2i", "delta_forward": "12P9q2i", "delta_backward": "11P9q2i",
-    "delta_gradients": "13P9q2i"}
+    "delta_pairs": "9P6q2i", "delta_forward": "12P9q2i", "delta_backward": "11P9q2i",
+    "delta_gradients": "14P9q2i"}
 NAMES = tuple(f"{name}<{gate}>" for name in _PARAMETERS for gate in ("false", "true"))
 _TILE = 2 * CHUNK * (CHANNELS + 8)  # bytes in bf16; twice that in float32
 
@@ -75,13 +75,16 @@ class Kept(NamedTuple):
 class _Problem:
     """Sizes and inputs of one call, laid out as the kernels want them."""
 
-    def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, ages: Tensor | None
+    ) -> None:
         self.batch, self.length, self.heads, _ = q.shape
         self.blocks = self.batch * -(-self.length // CHUNK) * self.heads
         self.by_channel = log_decay.shape[3] > 1
         self.device = q.device.index
         self.q, self.k = aligned_rows(q), aligned_rows(k)
         self.log_decay, self.beta = log_decay.contiguous(), beta.contiguous()
+        self.ages = None if ages is None else ages.contiguous()
         self.steps = (*self.q.stride()[:3], *self.k.stride()[:3])
 
     def launch(self, name: str, blocks: int, shared: int, *args: int) -> None:
@@ -97,20 +100,21 @@ class _Problem:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
-    initial_state: Tensor | None, save: bool,
+    initial_state: Tensor | None, ages: Tensor | None, save: bool,
 ) -> tuple[Tensor, ...]:
     """The rule on prepared inputs.
 
     Shapes: q, k, v (B, L, H, 64) in bf16 with any strides; log_decay (B, L, H, 1 or 64), beta
-    (B, L, H) and initial_state (B, H, 64, 64) in float32. Returns o (B, L, H, 64), the final
-    state, and the tensors of Kept; those are empty unless ``save``.
+    (B, L, H) and initial_state (B, H, 64, 64) in float32; ages (B, L) as of ``document_ages``.
+    Returns o (B, L, H, 64), the final state, and the tensors of Kept; those are empty unless
+    ``save``.
     """
-    p, v = _Problem(q, k, log_decay, beta), aligned_rows(v)
+    p, v = _Problem(q, k, log_decay, beta, ages), aligned_rows(v)
     kept = Kept.empty(q, log_decay, save)
     p.launch(
         "delta_pairs", p.blocks, (5 if p.by_channel else 4) * _TILE,
         p.q.data_ptr(), p.k.data_ptr(), p.log_decay.data_ptr(), p.beta.data_ptr(),
-        *kept.of_chunks(), *p.steps)
+        pointer(p.ages), *kept.of_chunks(), *p.steps)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     last = p.state()
     initial = None if initial_state is None else initial_state.contiguous()
@@ -124,13 +128,14 @@ def forward(
 
 def backward(
     do: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
-    beta: Tensor, initial_state: Tensor | None, *kept: Tensor,
+    beta: Tensor, initial_state: Tensor | None, ages: Tensor | None, *kept: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of :func:`forward`'s tensors, in their order; None for one that is None.
+    """Gradients of :func:`forward`'s tensors but the ages, in their order; None for one that is
+    None.
 
     Every sum has a fixed order, so the same inputs give the same bits.
     """
-    p, do, saved = _Problem(q, k, log_decay, beta), aligned_rows(do), Kept(*kept)
+    p, do, saved = _Problem(q, k, log_decay, beta, ages), aligned_rows(do), Kept(*kept)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     dcarries, dinitial = torch.empty_like(saved.carries), p.state()
     dlast = None if dlast is None else dlast.contiguous()
@@ -144,7 +149,7 @@ def backward(
     p.launch(
         "delta_gradients", p.blocks, (11 if p.by_channel else 7) * _TILE,
         p.q.data_ptr(), p.k.data_ptr(), do.data_ptr(), dv.data_ptr(), p.log_decay.data_ptr(),
-        p.beta.data_ptr(), saved.missing.data_ptr(), saved.carries.data_ptr(),
+        p.beta.data_ptr(), pointer(p.ages), saved.missing.data_ptr(), saved.carries.data_ptr(),
         dcarries.data_ptr(), dq.data_ptr(), dk.data_ptr(), dlog_decay.data_ptr(),
         dbeta.data_ptr(), *p.steps, *do.stride()[:3])
     return dq, dk, dv, dlog_decay, dbeta, None if initial_state is None else dinitial

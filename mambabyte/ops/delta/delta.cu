@@ -19,6 +19,7 @@
 // two factors in [0, 1] wherever a step `base` lies between the two: a chunk is halved, the base is the
 // last step of the first half, and each half is halved again. So there is no positive exponent.
 //
+// ages (B, L), null for one document a row: 0 where a document begins, which goes on from a state of zeros.
 // Every sum has a fixed order. Strides are in elements; the last axis has stride one.
 
 constexpr int D = 64, ROW = D + 8, TILE = T * ROW;  // of bf16 tiles
@@ -44,21 +45,26 @@ inline float exp2_of(float x) {
     return y;
 }
 
-inline float log2_decay(float log_decay) { return at_least(log_decay) * 1.44269504f; }
+inline float log2_decay(float log_decay, bool begins) {
+    return (begins ? NOTHING : at_least(log_decay)) * 1.44269504f;
+}
 
 // Cumulates the log-decays of a chunk, to the base 2: u[t * WIDE_ROW + c] with a gate a channel, else u[t]. Steps that
-// are not there do not decay. To be followed by a barrier.
+// are not there do not decay; where a document begins nothing is kept. To be followed by a barrier.
 template <bool CHANNEL, int COUNT>
-inline void load_gates(float *u, const float *log_decay, int heads, int rows) {
+inline void load_gates(float *u, const float *log_decay, const unsigned char *ages, int heads, int rows) {
     if (CHANNEL) {
         constexpr int STEPS = T * D / COUNT;
         int c = threadIdx.x % D, part = threadIdx.x / D, first = part * STEPS;
+        static_assert(STEPS <= 32, "a lane looks at each");
         float sum[STEPS], upto = 0.f, before = 0.f;
 #pragma unroll
         for (int i = 0; i < STEPS; i++)
             sum[i] = first + i < rows ? log_decay[(int64)(first + i) * heads * D + c] : 0.f;
+        int step = first + threadIdx.x % 32;
+        u32 begin = ages ? __ballot_sync(ALL, step < rows && ages[step] == 0) : 0u;
 #pragma unroll
-        for (int i = 0; i < STEPS; i++) sum[i] = upto += log2_decay(sum[i]);
+        for (int i = 0; i < STEPS; i++) sum[i] = upto += log2_decay(sum[i], begin >> i & 1);
         u[part * WIDE_ROW + c] = upto;
         __syncthreads();
         for (int i = 0; i < part; i++) before += u[i * WIDE_ROW + c];
@@ -70,7 +76,8 @@ inline void load_gates(float *u, const float *log_decay, int heads, int rows) {
         float g[2];
 #pragma unroll
         for (int k = 0; k < 2; k++)
-            g[k] = t + k < rows ? log2_decay(log_decay[(int64)(t + k) * heads]) : 0.f;
+            g[k] = t + k < rows ? log2_decay(log_decay[(int64)(t + k) * heads], ages && ages[t + k] == 0)
+                                : 0.f;
         float sum = cumulated(g[0] + g[1]), before = __shfl_sync(ALL, sum, threadIdx.x - 1);
         u[t] = (t ? before : 0.f) + g[0];
         u[t + 1] = sum;
@@ -316,7 +323,7 @@ inline void store_across(float *tile_a, bfloat16 *reads, const float (&a)[SIZE /
 template <bool CHANNEL>
 __global__ void __launch_bounds__(THREADS, 4) delta_pairs(
     const bfloat16 *q, const bfloat16 *k, const float *log_decay, const float *beta,
-    bfloat16 *inverse, bfloat16 *reads, bfloat16 *decayed, float *scales, int64 q_batch,
+    const unsigned char *ages, bfloat16 *inverse, bfloat16 *reads, bfloat16 *decayed, float *scales, int64 q_batch,
     int64 q_time, int64 q_head, int64 k_batch, int64 k_time, int64 k_head, int length, int heads) {
     extern __shared__ __align__(128) char shared[];
     bfloat16 *tile_q = (bfloat16 *)shared, *tile_k = tile_q + TILE;
@@ -327,7 +334,8 @@ __global__ void __launch_bounds__(THREADS, 4) delta_pairs(
     if (!CHANNEL) u = gates;
     Place here(length, heads);
     int64 of_head = here.first * heads + here.head;
-    load_gates<CHANNEL, THREADS>(u, log_decay + of_head * (CHANNEL ? D : 1), heads, here.rows);
+    if (ages) ages += here.first;
+    load_gates<CHANNEL, THREADS>(u, log_decay + of_head * (CHANNEL ? D : 1), ages, heads, here.rows);
     load_shares(share, beta + of_head, heads, here.rows);
     load_tile<D>(tile_q, q + here.at({q_batch, q_time, q_head}, here.head), q_time, here.rows);
     load_tile<D>(tile_k, k + here.at({k_batch, k_time, k_head}, here.head), k_time, here.rows);
@@ -871,11 +879,12 @@ inline void sum_before(float (&x)[2], float &all) {
     x[1] = first + (g ? high : 0.f);
 }
 
-// dq, dk (B, L, H, D); dlog_decay (B, L, H, D or 1) and dbeta (B, L, H).
+// dq, dk (B, L, H, D); dlog_decay (B, L, H, D or 1), 0 where a document begins, and dbeta (B, L, H).
 template <bool CHANNEL>
 __global__ void __launch_bounds__(THREADS) delta_gradients(
     const bfloat16 *q, const bfloat16 *k, const bfloat16 *dy, const bfloat16 *dv, const float *log_decay,
-    const float *beta, const bfloat16 *missing, const bfloat16 *carries, const bfloat16 *dcarries,
+    const float *beta, const unsigned char *ages, const bfloat16 *missing, const bfloat16 *carries,
+    const bfloat16 *dcarries,
     bfloat16 *dq, bfloat16 *dk, float *dlog_decay, float *dbeta, int64 q_batch, int64 q_time, int64 q_head,
     int64 k_batch, int64 k_time, int64 k_head, int64 dy_batch, int64 dy_time, int64 dy_head, int length,
     int heads) {
@@ -889,7 +898,8 @@ __global__ void __launch_bounds__(THREADS) delta_gradients(
     if (!CHANNEL) u = gates;
     Place here(length, heads);
     int64 of_head = here.first * heads + here.head;
-    load_gates<CHANNEL, THREADS>(u, log_decay + of_head * (CHANNEL ? D : 1), heads, here.rows);
+    if (ages) ages += here.first;
+    load_gates<CHANNEL, THREADS>(u, log_decay + of_head * (CHANNEL ? D : 1), ages, heads, here.rows);
     load_shares(share, beta + of_head, heads, here.rows);
     load_tile<D>(tile_q, q + here.at({q_batch, q_time, q_head}, here.head), q_time, here.rows);
     load_tile<D>(tile_k, k + here.at({k_batch, k_time, k_head}, here.head), k_time, here.rows);
@@ -1043,9 +1053,11 @@ __global__ void __launch_bounds__(THREADS) delta_gradients(
                 }
                 found[j][h] += sum;
             }
-            if (row < here.rows)
+            if (row < here.rows) {
+                bool begins = ages && ages[row] == 0;
                 *(float2 *)(dlog_decay + (of_head + (int64)row * heads) * D + column) =
-                    make_float2(found[j][0], found[j][1]);
+                    begins ? make_float2(0.f, 0.f) : make_float2(found[j][0], found[j][1]);
+            }
         }
     }
 #pragma unroll
@@ -1070,7 +1082,9 @@ __global__ void __launch_bounds__(THREADS) delta_gradients(
     if (id == 31) rest = 0.f;
     if (id == 0) before = 0.f;
     float total = sum_of_warp(of_state[t] + of_state[t + 1]);
-    if (t < here.rows) dlog_decay[of_head + (int64)t * heads] = later + before + total;
-    if (t + 1 < here.rows)
-        dlog_decay[of_head + (int64)(t + 1) * heads] = rest + of_pairs[0][t + 1] + before + of_ends[0][t] + total;
+    float sums[2] = {later + before + total, rest + of_pairs[0][t + 1] + before + of_ends[0][t] + total};
+#pragma unroll
+    for (int k = 0; k < 2; k++)
+        if (t + k < here.rows)
+            dlog_decay[of_head + (int64)(t + k) * heads] = ages && ages[t + k] == 0 ? 0.f : sums[k];
 }

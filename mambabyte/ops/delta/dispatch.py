@@ -89,7 +89,7 @@ def gated_delta_rule(
 
     wide = wide_dtype(q, k, v, log_decay, beta, initial_state)
     ages = document_ages(document_starts, v) if ages is None else ages
-    gate = without_past(log_decay.to(wide), ages)
+    gate = log_decay.to(wide)
     gate = gate if gate.ndim == 4 else gate.unsqueeze(-1)
     state = None if initial_state is None else initial_state.to(wide)
     if form == "fused":
@@ -97,12 +97,13 @@ def gated_delta_rule(
         if wide == torch.float32:
             dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
         o, state = fused_delta(
-            q.to(dtype), k.to(dtype), v.to(dtype), gate, beta.to(wide), state)
+            q.to(dtype), k.to(dtype), v.to(dtype), gate, beta.to(wide), state, ages)
         return o.to(v.dtype), state
     # Autocast would take the products to bf16; the state accumulates in float32 or better.
     with without_autocast(v.device):
         if state is None:
             state = v.new_zeros(batch, heads, keys, v.shape[3], dtype=wide)
         o, state = FORMS[form](
-            q.to(wide), k.to(wide), v.to(wide), gate, beta.to(wide), state, chunk_size or CHUNK)
+            q.to(wide), k.to(wide), v.to(wide), without_past(gate, ages), beta.to(wide), state,
+            chunk_size or CHUNK)
         return o.to(v.dtype), state

@@ -8,6 +8,7 @@ keep else is some ten times as large.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,28 +19,30 @@ from mambabyte.ops.delta import cuda as kernels
 from mambabyte.ops.delta.chunked import CHUNK, chunked_delta
 from mambabyte.ops.library import Tensors, define, wants_gradient
 from mambabyte.ops.scan.operator import fused_available
+from mambabyte.ops.ssd.decay import without_past
 from mambabyte.ops.ssd.recompute import gradients_again
 
 
 def fused_delta(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
-    initial_state: Tensor | None = None,
+    initial_state: Tensor | None = None, ages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The rule as in :func:`mambabyte.ops.gated_delta_rule`, on prepared inputs.
 
     Shapes: q, k (B, L, H, K) and v (B, L, H, V) of one dtype; log_decay (B, L, H, 1 or K), beta
-    (B, L, H) and initial_state (B, H, K, V) in float32, or in float64 beside float64 sequences.
-    Returns o (B, L, H, V) and the final state. Raises UserError for shapes, dtypes or devices
-    that do not fit.
+    (B, L, H) and initial_state (B, H, K, V) in float32, or in float64 beside float64 sequences;
+    ages (B, L) as of ``document_ages``. Returns o (B, L, H, V) and the final state. Raises
+    UserError for shapes, dtypes or devices that do not fit.
     """
-    tensors = (q, k, v, log_decay, beta, initial_state)
+    tensors = (q, k, v, log_decay, beta, initial_state, ages)
     o, final_state, *_ = _delta(*tensors, wants_gradient(*tensors))
     return o, final_state
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None,
+    ages: Tensor | None,
+) -> None:  # fmt: skip
     batch, length, heads, keys = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     gates = (batch, length, heads)
@@ -47,18 +50,20 @@ def _check(
     check_tensors("q", q, None, FLOATS, (
         ("k", k, tuple(q.shape), q.dtype), ("v", v, (*gates, v.shape[-1]), q.dtype),
         ("log_decay", log_decay, (*gates, gate), wide), ("beta", beta, gates, wide),
-        ("initial_state?", state, (batch, heads, keys, v.shape[-1]), wide)))
+        ("initial_state?", state, (batch, heads, keys, v.shape[-1]), wide),
+        ("ages?", ages, (batch, length), torch.uint8)))
 
 
 def _in_torch(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None,
+    ages: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     with without_autocast(q.device):
         wide = beta.dtype
         if state is None:
             state = beta.new_zeros(q.shape[0], *q.shape[2:], v.shape[3])
         o, state = chunked_delta(
-            q.to(wide), k.to(wide), v.to(wide), log_decay, beta, state, CHUNK)
+            q.to(wide), k.to(wide), v.to(wide), without_past(log_decay, ages), beta, state, CHUNK)
         return o.to(v.dtype), state
 
 
@@ -79,7 +84,9 @@ def _forward_cuda(*args: Any) -> Tensors:
 def _backward(
     do: Tensor, dstate: Tensor | None, *args: Any
 ) -> tuple[Tensor | None, ...]:
-    return gradients_again(_in_torch, (do, dstate), args[:_INPUTS])
+    *inputs, ages = args[:_INPUTS]
+    again = functools.partial(_in_torch, ages=ages)
+    return *gradients_again(again, (do, dstate), inputs), None
 
 
 def _backward_cuda(
@@ -90,23 +97,24 @@ def _backward_cuda(
     if not args[_INPUTS].numel():  # nothing was kept
         again = (*args[:_INPUTS], True)
         args = (*args[:_INPUTS], *kernels.forward(*again)[2:])
-    return kernels.backward(do, dstate, *args)
+    return *kernels.backward(do, dstate, *args), None
 
 
 def _shapes(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None,
-    save: bool,
-) -> Tensors:
+    ages: Tensor | None, save: bool,
+) -> Tensors:  # fmt: skip
     last = beta.new_empty(q.shape[0], *q.shape[2:], v.shape[3])
     kept = (kernels.Kept.empty(q, log_decay, save) if save and has_kernel(q, v)
             else kernels.Kept.nothing(q))
     return v.new_empty(v.shape), last, *kept
 
 
-_INPUTS = 6
+_INPUTS = 7
 _delta = define(
     "gated_delta_rule",
-    "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor beta, Tensor? initial_state",
+    "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor beta, Tensor? initial_state, "
+    "Tensor? ages",
     "o, final_state", kept=", ".join(kernels.Kept._fields),
     forward={"cpu": _forward, "cuda": _forward_cuda},
     backward={"cpu": _backward, "cuda": _backward_cuda},

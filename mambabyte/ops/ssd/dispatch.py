@@ -16,7 +16,6 @@ from mambabyte.ops.arguments import (
     without_autocast,
 )
 from mambabyte.ops.ssd.chunked import CHUNK, chunked_ssd
-from mambabyte.ops.ssd.decay import without_past
 from mambabyte.ops.ssd.gates import gates
 from mambabyte.ops.ssd.operator import fused_ssd
 from mambabyte.ops.ssd.recurrent import recurrent_ssd
@@ -90,9 +89,8 @@ def ssd_scan(
     with without_autocast(x.device):
         wide = wide_dtype(x, dt, A, B, C, initial_state)
         bias = None if dt_bias is None else dt_bias.to(wide)
-        step, log_decay = gates(dt, A.to(wide), bias, dt_softplus)
         ages = document_ages(document_starts, x) if ages is None else ages
-        log_decay = without_past(log_decay, ages)
+        step, log_decay = gates(dt, A.to(wide), bias, dt_softplus, ages)
         skip = None if D is None else D.to(wide)
         state = None if initial_state is None else initial_state.to(wide)
     if form == "fused":

@@ -7,10 +7,12 @@ import shutil
 import pytest
 import torch
 
+from mambabyte.ops.arguments import document_ages
 from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.delta import cuda as kernels
 from mambabyte.ops.delta import operator
 from mambabyte.ops.delta.recurrent import recurrent_delta
+from mambabyte.ops.ssd.decay import without_past
 from tests.helpers.family_cases import make_inputs
 
 pytestmark = [
@@ -29,7 +31,7 @@ def prepared(family, length, heads=1, batch=1, **more):
     wide = torch.cat([made[n] for n in ("q", "k", "v")], -1)
     gate = made["log_decay"]
     return (*wide.split(64, -1), gate if gate.ndim == 4 else gate.unsqueeze(-1),
-            made["beta"].float(), made["initial_state"])
+            made["beta"].float(), made["initial_state"], None)
 
 
 def found_and_exact(inputs):
@@ -38,8 +40,9 @@ def found_and_exact(inputs):
     torch.manual_seed(1)
     do = torch.randn(batch, length, heads, 64).bfloat16()
     dstate = torch.randn(batch, heads, 64, 64)
-    exact = [t.double().requires_grad_() for t in inputs]
-    o, last = recurrent_delta(*exact)
+    *exact, ages = [None if t is None else t.double().requires_grad_() for t in inputs]
+    q, k, v, log_decay, *others = exact
+    o, last = recurrent_delta(q, k, v, without_past(log_decay, ages), *others)
     wanted = [o, last, *torch.autograd.grad([o, last], exact, [do.double(), dstate.double()])]
     o, last, *kept = kernels.forward(*inputs, True)
     found = [o, last, *kernels.backward(do, dstate, *inputs, *kept)]
@@ -67,15 +70,16 @@ def test_parity(family, length, more) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("family", ["gated delta", "channel gates"])
 def test_documents(family) -> None:
-    """Where one starts the log-decay is -inf: exactly nothing crosses."""
-    inputs = list(prepared(family, 140))
-    starts = [1, 2, 20, 63, 64, 139]
-    inputs[3][0, starts] = -torch.inf
+    """Exactly nothing crosses where one starts, and no gradient comes to the log-decay there."""
+    inputs = list(prepared(family, 70, heads=2))
+    starts = torch.zeros(1, 70, dtype=torch.bool)
+    starts[0, [1, 2, 20, 63, 64, 69]] = True
+    inputs[6] = document_ages(starts, inputs[0])
     found, wanted = found_and_exact(inputs)
-    found["log_decay"][0, starts] = 0  # as without_past does
     errors = {n: relative_rms(found[n], wanted[n].detach()) for n in found
               if wanted[n].count_nonzero()}
     assert max(errors.values()) < LIMIT, errors
+    assert not found["log_decay"][starts].any()
     inputs[2] = inputs[2].clone()
     inputs[2][0, :64] = 7
     other, _ = found_and_exact(inputs)
@@ -101,7 +105,7 @@ def test_the_same_bits_and_nothing_read_past_the_end(family) -> None:
     do, dstate = torch.randn(1, 33, 1, 64).bfloat16(), torch.randn(1, 1, 64, 64)
     longer = [torch.cat([t, torch.full_like(t, torch.nan)], 1)[:, :33] for t in inputs[:5]]
     found = []
-    for some in (inputs, (*longer, inputs[5])):
+    for some in (inputs, (*longer, *inputs[5:])):
         o, last, *kept = kernels.forward(*some, True)
         found.append([o, last, *kernels.backward(do, dstate, *some, *kept)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -110,15 +114,15 @@ def test_the_same_bits_and_nothing_read_past_the_end(family) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("family", ["gated delta", "channel gates"])
 def test_without_states_and_without_a_backward_pass(family) -> None:
-    *inputs, state = prepared(family, 66)
-    o, last, *kept = kernels.forward(*inputs, None, False)
-    o1, last1, *kept1 = kernels.forward(*inputs, torch.zeros_like(state), True)
+    *inputs, state, _ = prepared(family, 66)
+    o, last, *kept = kernels.forward(*inputs, None, None, False)
+    o1, last1, *kept1 = kernels.forward(*inputs, torch.zeros_like(state), None, True)
     assert torch.equal(o, o1)
     assert torch.equal(last, last1)
     assert all(t.numel() == 0 for t in kept)
-    found = kernels.backward(o, None, *inputs, None, *kept1)
+    found = kernels.backward(o, None, *inputs, None, None, *kept1)
     assert found[5] is None
-    again = kernels.backward(o, torch.zeros_like(state), *inputs, None, *kept1)
+    again = kernels.backward(o, torch.zeros_like(state), *inputs, None, None, *kept1)
     assert all(torch.equal(a, b) for a, b in zip(found[:5], again[:5], strict=True))
 
 

@@ -101,26 +101,32 @@ def test_nothing_is_read_past_the_end() -> None:
     assert all(t.isfinite().all() for t in cuda_ssd.forward(*longer, True))
 
 
-@pytest.mark.parametrize(("dtype", "softplus", "bias"), [
-    (torch.bfloat16, True, True), (torch.float32, False, False)])
+@pytest.mark.parametrize(("dtype", "softplus", "bias", "documents"), [
+    (torch.bfloat16, True, True, True), (torch.float32, False, False, False)])
 @pytest.mark.usefixtures("gates")
 @pytest.mark.long
-def test_gates(dtype: torch.dtype, softplus: bool, bias: bool) -> None:
+def test_gates(dtype: torch.dtype, softplus: bool, bias: bool, documents: bool) -> None:
     torch.manual_seed(0)
     dt = (3 * torch.randn(2, 700, 9)).to(dtype)[..., 4:7]
     dt[0, :3, 0] = torch.tensor([30.0, -30.0, -90.0])
     A, dt_bias = -torch.rand(3), torch.randn(3) if bias else None
+    ages = (torch.arange(1400).view(2, 700) % 90).to(torch.uint8) if documents else None
     dstep, dlog_decay = torch.randn(2, 2, 700, 3)
-    found = [*cuda_gates._forward(dt, A, dt_bias, softplus),
-             *cuda_gates._backward(dstep, dlog_decay, dt, A, dt_bias, softplus)]
+    if ages is not None:
+        dlog_decay[ages == 0] = torch.nan  # of what is not handed on nobody asks the gradient
+    found = [*cuda_gates._forward(dt, A, dt_bias, ages, softplus),
+             *cuda_gates._backward(dstep, dlog_decay, dt, A, dt_bias, ages, softplus)]
     exact = [None if t is None else t.double().requires_grad_() for t in (dt, A, dt_bias)]
-    wanted = cuda_gates._in_torch(*exact, softplus)
+    wanted = cuda_gates._in_torch(*exact, ages, softplus)
     leaves = [t for t in exact if t is not None]
     gradients = torch.autograd.grad(wanted, leaves, [dstep.double(), dlog_decay.double()])
+    # relative_rms knows no difference of infinities.
+    found[1], log_decay = (it.masked_fill(it == -torch.inf, 9) for it in (found[1], wanted[1]))
+    wanted = wanted[0], log_decay
     for a, b in zip([t for t in found if t is not None], (*wanted, *gradients), strict=True):
         # Rounded once to the dtype of dt, or sums in float32.
         assert relative_rms(a, b.detach()) < (3e-3 if a.dtype == torch.bfloat16 else 1e-6)
-    alone = cuda_gates._backward(None, dlog_decay, dt, A, dt_bias, softplus)[0]
+    alone = cuda_gates._backward(None, dlog_decay, dt, A, dt_bias, ages, softplus)[0]
     zeros = torch.zeros_like(dstep)
     assert torch.equal(alone, cuda_gates._backward(
-        zeros, dlog_decay, dt, A, dt_bias, softplus)[0])
+        zeros, dlog_decay, dt, A, dt_bias, ages, softplus)[0])
