@@ -194,7 +194,7 @@ def bench_scan(options: Scan) -> int:
 def bench_mixers(options: Mixers) -> int:
     import pandas as pd
 
-    from analysis.cli.studies.tables import rows_of
+    from analysis.cli.studies.tables import mixers_table, rows_of
     from analysis.measure.bench.mixers import FAMILIES, SETTINGS, run_bench
     from analysis.measure.ceilings import describe_machine
 
@@ -205,8 +205,9 @@ def bench_mixers(options: Mixers) -> int:
         device, options.repeats, say)
     settings = frame.attrs.pop("settings")
     chosen = {"settings": (SETTINGS_TABLE, pd.DataFrame(settings, columns=list(SETTINGS)))}
-    keep(options, machine, {}, {"bench": (MIXERS_TABLE, frame)} | (chosen if settings else {}),
-          "The field's mixers and their peers", MIXERS_ABOUT)
+    tables = {"bench": (MIXERS_TABLE, mixers_table(frame))} | (chosen if settings else {})
+    keep(options, machine, {}, tables,
+         "The field's mixers and their peers", MIXERS_ABOUT)
     lines = [f"{name}: {value}" for name, value in machine.items()]
     for shape, group in frame.groupby(["batch", "length", "heads"], sort=False):
         lines += ["", f"{shape}"]

@@ -65,19 +65,38 @@ def _measured(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def short_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """The columns that a reader of the report wants, in its units."""
-    shape = frame[["batch", "length", "channels"]].astype(str).agg(" x ".join, axis=1)
-    micro = frame[["median_seconds", "low_seconds", "high_seconds", "floor_seconds"]] * 1e6
+    """The columns of a bench of the scan that a reader of the report wants, in its units."""
+    return _of_peers(frame, "channels", {
+        "times the fused scan": frame["ratio_to_fused"].round(3),
+        "floor (us)": (1e6 * frame["floor_seconds"]).round(1)})
+
+
+def mixers_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The same of a bench of the field's mixers; times are of this project's operator of the same
+    family, shape and direction."""
+    keys = ["batch", "length", "heads", "family", "direction"]
+    ours = frame[frame["peer"] == "fused"].set_index(keys)["median_seconds"]
+    own = ours.reindex(pd.MultiIndex.from_frame(frame[keys])).to_numpy()
+    return _of_peers(frame, "heads", {"times this project's": (
+        frame["median_seconds"] / own).round(3)}, {"longest kernel": frame["kernel"]})
+
+
+def _of_peers(
+    frame: pd.DataFrame, width: str, beside: dict[str, pd.Series],
+    behind: dict[str, pd.Series] | None = None,
+) -> pd.DataFrame:
+    """What benches of peers share; ``width`` is the last column of a shape."""
+    shape = frame[["batch", "length", width]].astype(str).agg(" x ".join, axis=1)
+    micro = frame[["median_seconds", "low_seconds", "high_seconds"]] * 1e6
+    family = {"family": frame["family"]} if "family" in frame else {}
     return pd.DataFrame({
-        "batch x length x channels": shape, "of": frame["peer"], "pass": frame["direction"],
-        "median (us)": micro["median_seconds"].round(1),
+        f"batch x length x {width}": shape, **family, "of": frame["peer"],
+        "pass": frame["direction"], "median (us)": micro["median_seconds"].round(1),
         "quartiles (us)": [f"{a:.1f} to {b:.1f}" if a == a else None for a, b in
                            zip(micro["low_seconds"], micro["high_seconds"], strict=True)],
-        "times the fused scan": frame["ratio_to_fused"].round(3),
-        "floor (us)": micro["floor_seconds"].round(1),
-        "peak (MiB)": (frame["peak_bytes"] / 2**20).round(1),
+        **beside, "peak (MiB)": (frame["peak_bytes"] / 2**20).round(1),
         "relative error of output": frame["error_output"],
-        "worst relative error of a gradient": frame["error_gradient"],
+        "worst relative error of a gradient": frame["error_gradient"], **(behind or {}),
         "note": frame["note"],
     }).pipe(_measured)
 

@@ -216,6 +216,13 @@ class DeltaMixer(Mixer, DeltaSpec):
             2 * keys + 2 * values + 3 * heads)
 
     @classmethod
+    def kernel_name(
+        cls, config: ModelConfig, length: int, device: str = "cpu", compiled: bool = False
+    ) -> str:
+        ours = has_kernel(cls, config, Step(1, length, torch.bfloat16, device))
+        return f"{cls.about}, {'kernels for bf16' if ours else 'torch'}"
+
+    @classmethod
     def kept(cls, config: ModelConfig, step: Step) -> list[Kept]:
         heads, keys, values = cls.widths(config)
         tokens, itemsize, half = step.tokens, step.itemsize, step.itemsize != FLOAT32
