@@ -20,7 +20,6 @@ from mambabyte.train import autocast
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MAP_BYTES = 48
 TOKENS = 1 << 16  # of a call of the model
-HORIZON = 0.9  # share of the gradient that the horizon holds
 
 
 @torch.no_grad()
@@ -149,11 +148,6 @@ def remembered(model: ByteLM, text: np.ndarray, context: int) -> dict[str, Any]:
         "maps": [{"layer": layer, "output": t, "input": s, "share": round(float(shown[t, s]), 5)}
                  for t in range(len(shown)) for s in range(t + 1)],
     }
-
-
-def horizon_of(rows: list[dict[str, Any]]) -> int | None:
-    """The least distance up to which HORIZON of the gradient lies."""
-    return next((row["distance"] for row in rows if row["share_up_to_here"] >= HORIZON), None)
 
 
 def stagnation_half_life(mantissa_bits: int) -> float:

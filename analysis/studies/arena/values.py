@@ -11,6 +11,8 @@ from analysis.studies.arena import HALF, Parameters, Results, family
 
 Values = dict[str, Value]
 SOLVED = 0.95  # accuracy of a size that a system is said to solve
+HORIZON = 0.9  # share of the gradient up to its horizon
+NEAR = 0.01  # bits per byte within which a context is said to be enough
 
 
 def slug(text: str) -> str:
@@ -125,6 +127,19 @@ def _tasks(r: Results) -> Values:
             f"{unit} up to which each system has an accuracy of {SOLVED} or more; 0 is none")
         found |= {f"{stem}_solves_{slug(s)}": Value(n, unit, f"up to which {s} has {SOLVED}")
                   for s, n in reach.items()}
+    return found | _least_state(r.tasks)
+
+
+def _least_state(tasks: pd.DataFrame) -> Values:
+    """Of recall, by size: the model of fewest bytes of state that solves it."""
+    found: Values = {}
+    recall = tasks[tasks["task"] == "recall"] if len(tasks) else tasks
+    for size, rows in recall[recall["accuracy"] >= SOLVED].groupby("size") if len(recall) else ():
+        best = rows.sort_values("state_bytes", kind="stable").iloc[0]
+        found[f"recall_state_{size}"] = Value(
+            int(best["state_bytes"]), "bytes", f"least state that recalls {size} pairs")
+        found[f"recall_state_{size}_of"] = Value(
+            f"{best['system']} of width {best['width']}", "", "the model that has it")
     return found
 
 
@@ -170,18 +185,33 @@ def _laws(r: Results) -> Values:
 
 def _state(r: Results) -> Values:
     found: Values = {}
-    if len(r.context):
-        wide = r.context.groupby("system")["bits_per_byte"]
-        gain = (wide.first() - wide.last()).astype(float)
-        found |= {f"context_gain_{slug(str(s))}": Value(
-            float(x), "bits/byte", f"{s}: reset every 32 bytes minus hardly ever")
-            for s, x in gain.items()}
+    for system, rows in r.context.groupby("system") if len(r.context) else ():
+        bits = rows.set_index("reset_every")["bits_per_byte"].astype(float).sort_index()
+        name = slug(str(system))
+        found |= {
+            f"context_gain_{name}": Value(
+                float(bits.iloc[0] - bits.iloc[-1]), "bits/byte",
+                f"{system}: reset every {bits.index[0]} bytes minus every {bits.index[-1]:,}"),
+            f"context_{name}": Value(
+                int(bits.index[bits <= bits.min() + NEAR][0]), "bytes",
+                f"{system}: reset no more often, it is within {NEAR} bits of its best")}
+    for system, rows in r.half_lives.groupby("system") if len(r.half_lives) else ():
+        name = slug(str(system))
+        found |= {
+            f"half_life_{name}": Value(float(rows["half_life_50"].median()), "bytes",
+                                       f"{system}: median over channels and layers"),
+            f"half_life_{name}_long": Value(float(rows["half_life_95"].max()), "bytes",
+                                            f"{system}: 95 % of the slowest layer's channels")}
+    for system, rows in r.horizon.groupby("system") if len(r.horizon) else ():
+        within = rows[rows["share_up_to_here"] >= HORIZON]["distance"]
+        found[f"horizon_{slug(str(system))}"] = Value(
+            int(within.min()), "bytes", f"{system}: up to where {HORIZON:.0%} of the gradient lies")
     for row in r.precision.itertuples() if len(r.precision) else ():
         found[f"lost_{slug(str(row.system))}_{row.kept}_{row.way}"] = Value(
             float(row.bits_lost), "bits/byte", f"{row.system}: state in {row.kept}, {row.way}")
     if len(r.precision):
         found["streamed_bytes"] = Value(int(r.precision["streamed_bytes"].max()), "bytes",
-                                        "read by each stream with a rounded state")
+                                        "read with each rounded state, over all streams")
     if len(r.clamp):
         by = r.clamp.pivot(index="seed", columns="system", values="valid_bits").astype(float)
         free = r.clamp[r.clamp["system"] == "M"]

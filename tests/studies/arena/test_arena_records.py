@@ -8,7 +8,7 @@ import pytest
 from analysis.runs.folders import Run
 from analysis.runs.records import load_records
 from analysis.studies.arena.trainings.tasks import parse_task
-from analysis.studies.arena.values import slug
+from analysis.studies.arena.values import slug, solved
 
 RECORDS = {name: run for name, run in load_records().items() if run.study == "arena"}
 
@@ -66,3 +66,41 @@ def test_accuracies_are_those_of_the_trainings(name):
     for (task, width, system), size in solves.items():
         value = run.values.get(f"{slug(task)}_{width}_solves_{slug(system)}")
         assert value is None or value.value == size
+
+
+def test_a_size_is_solved_only_with_all_smaller_ones():
+    rows = pd.DataFrame({"size": [16, 4, 8, 32], "accuracy": [0.2, 0.99, 0.96, 1.0]})
+    assert solved(rows) == 8
+    assert solved(rows[rows["size"] > 8]) == 0
+
+
+@pytest.mark.parametrize("name", [n for n, run in RECORDS.items() if "context" in run.tables])
+def test_what_is_remembered_is_what_the_tables_hold(name):
+    run = RECORDS[name]
+    frame = run.tables["context"].frame
+    for system in dict.fromkeys(frame["system"]):
+        bits = dict(frame[frame["system"] == system][["reset_every", "bits_per_byte"]].to_numpy())
+        enough = min(every for every, b in bits.items() if b <= min(bits.values()) + 0.01)
+        assert run.values[f"context_{slug(system)}"].value == enough
+
+
+@pytest.mark.parametrize("name", [n for n, run in RECORDS.items() if "precision" in run.tables])
+def test_bits_lost_are_those_of_the_table(name):
+    """And are beside one stream in float32 for each system, whatever the format."""
+    run = RECORDS[name]
+    frame = run.tables["precision"].frame
+    for row in frame.itertuples():
+        lost = run.values[f"lost_{slug(row.system)}_{row.kept}_{row.way}"].value
+        assert lost == pytest.approx(row.bits_lost)
+    plain = (frame["bits_per_byte"] - frame["bits_lost"]).groupby(frame["system"])
+    assert (plain.max() - plain.min()).max() < 1e-9
+
+
+@pytest.mark.parametrize("name", [n for n, run in RECORDS.items() if "points" in run.tables])
+def test_laws_are_judged_by_the_points_that_were_held_back(name):
+    run = RECORDS[name]
+    held = [row for row in run.tables["points"].frame.itertuples() if row.held_back]
+    assert run.values["law_held_back"].value == len(held) > 0
+    assert run.values["law_inside"].value == sum(r.low <= r.valid_bits <= r.high for r in held)
+    assert run.values["law_worst_error"].value == pytest.approx(
+        max(abs(r.by_the_law - r.valid_bits) for r in held))
