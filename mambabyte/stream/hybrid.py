@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mambabyte.config import SPECS
 from mambabyte.model import ByteLM
 from mambabyte.model.families.attention import AttentionState, rotary_table
 from mambabyte.model.families.delta import DeltaState
@@ -17,7 +18,7 @@ from mambabyte.model.families.mamba2 import Mamba2State
 from mambabyte.model.mixer import LayerState
 from mambabyte.ops.build.nvrtc import NvrtcError
 from mambabyte.ops.stream.hybrid import HybridState, HybridStreamer, check_fit
-from mambabyte.ops.stream.packing import GATE, GATE_BIAS
+from mambabyte.ops.stream.packing import GATE, GATE_BIAS, KINDS
 
 
 def _epsilons(model: ByteLM) -> tuple[float, float]:
@@ -31,6 +32,8 @@ def unsupported(model: ByteLM) -> str:
     """Why the kernel cannot stream the model, in one line; empty where it can. The parts are known
     and the sizes of vocabulary and state are not asked again."""
     config, index = model.config, model.device.index
+    if foreign := set(config.layers) - set(KINDS):
+        return f"the kernel has no {', '.join(SPECS[letter].about for letter in sorted(foreign))}"
     shapes = {name: p.to("meta") for name, p in model.named_parameters()}
     try:
         check_fit(config, shapes, *_epsilons(model), index)

@@ -17,7 +17,9 @@ from mambabyte.model.families.attention import AttentionMixer, AttentionState, L
 from mambabyte.model.families.delta import DeltaState, GatedDeltaNetMixer, HeadNorm, KimiDeltaMixer
 from mambabyte.model.families.mamba import MambaMixer, MambaState
 from mambabyte.model.families.mamba2 import GatedRMSNorm, Mamba2Mixer, Mamba2State
+from mambabyte.model.families.mamba3 import Mamba3Mixer
 from mambabyte.model.mixer import Linear, Mixer, mixers
+from mambabyte.ops import Mamba3State
 
 _ACTIVATIONS = {"relu2": 0, "gelu": 1, "silu": 2}
 # Parameters in the order of the C structs: of the model, of a block, and of each kind of mixer.
@@ -34,6 +36,8 @@ _ATTENTION = (*(f"{name}_proj.{what}" for what in ("weight", "bias")
                 for name in ("q", "k", "v", "out")), "q_gain")  # fmt: skip
 _MAMBA2 = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D",
            "norm.weight", "out_proj.weight", "in_proj.bias", "out_proj.bias")  # fmt: skip
+_MAMBA3 = ("in_proj.weight", "dt_bias", "B_bias", "C_bias", "B_norm.weight", "C_norm.weight", "D",
+           "out_proj.weight")  # fmt: skip
 _DELTA = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "q_conv1d.weight", "k_conv1d.weight",
           "v_conv1d.weight", "b_proj.weight", "A_log", "dt_bias", "o_norm.weight", "o_proj.weight",
           )  # fmt: skip
@@ -41,7 +45,7 @@ _DELTA_GATES = (*_DELTA, "a_proj.weight", "", "g_proj.weight")
 _KIMI_GATES = (*_DELTA, "f_proj.0.weight", "f_proj.1.weight", "g_proj.0.weight", "g_proj.1.weight",
                "g_proj.1.bias")  # fmt: skip
 OWN = 16  # pointers that a mixer may have
-pack_model = struct.Struct("23q5d11q").pack
+pack_model = struct.Struct("24q5d11q").pack
 pack_layer = struct.Struct(f"4q{len(BLOCK) + OWN}q").pack
 
 
@@ -60,6 +64,7 @@ KINDS: dict[type[Mixer], Kind] = {
     Mamba2Mixer: Kind(2, Mamba2State, _MAMBA2),
     GatedDeltaNetMixer: Kind(3, DeltaState, _DELTA_GATES),
     KimiDeltaMixer: Kind(3, DeltaState, _KIMI_GATES),
+    Mamba3Mixer: Kind(4, Mamba3State, _MAMBA3),
 }
 
 
@@ -109,6 +114,6 @@ def model_numbers(model: ByteLM) -> tuple[float, ...]:
         c.n_head if any(issubclass(kind, AttentionMixer) for kind in model.kinds.values()) else 0,
         c.n_kv_head, c.head_dim, c.qk_norm, max(1, round(c.head_dim // 2 * c.rope_fraction)),
         c.d_inner // c.ssd_head_dim, c.ssd_groups, c.ssd_d_state,
-        delta_heads, c.delta_head_dim * c.delta_expand_v,
+        Mamba3Mixer.pairs(c), delta_heads, c.delta_head_dim * c.delta_expand_v,
         eps, tiny, c.ssd_norm_eps, c.logit_softcap, c.rope_base,
     )  # fmt: skip

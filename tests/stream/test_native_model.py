@@ -19,7 +19,7 @@ from mambabyte.config import ModelConfig, get_preset
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.ops.build import c as native_build
-from mambabyte.stream import ByteStream, generate
+from mambabyte.stream import ByteStream, generate, hybrid
 from mambabyte.stream import cpu as native_model
 from mambabyte.stream.cpu import NativeModel, supports
 from mambabyte.stream.states import tensors_of
@@ -40,10 +40,11 @@ CONFIGS = {
     "attention": replace(ODD, layer_pattern="A", mlp_ratio=2.0, mlp_activation="gelu"),
     "window of one": replace(ODD, layer_pattern="MA", attention_window=1),
     "Mamba-2": replace(ODD, layer_pattern="S", ssd_head_dim=12, ssd_groups=2, ssd_d_state=10),
+    "Mamba-3": replace(ODD, layer_pattern="R", ssd_head_dim=12, ssd_groups=2, ssd_d_state=14),
     "delta rule": replace(ODD, layer_pattern="DK", delta_head_dim=12, delta_expand_v=2,
                           norm="rms"),
     "all letters and extras": replace(
-        ODD, layer_pattern="MALSDK", n_layer=7, ssd_head_dim=24, delta_head_dim=9, local_window=3,
+        ODD, layer_pattern="MALSDKR", n_layer=7, ssd_head_dim=24, delta_head_dim=9, local_window=3,
         linear_bias=True, ssm_bias=True, ssd_norm_eps=0.01, block_scales=True,
         residual_mix=True, unet_skips=True, qk_gain=1.5,
         qk_norm=True, embed_norm=True, embed_norm_gain=True, mlp_ratio=1.5, tied_head=False),
@@ -372,6 +373,10 @@ def test_code_for_processors_without_wide_vectors(tmp_path, monkeypatch) -> None
         test_equals_the_definition(name)
 
 
+def test_what_the_kernel_on_a_card_has_not_is_said() -> None:
+    assert hybrid.unsupported(make(CONFIGS["Mamba-3"])) == "the kernel has no Mamba-3"
+
+
 SANITIZED = """
 #include "model.c"
 #include <stdio.h>
@@ -383,48 +388,51 @@ static real *data(int64_t n, real lo) {
 static void once(int64_t w, int64_t D, int64_t N, int64_t K, int64_t R, int64_t hidden,
                  int64_t heads, int64_t kv, int64_t window, int64_t length, int64_t activation) {
   const int64_t d = w / heads, V = 261, H = heads, G = kv, Vd = d + 1, most = 8 * length;
-  model m = {.layers = 5, .width = w, .vocabulary = V, .norm_kind = NORM_LAYER, .hidden = hidden,
+  const int64_t E = N + N % 2, S = (E + 2) / 4;
+  model m = {.layers = 6, .width = w, .vocabulary = V, .norm_kind = NORM_LAYER, .hidden = hidden,
     .activation = activation, .slots = 1, .mixed = 1, .channels = D, .states = N, .taps = K,
     .rank = R, .heads = heads, .kv_heads = kv, .head_width = d, .normed_heads = 1, .turning = 1,
-    .ssd_heads = D / (D / H), .ssd_groups = G, .ssd_states = N, .delta_heads = H,
+    .ssd_heads = D / (D / H), .ssd_groups = G, .ssd_states = E, .ssd_pairs = S,
+    .delta_heads = H,
     .delta_values = Vd, .embedding_norm = 1, .norm_eps = 1e-5, .tiny_eps = 1e-7, .ssd_eps = 1e-6,
     .cap = 3, .rotary_base = 100, .embedding = data(V * w, -.5), .norm = data(w, 0),
     .norm_bias = data(w, 0),
     .head_bias = data(V, 0), .embedding_gain = data(w, 0)};
   m.head = m.embedding;
-  const int64_t conv = D + 2 * G * N, values = H * Vd, keys = w;
+  const int64_t conv = D + 2 * G * E, values = H * Vd, keys = w;
   layer l = {.added = -1, .kept_as = -1, .window = window, .norm = data(w, 0),
     .norm_bias = data(w, 0), .skip_gain = data(w, 0), .stream_gain = data(w, 0),
     .embedded_gain = data(w, 0), .mixer_gain = data(w, 0), .mlp_gain = data(w, 0),
     .mlp_norm = data(w, 0), .mlp_norm_bias = data(w, 0), .mlp_up = data(hidden * w, -.5),
     .mlp_up_bias = data(hidden, 0), .mlp_out = data(hidden * w, -.5), .mlp_out_bias = data(w, 0)};
-  layer layers[5] = {l, l, l, l, l};
-  const int64_t sizes[5][OWN] = {
+  layer layers[6] = {l, l, l, l, l, l};
+  const int64_t sizes[6][OWN] = {
     {2 * D * w, D * K, D, (R + 2 * N) * D, D * (R ? R : D), D, D * N, D, D * w, 2 * D, w},
     {w * w, kv * d * w, kv * d * w, w * w, w, kv * d, kv * d, w, H},
     {(D + conv + H) * w, conv * K, conv, H, H, H, D, D * w, D + conv + H, w},
     {keys * w, keys * w, values * w, keys * K, keys * K, values * K, H * w, H, H, Vd, values * w,
      H * w, 0, values * w},
     {keys * w, keys * w, values * w, keys * K, keys * K, values * K, H * w, H, keys, Vd,
-     values * w, Vd * w, keys * Vd, Vd * w, values * Vd, values}};
-  for (int i = 0; i < 5; i++) {
-    layers[i].kind = i < 4 ? i : DELTA;
+     values * w, Vd * w, keys * Vd, Vd * w, values * Vd, values},
+    {(2 * D + 2 * G * E + 3 * H + S) * w, H, H * E, H * E, E, E, H, D * w}};
+  for (int i = 0; i < 6; i++) {
+    layers[i].kind = i < 4 ? i : i == 4 ? DELTA : MAMBA3;
     for (int j = 0; j < OWN; j++)
       layers[i].own[j] = sizes[i][j] ? data(sizes[i][j], j == A_LOG ? 0 : -.5) : NULL;
   }
   layers[0].kept_as = layers[4].added = 0;
-  real *kept = malloc(5 * kept_size(&m) * sizeof *kept);
+  real *kept = malloc(6 * kept_size(&m) * sizeof *kept);
   keep(&m, layers, kept);
   unsigned char *bytes = malloc(length);
   memset(bytes, 255, length);
   call c = {length, 0, data(length * V, 0), kept};
-  memory s[5] = {{{0}, {0}, 0, {0}, {0}}};
-  const int64_t states[5][4] = {{(K - 1) * D, D * N}, {kv * most * d, kv * most * d},
-    {(K - 1) * conv, D * N}, {(K - 1) * keys, (K - 1) * keys, (K - 1) * values, keys * Vd},
-    {(K - 1) * keys, (K - 1) * keys, (K - 1) * values, keys * Vd}};
+  memory s[6] = {{{0}, {0}, 0, {0}, {0}}};
+  const int64_t states[6][4] = {{(K - 1) * D, D * N}, {kv * most * d, kv * most * d},
+    {(K - 1) * conv, D * E}, {(K - 1) * keys, (K - 1) * keys, (K - 1) * values, keys * Vd},
+    {(K - 1) * keys, (K - 1) * keys, (K - 1) * values, keys * Vd}, {H * E, D, D * E}};
   s[1].in_stride[0] = s[1].in_stride[1] = s[1].out_stride[0] = s[1].out_stride[1] = most * d;
   for (int round = 0; round < 4; round++) {
-    for (int i = 0; i < 5; i++)
+    for (int i = 0; i < 6; i++)
       for (int j = 0; j < 4; j++) {
         const int here = i == 1 && round > 1 && round != 3; /* rows are added where they are */
         const int64_t last = i != 1 && c.each ? (length - 1) * states[i][j] : 0;

@@ -16,7 +16,7 @@
 
 /* ---------------------------------------------------------------- arguments (stream/cpu.py) */
 
-enum { MAMBA, ATTENTION, MAMBA2, DELTA };
+enum { MAMBA, ATTENTION, MAMBA2, DELTA, MAMBA3 };
 enum { NORM_LAYER = 0, NORM_RMS = 1 };
 enum { RELU2 = 0, GELU = 1, SILU = 2 };
 /* where a mixer's parameters are in `own`, (out, in) as torch has them; NULL where it has none */
@@ -25,6 +25,7 @@ enum { IN_PROJ, CONV, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_LOG, SKIP, OUT_PROJ
 enum { Q_PROJ, K_PROJ, V_PROJ, O_PROJ, Q_BIAS, K_BIAS, V_BIAS, O_BIAS, Q_GAIN };
 enum { S_IN, S_CONV, S_CONV_BIAS, S_DT_BIAS, S_A_LOG, S_SKIP, S_NORM, S_OUT, S_IN_BIAS,
        S_OUT_BIAS };
+enum { R_IN, R_DT_BIAS, R_B_BIAS, R_C_BIAS, R_B_NORM, R_C_NORM, R_SKIP, R_OUT };
 enum { D_QKV, D_CONV = 3, D_BETA = 6, D_A_LOG, D_DT_BIAS, D_NORM, D_OUT, D_DECAY, D_DECAY_UP,
        D_GATE, D_GATE_UP, D_GATE_BIAS, OWN };
 
@@ -41,7 +42,8 @@ typedef struct {
   int64_t slots, mixed;                                       /* skips; the embedding mixed in */
   int64_t channels, states, taps, rank;                       /* MAMBA; rank 0: from all channels */
   int64_t heads, kv_heads, head_width, normed_heads, turning; /* ATTENTION */
-  int64_t ssd_heads, ssd_groups, ssd_states;                  /* MAMBA2 */
+  int64_t ssd_heads, ssd_groups, ssd_states;                  /* MAMBA2, MAMBA3 */
+  int64_t ssd_pairs;                                          /* MAMBA3: of states that turn */
   int64_t delta_heads, delta_values;                          /* DELTA; values of a head */
   double norm_eps, tiny_eps, ssd_eps, cap, rotary_base;                /* cap 0: none */
   real *embedding, *head, *norm, *norm_bias, *head_bias, *embedding_gain;
@@ -50,6 +52,7 @@ typedef struct {
 
 /* What a layer remembers; zeros before the first byte, where the inputs are NULL.
  * MAMBA and MAMBA2: tail (taps - 1, channels), state; DELTA: three tails, memory.
+ * MAMBA3: B of each head and x of the byte before, state.
  * ATTENTION: k and v (kv_heads, stored, head_width), to which `length` rows are added: with inputs
  * they are copied first, without they are in the outputs already. */
 typedef struct {
@@ -73,7 +76,8 @@ typedef struct {
   real *normed, *branch, *mixer;
 } work;
 
-#define INNER_EPS 1e-5 /* of the norm inside DELTA */
+#define INNER_EPS 1e-5 /* of the norms inside DELTA and MAMBA3 */
+#define LEAST_RATE ((real)1e-4) /* of MAMBA3's decay */
 #define KEY_EPS 1e-6   /* of DELTA, added to the square of a key's length */
 
 INLINE int64_t padded(int64_t n) { return (n + PAD - 1) / PAD * PAD; }
@@ -463,6 +467,120 @@ static void mamba2(const model *m, const layer *l, const memory *s, int64_t leng
              w.branch);
 }
 
+/* ---------------------------------------------------------------- Mamba-3's scan */
+
+static int64_t mamba3_projected(const model *m) {
+  return 2 * m->channels + 2 * m->ssd_groups * m->ssd_states + 3 * m->ssd_heads + m->ssd_pairs;
+}
+
+static int64_t mamba3_scratch(const model *m, int64_t length) {
+  return 4 * padded(m->ssd_heads) + padded(m->ssd_pairs) + 5 * padded(m->ssd_states) +
+         padded(m->ssd_heads * m->ssd_states) + padded(m->channels) +
+         length * (padded(mamba3_projected(m)) + PAD + padded(m->channels));
+}
+
+/* each pair of neighbours, the other way round */
+INLINE vec swapped(vec x) {
+#if !defined(__clang__)
+  ivec lane;
+  UNROLL_ALL for (int i = 0; i < LANES; i++) lane[i] = i ^ 1;
+  return __builtin_shuffle(x, lane);
+#else
+  vec y;
+  UNROLL_ALL for (int i = 0; i < LANES; i++) y[i] = x[i ^ 1];
+  return y;
+#endif
+}
+
+/* h = cos h + sin (h, pairs swapped) + v before + u now, and h . C; n even */
+INLINE real turn_row(real *h, const real *cosine, const real *sine, real v, const real *before,
+                     real u, const real *now, const real *C, int64_t n) {
+  vec sum = splat(0);
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const vec old = load(h + i);
+    const vec next = old * load(cosine + i) + swapped(old) * load(sine + i) +
+                     load(before + i) * v + load(now + i) * u;
+    store(h + i, next);
+    sum += next * load(C + i);
+  }
+  real total = sum_lanes(sum);
+  for (; i < n; i += 2) {
+    const real a = h[i], b = h[i + 1];
+    h[i] = a * cosine[i] + b * sine[i] + v * before[i] + u * now[i];
+    h[i + 1] = b * cosine[i + 1] + a * sine[i + 1] + v * before[i + 1] + u * now[i + 1];
+    total += h[i] * C[i] + h[i + 1] * C[i + 1];
+  }
+  return total;
+}
+
+static void mamba3(const model *m, const layer *l, const memory *s, int64_t length, int each,
+                   real *x, work w) {
+  const int64_t D = m->channels, H = m->ssd_heads, G = m->ssd_groups, N = m->ssd_states;
+  const int64_t P = D / H, S = m->ssd_pairs, alls = padded(mamba3_projected(m)) + PAD;
+  const int64_t ys = padded(D);
+  real *dt = w.mixer, *rate = dt + padded(H), *mix = rate + padded(H), *decay = mix + padded(H);
+  real *theta = decay + padded(H), *cosine = theta + padded(S), *sine = cosine + padded(N);
+  real *before = sine + padded(N), *now = before + padded(N), *query = now + padded(N);
+  real *k = query + padded(N), *v = k + padded(H * N), *all = v + padded(D);
+  real *y = all + length * alls;
+  copy_or_zero(k, s->in[0], H * N);
+  copy_or_zero(v, s->in[1], D);
+  copy_or_zero(s->out[2], s->in[2], D * N);
+  normalise_each(m, x, length, l->norm, l->norm_bias, w.normed);
+  project(m, l->own[R_IN], NULL, mamba3_projected(m), length, w.normed, all, alls);
+  for (int64_t i = 0; i < length; i++, all += alls, y += ys) {
+    real *h = place(s->out[2], D * N, i, each), *u = all + D, *B = u + D, *C = B + G * N;
+    const real *gates = C + G * N; /* of the heads: dt, rate, mix; of the pairs: angle */
+    vec slope;
+    memcpy(dt, gates, H * sizeof(real));
+    softplus_of(dt, l->own[R_DT_BIAS], H);
+    memcpy(rate, gates + H, H * sizeof(real));
+    memcpy(mix, gates + 2 * H, H * sizeof(real));
+    for (int64_t j = 0; j < H; j += LANES) {
+      store(rate + j, vmax(softplus(load(rate + j), &slope), splat(LEAST_RATE)));
+      store(mix + j, sigmoid(load(mix + j)));
+      store(decay + j, exp_negative(load(rate + j) * load(dt + j)));
+    }
+    for (int64_t p = 0; p < S; p++) theta[p] = (real)M_PI * tanhf(gates[3 * H + p]);
+    for (int64_t g = 0; g < G; g++) {
+      rms(B + g * N, N, l->own[R_B_NORM], INNER_EPS, B + g * N);
+      rms(C + g * N, N, l->own[R_C_NORM], INNER_EPS, C + g * N);
+    }
+    for (int64_t j = 0; j < H; j++) {
+      const int64_t g = j / (H / G);
+      const real last = (1 - mix[j]) * dt[j], own = mix[j] * dt[j];
+      real *key = k + j * N;
+      for (int64_t n = 0; n < N; n++) cosine[n] = decay[j], sine[n] = 0;
+      for (int64_t p = 0; p < S; p++) { /* whole turns are left out in double */
+        const double angle = (double)theta[p] * dt[j];
+        const real left = (real)(angle - 2 * M_PI * rint(angle / (2 * M_PI)));
+        cosine[2 * p] = cosine[2 * p + 1] = decay[j] * cosf(left);
+        sine[2 * p] = decay[j] * sinf(left);
+        sine[2 * p + 1] = -sine[2 * p];
+      }
+      for (int64_t n = 0; n < N; n++)
+        before[n] = last * (cosine[n] * key[n] + sine[n] * key[n ^ 1]);
+      for (int64_t n = 0; n < N; n++) {
+        key[n] = B[g * N + n] + l->own[R_B_BIAS][j * N + n];
+        now[n] = own * key[n];
+        query[n] = C[g * N + n] + l->own[R_C_BIAS][j * N + n];
+      }
+      for (int64_t c = j * P; c < (j + 1) * P; c++)
+        y[c] = turn_row(h + c * N, cosine, sine, v[c], before, u[c], now, query, N) +
+               l->own[R_SKIP][j] * u[c];
+    }
+    memcpy(v, u, D * sizeof(real));
+    silu(all, D);
+    for (int64_t c = 0; c < D; c++) y[c] *= all[c];
+    if (each || i == length - 1) {
+      memcpy(s->out[0] + each * i * H * N, k, H * N * sizeof(real));
+      memcpy(s->out[1] + each * i * D, v, D * sizeof(real));
+    }
+  }
+  add_branch(m, l->own[R_OUT], NULL, l->mixer_gain, D, length, y - length * ys, ys, x, w.branch);
+}
+
 /* ---------------------------------------------------------------- gated delta rule */
 
 static int64_t delta_scratch(const model *m, int64_t length) {
@@ -657,6 +775,7 @@ static int64_t scratch_size(const model *m, const layer *layers, const memory *s
     const int64_t kind = layers[i].kind;
     size = larger(size, kind == MAMBA    ? mamba_scratch(m, n)
                         : kind == MAMBA2 ? mamba2_scratch(m, n)
+                        : kind == MAMBA3 ? mamba3_scratch(m, n)
                         : kind == DELTA  ? delta_scratch(m, n)
                                          : attention_scratch(m, n, s[i].stored + n));
   }
@@ -717,7 +836,9 @@ int advance(const model *m, const layer *layers, const memory *states, const cal
     else if (l->kind == ATTENTION)
       attention(m, l, states + j, c->length, table, x, w);
     else
-      (l->kind == MAMBA2 ? mamba2 : delta)(m, l, states + j, c->length, each, x, w);
+      (l->kind == MAMBA2   ? mamba2
+       : l->kind == MAMBA3 ? mamba3
+                           : delta)(m, l, states + j, c->length, each, x, w);
     if (m->hidden) mlp(m, l, c->length, x, w);
     if (l->kept_as >= 0) memcpy(slots + l->kept_as * rows, x, n * sizeof(real));
   }
