@@ -68,12 +68,18 @@ def test_runs_are_means_over_seeds_and_crashes_are_counted(tmp_path):
 
 
 def test_a_public_file_is_a_kind_of_its_own(tmp_path):
+    write_record(tmp_path, "h200-task-b", ROWS)  # another job
+    assert task.run(task.Parameters(), folder=tmp_path).job.empty
+    (tmp_path / "records" / "task" / "h200-task-b").rename(tmp_path / "b")
     write_record(tmp_path, "h200-task-a", [
         [*ROWS[0], None], ["counts", 0, 180.0, 1.3, 0.704, None, None, None, None],
         ["ours", 0, 700.0, 10.0, 0.65, None, None, None, "0ab1"]],
         columns=[*COLUMNS, "public file (SHA-256)"])
     found = task.run(task.Parameters(), folder=tmp_path)
     assert found.points["kind"].tolist() == ["SSM and attention", "n-gram alone", "public file"]
+    assert set(found.job["system"]) == {"ours", "counts"}
+    (axes,) = figures.one_job(found.job, 0.7).axes
+    assert {text.get_text() for text in axes.texts} >= {"ours", "counts"}
     for field in fields(found):  # what is kept of it can be written
         if isinstance(frame := getattr(found, field.name), pd.DataFrame):
             assert csv_text(field.name, frame)

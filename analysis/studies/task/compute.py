@@ -61,7 +61,8 @@ def run(
     frame = pd.DataFrame(points).assign(system=lambda f: _names(f)).drop(
         columns=["changed", "steps"])
     frame = not_measured(frame, "seed", VALID, HELD_OUT)
-    return Results(frame, systems_frame(frame), pd.DataFrame(
+    systems = systems_frame(frame)
+    return Results(frame, systems, _of_one_job(frame, systems.iloc[:0]), pd.DataFrame(
         crashed, columns=["system", "seed", "record", "failure"]), tuple(sorted(idle)),
         tuple(sorted(machines)))
 
@@ -113,6 +114,15 @@ def _kind(row: dict[str, Any]) -> dict[str, Any]:
     else:
         return {"kind": "not known", "with n-gram": None}
     return {"kind": kind_of(layers), "with n-gram": ngram}
+
+
+def _of_one_job(points: pd.DataFrame, none: pd.DataFrame) -> pd.DataFrame:
+    """Systems and public files of the record that has most of the latter; else ``none``."""
+    peers = points[(points["kind"] == "public file") & points[VALID].notna()]
+    if peers.empty:
+        return none
+    record = peers.groupby("record")["system"].nunique().idxmax()
+    return systems_frame(points[points["record"] == record])
 
 
 def systems_frame(points: pd.DataFrame) -> pd.DataFrame:
