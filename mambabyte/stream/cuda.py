@@ -120,7 +120,7 @@ class CudaModel:
     def _several(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
         if len(data) > MOST_BYTES:
             return self._parallel(data, self.for_model(state))
-        log_probs, state = self.streamer.feed(self._tokens(data), self.from_model(state))
+        log_probs, state = self.streamer.feed(self.streamer.text(data), self.from_model(state))
         return log_probs[0].cpu(), state
 
     @torch.inference_mode()
@@ -128,7 +128,7 @@ class CudaModel:
         """Log p (L, 256) after each byte, on the CPU, and the state; strictly byte after byte."""
         parts, state = [], self.from_model(state)
         for start in range(0, len(data), PIECE):
-            tokens = self._tokens(data[start : start + PIECE])
+            tokens = self.streamer.text(data[start : start + PIECE])
             log_probs, state = self.streamer.feed(tokens, state, all_positions=True)
             parts.append(log_probs[0])
         return torch.cat(parts).cpu(), state
@@ -148,9 +148,6 @@ class CudaModel:
             done, piece = done + piece, min(2 * piece, MOST_DRAW)
             yield bytes(drawn[0].tolist()), after[0].cpu(), state
 
-    def _tokens(self, data: bytes) -> Tensor:
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8)[None].to(self.streamer.device)
-
 
 class CudaHidden:
     """``(x (1, L, d_model), state) -> (hidden, state)`` as ``ByteLM.hidden``, in one kernel where
@@ -169,25 +166,15 @@ class CudaHidden:
 
 
 class CudaGuided(CudaHidden):
-    """The network of a guided model (task/guide.py), and its gate, in one kernel; the weights are
-    those at the time of construction."""
-
-    def __init__(self, model: ByteLM, guided: nn.Module) -> None:
-        super().__init__(model, guided)
-        # A byte's hints are found on the CPU, and embedded there: four launches cost more.
-        self._tables = [guided.get_parameter(name).detach().float().cpu() for name in (
-            "lm.embedding.weight", "prior.weight", "best.weight", "kind.weight")]
+    """The network of a guided model (task/guide.py), with what embeds its hints and its gate, in
+    one kernel; the weights are those at the time of construction."""
 
     def guided(self, data: bytes, state: Any, hint: Sequence[Tensor]) -> tuple[Tensor, Any]:
         """As ``NativeModel.guided``."""
-        embedding, prior, best_of, kind_of = self._tables
         log_p, best, kind = hint
-        tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        x = embedding[tokens.int()] + best_of[best.int()] + kind_of[kind.int()]
-        x = torch.addmm(x, torch.exp(0.5 * log_p), prior.T)
-        both = torch.cat([x, log_p], 1)[None].to(self._states.streamer.device)
-        return self._states.streamer.guided(
-            both[..., : x.shape[1]], both[..., x.shape[1] :], self.from_model(state))
+        rows = torch.cat([log_p, best[:, None], kind[:, None]], 1)  # one copy to the card
+        streamer = self._states.streamer
+        return streamer.guided(data, rows[None].to(streamer.device), self.from_model(state))
 
 
 class _States:

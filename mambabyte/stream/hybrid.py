@@ -18,7 +18,7 @@ from mambabyte.model.families.mamba2 import Mamba2State
 from mambabyte.model.mixer import LayerState
 from mambabyte.ops.build.nvrtc import NvrtcError
 from mambabyte.ops.stream.hybrid import HybridState, HybridStreamer, check_fit
-from mambabyte.ops.stream.packing import GATE, GATE_BIAS, KINDS
+from mambabyte.ops.stream.packing import GUIDED, KINDS
 
 
 def _epsilons(model: ByteLM) -> tuple[float, float]:
@@ -43,15 +43,15 @@ def unsupported(model: ByteLM) -> str:
 
 
 def hybrid_streamer(model: ByteLM, guided: nn.Module | None = None) -> HybridStreamer:
-    """What streams the model with the weights that it has now; with the gate of ``guided``, the
-    guided model that it is the network of."""
+    """What streams the model with the weights that it has now; with the other parts of
+    ``guided``, the guided model that it is the network of."""
     config = model.config
     rotary = functools.partial(
         rotary_table, half=config.head_dim // 2, base=config.rope_base,
         fraction=config.rope_fraction, device=model.device)
     parameters = dict(model.named_parameters())
     if guided is not None:
-        parameters |= {name: guided.get_parameter(name) for name in (GATE, GATE_BIAS)}
+        parameters |= {name: guided.get_parameter(name) for name in GUIDED}
     with torch.no_grad():
         return HybridStreamer(config, parameters, *_epsilons(model), rotary)
 

@@ -330,6 +330,12 @@ class ByteFeeder:
         return log_probs, self._launch(state, log_probs, batch, length,
                                        tokens=tokens.contiguous(), every=all_positions)
 
+    def text(self, data: bytes) -> Tensor:
+        """``data`` on the device, (1, L) uint8."""
+        if len(data) == 1:
+            return self._bytes[data[0]]
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)[None].to(self.device)
+
     def feed_byte(self, byte: int, state: Any) -> tuple[Tensor, Any]:
         """``feed`` of one byte of one text: log-probabilities (256,) on the CPU, written there by
         the kernel itself; NonFiniteError where they are nan."""

@@ -58,6 +58,8 @@ constexpr int STEM_GAIN = LAYERS * ENTRIES, FIRST = STEM_GAIN + DM, HEAD_BIAS = 
 constexpr int S_ROWS = 2 * DC + RB + RH, D_ROWS = 2 * RD + VC + RE;  // of in_proj; without the gates' rows
 static_assert(S == 1 && SPACE % 4 == 0 && RESIDENT % 4 == 0, "sizes do not fit");
 
+constexpr int HINT = V + 2;  // numbers of a byte's hints
+
 struct Tile { int from, floats, place, gap; };  // gap: see ask; 0 for a tile that stays
 struct Number { unsigned bits, exchange; };
 
@@ -75,10 +77,11 @@ inline Number look(const Number *from) {
 
 // Grid CL blocks of T threads. `numbers` are exchanged, from exchange number `exchange` on; for the rest
 // see stream.cu. `inputs` (streams, steps, DM) are embedded bytes, in place of tokens; `hints` (streams,
-// steps, V) are log-probabilities that a guided model adds to its logits, times its gate.
+// steps, HINT) what a guided model embeds beside tokens: log-probabilities, which it also adds to its
+// logits, times its gate, the best byte, and its kind.
 extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
     Number *numbers, unsigned exchange, const float *resident, const float *tiles, const Tile *schedule,
-    const float *embedding, const float *final_norm, const unsigned char *tokens, const float *inputs,
+    const float *embedding, const float *best, const float *kinds, const float *final_norm, const unsigned char *tokens, const float *inputs,
     const float *hints, const float *first, const float *state_in, float *state_out, float *cache, const float *rotary,
     int rows, int begin, int stored, unsigned char *drawn, float *log_probs, float *hidden,
     unsigned *done, unsigned ticket, unsigned long long seed, unsigned long long position, int streams,
@@ -289,6 +292,19 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
         for (int i = tid; i < DM; i += T) x[i] = from[i];
         for (int i = tid; A && i < HD; i += T) mem[TURN + i] = rotary[(int64)t * HD + i];
         __syncthreads();
+        if (GUIDED) {  // the tile is passed by in any case
+            const float *hint = hints + step * HINT;
+            for (int i = tid; hints && i < V; i += T) mem[LIKELY + i] = __expf(0.5f * hint[i]);
+            for (int r = tid; hints && r < mine; r += T) {
+                const int c = rank * RD + r;
+                local[r] = x[c] + best[(int)hint[V] * DM + c] + kinds[(int)hint[V + 1] * DM + c];
+            }
+            __syncthreads();
+            times(Columns<V>{}, RD, mem + LIKELY, [&](int r, float v) {
+                if (hints && lane == 0) send(x + rank * RD + r, r < mine ? v + local[r] : 0.f);
+            });
+            if (hints) take_all(X, CL * RD);
+        }
         if (STEM) norm(false, TINY, x);
         for (int r = tid; r < mine; r += T)
             mem[EMB + r] = x[rank * RD + r] * small[STEM_GAIN + rank * RD + r];
@@ -619,7 +635,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
         take_all(LOGIT, CL * RV);
         if (GUIDED && hints) {
             for (int i = tid; i < V; i += T)
-                mem[LOGIT + i] = fmaf(mem[LOGIT + V], hints[step * V + i], mem[LOGIT + i]);
+                mem[LOGIT + i] = fmaf(mem[LOGIT + V], hints[step * HINT + i], mem[LOGIT + i]);
             __syncthreads();
         }
         now_used = 0, parity ^= 1;

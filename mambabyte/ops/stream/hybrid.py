@@ -22,10 +22,10 @@ from mambabyte.ops.build.nvrtc import NvrtcError
 from mambabyte.ops.stream.cuda import VOCABULARY, ByteFeeder, shared_limit, split
 from mambabyte.ops.stream.packing import THREADS, Built, Packed, pack, program, schedule
 
-_PARAMETERS = "PI" + 13 * "P" + "iiiPPPPIQQiiifif"
+_PARAMETERS = "PI" + 15 * "P" + "iiiPPPPIQQiiifif"
 _WIDTHS = (128, 64, 32, 16, 8)  # blocks, each alone on a multiprocessor, best first
 _TURNS = 4096  # positions whose rotary angles are computed at a time
-_MOST_EXCHANGES = 6  # a layer
+_MOST_EXCHANGES = 6  # a layer; two more a byte
 _LEAST_ROOM = 256  # bytes that a cache can grow by in place
 
 # ---------------------------------------------------------------------------------------- states
@@ -196,7 +196,8 @@ class HybridStreamer(ByteFeeder):
                                       dtype=torch.int32, device=self.device)
         packed = self._packed
         self._weights = [t.data_ptr() for t in (
-            packed.resident, packed.tiles, self._schedule, self.embedding, packed.final_norm)]
+            packed.resident, packed.tiles, self._schedule, self.embedding, packed.best,
+            packed.kind, packed.final_norm)]
         self._exchanges: dict[int, _Exchange] = {}
         self._lock = threading.Lock()
         self._windows = [{"A": config.attention_window, "L": config.local_window}[letter]
@@ -279,15 +280,15 @@ class HybridStreamer(ByteFeeder):
     # ------------------------------------------------------------------------------- running
 
     def guided(
-        self, x: Tensor, hints: Tensor, state: HybridState
+        self, data: bytes, hints: Tensor, state: HybridState
     ) -> tuple[Tensor, HybridState]:
-        """Advance one text by embedded bytes x (1, L, d_model), where log-probabilities ``hints``
-        (1, L, 256), times the gate of a guided model, are added to the logits: log-probabilities
-        (256,) of the byte after the last one, on the CPU, and the new state."""
+        """Advance one text by ``data``, of which a guide says ``hints`` (1, L, 258) float32: of the
+        byte after each, log-probabilities (256), the best byte, its kind. Log-probabilities (256,)
+        of the byte after the last one, on the CPU, and the new state."""
         box = self._mailbox
         with box.lock:
-            new = self._launch(state, box.log_probs, 1, x.shape[1], inputs=x.contiguous(),
-                               hints=hints.contiguous(), told=box.told())
+            new = self._launch(state, box.log_probs, 1, len(data), tokens=self.text(data),
+                               hints=hints, told=box.told())
             return box.read(), new
 
     def hidden(self, x: Tensor, state: HybridState) -> tuple[Tensor, HybridState]:
@@ -337,7 +338,7 @@ class HybridStreamer(ByteFeeder):
             if stream not in self._exchanges:
                 self._exchanges[stream] = _Exchange(self._built.places, self.device)
             exchange = self._exchanges[stream]
-            number = exchange.take(batch * length * (_MOST_EXCHANGES * self.config.n_layer + 1))
+            number = exchange.take(batch * length * (_MOST_EXCHANGES * self.config.n_layer + 2))
             self._kernel.launch(
                 (self.blocks, 1, 1), (THREADS, 1, 1), self._built.shared_bytes, stream,
                 exchange.numbers.data_ptr(), number, *self._weights, *pointers,

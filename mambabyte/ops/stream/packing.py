@@ -24,7 +24,8 @@ KINDS = {"M": 0, "A": 1, "L": 1, "S": 2, "D": 3, "K": 4}  # as in the kernel, by
 TILE = 4096  # floats of a tile of several rows; a longer row is one alone
 COPIES = 2  # of a number that is exchanged: so many fewer blocks look at each
 RING = 16384  # floats through which tiles pass that find no place of their own
-GATE, GATE_BIAS = "gate.weight", "gate.bias"  # of a guided model, beside its network's parameters
+# Parameters of a guided model (task/guide.py) beside its network's.
+GUIDED = ("prior.weight", "best.weight", "kind.weight", "gate.weight", "gate.bias")
 _LOG2E = 1.4426950408889634
 # What lies among a layer's small weights; 0 where it has none.
 _SMALL = ("MIX_GAIN", "MIX_BIAS", "MLP_GAIN", "MLP_BIAS", "STREAM", "EMBEDDED", "SKIP",
@@ -57,6 +58,8 @@ class Packed:
     resident: Tensor  # (blocks, floats): tables and small weights
     tiles: Tensor  # (blocks, floats): the matrices, tile after tile
     sizes: tuple[int, ...]  # floats of each tile
+    best: Tensor  # of a guided model, (256, d_model); else empty, as is
+    kind: Tensor  # (kinds, d_model)
     final_norm: Tensor  # (2, d_model) weight and bias
     constants: tuple[tuple[str, float], ...]
 
@@ -238,13 +241,15 @@ class _Packer:
 
     def pack(self) -> Packed:
         c, d = self.config, self.config.d_model
+        if guided := GUIDED[0] in self.parameters:
+            self.matrix(self.share(self.get("prior.weight")))
         layers = [self.layer(i) for i in range(c.n_layer)]
         tied = "head.weight" not in self.parameters
         bias = self.get("head.bias", 0.0, (VOCABULARY,))
         head = self.get("embedding.weight" if tied else "head.weight")
-        if guided := GATE in self.parameters:
-            head = torch.cat([head, self.get(GATE)])
-            bias = torch.cat([bias, self.get(GATE_BIAS)])
+        if guided:
+            head = torch.cat([head, self.get("gate.weight")])
+            bias = torch.cat([bias, self.get("gate.bias")])
         head_bias = self.rows("norm_f", [head], bias)
         stem = self.get("norm_embedding.weight", 1.0, (d,))
         first = stem * (self.get("layers.0.stream_gain", 1.0, (d,))
@@ -272,8 +277,10 @@ class _Packer:
             "CAP": c.logit_softcap}
         norm = torch.stack([self.get("norm_f.weight", 1.0, (d,)),
                             self.get("norm_f.bias", 0.0, (d,))])
+        best, kind = (self.get(f"{name}.weight", 0.0, (0, d)).contiguous()
+                      for name in ("best", "kind"))
         return Packed(resident.contiguous(), torch.cat(self.tiles, 1).contiguous(), sizes_of,
-                      norm.contiguous(), tuple(constants.items()))
+                      best, kind, norm.contiguous(), tuple(constants.items()))
 
 
 def _room(x: Tensor, size: int) -> Tensor:
@@ -319,7 +326,8 @@ def _regions(z: Mapping[str, Any]) -> dict[str, int]:
         "SLOT": z["SLOTS"] * rows, "LOCAL": local, "LOW": blocks * part(z["R"] + 2 * z["N"]),
         "STEP": channels, "ALL_U": z["M"] * _pad(blocks * channels), "Q": blocks * rows,
         "KEY": blocks * max(kv, rows), "VALUE": blocks * kv,
-        "TURN": z["HD"], "GROUP": z["A"] * z["HEADS"] * head_warps * (z["HD"] + 2),
+        "LIKELY": z["GUIDED"] * VOCABULARY, "TURN": z["HD"],
+        "GROUP": z["A"] * z["HEADS"] * head_warps * (z["HD"] + 2),
         "PARTIAL": z["A"] * 3 * rows * blocks, "BC": blocks * shared,
         "DTS": blocks * max(heads, delta_heads, rows), "BETA": blocks * delta_heads,
         "F": _pad(blocks * low), "GL": _pad(blocks * low), "GATES": delta * blocks * values,
