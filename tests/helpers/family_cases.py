@@ -52,6 +52,7 @@ def make_inputs(
     def even(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=g, device=device, dtype=torch.float64)
 
+    keys += keys % 2 if family == "mamba3" else 0  # pairs
     low, high = GATES[gates]
     share = even(batch, length, heads, *([keys] if family == "channel gates" else []))
     log_decay = low + (high - low) * (share.round() if gates == "mixed" else share)

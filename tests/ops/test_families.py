@@ -316,6 +316,7 @@ def test_the_operator_has_second_derivatives_and_shapes_without_data(family):
     ("ssd", {"form": "fast"}, "SSD form 'fast' is unknown"),
     ("mamba3", {"x": torch.zeros(2, 5, 6)}, "x has shape"),
     ("mamba3", {"B": torch.zeros(2, 5, 2, 8)}, "groups a divisor of 3 heads"),
+    ("mamba3", {"B": torch.zeros(2, 5, 1, 7), "initial_state": None}, "an even number of them"),
     ("mamba3", {"theta": torch.zeros(2, 5, 5)}, "at most 4 pairs of the 8 states"),
     ("mamba3", {"mix": torch.zeros(2, 5)}, r"mix has shape \(2, 5\): expected \(2, 5, 3\)"),
     ("mamba3", {"C_bias": torch.zeros(8)}, "C_bias has shape"),

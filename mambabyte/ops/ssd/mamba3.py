@@ -40,7 +40,7 @@ from mambabyte.ops.ssd.decay import without_past
 from mambabyte.ops.ssd.dispatch import wide_dtype
 from mambabyte.ops.ssd.operator import fused_ssd, has_kernel
 from mambabyte.ops.ssd.recompute import gradients_again
-from mambabyte.ops.ssd.recurrent import Mamba3State, recurrent_mamba3, turned, turns
+from mambabyte.ops.ssd.recurrent import Mamba3State, recurrent_mamba3, turns
 
 FORMS = ("recurrent", "chunked", "fused")
 
@@ -97,15 +97,15 @@ def mamba3_scan(
         gates = (dt.to(wide), log_decay, theta.to(wide), mix.to(wide))
         if form == "recurrent":
             u = x.to(wide)
-            k, c = (per_head(t.to(wide), bias, x.shape[2])
+            k, c = (per_head(t, bias, x.shape[2]).to(wide)
                     for t, bias in ((B, B_bias), (C, C_bias)))
             y, state = recurrent_mamba3(
                 u, *gates[:2], k, c, *gates[2:], no_state(u, k) if state is None else state)
             return (y if D is None else y + D[:, None] * u).to(x.dtype), state
         given = (x, *gates, B, C, D, B_bias, C_bias, *(state or (None,) * 3))
         y, h = _mamba3(*given) if form == "fused" else _composed(
-            functools.partial(chunked_ssd, chunk=chunk_size or CHUNK), *given)
-        k = per_head(B[:, -1:].to(wide), B_bias, x.shape[2]).squeeze(1)
+            functools.partial(chunked_ssd, chunk=chunk_size or CHUNK), wide, *given)
+        k = per_head(B[:, -1:], B_bias, x.shape[2]).squeeze(1).to(wide)
         return y, Mamba3State(k, x[:, -1].to(wide), h)
 
 
@@ -117,41 +117,51 @@ def no_state(x: Tensor, k: Tensor) -> Mamba3State:
 
 
 def _composed(
-    scan: Callable[..., tuple[Tensor, Tensor]],
+    scan: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype,
     x: Tensor, dt: Tensor, log_decay: Tensor, theta: Tensor, mix: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, B_bias: Tensor | None, C_bias: Tensor | None, k_state: Tensor | None,
     v_state: Tensor | None, ssm_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y (B, L, H, P) in x's dtype and the last ssm_state, by SSD in the form ``scan``, all in dt's
-    dtype."""
-    heads, wide = x.shape[2], dt.dtype
-    u = x.to(wide)
-    k, c = (per_head(t.to(wide), bias, heads) for t, bias in ((B, B_bias), (C, C_bias)))
+    """y (B, L, H, P) in x's dtype and the last ssm_state, by SSD in the form ``scan`` on sequences
+    in ``dtype``; the rest in dt's dtype."""
+    heads, pairs, wide = x.shape[2], B.shape[3] // 2, dt.dtype
+    k, c = (per_head(t, bias, heads).to(wide) for t, bias in ((B, B_bias), (C, C_bias)))
     state = Mamba3State(*(zero if t is None else t for zero, t in zip(
-        no_state(u, k), (k_state, v_state, ssm_state), strict=True)))
-    angle = turns(theta, dt)
-    # SSD's sequences: x and B from the state up to the step before the last, and what reads them.
-    v = torch.cat([state.v_state[:, None], u[:, :-1]], 1)
-    keys = torch.cat([state.k_state[:, None], turned(k, angle)[:, :-1]], 1)
+        no_state(x[:, :1].to(wide), k), (k_state, v_state, ssm_state), strict=True)))
+    angle = F.pad(turns(theta, dt), (0, pairs - theta.shape[2]))  # (B, L, H, N / 2)
+    turn = torch.polar(torch.ones_like(angle), angle)
     decay, own = torch.exp(log_decay)[..., None], mix * dt
+
+    def late(first: Tensor, sequence: Tensor) -> Tensor:
+        return torch.cat([first.to(dtype)[:, None], sequence[:, :-1].to(dtype)], 1)
+
+    # SSD's sequences: x and B from the state up to the step before the last, and what reads them.
     step = (1 - mix) * dt + F.pad(own[:, :-1], (0, 0, 1, 0))
-    y, g = scan(v, step, F.pad(log_decay[:, :-1], (0, 0, 1, 0)), keys, decay * turned(c, angle),
-                state.ssm_state)
+    y, g = scan(
+        late(state.v_state, x), step, F.pad(log_decay[:, :-1], (0, 0, 1, 0)),
+        late(state.k_state, _times(k, turn)), _times(c, decay * turn).to(dtype), state.ssm_state)
     itself = own * (k * c).sum(-1)
-    y = y + u * (itself if D is None else itself + D)[..., None]
-    h = turned(decay[:, -1, ..., None] * g, -angle[:, -1, :, None])
-    written = (own[:, -1, :, None] * u[:, -1])[..., None] * k[:, -1, :, None]
+    y = y + x * (itself if D is None else itself + D)[..., None]
+    h = _times(decay[:, -1, ..., None] * g, turn[:, -1, :, None].conj())
+    written = (own[:, -1, :, None] * x[:, -1])[..., None] * k[:, -1, :, None]
     return y.to(x.dtype), h + written
 
 
+def _times(x: Tensor, turn: Tensor) -> Tensor:
+    """x (..., N), its pairs of neighbours as complex numbers, times ``turn`` (..., N / 2)."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turn).flatten(-2)
+
+
 def per_head(x: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-    """B or C of each head: x (B, L, G, N) and bias (H, N) -> (B, L, H, N), in the bias's dtype."""
-    x = x.repeat_interleave(heads // x.shape[2], 2)
-    return x if bias is None else x + bias
+    """B or C of each head: x (B, L, G, N) and bias (H, N) -> (B, L, H, N)."""
+    groups = x.shape[2]
+    x = x[:, :, :, None].expand(-1, -1, -1, heads // groups, -1)
+    return (x if bias is None else x + bias.unflatten(0, (groups, -1))).flatten(2, 3)
 
 
 def _in_torch(*args: Any) -> Tensors:
-    return _composed(functools.partial(chunked_ssd, chunk=CHUNK), *args)
+    return _composed(functools.partial(chunked_ssd, chunk=CHUNK), args[1].dtype, *args)
 
 
 def _by_kernels(*args: Any) -> Tensors:
@@ -159,15 +169,7 @@ def _by_kernels(*args: Any) -> Tensors:
     x, B, C = args[0], args[5], args[6]
     if not (has_kernel(x, B) and B.dtype == C.dtype == x.dtype):
         return _in_torch(*args)
-    return _composed(functools.partial(_kernel_ssd, x.dtype), *args)
-
-
-def _kernel_ssd(
-    dtype: torch.dtype, x: Tensor, step: Tensor, log_decay: Tensor, B: Tensor, C: Tensor,
-    state: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return fused_ssd(
-        x.to(dtype), step, log_decay, B.to(dtype), C.to(dtype), initial_state=state)
+    return _composed(lambda *given: fused_ssd(*given[:5], initial_state=given[5]), x.dtype, *args)
 
 
 def _forward(*args: Any) -> Tensors:
@@ -223,6 +225,9 @@ def _check(
         raise UserError(f"B has shape {tuple(B.shape)}: expected ({batch}, {length}, groups, "
                         f"states) with groups a divisor of {heads} heads")
     states = B.shape[3]
+    if states % 2:
+        raise UserError(f"B has shape {tuple(B.shape)}: Mamba-3's states are pairs, expected an "
+                        "even number of them")
     if theta.ndim != 3 or 2 * theta.shape[2] > states:
         raise UserError(f"theta has shape {tuple(theta.shape)}: expected ({batch}, {length}, "
                         f"pairs) with at most {states // 2} pairs of the {states} states")
