@@ -110,9 +110,9 @@ def bench_peers(
                 with bounded_tuning(TUNING_SECONDS) as settings:
                     cases[name] = PeerCase(peer, make(False))
                     cases[name].forward_backward()
-                met, left_out = settings()
+                met, late = settings()
                 for row in mine.values():
-                    row["note"] = f"tuned without {left_out} of {met} settings" * (left_out > 0)
+                    row["note"] = f"tuned without {late} of {met} settings" * (late > 0)
                 end = carry_tuning()
                 errors = _errors(peer, exact, make(True)) if exact and peer.is_scan else None
                 end()

@@ -67,7 +67,7 @@ def chosen_settings() -> list[dict[str, str]]:
 @contextmanager
 def bounded_tuning(seconds: float) -> Iterator[Callable[[], tuple[int, int]]]:
     """Tuners compile for so long in all, then go by what is done, at least one setting each; what
-    comes back says (how many settings there were, how many of them were left out)."""
+    comes back says (how many settings there were, how many of them were not done in time)."""
     if importlib.util.find_spec("triton") is None:
         yield lambda: (0, 0)
         return
@@ -76,7 +76,7 @@ def bounded_tuning(seconds: float) -> Iterator[Callable[[], tuple[int, int]]]:
 
     choose, timer, left = Autotuner.prune_configs, Autotuner.do_bench, seconds
     met: list[Any] = []
-    left_out: list[Any] = []
+    late: list[Any] = []
 
     def in_time(self: Any, meta: dict[str, Any]) -> list[Any]:
         nonlocal left
@@ -87,7 +87,7 @@ def bounded_tuning(seconds: float) -> Iterator[Callable[[], tuple[int, int]]]:
             began + left)
         left -= time.monotonic() - began
         met.extend(configs)
-        left_out.extend(it for it, done in zip(configs, compiled, strict=True) if not done)
+        late.extend(it for it, done in zip(configs, compiled, strict=True) if done is None)
         # None runs: the caller is to see why.
         return [it for it, done in zip(configs, compiled, strict=True) if done] or configs[:1]
 
@@ -95,7 +95,7 @@ def bounded_tuning(seconds: float) -> Iterator[Callable[[], tuple[int, int]]]:
     Autotuner.do_bench = property(lambda self: functools.partial(
         triton.testing.do_bench, warmup=WARM_MS, rep=TIMED_MS))
     try:
-        yield lambda: (len(met), len(left_out))
+        yield lambda: (len(met), len(late))
     finally:
         Autotuner.prune_configs, Autotuner.do_bench = choose, timer
 
@@ -116,11 +116,12 @@ class _CompilersDriver:
         return 0
 
 
-def compiled_ahead(compiles: Sequence[Callable[[], Any]], until: float) -> list[bool]:
+def compiled_ahead(compiles: Sequence[Callable[[], Any]], until: float) -> list[bool | None]:
     """Whether each kernel's code is in Triton's cache and fits the GPU's shared memory, after every
     one was compiled in a copy of this process, as many at a time as there are cores.
 
-    What is not done at ``until``, by the monotonic clock, is given up; but not before one is done.
+    What is not done at ``until``, by the monotonic clock, is given up, and None; but not before one
+    is done.
     """
     from triton.runtime import driver
 
@@ -142,19 +143,21 @@ def compiled_ahead(compiles: Sequence[Callable[[], Any]], until: float) -> list[
         finally:
             os._exit(status)
 
-    done = [False] * len(compiles)
+    done: list[bool | None] = [None] * len(compiles)
     waiting, running = list(range(len(compiles)))[::-1], dict[int, int]()
     cores = len(os.sched_getaffinity(0))
     try:
         while running or waiting:
-            while waiting and len(running) < cores:
+            over = time.monotonic() > until
+            # Beyond the time one must be found, and those that run may never end.
+            while waiting and (over or len(running) < cores):
                 number = waiting.pop()
                 running[compile_in_copy(compiles[number])] = number
             for child in list(running):
                 ended, status = os.waitpid(child, os.WNOHANG)
                 if ended:
                     done[running.pop(child)] = status == 0
-            if any(done) and time.monotonic() > until:
+            if over and any(done):
                 break
             time.sleep(_POLL)
     finally:
