@@ -169,7 +169,7 @@ def _by_kernels(*args: Any) -> Tensors:
     x, B, C = args[0], args[5], args[6]
     if not (has_kernel(x, B) and B.dtype == C.dtype == x.dtype):
         return _in_torch(*args)
-    return _composed(lambda *given: fused_ssd(*given[:5], initial_state=given[5]), x.dtype, *args)
+    return _composed(lambda *given: fused_ssd(*given[:-1], None, given[-1]), x.dtype, *args)
 
 
 def _forward(*args: Any) -> Tensors:
