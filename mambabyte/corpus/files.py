@@ -77,10 +77,14 @@ def open_texts(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not any(
         part.startswith(".") for part in p.relative_to(folder).parts))
-    heads = {p: next(_blocks(p), b"") for p in files}
-    texts = [p for p, head in heads.items() if head and not not_utf8(head, whole=False)]
-    other = [str(p.relative_to(folder)) for p, head in heads.items()
-             if head and p not in set(texts)]
+    texts: list[Path] = []
+    other: list[str] = []
+    for path in files:
+        head = next(_blocks(path), b"")
+        if head and not_utf8(head, whole=False):
+            other.append(str(path.relative_to(folder)))
+        elif head:
+            texts.append(path)
     if not texts:
         raise UserError(f"{folder} holds neither wiki.train.raw, wiki.valid.raw and wiki.test.raw "
                         "nor any file of UTF-8 text: name another folder, or a file")
@@ -88,8 +92,8 @@ def open_texts(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         warnings.warn(f"{folder}: {len(other)} of {len(files)} files are no UTF-8 text and were "
                       f"left out ({', '.join(other[:3])}{', ...' if len(other) > 3 else ''})",
                       UserWarning, stacklevel=4)
-    path, begins = joined(texts, folder)
-    return mapped(path, source=folder), begins
+    whole, begins = joined(texts, folder)
+    return mapped(whole, source=folder), begins
 
 
 def has_records(path: Path) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
 
 from mambabyte.corpus import corpora as module
-from mambabyte.corpus import load_corpus, sample_windows, write_raw
+from mambabyte.corpus import files, load_corpus, sample_windows, write_raw
 from mambabyte.errors import UserError
 from mambabyte.evaluate import bits_per_byte
 from mambabyte.task.ngram import count
@@ -114,6 +114,19 @@ def test_gzip_is_unpacked(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot unpack"):
         load_corpus(str(path))
     assert len(list((tmp_path / "cache/mambabyte/corpora").iterdir())) == 1  # nothing half written
+
+
+def test_a_folder_of_many_files_is_gone_through_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(200):
+        (folder / f"{i}.txt").write_bytes(b"x")
+    compared: list[int] = []
+    path_hash = PurePath.__hash__
+    monkeypatch.setattr(PurePath, "__hash__", lambda path: compared.append(0) or path_hash(path))
+    assert len(files.open_texts(folder)[1]) == 200
+    assert len(compared) < 10 * 200
 
 
 def test_a_folder_of_text_files_is_one_text(tmp_path, monkeypatch):

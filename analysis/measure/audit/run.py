@@ -181,7 +181,7 @@ def check_case(
     except torch.OutOfMemoryError:
         findings.append(Finding(check, case.name, dtype, "call", math.nan, bound, "refused",
                                 "out of memory"))
-    except Exception as error:  # whatever the target raises is what is found
+    except (Exception, SystemExit) as error:  # whatever the target raises is what is found
         first = (str(error).splitlines() or [""])[0]
         findings.append(_judged(
             Measured("call", math.inf, bound, f"{type(error).__name__}: {first}"), check, case,

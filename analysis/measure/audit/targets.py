@@ -257,7 +257,7 @@ def _import(name: str) -> Callable[..., Any]:
                         "file.py:function, such as mambabyte.ops:selective_scan")
     try:
         found = _file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # whatever another's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever another's module does when imported
         first = (str(error).splitlines() or [""])[0]
         raise UserError(f"{place} cannot be imported ({type(error).__name__}: {first}): install "
                         "it, or run this where it is") from None

@@ -19,6 +19,7 @@ from analysis.measure.audit.kinds import KINDS, Case, define, draw, laid_out
 from analysis.measure.audit.run import Audit, audit, check_case
 from analysis.measure.audit.targets import ADAPTERS, find_target
 from analysis.measure.audit.tuning import one_setting
+from mambabyte.errors import UserError
 
 PLANTED = str(Path(__file__).with_name("planted.py"))
 
@@ -272,10 +273,18 @@ def test_kernels_that_tune_themselves_have_one_setting(monkeypatch) -> None:
     (["mambabyte.ops:ssd_scan", "--html"], "--html needs --out"),
     (["none.safetensors"], "holds no inputs of an audit"),
     ([f"{PLANTED}:sound", "--kind", "attention"], "takes no input of kind attention"),
+    (["sys:exit", "--kind", "attention"], "takes no input of kind attention (TypeError"),
+    ([f"{PLANTED}:leaves", "--kind", "attention"], "attention (SystemExit: 0)"),
 ])
 def test_what_cannot_be_audited_is_said_in_a_line(few, words, message, capsys) -> None:
     assert main(["audit", *words, "--device", "cpu"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_module_that_ends_the_program_is_said(tmp_path) -> None:
+    (tmp_path / "ends.py").write_text("import sys; sys.exit(0)")
+    with pytest.raises(UserError, match=r"cannot be imported \(SystemExit: 0\)"):
+        find_target(f"{tmp_path / 'ends.py'}:f", "scan")
 
 
 def test_every_kind_has_a_case_of_every_sort_and_every_adapter_a_kind() -> None:
