@@ -13,15 +13,44 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from analysis.runs.folders import load_run
 from mambabyte.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("tried", "clear", "accepted rightly", "wrong", "traceback", "crash", "hang")
 PATIENCE_SECONDS = 300
 
-TRAINING = """
+# Does ``once()`` in a process of its own, again and again, and ends all but the last by a signal.
+AGAIN = """
 import os, random, signal, sys, threading, time
 from pathlib import Path
+again, run, seed, number = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+def strike(delay):
+    time.sleep(delay)
+    os.kill(os.getpid(), number)
+def again_and_again(once, longest):
+    random.seed(seed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored behind a script's &
+    for i in range(again):
+        child = os.fork()
+        if not child:
+            if number and i < again - 1:
+                threading.Thread(target=strike, args=(random.uniform(0, longest),),
+                                 daemon=True).start()
+            code = 1
+            try:
+                code = once()
+            except KeyboardInterrupt:
+                code = 0
+            except BaseException as error:
+                print(type(error).__name__, error, file=sys.stderr, flush=True)
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+        random.seed(seed + i + 1)
+"""
+TRAINING = AGAIN + """
 import numpy as np, torch
 torch.set_num_threads(1)
 from mambabyte.config import ModelConfig, TrainConfig
@@ -32,32 +61,20 @@ corpus = Corpus("shells", "", text, text[:400], text[:400])
 model = ModelConfig(d_model=4, n_layer=1, d_state=2, dt_rank=1, expand=1)
 recipe = TrainConfig(context=16, batch_size=2, n_steps=60, max_seconds=0, log_every=1,
                      checkpoint_every=2, precision="fp32")
-again, run, seed, killed = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-number = int(killed)
-random.seed(seed)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored behind a script's &
-def strike(delay):
-    time.sleep(delay)
-    os.kill(os.getpid(), number)
-for i in range(again):
-    child = os.fork()
-    if not child:
-        if number and i < again - 1:
-            threading.Thread(target=strike, args=(random.uniform(0, 0.4),), daemon=True).start()
-        code = 1
-        try:
-            code = 0
-            train(model, recipe, corpus, run, resume=True)
-        except KeyboardInterrupt:
-            code = 0
-        except BaseException as error:
-            print(type(error).__name__, error, file=sys.stderr, flush=True)
-            code = 1
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
-    random.seed(seed + i + 1)
+def once():
+    train(model, recipe, corpus, run, resume=True)
+    return 0
+again_and_again(once, 0.4)
+"""
+SWEEP = AGAIN + """
+from analysis.cli import main
+from analysis.studies import STUDIES, Study
+study = Path(sys.argv[5])
+STUDIES["tiny"] = Study("tiny", "Tiny", "Is it?", study / "tiny.ipynb", "tiny_study", study)
+def once():
+    status = main(["sweep", "tiny", "--grid", "n=1,2", "--root", str(run)])
+    return 0 if status == 130 else status  # of an interruption
+again_and_again(once, 8)
 """
 
 
@@ -65,22 +82,48 @@ def kills(number: int, count: int, seed: int = 0) -> Counter[str]:
     """One training, ended ``count`` times by a signal within its first 0.4 s and gone on with each
     time; then let end. "wrong" is a lost or doubled record, weights that differ from those of the
     training that nothing has disturbed, or a file left behind."""
-    found: Counter[str] = Counter(tried=count)
     with tempfile.TemporaryDirectory() as folder:
-        for name, again, sent in (("whole", 1, 0), ("killed", count + 1, number)):
-            done = subprocess.run(
-                [sys.executable, "-c", TRAINING, str(again), f"{folder}/{name}", str(seed),
-                 str(int(sent))], cwd=ROOT, text=True, capture_output=True, check=False,
-                timeout=PATIENCE_SECONDS, env={**os.environ, "PYTHONPATH": str(ROOT)})
-            codes = [int(line) for line in done.stdout.split()]
-            found["traceback"] += sum(code == 1 for code in codes)
-            found["crash"] += sum(code < 0 and -code not in (number, signal.SIGKILL)
-                                  for code in codes)
         whole, killed = Path(folder, "whole"), Path(folder, "killed")
+        _again(TRAINING, 1, whole, seed, 0)
+        found = _again(TRAINING, count + 1, killed, seed, number)
         if _last(whole) != _last(killed) or list(killed.rglob(".*")):
             found["wrong"] += 1
-        found["accepted rightly"] = count - found["wrong"] - found["traceback"] - found["crash"]
+    found["accepted rightly"] = count - found["wrong"] - found["traceback"] - found["crash"]
     return found
+
+
+def sweep_kills(number: int, count: int, study: Path, seed: int = 0) -> Counter[str]:
+    """One sweep of two runs of the tiny study in the folder ``study``, as :func:`kills`, within
+    its first 8 s. "wrong" is a run that is missing, not what it is undisturbed, or a file left
+    behind."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole, killed = Path(folder, "whole"), Path(folder, "killed")
+        _again(SWEEP, 1, whole, seed, 0, study)
+        found = _again(SWEEP, count + 1, killed, seed, number, study)
+        if _runs(whole) != _runs(killed):
+            found["wrong"] += 1
+    found["accepted rightly"] = count - found["wrong"] - found["traceback"] - found["crash"]
+    return found
+
+
+def _again(code: str, times: int, run: Path, seed: int, number: int, *more: Path) -> Counter[str]:
+    """How the processes of ``code`` ended, all but the last by the signal ``number``."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(times), str(run), str(seed), str(int(number)),
+         *map(str, more)], cwd=ROOT, text=True, capture_output=True, check=False,
+        timeout=PATIENCE_SECONDS, env={**os.environ, "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), *map(str, more)])})
+    codes = [int(line) for line in done.stdout.splitlines() if line.lstrip("-").isdigit()]
+    assert len(codes) == times, done.stderr
+    return Counter(
+        tried=times - 1, traceback=sum(code > 0 for code in codes),
+        crash=sum(code < 0 and -code not in (number, signal.SIGKILL) for code in codes))
+
+
+def _runs(root: Path) -> dict[str, object]:
+    """What is in a sweep's folder: of each run its values, of anything else that it is there."""
+    return {path.name: load_run(path).values if path.is_dir() else path.name
+            for path in root.iterdir()}
 
 
 def _last(run: Path) -> tuple[bytes, list[int]]:

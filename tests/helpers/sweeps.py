@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -73,6 +74,19 @@ CELLS = (
     'show(run, "line", "counts")',
     'if mode != "forgetful":\n    save(run)',
 )
+
+
+def write_tiny(folder: Path) -> None:
+    """The tiny study: its package and its notebook."""
+    (folder / "tiny_study").mkdir()
+    for name, source in PACKAGE.items():
+        (folder / "tiny_study" / f"{name}.py").write_text(source)
+    cells = [{"cell_type": "code", "id": f"c{i}", "source": source, "outputs": [],
+              "execution_count": None, "metadata": {"tags": ["parameters"]} if i == 0 else {}}
+             for i, source in enumerate(CELLS)]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    (folder / "tiny.ipynb").write_text(json.dumps({
+        "cells": cells, "nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": kernel}}))
 
 
 class Events:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -27,6 +28,14 @@ HOSTILE = (
     "]]><!--", "' onmouseover='alert(1)", "[[figure.tiny.times]]",
 )
 
+PIECES = (
+    "<", ">", "&", '"', "'", "`", "\n", "\n\n", "\t", " ", "$", "$$", "|", "\\", "#", "# ", "- ",
+    "> ", "~~~", "```", "[", "](", ")", "![", "{{", "}}", "{%", "%}", "{#", "<!--", "-->",
+    "<![CDATA[", "</script", "<svg/onload=", "<a href=", "javascript:", "data:text/html,",
+    "&#x3c;", "%3C", "\u2028", "\ufeff", "\u0000", "\ud83d", "e\u0301", "<template>",
+    "<math><mi>", "</td></tr>", "style=", "expression(", "{{ value('tiny.best') }}", "1e999",
+)
+
 
 class Elements(HTMLParser):
     """Every element with its attributes, and the text."""
@@ -44,7 +53,24 @@ class Elements(HTMLParser):
 @pytest.mark.parametrize("evil", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_strings_cannot_inject_or_break(world, evil):
     harmless = {n: Elements(p).found for n, p in harmless_pages(world).items()}
-    pages = hostile_pages(world, evil)
+    assert_disarmed(hostile_pages(world, evil), harmless)
+
+
+@pytest.mark.long
+def test_hundreds_of_hostile_words(world):
+    """Words put together at random of what is hostile and of what means something in a page."""
+    harmless = {n: Elements(p).found for n, p in harmless_pages(world).items()}
+    rng = random.Random(0)
+    for _ in range(200):
+        evil = "".join(rng.choice(HOSTILE + PIECES) for _ in range(rng.randrange(1, 9)))
+        try:
+            assert_disarmed(hostile_pages(world, evil), harmless)
+        except Exception as error:
+            raise AssertionError(f"of {evil!r}") from error
+
+
+def assert_disarmed(pages: dict[str, str], harmless: dict[str, list[tuple[str, dict]]]) -> None:
+    """That the pages have the elements, links and no more than those of harmless words have."""
     assert pages.keys() == harmless.keys()
     for name, page in pages.items():
         found = Elements(page).found

@@ -19,8 +19,9 @@ from mambabyte.task import ngram_file
 from mambabyte.task.ngram import count
 from mambabyte.train import train
 from mambabyte.train.optim import make_optimizer
-from tests.helpers.harm import damage, kills, table, unharmed
+from tests.helpers.harm import damage, kills, sweep_kills, table, unharmed
 from tests.helpers.report_world import write_run
+from tests.helpers.sweeps import write_tiny
 
 TEXT = np.frombuffer(b"she sells sea shells by the sea shore, " * 60, np.uint8)
 MODEL = ModelConfig(d_model=4, n_layer=1, d_state=2, dt_rank=1, expand=1)
@@ -96,3 +97,12 @@ def test_a_thousand_kills(name):
         rows[name] += kills(getattr(signal, name), 10, seed)
     print("\n" + table(rows))
     assert unharmed(rows[name])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"])
+def test_killed_sweeps(name, tmp_path):
+    write_tiny(tmp_path)
+    rows = {f"sweep: {name}": sweep_kills(getattr(signal, name), 12, tmp_path)}
+    print("\n" + table(rows))
+    assert unharmed(rows[f"sweep: {name}"])
