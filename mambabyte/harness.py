@@ -296,7 +296,7 @@ def _blamed(path: Path, doing: str) -> Iterator[None]:
         lines = [str(f.lineno) for f in traceback.extract_tb(error.__traceback__)
                  if Path(f.filename).resolve() == path.resolve()]
         if isinstance(error, SyntaxError):
-            lines = [str(error.lineno)]
+            lines = [] if error.lineno is None else [str(error.lineno)]
         where = f", line {lines[-1]}" if lines else ""
         what = error.msg if isinstance(error, SyntaxError) else str(error).partition("\n")[0]
         raise UserError(f"{path}{where}: {doing} failed with {type(error).__name__}: "

@@ -41,6 +41,9 @@ def make_executor(name: str = "serial", workers: int = 1, address: str = "") -> 
     """The executor of that name; UserError where it is unknown or its package is missing."""
     if workers < 1:
         raise UserError(f"workers is {workers}: it must be at least 1")
+    if address and name in ("serial", "local"):
+        raise UserError(f"address {address!r} is for the executors dask and slurm: {name} runs on "
+                        "this machine")
     if name == "serial":
         return LocalExecutor(1)
     if name == "local":

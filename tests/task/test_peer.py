@@ -110,3 +110,10 @@ def test_total_joules_are_those_of_the_rule():
     assert total_joules(idle, unread)[0] == 100  # never below 50 W
     alone = Energy(70.0, 70.0, 1.0, 0.0, "RAPL")
     assert total_joules(alone, alone)[0] == 70  # a CPU's counter is not counted twice
+
+
+def test_a_file_of_other_bytes_is_said(tmp_path):
+    path = tmp_path / "submission.py"
+    path.write_bytes(b"# \0\n")
+    with pytest.raises(UserError, match=r"py(, line 1)?: importing it failed with Synta"):
+        run_submission(path, TEXT, SPLITS)

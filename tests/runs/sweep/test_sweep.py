@@ -145,6 +145,12 @@ def test_missing_package_says_what_to_install(monkeypatch, name, package):
         executors.make_executor(name)
 
 
+@pytest.mark.parametrize("name", ["serial", "local"])
+def test_an_address_is_not_let_fall(name):
+    with pytest.raises(UserError, match=r"'gpu' is for the executors dask and slurm"):
+        executors.make_executor(name, address="gpu")
+
+
 def test_same_point_twice_is_one_run(registry, tmp_path):
     tasks = sweep.plan(list(registry.values()), "quick", {}, {"n": ["3", 3, "4"]}, tmp_path)
     assert [task.parameters["n"] for task in tasks] == [3, 4]
