@@ -221,13 +221,13 @@ def scan_workspace(config: ModelConfig, step: Step) -> int:
     """Bytes that the scan's backward pass takes above what is kept: the intermediate tensors of a
     second forward.
 
-    Numbers a channel, a state of a head, a pair of steps in a chunk, a state of a chunk and a pair
-    that turns, fitted to the profiler's count at 21 sizes on a CPU; whole steps come out within
-    5 %. With SSD's kernels there are no pairs of steps; what that takes on a card was not measured.
+    Numbers a channel, a state of a head, a pair of steps in a chunk and a state of a chunk, fitted
+    to the profiler's count at 13 sizes on a CPU; whole steps come out within 8 %. With SSD's
+    kernels there are no pairs of steps; what that takes on a card was not measured.
     """
-    D, N, S = config.d_inner, config.ssd_d_state, Mamba3Mixer.pairs(config)
+    D, N = config.d_inner, config.ssd_d_state
     heads, kernels = D // config.ssd_head_dim, has_kernel(config, step)
     chunk = KERNEL_CHUNK if kernels else chunk_length(CHUNK, step.length)
     chunks = step.batch * -(-step.length // chunk)
-    a_step = 6.8 * D + heads * (6.8 * N + 3.7 * S + (0 if kernels else 5.7 * chunk))
-    return round(FLOAT32 * (chunks * chunk * a_step + 3.1 * chunks * D * N))
+    a_step = 7.2 * D + heads * (8.4 * N + (0 if kernels else 5.5 * chunk))
+    return round(FLOAT32 * (chunks * chunk * a_step + 2.9 * chunks * D * N))

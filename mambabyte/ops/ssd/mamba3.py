@@ -169,7 +169,12 @@ def _by_kernels(*args: Any) -> Tensors:
     x, B, C = args[0], args[5], args[6]
     if not (has_kernel(x, B) and B.dtype == C.dtype == x.dtype):
         return _in_torch(*args)
-    return _composed(lambda *given: fused_ssd(*given[:-1], None, given[-1]), x.dtype, *args)
+
+    def scan(v: Tensor, step: Tensor, decay: Tensor, keys: Tensor, queries: Tensor, state: Tensor
+             ) -> tuple[Tensor, Tensor]:
+        return fused_ssd(v, step, decay, keys, queries, None, state)
+
+    return _composed(scan, x.dtype, *args)
 
 
 def _forward(*args: Any) -> Tensors:
