@@ -9,7 +9,7 @@ help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
 report: $(VENV)/.ready       ## run the studies that are not up to date, write reports/report.html
-	$(BIN)/mambabyte sweep memory overflow gradients --executor local --workers 2 # none is timed
+	$(BIN)/mambabyte sweep overflow memory gradients task --executor local --workers 2 # none is timed
 	$(BIN)/mambabyte sweep
 	$(BIN)/mambabyte report
 

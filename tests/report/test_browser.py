@@ -16,7 +16,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from analysis.plots import svg as plots
 from analysis.report import build_report
+from analysis.report.parts import drawings
 from analysis.runs.folders import Run, Value, tables_of, update_record, write_run
 from analysis.runs.records import load_records
 from analysis.studies import Study
@@ -269,8 +271,23 @@ def test_prints_on_paper(browser, pages):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory) -> Path:
+    return projects_own(tmp_path_factory.mktemp("real"))
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory) -> Path:
+    """The same without what a phone alone shows: every figure's second drawing."""
+    root = tmp_path_factory.mktemp("desk")
+    nothing = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 324 220"/>'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))  # which would keep these drawings
+        patch.setattr(drawings, "wide_and_narrow", lambda figure, name: (
+            plots.svg(figure, name), nothing))
+        return projects_own(root)
+
+
+def projects_own(root: Path) -> Path:
     """The project's own sections, records and claims; no study has run, the numbers are gaps."""
-    root = tmp_path_factory.mktemp("real")
     ledger = pd.DataFrame([
         {"claim": c.claim, "verdict": VERDICTS[i % len(VERDICTS)], "theirs": c.theirs,
          "ours": c.theirs, "reason": c.note or c.claim, "source": "computed here",
@@ -324,11 +341,11 @@ def test_the_projects_own_pages_fit_and_run_clean(browser, real, width, theme):
             assert accessibility(browser) == [], page.name
 
 
-def test_the_projects_report_is_an_article_with_evidence_behind_it(browser, real):
-    sizes = {page.name: page.stat().st_size for page in own_pages(real)}
+def test_the_projects_report_is_an_article_with_evidence_behind_it(browser, desk):
+    sizes = {page.name: page.stat().st_size for page in own_pages(desk)}
     assert sizes.pop("report.html") < 2e6
     assert all(size < 1.5e6 for size in sizes.values()), sizes
-    browser.open(real, 1280)
+    browser.open(desk, 1280)
     assert 8 <= browser.run("document.querySelectorAll('figure').length") <= 12
     assert browser.run("document.querySelectorAll('h2.finding').length") == browser.run(
         "document.querySelectorAll('figure').length")
@@ -345,13 +362,13 @@ def test_the_projects_report_is_an_article_with_evidence_behind_it(browser, real
         assert bottom < 3 * 800, question
     names = browser.run("[...document.querySelectorAll('h1, h2, h3')].map((h) => h.textContent)")
     assert len(names) == len(set(names))
-    shown = "".join(page.read_text(encoding="utf-8") for page in own_pages(real))
+    shown = "".join(page.read_text(encoding="utf-8") for page in own_pages(desk))
     assert [shown.count(f'id="record-{name}"') for name in load_records()] == [
         1 for _ in load_records()]
 
 
-def test_what_can_be_tried_says_what_the_table_says(browser, real):
-    browser.open(real.parent / "report-evidence" / "overflow.html", 1280)
+def test_what_can_be_tried_says_what_the_table_says(browser, desk):
+    browser.open(desk.parent / "report-evidence" / "overflow.html", 1280)
     said = "document.querySelector('.labs [role=status]').textContent"
     words = browser.run(said)
     assert words.startswith("Exponent 32. float16 (11.09): overflows; float32 and bfloat16 "
@@ -363,7 +380,7 @@ def test_what_can_be_tried_says_what_the_table_says(browser, real):
     cell = browser.run("""[...document.querySelectorAll("#labs-table-chunk tbody tr")].find((row) =>
         row.cells[0].textContent === "32").cells""" + "[17].textContent")
     assert browser.run(said).endswith(f"gradients: {cell}.")
-    browser.open(real.parent / "report-evidence" / "overflow.html", 1280, scripts=False)
+    browser.open(desk.parent / "report-evidence" / "overflow.html", 1280, scripts=False)
     browser.ask("Emulation.setScriptExecutionDisabled", value=False)
     assert browser.run("document.querySelectorAll('.labs').length") == browser.run(
         "document.querySelectorAll('.labs:empty').length") == 1

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pandas as pd
 
 from analysis.studies.claims.ledger import FirstRun
-from mambabyte.config.checks import Checked, Count, Seed, entries
+from mambabyte.config.checks import Checked, Count, Seed, Workers, entries
 
 TITLE = "The claims ledger"
 QUESTION = "Which statements of the two documents hold, by our numbers?"
@@ -38,6 +38,8 @@ class Parameters(Checked):
     """training steps with each part of the block and without"""
     streamed_steps: Count = 60
     """training steps by the published scan, to be streamed by the step"""
+    workers: Workers = 2
+    """processes that share the trainings"""
 
 
 PROFILES = {"quick": Parameters(),

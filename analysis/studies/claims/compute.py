@@ -15,6 +15,7 @@ from dataclasses import replace
 import pandas as pd
 import torch
 
+from analysis.measure.parallel import run_jobs
 from analysis.measure.threads import threads
 from analysis.studies.claims import Parameters, Results
 
@@ -37,7 +38,7 @@ from analysis.studies.claims.checks.published import first_run
 from analysis.studies.claims.evidence import Evidence, gather
 from analysis.studies.claims.experiments import choices, streamed, trainings
 from analysis.studies.claims.experiments import scan as experiments
-from analysis.studies.claims.lab import Lab, Settings
+from analysis.studies.claims.lab import EXPERIMENTS, Lab, Settings
 from analysis.studies.claims.ledger import (
     CHECKS,
     DOCUMENTS,
@@ -54,6 +55,8 @@ CHECK_MODULES = (
     arithmetic, behaviour, energy, gradient, hybrid, kernels, memory, numerical, published, quality,
     rivals, speed)
 EXPERIMENT_MODULES = (choices, experiments, streamed, trainings)
+# The experiments that take the longest, so ordered that a half of them takes half of the time.
+TRAININGS = ("streamed", "gating", "fox_published", "tying", "artefact", "second_steps")
 
 
 def settle(p: Parameters) -> Parameters:
@@ -74,11 +77,31 @@ def run(
     ledger = load_ledger()
     settings = Settings(p.seed, p.device, p.initial_seeds, p.fox_batch, p.tied_steps,
                         p.paired_seeds, p.parts_steps, p.streamed_steps)
-    lab = Lab(settings, evidence, ledger.facts, report=report)
+    given = trained_ahead(settings, p.workers, report) if p.workers > 1 else {}
+    lab = Lab(settings, evidence, ledger.facts, given, report)
     with threads(1):  # small operations run faster on one core than on two
         frame = ledger_frame(ledger.claims, lab)
         tables = choices.tied_table(lab), choices.parts_table(lab), streamed.streamed_table(lab)
     return Results(frame, count(frame), _evidence_frame(evidence), *tables, first_run(lab))
+
+
+def trained_ahead(
+    settings: Settings, workers: int, report: Callable[[str], None] = lambda line: None
+) -> dict[str, float]:
+    """The quantities of TRAININGS by name, as a Lab is given them; each of ``workers`` processes
+    does some of the experiments. They have seeds of their own, so the numbers are the same."""
+    parts = [part for i in range(workers) if (part := TRAININGS[i::workers])]
+    report(f"experiments {', '.join(TRAININGS)}, in {len(parts)} processes")
+    found: dict[str, float] = {}
+    for quantities in run_jobs(_measured, [(part, settings) for part in parts], workers):
+        found |= quantities
+    return found
+
+
+def _measured(names: Sequence[str], settings: Settings) -> dict[str, float]:
+    with threads(1):
+        return {f"{name}.{quantity}": value for name in names
+                for quantity, value in EXPERIMENTS[name](settings).items()}
 
 
 def ledger_frame(claims: Sequence[Claim], lab: Lab) -> pd.DataFrame:

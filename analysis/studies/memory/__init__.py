@@ -48,7 +48,7 @@ class Parameters(Checked):
     """layers, at least as many as a pattern has letters"""
     slice_lengths: Annotated[tuple[Count, ...], entries(2, rising=True)] = (128, 512, 2048)
     """lengths whose backward allocations are counted, slices against split"""
-    counted_layers: Layers = 4
+    counted_layers: Layers = 2
     """layers of the document's original step that are counted on shapes alone"""
     cuda: Literal["auto", "on", "off"] = "off"
     """whether this machine's GPU is measured: auto, on, off"""
@@ -58,7 +58,7 @@ PROFILES = {
     "quick": Parameters(),
     "full": Parameters(patterns=("M", "A", "MA", "MMMA"), batch=4, context=256, d_model=192,
                        n_layer=4, slice_lengths=(128, 256, 512, 1024, 2048, 4096, 8192),
-                       cuda="auto"),
+                       counted_layers=4, cuda="auto"),
 }
 
 

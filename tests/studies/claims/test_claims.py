@@ -301,11 +301,23 @@ def test_parameters_are_checked():
             claims.Parameters(tied_steps=steps)
 
 
+@pytest.mark.parametrize("workers", [2, 3, 100])
+def test_each_training_is_done_by_one_of_the_processes(workers, monkeypatch):
+    done = []
+    monkeypatch.setattr(claims, "run_jobs", lambda function, jobs, _: (function(*j) for j in jobs))
+    for name in claims.TRAININGS:
+        monkeypatch.setitem(EXPERIMENTS, name, lambda settings, name=name: done.append(name) or {
+            "seed": settings.seed})
+    found = claims.trained_ahead(Settings(seed=3), workers)
+    assert found == {f"{name}.seed": 3 for name in claims.TRAININGS}
+    assert sorted(done) == sorted(claims.TRAININGS)
+
+
 def test_run_counts_and_figure(tmp_path, monkeypatch):
     """The whole study with given numbers: every row judged, counted and drawn."""
-    monkeypatch.setattr(claims, "Lab", lambda settings, evidence, facts, report: lab(evidence))
+    monkeypatch.setattr(claims, "Lab", lambda settings, evidence, *others: lab(evidence))
     monkeypatch.setattr(evidence_module, "RECORDS", tmp_path)
-    found = claims.run(claims.Parameters(runs_root=str(tmp_path)))
+    found = claims.run(claims.Parameters(runs_root=str(tmp_path), workers=1))
     assert len(found.ledger) == len(LEDGER.claims)
     assert list(found.ledger)[:4] == ["claim", "verdict", "theirs", "ours"]  # seen unscrolled
     assert found.counts["all"].sum() == sum(claim.counted for claim in LEDGER.claims)

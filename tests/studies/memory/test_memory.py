@@ -6,6 +6,7 @@ import gc
 import random
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -227,8 +228,13 @@ def test_from_five_to_seven() -> None:
     assert (ratio - 1).abs().max() < 0.02
 
 
-def test_the_documents_numbers() -> None:
-    document = memory._document_frame(1).set_index("key")["ours"]
+@pytest.fixture(scope="module")
+def documents_frame() -> pd.DataFrame:
+    return memory._document_frame(1).set_index("key")
+
+
+def test_the_documents_numbers(documents_frame: pd.DataFrame) -> None:
+    document = documents_frame["ours"]
     assert document["tensor_gb"] == pytest.approx(3.22, abs=0.01)
     assert document["scan_kept_before_gb"] == pytest.approx(64.4, abs=0.1)
     assert document["scan_cut"] == 8  # it says 16
@@ -238,9 +244,8 @@ def test_the_documents_numbers() -> None:
     assert document["counted_at_size"] == 1
 
 
-def test_the_scripts_own_order_keeps_a_sixth_tensor() -> None:
-    frame = memory._document_frame(1).set_index("key")
-    ours, coded = frame["ours"], frame[memory.AS_CODED]
+def test_the_scripts_own_order_keeps_a_sixth_tensor(documents_frame: pd.DataFrame) -> None:
+    ours, coded = documents_frame["ours"], documents_frame[memory.AS_CODED]
     assert (ours["kept_per_layer"], coded["kept_per_layer"]) == (5, 6)
     assert coded["counted_at_size"] == 1  # hooks, at the document's own size
     assert ours["peak_before_gb"] == pytest.approx(82, abs=0.5)
