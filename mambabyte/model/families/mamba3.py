@@ -41,7 +41,7 @@ from mambabyte.ops.ssd.chunked import CHUNK
 from mambabyte.ops.ssd.cuda import CHUNK as KERNEL_CHUNK
 from mambabyte.ops.ssd.decay import chunk_length
 from mambabyte.ops.ssd.mamba3 import per_head
-from mambabyte.ops.ssd.recurrent import turns
+from mambabyte.ops.ssd.recurrent import angles, less_than_a_turn
 
 LEAST_RATE = 1e-4  # of decay, a unit of time
 
@@ -120,7 +120,7 @@ class Mamba3Mixer(Mixer, Mamba3Spec):
         _, end = mamba3_scan(
             **inputs, initial_state=Mamba3State(k_state, v_state, nothing), ages=ages)
         # What the stretch makes of a state: of each pair (N / 2, 2) a turn, decayed.
-        angle = turns(inputs["theta"], inputs["dt"])[:, -1]
+        angle = less_than_a_turn(angles(inputs["theta"], inputs["dt"]).sum(1), k.dtype)
         angle = F.pad(angle, (0, k.shape[3] // 2 - angle.shape[2]))
         cos, sin = torch.cos(angle), torch.sin(angle)
         turn = torch.stack([cos, sin, -sin, cos], -1).unflatten(-1, (2, 2))

@@ -40,7 +40,12 @@ from mambabyte.ops.ssd.decay import without_past
 from mambabyte.ops.ssd.dispatch import wide_dtype
 from mambabyte.ops.ssd.operator import fused_ssd, has_kernel
 from mambabyte.ops.ssd.recompute import gradients_again
-from mambabyte.ops.ssd.recurrent import Mamba3State, recurrent_mamba3, turns
+from mambabyte.ops.ssd.recurrent import (
+    Mamba3State,
+    angles,
+    less_than_a_turn,
+    recurrent_mamba3,
+)
 
 FORMS = ("recurrent", "chunked", "fused")
 
@@ -128,7 +133,8 @@ def _composed(
     k, c = (per_head(t, bias, heads).to(wide) for t, bias in ((B, B_bias), (C, C_bias)))
     state = Mamba3State(*(zero if t is None else t for zero, t in zip(
         no_state(x[:, :1].to(wide), k), (k_state, v_state, ssm_state), strict=True)))
-    angle = F.pad(turns(theta, dt), (0, pairs - theta.shape[2]))  # (B, L, H, N / 2)
+    angle = less_than_a_turn(summed(angles(theta, dt)), wide)
+    angle = F.pad(angle, (0, pairs - theta.shape[2]))  # (B, L, H, N / 2)
     turn = torch.polar(torch.ones_like(angle), angle)
     decay, own = torch.exp(log_decay)[..., None], mix * dt
 
@@ -145,6 +151,16 @@ def _composed(
     h = _times(decay[:, -1, ..., None] * g, turn[:, -1, :, None].conj())
     written = (own[:, -1, :, None] * x[:, -1])[..., None] * k[:, -1, :, None]
     return y.to(x.dtype), h + written
+
+
+def summed(x: Tensor) -> Tensor:
+    """x (B, L, H, S) summed up to and with each step: in parts of some root of L steps, and over
+    these, as a card has one thread walk along a sum."""
+    length = x.shape[1]
+    steps = 1 << (length.bit_length() + 1) // 2
+    x = F.pad(x, (0, 0, 0, 0, 0, -length % steps)).unflatten(1, (-1, steps)).cumsum(2)
+    before = F.pad(x[:, :-1, -1:].cumsum(1), (0, 0, 0, 0, 0, 0, 1, 0))
+    return (x + before).flatten(1, 2)[:, :length]
 
 
 def _times(x: Tensor, turn: Tensor) -> Tensor:

@@ -66,11 +66,15 @@ def turned(x: Tensor, angle: Tensor) -> Tensor:
     return torch.cat([pairs.flatten(-2), rest], -1)
 
 
-def turns(theta: Tensor, dt: Tensor) -> Tensor:
-    """Angles theta (B, S) times dt (B, H): (B, H, S); with steps, (B, L, ...), summed up to each.
-    From 0 to 2 pi, in dt's dtype; in between they are float64: whole turns cost no digits."""
-    angle = theta.double().unsqueeze(-2) * dt.double().unsqueeze(-1)
-    return (angle.cumsum(1) if dt.ndim == 3 else angle).remainder(2 * math.pi).to(dt.dtype)
+def angles(theta: Tensor, dt: Tensor) -> Tensor:
+    """theta (..., S) times dt (..., H): (..., H, S), in float64, in which whole turns cost no
+    digits."""
+    return theta.double().unsqueeze(-2) * dt.double().unsqueeze(-1)
+
+
+def less_than_a_turn(angle: Tensor, dtype: torch.dtype) -> Tensor:
+    """The angle from 0 to 2 pi with the same sine and cosine."""
+    return angle.remainder(2 * math.pi).to(dtype)
 
 
 def mamba3_step(
@@ -101,7 +105,7 @@ def recurrent_mamba3(
     for x_t, dt_t, decay_t, B_t, C_t, theta_t, mix_t in zip(
         *(t.unbind(1) for t in (x, dt, log_decay, B, C, theta, mix)), strict=True
     ):
-        y_t, state = mamba3_step(
-            x_t, dt_t, decay_t, B_t, C_t, turns(theta_t, dt_t), mix_t, state)
+        angle = less_than_a_turn(angles(theta_t, dt_t), dt_t.dtype)
+        y_t, state = mamba3_step(x_t, dt_t, decay_t, B_t, C_t, angle, mix_t, state)
         ys.append(y_t)
     return torch.stack(ys, dim=1), state
