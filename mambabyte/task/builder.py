@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus.files import present
@@ -27,7 +27,7 @@ from mambabyte.task.guide import Guide, GuidedLM, GuidedWindows
 from mambabyte.task.mixture import Mixture, NgramLM, best_weight
 from mambabyte.task.ngram import NgramModel, count
 from mambabyte.task.systems import Ngram, System
-from mambabyte.train import Step, optimise
+from mambabyte.train import Step, ahead, optimise
 from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
 from mambabyte.train.optim import make_optimizer
 from mambabyte.train.precision import autocast
@@ -37,7 +37,6 @@ from mambabyte.train.smoke import is_smoke, smoke_configs
 HELD_OUT_BYTES = 200_000  # end of the training text: kept for choices, no network trains on it
 _LOG_EVERY = 50
 _TELL_SECONDS = 2.0
-_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _ROW, _BEFORE = 4096, 1024  # bytes of a row whose distributions the gate needs, and before it
 
 
@@ -96,6 +95,8 @@ def build(
             ngram = replace(ngram, order=min(ngram.order, 5))
         if mixing is not None:
             mixing = replace(mixing, steps=min(mixing.steps, 20))
+    if config is not None:
+        ahead.begin(config, recipe, device)
     held = min(HELD_OUT_BYTES, len(data) // 10)
     text = torch.from_numpy(np.array(data)).to(device)
     torch.manual_seed(seed)
@@ -214,7 +215,7 @@ def _distributions(model: ByteModel, text: Tensor, begin: int, end: int) -> Tens
     before = min(_BEFORE, begin - 1)
     starts = torch.arange(begin, end, size, device=text.device) - 1 - before
     rows = text[starts[:, None] + torch.arange(before + size, device=text.device)]
-    with autocast(text.device, "auto"), sdpa_kernel(_ATTENTION):
+    with autocast(text.device, "auto"), sdpa_kernel(ahead.BROUGHT):
         logits, _ = model(rows.long())
     return torch.softmax(logits[:, before:].float(), -1).flatten(0, 1)[:, None]
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 
 from mambabyte.config import TrainConfig
 from mambabyte.corpus import sample_starts
@@ -31,6 +32,7 @@ from mambabyte.model import (
     without_state,
 )
 from mambabyte.model.fused import cast_together, fused_head_loss, fused_layer
+from mambabyte.train import ahead
 from mambabyte.train.optim import Optimizer, set_rates
 from mambabyte.train.precision import autocast
 from mambabyte.train.step import Loss, Reading, backward_in_parts, remedy
@@ -100,6 +102,7 @@ class CapturedStep:
         windows: Callable[[Tensor], tuple[Tensor, ...]], starts: Tensor, config: TrainConfig,
         first_step: int = 0, capture: bool | None = None,
     ) -> None:
+        ahead.wait()
         self.model, self.optimizer, self.windows = model, optimizer, windows
         self.loss = cast_together(model, loss) if config.step in FUSED else loss
         self.config, self._world = config, distributed.current()
@@ -153,8 +156,9 @@ class CapturedStep:
         exponents: dict[int, float] = {}
         measure, self._measure = self._measure, False
         if measure:
+            # cuDNN would compile a kernel for a pass without gradients
             with autocast(self.device, self.config.precision), torch.no_grad(), \
-                    record_exponents(self.model) as exponents:
+                    sdpa_kernel(ahead.BROUGHT), record_exponents(self.model) as exponents:
                 # not by the loss, whose compiled layers have no place to look into
                 for part in self._starts[self._done - 1].chunk(self.config.micro_batches):
                     self.model(self.windows(part)[0][:, :-1])

@@ -31,6 +31,7 @@ from mambabyte.energy import NOT_MEASURED, EnergyMeter, total
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.evaluate import bits_per_byte
 from mambabyte.model import ByteLM, Mixer, distributed, mixers
+from mambabyte.train import ahead
 from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
 from mambabyte.train.loop import DONE, Ended, optimise
 from mambabyte.train.metrics import Progress, drop_after
@@ -72,6 +73,7 @@ def train(
     refuse_what_cannot_run(model_config, config, corpus, device)
     with _locked(run):
         refuse_taken(run, resume)
+        ahead.begin(model_config, config, device)
         training = _Training(model_config, config, corpus, run, device, report, watch)
         if resume and checkpoint.saved(run):
             training.restore()

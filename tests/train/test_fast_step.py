@@ -14,7 +14,7 @@ from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.model.fused import cast_together
 from mambabyte.ops.compare import relative_rms
-from mambabyte.train import EagerStep, NonFiniteError, autocast, train, train_step
+from mambabyte.train import EagerStep, NonFiniteError, ahead, autocast, train, train_step
 from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
 from mambabyte.train.optim import make_optimizer
 from mambabyte.train.schedule import schedule
@@ -149,6 +149,22 @@ def test_a_loss_that_is_not_finite_is_remembered():
     with pytest.raises(NonFiniteError) as error:
         step.read()
     assert error.value.step == 12
+
+
+def test_what_is_begun_ahead_is_over_before_the_first_step():
+    config, recipe = replace(MODEL, layer_pattern="A"), replace(RECIPE, precision="bf16")
+    ahead.begin(config, recipe, "cpu")
+    ahead.begin(replace(MODEL, layer_pattern="M"), recipe, "cuda")  # nothing to compile
+    ahead.begin(replace(config, attention_window=8), recipe, "cuda")
+    assert not ahead._RUNNING
+    ahead.begin(config, recipe, "cuda:99")  # fails, as whatever is wrong does, in silence
+    (begun,) = ahead._RUNNING
+    model = ByteLM(MODEL)
+    CapturedStep(model, model.loss, make_optimizer(model, RECIPE, on_device=True),
+                 Windows(torch.from_numpy(TEXT.copy()), RECIPE.context),
+                 window_starts(len(TEXT), RECIPE), RECIPE)
+    assert not ahead._RUNNING
+    assert not begun.is_alive()
 
 
 @pytest.fixture
