@@ -246,6 +246,8 @@ def test_command_refuses(tmp_path):
         command(["run"])
     with pytest.raises(UserError, match="--seeds is 0: expected a whole number from 1"):
         command(["run", "ours", "--seeds", "0"])
+    with pytest.raises(UserError, match=r"the last seed is \d+: expected less than 2\*\*63"):
+        command(["run", "ours", "--seed", str(2**63 - 1), "--seeds", "2"])
 
 
 def test_unknown_system_and_too_little_text():

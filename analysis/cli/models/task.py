@@ -152,6 +152,9 @@ def _run(options: Run) -> int:
     if (not options.name) == (options.peer is None):
         raise UserError("task run needs NAME, a system, or --peer, a submission file"
                         + (": not both" if options.name else ""))
+    if options.seed + options.seeds > 2**63:  # now, and not after the runs before it
+        raise UserError(f"the last seed is {options.seed + options.seeds - 1}: expected less than "
+                        "2**63; give a smaller --seed")
     system: System | Path
     if options.peer is None:
         name = ALIASES.get(options.name, options.name)
