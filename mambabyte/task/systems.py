@@ -69,12 +69,13 @@ def _counts(about: str, share: float = 1.0, **mixing: Any) -> System:
 
 
 def _counts_and(
-    about: str, n_steps: int, ngram: Ngram, contexts: tuple[Context, ...] = (), **model: Any
+    about: str, n_steps: int, ngram: Ngram, contexts: tuple[Context, ...] = (),
+    batch_size: int = 32, **model: Any
 ) -> System:
     """A guided network among the experts."""
     guided = _guided(about, n_steps, **model)
     return replace(guided, mixing=Mixing(contexts=contexts), ngram=ngram,
-                   train=replace(guided.train, step="fused"))
+                   train=replace(guided.train, step="fused", batch_size=batch_size))
 
 
 SYSTEMS: dict[str, System] = {
@@ -98,10 +99,11 @@ SYSTEMS: dict[str, System] = {
     "counts_static": _counts("counts without the stream's own matches", contexts=WORDS,
                              matches=Matches(())),
     # Few steps read little text: nearly all is counted at once, and once.
-    "counts_ssm": _counts_and("counts and an SSM of 2 layers", 150, Ngram(
-        discount=None, guide_share=0.9, recount=False), layer_pattern="M", n_layer=2),
-    "counts_hybrid": _counts_and("counts, words and ours", 950, Ngram(
-        discount=None, guide_share=0.6), WORDS, layer_pattern="MA"),
+    "counts_ssm": _counts_and("counts and an SSM of 1 layer", 500, Ngram(
+        discount=None, guide_share=0.9, recount=False), batch_size=16, layer_pattern="M",
+        n_layer=1),
+    "counts_hybrid": _counts_and("counts, words and an SSM layer below two of attention", 1300,
+        Ngram(discount=None, guide_share=0.6), WORDS, layer_pattern="MAA", n_layer=3),
     "ours": _guided("SSM and attention 1:1, d 256, 4 layers, guided by an n-gram in training",
                     n_steps=950, layer_pattern="MA"),
     "ours_attention": _guided("ours with attention alone", n_steps=700),

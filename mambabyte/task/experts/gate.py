@@ -51,10 +51,10 @@ class Mixing:
     orders: tuple[int, ...] = (3, 4, 5, 6, 7, 8, 10, 12)  # of the n-gram model, ascending
     contexts: tuple[Context, ...] = ()
     matches: Matches = field(default_factory=Matches)
-    fit_bytes: int = 200_000  # of training text that is not counted, for the gate
+    fit_bytes: int = 400_000  # of training text that is not counted, for the gate
     hidden: int = 128
     steps: int = 1000
-    lr: float = 0.01
+    lr: float = 0.007
 
 
 @dataclass
