@@ -19,7 +19,6 @@ _PARAMETERS = {
     "ssd_gradients": "15P12q4i", "ssd_groups": "4Pqi"}
 # Heads of a block share products, blocks fill the card: so many heads, and so many blocks at least.
 MOST_TOGETHER, OUTPUT_BLOCKS, GRADIENT_BLOCKS = 8, 512, 256
-STATE_BYTES = 1 << 40  # of float32 states at a time: all of them
 
 
 def names(states: int) -> list[str]:
@@ -79,55 +78,34 @@ class _Problem:
         self.step, self.log_decay = step.contiguous(), log_decay.contiguous()
         self.sizes = (self.length, self.heads, self.per_group)
 
-    def passed_on(
-        self, x: Tensor, B: Tensor, initial: Tensor | None, backward: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The state that each chunk is entered with (B, K, H, P, N) in bf16, and the last one;
-        backward the gradients of the states that they are left with, and of the first.
-
-        What chunks add to the state is float32 and twice as large: so many sequences, or chunks of
-        one, have theirs at a time as take STATE_BYTES, which then stay in the card's L2 cache.
-        """
-        shape = (self.chunks, self.heads, CHANNELS, self.states)
-        carries = x.new_empty(self.batch, *shape)
-        last = self.step.new_empty(self.batch, *shape[1:])
-        before = None if initial is None else initial.contiguous()
-        chunk_bytes = 4 * last[0].numel()
-        rows = max(1, STATE_BYTES // (self.chunks * chunk_bytes))
-        chunks = self.chunks if rows > 1 else max(1, min(self.chunks, STATE_BYTES // chunk_bytes))
-        buffer = self.step.new_empty(min(rows, self.batch) * chunks * last[0].numel())
-        for first in range(0, self.batch, rows):
-            here = slice(first, first + rows)
-            given = None if before is None else before[here]
-            starts = range(0, self.chunks, chunks)
-            for start in starts[::-1] if backward else starts:
-                part = (here, slice(start * CHUNK, (start + chunks) * CHUNK))
-                self._hand_over(
-                    x[part], B[part], self.step[part], self.log_decay[part], buffer, given,
-                    carries[here, start : start + chunks], last[here], backward)
-                given = last[here]
-        return carries, last
-
-    def _hand_over(
-        self, x: Tensor, B: Tensor, step: Tensor, log_decay: Tensor, buffer: Tensor,
-        initial: Tensor | None, carries: Tensor, last: Tensor, backward: bool,
-    ) -> None:  # fmt: skip
-        """One part of :meth:`passed_on`: fills ``carries`` and ``last``, by way of ``buffer``."""
-        batch, length = x.shape[:2]
-        chunks = carries.shape[1]
-        totals = step.new_empty(batch, chunks, self.heads)
+    def chunk_states(self, x: Tensor, B: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
+        """What each chunk adds to the state (B, K, H, P, N), and its log-decay (B, K, H)."""
+        shape = (self.batch, self.chunks, self.heads)
+        states = self.step.new_empty(*shape, CHANNELS, self.states)
+        totals = self.step.new_empty(shape)
         _launch(
             self.device, f"ssd_states<{self.states}, {str(backward).lower()}>", self.states,
-            totals.numel(), _shared(self.states, 1, 1),
-            x.data_ptr(), step.data_ptr(), log_decay.data_ptr(), B.data_ptr(),
-            buffer.data_ptr(), totals.data_ptr(), *x.stride()[:3], *B.stride()[:3],
-            length, self.heads, self.per_group,
+            self.blocks, _shared(self.states, 1, 1),
+            x.data_ptr(), self.step.data_ptr(), self.log_decay.data_ptr(), B.data_ptr(),
+            states.data_ptr(), totals.data_ptr(), *x.stride()[:3], *B.stride()[:3], *self.sizes,
         )  # fmt: skip
+        return states, totals
+
+    def passed_on(
+        self, states: Tensor, totals: Tensor, initial: Tensor | None, backward: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The state that each chunk is entered with (B, K, H, P, N) in bf16, and the last one;
+        backward the gradients of the states that they are left with, and of the first."""
+        carries = torch.empty_like(states, dtype=torch.bfloat16)
+        last = self.step.new_empty(self.batch, self.heads, CHANNELS, self.states)
+        initial = None if initial is None else initial.contiguous()
         _launch(
             self.device, "ssd_pass", self.states, last.numel() // (2 * _THREADS["ssd_pass"]), 0,
-            buffer.data_ptr(), totals.data_ptr(), pointer(initial), carries.data_ptr(),
-            last.data_ptr(), last.numel(), CHANNELS * self.states, chunks, self.heads, backward,
+            states.data_ptr(), totals.data_ptr(), pointer(initial), carries.data_ptr(),
+            last.data_ptr(), last.numel(), CHANNELS * self.states, self.chunks, self.heads,
+            backward,
         )  # fmt: skip
+        return carries, last
 
 
 def forward(
@@ -141,7 +119,7 @@ def forward(
     the final state, and for :func:`backward` the states between chunks; empty unless ``save``.
     """
     p = _Problem(x, step, log_decay, B, C)
-    carries, final_state = p.passed_on(p.x, p.B, initial_state, False)
+    carries, final_state = p.passed_on(*p.chunk_states(p.x, p.B, False), initial_state, False)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     D = None if D is None else D.contiguous()
     together = heads_of_a_block(p.per_group, p.blocks, OUTPUT_BLOCKS)
@@ -165,7 +143,7 @@ def backward(
     """
     p = _Problem(x, step, log_decay, B, C)
     dy = aligned_rows(dy)
-    dcarries, dinitial = p.passed_on(dy, p.C, dfinal_state, True)
+    dcarries, dinitial = p.passed_on(*p.chunk_states(dy, p.C, True), dfinal_state, True)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dstep, dlog_decay = torch.empty_like(p.step), torch.empty_like(p.step)
     # dB and dC of each block: those that share a group are added up below.

@@ -92,19 +92,6 @@ def test_documents() -> None:
     assert torch.equal(dx[0, 64:], found[2][0, 64:])
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_states_of_some_chunks_at_a_time(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole sequences, or chunks of one: the same bits."""
-    x, step, log_decay, B, C, _, initial = prepared(3, 130, 1, 1, 16)
-    problem = cuda_ssd._Problem(x, step, log_decay, B, C)
-    whole = problem.passed_on(x, B, initial, backward)
-    a_chunk = 4 * 64 * 16
-    for most in (0, 2 * a_chunk, 3 * a_chunk, 6 * a_chunk):
-        monkeypatch.setattr(cuda_ssd, "STATE_BYTES", most)
-        for one, two in zip(whole, problem.passed_on(x, B, initial, backward), strict=True):
-            assert torch.equal(one, two), most
-
-
 def test_nothing_is_read_past_the_end() -> None:
     inputs = prepared(1, 33, 1, 1, 16)
     longer = [torch.cat([t, torch.full_like(t, torch.nan)], 1)[:, :33] if t.ndim > 2 else t
