@@ -285,9 +285,10 @@ class ByteLM(nn.Module):
         ``sequence_group`` all its processes give the same tokens, and each gets its stretch's share
         of the loss, so that the mean over them is the loss; UserError for fewer than one each.
 
-        ``document_starts`` (B, L + 1) bool is as in :meth:`forward`; the first byte of a document
-        is not predicted. ``predictions`` (B,), added up, is what to divide by in place of the
-        number of predictions: then parts of a batch have gradients that add up to its mean's.
+        ``document_starts`` (B, L + 1) bool is as in :meth:`forward`, or the ages that
+        ``document_ages`` makes of it; the first byte of a document is not predicted.
+        ``predictions`` (B,), added up, is what to divide by in place of the number of predictions:
+        then parts of a batch have gradients that add up to its mean's.
         """
         tokens = symbols(tokens, least=2)
         if not len(tokens):

@@ -66,20 +66,22 @@ def document_ages(starts: Tensor | Sequence[int] | None, x: Tensor) -> Tensor | 
 
     ``starts`` is (B, L) bool, true at the first step of a document. For a batch of one it may be
     whole numbers that ascend, a list or of one dimension: the steps at which documents begin; the
-    length itself may come last, as in cumulative lengths (``cu_seqlens``). Raises UserError for
-    what does not fit.
+    length itself may come last, as in cumulative lengths (``cu_seqlens``). Ages themselves, (B, L)
+    uint8, come back as they are. Raises UserError for what does not fit.
     """
     if starts is None:
         return None
     (batch, length), device = x.shape[:2], x.device
     if not isinstance(starts, Tensor):
         starts = torch.tensor(starts, device=device)
-    shape = tuple(starts.shape)
-    if starts.dtype == torch.bool and shape != (batch, length):
+    shape, are_ages = tuple(starts.shape), starts.dtype == torch.uint8 and starts.ndim == 2
+    if (starts.dtype == torch.bool or are_ages) and shape != (batch, length):
         raise UserError(f"document_starts has shape {shape}: expected {(batch, length)}")
     if starts.device != device:
         raise UserError(f"document_starts is on {starts.device} and the sequence on {device}: move "
                         f"it, document_starts.to({str(device)!r})")
+    if are_ages:
+        return starts
     place = torch.arange(length, device=device)
     if starts.dtype != torch.bool:
         if starts.is_floating_point() or starts.is_complex() or starts.ndim != 1 or batch != 1:

@@ -32,6 +32,7 @@ from mambabyte.model import (
     without_state,
 )
 from mambabyte.model.fused import cast_together, fused_head_loss, fused_layer
+from mambabyte.ops.arguments import OLD
 from mambabyte.train import ahead
 from mambabyte.train.optim import Optimizer, set_rates
 from mambabyte.train.precision import autocast
@@ -70,19 +71,24 @@ class Windows:
     ) -> None:
         self.text, self.batch_size = text, batch_size
         self._offsets = torch.arange(context + 1, device=text.device)
-        self._first: Tensor | None = None
+        self._ages: Tensor | None = None
         if begins is not None:
-            self._first = torch.zeros(len(text), dtype=torch.bool, device=text.device)
-            self._first[torch.from_numpy(begins).to(text.device)] = True
+            # Once of the whole text: of the windows of a step it would be six launches.
+            self._ages = torch.full_like(text, OLD, dtype=torch.uint8)
+            first = torch.from_numpy(begins).to(text.device)
+            ends = torch.cat([first[1:], first.new_full((1,), len(text))])
+            for age in range(OLD):
+                here = first + age
+                self._ages[here[here < ends]] = age
 
     def __call__(self, starts: Tensor) -> tuple[Tensor, ...]:
         """starts (B,) -> tokens (B, context + 1) int64, in a tuple of arguments for the loss; of
-        documents (B, 2) -> tokens, first bytes of documents and predictions, as of
-        ``step.text_batches``."""
-        if self._first is None:
+        documents (B, 2) -> tokens, ages in their documents and predictions, where
+        ``step.text_batches`` has the first bytes of documents."""
+        if self._ages is None:
             return (self.text[self.positions(starts)].long(),)
         places = self.positions(starts[:, 0])
-        return (self.text[places].long(), self._first[places],
+        return (self.text[places].long(), self._ages[places],
                 starts[:, 1].float() / self.batch_size)
 
     def positions(self, starts: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from mambabyte.corpus import Corpus, documents_in, load_corpus, sample_starts
 from mambabyte.errors import UserError
 from mambabyte.evaluate import bits_per_byte, byte_log_probs, score, score_streaming
 from mambabyte.model import ByteLM
+from mambabyte.ops.arguments import document_ages
 from mambabyte.stream import CharModel
 from mambabyte.task.mixture import NgramLM
 from mambabyte.task.ngram import count
@@ -76,9 +77,15 @@ def test_windows_say_where_documents_begin() -> None:
     assert np.array_equal(found, np.stack([first[s : s + 25] for s in starts]))
     (batch,) = [text_batches(TEXT, RECIPE, "cpu", BEGINS)(1)]
     windows = Windows(torch.from_numpy(TEXT.copy()), 24, BEGINS, RECIPE.batch_size)
-    for one, two in zip(batch, windows(window_starts(len(TEXT), RECIPE, 1, BEGINS)[0]),
-                        strict=True):
+    tokens, ages, predictions = windows(window_starts(len(TEXT), RECIPE, 1, BEGINS)[0])
+    for one, two in zip(batch, (tokens, ages == 0, predictions), strict=True):
         assert torch.equal(one, two)
+    of_window = document_ages(batch[1], tokens)  # which knows nothing of what was before
+    assert of_window is not None
+    assert torch.equal(ages[of_window < 255], of_window[of_window < 255])
+    assert document_ages(ages, tokens) is ages
+    with pytest.raises(UserError, match="document_starts has shape"):
+        document_ages(ages[:, 1:], tokens)
     assert batch[2].sum() == (~batch[1][:, 1:]).sum()  # predictions
 
 
