@@ -177,6 +177,13 @@ class Mamba3Mixer(Mixer, Mamba3Spec):
         return 4 * 2 * groups * config.ssd_d_state + 3 * D, D + 2 * groups
 
     @classmethod
+    def kernel_name(
+        cls, config: ModelConfig, length: int, device: str = "cpu", compiled: bool = False
+    ) -> str:
+        ours = has_kernel(config, Step(1, length, torch.bfloat16, device))
+        return f"{cls.about}, {'SSD kernels for bf16 and torch' if ours else 'torch'}"
+
+    @classmethod
     def kept(cls, config: ModelConfig, step: Step) -> list[Kept]:
         d, D, N, S = config.d_model, config.d_inner, config.ssd_d_state, cls.pairs(config)
         heads, shared = D // config.ssd_head_dim, 2 * config.ssd_groups * N
