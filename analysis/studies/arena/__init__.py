@@ -173,7 +173,7 @@ _FULL = Parameters(
     parts=("text", "long", "tasks", "memory", "precision", "clamp", "scaling",
                        "pieces"),
     systems=("M", "S", "D", "K", "A", "A/2", "L", "MMMA", "SSSA", "DDDA", "KKKA", "MA", "SA", "DA",
-             "KA"),
+             "KA", "R"),
     size="1M", larger=("10M",), scaling=("0.25M", "1M", "10M", "30M"),
     budgets=(4_194_304, 16_777_216, 67_108_864),
     adamw_rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), muon_rates=(5e-3, 1e-2, 2e-2, 4e-2, 8e-2), seeds=3,

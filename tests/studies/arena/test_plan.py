@@ -125,7 +125,7 @@ def test_every_wanted_cell_has_a_name_of_its_own():
     p = PROFILES["full"]
     cells = plan(p, [])
     assert len({c.name for c in cells}) == len(cells)
-    assert {family(s) for s in p.systems} == {"M", "S", "D", "K", "A", "A/2", "L"}
+    assert {family(s) for s in p.systems} == {"M", "S", "D", "K", "A", "A/2", "L", "R"}
 
 
 @pytest.mark.parametrize(("given", "words"), [
