@@ -100,6 +100,15 @@ def test_state_bytes_are_those_of_a_stream(config):
                   if isinstance(t, torch.Tensor)}
         assert shapes == MIXERS[letter].state_shapes(config, 19)
 
+def test_names_of_how_a_mixer_runs():
+    config = ModelConfig(d_model=192, layer_pattern="SDK", n_layer=3)  # heads of 64
+    names = {letter: MIXERS[letter].kernel_name(config, 100, "cuda") for letter in "SDK"}
+    assert all(name.endswith(", kernels for bf16") for name in names.values()), names
+    narrow = replace(config, ssd_head_dim=32)
+    assert MIXERS["S"].kernel_name(narrow, 100, "cuda") == "Mamba-2, torch"
+    assert MIXERS["D"].kernel_name(config, 100) == "Gated DeltaNet, torch"
+
+
 @pytest.mark.parametrize("letter", "DK")
 def test_what_the_rules_kernels_keep_is_counted(letter):
     config = replace(BASE, layer_pattern=letter, d_model=128, delta_head_dim=64)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from analysis.cli import main
+from analysis.cli.studies.tables import mixers_table
 from analysis.measure.bench import mixers, tuning
 from analysis.measure.bench.mixers import COLUMNS, FAMILIES, run_bench
 from mambabyte.errors import UserError
@@ -28,6 +29,12 @@ def test_a_small_bench_has_its_columns_and_right_results() -> None:
     others = frame[frame["peer"].isin(["mamba_ssm", "fla"])]
     assert others["median_seconds"].isna().all()
     assert (others["note"] != "").all()
+    table = mixers_table(frame)
+    assert table["batch x length x heads"].unique().tolist() == ["1 x 40 x 2"]
+    mine = table["of"] == "fused"
+    assert (table["times this project's"][mine] == 1).all()
+    assert table["median (us)"][mine].tolist() == (
+        1e6 * ours["median_seconds"]).round(1).tolist()
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
