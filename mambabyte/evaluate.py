@@ -65,12 +65,23 @@ Text = bytes | np.ndarray
 
 
 def _documents(data: Text | Sequence[Text]) -> list[bytes]:
-    """The documents that have bytes; UserError where none has."""
-    given = [data] if isinstance(data, bytes | np.ndarray) else data
-    found = [text for text in (bytes(present(each)) for each in given) if text]
+    """The documents that have bytes; UserError where none has, or for what is no bytes."""
+    given = data if isinstance(data, list | tuple) else [data]
+    found = [text for text in map(_bytes, given) if text]
     if not found:
         raise UserError("there is nothing to score: the text is empty")
     return found
+
+
+def _bytes(text: object) -> bytes:
+    # bytes() itself makes n zeros of a number n, and of an array of tokens the bytes of its memory.
+    if isinstance(text, bytes | bytearray | memoryview):
+        return bytes(text)
+    if isinstance(text, np.ndarray) and text.dtype == np.uint8:
+        return bytes(present(text))
+    got = f"an array of {text.dtype}" if isinstance(text, np.ndarray) else type(text).__name__
+    raise UserError(f"the text to score is {got}: expected bytes, an array of uint8, or a list of "
+                    "these" + ("; encode it first" if isinstance(text, str) else ""))
 
 
 @torch.inference_mode()

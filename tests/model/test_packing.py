@@ -183,3 +183,12 @@ def test_texts_of_any_lengths_score_as_they_do_alone() -> None:
     assert len(byte_log_probs(counts, texts)) == together.bytes
     with pytest.raises(UserError, match="nothing to score"):
         bits_per_byte(model, [b"", b""])
+
+
+@pytest.mark.parametrize("text", [
+    "abc", 3, [97, 98], np.array([97, 98]), torch.tensor([97, 98]), [b"a", "b"], None])
+def test_what_is_no_bytes_is_not_scored_as_some(text: object) -> None:
+    model = ByteLM(ModelConfig(d_model=8, n_layer=1, d_state=2))
+    with pytest.raises(UserError, match=r"the text to score is .*expected bytes"):
+        bits_per_byte(model, text)  # type: ignore[arg-type]
+    assert bits_per_byte(model, bytearray(b"ab")) == bits_per_byte(model, b"ab")  # type: ignore

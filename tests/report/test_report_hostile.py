@@ -63,6 +63,8 @@ def test_hundreds_of_hostile_words(world):
     rng = random.Random(0)
     for _ in range(200):
         evil = "".join(rng.choice(HOSTILE + PIECES) for _ in range(rng.randrange(1, 9)))
+        if not evil.strip():  # a caption without words is none, and its page another
+            continue
         try:
             assert_disarmed(hostile_pages(world, evil), harmless)
         except Exception as error:
