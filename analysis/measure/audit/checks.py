@@ -92,12 +92,14 @@ def compare(
     mine, exact = leaves(x), leaves(x, torch.float64)
     call = through or (lambda inputs: target(inputs, case.documents))
     found, expected = call(mine), define(target.kind, exact, case.documents)
-    for name, out, wanted in zip(("output", "state"), found, expected, strict=True):
-        if wanted is None or (name == "state" and out is None):
-            continue
-        if case.documents and name == "state" and out is not None and len(out) != len(wanted):
-            continue  # one of each document; the definition's is that of the last
+    pairs: dict[str, tuple[Tensor, Tensor]] = {"output": (found[0], expected[0])}
+    # Of documents some return the state of each; the definition's is that of the last.
+    if found[1] is not None and expected[1] is not None and not (
+            case.documents and len(found[1]) != len(expected[1])):
+        pairs["state"] = (found[1], expected[1])
+    for name, (out, wanted) in pairs.items():  # values before gradients, which may be refused
         yield Measured(name, distance(out, wanted), bound)
+    for name, (out, wanted) in pairs.items():
         if name == "state" and not target.has("state gradient"):
             continue
         wanted_grads = gradients(wanted, exact)

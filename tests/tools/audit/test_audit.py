@@ -211,7 +211,7 @@ def test_what_was_found_before_it_ended_is_reported(few, monkeypatch, capsys) ->
 def test_numbers_before_an_error_count(few, capsys) -> None:
     assert main(["audit", f"{PLANTED}:no_backward", "--kind", "conv", "--device", "cpu"]) == 1
     text = capsys.readouterr().out
-    assert "definition         output                         float32         2" in text
+    assert "definition         state                          float32         2" in text
     assert "RuntimeError: not on this card" in text
 
 
