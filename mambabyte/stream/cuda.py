@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambabyte.model import ByteLM
@@ -172,9 +173,18 @@ class CudaGuided(CudaHidden):
     def guided(self, data: bytes, state: Any, hint: Sequence[Tensor]) -> tuple[Tensor, Any]:
         """As ``NativeModel.guided``."""
         log_p, best, kind = hint
-        rows = torch.cat([log_p, best[:, None], kind[:, None]], 1)  # one copy to the card
+        # A row a byte, and one copy to the card; the two small numbers in the bytes of a float.
+        small = F.pad(torch.stack([best, kind], 1), (0, 2)).view(torch.float32)
+        rows = torch.cat([log_p, small], 1)
         streamer = self._states.streamer
         return streamer.guided(data, rows[None].to(streamer.device), self.from_model(state))
+
+    def guided_byte(
+        self, data: bytes, state: Any, fill: Callable[[int, int, int], None]
+    ) -> tuple[Tensor, Any]:
+        """As ``guided`` of one byte, whose hint ``fill`` writes to the addresses of log p (256
+        float32), best byte and kind (uint8)."""
+        return self._states.streamer.guided_byte(data, self.from_model(state), fill)
 
 
 class _States:

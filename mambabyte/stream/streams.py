@@ -53,6 +53,7 @@ def place_of(model: ByteModel) -> torch.device:
     return model.device
 
 
+_ASCII = [chr(byte) for byte in range(0x80)]
 Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
 Hidden = Callable[[Tensor, Any], tuple[Tensor, Any]]
 Guided = Callable[[bytes, Any, Sequence[Tensor]], tuple[Tensor, Any]]
@@ -252,11 +253,14 @@ class CharModel:
         Insertion order is by code point among single bytes, then as found; it decides ties.
         """
         first = self._stream.log_probs.exp().tolist()
-        result = {chr(byte): first[byte] for byte in range(0x80)}
-        best = max(result.values())
+        result = dict(zip(_ASCII, first))  # noqa: B905  # as many as there are characters
+        best = max(first[:0x80])
+        leads = first[0xC2:0xF5]
+        if max(leads) <= min(best, self.detail):  # nearly always, in English
+            return result
         # Longer characters by best-first search: a prefix's probability bounds what is under it,
         # so once the bound falls below the best character found, no argmax is missed.
-        frontier = [(-first[byte], bytes([byte])) for byte in range(0xC2, 0xF5)]
+        frontier = [(-p, bytes([byte])) for byte, p in enumerate(leads, 0xC2)]
         heapq.heapify(frontier)
         while frontier:
             negative, prefix = heapq.heappop(frontier)

@@ -76,6 +76,16 @@ class Guide:
             [(*vars(level).values(), keep, symbol) for level, keep, (symbol, _) in
              zip(self.ngram.levels, self._keep, self._best, strict=True)], self.ngram.discounts)
 
+    def hint_into(self, context: bytes, log_p: int, best: int, kind: int) -> None:
+        """``hint`` after the ``width`` bytes of ``context``, which needs tables in C, into memory
+        of the host at these addresses: 256 float32, a byte, a byte."""
+        assert self._native is not None
+        self._native.look_up_into(context, log_p, best, kind)
+
+    @property
+    def looks_up_natively(self) -> bool:
+        return self._native is not None
+
     @property
     def width(self) -> int:
         """Bytes of context that a hint looks at."""
@@ -231,9 +241,23 @@ class GuidedLM(nn.Module):
     def streamed(self) -> Advance:
         """How a stream goes on: the network in its engine, the hints from tables on the CPU."""
         hidden, guided = guided_of(self, self.lm)
+        guided_byte = getattr(hidden, "guided_byte", None)
+
+        def advance(data: bytes, state: Any) -> tuple[Tensor, Any]:
+            guide = None if self.guide is None else self.guide.near
+            if guide is None or guided_byte is None or len(data) > 1 or not guide.looks_up_natively:
+                return several(data, with_tensor(state))
+            # A byte alone: no tensor is made of it. The last bytes are kept as bytes.
+            network, last = (None, bytes([START_BYTE]) * guide.width) if state is None else state
+            if not isinstance(last, bytes):
+                last = bytes(last[0].tolist())
+            text = (last + data)[1:]
+            log_p, network = guided_byte(
+                data, network, functools.partial(guide.hint_into, text))
+            return log_p, (network, text)
 
         @torch.inference_mode()
-        def advance(data: bytes, state: Any) -> tuple[Tensor, Any]:
+        def several(data: bytes, state: Any) -> tuple[Tensor, Any]:
             assert self.guide is not None, "a guided model needs its guide"
             guide = self.guide.near if len(data) <= _FEW else self.guide
             if guided is not None and len(data) <= _FEW:
@@ -248,8 +272,14 @@ class GuidedLM(nn.Module):
             logits, state = self._through(tokens, state, guide, hidden)
             return torch.log_softmax(logits[0, -1], -1).cpu(), state
 
+        def with_tensor(state: tuple | None) -> tuple | None:
+            if state is None or not isinstance(state[1], bytes):
+                return state
+            return state[0], torch.frombuffer(bytearray(state[1]), dtype=torch.uint8)[None]
+
         def for_model(state: tuple) -> tuple:  # whatever form the engine has
-            return getattr(hidden, "for_model", lambda network: network)(state[0]), state[1]
+            network, last = with_tensor(state) or (None, None)
+            return getattr(hidden, "for_model", lambda network: network)(network), last
 
         advance.for_model = for_model  # type: ignore[attr-defined]
         return advance

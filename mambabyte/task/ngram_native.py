@@ -102,5 +102,16 @@ class Tables:
         return log_p, best, kind
 
 
+    def look_up_into(self, context: bytes, log_p: int, best: int, kind: int) -> None:
+        """As ``look_up`` of one context, into memory at these addresses: 1 KiB, a byte, a byte."""
+        loaded = library()
+        assert loaded is not None
+        ctypes.memset(best, 0, 1)
+        ctypes.memset(kind, 0, 1)
+        loaded.look_up(
+            self._levels, ctypes.c_int64(len(self._held)), self._discounts, ctypes.c_int64(1),
+            context, *map(ctypes.c_void_p, (log_p, best, kind)))
+
+
 def _at(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())

@@ -76,7 +76,8 @@ def _made(name: str, data: bytes, device: str) -> ByteModel:
 
 def _speeds(model: ByteModel, text: bytes, device: str) -> dict[str, Any]:
     stream = ByteStream(model)
-    stream.feed(text[:SEEN])
+    stream.feed(text[: SEEN - 1])
+    stream.feed(text[SEEN - 1 : SEEN])  # alone: so that repeats start from the engine's state
     rest = text[SEEN:] or text
     characters = CharModel(model)
     characters.seek(stream)

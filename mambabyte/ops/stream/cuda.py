@@ -25,6 +25,7 @@ from mambabyte.ops.build.nvrtc import NvrtcError
 VOCABULARY = 256
 THREADS = 384
 CLUSTERS = (16, 8)  # blocks of a cluster, best first; 16 is more than every card grants
+_MADE = 8  # states of one text that are made at a time
 STREAMS = (1, 2, 4, 8)  # streams of a cluster
 ACTIVATIONS = ("relu2", "gelu", "silu")
 NOT_NUMBERS = "the model's probabilities are not numbers: its weights have gone nan"
@@ -72,6 +73,22 @@ class StreamState(NamedTuple):
 
     tail: Tensor  # (layers, B, K - 1, D) last inputs of the convolutions
     ssm: Tensor  # (layers, B, D, N)
+
+
+class _Placed(StreamState):
+    """A state of contiguous float32, and where it lies: asking a tensor costs as much as a number
+    of the launch."""
+
+    places: tuple[int, int]
+
+    @classmethod
+    def of(cls, tail: Tensor, ssm: Tensor) -> _Placed:
+        made = cls(tail.float().contiguous(), ssm.float().contiguous())
+        made.places = made.tail.data_ptr(), made.ssm.data_ptr()
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:  # elsewhere it lies elsewhere
+        return StreamState, tuple(self)
 
 
 # --------------------------------------------------------------------------------------- packing
@@ -365,6 +382,7 @@ class CudaStreamer(ByteFeeder):
         self._embedding = embedding.float().contiguous()
         self._blob = pack(layers, final_norm, head, self._blocks)
         self._weights = self._blob.data_ptr(), self._embedding.data_ptr()
+        self._made: dict[int, list[_Placed]] = {}  # states that nobody has yet, by CUDA stream
         self._plans: dict[int, tuple[Kernel, tuple[int, int, int], int]] = {}
 
     def new_state(self, batch: int) -> StreamState:
@@ -401,18 +419,33 @@ class CudaStreamer(ByteFeeder):
         every: bool = False, seed: int = 0, position: int = 0, temperature: float = 0.0,
         top_k: int = 0, top_p: float = 1.0, told: tuple[int, int] = (0, 0),
     ) -> StreamState:
-        tail, ssm = state
-        if tail.dtype is not torch.float32 or not (tail.is_contiguous() and ssm.is_contiguous()):
-            tail, ssm = tail.float().contiguous(), ssm.float().contiguous()
-        new = StreamState(torch.empty_like(tail), torch.empty_like(ssm))
+        stream = raw_stream(self._index)
+        # Held while it is read. What replaces tensors of a state makes one without places.
+        before: Any = state if hasattr(state, "places") else _Placed.of(*state)
+        new = self._fresh(batch, stream, 1 if told[1] == 0 else _MADE)
         kernel, grid, shared_bytes = self._planned(batch)
-        pointers = [0 if t is None else t.data_ptr() for t in (
-            tokens, first, tail, ssm, new.tail, new.ssm, drawn, log_probs)]
+        given, results = ([0 if t is None else t.data_ptr() for t in some] for some in (
+            (tokens, first), (drawn, log_probs)))
         kernel.launch(
-            grid, (THREADS, 1, 1), shared_bytes, raw_stream(self._index), *self._weights,
-            *pointers, *told, seed % 2**64, position, batch, length, int(every), temperature,
-            top_k, top_p)
+            grid, (THREADS, 1, 1), shared_bytes, stream, *self._weights, *given, *before.places,
+            *new.places, *results, *told, seed % 2**64, position, batch, length, int(every),
+            temperature, top_k, top_p)
         return new
+
+    def _fresh(self, batch: int, stream: int, count: int) -> _Placed:
+        """A state to be filled. Fed bytes, which come one at a time and are under a lock, have
+        ``count`` made at once, on the CUDA stream that they are on: memory costs more than its
+        numbers do."""
+        made = self._made.setdefault(stream, []) if count > 1 else []
+        if made:
+            return made.pop()
+        s = self.shape
+        tails, ssms = (
+            torch.empty(count, s.layers, batch, *shape, device=self.device, dtype=torch.float32)
+            for shape in ((s.taps - 1, s.d_inner), (s.d_inner, s.states)))
+        found = [_Placed.of(*pair) for pair in zip(tails.unbind(), ssms.unbind(), strict=True)]
+        made += found[1:]
+        return found[0]
 
     def _planned(self, batch: int) -> tuple[Kernel, tuple[int, int, int], int]:
         """The kernel for so many texts, its grid and its shared memory."""

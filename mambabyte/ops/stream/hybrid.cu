@@ -58,7 +58,7 @@ constexpr int STEM_GAIN = LAYERS * ENTRIES, FIRST = STEM_GAIN + DM, HEAD_BIAS = 
 constexpr int S_ROWS = 2 * DC + RB + RH, D_ROWS = 2 * RD + VC + RE;  // of in_proj; without the gates' rows
 static_assert(S == 1 && SPACE % 4 == 0 && RESIDENT % 4 == 0, "sizes do not fit");
 
-constexpr int HINT = V + 2;  // numbers of a byte's hints
+constexpr int HINT = V + 1;  // numbers of a byte's hints
 
 struct Tile { int from, floats, place, gap; };  // gap: see ask; 0 for a tile that stays
 struct Number { unsigned bits, exchange; };
@@ -78,7 +78,7 @@ inline Number look(const Number *from) {
 // Grid CL blocks of T threads. `numbers` are exchanged, from exchange number `exchange` on; for the rest
 // see stream.cu. `inputs` (streams, steps, DM) are embedded bytes, in place of tokens; `hints` (streams,
 // steps, HINT) what a guided model embeds beside tokens: log-probabilities, which it also adds to its
-// logits, times its gate, the best byte, and its kind.
+// logits, times its gate, and in the bytes of one number more the best byte and its kind.
 extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
     Number *numbers, unsigned exchange, const float *resident, const float *tiles, const Tile *schedule,
     const float *embedding, const float *best, const float *kinds, const float *final_norm, const unsigned char *tokens, const float *inputs,
@@ -294,10 +294,14 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
         __syncthreads();
         if (GUIDED) {  // the tile is passed by in any case
             const float *hint = hints + step * HINT;
-            for (int i = tid; hints && i < V; i += T) mem[LIKELY + i] = __expf(0.5f * hint[i]);
+            for (int i = tid; hints && i < V; i += T) {  // once, as they may lie with the host
+                mem[HINTS + i] = hint[i];
+                mem[LIKELY + i] = __expf(0.5f * mem[HINTS + i]);
+            }
+            const unsigned which = hints && tid < mine ? __float_as_uint(hint[V]) : 0;
             for (int r = tid; hints && r < mine; r += T) {
                 const int c = rank * RD + r;
-                local[r] = x[c] + best[(int)hint[V] * DM + c] + kinds[(int)hint[V + 1] * DM + c];
+                local[r] = x[c] + best[(which & 255) * DM + c] + kinds[(which >> 8 & 255) * DM + c];
             }
             __syncthreads();
             times(Columns<V>{}, RD, mem + LIKELY, [&](int r, float v) {
@@ -635,7 +639,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) stream_hybrid(
         take_all(LOGIT, CL * RV);
         if (GUIDED && hints) {
             for (int i = tid; i < V; i += T)
-                mem[LOGIT + i] = fmaf(mem[LOGIT + V], hints[step * HINT + i], mem[LOGIT + i]);
+                mem[LOGIT + i] = fmaf(mem[LOGIT + V], mem[HINTS + i], mem[LOGIT + i]);
             __syncthreads();
         }
         now_used = 0, parity ^= 1;

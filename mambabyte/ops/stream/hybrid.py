@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -198,6 +198,7 @@ class HybridStreamer(ByteFeeder):
         self._weights = [t.data_ptr() for t in (
             packed.resident, packed.tiles, self._schedule, self.embedding, packed.best,
             packed.kind, packed.final_norm)]
+        self._hint = torch.zeros(VOCABULARY + 1, pin_memory=self.device.type == "cuda")
         self._exchanges: dict[int, _Exchange] = {}
         self._lock = threading.Lock()
         self._windows = [{"A": config.attention_window, "L": config.local_window}[letter]
@@ -282,13 +283,27 @@ class HybridStreamer(ByteFeeder):
     def guided(
         self, data: bytes, hints: Tensor, state: HybridState
     ) -> tuple[Tensor, HybridState]:
-        """Advance one text by ``data``, of which a guide says ``hints`` (1, L, 258) float32: of the
-        byte after each, log-probabilities (256), the best byte, its kind. Log-probabilities (256,)
-        of the byte after the last one, on the CPU, and the new state."""
+        """Advance one text by ``data``, of which a guide says ``hints`` (1, L, 257) float32: of the
+        byte after each, log-probabilities (256), and in the first bytes of the last number the best
+        byte and its kind. Log-probabilities (256,) of the byte after the last one, on the CPU, and
+        the new state."""
         box = self._mailbox
         with box.lock:
             new = self._launch(state, box.log_probs, 1, len(data), tokens=self.text(data),
                                hints=hints, told=box.told())
+            return box.read(), new
+
+    def guided_byte(
+        self, data: bytes, state: HybridState, fill: Callable[[int, int, int], None]
+    ) -> tuple[Tensor, HybridState]:
+        """As ``guided`` of one byte. The kernel reads its hint in the host's memory, where ``fill``
+        writes it: the addresses of its three parts."""
+        box = self._mailbox
+        with box.lock:
+            at = self._hint.data_ptr()
+            fill(at, at + 4 * VOCABULARY, at + 4 * VOCABULARY + 1)
+            new = self._launch(state, box.log_probs, 1, 1, tokens=self.text(data),
+                               hints=self._hint, told=box.told())
             return box.read(), new
 
     def hidden(self, x: Tensor, state: HybridState) -> tuple[Tensor, HybridState]:

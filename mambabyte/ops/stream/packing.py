@@ -326,7 +326,7 @@ def _regions(z: Mapping[str, Any]) -> dict[str, int]:
         "SLOT": z["SLOTS"] * rows, "LOCAL": local, "LOW": blocks * part(z["R"] + 2 * z["N"]),
         "STEP": channels, "ALL_U": z["M"] * _pad(blocks * channels), "Q": blocks * rows,
         "KEY": blocks * max(kv, rows), "VALUE": blocks * kv,
-        "LIKELY": z["GUIDED"] * VOCABULARY, "TURN": z["HD"],
+        "HINTS": z["GUIDED"] * VOCABULARY, "LIKELY": z["GUIDED"] * VOCABULARY, "TURN": z["HD"],
         "GROUP": z["A"] * z["HEADS"] * head_warps * (z["HD"] + 2),
         "PARTIAL": z["A"] * 3 * rows * blocks, "BC": blocks * shared,
         "DTS": blocks * max(heads, delta_heads, rows), "BETA": blocks * delta_heads,

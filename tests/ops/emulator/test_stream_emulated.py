@@ -3,6 +3,7 @@ small blocks, against the model in float64."""
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -143,3 +144,10 @@ def test_a_guided_models_hints_and_gate() -> None:
     wanted = torch.log_softmax(model.combined(hidden, whole).double(), -1)[0]
     assert relative_rms(found, wanted[0]) < 1e-5
     assert relative_rms(last, wanted[2]) < 1e-5
+
+    def fill(*places: int) -> None:
+        for at, x in zip(places, (hint.log_p, hint.best, hint.kind), strict=True):
+            ctypes.memmove(at, x[:1].data_ptr(), x[:1].numel() * x.element_size())
+
+    alone, _ = engine.guided_byte(data[:1], None, fill)
+    assert torch.equal(alone, found)
