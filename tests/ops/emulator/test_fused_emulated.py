@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mambabyte.errors import UserError
 from mambabyte.ops.compare import relative_rms
+from mambabyte.ops.fused import cuda
 from mambabyte.ops.fused.activation import activate, activate_in_torch
 from mambabyte.ops.fused.linear import linear
 from mambabyte.ops.fused.loss import cross_entropy, cross_entropy_in_torch
@@ -77,6 +78,21 @@ def test_norm(kind: str, channels: int, wide: torch.dtype, given: str) -> None:
 
     compared(call(mix_norm, BF16), call(mix_norm_in_torch, torch.float64),
              [*streams.values(), *gains.values()], BF16)
+
+
+def test_rows_with_more_channels_than_registers_go_through_torch(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(*_: object) -> None:
+        raise AssertionError("launched")
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    norm = Norm("rms", 1e-3)
+    wide = Streams(torch.randn(1, 2052), torch.randn(1, 2052).bfloat16())
+    plain = mix_norm_in_torch(wide, norm, BF16)
+    assert torch.equal(mix_norm(wide, norm, BF16).normed, plain.normed)
+    with pytest.raises(AssertionError, match="launched"):
+        mix_norm(Streams(torch.randn(1, 2048)), norm, BF16)
 
 
 @pytest.mark.parametrize(("width", "norm", "gain", "dtype"), [
