@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
     from analysis.measure.audit.report import lines, page
     from analysis.measure.audit.run import audit, reproduce
     from analysis.measure.audit.targets import find_target
-    from mambabyte.config.files import make_dir, to_json
+    from mambabyte.config.files import make_dir, to_json, whole_file
 
     device = pick_device(options.device)
     if options.target.endswith(".safetensors"):
@@ -76,10 +76,12 @@ def run(argv: list[str]) -> int:
     text = lines(found)
     if options.out is not None:
         make_dir(options.out)
-        (options.out / "report.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
-        (options.out / "report.json").write_text(
-            to_json(found.as_dict(), indent=2) + "\n", encoding="utf-8")
+        written = {"report.txt": "\n".join(text) + "\n",
+                   "report.json": to_json(found.as_dict(), indent=2) + "\n"}
         if options.html:
-            (options.out / "report.html").write_text(page(found), encoding="utf-8")
+            written["report.html"] = page(found)
+        for name, content in written.items():
+            with whole_file(options.out / name) as temporary:
+                temporary.write_text(content, encoding="utf-8")
     print_result(found.as_dict(), options.json, text)
     return 130 if found.interrupted else 1 if found.of("fault") else 0

@@ -19,7 +19,7 @@ from analysis.measure.audit.checks import BOUNDS, NEEDS, Measured, measure
 from analysis.measure.audit.kinds import Case, Inputs, Kind, draw
 from analysis.measure.audit.targets import ADAPTERS, Target, find_target
 from analysis.measure.audit.tuning import one_setting
-from mambabyte.config.files import make_dir, to_json
+from mambabyte.config.files import make_dir, to_json, whole_file
 from mambabyte.errors import UserError
 
 Verdict = Literal["ok", "fault", "note", "refused"]
@@ -114,7 +114,8 @@ def audit(
     """
     start = time.monotonic()
     for old in folder.glob("fault-??.safetensors") if folder is not None else ():
-        old.unlink()
+        if _is_kept(old):
+            old.unlink()
     found = _begun(target, device)
     todo = [(dtype, case, checks) for dtype in dtypes
             for case, checks in plan(target.kind, device) if _asked(target, case, dtype)]
@@ -215,9 +216,19 @@ def _keep(
     adapter = next((n for n, a in ADAPTERS.items() if a is target.adapter), None)
     about = {"target": target.name, "kind": target.kind.name, "adapter": adapter, "check": check,
              "case": asdict(case), "bound": bound}
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in x.items()}, path,
-              metadata={"audit": to_json(about)})
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in x.items()}
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"audit": to_json(about)})
     return path
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether an audit wrote this file: another of its name is the user's."""
+    try:
+        with safe_open(path, "pt") as file:
+            return "audit" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def reproduce(path: Path, device: str) -> Audit:

@@ -184,6 +184,21 @@ def test_the_inputs_of_a_fault_are_kept_and_run_again(few, tmp_path, capsys) -> 
         ("usual", "gradients through the state")]
 
 
+def test_what_is_in_the_way_is_said_and_stays(few, tmp_path, capsys) -> None:
+    theirs, folder = tmp_path / "fault-ab.safetensors", tmp_path / "fault-01.safetensors"
+    theirs.write_bytes(b"of another program")
+    command = ["audit", f"{PLANTED}:detached_final_state", "--kind", "delta", "--device", "cpu",
+               "--out", str(tmp_path)]
+    folder.mkdir()
+    assert main(command) == 2
+    assert f"cannot write {folder}: it is a folder" in capsys.readouterr().err
+    folder.rmdir()
+    (tmp_path / "report.json").mkdir()
+    assert main(command) == 2
+    assert "report.json: it is a folder" in capsys.readouterr().err
+    assert theirs.read_bytes() == b"of another program"
+
+
 def test_a_sound_one_leaves_with_0(few, capsys) -> None:
     assert main(["audit", f"{PLANTED}:sound", "--kind", "scan", "--device", "cpu"]) == 0
     assert "0 faults" in capsys.readouterr().out
