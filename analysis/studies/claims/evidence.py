@@ -77,14 +77,14 @@ class Evidence:
 
     def table(
         self, study: str, name: str, accelerator: bool = False,
-        like: Mapping[str, Any] | None = None, most: str = "",
+        like: Mapping[str, Any] | None = None, most: str = "", column: str = "",
     ) -> Source | None:
-        """A table of a run of ``study``, or the table behind a figure; chosen as a value is."""
+        """A table of a run of ``study``, or the table behind a figure; chosen as a value is, of
+        those that have the ``column`` where one is named: two benches may have one name."""
         for run in self._of(study, accelerator, like, most):
-            if name in run.tables:
-                return _source(run.tables[name].frame, run)
-            if name in run.figures:
-                return _source(run.tables[run.figures[name]].frame, run)
+            table = run.tables.get(name if name in run.tables else run.figures.get(name, ""))
+            if table is not None and (not column or column in table.frame):
+                return _source(table.frame, run)
         return None
 
     def parameter(self, study: str, name: str) -> Source | None:

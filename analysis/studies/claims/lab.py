@@ -95,10 +95,10 @@ class Lab:
 
     def table(
         self, study: str, name: str, accelerator: bool = False,
-        like: Mapping[str, Any] | None = None, most: str = "",
+        like: Mapping[str, Any] | None = None, most: str = "", column: str = "",
     ) -> Source | None:
         """A recorded table of another study, chosen as a value is; None where there is none."""
-        return self.evidence.table(study, name, accelerator, like, most)
+        return self.evidence.table(study, name, accelerator, like, most, column)
 
     def parameter(self, study: str, name: str) -> Source | None:
         """A parameter of a run of another study; None where none was given it."""

@@ -134,12 +134,12 @@ def scan_times(lab: Lab, *forms: str) -> tuple[pd.Series, str, Source] | None:
 def kernel_times(lab: Lab) -> tuple[pd.DataFrame, Source] | None:
     """Milliseconds of kernels, forward and backward, by ``mambabyte bench scan`` on an accelerator:
     one row a size "batch x length x channels", a column each."""
-    found = lab.table("throughput", "bench", accelerator=True)
+    size = "batch x length x channels"
+    found = lab.table("throughput", "bench", accelerator=True, column=size)
     if found is None:
         return None
     rows = found.what[found.what["pass"] == BOTH]
-    wide = rows.pivot_table(index="batch x length x channels", columns="of", values="median (us)",
-                            aggfunc="first")
+    wide = rows.pivot_table(index=size, columns="of", values="median (us)", aggfunc="first")
     return wide.astype(float) / 1e3, found
 
 

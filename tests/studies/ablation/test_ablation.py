@@ -293,11 +293,11 @@ def test_bad_parameters_are_one_clear_line(change, match):
         replace(TINY, **change)
 
 
-def test_captured_steps_are_the_steps_one_by_one() -> None:
+def test_captured_steps_are_the_steps_one_by_one(corpus_file: str) -> None:
     """The step that a GPU captures, run here without capture, against the readable one."""
     config = ModelConfig(d_model=16, n_layer=2, d_state=4)
     recipe = TrainConfig(context=24, batch_size=2, n_steps=25, precision="fp32")
-    corpus = load_corpus("stdlib")
+    corpus = load_corpus(corpus_file)
     rate = constant_rate(recipe)
     weights = []
     for make, look_every in ((text_step, 1), (learning.captured_text_step, learning.BLOCK)):

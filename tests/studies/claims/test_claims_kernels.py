@@ -56,6 +56,15 @@ def test_the_kernel_that_is_meant_is_mamba_ssms():
     assert verdict("overhead-2-4", elsewhere) == FAILS  # of another size, so by our own scan
 
 
+def test_a_newer_bench_of_mixers_does_not_hide_that_of_the_scan():
+    mixers = run_of("throughput", provenance=GPU, tables={"bench": [
+        {"batch x length x heads": "16 x 1024 x 6", "of": "fused", "pass": "forward+backward",
+         "median (us)": 1.0}]})
+    assert verdict("overhead-2-4", Evidence((
+        scans(document_chunked=1.5, fused=0.1), mixers, bench(fused=100.0, mamba_ssm=500.0),
+    ))) == HOLDS
+
+
 @pytest.mark.parametrize(("published", "after"), [(8.0, HOLDS), (11.0, CAVEAT), (200.0, FAILS)])
 def test_two_captured_steps_give_the_scan_by_their_difference(published, after):
     """(published - 3 ms) / 4 layers + 0.2 ms against 0.5."""

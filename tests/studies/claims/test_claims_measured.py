@@ -263,10 +263,10 @@ def test_a_mixer_without_its_gate_or_neighbours():
 
 
 @pytest.mark.parametrize("part", ["", *choices.PARTS])
-def test_captured_training_learns_what_the_eager_one_does(part, monkeypatch):
+def test_captured_training_learns_what_the_eager_one_does(part, corpus_file, monkeypatch):
     """Here the captured step's functions run one by one; tests/gpu has the graph."""
     mixer, change = choices.PARTS[part] if part else (MambaMixer, lambda model: None)
-    corpus, stops = load_corpus("stdlib"), (2, 3)
+    corpus, stops = load_corpus(corpus_file), (2, 3)
     _, eager = choices.trained(choices.small_model(), corpus, 0, stops, change, mixer)
     monkeypatch.setattr(choices, "text_step", choices.captured_text_step)
     _, captured = choices.trained(choices.small_model(), corpus, 0, stops, change, mixer)

@@ -97,6 +97,7 @@ def test_peak_within_five_percent(
     assert (step.peak - step.weights - step.optimizer) / measured == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.long  # the chunked form above has every kind of step
 def test_peaks_cover_patterns_and_checkpointing() -> None:
     p = memory.Parameters(forms=("chunked",), patterns=("M", "A", "MMMA"))
     _, frame = memory._counted_frames(p)
