@@ -56,7 +56,8 @@ CHECK_MODULES = (
     rivals, speed)
 EXPERIMENT_MODULES = (choices, experiments, streamed, trainings)
 # The experiments that take the longest, so ordered that a half of them takes half of the time.
-TRAININGS = ("streamed", "gating", "fox_published", "tying", "artefact", "second_steps")
+TRAININGS = ("streamed", "gating", "artefact", "tying", "fox_published", "second_steps",
+             "fox_no_scan", "fox", "fox_fast")
 
 
 def settle(p: Parameters) -> Parameters:

@@ -36,7 +36,7 @@ class Parameters(Checked):
     """scan forms in the tables of whole steps"""
     patterns: Annotated[tuple[LayerPattern, ...], entries()] = ("M", "A", "MMMA")
     """layer patterns of the measured steps"""
-    autocasts: Annotated[tuple[Autocast, ...], entries()] = AUTOCASTS
+    autocasts: Annotated[tuple[Autocast, ...], entries()] = ("fp32", "bf16")
     """autocast of the measured steps: fp32, bf16, fp16"""
     batch: Count = 2
     """sequences of a measured step"""
@@ -56,9 +56,10 @@ class Parameters(Checked):
 
 PROFILES = {
     "quick": Parameters(),
-    "full": Parameters(patterns=("M", "A", "MA", "MMMA"), batch=4, context=256, d_model=192,
-                       n_layer=4, slice_lengths=(128, 256, 512, 1024, 2048, 4096, 8192),
-                       counted_layers=4, cuda="auto"),
+    "full": Parameters(patterns=("M", "A", "MA", "MMMA"), autocasts=AUTOCASTS, batch=4,
+                       context=256, d_model=192, n_layer=4,
+                       slice_lengths=(128, 256, 512, 1024, 2048, 4096, 8192), counted_layers=4,
+                       cuda="auto"),
 }
 
 

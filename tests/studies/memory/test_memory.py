@@ -99,7 +99,7 @@ def test_peak_within_five_percent(
 
 @pytest.mark.long  # the chunked form above has every kind of step
 def test_peaks_cover_patterns_and_checkpointing() -> None:
-    p = memory.Parameters(forms=("chunked",), patterns=("M", "A", "MMMA"))
+    p = memory.Parameters(forms=("chunked",), patterns=("M", "A", "MMMA"), autocasts=AUTOCASTS)
     _, frame = memory._counted_frames(p)
     assert {*zip(frame["pattern"], frame["autocast"], frame["checkpointing"], strict=True)} == {
         (pattern, autocast, c) for pattern in ("M", "A", "MMMA") for autocast in AUTOCASTS
