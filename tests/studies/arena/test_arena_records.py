@@ -64,8 +64,7 @@ def test_accuracies_are_those_of_the_trainings(name):
                 break
             solves[key] = size
     for (task, width, system), size in solves.items():
-        value = run.values.get(f"{slug(task)}_{width}_solves_{slug(system)}")
-        assert value is None or value.value == size
+        assert run.values[f"{slug(task)}_{width}_solves_{slug(system)}"].value == size
 
 
 def test_a_size_is_solved_only_with_all_smaller_ones():

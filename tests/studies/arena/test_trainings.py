@@ -104,7 +104,7 @@ def wide_steps():
         torch.manual_seed(0)
         model = ByteLM(ModelConfig(d_model=16, n_layer=1, d_state=4), kinds)
         with torch.no_grad():
-            model.layers[0].mixer.dt_proj.bias.fill_(5.0)
+            model.layers[0].mixer.dt_proj.bias.copy_(torch.linspace(4.0, 6.0, 32))
         made.append(model)
     return made
 
@@ -114,6 +114,16 @@ def test_the_bound_holds_whatever_the_weights(wide_steps):
     free, bounded = (exponents(model, tokens) for model in wide_steps)
     assert free["largest_in_chunk"] > log_max() > bounded["largest_in_chunk"] * (1 - 1e-5)
     assert bounded["largest"] == pytest.approx(log_max() / clamp.CHUNK, rel=1e-3)
+
+
+def test_the_bound_holds_where_step_sizes_are_bfloat16(wide_steps):
+    """Rounded to nearest, half of the channels' bounds would lie above."""
+    mixer = wide_steps[1].layers[0].mixer
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        delta = mixer.scan_inputs(torch.randn(1, 4, 16), None)[1]
+    assert delta.dtype == torch.bfloat16
+    dt = torch.nn.functional.softplus(delta.float() + mixer.dt_bias.float())
+    assert (dt * mixer.A_log.exp().amax(-1) <= log_max() / clamp.CHUNK * (1 + 1e-6)).all()
 
 
 def test_a_bound_that_is_not_reached_changes_nothing():

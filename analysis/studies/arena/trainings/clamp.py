@@ -48,7 +48,10 @@ class BoundedMixer(MambaMixer):
         bound = inverse_softplus(log_max() / CHUNK / fastest)
         bias = self.dt_bias
         limit = bound if bias is None else bound - bias.float()
-        return u, torch.minimum(delta, limit.to(delta.dtype)), B, C, z, conv_state
+        most = limit.to(delta.dtype)  # which may round up, past the bound
+        most = torch.where(most.float() > limit, most - most.abs() * torch.finfo(most.dtype).eps,
+                           most)
+        return u, torch.minimum(delta, most), B, C, z, conv_state
 
 
 def train_followed(p: Parameters, cell: Cell, device: str) -> dict[str, Any]:
