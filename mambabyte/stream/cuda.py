@@ -18,13 +18,13 @@ from mambabyte.model.families.mamba import MambaMixer, MambaState
 from mambabyte.ops.mamba.step import MAX_TAPS
 from mambabyte.ops.scan.operator import MAX_STATES, fused_available
 from mambabyte.ops.stream.cuda import (
-    VOCABULARY,
     CudaStreamer,
     LayerWeights,
     Shape,
     StreamState,
     cluster_blocks,
 )
+from mambabyte.ops.stream.feeding import VOCABULARY
 from mambabyte.ops.stream.hybrid import HybridState
 from mambabyte.stream import hybrid
 from mambabyte.stream.cpu import foreign_layers, plain_parts, say_foreign

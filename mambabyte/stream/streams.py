@@ -19,7 +19,7 @@ from mambabyte.corpus.utf8 import (
 )
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.model import ByteLM
-from mambabyte.ops.stream.cuda import NOT_NUMBERS
+from mambabyte.ops.stream.feeding import NOT_NUMBERS
 from mambabyte.stream import cpu as native_model
 from mambabyte.stream import cuda as cuda_model
 from mambabyte.stream.saved import Kept, load_state, save_state

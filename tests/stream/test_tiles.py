@@ -8,12 +8,12 @@ import random
 import pytest
 
 from mambabyte.ops.build.nvrtc import NvrtcError
-from mambabyte.ops.stream import packing
+from mambabyte.ops.stream import tiles as module
 
 BYTES = 3  # that are fed
 
 
-def run(tiles: list[packing.Tile], space: int) -> None:
+def run(tiles: list[module.Tile], space: int) -> None:
     """As ``ask`` and ``times`` of hybrid.cu."""
     memory: dict[int, tuple[int, int]] = {}  # what each float holds: a tile of a byte
     asked = used = lap = following = 0
@@ -46,13 +46,13 @@ def run(tiles: list[packing.Tile], space: int) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_tiles_lie_where_they_are_used(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "RING", 40)
+    monkeypatch.setattr(module, "RING", 40)
     draw = random.Random(seed)
     sizes = [draw.randrange(1, 20) for _ in range(draw.randrange(1, 40))]
     total, most = sum(sizes), max(40, 3 * max(sizes))
     for space in {total, total + 5, (total + most) // 2, most}:
         if space >= min(total, most):
-            tiles = packing.schedule(sizes, space)
+            tiles = module.schedule(sizes, space)
             assert [t.floats for t in tiles] == sizes
             assert all(t.gap == 0 for t in tiles) == (total <= space)
             run(tiles, space)
@@ -60,4 +60,4 @@ def test_tiles_lie_where_they_are_used(seed: int, monkeypatch: pytest.MonkeyPatc
 
 def test_no_space_for_a_ring_is_said() -> None:
     with pytest.raises(NvrtcError, match="leave 4,000 bytes"):
-        packing.schedule([1000, 1000], 1000)
+        module.schedule([1000, 1000], 1000)

@@ -19,8 +19,10 @@ from torch import Tensor
 from mambabyte.config import ModelConfig
 from mambabyte.ops.build.kernel import Kernel, raw_stream
 from mambabyte.ops.build.nvrtc import NvrtcError
-from mambabyte.ops.stream.cuda import VOCABULARY, ByteFeeder, shared_limit, split
-from mambabyte.ops.stream.packing import THREADS, Built, Packed, pack, program, schedule
+from mambabyte.ops.stream.cuda import shared_limit, split
+from mambabyte.ops.stream.feeding import VOCABULARY, ByteFeeder
+from mambabyte.ops.stream.packing import THREADS, Built, Packed, pack, program
+from mambabyte.ops.stream.tiles import schedule
 
 _PARAMETERS = "PI" + 15 * "P" + "iiiPPPPIQQiiifif"
 _WIDTHS = (128, 64, 32, 16, 8)  # blocks, each alone on a multiprocessor, best first

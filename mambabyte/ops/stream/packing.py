@@ -1,12 +1,11 @@
 """The weights of a model of any layers as ``hybrid.cu`` reads them, and the constants that it is
-compiled with: each block's share of every matrix in tiles, small weights together; and where each
-tile lies in shared memory."""
+compiled with: each block's share of every matrix in tiles, small weights together."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,14 +15,13 @@ from torch import Tensor
 
 from mambabyte.config import ModelConfig
 from mambabyte.ops.build.kernel import Program
-from mambabyte.ops.build.nvrtc import NvrtcError
-from mambabyte.ops.stream.cuda import ACTIVATIONS, VOCABULARY, split
+from mambabyte.ops.stream.cuda import ACTIVATIONS, split
+from mambabyte.ops.stream.feeding import VOCABULARY
 
 THREADS = 512
 KINDS = {"M": 0, "A": 1, "L": 1, "S": 2, "D": 3, "K": 4}  # as in the kernel, by letter
 TILE = 4096  # floats of a tile of several rows; a longer row is one alone
 COPIES = 2  # of a number that is exchanged: so many fewer blocks look at each
-RING = 16384  # floats through which tiles pass that find no place of their own
 # Parameters of a guided model (task/guide.py) beside its network's.
 GUIDED = ("prior.weight", "best.weight", "kind.weight", "gate.weight", "gate.bias")
 _LOG2E = 1.4426950408889634
@@ -335,49 +333,6 @@ def _regions(z: Mapping[str, Any]) -> dict[str, int]:
         "LOGIT": blocks * part(VOCABULARY + z["GUIDED"]), "PROB": VOCABULARY, "KEPT": VOCABULARY,
         "BYTE": 4, "SCHEDULE": 4 * z["TILES"], "BARS": 2 * z["TILES"],
     }  # fmt: skip
-
-
-class Tile(NamedTuple):
-    """Where a tile comes from and lies, in floats; as in the kernel."""
-
-    start: int
-    floats: int
-    place: int
-    gap: int  # it takes the place of the gap-th of the ring's tiles before it; 0: it stays
-
-
-def schedule(sizes: Sequence[int], space: int) -> list[Tile]:
-    """Tiles of these sizes in ``space`` floats of shared memory: where not all can stay, some do,
-    evenly among the others, which pass through a ring in the order of their use."""
-    if sum(sizes) <= space:
-        ring = 0
-    elif (ring := max(RING, 3 * max(sizes))) > space:
-        raise NvrtcError(f"the model's states and small weights leave {4 * space:,} bytes of "
-                         f"shared memory a block for its matrices, which take {4 * ring:,}")
-    stays, kept, due = [], 0, 0.0
-    for size in sizes:  # an even share of what was met so far
-        due += size * (space - ring) / sum(sizes)
-        stays.append(ring == 0 or kept + size <= due)
-        kept += size * stays[-1]
-    moving = [size for size, stay in zip(sizes, stays, strict=True) if not stay]
-    places, at = [], 0
-    for size in moving:
-        at = 0 if at + size > ring else at
-        places.append(at)
-        at += size
-
-    def gap(i: int) -> int:
-        """How far back, over the end of the byte before, is the last tile that overlaps."""
-        def overlaps(j: int) -> bool:
-            return places[j] < places[i] + moving[i] and places[i] < places[j] + moving[j]
-        return next(back for back in range(1, len(moving) + 1) if overlaps(i - back))
-
-    gaps = [gap(i) for i in range(len(moving))]
-    found, start, pinned, of_ring = [], 0, ring, iter(zip(places, gaps, strict=True))
-    for size, stay in zip(sizes, stays, strict=True):
-        found.append(Tile(start, size, *((pinned, 0) if stay else next(of_ring))))
-        start, pinned = start + size, pinned + size * stay
-    return found
 
 
 def pack(

@@ -17,7 +17,7 @@ from emulate import Emulator
 from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
 from mambabyte.ops.compare import relative_rms
-from mambabyte.ops.stream import hybrid, packing
+from mambabyte.ops.stream import hybrid, packing, tiles
 from mambabyte.stream.cuda import CudaGuided
 from mambabyte.stream.hybrid import hybrid_layers, hybrid_state, hybrid_streamer
 from mambabyte.task.guide import GuidedLM, Hint
@@ -68,7 +68,7 @@ def emulated(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(hybrid, "THREADS", THREADS)
     monkeypatch.setattr(packing, "THREADS", THREADS)
     monkeypatch.setattr(packing, "TILE", 96)
-    monkeypatch.setattr(packing, "RING", 0)
+    monkeypatch.setattr(tiles, "RING", 0)
 
 
 def made(config: ModelConfig) -> ByteLM:
