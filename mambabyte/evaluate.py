@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mambabyte.corpus.files import present
+from mambabyte.corpus.files import bytes_of
 from mambabyte.corpus.utf8 import START_BYTE, as_bytes, first_characters
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.model import ByteLM
@@ -67,21 +67,10 @@ Text = bytes | np.ndarray
 def _documents(data: Text | Sequence[Text]) -> list[bytes]:
     """The documents that have bytes; UserError where none has, or for what is no bytes."""
     given = data if isinstance(data, list | tuple) else [data]
-    found = [text for text in map(_bytes, given) if text]
+    found = [text for text in map(bytes_of, given) if text]
     if not found:
         raise UserError("there is nothing to score: the text is empty")
     return found
-
-
-def _bytes(text: object) -> bytes:
-    # bytes() itself makes n zeros of a number n, and of an array of tokens the bytes of its memory.
-    if isinstance(text, bytes | bytearray | memoryview):
-        return bytes(text)
-    if isinstance(text, np.ndarray) and text.dtype == np.uint8:
-        return bytes(present(text))
-    got = f"an array of {text.dtype}" if isinstance(text, np.ndarray) else type(text).__name__
-    raise UserError(f"the text to score is {got}: expected bytes, an array of uint8, or a list of "
-                    "these" + ("; encode it first" if isinstance(text, str) else ""))
 
 
 @torch.inference_mode()

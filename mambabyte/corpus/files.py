@@ -55,6 +55,18 @@ def present(data: Data) -> Data:
     return data
 
 
+def bytes_of(text: object) -> bytes:
+    """The bytes of a text in memory: bytes or what is like them, or an array of uint8. UserError
+    for anything else: of a number n bytes() makes n zeros, of an array of tokens its memory."""
+    if isinstance(text, bytes | bytearray | memoryview):
+        return bytes(text)
+    if isinstance(text, np.ndarray) and text.dtype == np.uint8:
+        return bytes(present(text))
+    got = f"an array of {text.dtype}" if isinstance(text, np.ndarray) else type(text).__name__
+    raise UserError(f"a text is {got}: expected bytes or an array of uint8"
+                    + ("; encode it first" if isinstance(text, str) else ""))
+
+
 def open_text(path: Path) -> tuple[np.ndarray, str]:
     """A file as it is, and what it is where it is no UTF-8 text; "" where it is. gzip is unpacked
     into the cache. A warning says what the bytes of a file in another encoding are taken for."""

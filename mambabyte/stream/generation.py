@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mambabyte.corpus.files import bytes_of
 from mambabyte.corpus.utf8 import Utf8Stream, as_bytes
 from mambabyte.stream.prefixes import PrefixCache
 from mambabyte.stream.streams import ByteModel, ByteStream, sample_byte
@@ -168,7 +169,7 @@ def begin(
 ) -> tuple[ByteStream, bytes]:
     """A stream of ``model`` behind ``prompt``, and the prompt's bytes; ``report`` as in
     ``PrefixCache.read``."""
-    data = as_bytes(prompt) if isinstance(prompt, str) else prompt
+    data = as_bytes(prompt) if isinstance(prompt, str) else bytes_of(prompt)
     model.eval()
     if cache is not None:
         return cache.read(model, data, report), data

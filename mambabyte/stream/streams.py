@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from mambabyte.corpus.files import bytes_of
 from mambabyte.corpus.utf8 import (
     START_BYTE,
     as_bytes,
@@ -115,6 +116,8 @@ class ByteStream:
 
     def feed(self, data: bytes) -> None:
         """Advance by ``data`` in one call; nothing happens when it is empty."""
+        if type(data) is not bytes:
+            data = bytes_of(data)
         if data:
             self.log_probs, self._state = self._advance(data, self._state)
             if len(data) > 1 or not isinstance(self._advance, cuda_model.CudaModel):

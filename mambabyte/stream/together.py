@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from mambabyte.corpus.files import bytes_of
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.stream.states import kind, select, split, stack
@@ -29,6 +30,7 @@ def feed_together(streams: Sequence[ByteStream], data: Sequence[bytes]) -> None:
         raise UserError("a stream is given twice: fork it, and both go on from its place")
     if len({id(stream.model) for stream in streams}) > 1:
         raise UserError("the streams are of different models: feed those of one together")
+    data = [bytes_of(piece) for piece in data]
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for i, (stream, piece) in enumerate(zip(streams, data, strict=True)):
         if piece:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambabyte.corpus.files import present
+from mambabyte.corpus.files import bytes_of
 from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.task import ngram_native
@@ -229,10 +229,10 @@ def count(
         raise UserError(f"order is {order}: it must be from 1 to {MAX_ORDER}")
     if discount is not None and not 0 < discount < 1:
         raise UserError(f"discount is {discount}: it must be between 0 and 1")
+    if not isinstance(data, Tensor):
+        data = torch.from_numpy(np.frombuffer(bytes_of(data), np.uint8).copy())
     if not len(data):
         raise UserError("there is nothing to count: the text is empty")
-    if not isinstance(data, Tensor):
-        data = torch.from_numpy(np.frombuffer(bytes(present(data)), np.uint8).copy())
     pad = torch.full((order - 1,), START_BYTE, dtype=torch.uint8)
     data = data.to(data.device if device is None else device)
     text = torch.cat([pad.to(data.device), data])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from mambabyte.errors import UserError
 from mambabyte.evaluate import bits_per_byte, byte_log_probs, score, score_streaming
 from mambabyte.model import ByteLM
 from mambabyte.ops.arguments import document_ages
-from mambabyte.stream import CharModel
+from mambabyte.stream import ByteStream, CharModel, feed_together
 from mambabyte.task.mixture import NgramLM
 from mambabyte.task.ngram import count
 from mambabyte.train import EagerStep, text_batches, train
@@ -185,10 +186,11 @@ def test_texts_of_any_lengths_score_as_they_do_alone() -> None:
         bits_per_byte(model, [b"", b""])
 
 
-@pytest.mark.parametrize("text", [
-    "abc", 3, [97, 98], np.array([97, 98]), torch.tensor([97, 98]), [b"a", "b"], None])
-def test_what_is_no_bytes_is_not_scored_as_some(text: object) -> None:
+@pytest.mark.parametrize("text", ["abc", 3, [97, 98], np.array([97, 98]), [b"a", "b"], None])
+def test_what_is_no_bytes_is_not_taken_for_some(text: object) -> None:
     model = ByteLM(ModelConfig(d_model=8, n_layer=1, d_state=2))
-    with pytest.raises(UserError, match=r"the text to score is .*expected bytes"):
-        bits_per_byte(model, text)  # type: ignore[arg-type]
+    for take in (partial(bits_per_byte, model), ByteStream(model).feed, count,
+                 lambda piece: feed_together([ByteStream(model)], [piece])):
+        with pytest.raises(UserError, match=r"a text is .*: expected bytes"):
+            take(text)  # type: ignore[arg-type]
     assert bits_per_byte(model, bytearray(b"ab")) == bits_per_byte(model, b"ab")  # type: ignore
