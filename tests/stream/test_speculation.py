@@ -73,7 +73,8 @@ def engine(request, monkeypatch):
 def test_the_text_is_that_of_plain_generation(letters, engine):
     model = lm(letters)
     assert hasattr(advance_of(model), "ahead") == (engine == "engine")  # else both are one case
-    for how in HOW if letters == "MA" else HOW[1:2]:
+    # Of seven layers that have learned nothing one byte is far ahead: drawn hot, it is not alone.
+    for how in HOW if letters == "MA" else [{"temperature": 8.0, "seed": 3}]:
         wanted = plain(model, **how)
         assert len(set(wanted)) > 5  # no text that any guesser has right
         for wrong in (1, 3, 99) if letters == "MA" else (3,):  # all wrong, some, none
