@@ -22,7 +22,7 @@ PROMPT = TEXT[:60].encode()
 
 def lm(letters: str) -> ByteLM:
     """Certain enough of some bytes, and not of all."""
-    torch.manual_seed(1)
+    torch.manual_seed(2)
     model = ByteLM(replace(CONFIG, n_layer=len(letters), layer_pattern=letters)).eval()
     with torch.no_grad():
         model.head.weight *= 30
