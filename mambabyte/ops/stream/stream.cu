@@ -172,7 +172,6 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bars + 8 * e) : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-#pragma unroll 8
     for (int i = tid; i < RESIDENT / 4; i += T) ((float4 *)shared)[i] = ((const float4 *)own)[i];
     // In shared memory: state [layer][s][channel][n], tail [layer][s][tap][channel].
     for (int i = tid; i < LAYERS * S * DC * N; i += T) {
