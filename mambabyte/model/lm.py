@@ -17,7 +17,7 @@ from mambabyte.model import sequence
 from mambabyte.model.block import Block, RMSNorm, make_norm
 from mambabyte.model.mixer import LayerState, Mixer, linear, mixer_of
 from mambabyte.model.pretrained import Layout, Report, fill, open_pretrained, save_pretrained
-from mambabyte.ops.arguments import document_ages
+from mambabyte.ops.arguments import Ages, document_ages
 from mambabyte.ops.fused.linear import linear as biased
 from mambabyte.ops.fused.loss import NOT_PREDICTED, cross_entropy_in_torch
 
@@ -276,7 +276,7 @@ class ByteLM(nn.Module):
         return biased(hidden, table.weight, getattr(table, "bias", None))
 
     def loss(
-        self, tokens: Tensor, document_starts: Tensor | None = None,
+        self, tokens: Tensor, document_starts: Tensor | Ages | None = None,
         predictions: Tensor | None = None,
     ) -> Tensor:
         """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1].
@@ -285,8 +285,8 @@ class ByteLM(nn.Module):
         ``sequence_group`` all its processes give the same tokens, and each gets its stretch's share
         of the loss, so that the mean over them is the loss; UserError for fewer than one each.
 
-        ``document_starts`` (B, L + 1) bool is as in :meth:`forward`, or the ages that
-        ``document_ages`` makes of it; the first byte of a document is not predicted.
+        ``document_starts`` (B, L + 1) bool is as in :meth:`forward`, or its ages where these are
+        known; the first byte of a document is not predicted.
         ``predictions`` (B,), added up, is what to divide by in place of the number of predictions:
         then parts of a batch have gradients that add up to its mean's.
         """
@@ -305,7 +305,7 @@ class ByteLM(nn.Module):
             raise
 
     def _loss_of_documents(
-        self, tokens: Tensor, document_starts: Tensor, predictions: Tensor | None
+        self, tokens: Tensor, document_starts: Tensor | Ages, predictions: Tensor | None
     ) -> Tensor:
         ages = document_ages(document_starts, tokens)
         assert ages is not None

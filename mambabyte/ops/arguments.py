@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,29 +59,35 @@ def check_tensors(
                             f"{x.dtype}")
 
 
-def document_ages(starts: Tensor | Sequence[int] | None, x: Tensor) -> Tensor | None:
+class Ages(NamedTuple):
+    """Says that ``steps`` (B, L) uint8 are what :func:`document_ages` makes, not a user's mask."""
+
+    steps: Tensor
+
+
+def document_ages(starts: Tensor | Sequence[int] | Ages | None, x: Tensor) -> Tensor | None:
     """How many steps each step of x (B, L, ...) is behind the start of its document, (B, L) uint8;
     255 for more, and where the document has begun before the first step. None where there is one
     document.
 
     ``starts`` is (B, L) bool, true at the first step of a document. For a batch of one it may be
     whole numbers that ascend, a list or of one dimension: the steps at which documents begin; the
-    length itself may come last, as in cumulative lengths (``cu_seqlens``). Ages themselves, (B, L)
-    uint8, come back as they are. Raises UserError for what does not fit.
+    length itself may come last, as in cumulative lengths (``cu_seqlens``). :class:`Ages` give what
+    they hold. Raises UserError for what does not fit.
     """
     if starts is None:
         return None
     (batch, length), device = x.shape[:2], x.device
+    if isinstance(starts, Ages):
+        return starts.steps
     if not isinstance(starts, Tensor):
         starts = torch.tensor(starts, device=device)
-    shape, are_ages = tuple(starts.shape), starts.dtype == torch.uint8 and starts.ndim == 2
-    if (starts.dtype == torch.bool or are_ages) and shape != (batch, length):
+    shape = tuple(starts.shape)
+    if starts.dtype == torch.bool and shape != (batch, length):
         raise UserError(f"document_starts has shape {shape}: expected {(batch, length)}")
     if starts.device != device:
         raise UserError(f"document_starts is on {starts.device} and the sequence on {device}: move "
                         f"it, document_starts.to({str(device)!r})")
-    if are_ages:
-        return starts
     place = torch.arange(length, device=device)
     if starts.dtype != torch.bool:
         if starts.is_floating_point() or starts.is_complex() or starts.ndim != 1 or batch != 1:

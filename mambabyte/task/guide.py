@@ -317,7 +317,7 @@ class GuidedWindows:
         """Memory that the hints take."""
         return sum(t.numel() * t.element_size() for t in (self._table, *self._along))
 
-    def __call__(self, starts: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         positions = starts[:, None] + self._offsets
         rows, best, kind = (t[positions[:, 1:]] for t in self._along)
         return self.text[positions].long(), self._table[rows], best, kind

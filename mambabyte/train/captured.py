@@ -32,7 +32,7 @@ from mambabyte.model import (
     without_state,
 )
 from mambabyte.model.fused import cast_together, fused_head_loss, fused_layer
-from mambabyte.ops.arguments import OLD
+from mambabyte.ops.arguments import OLD, Ages
 from mambabyte.train import ahead
 from mambabyte.train.optim import Optimizer, set_rates
 from mambabyte.train.precision import autocast
@@ -58,6 +58,9 @@ def window_starts(
     return torch.from_numpy(starts)
 
 
+Batch = tuple[Tensor, *tuple[Tensor | Ages, ...]]  # tokens, and what else a loss is given
+
+
 class Windows:
     """Gathers windows of sequences that run beside the text, on their device.
 
@@ -81,14 +84,14 @@ class Windows:
                 here = first + age
                 self._ages[here[here < ends]] = age
 
-    def __call__(self, starts: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, starts: Tensor) -> Batch:
         """starts (B,) -> tokens (B, context + 1) int64, in a tuple of arguments for the loss; of
         documents (B, 2) -> tokens, ages in their documents and predictions, where
         ``step.text_batches`` has the first bytes of documents."""
         if self._ages is None:
             return (self.text[self.positions(starts)].long(),)
         places = self.positions(starts[:, 0])
-        return (self.text[places].long(), self._ages[places],
+        return (self.text[places].long(), Ages(self._ages[places]),
                 starts[:, 1].float() / self.batch_size)
 
     def positions(self, starts: Tensor) -> Tensor:
@@ -105,7 +108,7 @@ class CapturedStep:
 
     def __init__(
         self, model: nn.Module, loss: Loss, optimizer: Optimizer,
-        windows: Callable[[Tensor], tuple[Tensor, ...]], starts: Tensor, config: TrainConfig,
+        windows: Callable[[Tensor], Batch], starts: Tensor, config: TrainConfig,
         first_step: int = 0, capture: bool | None = None,
     ) -> None:
         ahead.wait()

@@ -78,15 +78,14 @@ def test_windows_say_where_documents_begin() -> None:
     assert np.array_equal(found, np.stack([first[s : s + 25] for s in starts]))
     (batch,) = [text_batches(TEXT, RECIPE, "cpu", BEGINS)(1)]
     windows = Windows(torch.from_numpy(TEXT.copy()), 24, BEGINS, RECIPE.batch_size)
-    tokens, ages, predictions = windows(window_starts(len(TEXT), RECIPE, 1, BEGINS)[0])
+    tokens, packed, predictions = windows(window_starts(len(TEXT), RECIPE, 1, BEGINS)[0])
+    ages = packed.steps
     for one, two in zip(batch, (tokens, ages == 0, predictions), strict=True):
         assert torch.equal(one, two)
     of_window = document_ages(batch[1], tokens)  # which knows nothing of what was before
     assert of_window is not None
     assert torch.equal(ages[of_window < 255], of_window[of_window < 255])
-    assert document_ages(ages, tokens) is ages
-    with pytest.raises(UserError, match="document_starts has shape"):
-        document_ages(ages[:, 1:], tokens)
+    assert document_ages(packed, tokens) is ages
     assert batch[2].sum() == (~batch[1][:, 1:]).sum()  # predictions
 
 
