@@ -11,7 +11,7 @@ import pytest
 
 from analysis.runs.folders import Run, tables_of
 from analysis.runs.frames import csv_text
-from analysis.runs.records import DATA, write_record_folder
+from analysis.runs.records import DATA, load_record, write_record_folder
 from analysis.runs.staleness import source_files
 from analysis.studies.task import compute as task
 from analysis.studies.task import figures
@@ -144,6 +144,25 @@ def test_the_figure_shows_every_point_and_names_every_system(tmp_path):
     assert {"ours", "nano_ssm_500", "modded_nanogpt", "mamba_byte: 0.25 (below)"} <= names
     drawn = sum(line.get_marker() in {"o", "s", "D"} for line in right.lines)
     assert drawn == found.points[task.HELD_OUT].notna().sum() == 5
+
+
+def test_the_record_of_one_job_reaches_what_was_asked_for():
+    """Joules of the GPU, the public rule's total, and validation accuracy of every seed."""
+    runs = load_record(DATA / "records" / "task" / "h200-task-mixed").tables["runs"].frame
+    seeds = runs.groupby("system")["seed"].nunique()
+    assert (seeds["counts_hybrid"], seeds["counts_ssm"]) == (3, 2)
+    by = runs.groupby("system").agg(
+        {task.ENERGY: "max", "total energy (J)": "max", task.VALID: "min"}).T.to_dict("list")
+    for name, joules, total, accuracy in (
+            ("counts", 400, 600, 0.69), ("counts_ssm", 700, 1500, 0.70),
+            ("counts_hybrid", 4000, 4300, 0.735)):
+        assert by[name][0] <= joules
+        assert by[name][1] <= total
+        assert by[name][2] >= accuracy
+    public = runs[runs["public file (SHA-256)"].notna()]
+    assert len(public) == 1
+    assert 3 * by["counts"][0] <= public[task.ENERGY].min()
+    assert by["counts"][2] > public[task.VALID].max()
 
 
 def test_no_record_is_one_clear_line(tmp_path):
