@@ -146,7 +146,7 @@ class Parameters(Checked):
     """bytes of a window; quality along a stream is shown from a quarter of it on"""
     batch_size: Count = 4
     """windows of a step"""
-    steps: Count = 30
+    steps: Count = 20
     """training steps of a compared system"""
     lr: Positive = 3e-3
     """largest learning rate"""
@@ -160,7 +160,7 @@ class Parameters(Checked):
     """of one training; 0 is no limit"""
     heldout_windows: Count = 24
     """windows of held-out text"""
-    characters: CountOrNone = 120
+    characters: CountOrNone = 60
     """characters whose greedy prediction is scored; 0 scores none"""
     streams: Count = 4
     """long streams on which drift is measured"""
@@ -172,7 +172,7 @@ class Parameters(Checked):
     """symbols of a task"""
     task_layers: Layers = 2
     """layers of its models"""
-    task_steps: Count = 120
+    task_steps: Count = 80
     """training steps of a task"""
     task_batch: Count = 64
     """samples of a step"""
@@ -182,7 +182,7 @@ class Parameters(Checked):
     """choices of the second document, one at a time; may be empty"""
     variant_pattern: LayerPattern = "MA"
     """layer pattern of the variants"""
-    variant_steps: Count = 12
+    variant_steps: Count = 8
     """training steps of a variant"""
     variant_seeds: Seeds = (0,)
     """a training of every variant for each"""
