@@ -11,7 +11,6 @@ import ctypes
 import functools
 import logging
 import struct
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ from mambabyte.stream.layout import (
     pack_model,
     parameter_names,
 )
+from mambabyte.stream.rows import Cache, Room
 
 _LOG = logging.getLogger(__name__)
 SOURCE = Path(__file__).parent.parent / "ops/stream/model.c"
@@ -338,48 +338,6 @@ def _check(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
     if x.shape != shape or x.device.type != "cpu":
         raise UserError(f"{name} of the state is {tuple(x.shape)} on {x.device}, expected {shape} "
                         "on the CPU: a stream goes on from a state of its own model at batch 1")
-
-
-class Room:
-    """A buffer of keys and values, and how many of its rows are taken."""
-
-    def __init__(self, buffer: Tensor, end: int) -> None:
-        self.buffer, self._end = buffer, end  # (2, n_kv_head, rows, head_dim)
-        self._lock = threading.Lock()
-
-    def extend(self, end: int, length: int) -> bool:
-        """Take ``length`` rows behind row ``end``, if they are there and nobody has them."""
-        with self._lock:
-            free = self._end == end and end + length <= self.buffer.shape[2]
-            self._end += length * free
-            return free
-
-    def give_back(self, end: int, length: int) -> None:
-        """Free the ``length`` rows before row ``end``, which was the last, as nobody has them."""
-        with self._lock:
-            self._end -= length * (self._end == end)
-
-
-class Cache(AttentionState):
-    """A state whose keys and values lie in a room, from row ``first`` on."""
-
-    room: Room | None = None
-    first = 0
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return AttentionState, tuple(self)
-
-    def without(self, length: int, window: int) -> Cache:
-        """The state before the last ``length`` bytes, which are given up."""
-        assert self.room is not None
-        last = self.first + self.k.shape[2]
-        end = last - length
-        self.room.give_back(last, length)
-        first = max(0, end - (window - 1))
-        k, v = self.room.buffer[:, None, :, first:end]
-        before = Cache(k, v, self.position - length)
-        before.room, before.first = self.room, first
-        return before
 
 
 def _memory(
