@@ -111,6 +111,12 @@ def whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raise UserError for what is no chunk size; None, a form's own, is one."""
+    if chunk_size is not None and (not whole(chunk_size) or chunk_size < 1):
+        raise UserError(f"chunk_size is {chunk_size}: it must be a whole number, at least 1")
+
+
 def _kind(value: object) -> str:
     return "None" if value is None else f"of type {type(value).__name__}"
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from mambabyte.errors import UserError
 from mambabyte.ops.arguments import (
     FLOATS,
+    check_chunk_size,
     check_tensors,
     document_ages,
-    whole,
     without_autocast,
 )
 from mambabyte.ops.delta.chunked import CHUNK, chunked_delta
@@ -82,8 +82,7 @@ def gated_delta_rule(
         ("beta", beta, gates, None),
         ("log_decay", log_decay, gates if log_decay.ndim == 3 else tuple(k.shape), None),
         ("initial_state?", initial_state, (batch, heads, keys, v.shape[3]), None)))
-    if chunk_size is not None and (not whole(chunk_size) or chunk_size < 1):
-        raise UserError(f"chunk_size is {chunk_size}: it must be a whole number, at least 1")
+    check_chunk_size(chunk_size)
     if form == "auto":
         form = "recurrent" if length == 1 else "fused"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mambabyte.config.scan_forms import FORMS, OLD_NAMES
 from mambabyte.errors import UserError
-from mambabyte.ops.arguments import autocasts, document_ages, whole
+from mambabyte.ops.arguments import autocasts, check_chunk_size, document_ages
 from mambabyte.ops.scan import operator
 from mambabyte.ops.scan.chunked import chunked_scan
 from mambabyte.ops.scan.cumsum import (
@@ -99,8 +99,7 @@ def selective_scan(
     form = OLD_NAMES.get(form, form)
     if form not in FORMS:
         raise UserError(f"scan form {form!r} is unknown: choose auto, {', '.join(FORMS)}")
-    if chunk_size is not None and (not whole(chunk_size) or chunk_size < 1):
-        raise UserError(f"chunk_size is {chunk_size}: it must be a whole number, at least 1")
+    check_chunk_size(chunk_size)
 
     ages = document_ages(document_starts, u) if ages is None else ages
     if form == "fused":

@@ -10,9 +10,9 @@ from torch import Tensor
 from mambabyte.errors import UserError
 from mambabyte.ops.arguments import (
     FLOATS,
+    check_chunk_size,
     check_tensors,
     document_ages,
-    whole,
     without_autocast,
 )
 from mambabyte.ops.ssd.chunked import CHUNK, chunked_ssd
@@ -22,6 +22,18 @@ from mambabyte.ops.ssd.recurrent import recurrent_ssd
 
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "recurrent": recurrent_ssd, "chunked": chunked_ssd}
+
+
+def check_heads(x: Tensor, B: Tensor) -> None:
+    """Raise UserError unless x is (batch, length, heads, channels) and B (batch, length, groups,
+    states) with groups that divide the heads."""
+    if x.ndim != 4 or x.shape[1] < 1:
+        raise UserError(f"x has shape {tuple(x.shape)}: expected (batch, length >= 1, heads, "
+                        "channels)")
+    batch, length, heads, _ = x.shape
+    if B.ndim != 4 or B.shape[2] < 1 or heads % B.shape[2]:
+        raise UserError(f"B has shape {tuple(B.shape)}: expected ({batch}, {length}, groups, "
+                        f"states) with groups a divisor of {heads} heads")
 
 
 def ssd_scan(
@@ -68,20 +80,14 @@ def ssd_scan(
         raise UserError(f"SSD form {form!r} is unknown: choose auto, fused, {', '.join(FORMS)}")
     check_tensors("x", x, None, FLOATS)
     check_tensors("B", B, None, FLOATS)
-    if x.ndim != 4 or x.shape[1] < 1:
-        raise UserError(f"x has shape {tuple(x.shape)}: expected (batch, length >= 1, heads, "
-                        "channels)")
+    check_heads(x, B)
     batch, length, heads, channels = x.shape
-    if B.ndim != 4 or B.shape[2] < 1 or heads % B.shape[2]:
-        raise UserError(f"B has shape {tuple(B.shape)}: expected ({batch}, {length}, groups, "
-                        f"states) with groups a divisor of {heads} heads")
     check_tensors("x", x, None, FLOATS, (
         ("dt", dt, (batch, length, heads), None), ("A", A, (heads,), None),
         ("D?", D, (heads,), None), ("dt_bias?", dt_bias, (heads,), None),
         ("B", B, (batch, length, *B.shape[2:]), None), ("C", C, tuple(B.shape), None),
         ("initial_state?", initial_state, (batch, heads, channels, B.shape[3]), None)))
-    if chunk_size is not None and (not whole(chunk_size) or chunk_size < 1):
-        raise UserError(f"chunk_size is {chunk_size}: it must be a whole number, at least 1")
+    check_chunk_size(chunk_size)
     if form == "auto":
         form = "recurrent" if length == 1 else "fused"
 

@@ -32,15 +32,15 @@ from torch import Tensor
 from mambabyte.errors import UserError
 from mambabyte.ops.arguments import (
     FLOATS,
+    check_chunk_size,
     check_tensors,
     document_ages,
-    whole,
     without_autocast,
 )
 from mambabyte.ops.library import Tensors, define
 from mambabyte.ops.ssd.chunked import CHUNK, chunked_ssd
 from mambabyte.ops.ssd.decay import without_past
-from mambabyte.ops.ssd.dispatch import wide_dtype
+from mambabyte.ops.ssd.dispatch import check_heads, wide_dtype
 from mambabyte.ops.ssd.operator import fused_ssd, has_kernel
 from mambabyte.ops.ssd.recompute import gradients_again
 from mambabyte.ops.ssd.recurrent import (
@@ -241,13 +241,8 @@ def _check(
     check_tensors("x", x, None, FLOATS)
     check_tensors("B", B, None, FLOATS)
     check_tensors("theta", theta, None, FLOATS)
-    if x.ndim != 4 or x.shape[1] < 1:
-        raise UserError(f"x has shape {tuple(x.shape)}: expected (batch, length >= 1, heads, "
-                        "channels)")
-    batch, length, heads, _ = x.shape
-    if B.ndim != 4 or B.shape[2] < 1 or heads % B.shape[2]:
-        raise UserError(f"B has shape {tuple(B.shape)}: expected ({batch}, {length}, groups, "
-                        f"states) with groups a divisor of {heads} heads")
+    check_heads(x, B)
+    batch, length = x.shape[:2]
     states = B.shape[3]
     if states % 2:
         raise UserError(f"B has shape {tuple(B.shape)}: Mamba-3's states are pairs, expected an "
@@ -258,8 +253,7 @@ def _check(
     if state is not None and not (isinstance(state, tuple) and len(state) == 3):
         raise UserError("initial_state is no Mamba3State: expected the state that an earlier call "
                         "gave back, of three tensors")
-    if chunk_size is not None and (not whole(chunk_size) or chunk_size < 1):
-        raise UserError(f"chunk_size is {chunk_size}: it must be a whole number, at least 1")
+    check_chunk_size(chunk_size)
     _check_shapes(x, dt, log_decay, B, C, theta, mix, D, B_bias, C_bias,
                   state or (None, None, None))
 
