@@ -12,6 +12,7 @@ import pandas as pd
 from mambabyte.config.checks import (
     Checked,
     Count,
+    CountOrNone,
     Device,
     Layers,
     NotNegative,
@@ -120,7 +121,9 @@ class Parameters(Checked):
     scaling: Annotated[tuple[SizeName, ...], entries(0)] = ()
     """sizes of the law of parameters and text"""
     budgets: Annotated[tuple[Count, ...], entries(rising=True)] = (1_024, 2_048)
-    """bytes of training text: the last but one is where rates are tuned"""
+    """bytes of training text"""
+    tuned_on: CountOrNone = 0
+    """the one of budgets on which rates are tuned; 0 is the last but one"""
     adamw_rates: Rates = (1.6e-2, 3.2e-2, 6.4e-2)
     """learning rates of AdamW, each twice the one before"""
     muon_rates: Annotated[tuple[Positive, ...], entries(0, rising=True)] = ()
@@ -158,6 +161,9 @@ class Parameters(Checked):
         if self.budgets[0] < self.context * self.batch_size:
             raise UserError(f"budgets begin with {self.budgets[0]:,} bytes: expected a step or "
                             f"more, {self.context * self.batch_size:,} bytes")
+        if self.tuned_on and self.tuned_on not in self.budgets:
+            raise UserError(f"tuned_on is {self.tuned_on:,}: expected 0 or one of budgets, "
+                            f"{', '.join(map(str, self.budgets))}")
         missing = {family(s) for s in self.systems} - set(self.systems)
         if missing:
             raise UserError(f"systems has hybrids of {', '.join(sorted(missing))} and not these "
@@ -165,7 +171,17 @@ class Parameters(Checked):
 
     @property
     def tuning_budget(self) -> int:
-        return self.budgets[max(0, len(self.budgets) - 2)]
+        return self.tuned_on or self.budgets[max(0, len(self.budgets) - 2)]
+
+    @property
+    def longer_budgets(self) -> tuple[int, ...]:
+        """Those above the tuning budget; that one where there are none."""
+        return tuple(b for b in self.budgets if b > self.tuning_budget) or (self.tuning_budget,)
+
+    @property
+    def long_budget(self) -> int:
+        """Where every system is trained again at its best rate: the first above the tuning one."""
+        return self.longer_budgets[0]
 
 
 _FULL = Parameters(
@@ -191,7 +207,7 @@ PROFILES = {
     "short": replace(
         _FULL, parts=("text", "long", "tasks", "memory", "precision", "clamp", "scaling"),
         workers=3, larger=(), scaling=("0.25M", "1M", "10M", "30M"),
-        budgets=(1_048_576, 4_194_304, 16_777_216),
+        budgets=(4_194_304, 16_777_216, 67_108_864), tuned_on=4_194_304,
         adamw_rates=(2e-3, 4e-3, 8e-3), muon_rates=(1e-2, 2e-2, 4e-2), heldout_windows=128,
         tasks=("recall 256", "selective copy 32", "noisy recall 64", "induction 128", "parity 32",
                "permutations 32", "memorisation 4096"),

@@ -37,7 +37,7 @@ def best_table(p: Parameters, done: Done) -> pd.DataFrame:
     """The best of every system at every size and budget: means over seeds, with t-intervals."""
     found = []
     for size in (p.size, *p.larger):
-        for budget in dict.fromkeys((p.tuning_budget, p.budgets[-1])):
+        for budget in dict.fromkeys((p.tuning_budget, *p.longer_budgets)):
             for system, cells in best_cells(p, done, size, budget).items():
                 bits = [float(done.rows[c.name]["valid_bits"]) for c in cells]
                 mean = paired_difference(bits, [0.0] * len(bits))
@@ -107,7 +107,7 @@ def differences_table(p: Parameters, done: Done) -> pd.DataFrame:
     points = [{"size": size, "budget": budget, "system": system, "seed": c.seed,
                "bits": float(done.rows[c.name]["valid_bits"])}
               for size in (p.size, *p.larger)
-              for budget in dict.fromkeys((p.tuning_budget, p.budgets[-1]))
+              for budget in dict.fromkeys((p.tuning_budget, *p.longer_budgets))
               for system, cells in best_cells(p, done, size, budget).items() for c in cells]
     frame = pd.DataFrame(points)
     if frame.empty:
@@ -124,11 +124,11 @@ def equal_table(p: Parameters, done: Done, costs: pd.DataFrame) -> pd.DataFrame:
 
     Time and joules of a byte are those of one job (``costs``). The budget
     is what the dearest system's training of the tuning budget costs; a cheaper one may read more
-    text for it. Its bits are then between those of its trainings of the tuning and of the longest
+    text for it. Its bits are then between those of its trainings of the tuning and of the long
     budget, linear in the logarithm of the bytes: each is the end of a whole schedule, where a
-    reading of an unfinished run would not be. None where that would have to go beyond the longest.
+    reading of an unfinished run would not be. None where that would have to go beyond the long one.
     """
-    low, high = p.tuning_budget, p.budgets[-1]
+    low, high = p.tuning_budget, p.long_budget
     first, last = (best_cells(p, done, p.size, b) for b in (low, high))
     found = []
     for measure, unit in MEASURES.items():
@@ -165,10 +165,10 @@ def _price(measure: str, row: Row, costs: pd.DataFrame) -> float | None:
 
 
 def costs_table(p: Parameters, done: Done) -> pd.DataFrame:
-    """Time and joules that a byte of training costs each system, by the trainings on the longest
+    """Time and joules that a byte of training costs each system, by the trainings on the long
     budget that had their device for themselves, of the one job that has most of them."""
     rows = [done.rows[cells[0].name]
-            for cells in best_cells(p, done, p.size, p.budgets[-1]).values()]
+            for cells in best_cells(p, done, p.size, p.long_budget).values()]
     alone = [row for row in rows if row["alone"]]
     jobs = [row["job"] for row in alone]
     job = max(jobs, key=jobs.count, default="")

@@ -31,7 +31,7 @@ def values(r: Results, p: Parameters) -> Values:
                                   if len(trained) else None, "s", "of one device, all trainings"),
     }
     for size in (p.size, *p.larger):
-        for budget, end in ((p.tuning_budget, ""), (p.budgets[-1], "_long")):
+        for budget, end in ((p.tuning_budget, ""), (p.long_budget, "_long")):
             found |= _best(r, p, size, budget, f"at_{slug(size)}{end}")
     return found | _tuning(r, p) | _equal(r) | _tasks(r) | _laws(r) | _state(r)
 

@@ -13,13 +13,18 @@ from analysis.studies.arena.values import slug, solved
 RECORDS = {name: run for name, run in load_records().items() if run.study == "arena"}
 
 
+def tuned_on(run: Run) -> int:
+    """Bytes of text on which rates were tuned: the last but one budget, where none is named."""
+    budgets = sorted(run.parameters["budgets"])
+    return run.parameters.get("tuned_on") or budgets[max(0, len(budgets) - 2)]
+
+
 def best(run: Run) -> pd.DataFrame:
     """By size, budget and system: mean validation bits at the rate with the fewest bits of held-out
     training text, seed 0, at the budget where rates are tuned."""
     cells = run.tables["cells"].frame
     done = cells[cells["status"] == "done"].astype({"chosen_by": float, "valid_bits": float})
-    budgets = sorted(run.parameters["budgets"])
-    tuning = done[(done["seed"] == 0) & (done["budget"] == budgets[max(0, len(budgets) - 2)])]
+    tuning = done[(done["seed"] == 0) & (done["budget"] == tuned_on(run))]
     rates = tuning.loc[tuning.groupby(["size", "system"])["chosen_by"].idxmin()]
     at_best = done.merge(rates[["size", "system", "optimizer", "rate"]])
     return at_best.groupby(["size", "budget", "system"])["valid_bits"].agg(["mean", "count"])
@@ -34,9 +39,8 @@ def test_bits_are_those_of_the_trainings(name):
         mine = found.loc[(row.size, row.budget, row.system)]
         assert row.bits_per_byte == pytest.approx(mine["mean"])
         assert row.seeds == mine["count"]
-    budgets = sorted(run.parameters["budgets"])
     stem = f"at_{slug(run.parameters['size'])}"
-    mean = found["mean"].loc[run.parameters["size"], budgets[max(0, len(budgets) - 2)]]
+    mean = found["mean"].loc[run.parameters["size"], tuned_on(run)]
     assert run.values[f"{stem}_best"].value == mean.idxmin()
     assert run.values[f"{stem}_order"].value == ", ".join(mean.sort_values().index)
     assert run.values[f"{stem}_range"].value == pytest.approx(mean.max() - mean.min())

@@ -58,7 +58,22 @@ def test_more_seeds_and_the_longer_budget_are_at_the_best_rate_alone():
     for name, best in OPTIMUM.items():
         more = {(r["rate"], r["seed"], r["budget"]) for r in rows.values()
                 if r["system"] == name and (r["seed"] or r["budget"] == 4000)}
-        assert more == {(best, 1, 1000), (best, 0, 4000)}
+        assert more == {(best, 1, 1000), (best, 0, 4000), (best, 1, 4000)}
+
+
+def test_rates_are_tuned_on_the_budget_that_is_named_and_laws_take_all():
+    three = replace(P, budgets=(1000, 4000, 9000), tuned_on=1000, scaling=("tiny",),
+                    parts=("text", "long", "scaling", "pieces"))
+    rows = finished(three)
+    budgets = {kind: {r["budget"] for r in rows.values() if r["kind"] == kind}
+               for kind in ("text", "pieces")}
+    assert budgets == {"text": {1000, 4000, 9000}, "pieces": {9000}}
+    assert len({r["rate"] for r in rows.values() if r["budget"] == 1000}) > 3
+    for name in ("M", "A"):
+        assert {(r["rate"], r["seed"]) for r in rows.values() if r["system"] == name
+                and r["kind"] == "text" and r["budget"] == 9000} == {(OPTIMUM[name], 0)}
+    with pytest.raises(UserError, match=r"tuned_on is 5: .* 1000, 4000, 9000"):
+        replace(three, tuned_on=5)
 
 
 def test_every_part_has_a_first_answer_before_any_has_more_seeds():
@@ -73,7 +88,7 @@ def test_validation_text_chooses_nothing():
     assert chosen(P, done, "M", "tiny").rate == 2e-3
     table = best_table(P, done)
     assert set(table["rate"]) == {2e-3, 8e-3}
-    assert table["seeds"].tolist() == [2, 2, 2, 1, 1, 1]
+    assert table["seeds"].tolist() == [2] * 6
 
 
 def test_a_diverged_training_is_never_the_best_and_is_counted():

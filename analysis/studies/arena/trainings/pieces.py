@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from analysis.studies.ablation.learning import LN2, learn_text
 from analysis.studies.ablation.tokens import Pieces, PieceText, encode_corpus, train_pieces
 from analysis.studies.arena import Parameters
-from analysis.studies.arena.trainings.plan import Cell, at
+from analysis.studies.arena.trainings.plan import PIECE_BYTES, Cell, at
 from analysis.studies.arena.trainings.text import (
     HELD_BYTES,
     config_of,
@@ -31,7 +31,6 @@ from mambabyte.model import ByteLM
 from mambabyte.train import autocast
 
 VOCABULARY = 1024
-PIECE_BYTES = 20_000_000  # of training text that pieces are made of and trained on, at most
 SCORED_BYTES = 60_000
 NOISE_SHARE = 0.05  # of characters that noise touches
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -15,6 +15,7 @@ from typing import Any
 from analysis.measure.cells import Row
 from analysis.studies.arena import HALF, Parameters, family, pattern_of
 
+PIECE_BYTES = 20_000_000  # of training text that pieces are made of and trained on, at most
 MOST_STEPS_BEYOND = 2  # rates tried beyond an end of the range where the best is at that end
 
 
@@ -101,6 +102,11 @@ def hybrids(p: Parameters) -> list[str]:
     return [s for s in p.systems if family(s) != s]
 
 
+def compared(p: Parameters, size: str) -> list[str]:
+    """The systems of a size, pure ones first; larger sizes have no 1:1 hybrids."""
+    return [s for s in (*pure(p), *hybrids(p)) if size == p.size or len(pattern_of(s)[0]) != 2]
+
+
 def searches(p: Parameters, done: Done, system: str, size: str) -> list[list[Cell]]:
     """Cells of each search over rates that chooses for a system at a size: one an optimizer. Empty
     while it is not known around which rate to look."""
@@ -150,9 +156,7 @@ def plan(p: Parameters, rows: Sequence[Row]) -> list[Cell]:
 def _text(p: Parameters, done: Done) -> list[Cell]:
     cells: list[Cell] = []
     for size in (p.size, *p.larger):
-        systems = [*pure(p), *hybrids(p)]
-        if size != p.size:
-            systems = [s for s in systems if len(pattern_of(s)[0]) != 2]
+        systems = compared(p, size)
         for system in systems:
             for search in searches(p, done, system, size):
                 cells += search
@@ -162,9 +166,10 @@ def _text(p: Parameters, done: Done) -> list[Cell]:
 
 
 def _long(p: Parameters, done: Done) -> list[Cell]:
-    """Every system on the longest budget; one seed, as it costs four times as much."""
-    best = [chosen(p, done, system, p.size) for system in p.systems]
-    return [at(c, budget=p.budgets[-1]) for c in best if c is not None]
+    """Every system of every tuned size at its best rate, with more text than it was tuned on."""
+    best = [c for size in (p.size, *p.larger) for system in compared(p, size)
+            if (c := chosen(p, done, system, size)) is not None]
+    return [at(c, budget=p.long_budget, seed=seed) for seed in range(p.seeds) for c in best]
 
 
 def _tasks(p: Parameters, done: Done) -> list[Cell]:
@@ -195,16 +200,16 @@ def _clamp(p: Parameters, done: Done) -> list[Cell]:
 
 
 def _memory(p: Parameters, done: Done) -> list[Cell]:
-    """Every system with all of its layers, but 1:1 hybrids, on the longest budget."""
+    """Every system with all of its layers, but 1:1 hybrids, on the long budget."""
     best = [chosen(p, done, s, p.size) for s in p.systems
             if HALF not in s and len(pattern_of(s)[0]) != 2]
-    return [at(c, kind="memory", budget=p.budgets[-1]) for c in best if c is not None]
+    return [at(c, kind="memory", budget=p.long_budget) for c in best if c is not None]
 
 
 def _precision(p: Parameters, done: Done) -> list[Cell]:
-    """Every system of a single mixer with a state that decays, on the longest budget."""
+    """Every system of a single mixer with a state that decays, on the long budget."""
     best = [chosen(p, done, s, p.size) for s in p.systems if s in ("M", "S", "D", "K")]
-    return [at(c, kind="precision", budget=p.budgets[-1]) for c in best if c is not None]
+    return [at(c, kind="precision", budget=p.long_budget) for c in best if c is not None]
 
 
 def scaling_systems(p: Parameters, done: Done) -> list[str]:
@@ -229,12 +234,15 @@ def scaling_cells(p: Parameters, done: Done) -> list[Cell]:
 
 
 def _pieces(p: Parameters, done: Done) -> list[Cell]:
-    """The systems of the laws on pieces, at three rates and then more seeds, and on bytes."""
+    """The systems of the laws on pieces, at three rates and then more seeds, and on bytes: on the
+    longest budget that reads no text twice."""
+    budget = max((b for b in p.budgets if b <= PIECE_BYTES), default=p.tuning_budget)
     cells: list[Cell] = []
     for system in scaling_systems(p, done):
         best = chosen(p, done, system, p.size)
         if best is None or HALF in system:
             continue
+        best = at(best, budget=budget)
         search = [at(best, kind="pieces", rate=rate, seed=0) for rate in rates_around(best.rate)]
         cells += [at(best, kind="noise", seed=seed) for seed in range(p.seeds)] + search
         found = done.best(search)
