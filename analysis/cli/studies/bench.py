@@ -19,6 +19,7 @@ the scan cost at the ceilings that the run itself measures.
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -302,7 +303,7 @@ def bench_start(options: Start) -> int:
     import pandas as pd
 
     from analysis.cli.studies.tables import rows_of
-    from analysis.measure.bench.start import check, start_values, starts, step_ms
+    from analysis.measure.bench.start import caches_of, check, start_in, start_values, step_ms
     from mambabyte.corpus import load_corpus
 
     device = checked(options)
@@ -313,15 +314,24 @@ def bench_start(options: Start) -> int:
     captured = [way for way in ways if cuda and options.pace and way not in ("auto", "eager")]
     started: list[dict] = []
     paced: list[dict] = []
-    try:
-        for name, way in product(options.systems, ways):
-            started += starts(name, way, device, data, options.caches, say)
-        for name in options.systems if captured else ():
-            paced += step_ms(name, captured, device)
-    except KeyboardInterrupt:
-        if not started:
-            raise
-        say(f"interrupted: the {len(started) + len(paced)} rows of before are kept")
+    with tempfile.TemporaryDirectory() as made:
+        folders = {run: Path(made) / str(i)
+                   for i, run in enumerate(product(options.systems, ways))}
+        try:
+            for (name, way), folder in folders.items():  # they fill what the warm ones find
+                rows = start_in(folder, name, way, "cold", device, data, say)
+                started += rows if "cold" in options.caches else []
+            for name in options.systems if captured else ():
+                with caches_of(folders[name, captured[-1]]):  # compiling takes half a minute
+                    paced += step_ms(name, captured, device)
+                say("; ".join(f"{row['system']}, {row['way']}: {row['ms']:.3f} ms a step"
+                              for row in paced[-len(captured):]))
+            for (name, way), folder in folders.items() if "warm" in options.caches else ():
+                started += start_in(folder, name, way, "warm", device, data, say)
+        except KeyboardInterrupt:
+            if not started:
+                raise
+            say(f"interrupted: the {len(started) + len(paced)} rows of before are kept")
     frame, pace = pd.DataFrame(started), pd.DataFrame(paced)
     keep(options, {"systems": list(options.systems), "ways": list(ways), "device": device,
                     "corpus": options.corpus}, start_values(frame, pace),

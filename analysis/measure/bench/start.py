@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,32 +57,45 @@ def _named(name: str) -> Preset | System:
     return system
 
 
-def starts(
-    name: str, way: str, device: str, data: bytes, caches: Sequence[str] = ("cold", "warm"),
+def start_in(
+    folder: Path, name: str, way: str, caches: str, device: str, data: bytes,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Rows (system, way, caches, mark, seconds, joules) of training ``name``, a preset or
-    "task:SYSTEM", on the text ``data``: with empty caches, "cold", and "warm" with what that left
-    in them. joules are nan where they were not measured. UserError where a child fails."""
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        (folder / "text.txt").write_bytes(data)
-        for state in ("cold", "warm") if "warm" in caches else ("cold",):
-            marks = _child(name, way, device, folder)
-            if state not in caches:  # it fills what the next one finds
-                continue
-            rows += [{"system": name, "way": way, "caches": state, **mark} for mark in marks]
-            said = ", ".join(f"{mark['mark']} {mark['seconds']:.2f} s" for mark in marks)
-            say(f"{name}, {way}, {state}: {said}")
-    return rows
+    "task:SYSTEM", on the text ``data`` with the caches of ``folder``: "cold" where it is new and
+    empty, "warm" with what an earlier call left in it. joules are nan where they were not measured.
+    UserError where the child fails."""
+    folder.mkdir(exist_ok=True)
+    (folder / "text.txt").write_bytes(data)
+    marks = _child(name, way, device, folder)
+    said = ", ".join(f"{mark['mark']} {mark['seconds']:.2f} s" for mark in marks)
+    say(f"{name}, {way}, {caches}: {said}")
+    return [{"system": name, "way": way, "caches": caches, **mark} for mark in marks]
+
+
+@contextlib.contextmanager
+def caches_of(folder: Path) -> Iterator[None]:
+    """This process's caches in ``folder`` meanwhile, so that what a child compiled is found."""
+    before = {variable: os.environ.get(variable) for variable in CACHES}
+    os.environ.update(_places(folder))
+    try:
+        yield
+    finally:
+        for variable, value in before.items():
+            os.environ.pop(variable, None)
+            if value is not None:
+                os.environ[variable] = value
+
+
+def _places(folder: Path) -> dict[str, str]:
+    return {variable: str(folder / cache) for variable, cache in CACHES.items()}
 
 
 def step_ms(
-    name: str, ways: Sequence[str], device: str, rounds: int = 7
+    name: str, ways: Sequence[str], device: str, rounds: int = 7, seconds: float = 0.4
 ) -> list[dict[str, Any]]:
     """Rows (system, way, ms, low, high): a step of a preset, or of the network of a task's system
-    without a guide, median and quartiles of interleaved rounds of a second each."""
+    without a guide, median and quartiles of interleaved rounds of as many seconds each."""
     from analysis.measure.bench.steps import training_step
     from analysis.measure.timing import in_turns, quartiles, seconds_of
 
@@ -90,12 +103,13 @@ def step_ms(
     assert system.model is not None
     steps = {way: training_step(system.model, system.train, device, way)[0]  # type: ignore[arg-type]
              for way in ways}
-    counts = {way: max(1, round(1 / seconds_of(step, device, 2))) for way, step in steps.items()}
+    counts = {way: max(1, round(seconds / seconds_of(step, device, 2)))
+              for way, step in steps.items()}
     took = in_turns({way: partial(seconds_of, step, device, counts[way])
                      for way, step in steps.items()}, rounds)
     rows = []
-    for way, seconds in took.items():
-        low, median, high = (1e3 * s for s in quartiles(seconds))
+    for way, each in took.items():
+        low, median, high = (1e3 * s for s in quartiles(each))
         rows.append({"system": name, "way": way, "ms": median, "low": low, "high": high})
     return rows
 
@@ -118,13 +132,13 @@ def start_values(frame: pd.DataFrame, pace: pd.DataFrame) -> dict[str, tuple[flo
 
 
 def _child(name: str, way: str, device: str, folder: Path) -> list[dict[str, Any]]:
-    where = {variable: str(folder / cache) for variable, cache in CACHES.items()}
     given = to_json([name, way, device, str(folder / "text.txt"), str(folder)])
     before, began = _joules(device), time.time()
     try:
         ran = subprocess.run(
             [sys.executable, "-m", "analysis.measure.bench.start", given, str(began)],
-            env={**os.environ, **where}, capture_output=True, text=True, timeout=PROCESS_SECONDS)
+            env={**os.environ, **_places(folder)}, capture_output=True, text=True,
+            timeout=PROCESS_SECONDS)
     except subprocess.TimeoutExpired:
         raise UserError(f"{name} by {way} did not come to step 50 within {PROCESS_SECONDS:g} s: "
                         "choose a smaller preset") from None

@@ -47,6 +47,33 @@ def test_what_cannot_be_started_is_refused() -> None:
         start.check(["smoke"], ["compile"], "cpu")
 
 
+def test_cold_starts_come_first_and_warm_ones_find_what_they_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path
+) -> None:
+    seen = []
+
+    def child(name, way, device, folder):
+        left = folder / "own"
+        seen.append((name, left.is_dir()))
+        left.mkdir(exist_ok=True)
+        return [{"mark": "step 1", "seconds": 1.0, "joules": float("nan")}]
+
+    monkeypatch.setattr(start, "_child", child)
+    command = ["bench", "start", "--device", "cpu", "--corpus", __file__, "--json", "--systems"]
+    assert main([*command, "smoke", "mamba_byte"]) == 0
+    assert seen == [("smoke", False), ("mamba_byte", False), ("smoke", True), ("mamba_byte", True)]
+    rows = json.loads(capsys.readouterr().out)["starts"]
+    assert [row["caches"] for row in rows] == ["cold", "cold", "warm", "warm"]
+    assert main([*command, "smoke", "--caches", "warm"]) == 0
+    assert [row["caches"] for row in json.loads(capsys.readouterr().out)["starts"]] == ["warm"]
+    monkeypatch.setenv("TRITON_CACHE_DIR", "here")
+    monkeypatch.delenv("CUDA_CACHE_PATH", raising=False)
+    with start.caches_of(tmp_path):
+        assert start.os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
+    assert start.os.environ["TRITON_CACHE_DIR"] == "here"
+    assert "CUDA_CACHE_PATH" not in start.os.environ
+
+
 def test_a_child_that_fails_is_one_line(tmp_path, monkeypatch) -> None:
     failed = subprocess.CompletedProcess([], 1, "", "Traceback\nUserError: no text\n")
     monkeypatch.setattr(start.subprocess, "run", lambda *_, **__: failed)
@@ -60,12 +87,12 @@ def test_what_was_started_before_an_interruption_is_kept(
     row = {"system": "smoke", "way": "eager", "caches": "cold", "mark": "step 1", "seconds": 1.0,
            "joules": float("nan")}
 
-    def starts(name: str, *_: object) -> list[dict[str, object]]:
+    def start_in(_: object, name: str, *__: object) -> list[dict[str, object]]:
         if name != "smoke":
             raise KeyboardInterrupt
         return [row]
 
-    monkeypatch.setattr(start, "starts", starts)
+    monkeypatch.setattr(start, "start_in", start_in)
     command = ["bench", "start", "--device", "cpu", "--corpus", __file__, "--json", "--systems"]
     assert main([*command, "smoke", "mamba_byte"]) == 0
     said = capsys.readouterr()
