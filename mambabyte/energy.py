@@ -62,6 +62,13 @@ def _cuda_uuid(index: int) -> str | None:
     return None if uuid is None else f"GPU-{uuid}"
 
 
+def _current() -> int:
+    """What torch takes "cuda" to be; 0 where it sees none."""
+    import torch
+
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
 class _Zone:
     """One RAPL counter: microjoules since construction, unwrapped."""
 
@@ -133,7 +140,8 @@ class EnergyMeter:
         try:
             if device.startswith("cuda"):
                 _, _, index = device.partition(":")
-                counter: NvmlCounter | RaplCounter = NvmlCounter(int(index or 0))
+                counter: NvmlCounter | RaplCounter = NvmlCounter(
+                    int(index) if index else _current())
             else:
                 counter = RaplCounter()
             self._start = self._last = counter.joules()

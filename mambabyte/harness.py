@@ -230,7 +230,7 @@ def run_submission(
     if device.startswith("cuda"):
         import torch
 
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     # What a file prints is no part of our result.
     with redirect_stdout(sys.stderr), imported(path, "character") as train:
         meter, host = EnergyMeter(device, idle_watts), EnergyMeter("cpu")
@@ -242,7 +242,7 @@ def run_submission(
                 raise
             model, failure = None, f"not done after {CAP_SECONDS:g} s"
         if device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         energy = meter.read(at="the end of training")
         total, cpu_joules, cpu_source = total_joules(energy, host.read())
         report(f"trained in {energy.seconds:.1f} s: {energy}")

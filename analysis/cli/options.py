@@ -42,4 +42,6 @@ def pick_device(device: str) -> str:
     if device.partition(":")[2] and int(device.partition(":")[2]) >= torch.cuda.device_count():
         raise UserError(f"device {device!r}: there are {torch.cuda.device_count()} CUDA devices, "
                         "from cuda:0 on")
+    if device.partition(":")[2]:
+        torch.cuda.set_device(device)  # what names no device is meant for it, and no other wakes
     return device

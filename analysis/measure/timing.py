@@ -225,7 +225,8 @@ def captured(
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # The device need not be torch's current one.
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=side):
             kept = call()  # the graph writes to it
     except RuntimeError:  # something in it cannot be captured: time it as it is
         torch.cuda.synchronize(device)
@@ -292,9 +293,10 @@ def device_seconds_of(call: Callable[[], object], flush: Tensor | None) -> float
     if flush is None:
         return seconds_of(call, "cpu")
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    stream = torch.cuda.current_stream(flush.device)
     flush.zero_()
-    begin.record()
+    begin.record(stream)
     call()
-    end.record()
+    end.record(stream)
     end.synchronize()
     return begin.elapsed_time(end) / 1e3

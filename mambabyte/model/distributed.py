@@ -168,12 +168,19 @@ def joined(device: str) -> Iterator[World]:
     if size == 1:
         yield World()
         return
-    backend = "nccl" if device.startswith("cuda") else "gloo"
-    if backend == "nccl":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    mine = None
+    if device.startswith("cuda"):
+        mine = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device not in ("cuda", str(mine)):
+            raise UserError(f"device {device!r}, and process {mine.index} of this machine has "
+                            f"{mine}: give --device cuda, of which each takes its own")
+        if mine.index >= torch.cuda.device_count():
+            raise UserError(f"process {mine.index} of this machine has no CUDA device, of which "
+                            f"there are {torch.cuda.device_count()}: start as many processes")
+        torch.cuda.set_device(mine)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # of torchrun: without it nobody ends who waits here
         owners.end_with(os.getppid())
-    dist.init_process_group(backend)
+    dist.init_process_group("gloo" if mine is None else "nccl", device_id=mine)
     try:
         yield current()
     finally:

@@ -40,15 +40,15 @@ def run_task(
     """
     on_cuda = device.startswith("cuda")
     if on_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
     meter, host = EnergyMeter(device, idle_watts), EnergyMeter("cpu")
-    parts = _Parts(meter, on_cuda)
+    parts = _Parts(meter, device)
     try:
         fitted: Fit | None = build(system, train_data, device, seed, report, parts.ended)
         failure = None
         if on_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
     except NonFiniteError as error:  # a result too: it is what the document's scan comes to
         fitted, failure = None, str(error).split(". ")[0]
     energy = meter.read(at="the end of training")
@@ -60,7 +60,7 @@ def run_task(
         "energy_source": energy.source, "cpu_joules": cpu_joules, "cpu_source": cpu_source,
         "total_joules": total, "seconds": energy.seconds,
         "within_cap": energy.seconds <= CAP_SECONDS, "failure": failure,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_cuda else None,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_cuda else None,
         "model": None if system.model is None else asdict(system.model),
         "train": asdict(system.train),
         "parts": parts.found,
@@ -99,15 +99,15 @@ def run_task(
 class _Parts:
     """Seconds and joules of the parts of a build, each added up where it comes again."""
 
-    def __init__(self, meter: EnergyMeter, on_cuda: bool) -> None:
-        self._meter, self._on_cuda = meter, on_cuda
+    def __init__(self, meter: EnergyMeter, device: str) -> None:
+        self._meter, self._device = meter, device
         self._last = meter.read()
         self.found: dict[str, dict[str, float | None]] = {}
 
     def ended(self, part: str) -> None:
         """What went on since the last one, ``part``, has ended."""
-        if self._on_cuda:
-            torch.cuda.synchronize()
+        if self._device.startswith("cuda"):
+            torch.cuda.synchronize(self._device)
         now, last = self._meter.read(at="the end of a part"), self._last
         self._last = now
         before = self.found.get(part, {"seconds": 0.0, "joules": 0.0})

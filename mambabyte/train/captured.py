@@ -197,7 +197,9 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         # Beside other processes a thread of NCCL's watches events, which "global" forbids.
         mode = "global" if self._world.size == 1 else "thread_local"
-        with torch.cuda.graph(graph, capture_error_mode=mode):
+        # By itself torch captures on the device that was current when it first did.
+        with torch.cuda.device(self.device), torch.cuda.graph(
+                graph, stream=torch.cuda.Stream(self.device), capture_error_mode=mode):
             self._step()
         return graph
 

@@ -1,8 +1,10 @@
-"""The operator on the GPU: compile, CUDA graphs, autocast, checkpointing, streams, threads."""
+"""Operators on the GPU: compile, CUDA graphs, autocast, checkpointing, streams, threads, and a card
+that is not torch's current one."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,9 +12,15 @@ from scan_cases import SEQUENCES, make_inputs, relative_rms, results, scan
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.energy import EnergyMeter
+from mambabyte.model import MIXERS, ByteLM
 from mambabyte.ops import default_form, selective_scan
 from mambabyte.ops.compat import selective_scan_fn
 from mambabyte.ops.scan import operator as fused
+from mambabyte.stream import ByteStream, generate
+from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
+from mambabyte.train.optim import make_optimizer
 
 # What torch itself warns of depends on the machine.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -235,3 +243,89 @@ def test_a_layer_trains() -> None:
         optimizer.step()
         losses.append(value.item())
     assert losses[-1] < losses[0]
+
+
+# ------------------------------------------------------- a card that is not torch's current one
+
+two_cards = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
+
+
+@pytest.fixture
+def other() -> Iterator[str]:
+    """The second card; the first one is current, and nothing may be left on it."""
+    torch.cuda.set_device(0)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(0)
+    yield "cuda:1"
+    assert torch.cuda.current_device() == 0
+    assert torch.cuda.memory_allocated(0) == before
+
+
+def built(letter: str, device: str) -> ByteLM:
+    torch.manual_seed(0)
+    return ByteLM(ModelConfig(d_model=128, n_layer=2, layer_pattern=letter, n_head=2, n_kv_head=1,
+                              attention_window=80)).to(device)
+
+
+@two_cards
+@pytest.mark.parametrize("letter", MIXERS)
+@pytest.mark.parametrize("documents", [False, True])
+def test_layers_on_another_card(letter: str, documents: bool, other: str) -> None:
+    tokens = torch.randint(0, 256, (2, 151))
+    starts = torch.rand(tokens.shape) < 0.03 if documents else None
+
+    def found(device: str) -> list[Tensor]:
+        model = built(letter, device)
+        loss = model.loss(tokens.to(device), None if starts is None else starts.to(device))
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    for one, two in zip(found(other), found("cpu"), strict=True):
+        assert one.device == torch.device(other)
+        assert relative_rms(one.cpu(), two) < 1e-4
+
+
+@two_cards
+@pytest.mark.parametrize("way", ["fused", "graph", "compile"])
+def test_captured_steps_on_another_card(way: str, other: str) -> None:
+    config = TrainConfig(context=100, batch_size=4, n_steps=6, step=way, lr=1e-3)
+    text = torch.randint(0, 256, (5000,), dtype=torch.uint8)
+
+    def losses(device: str) -> list[float]:
+        torch._dynamo.reset()
+        model = built("MSDA", device)
+        prepare(model, config)
+        step = CapturedStep(model, model.loss, make_optimizer(model, config, on_device=True),
+                            Windows(text.to(device), config.context),
+                            window_starts(len(text), config), config)
+        each = []
+        for _ in range(config.n_steps):
+            step(1.0)
+            each.append(step.read().loss)
+        return each
+
+    found = losses(other)
+    assert found[-1] < found[0]
+    assert found == pytest.approx(losses("cpu"), rel=1e-2)  # that in float32
+
+
+@two_cards
+@pytest.mark.parametrize("letters", ["M", "MSDA"])  # an engine each
+def test_streams_on_another_card(letters: str, other: str) -> None:
+    found = []
+    for device in (other, "cpu"):
+        stream = ByteStream(built(letters, device))
+        stream.feed(b"a text")
+        stream.feed(b"!")
+        found.append(stream.log_probs)
+    assert relative_rms(*found) < 1e-5
+    drawn = ["".join(generate(built(letters, device), b"a", 20, temperature=0.0))
+             for device in (other, "cpu")]
+    assert drawn[0] == drawn[1]
+
+
+@two_cards
+def test_the_meter_reads_the_card_that_is_named(other: str) -> None:
+    for device, index in ((other, 1), ("cuda", 0)):
+        assert str(torch.cuda.get_device_properties(index).uuid) in EnergyMeter(device).identity
+    with torch.cuda.device(1):
+        assert EnergyMeter("cuda").identity == EnergyMeter(other).identity

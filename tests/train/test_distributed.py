@@ -17,7 +17,7 @@ from mambabyte.checkpoint import load_model
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus
 from mambabyte.errors import UserError
-from mambabyte.model.distributed import World, current
+from mambabyte.model.distributed import World, current, joined
 from mambabyte.train import train
 
 MODEL = ModelConfig(d_model=16, n_layer=2, layer_pattern="MA", d_state=4, n_head=2, n_kv_head=1)
@@ -152,3 +152,16 @@ def test_alone_is_a_world_of_one():
     assert torch.equal(tensor, torch.ones(3))
     assert world.agree(True)
     assert not world.agree(False)
+
+
+@pytest.mark.parametrize(("device", "line"), [
+    ("cuda", "process 1 of this machine has no CUDA device, of which there are 0"),
+    ("cuda:0", "device 'cuda:0', and process 1 of this machine has cuda:1: give --device cuda"),
+])
+def test_each_process_takes_a_card_of_its_own(device, line, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1"),
+                        ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=line), joined(device):
+        pass

@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mambabyte import energy
 from mambabyte.energy import EnergyMeter, RaplCounter
@@ -142,3 +143,13 @@ def test_nvml_millijoules_and_idle_subtraction(monkeypatch, uuid):
     assert reading.gross_joules == pytest.approx(3.5)
     assert reading.joules == pytest.approx(3.5 - 10 * 0.05)
     assert "10 W idle subtracted" in str(reading)
+
+
+def test_a_device_without_a_number_is_torchs_current_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(energy, "NvmlCounter", asked.append)
+    for current in (1, 0):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        EnergyMeter("cuda")
+    assert asked == [1, 0]

@@ -184,8 +184,9 @@ class Kernel:
             "@7I4xPPI4x", blocks, 1, 1, threads, 1, 1, shared_bytes, 0,
             ctypes.addressof(attribute), 1))
         count = ctypes.c_int()
-        status = _driver().cuOccupancyMaxActiveClusters(
-            ctypes.byref(count), self._function, config)
+        with torch.cuda.device(self.device):
+            status = _driver().cuOccupancyMaxActiveClusters(
+                ctypes.byref(count), self._function, config)
         if status == _CLUSTER_TOO_LARGE:
             return 0
         _check_driver(status, f"occupancy of {self.name} in clusters of {blocks}")
