@@ -303,7 +303,7 @@ def bench_start(options: Start) -> int:
     import pandas as pd
 
     from analysis.cli.studies.tables import rows_of
-    from analysis.measure.bench.start import caches_of, check, start_in, start_values, step_ms
+    from analysis.measure.bench.start import check, paces, start_in, start_values
     from mambabyte.corpus import load_corpus
 
     device = checked(options)
@@ -321,11 +321,9 @@ def bench_start(options: Start) -> int:
             for (name, way), folder in folders.items():  # they fill what the warm ones find
                 rows = start_in(folder, name, way, "cold", device, data, say)
                 started += rows if "cold" in options.caches else []
-            for name in options.systems if captured else ():
-                with caches_of(folders[name, captured[-1]]):  # compiling takes half a minute
-                    paced += step_ms(name, captured, device)
-                say("; ".join(f"{row['system']}, {row['way']}: {row['ms']:.3f} ms a step"
-                              for row in paced[-len(captured):]))
+            used = {name: folders[name, captured[-1]] for name in options.systems if captured}
+            for row in paces(used, captured, device, say):
+                paced.append(row)
             for (name, way), folder in folders.items() if "warm" in options.caches else ():
                 started += start_in(folder, name, way, "warm", device, data, say)
         except KeyboardInterrupt:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -73,22 +75,29 @@ def start_in(
     return [{"system": name, "way": way, "caches": caches, **mark} for mark in marks]
 
 
-@contextlib.contextmanager
-def caches_of(folder: Path) -> Iterator[None]:
-    """This process's caches in ``folder`` meanwhile, so that what a child compiled is found."""
-    before = {variable: os.environ.get(variable) for variable in CACHES}
-    os.environ.update(_places(folder))
-    try:
-        yield
-    finally:
-        for variable, value in before.items():
-            os.environ.pop(variable, None)
-            if value is not None:
-                os.environ[variable] = value
-
-
 def _places(folder: Path) -> dict[str, str]:
     return {variable: str(folder / cache) for variable, cache in CACHES.items()}
+
+
+def paces(
+    folders: Mapping[str, Path], ways: Sequence[str], device: str,
+    say: Callable[[str], None] = lambda line: None,
+) -> Iterator[dict[str, Any]]:
+    """The rows of :func:`step_ms` of each system, with the caches in its folder, so that what a
+    start compiled is found. In a process of their own: a card that has a context draws more, and
+    the next start's joules would have that in them."""
+    if not folders:
+        return
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for name, folder in folders.items():
+            rows = pool.submit(_pace, _places(folder), name, ways, device).result()
+            say("; ".join(f"{name}, {row['way']}: {row['ms']:.3f} ms a step" for row in rows))
+            yield from rows
+
+
+def _pace(places: dict[str, str], *what: Any) -> list[dict[str, Any]]:
+    os.environ.update(places)
+    return step_ms(*what)
 
 
 def step_ms(

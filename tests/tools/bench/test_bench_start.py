@@ -66,12 +66,6 @@ def test_cold_starts_come_first_and_warm_ones_find_what_they_left(
     assert [row["caches"] for row in rows] == ["cold", "cold", "warm", "warm"]
     assert main([*command, "smoke", "--caches", "warm"]) == 0
     assert [row["caches"] for row in json.loads(capsys.readouterr().out)["starts"]] == ["warm"]
-    monkeypatch.setenv("TRITON_CACHE_DIR", "here")
-    monkeypatch.delenv("CUDA_CACHE_PATH", raising=False)
-    with start.caches_of(tmp_path):
-        assert start.os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
-    assert start.os.environ["TRITON_CACHE_DIR"] == "here"
-    assert "CUDA_CACHE_PATH" not in start.os.environ
 
 
 def test_a_child_that_fails_is_one_line(tmp_path, monkeypatch) -> None:
@@ -99,3 +93,14 @@ def test_what_was_started_before_an_interruption_is_kept(
     assert len(json.loads(said.out)["starts"]) == 1
     assert "interrupted: the 1 rows of before are kept" in said.err
     assert main([*command, "mamba_byte"]) == 130
+
+
+@pytest.mark.long
+def test_a_pace_is_of_a_process_with_the_caches_of_the_start(tmp_path) -> None:
+    said = []
+    (row,) = start.paces({"smoke": tmp_path}, ["eager"], "cpu", said.append)
+    assert (row["system"], row["way"]) == ("smoke", "eager")
+    assert 0 < row["low"] <= row["ms"] <= row["high"]
+    assert len(said) == 1
+    assert start.os.environ.get("TRITON_CACHE_DIR") != str(tmp_path / "triton")
+    assert list(start.paces({}, ["eager"], "cpu")) == []
