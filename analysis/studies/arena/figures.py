@@ -225,6 +225,26 @@ def precision(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+def units(frame: pd.DataFrame) -> Figure:
+    """Bits per raw byte and accuracy by noise, of bytes (full marks) and pieces (hollow)."""
+    figure, axes = new_figure(1, 2, size=(10.0, 4.2))
+    noises = list(dict.fromkeys(frame["noise"]))
+    styles = _styles(frame["system"])
+    for ax, column in zip(axes, ("bits_per_raw_byte", "accuracy"), strict=True):
+        for i, (system, look) in enumerate(styles.items()):
+            for unit, fill in (("bytes", "full"), ("pieces", "none")):
+                mine = frame[(frame["system"] == system) & (frame["units"] == unit)]
+                x = [noises.index(noise) + 0.08 * (i - (len(styles) - 1) / 2)
+                     for noise in mine["noise"]]
+                ax.plot(x, mine[column].astype(float), label=f"{system}, {unit}",
+                        **{**look, "linestyle": "none", "fillstyle": fill})
+        ax.set_xticks(range(len(noises)), noises)
+    label_axes(axes[0], "noise in the text (kind)", "bits per raw byte")
+    label_axes(axes[1], "noise in the text (kind)", "share of raw bytes predicted right")
+    legend_below(figure)
+    return figure
+
+
 def followed(frame: pd.DataFrame) -> Figure:
     """Step size times decay while training: quantiles, and the largest of 32 steps."""
     figure, axes = new_figure(1, 2, size=(10.0, 4.2))
@@ -304,6 +324,11 @@ FIGURES = (
                 "differences below some 1e-5 are of either sign.",
         alt="One panel a system; bits lost on a logarithmic axis by format, a mark a way of "
             "rounding."),
+    Drawing(
+        "units", units, ("units",), "Bytes and pieces, and noise",
+        caption="Validation text as it is, and with noise that no training had. Full marks are "
+                "bytes, hollow ones 1,024 pieces; both read the same raw bytes of training text.",
+        alt="Two panels, bits per raw byte and accuracy; a group of marks a noise."),
     Drawing(
         "followed", followed, ("followed",), "Step size times decay while training",
         caption="Left: quantiles over layers, channels and bytes of Mamba-1, its step size free, "

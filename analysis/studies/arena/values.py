@@ -33,7 +33,7 @@ def values(r: Results, p: Parameters) -> Values:
     for size in (p.size, *p.larger):
         for budget, end in ((p.tuning_budget, ""), (p.long_budget, "_long")):
             found |= _best(r, p, size, budget, f"at_{slug(size)}{end}")
-    return found | _tuning(r, p) | _equal(r) | _tasks(r) | _laws(r) | _state(r)
+    return found | _tuning(r, p) | _equal(r) | _tasks(r) | _laws(r) | _units(r) | _state(r)
 
 
 def _best(r: Results, p: Parameters, size: str, budget: int, stem: str) -> Values:
@@ -170,7 +170,31 @@ def _laws(r: Results) -> Values:
         return {}
     held = r.points[r.points["held_back"]]
     error = (held["by_the_law"] - held["valid_bits"]).abs()
-    return {
+    found: Values = {}
+    for system, rows in r.law.groupby("system", sort=False):
+        number = rows.set_index("number")[["value", "low", "high"]].astype(float)
+        e, a, alpha, b, beta = number["value"]
+        name = slug(str(system))
+        found[f"law_{name}"] = Value(
+            f"{e:.2f} + {a:.2f} N^-{alpha:.2f} + {b:.2f} D^-{beta:.2f}", "",
+            f"{system}: bits a byte, N in millions of parameters, D in megabytes of text")
+        for one in ("alpha", "beta"):
+            low, high = number.loc[one, ["low", "high"]]
+            found[f"law_{name}_{one}"] = Value(
+                f"{number.loc[one, 'value']:.2f} ({low:.2f} to {high:.2f})", "",
+                f"{system}: exponent of {'parameters' if one == 'alpha' else 'text'}, and 95 %")
+    best = r.points.loc[r.points.groupby(["size", "trained_bytes"], sort=False)["valid_bits"]
+                        .idxmin()]
+    crossed = r.crossings.dropna(subset=["at_parameters"])
+    return found | {
+        "law_best": Value("; ".join(
+            f"{size}: {', '.join(rows.sort_values('trained_bytes')['system'])}"
+            for size, rows in best.groupby("size", sort=False)), "",
+            "fewest bits at each size, by rising amounts of text"),
+        "law_crossed": Value("; ".join(
+            f"{row.first} and {row.second} at {row.text_bytes / 2**20:.3g} MiB near "
+            f"{row.at_parameters / 1e6:.1f} M ({row.share_of_draws:.0%} of draws)"
+            for row in crossed.itertuples()) or "none", "", "laws that cross, and where"),
         "law_points": Value(len(r.points), "trainings", "that the laws are about"),
         "law_systems": Value(int(r.points["system"].nunique()), "systems", "with a law"),
         "law_held_back": Value(len(held), "trainings", "left out of the fits"),
@@ -181,6 +205,23 @@ def _laws(r: Results) -> Values:
                                "of systems and amounts of text whose laws cross"),
         "law_pairs": Value(len(r.crossings), "pairs", "of systems and amounts of text"),
     }
+
+
+def _units(r: Results) -> Values:
+    found: Values = {}
+    for row in r.units.itertuples() if len(r.units) else ():
+        stem = f"{row.units}_{slug(str(row.system))}_{row.noise}"
+        what = f"{row.system} on {row.units}, noise: {row.noise}"
+        found[f"{stem}_bits"] = Value(float(row.bits_per_raw_byte), "bits/byte", what)
+        found[f"{stem}_accuracy"] = Value(float(row.accuracy), "", f"{what}, share of bytes right")
+    for noise, rows in r.units.groupby("noise", sort=False) if len(r.units) else ():
+        bits = rows.pivot(index="system", columns="units", values="bits_per_raw_byte").dropna()
+        if {"bytes", "pieces"} <= set(bits):
+            gain = (bits["pieces"] - bits["bytes"]).astype(float)
+            found[f"pieces_minus_bytes_{noise}"] = Value(
+                ", ".join(f"{s} {gain[s]:+.3f}" for s in gain.index), "",
+                f"bits a raw byte of pieces minus those of bytes, noise: {noise}")
+    return found
 
 
 def _state(r: Results) -> Values:

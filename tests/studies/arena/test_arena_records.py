@@ -99,6 +99,17 @@ def test_bits_lost_are_those_of_the_table(name):
     assert (plain.max() - plain.min()).max() < 1e-9
 
 
+@pytest.mark.parametrize("name", [n for n, run in RECORDS.items() if "units" in run.tables])
+def test_bytes_and_pieces_are_those_of_the_table(name):
+    run = RECORDS[name]
+    frame = run.tables["units"].frame.set_index(["system", "units", "noise"])
+    for system, units, noise in frame.index:
+        stem = f"{units}_{slug(system)}_{noise}"
+        row = frame.loc[(system, units, noise)]
+        assert run.values[f"{stem}_bits"].value == pytest.approx(float(row["bits_per_raw_byte"]))
+        assert run.values[f"{stem}_accuracy"].value == pytest.approx(float(row["accuracy"]))
+
+
 @pytest.mark.parametrize("name", [n for n, run in RECORDS.items() if "points" in run.tables])
 def test_laws_are_judged_by_the_points_that_were_held_back(name):
     run = RECORDS[name]
