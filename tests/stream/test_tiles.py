@@ -14,7 +14,7 @@ BYTES = 3  # that are fed
 
 
 def run(tiles: list[module.Tile], space: int) -> None:
-    """As ``ask`` and ``times`` of hybrid.cu."""
+    """As ``supply`` and ``rows`` of the kernel."""
     memory: dict[int, tuple[int, int]] = {}  # what each float holds: a tile of a byte
     asked = used = lap = following = 0
 

@@ -51,6 +51,9 @@ inline void cluster_barrier() {
                  ::: "memory");
 }
 
+// The block's first T threads meet; whoever is behind them has other work.
+inline void meet() { asm volatile("bar.sync 1, %0;" ::"n"(T) : "memory"); }
+
 // ------------------------------------------------------------------------------------ in a warp
 
 // Sums of each of VALUES (a power of 2, at most COUNT) over COUNT lanes: lane l has l % VALUES.
@@ -228,7 +231,7 @@ inline void choose(const Draw &how, const float *logit, float *prob, float *kept
             for (int i = 0; i < 8; i++) prob[warp * V + 8 * lane + i] = a[i] * scale;
         }
         if (filter) {
-            __syncthreads();
+            meet();
             for (int i = tid; i < S * V; i += T) {
                 const float4 *row = (const float4 *)(prob + i / V * V);
                 float p = prob[i], above = 0.f;
@@ -247,7 +250,7 @@ inline void choose(const Draw &how, const float *logit, float *prob, float *kept
                 bool keep = (top_k == 0 || rank_of < top_k) && (rank_of == 0 || above < top_p);
                 kept[i] = keep ? p : 0.f;
             }
-            __syncthreads();
+            meet();
         } else {
             __syncwarp();
         }
@@ -259,5 +262,5 @@ inline void choose(const Draw &how, const float *logit, float *prob, float *kept
     __syncwarp();
     if (warp < S && rank == warp % CL && lane == 0 && base + warp < streams)
         how.drawn[(int64)(base + warp) * steps + t] = (unsigned char)byte[warp];
-    __syncthreads();
+    meet();
 }

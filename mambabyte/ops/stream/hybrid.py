@@ -24,7 +24,7 @@ from mambabyte.ops.stream.feeding import VOCABULARY, ByteFeeder
 from mambabyte.ops.stream.packing import THREADS, Built, Packed, pack, program
 from mambabyte.ops.stream.tiles import schedule
 
-_PARAMETERS = "PI" + 15 * "P" + "iiiPPPPIQQiiifif"
+_PARAMETERS = "PI" + 15 * "P" + "iiiPPPPIQQiiififPiPP"
 _WIDTHS = (128, 64, 32, 16, 8)  # blocks, each alone on a multiprocessor, best first
 _TURNS = 4096  # positions whose rotary angles are computed at a time
 _MOST_EXCHANGES = 6  # a layer; two more a byte
@@ -37,7 +37,8 @@ class HybridState(NamedTuple):
     """What all layers remember of B texts: numbers of a fixed size, and keys and values."""
 
     numbers: Tensor  # (B, blocks * floats)
-    cache: Tensor  # (B, layers of attention, 2, blocks, rows / blocks, n_kv_head * head_dim)
+    cache: Tensor  # (B, layers of attention, 2, n_kv_head, chunks, slots, head_dim): row i of a
+    # layer's keys and values is slot i // chunks of chunk i % chunks
     begin: int  # rows begin to stored of the cache are theirs
     stored: int
     position: int  # bytes seen before
@@ -193,6 +194,7 @@ class HybridStreamer(ByteFeeder):
         self._packed = _packed(config, parameters, eps, tiny, self._index)
         self._constants = dict(self._packed.constants)
         self.blocks = int(self._constants["CL"])
+        self._chunks = max(1, self.blocks // config.n_kv_head)
         self._kernel, self._built = _kernel(self._packed.constants, self._index)
         self._schedule = torch.tensor(schedule(self._packed.sizes, self._built.space),
                                       dtype=torch.int32, device=self.device)
@@ -223,11 +225,10 @@ class HybridStreamer(ByteFeeder):
         numbers = to_numbers(self.config, layers, self.blocks)
         batch = len(caches[0][0]) if caches else len(numbers)
         stored = max((k.shape[2] for k, _ in caches), default=0)
-        cache = self._cache(batch, self._rows(stored))
+        cache = self._cache(batch, stored)
         for i, pair in enumerate(caches):
-            for j, x in enumerate(pair):
-                rows = x.float().transpose(1, 2).flatten(2)  # (B, S, width)
-                self._place(cache[:, i, j], F.pad(rows, (0, 0, stored - rows.shape[1], 0)))
+            for j, rows in enumerate(pair):
+                self._place(cache[:, i, j], F.pad(rows.float(), (0, 0, stored - rows.shape[2], 0)))
         numbers = numbers.to(self.device)
         if numbers.shape[1] == 0:
             numbers = self.new_state(batch).numbers
@@ -240,28 +241,25 @@ class HybridStreamer(ByteFeeder):
         caches = []
         for i, window in enumerate(self._windows):
             begin = max(state.begin, state.stored - (window - 1))
-            k, v = (self._taken(state.cache[:, i, j], begin, state.stored).unflatten(
-                2, (self.config.n_kv_head, -1)).transpose(1, 2).contiguous() for j in range(2))
-            caches.append((k, v))
+            k, v = (self._taken(state.cache[:, i, j], begin, state.stored) for j in range(2))
+            caches.append((k.contiguous(), v.contiguous()))
         return from_numbers(self.config, state.numbers, self.blocks), caches
 
-    def _rows(self, least: int) -> int:
-        return -(-least // self.blocks) * self.blocks
-
     def _cache(self, batch: int, rows: int) -> Tensor:
-        width = self.config.n_kv_head * self.config.head_dim
-        return torch.zeros(batch, len(self._windows), 2, self.blocks, rows // self.blocks, width,
-                           device=self.device)
+        c = self.config
+        return torch.zeros(batch, len(self._windows), 2, c.n_kv_head, self._chunks,
+                           -(-rows // self._chunks), c.head_dim, device=self.device)
 
     def _place(self, cache: Tensor, rows: Tensor) -> None:
-        """rows (B, S, width) to the first rows of a cache (B, blocks, slots, width)."""
-        rows = F.pad(rows, (0, 0, 0, self._rows(rows.shape[1]) - rows.shape[1]))
-        slots = rows.unflatten(1, (-1, self.blocks)).transpose(1, 2)
-        cache[:, :, : slots.shape[2]] = slots
+        """rows (B, n_kv_head, S, head_dim) to the first rows of a cache (B, n_kv_head, chunks,
+        slots, head_dim)."""
+        rows = F.pad(rows, (0, 0, 0, -rows.shape[2] % self._chunks))
+        slots = rows.unflatten(2, (-1, self._chunks)).transpose(2, 3)
+        cache[:, :, :, : slots.shape[3]] = slots
 
     @staticmethod
     def _taken(cache: Tensor, begin: int, end: int) -> Tensor:
-        return cache.transpose(1, 2).flatten(1, 2)[:, begin:end]
+        return cache.transpose(2, 3).flatten(2, 3)[:, :, begin:end]
 
     def _grown(self, state: HybridState, length: int) -> tuple[HybridState, _Room]:
         """A state of the same numbers with room for ``length`` more rows behind its own that
@@ -272,12 +270,12 @@ class HybridStreamer(ByteFeeder):
         kept = min(state.stored - state.begin, max([1, *self._windows]) - 1)
         # At least as many rows as are copied can follow: a copy costs a row each, in the mean.
         spare = max(_LEAST_ROOM, kept) if self._windows else 0
-        cache = self._cache(len(state.numbers), self._rows(kept + length + spare))
+        cache = self._cache(len(state.numbers), kept + length + spare)
         for i in range(len(self._windows)):
             for j in range(2):
                 self._place(cache[:, i, j], self._taken(state.cache[:, i, j], state.stored - kept,
                                                         state.stored))
-        room = _Room(cache.shape[3] * cache.shape[4] if self._windows else 1 << 62, kept + length)
+        room = _Room(cache.shape[4] * cache.shape[5] if self._windows else 1 << 62, kept + length)
         return state._replace(cache=cache, begin=0, stored=kept), room
 
     # ------------------------------------------------------------------------------- running
@@ -357,10 +355,11 @@ class HybridStreamer(ByteFeeder):
             exchange = self._exchanges[stream]
             number = exchange.take(batch * length * (_MOST_EXCHANGES * self.config.n_layer + 2))
             self._kernel.launch(
-                (self.blocks, 1, 1), (THREADS, 1, 1), self._built.shared_bytes, stream,
+                (self.blocks, 1, 1), (THREADS + 32, 1, 1), self._built.shared_bytes, stream,
                 exchange.numbers.data_ptr(), number, *self._weights, *pointers,
-                shape[3] * shape[4], state.begin, state.stored, *results, *told, seed % 2**64,
-                position, batch, length, int(every), temperature, top_k, top_p, together=True)
+                shape[5], state.begin, state.stored, *results, *told, seed % 2**64,
+                position, batch, length, int(every), temperature, top_k, top_p, 0, 0, 0, 0,
+                together=True)
         new = _Held(numbers, state.cache, state.begin, state.stored + length,
                     state.position + length)
         new.room = room

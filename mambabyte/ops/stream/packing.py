@@ -21,6 +21,7 @@ from mambabyte.ops.stream.feeding import VOCABULARY
 THREADS = 512
 KINDS = {"M": 0, "A": 1, "L": 1, "S": 2, "D": 3, "K": 4}  # as in the kernel, by letter
 TILE = 4096  # floats of a tile of several rows; a longer row is one alone
+PAST = 4096  # bytes in which a guess is looked for; a power of two
 COPIES = 2  # of a number that is exchanged: so many fewer blocks look at each
 # Parameters of a guided model (task/guide.py) beside its network's.
 GUIDED = ("prior.weight", "best.weight", "kind.weight", "gate.weight", "gate.bias")
@@ -35,6 +36,14 @@ _SMALL = ("MIX_GAIN", "MIX_BIAS", "MLP_GAIN", "MLP_BIAS", "STREAM", "EMBEDDED", 
 def _pad(n: int) -> int:
     """Floats that a row of n columns takes: a whole number of vectors."""
     return -(-n // 32) * 32 if n <= 96 else -(-n // 128) * 128
+
+
+def _slices(units: int) -> int:
+    """Into how many slices of columns a row of so many times 32 is cut, as in the kernel."""
+    n = 1
+    while n < THREADS // 32 and units > 8 * n:
+        n *= 2
+    return n
 
 
 def _part(n: int, blocks: int) -> int:
@@ -72,6 +81,7 @@ class _Packer:
         embedding = parameters["embedding.weight"]
         self.like = embedding.new_zeros((), dtype=torch.float32)
         self.tiles: list[Tensor] = []
+        self.sums = 0  # that the threads of a block make of one matrix, for a byte
         self.offsets: dict[str, int] = dict.fromkeys(_SMALL, 0)
 
     # ------------------------------------------------------------------------------- parts
@@ -96,6 +106,7 @@ class _Packer:
     def matrix(self, w: Tensor, width: int | None = None) -> None:
         """Rows (blocks, rows, columns) into tiles, in the order of their use."""
         columns = _pad(width or w.shape[2])
+        self.sums = max(self.sums, (w.shape[1] + 1) * _slices(columns // 32))
         w = F.pad(w, (0, columns - w.shape[2]))
         fit = max(1, TILE // columns)
         self.tiles += [w[:, at : at + fit].flatten(1) for at in range(0, w.shape[1], fit)]
@@ -161,9 +172,8 @@ class _Packer:
                          self.get(at + "in_proj.bias", 0.0, (2 * c.d_inner,)))
         dt = self.get(at + "dt_proj.weight")
         padded = self.padded(c.d_inner)
-        self.matrix(self.share(self.get(at + "x_proj.weight")), padded)
-        if full:
-            self.matrix(self.share(dt), padded)
+        projections = [self.get(at + "x_proj.weight"), *([dt] if full else [])]
+        self.matrix(torch.cat([self.share(w) for w in projections], 1), padded)
         self.matrix(self.share(self.get(at + "out_proj.weight")), padded)
         return {
             "OWN": bias, "M_CONV": self.share(self.get(at + "conv1d.weight").squeeze(1)),
@@ -268,9 +278,10 @@ class _Packer:
         resident = torch.cat([F.pad(model, (0, -model.shape[1] % 4)), *layers], 1)
         sizes_of = tuple(t.shape[1] for t in self.tiles)
         constants = sizes | self.offsets | {
-            "CL": self.blocks, "S": 1, "T": THREADS, "TILE": TILE, "TILES": len(sizes_of),
+            "CL": self.blocks, "S": 1, "T": THREADS, "PASS": 1, "PAST": PAST, "TILE": TILE,
+            "TILES": len(sizes_of),
             "GUIDED": int(guided), "CACHES": max(1, caches), "RESIDENT": resident.shape[1],
-            "STATE": _up(states), "BLOB": sum(sizes_of),
+            "STATE": _up(states), "BLOB": sum(sizes_of), "SUMMED": self.sums,
             "EPS": self.eps, "TINY": self.tiny, "SSD_EPS": float(c.ssd_norm_eps),
             "CAP": c.logit_softcap}
         norm = torch.stack([self.get("norm_f.weight", 1.0, (d,)),
@@ -308,31 +319,54 @@ def _sizes(c: ModelConfig, blocks: int) -> dict[str, int]:
     }  # fmt: skip
 
 
+def _strides(z: Mapping[str, Any]) -> dict[str, int]:
+    """From one byte of a pass to the next, in vectors that layers of several kinds share."""
+    part = functools.partial(_part, blocks=z["CL"])
+    rows, channels, values = part(z["DM"]), part(z["DI"]), part(z["DH"] * z["DV"])
+    heads, low = part(z["DH"]), part(z["DV"])
+    return {
+        "LOCALS": max(2 * channels + part(2 * z["SG"] * z["SN"]) + part(z["SH"]),
+                      2 * rows + values + heads + max(heads + values, 2 * low)),
+        "YS": _pad(z["CL"] * max(channels, rows, values)),
+        "DTS_STRIDE": z["CL"] * max(part(z["SH"]), heads, rows),
+    }
+
+
 def _regions(z: Mapping[str, Any]) -> dict[str, int]:
     """Floats of each part of shared memory behind the tiles and the resident weights."""
     part = functools.partial(_part, blocks=z["CL"])
     blocks, rows, channels = z["CL"], part(z["DM"]), part(z["DI"])
     kv, values = part(z["KVH"] * z["HD"]), part(z["DH"] * z["DV"])
-    shared, heads, low = part(2 * z["SG"] * z["SN"]), part(z["SH"]), part(z["DV"])
-    delta_heads = part(z["DH"])
-    delta = max(z["D"], z["KDA"])
-    head_warps = max(1, z["T"] // 32 // z["HEADS"])
-    local = max(2 * channels + shared + heads,
-                2 * rows + values + delta_heads + max(delta_heads + values, 2 * low))
-    return {
-        "STATES": z["STATE"], "X": _pad(blocks * rows), "XN": _pad(z["DM"]), "EMB": rows,
-        "SLOT": z["SLOTS"] * rows, "LOCAL": local, "LOW": blocks * part(z["R"] + 2 * z["N"]),
-        "STEP": channels, "ALL_U": z["M"] * _pad(blocks * channels), "Q": blocks * rows,
-        "KEY": blocks * max(kv, rows), "VALUE": blocks * kv,
-        "HINTS": z["GUIDED"] * VOCABULARY, "LIKELY": z["GUIDED"] * VOCABULARY, "TURN": z["HD"],
-        "GROUP": z["A"] * z["HEADS"] * head_warps * (z["HD"] + 2),
-        "PARTIAL": z["A"] * 3 * rows * blocks, "BC": blocks * shared,
-        "DTS": blocks * max(heads, delta_heads, rows), "BETA": blocks * delta_heads,
-        "F": _pad(blocks * low), "GL": _pad(blocks * low), "GATES": delta * blocks * values,
-        "Y": _pad(blocks * max(channels, rows, values)), "HIDDEN": _pad(blocks * part(z["H"])),
-        "LOGIT": blocks * part(VOCABULARY + z["GUIDED"]), "PROB": VOCABULARY, "KEPT": VOCABULARY,
-        "BYTE": 4, "SCHEDULE": 4 * z["TILES"], "BARS": 2 * z["TILES"],
+    delta, warps = max(z["D"], z["KDA"]), z["T"] // 32
+    each = {  # of each byte of a pass
+        "X": _pad(blocks * rows), "XN": _pad(blocks * rows), "EMB": rows,
+        "SLOT": z["SLOTS"] * rows, "LOCAL": z["LOCALS"],
+        "LOW": blocks * part(z["R"] + 2 * z["N"]), "STEP": channels,
+        "ALL_U": z["M"] * _pad(blocks * channels), "Q": blocks * rows,
+        "KEY": blocks * max(kv, rows), "VALUE": blocks * kv, "TURN": z["HD"],
+        "PARTIAL": z["A"] * 3 * rows * _chunks(z), "BC": blocks * part(2 * z["SG"] * z["SN"]),
+        "DTS": z["DTS_STRIDE"], "BETA": blocks * part(z["DH"]), "F": _pad(blocks * part(z["DV"])),
+        "GL": _pad(blocks * part(z["DV"])), "GATES": delta * blocks * values, "Y": z["YS"],
+        "HIDDEN": _pad(blocks * part(z["H"])), "SUMS": z["SUMMED"],
+        "LOGIT": _up(blocks * part(VOCABULARY + z["GUIDED"])),
     }  # fmt: skip
+    # Warps have sets of the queries to one head's keys, as many as their registers hold.
+    queries = z["PASS"] * z["HEADS"] // z["KVH"]
+    sets = -(-queries // max(1, 32 // -(-z["HD"] // 8)))
+    guesses = z["PASS"] > 1
+    return {
+        "STATES": z["STATE"], **{name: z["PASS"] * size for name, size in each.items()},
+        "GROUP": z["A"] * queries * max(1, warps // sets) * (z["HD"] + 2),
+        "HINTS": z["GUIDED"] * VOCABULARY, "LIKELY": z["GUIDED"] * VOCABULARY,
+        "PROB": VOCABULARY, "KEPT": VOCABULARY, "BYTE": 4, "ENDED": 4,
+        "SEEN": guesses * z["PAST"] // 4, "ENDINGS": guesses * warps,
+        "SCHEDULE": 4 * z["TILES"], "BARS": 4 * z["TILES"] + 2,
+    }  # fmt: skip
+
+
+def _chunks(z: Mapping[str, Any]) -> int:
+    """Blocks that share the keys of a head."""
+    return max(1, z["CL"] // z["KVH"])
 
 
 def pack(
@@ -356,21 +390,24 @@ class Built(NamedTuple):
 def program(constants: tuple[tuple[str, float], ...], shared_bytes: int) -> Built:
     """The kernel for these constants where a block may have ``shared_bytes`` of shared memory."""
     z: dict[str, Any] = dict(constants)
+    z |= _strides(z)
     at, places = 0, {}
     for name, size in _regions(z).items():
         places[name] = at
         at += _up(size)
     # Numbers that are exchanged have the places of the vectors they come to; then attention's.
-    rows = _part(z["DM"], z["CL"])
+    shares = _chunks(z) * z["PASS"] * z["HEADS"] * (z["HD"] + 2)
     places |= {"VECTORS": at, "COPIES": COPIES, "SHARES": COPIES * at,
-               "PLACES": COPIES * at + z["A"] * 3 * rows * z["CL"] ** 2}
+               "PLACES": COPIES * at + z["A"] * shares}
     space = min(z["BLOB"], (shared_bytes // 4 - z["RESIDENT"] - at) // 4 * 4)
     whole = {n: v for n, v in (z | places | {"SPACE": space}).items() if isinstance(v, int)}
     real = {n: v for n, v in z.items() if isinstance(v, float)}
     sizes = "constexpr int " + ", ".join(f"{n} = {v}" for n, v in whole.items())
     sizes += "; constexpr float " + ", ".join(f"{n} = {v!r}f" for n, v in real.items()) + ";"
     made = Program.from_file(
-        "build/types.cu", "stream/cluster.cu", "stream/hybrid.cu", names=("stream_hybrid",),
+        "build/types.cu", "stream/cluster.cu",
+        *(f"stream/grid/{name}.cu" for name in ("block", "mamba", "attention", "mamba2", "delta")),
+        "stream/hybrid.cu", names=("stream_hybrid",),
         options=(f"-DSIZES={sizes}",))
     return Built(made, space, 4 * (space + z["RESIDENT"] + at), places["PLACES"])
 

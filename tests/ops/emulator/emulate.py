@@ -21,6 +21,7 @@ INSTRUCTIONS = {
     r"griddepcontrol": "nothing",
     r"fence\.mbarrier_init": "nothing",
     r"barrier\.cluster": "cluster_barrier",
+    r"bar\.sync": "bar_sync",
     r"mapa": "mapa",
     r"st\.async": "st_async",
     r"fence\.proxy": "nothing",

@@ -85,8 +85,9 @@ struct Fiber {
 static Fiber fibers_of[MAX_CLUSTER][MAX_THREADS];
 #define fibers (fibers_of[block_rank()])
 static jmp_buf scheduler;
-static Meeting block_meetings[MAX_CLUSTER], warps_meetings[MAX_CLUSTER][MAX_THREADS / 32], cluster_meeting;
+static Meeting block_meetings[MAX_CLUSTER], some_meetings[MAX_CLUSTER], warps_meetings[MAX_CLUSTER][MAX_THREADS / 32], cluster_meeting;
 #define block_meeting (block_meetings[block_rank()])
+#define some_meeting (some_meetings[block_rank()])  // of the threads that name this barrier
 #define warp_meetings (warps_meetings[block_rank()])
 static uint32_t posted_of[MAX_CLUSTER][MAX_THREADS / 32][2][32][4];
 #define posted (posted_of[block_rank()])
@@ -329,6 +330,7 @@ static void st_async(uint32_t to, float value, uint32_t barrier) {
     if (to % 4) fail("a misaligned send");
     fibers[threadIdx.x].copies.push_back({at(to), nullptr, 4, barrier, true, true, value});
 }
+static void bar_sync(int threads) { meet(some_meeting, threads); }
 static void cluster_barrier() { meet(cluster_meeting, cluster * blockDim.x); }
 static void elect(uint32_t &chosen) { chosen = threadIdx.x % 32 == 0; }
 static void copy_bulk(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
@@ -381,7 +383,7 @@ static void run_blocks(int base, int threads, std::mt19937 &random) {
     for (int rank = 0; rank < cluster; ++rank) {
         blockIdx = {base + rank, 0, 0};
         memset(shared, 0xff, SHARED);
-        block_meeting = {};
+        block_meeting = some_meeting = {};
         for (Meeting &meeting : warp_meetings) meeting = {};
         for (int t = 0; t < threads; ++t) {
             Fiber &fiber = fibers[t];

@@ -1,0 +1,110 @@
+// The delta rule (D), and Kimi's with a decay of each key (K): q, k, v, convolution => (K: decays =>)
+// state => norms, o_proj => x.
+
+constexpr int DK = DM / DH, VC = parts(DH * DV, CL), RE = parts(DH, CL), RF = parts(DV, CL);
+constexpr int GV = power(DK) < 16 ? power(DK) : 16, KE = parts(DK, GV);  // threads a value; keys each
+constexpr int D_ROWS = 2 * RD + VC + RE;  // of in_proj, without the gates' rows
+constexpr int ES = CL * RE, FS = pad(CL * RF), VS = CL * VC;
+
+template <int P, bool KIMI_RULE> inline void delta(Block &b, float *state) {
+    constexpr int ROWS = D_ROWS + (KIMI_RULE ? 2 * RF : RE + VC), TAPS = 2 * RD + VC;
+    constexpr int GATE_AT = D_ROWS + (KIMI_RULE ? 0 : RE), QD = CL * RD;
+    float *const q = b.mem + Q, *const key = b.mem + KEY, *const decay = b.mem + DTS, *const y = b.mem + Y;
+    float *const local = b.mem + LOCAL, *const beta = b.mem + BETA, *const low = b.mem + F, *const gl = b.mem + GL;
+    const float *own = b.own;
+    const int rank = b.rank, lane = b.lane;
+    b.rows_normed<ROWS, P>([&](int r, int p, float v) { local[p * LOCALS + r] = v + own[OWN + r]; });
+    meet();
+    for (int c = b.tid; c < TAPS; c += T)
+#pragma unroll
+        for (int p = 0; p < P; p++) {
+            float *const at = local + p * LOCALS + c;
+            const float out = b.convolve<P>(own + D_CONV + c * K, 0.f, state + VC * DK + c, TAPS, *at, p);
+            if (c < 2 * RD)
+                b.send((c < RD ? q : key - RD) + p * QD + rank * RD + c, out);
+            else
+                *at = out;
+        }
+    for (int i = b.tid; i < P * RE; i += T) {
+        const int p = i / RE, r = i % RE;
+        b.send(beta + p * ES + rank * RE + r, local[p * LOCALS + D_ROWS - RE + r]);
+        if (!KIMI_RULE) b.send(decay + p * DTS_STRIDE + rank * RE + r, local[p * LOCALS + D_ROWS + r]);
+    }
+    for (int i = b.tid; KIMI_RULE && i < P * RF; i += T) {
+        const int p = i / RF, r = i % RF;
+        b.send(low + p * FS + rank * RF + r, local[p * LOCALS + D_ROWS + r]);
+        b.send(gl + p * FS + rank * RF + r, local[p * LOCALS + D_ROWS + RF + r]);
+    }
+    b.take<2 * QD + ES + (KIMI_RULE ? 2 * CL * RF : ES), P>([](int p, int i) {
+        if (i < QD) return Q + p * QD + i;
+        if (i < 2 * QD) return KEY + p * QD + i - QD;
+        i -= 2 * QD;
+        if (i < ES) return BETA + p * ES + i;
+        i -= ES;
+        return !KIMI_RULE ? DTS + p * DTS_STRIDE + i : i < CL * RF ? F + p * FS + i : GL + p * FS + i - CL * RF;
+    });
+    if constexpr (KIMI_RULE) {
+        b.rows<RD, CL * RF, false, P>(low, FS, [&](int r, int p, float v) {
+            float dt = softplus(v + own[D_DT_BIAS + r]);
+            b.send(decay + p * DTS_STRIDE + rank * RD + r, exp2f(dt * own[D_RATE + r]));
+        });
+        meet();
+        b.rows<VC, CL * RF, false, P>(gl, FS, [&](int r, int p, float v) {
+            local[p * LOCALS + GATE_AT + r] = sigmoid(v + own[D_GATE + r]);
+        });
+        b.take_all<QD, P>(DTS, DTS_STRIDE);
+    }
+    for (int unit = b.warp; unit < P * 2 * DH; unit += WARPS) {  // |q| = 1 / sqrt(DK), |k| = 1
+        const int p = unit / (2 * DH), head = unit % (2 * DH);
+        float *v = (head < DH ? q + head * DK : key + (head - DH) * DK) + p * QD, square = 0.f;
+        for (int c = lane; c < DK; c += 32) square = fmaf(v[c], v[c], square);
+        float scale = rsqrtf(sum_over<32>(square) + 1e-6f);
+        if (head < DH) scale *= rsqrtf((float)DK);
+        for (int c = lane; c < DK; c += 32) v[c] *= scale;
+    }
+    meet();
+    for (int start = 32 * b.warp; start < VC * GV; start += T) {
+        const int g = lane % GV, j = min((start + lane) / GV, VC - 1);
+        const bool there = start + lane < VC * GV;
+        const int h = min((rank * VC + j) / DV, DH - 1);
+        float s[KE];
+#pragma unroll
+        for (int e = 0; e < KE; e++) s[e] = g + GV * e < DK ? state[j * DK + g + GV * e] : 0.f;
+#pragma unroll
+        for (int p = 0; p < P; p++) {
+            const float *decay_of = decay + p * DTS_STRIDE, *in = local + p * LOCALS;
+            float read = 0.f, out = 0.f, a = 1.f;
+            if (!KIMI_RULE) a = exp2f(softplus(decay_of[h] + own[D_DT_BIAS + h]) * own[D_RATE + h]);
+#pragma unroll
+            for (int e = 0; e < KE; e++) {
+                const int at = h * DK + min(g + GV * e, DK - 1);
+                s[e] *= KIMI_RULE ? decay_of[at] : a;
+                read = fmaf(key[p * QD + at], s[e], read);
+            }
+            float write = (in[2 * RD + j] - sum_over<GV>(read)) * sigmoid(beta[p * ES + h]);
+#pragma unroll
+            for (int e = 0; e < KE; e++) {
+                const int k = g + GV * e, at = p * QD + h * DK + min(k, DK - 1);
+                if (k < DK) s[e] = fmaf(key[at], write, s[e]);
+                out = fmaf(q[at], s[e], out);
+                if (there && k < DK) b.keep<P>(state + j * DK + k, s[e], p);
+            }
+            out = sum_over<GV>(out);
+            const float gate = in[GATE_AT + j];
+            if (there && g == 0) {
+                b.send(y + p * YS + rank * VC + j, out);
+                b.send(b.mem + GATES + p * VS + rank * VC + j, KIMI_RULE ? gate : gate * sigmoid(gate));
+            }
+        }
+    }
+    b.take<2 * VS, P>([](int p, int i) { return i < VS ? Y + p * YS + i : GATES + p * VS + i - VS; });
+    for (int unit = b.warp; unit < P * DH; unit += WARPS) {
+        const int p = unit / DH, head = unit % DH;
+        float *v = y + p * YS + head * DV, *open = b.mem + GATES + p * VS + head * DV, square = 0.f;
+        for (int c = lane; c < DV; c += 32) square = fmaf(v[c], v[c], square);
+        float scale = rsqrtf(sum_over<32>(square) * (1.f / DV) + 1e-5f);
+        for (int c = lane; c < DV; c += 32) v[c] *= scale * open[c];
+    }
+    meet();
+    b.mix<VS, P>(y, YS);
+}

@@ -1,0 +1,55 @@
+// Mamba (M): in_proj, convolution => x_proj => scan step => out_proj => x.
+
+constexpr int XR = R + 2 * N, RX = parts(XR, CL), G = power(N) < 16 ? power(N) : 16;
+constexpr int US = pad(CL * DC), WS = CL * RX, NE = parts(N, G);  // states of a thread
+
+template <int P> inline void mamba(Block &b, float *state) {
+    float *const all_u = b.mem + ALL_U, *const low = b.mem + LOW, *const local = b.mem + LOCAL, *const y = b.mem + Y;
+    const float *own = b.own;
+    b.rows_normed<2 * DC, P>([&](int r, int p, float v) { local[p * LOCALS + r] = v + own[OWN + r]; });
+    meet();
+    for (int c = b.tid; c < DC; c += T)
+#pragma unroll
+        for (int p = 0; p < P; p++) {
+            float *const at = local + p * LOCALS + c;
+            const float u = b.convolve<P>(own + M_CONV + c * K, own[M_CONV_BIAS + c], state + DC * N + c, DC, *at, p);
+            b.send(all_u + p * US + b.rank * DC + c, u);
+            *at = u, at[DC] *= sigmoid(at[DC]);
+        }
+    b.take_all<CL * DC, P>(ALL_U, US);
+    b.rows<RX + (R ? 0 : DC), CL * DC, false, P>(all_u, US, [&](int r, int p, float v) {
+        if (r < RX)
+            b.send(low + p * WS + b.rank * RX + r, v);
+        else
+            b.mem[STEP + p * DC + r - RX] = v;
+    });
+    b.take_all<WS, P>(LOW, WS);
+    for (int start = 32 * b.warp; start < DC * G; start += T) {
+        const int g = b.lane % G, c = min((start + b.lane) / G, DC - 1);
+        const bool there = start + b.lane < DC * G;
+        float h[NE];
+#pragma unroll
+        for (int e = 0; e < NE; e++) h[e] = g + e * G < N ? state[c * N + g + e * G] : 0.f;
+#pragma unroll
+        for (int p = 0; p < P; p++) {
+            const float *in = low + p * WS;
+            const float u = local[p * LOCALS + c];
+            float sum = 0.f, out = 0.f;
+            for (int r = g; r < R; r += G) sum = fmaf(own[M_DT + c * R + r], in[r], sum);
+            sum = R ? sum_over<G>(sum) : b.mem[STEP + p * DC + c];
+            const float dt = softplus(sum + own[M_DT_BIAS + c]);
+#pragma unroll
+            for (int e = 0; e < NE; e++) {
+                const int n = g + e * G;
+                if (n >= N) continue;
+                h[e] = fmaf(exp2f(dt * own[M_RATE + c * N + n]), h[e], dt * u * in[R + n]);
+                if (there) b.keep<P>(state + c * N + n, h[e], p);
+                out = fmaf(in[R + N + n], h[e], out);
+            }
+            out = fmaf(own[M_SKIP + c], u, sum_over<G>(out)) * local[p * LOCALS + DC + c];
+            if (there && g == 0) b.send(y + p * YS + b.rank * DC + c, out);
+        }
+    }
+    b.take_all<CL * DC, P>(Y, YS);
+    b.mix<CL * DC, P>(y, YS);
+}

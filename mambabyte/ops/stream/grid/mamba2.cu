@@ -1,0 +1,60 @@
+// Mamba-2 (S): in_proj, convolution => B, C, step sizes => state => norm, out_proj => x.
+
+constexpr int SB = 2 * SG * SN, RB = parts(SB, CL), RH = parts(SH, CL);
+constexpr int S_ROWS = 2 * DC + RB + RH;  // of in_proj: x, z, a share of B and C and of the step sizes
+constexpr int BS = CL * RB, HS = CL * RH, S_LANES = 16, SE = parts(SN, S_LANES);
+
+template <int P> inline void mamba2(Block &b, float *state) {
+    float *const bc = b.mem + BC, *const dts = b.mem + DTS, *const local = b.mem + LOCAL, *const y = b.mem + Y;
+    const float *own = b.own;
+    b.rows_normed<S_ROWS, P>([&](int r, int p, float v) { local[p * LOCALS + r] = v + own[OWN + r]; });
+    meet();
+    for (int c = b.tid; c < DC + RB; c += T)
+#pragma unroll
+        for (int p = 0; p < P; p++) {
+            float *const at = local + p * LOCALS + (c < DC ? c : c + DC);
+            const float out = b.convolve<P>(own + S_CONV + c * K, own[S_CONV_BIAS + c], state + DC * SN + c,
+                                            DC + RB, *at, p);
+            if (c < DC)
+                *at = out;
+            else
+                b.send(bc + p * BS + b.rank * RB + c - DC, out);
+        }
+    for (int i = b.tid; i < P * RH; i += T)
+        b.send(dts + i / RH * DTS_STRIDE + b.rank * RH + i % RH, local[i / RH * LOCALS + 2 * DC + RB + i % RH]);
+    b.take<BS + HS, P>([](int p, int i) { return i < BS ? BC + p * BS + i : DTS + p * DTS_STRIDE + i - BS; });
+    for (int start = 32 * b.warp; start < DC * S_LANES; start += T) {
+        const int g = b.lane % S_LANES, c = min((start + b.lane) / S_LANES, DC - 1);
+        const bool there = start + b.lane < DC * S_LANES;
+        const int h = min((b.rank * DC + c) / (DI / SH), SH - 1), group = h / (SH / SG);
+        float s[SE];
+#pragma unroll
+        for (int e = 0; e < SE; e++) s[e] = g + e * S_LANES < SN ? state[c * SN + g + e * S_LANES] : 0.f;
+#pragma unroll
+        for (int p = 0; p < P; p++) {
+            const float *B = bc + p * BS + group * SN, *C = bc + p * BS + (SG + group) * SN;
+            const float *at = local + p * LOCALS + c;
+            float dt = softplus(dts[p * DTS_STRIDE + h] + own[S_DT_BIAS + h]), out = 0.f;
+            float decay = exp2f(dt * own[S_RATE + h]), in = dt * *at, z = at[DC];
+#pragma unroll
+            for (int e = 0; e < SE; e++) {
+                const int n = g + e * S_LANES;
+                if (n >= SN) continue;
+                s[e] = fmaf(decay, s[e], in * B[n]);
+                if (there) b.keep<P>(state + c * SN + n, s[e], p);
+                out = fmaf(C[n], s[e], out);
+            }
+            out = fmaf(own[S_SKIP + h], *at, sum_over<S_LANES>(out)) * z * sigmoid(z);
+            if (there && g == 0) b.send(y + p * YS + b.rank * DC + c, out);
+        }
+    }
+    b.take_all<CL * DC, P>(Y, YS);
+    for (int unit = b.warp; unit < P * SG; unit += WARPS) {
+        float *part = y + unit / SG * YS + unit % SG * (DI / SG), square = 0.f;
+        for (int c = b.lane; c < DI / SG; c += 32) square = fmaf(part[c], part[c], square);
+        float scale = rsqrtf(sum_over<32>(square) * (1.f / (DI / SG)) + SSD_EPS);
+        for (int c = b.lane; c < DI / SG; c += 32) part[c] *= scale;
+    }
+    meet();
+    b.mix<CL * DC, P>(y, YS);
+}
