@@ -17,7 +17,7 @@ from mambabyte.model import sequence
 from mambabyte.model.block import Block, RMSNorm, make_norm
 from mambabyte.model.mixer import LayerState, Mixer, linear, mixer_of
 from mambabyte.model.pretrained import Layout, Report, fill, open_pretrained, save_pretrained
-from mambabyte.ops.arguments import Ages, document_ages
+from mambabyte.ops.arguments import Ages, document_ages, once
 from mambabyte.ops.fused.linear import linear as biased
 from mambabyte.ops.fused.loss import NOT_PREDICTED, cross_entropy_in_torch
 
@@ -314,6 +314,9 @@ class ByteLM(nn.Module):
             predictions = (~first).sum().clamp(min=1)
         targets = tokens[:, 1:].masked_fill(first, NOT_PREDICTED)
         ages = ages[:, :-1].contiguous()
+        if isinstance(document_starts, Ages):
+            most = document_starts.most
+            once(ages, "most", lambda: most)
         with sequence.split(self.sequence_group, ages.shape[1], ages):
             x = embed(sequence.own(tokens[:, :-1]), self.embedding.weight)
             loss: Tensor = self.run_head(

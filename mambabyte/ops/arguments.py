@@ -3,19 +3,22 @@ whether autocast is on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mambabyte.errors import UserError
 
+T = TypeVar("T")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 OLD = 255  # an age from which on nothing asks for it
 # torch.amp.is_autocast_available would say so, but torch 2.11's compiler cannot look into it.
 _WITHOUT = ("meta",)
+_DERIVED = WeakTensorKeyDictionary()  # of ages, what was worked out of them; see once
 
 
 def check_tensors(
@@ -60,9 +63,12 @@ def check_tensors(
 
 
 class Ages(NamedTuple):
-    """Says that ``steps`` (B, L) uint8 are what :func:`document_ages` makes, not a user's mask."""
+    """Says that ``steps`` (B, L) uint8 are what :func:`document_ages` makes, not a user's mask; and
+    how many documents there are at most, where that is known: a row's first step counts as the
+    start of one, the last column does not count."""
 
     steps: Tensor
+    most: int | None = None
 
 
 def document_ages(starts: Tensor | Sequence[int] | Ages | None, x: Tensor) -> Tensor | None:
@@ -100,6 +106,38 @@ def document_ages(starts: Tensor | Sequence[int] | Ages | None, x: Tensor) -> Te
         starts = (place[:, None] == starts).any(1)[None]
     last = torch.where(starts, place, -OLD).cummax(1).values
     return (place - last).clamp(max=OLD).to(torch.uint8)
+
+
+def once(ages: Tensor, name: Hashable, make: Callable[[], T]) -> T:
+    """What ``make()`` gives, the first time that it is asked for by that name: layers that get
+    the same ages, which nobody changes, share it."""
+    derived = _DERIVED.setdefault(ages, {})
+    if name not in derived:
+        derived[name] = make()
+    found: T = derived[name]
+    return found
+
+
+def cumulative_lengths(ages: Tensor) -> Tensor | None:
+    """Where documents begin in ages (B, L), row behind row, and then B L: (n + 1,) int32, as
+    kernels for sequences of many lengths take them (``cu_seqlens``).
+
+    A row's first step is the start of one. Where a number is known, it is n, and empty documents
+    stand at the end; else they are counted, which waits for the device, and None is returned while
+    a CUDA graph is being captured. Found once for the same ages.
+    """
+    def found() -> Tensor:
+        starts = ages == 0
+        starts[:, 0] = True
+        count = starts.flatten().cumsum(0)
+        documents = int(count[-1]) if most is None else most
+        return torch.searchsorted(
+            count, torch.arange(1, documents + 2, device=ages.device), out_int32=True)
+
+    most = once(ages, "most", lambda: None)
+    if most is None and ages.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    return once(ages, "lengths", found)
 
 
 def _listed(numbers: Tensor) -> str:

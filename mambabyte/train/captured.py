@@ -58,6 +58,15 @@ def window_starts(
     return torch.from_numpy(starts)
 
 
+def most_documents(starts: Tensor, context: int, begins: np.ndarray, parts: int) -> int:
+    """The most documents in any of the ``parts`` equal parts of any step's batch: starts (steps,
+    batch_size, 2) of windows of ``context`` bytes, of documents that begin at ``begins``."""
+    first = starts[..., 0].numpy()
+    before, after = np.searchsorted(begins, np.stack([first + 1, first + context]))
+    count = 1 + after - before
+    return int(count.reshape(len(count), parts, -1).sum(-1).max())
+
+
 Batch = tuple[Tensor, *tuple[Tensor | Ages, ...]]  # tokens, and what else a loss is given
 
 
@@ -66,13 +75,14 @@ class Windows:
 
     ``Windows(text)(starts)`` is what ``corpus.sample_windows`` returns for the same starts. With
     the places ``begins`` (n,) of documents in the text, starts are those of ``window_starts`` with
-    such, of batches of ``batch_size`` windows.
+    such, of batches of ``batch_size`` windows; ``most``, where known, is of ``most_documents``.
     """
 
     def __init__(
-        self, text: Tensor, context: int, begins: np.ndarray | None = None, batch_size: int = 1
+        self, text: Tensor, context: int, begins: np.ndarray | None = None, batch_size: int = 1,
+        most: int | None = None,
     ) -> None:
-        self.text, self.batch_size = text, batch_size
+        self.text, self.batch_size, self.most = text, batch_size, most
         self._offsets = torch.arange(context + 1, device=text.device)
         self._ages: Tensor | None = None
         if begins is not None:
@@ -91,7 +101,7 @@ class Windows:
         if self._ages is None:
             return (self.text[self.positions(starts)].long(),)
         places = self.positions(starts[:, 0])
-        return (self.text[places].long(), Ages(self._ages[places]),
+        return (self.text[places].long(), Ages(self._ages[places], self.most),
                 starts[:, 1].float() / self.batch_size)
 
     def positions(self, starts: Tensor) -> Tensor:

@@ -32,7 +32,13 @@ from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.evaluate import bits_per_byte
 from mambabyte.model import ByteLM, Mixer, distributed, mixers
 from mambabyte.train import ahead
-from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
+from mambabyte.train.captured import (
+    CapturedStep,
+    Windows,
+    most_documents,
+    prepare,
+    window_starts,
+)
 from mambabyte.train.loop import DONE, Ended, optimise
 from mambabyte.train.metrics import Progress, drop_after
 from mambabyte.train.optim import make_optimizer
@@ -248,7 +254,9 @@ class _Training:
         starts = window_starts(len(text), shape, self.done, begins)
         starts = self.world.share(
             starts.transpose(0, 1), shape.context_parallel).transpose(0, 1).contiguous()
-        windows = Windows(text, stage.context, begins, stage.batch_size)
+        most = None if begins is None else most_documents(
+            starts, stage.context, begins, shape.micro_batches)
+        windows = Windows(text, stage.context, begins, stage.batch_size, most)
         return CapturedStep(self.model, self.model.loss, self.optimizer, windows, starts, shape,
                             first_step=self.done)
 

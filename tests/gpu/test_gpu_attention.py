@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from scan_cases import relative_rms
@@ -10,6 +12,8 @@ from torch import Tensor
 from mambabyte.config import ModelConfig
 from mambabyte.model import AttentionMixer
 from mambabyte.model.families.attention import windowed_attention
+from mambabyte.ops.arguments import document_ages, once
+from mambabyte.ops.fused import flex
 
 # What torch itself warns of depends on the machine.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -83,3 +87,44 @@ def test_a_compiled_step_attends_as_an_eager_one(window: int, length: int) -> No
     assert relative_rms(y, wanted) < 2e-2
     for one, two in zip(found, expected, strict=True):
         assert relative_rms(one, two) < 2e-2
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize(("window", "length", "width"), [
+    (64, 300, 32), (400, 300, 64), (17, 99, 8)])
+def test_documents_by_flash_attention(
+    window: int, length: int, width: int, captured: bool
+) -> None:
+    """Values and gradients of each document are those of a call of its own; where their number is
+    known, in a graph that is replayed for other documents."""
+    mine = [torch.randn(3, heads, length, width, device="cuda").bfloat16().requires_grad_()
+            for heads in (4, 2, 2)]
+    weight = torch.randn_like(mine[0])
+    starts = torch.zeros(3, length, dtype=torch.bool, device="cuda")
+
+    def call() -> list[Tensor]:
+        ages = document_ages(starts, mine[0][:, 0])
+        assert ages is not None
+        if captured:
+            once(ages, "most", lambda: 50)
+        y = flex.flash_documents(*mine, window, ages)
+        assert y is not None
+        return [y.detach(), *torch.autograd.grad(y, mine, weight)]
+
+    def others() -> Tensor:
+        return starts.copy_(torch.rand(3, length, device="cuda") < 0.02)
+
+    others()
+    found = call()
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = call()
+        others()
+        graph.replay()
+    exact = [x.detach().double().requires_grad_() for x in mine]
+    y = flex.each_document(partial(dense, window=window), *exact, starts,
+                           torch.zeros(3, dtype=torch.int64))
+    wanted = [y, *torch.autograd.grad(y, exact, weight.double())]
+    for one, two in zip(found, wanted, strict=True):
+        assert relative_rms(one, two) < 1e-2

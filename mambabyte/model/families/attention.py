@@ -26,6 +26,7 @@ from mambabyte.model.mixer import (
     linear,
     register,
 )
+from mambabyte.ops.arguments import once
 from mambabyte.ops.fused import flex
 from mambabyte.ops.fused.flex import MAX_BLOCK, blocks_of, mean_keys
 from mambabyte.ops.fused.linear import linear as linear_map
@@ -118,6 +119,23 @@ def _blocks(
     k, v = (x.unfold(2, reach, block).permute(0, 2, 1, 4, 3).flatten(0, 1) for x in (k, v))
     y = _sdpa(q, k, v, mask).unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)
     return y[:, :, :length]
+
+
+def _others_after(
+    ages: Tensor | None, others: Tensor | None, keys: int, start: int
+) -> Tensor | None:
+    """Of ``keys`` keys from ``start`` on, how many come before the last document's, (B,); ages (B,
+    L) are of the last L of all, ``others`` as in a state."""
+    if ages is None:
+        return None if others is None else (others - start).clamp(min=0)
+
+    def begins(ages: Tensor = ages) -> Tensor:
+        place = torch.arange(keys - start - ages.shape[1], keys - start, device=ages.device)
+        return torch.where(ages == 0, place, 0).amax(1).clamp(min=0)
+
+    if others is not None:
+        return begins().maximum(others - start)
+    return begins() if torch.compiler.is_compiling() else once(ages, (keys, start), begins)
 
 
 def _of_one_document(ids: Tensor, queries: int) -> Tensor:
@@ -225,7 +243,7 @@ class AttentionMixer(Mixer, AttentionSpec):
             k = torch.cat([state.k.to(k.dtype), k], dim=2)
             v = torch.cat([state.v.to(v.dtype), v], dim=2)
         if ages is not None or others is not None:
-            y, others = self._by_documents(q, k, v, ages, others)
+            y = self._by_documents(q, k, v, ages, others)
         elif self.flex is not None and self._takes_flex(q, k):
             y = self.flex(q, k, v)
         else:
@@ -234,8 +252,7 @@ class AttentionMixer(Mixer, AttentionSpec):
         # The next byte sees itself and window - 1 keys from before it.
         keep = min(self.window - 1, k.shape[2])
         start = k.shape[2] - keep
-        if others is not None:
-            others = (others - start).clamp(min=0)
+        others = _others_after(ages, others, k.shape[2], start)
         after = AttentionState(k[:, :, start:], v[:, :, start:], seen + length, others)
         return y, after.alone() if len(x) == 1 and x.device.type == "cpu" else after
 
@@ -250,24 +267,26 @@ class AttentionMixer(Mixer, AttentionSpec):
 
     def _by_documents(
         self, q: Tensor, k: Tensor, v: Tensor, ages: Tensor | None, others: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Attention within documents, and how many of all keys come before the last one's."""
+    ) -> Tensor:
+        """Attention within documents, ``others`` as in a state."""
         batch, _, length, _ = q.shape
+        if ages is not None:
+            packed = flex.flash_documents(q, k, v, self.window, ages)
+            if packed is not None:
+                return packed
         if others is None:
             others = torch.zeros(batch, dtype=torch.int64, device=q.device)
         starts = (torch.zeros(batch, length, dtype=torch.bool, device=q.device)
                   if ages is None else ages == 0)
         if q.is_cuda and self._takes_flex(q, k):
-            y = flex.flex_documents(q, k, v, self.window, starts.cumsum(1))
-        elif q.device.type == "cpu" and not torch.compiler.is_compiling():
+            return flex.flex_documents(q, k, v, self.window, starts.cumsum(1))
+        if q.device.type == "cpu" and not torch.compiler.is_compiling():
             attend = functools.partial(windowed_attention, window=self.window)
-            y = flex.each_document(attend, q, k, v, starts, others)
-        else:  # masked: nothing should wait to see where documents begin
-            ids = starts.cumsum(1)  # 0 for what goes on
-            passed = torch.arange(k.shape[2] - length, device=q.device) < others[:, None]
-            y = windowed_attention(q, k, v, self.window, torch.cat([-passed.to(ids.dtype), ids], 1))
-        place = torch.arange(k.shape[2] - length, k.shape[2], device=q.device)
-        return y, torch.where(starts, place, 0).amax(1).maximum(others)
+            return flex.each_document(attend, q, k, v, starts, others)
+        # masked: nothing should wait to see where documents begin
+        ids = starts.cumsum(1)  # 0 for what goes on
+        passed = torch.arange(k.shape[2] - length, device=q.device) < others[:, None]
+        return windowed_attention(q, k, v, self.window, torch.cat([-passed.to(ids.dtype), ids], 1))
 
     def aligned(self, states: Sequence[AttentionState]) -> list[AttentionState]:
         """Keys are turned on to the furthest position, as scores depend on distances alone; in

@@ -1,25 +1,32 @@
-"""Attention over windows and documents: one compiled kernel that skips what no query sees, a call
-for each document, and what a window costs.
+"""Attention over windows and documents: one compiled kernel that skips what no query sees, a kernel
+for sequences of many lengths, a call for each document, and what a window costs.
 
-FlexAttention (arXiv:2412.05496) takes or skips TILE queries by TILE keys together.
+FlexAttention (arXiv:2412.05496) takes or skips TILE queries by TILE keys together. FlashAttention
+(Dao 2023, arXiv:2307.08691) takes sequences one behind another; its kernels come with torch.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mambabyte.errors import UserError
+from mambabyte.ops.arguments import cumulative_lengths
+from mambabyte.ops.library import transformed
 
 if TYPE_CHECKING:  # its import loads the compiler
     from torch.nn.attention.flex_attention import BlockMask
 
 MAX_BLOCK = 1024  # queries in one block of a sliding window
 TILE = 128  # queries, and keys, that FlexAttention skips or takes together
+# Bytes of a document, on average, below which FlashAttention is not asked: its backward pass keeps
+# 128 rows of the queries' gradient a document, in float32.
+SHORT = 16
 
 
 def window_tiles(length: int, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -97,6 +104,59 @@ def _block_mask(
     return BlockMask.from_kv_blocks(
         *listed(reached & ~whole), *listed(whole), BLOCK_SIZE=TILE, mask_mod=visible,
         seq_lengths=(length, length))
+
+
+def flash_documents(
+    q: Tensor, k: Tensor, v: Tensor, window: int, ages: Tensor
+) -> Tensor | None:
+    """``windowed_attention`` within documents by FlashAttention; nothing waits for the device where
+    their number is known. None where it cannot be asked: not on a GPU, another dtype or width, keys
+    of a past, a compiler or a transform that looks in, very short documents, or a number that is
+    not known while a CUDA graph is captured.
+
+    q (B, H, L, d), k, v (B, G, L, d); ages (B, L) of :func:`mambabyte.ops.arguments.document_ages`.
+    Returns (B, H, L, d).
+    """
+    if (not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16)
+            or not q.dtype == k.dtype == v.dtype or q.shape[2] != k.shape[2]
+            or q.shape[3] % 8 or q.shape[3] > 256 or torch.compiler.is_compiling() or transformed()
+            or torch.cuda.get_device_capability(q.device) < (8, 0)):
+        return None
+    lengths = cumulative_lengths(ages)
+    if lengths is None or SHORT * len(lengths) > ages.numel():
+        return None
+    return packed_attention(q, k, v, window, lengths)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, lengths: Tensor) -> Tensor:
+    """FlashAttention of rows one behind another, cut at the cumulative ``lengths`` (n + 1,) int32;
+    otherwise as :func:`flash_documents`."""
+    rows = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B L, heads, d)
+    y: Tensor = _Packed.apply(*rows, lengths, q.shape[2], window - 1)
+    return y.unflatten(0, (len(q), -1)).transpose(1, 2)
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, before: int
+    ) -> Tensor:
+        ctx.how = longest, longest, 0.0, True
+        # As many keys as there may be are no window: there is a kernel for that.
+        ctx.window = {} if before >= longest - 1 else {
+            "window_size_left": before, "window_size_right": 0}
+        y, log_sums, *random, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, lengths, lengths, *ctx.how, False, **ctx.window)
+        ctx.save_for_backward(q, k, v, y, log_sums, lengths, *random)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *kept, lengths, state, spare = ctx.saved_tensors
+        found = torch.ops.aten._flash_attention_backward(
+            dy, *kept, lengths, lengths, *ctx.how, state, spare, **ctx.window)
+        return *found, None, None, None
 
 
 def each_document(
