@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mambabyte.config import ModelConfig
 from mambabyte.model import AttentionMixer
-from mambabyte.model.families.attention import windowed_attention
 from mambabyte.ops.arguments import document_ages, once
-from mambabyte.ops.fused import flex
+from mambabyte.ops.fused import attention
+from mambabyte.ops.fused.attention import windowed_attention
 
 # What torch itself warns of depends on the machine.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -107,7 +107,7 @@ def test_documents_by_flash_attention(
         assert ages is not None
         if captured:
             once(ages, "most", lambda: 50)
-        y = flex.flash_documents(*mine, window, ages)
+        y = attention.flash_documents(*mine, window, ages)
         assert y is not None
         return [y.detach(), *torch.autograd.grad(y, mine, weight)]
 
@@ -123,7 +123,7 @@ def test_documents_by_flash_attention(
         others()
         graph.replay()
     exact = [x.detach().double().requires_grad_() for x in mine]
-    y = flex.each_document(partial(dense, window=window), *exact, starts,
+    y = attention.each_document(partial(dense, window=window), *exact, starts,
                            torch.zeros(3, dtype=torch.int64))
     wanted = [y, *torch.autograd.grad(y, exact, weight.double())]
     for one, two in zip(found, wanted, strict=True):

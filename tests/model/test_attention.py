@@ -15,10 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from analysis.measure.allocations import saved_storages
 from mambabyte.config import ModelConfig
 from mambabyte.model import AttentionMixer, ByteLM
-from mambabyte.model.families import attention as module
-from mambabyte.model.families.attention import mean_keys, windowed_attention
 from mambabyte.ops.compare import relative_rms
-from mambabyte.ops.fused import flex
+from mambabyte.ops.fused import attention
+from mambabyte.ops.fused.attention import mean_keys, windowed_attention
 
 CONFIG = ModelConfig(d_model=32, n_layer=1, layer_pattern="A", n_head=4, n_kv_head=2,
                      attention_window=8)
@@ -69,7 +68,7 @@ def test_blocks_equal_the_dense_mask(window: int, length: int, before: int) -> N
 def test_a_wide_window_goes_in_smaller_blocks_and_says_so(
     before: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_BLOCK", 4)
+    monkeypatch.setattr(attention, "MAX_BLOCK", 4)
     q, k, v = inputs(33, before)
     with pytest.warns(RuntimeWarning, match="window 20 builds a mask of 4 by 24"):
         assert relative_rms(windowed_attention(q, k, v, 20), dense(q, k, v, 20)) < 1e-12
@@ -130,11 +129,11 @@ def test_a_stream_equals_one_call(pieces: list[int]) -> None:
 @pytest.mark.parametrize("window", [1, 2, 100, 128, 129, 200, 256, 257, 500])
 @pytest.mark.parametrize("length", [1, 128, 129, 500])
 def test_tiles_are_those_that_the_window_reaches(window: int, length: int) -> None:
-    size = -(-length // flex.TILE) * flex.TILE
+    size = -(-length // attention.TILE) * attention.TILE
     age = torch.arange(size)[:, None] - torch.arange(size)
-    seen = ((age >= 0) & (age < window)).unflatten(1, (-1, flex.TILE)).unflatten(
-        0, (-1, flex.TILE)).transpose(1, 2).flatten(2)
-    reached, whole = flex.window_tiles(length, window, torch.device("cpu"))
+    seen = ((age >= 0) & (age < window)).unflatten(1, (-1, attention.TILE)).unflatten(
+        0, (-1, attention.TILE)).transpose(1, 2).flatten(2)
+    reached, whole = attention.window_tiles(length, window, torch.device("cpu"))
     assert torch.equal(reached, seen.any(-1))
     assert torch.equal(whole, seen.all(-1))
 
@@ -147,7 +146,7 @@ def test_a_compiled_step_attends_as_any_other(monkeypatch: pytest.MonkeyPatch) -
     wanted = mixer(x, None)[0]
     mixer.prepare(20)
     assert mixer.flex is None  # a CPU has no gradients of it
-    mixer.flex, calls = flex.flex_window(20, 8, x.device), []
+    mixer.flex, calls = attention.flex_window(20, 8, x.device), []
     monkeypatch.setattr(mixer, "flex", lambda *qkv, flex=mixer.flex: calls.append(0) or flex(*qkv))
     assert torch.equal(mixer(x, None)[0], wanted)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)

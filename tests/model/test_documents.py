@@ -19,11 +19,16 @@ from mambabyte.config import ModelConfig
 from mambabyte.config.scan_forms import FORMS
 from mambabyte.errors import UserError
 from mambabyte.model import MIXERS, ByteLM
-from mambabyte.model.families.attention import windowed_attention
 from mambabyte.ops import gated_delta_rule, selective_scan, ssd_scan
-from mambabyte.ops.arguments import document_ages
+from mambabyte.ops.arguments import cumulative_lengths, document_ages, once
 from mambabyte.ops.conv.dispatch import causal_conv, torch_convolution
-from mambabyte.ops.fused.flex import each_document, flex_documents
+from mambabyte.ops.fused.attention import (
+    each_document,
+    flash_documents,
+    flex_documents,
+    packed_attention,
+    windowed_attention,
+)
 from tests.helpers.family_cases import make_inputs
 
 LENGTH = 41  # odd, and beyond the 16 and 32 steps of tiles and chunks
@@ -250,6 +255,69 @@ def test_documents_by_flex_attention() -> None:
         attend = functools.partial(windowed_attention, window=window)
         wanted = each_document(attend, q, k, v, starts, torch.zeros(2, dtype=torch.int64))
         torch.testing.assert_close(found, wanted)
+
+
+def test_where_documents_begin_in_all_rows() -> None:
+    ages = document_ages(starts_of(((0, 3), (2, 4)), 5), torch.empty(2, 5))
+    assert ages is not None
+    lengths = cumulative_lengths(ages)
+    assert lengths is not None
+    assert lengths.tolist() == [0, 3, 5, 7, 9, 10]  # a row's first step is a start too
+    assert cumulative_lengths(ages) is lengths  # once for all layers
+    other = ages.clone()
+    once(other, "most", lambda: 7)  # as a captured training knows it: the last ones are empty
+    known = cumulative_lengths(other)
+    assert known is not None
+    assert known.tolist() == [0, 3, 5, 7, 9, 10, 10, 10]
+    assert flash_documents(*torch.randn(3, 2, 1, 5, 8), 5, ages) is None  # on a CPU
+
+
+def flash_on_a_cpu(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, also: Tensor, most: int, as_well: int,
+    dropout: float, causal: bool, *rest: Any, window_size_left: int | None = None,
+    window_size_right: int | None = None,
+) -> tuple[Tensor, ...]:
+    """What torch's kernel for sequences of many lengths is asked, q, k, v (all rows, heads, d)."""
+    assert lengths is also
+    assert (as_well, dropout, causal) == (most, 0.0, True)
+    window = most if window_size_left is None else window_size_left + 1
+    each = [windowed_attention(*(x[a:b].transpose(0, 1)[None] for x in (q, k, v)), window)
+            for a, b in itertools.pairwise(lengths.tolist()) if b > a]
+    return torch.cat(each, 2)[0].transpose(0, 1), *torch.empty(4)
+
+
+def flash_backward_on_a_cpu(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, *rest: Any, **window: int
+) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(flash_on_a_cpu(*leaves, *rest[:6], **window)[0], leaves, dy)
+
+
+@pytest.mark.parametrize("window", [6, LENGTH - 1, LENGTH, 1000])
+def test_documents_by_flash_attention(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How rows, heads, lengths, window and gradients are handed to kernels that come with torch;
+    what these compute is for tests/gpu/test_gpu_attention.py."""
+    starts = starts_of(STARTS, LENGTH)
+    ages = document_ages(starts, torch.empty(2, LENGTH))
+    assert ages is not None
+    lengths = cumulative_lengths(ages)
+    assert lengths is not None
+    heads = [torch.randn(2, n, LENGTH, 8, dtype=torch.float64, requires_grad=True)
+             for n in (4, 2, 2)]
+    metas = [x.detach().to("meta").requires_grad_() for x in heads]
+    asked = packed_attention(*metas, window, lengths.to("meta"))
+    asked.sum().backward()  # torch's own operators take their arguments
+    assert [x.grad.shape for x in metas if x.grad is not None] == [x.shape for x in heads]
+    for way, stand_in in (("forward", flash_on_a_cpu), ("backward", flash_backward_on_a_cpu)):
+        monkeypatch.setattr(torch.ops.aten, f"_flash_attention_{way}", stand_in)
+    attend = functools.partial(windowed_attention, window=window)
+    wanted = each_document(attend, *heads, starts, torch.zeros(2, dtype=torch.int64))
+    found = packed_attention(*heads, window, lengths)
+    weight = torch.randn_like(wanted)
+    for one, two in zip((found, *torch.autograd.grad(found, heads, weight)),
+                        (wanted, *torch.autograd.grad(wanted, heads, weight)), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
 
 
 def test_loss_leaves_out_what_no_byte_announces() -> None:

@@ -17,12 +17,18 @@ from mambabyte.corpus import Corpus, documents_in, load_corpus, sample_starts
 from mambabyte.errors import UserError
 from mambabyte.evaluate import bits_per_byte, byte_log_probs, score, score_streaming
 from mambabyte.model import ByteLM
-from mambabyte.ops.arguments import document_ages
+from mambabyte.ops.arguments import Ages, cumulative_lengths, document_ages
 from mambabyte.stream import ByteStream, CharModel, feed_together
 from mambabyte.task.mixture import NgramLM
 from mambabyte.task.ngram import count
 from mambabyte.train import EagerStep, text_batches, train
-from mambabyte.train.captured import CapturedStep, Windows, prepare, window_starts
+from mambabyte.train.captured import (
+    CapturedStep,
+    Windows,
+    most_documents,
+    prepare,
+    window_starts,
+)
 from mambabyte.train.optim import make_optimizer
 
 MODEL = ModelConfig(d_model=16, layer_pattern="MA", n_layer=2, n_head=2, n_kv_head=1, d_state=4,
@@ -87,6 +93,24 @@ def test_windows_say_where_documents_begin() -> None:
     assert torch.equal(ages[of_window < 255], of_window[of_window < 255])
     assert document_ages(packed, tokens) is ages
     assert batch[2].sum() == (~batch[1][:, 1:]).sum()  # predictions
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_the_most_documents_of_a_batch_are_known_beforehand(parts: int) -> None:
+    recipe = replace(RECIPE, n_steps=30)
+    starts = window_starts(len(TEXT), recipe, 0, BEGINS)
+    most = most_documents(starts, recipe.context, BEGINS, parts)
+    windows = Windows(torch.from_numpy(TEXT.copy()), recipe.context, BEGINS, 4, most)
+    counts = []
+    for part in (part for step in starts for part in step.chunk(parts)):
+        _, ages, _ = windows(part)
+        assert isinstance(ages, Ages)
+        assert ages.most == most
+        lengths = cumulative_lengths(ages.steps[:, :-1].contiguous())
+        assert lengths is not None
+        counts.append(len(lengths) - 1)
+    assert max(counts) == most
+    assert min(counts) < most
 
 
 def stepped(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -27,8 +26,8 @@ from mambabyte.model.mixer import (
     register,
 )
 from mambabyte.ops.arguments import once
-from mambabyte.ops.fused import flex
-from mambabyte.ops.fused.flex import MAX_BLOCK, blocks_of, mean_keys
+from mambabyte.ops.fused import attention
+from mambabyte.ops.fused.attention import blocks_of, mean_keys, windowed_attention
 from mambabyte.ops.fused.linear import linear as linear_map
 from mambabyte.ops.fused.rotary import rotary_table, rotate, rotate_qkv
 
@@ -51,76 +50,6 @@ class AttentionState(NamedTuple):
         return AttentionState(self.k[:, :, first:], self.v[:, :, first:], self.position)
 
 
-def windowed_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int, ids: Tensor | None = None
-) -> Tensor:
-    """Softmax attention in which a query sees itself and the ``window`` - 1 keys before it.
-
-    q (B, H, L, d) are the last L positions of k and v (B, G, S, d), S >= L, of one dtype; H is a
-    multiple of G. Returns (B, H, L, d). Child et al. 2019 (arXiv:1904.10509), section 4, call
-    this local attention; Beltagy et al. 2020 (arXiv:2004.05150) compute it by blocks as here.
-
-    Operations and memory are linear in L. Up to the window it is plain causal attention. Beyond
-    it, the queries go in blocks of a window (at most MAX_BLOCK) against the keys of the block and
-    of a window before it, all under one mask of that size. What makes a mask of more than
-    2 MAX_BLOCK keys, a wider window or a long past of a wide window, warns that it does.
-
-    With ``ids`` (B, S), the number of each key's document, a query sees no other one's: everything
-    is under masks, a row its own.
-    """
-    length, before = q.shape[2], k.shape[2] - q.shape[2]
-    if before >= window:
-        k, v = k[:, :, before - window + 1 :], v[:, :, before - window + 1 :]
-        ids = None if ids is None else ids[:, before - window + 1 :]
-        before = window - 1
-
-    def causal(end: int) -> Tensor:  # the first queries, where no key lies before
-        mask = None if ids is None else _visible(end, 0, window, q.device, ids[:, :end])
-        return _sdpa(q[:, :, :end], k[:, :, :end], v[:, :, :end], mask, causal=ids is None)
-
-    if length == 1 and ids is None:
-        return _sdpa(q, k, v)  # its window is all there is
-    if before == 0 and length <= window:
-        return causal(length)
-    block = min(window, MAX_BLOCK)
-    done, parts = 0, []
-    if before == 0:
-        done = window
-        parts.append(causal(done))
-    while done < length and before + done < window:  # until a window of keys lies before
-        end = min(length, done + block)
-        keys = slice(0, before + end)
-        mask = _visible(end - done, before + done, window, q.device,
-                        None if ids is None else ids[:, keys])
-        parts.append(_sdpa(q[:, :, done:end], k[:, :, keys], v[:, :, keys], mask))
-        done = end
-    if done < length:
-        start = before + done - window
-        mask = _visible(block, window, window, q.device)
-        parts.append(_blocks(q[:, :, done:], k[:, :, start:], v[:, :, start:], mask,
-                             None if ids is None else ids[:, start:]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-
-def _blocks(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, ids: Tensor | None = None
-) -> Tensor:
-    """Blocks of queries q (B, H, L, d), each against its own stretch of k and v (B, G, W + L, d),
-    as rows of one batch under ``mask`` (block, W + block), within documents ``ids`` (B, W + L)."""
-    block, reach = mask.shape
-    batch, _, length, _ = q.shape
-    count = -(-length // block)
-    spare = count * block - length  # queries that are not there, at the end
-    q, k, v = (F.pad(x, (0, 0, 0, spare)) if spare else x for x in (q, k, v))
-    if ids is not None:  # what fills up is a document too: no query is without a key
-        ids = F.pad(ids, (0, spare), value=-2).unfold(1, reach, block).flatten(0, 1)
-        mask = mask & _of_one_document(ids, block)
-    q = q.unflatten(2, (count, block)).transpose(1, 2).flatten(0, 1)  # (B n, H, block, d)
-    k, v = (x.unfold(2, reach, block).permute(0, 2, 1, 4, 3).flatten(0, 1) for x in (k, v))
-    y = _sdpa(q, k, v, mask).unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)
-    return y[:, :, :length]
-
-
 def _others_after(
     ages: Tensor | None, others: Tensor | None, keys: int, start: int
 ) -> Tensor | None:
@@ -136,35 +65,6 @@ def _others_after(
     if others is not None:
         return begins().maximum(others - start)
     return begins() if torch.compiler.is_compiling() else once(ages, (keys, start), begins)
-
-
-def _of_one_document(ids: Tensor, queries: int) -> Tensor:
-    """Whether the last ``queries`` of ids (B, S) equal each: (B, 1, queries, S) bool."""
-    return (ids[:, -queries:, None] == ids[:, None, :])[:, None]
-
-
-def _visible(
-    queries: int, past: int, window: int, device: torch.device, ids: Tensor | None = None
-) -> Tensor:
-    """Whether each query sees each key, ``past`` of which come before the queries: (queries,
-    past + queries) bool; with ``ids`` (B, past + queries) a row, (B, 1, queries, past + queries).
-    """
-    keys = past + queries
-    if keys > 2 * MAX_BLOCK and not torch.compiler.is_compiling():
-        warnings.warn(
-            f"attention with window {window} builds a mask of {queries} by {keys}: a window of at "
-            f"most {MAX_BLOCK}, or a whole text within the window in one call, needs none so wide",
-            RuntimeWarning, stacklevel=2)
-    age = past + torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)
-    near = (age >= 0) & (age < window)
-    return near if ids is None else near & _of_one_document(ids, queries)
-
-
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
-) -> Tensor:
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @register("A")
@@ -203,7 +103,7 @@ class AttentionMixer(Mixer, AttentionSpec):
         cos, sin = self._table(0, context, device)
         self.rotary = cos.float(), sin.float()
         longer = device.type == "cuda" and context > self.window
-        self.flex = flex.flex_window(context, self.window, device) if longer else None
+        self.flex = attention.flex_window(context, self.window, device) if longer else None
 
     def _table(self, position: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self.rotary is not None and position == 0 and len(self.rotary[0]) == length:
@@ -271,7 +171,7 @@ class AttentionMixer(Mixer, AttentionSpec):
         """Attention within documents, ``others`` as in a state."""
         batch, _, length, _ = q.shape
         if ages is not None:
-            packed = flex.flash_documents(q, k, v, self.window, ages)
+            packed = attention.flash_documents(q, k, v, self.window, ages)
             if packed is not None:
                 return packed
         if others is None:
@@ -279,10 +179,10 @@ class AttentionMixer(Mixer, AttentionSpec):
         starts = (torch.zeros(batch, length, dtype=torch.bool, device=q.device)
                   if ages is None else ages == 0)
         if q.is_cuda and self._takes_flex(q, k):
-            return flex.flex_documents(q, k, v, self.window, starts.cumsum(1))
+            return attention.flex_documents(q, k, v, self.window, starts.cumsum(1))
         if q.device.type == "cpu" and not torch.compiler.is_compiling():
             attend = functools.partial(windowed_attention, window=self.window)
-            return flex.each_document(attend, q, k, v, starts, others)
+            return attention.each_document(attend, q, k, v, starts, others)
         # masked: nothing should wait to see where documents begin
         ids = starts.cumsum(1)  # 0 for what goes on
         passed = torch.arange(k.shape[2] - length, device=q.device) < others[:, None]

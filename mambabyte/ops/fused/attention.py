@@ -1,5 +1,6 @@
-"""Attention over windows and documents: one compiled kernel that skips what no query sees, a kernel
-for sequences of many lengths, a call for each document, and what a window costs.
+"""Attention over windows and documents: by blocks under masks, by a compiled kernel that skips what
+no query sees, by a kernel for sequences of many lengths, by a call for each document; and what a
+window costs.
 
 FlexAttention (arXiv:2412.05496) takes or skips TILE queries by TILE keys together. FlashAttention
 (Dao 2023, arXiv:2307.08691) takes sequences one behind another; its kernels come with torch.
@@ -8,10 +9,12 @@ FlexAttention (arXiv:2412.05496) takes or skips TILE queries by TILE keys togeth
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -27,6 +30,105 @@ TILE = 128  # queries, and keys, that FlexAttention skips or takes together
 # Bytes of a document, on average, below which FlashAttention is not asked: its backward pass keeps
 # 128 rows of the queries' gradient a document, in float32.
 SHORT = 16
+
+
+def windowed_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int, ids: Tensor | None = None
+) -> Tensor:
+    """Softmax attention in which a query sees itself and the ``window`` - 1 keys before it.
+
+    q (B, H, L, d) are the last L positions of k and v (B, G, S, d), S >= L, of one dtype; H is a
+    multiple of G. Returns (B, H, L, d). Child et al. 2019 (arXiv:1904.10509), section 4, call
+    this local attention; Beltagy et al. 2020 (arXiv:2004.05150) compute it by blocks as here.
+
+    Operations and memory are linear in L. Up to the window it is plain causal attention. Beyond
+    it, the queries go in blocks of a window (at most MAX_BLOCK) against the keys of the block and
+    of a window before it, all under one mask of that size. What makes a mask of more than
+    2 MAX_BLOCK keys, a wider window or a long past of a wide window, warns that it does.
+
+    With ``ids`` (B, S), the number of each key's document, a query sees no other one's: everything
+    is under masks, a row its own.
+    """
+    length, before = q.shape[2], k.shape[2] - q.shape[2]
+    if before >= window:
+        k, v = k[:, :, before - window + 1 :], v[:, :, before - window + 1 :]
+        ids = None if ids is None else ids[:, before - window + 1 :]
+        before = window - 1
+
+    def causal(end: int) -> Tensor:  # the first queries, where no key lies before
+        mask = None if ids is None else _visible(end, 0, window, q.device, ids[:, :end])
+        return _sdpa(q[:, :, :end], k[:, :, :end], v[:, :, :end], mask, causal=ids is None)
+
+    if length == 1 and ids is None:
+        return _sdpa(q, k, v)  # its window is all there is
+    if before == 0 and length <= window:
+        return causal(length)
+    block = min(window, MAX_BLOCK)
+    done, parts = 0, []
+    if before == 0:
+        done = window
+        parts.append(causal(done))
+    while done < length and before + done < window:  # until a window of keys lies before
+        end = min(length, done + block)
+        keys = slice(0, before + end)
+        mask = _visible(end - done, before + done, window, q.device,
+                        None if ids is None else ids[:, keys])
+        parts.append(_sdpa(q[:, :, done:end], k[:, :, keys], v[:, :, keys], mask))
+        done = end
+    if done < length:
+        start = before + done - window
+        mask = _visible(block, window, window, q.device)
+        parts.append(_blocks(q[:, :, done:], k[:, :, start:], v[:, :, start:], mask,
+                             None if ids is None else ids[:, start:]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _blocks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, ids: Tensor | None = None
+) -> Tensor:
+    """Blocks of queries q (B, H, L, d), each against its own stretch of k and v (B, G, W + L, d),
+    as rows of one batch under ``mask`` (block, W + block), within documents ``ids`` (B, W + L)."""
+    block, reach = mask.shape
+    batch, _, length, _ = q.shape
+    count = -(-length // block)
+    spare = count * block - length  # queries that are not there, at the end
+    q, k, v = (F.pad(x, (0, 0, 0, spare)) if spare else x for x in (q, k, v))
+    if ids is not None:  # what fills up is a document too: no query is without a key
+        ids = F.pad(ids, (0, spare), value=-2).unfold(1, reach, block).flatten(0, 1)
+        mask = mask & _of_one_document(ids, block)
+    q = q.unflatten(2, (count, block)).transpose(1, 2).flatten(0, 1)  # (B n, H, block, d)
+    k, v = (x.unfold(2, reach, block).permute(0, 2, 1, 4, 3).flatten(0, 1) for x in (k, v))
+    y = _sdpa(q, k, v, mask).unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)
+    return y[:, :, :length]
+
+
+def _of_one_document(ids: Tensor, queries: int) -> Tensor:
+    """Whether the last ``queries`` of ids (B, S) equal each: (B, 1, queries, S) bool."""
+    return (ids[:, -queries:, None] == ids[:, None, :])[:, None]
+
+
+def _visible(
+    queries: int, past: int, window: int, device: torch.device, ids: Tensor | None = None
+) -> Tensor:
+    """Whether each query sees each key, ``past`` of which come before the queries: (queries,
+    past + queries) bool; with ``ids`` (B, past + queries) a row, (B, 1, queries, past + queries).
+    """
+    keys = past + queries
+    if keys > 2 * MAX_BLOCK and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"attention with window {window} builds a mask of {queries} by {keys}: a window of at "
+            f"most {MAX_BLOCK}, or a whole text within the window in one call, needs none so wide",
+            RuntimeWarning, stacklevel=2)
+    age = past + torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)
+    near = (age >= 0) & (age < window)
+    return near if ids is None else near & _of_one_document(ids, queries)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def window_tiles(length: int, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
