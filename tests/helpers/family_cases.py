@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mambabyte.ops.delta.dispatch import gated_delta_rule
 from mambabyte.ops.ssd.dispatch import ssd_scan
-from mambabyte.ops.ssd.mamba3 import Mamba3State, mamba3_scan
+from mambabyte.ops.ssd.mamba3.dispatch import Mamba3State, mamba3_scan
 
 Inputs = dict[str, Tensor]
 

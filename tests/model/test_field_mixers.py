@@ -80,6 +80,17 @@ def test_names_are_those_of_the_public_mamba2_checkpoints():
         "out_proj.weight": (768, 1536)}
 
 
+def test_a_hook_on_a_norm_of_mamba3_is_heard() -> None:
+    """Its norms are otherwise part of what makes the scan's inputs."""
+    model, tokens = ByteLM(replace(BASE, layer_pattern="R")), torch.randint(256, (1, 9))
+    plain, _ = model(tokens)
+    norm = model.layers[0].mixer.B_norm
+    with norm.register_forward_hook(lambda module, args, made: made):
+        torch.testing.assert_close(model(tokens)[0], plain)
+    with norm.register_forward_hook(lambda module, args, made: 2 * made):
+        assert not torch.allclose(model(tokens)[0], plain, rtol=0, atol=1e-5)
+
+
 def test_names_are_those_of_the_public_mamba3_module():
     # mamba_ssm's Mamba3(d_model=768), of one input and output: 128 states, half of them turn.
     config = ModelConfig(d_model=768, n_layer=1, layer_pattern="R", ssd_d_state=128)

@@ -17,7 +17,7 @@ from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.delta.dispatch import gated_delta_rule
 from mambabyte.ops.ssd.decay import decayed_products
 from mambabyte.ops.ssd.dispatch import ssd_scan
-from mambabyte.ops.ssd.mamba3 import mamba3_scan
+from mambabyte.ops.ssd.mamba3.dispatch import mamba3_scan
 from tests.helpers.family_cases import GATES, OPERATORS, in_dtype, make_inputs, results
 
 FAMILIES = list(OPERATORS)

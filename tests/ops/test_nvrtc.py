@@ -29,6 +29,7 @@ from mambabyte.ops.scan import cuda as cuda_scan
 from mambabyte.ops.scan import plan as cuda_plan
 from mambabyte.ops.ssd import cuda as cuda_ssd
 from mambabyte.ops.ssd import gates as cuda_gates
+from mambabyte.ops.ssd.mamba3 import inputs as cuda_inputs
 from mambabyte.ops.stream import cuda as cuda_stream
 from mambabyte.task.systems import SYSTEMS
 from mambabyte.train.captured import prepare
@@ -53,7 +54,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", list(cuda_conv.ELEMENTS))
 @pytest.mark.long  # what is shipped was compiled; a test of the daily suite tells what is stale
 def test_convolution_and_step_compile(arch: str, dtype: torch.dtype) -> None:
-    for program in (cuda_conv.program(dtype, 4), cuda_step.program(dtype), cuda_gates.program()):
+    for program in (cuda_conv.program(dtype, 4), cuda_step.program(dtype), cuda_gates.program(),
+                    cuda_inputs.program()):
         cubin = program.compile(arch)
         assert cubin.image[:4] == b"\x7fELF"
         assert set(cubin.lowered) == set(program.names)
@@ -63,11 +65,12 @@ def test_convolution_and_step_compile(arch: str, dtype: torch.dtype) -> None:
 @needs_nvrtc
 @pytest.mark.long  # seconds each; what is shipped was compiled, the daily suite tells what is stale
 @pytest.mark.parametrize("arch", ONE_DAILY)
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("states", cuda_ssd.STATES)
-def test_ssd_compiles(arch: str, states: int) -> None:
-    program = cuda_ssd.program(states)
-    cubin = program.compile(arch)
-    assert set(cubin.lowered) == set(cuda_ssd.names(states))
+def test_ssd_compiles(arch: str, states: int, turned: bool) -> None:
+    kind = cuda_ssd.Kind(states, turned)
+    cubin = cuda_ssd.program(kind).compile(arch)
+    assert set(cubin.lowered) == set(cuda_ssd.names(kind))
 
 
 @needs_nvrtc
@@ -271,7 +274,8 @@ def test_a_missing_nvrtc_is_one_line_that_says_what_to_install(
 def test_sources_use_no_headers_and_are_packaged() -> None:
     folder = Path(ops.__file__).parent
     sources = sorted(folder.rglob("*.cu"))
-    names = {"conv.cu", "delta.cu", "gates.cu", "scan.cu", "ssd.cu", "step.cu", "stream.cu"}
+    names = {"angles.cu", "conv.cu", "delta.cu", "gates.cu", "scan.cu", "ssd.cu", "step.cu",
+             "stream.cu"}
     assert names <= {path.name for path in sources}
     for path in sources:
         assert not re.search(r"^\s*#\s*include", path.read_text(), re.MULTILINE), path.name

@@ -99,16 +99,6 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
         if config.zero_init_out:
             nn.init.zeros_(self.out_proj.weight)
 
-    def _projected(self, x: Tensor) -> Tensor:
-        """in_proj of x; on a GPU with zeros behind that put rows on 16 bytes. Else the product
-        takes a kernel of half the speed, and the convolution reads number by number."""
-        spare = -self.in_proj.out_features % 8
-        if not (spare and x.is_cuda and is_linear(self.in_proj)):
-            return self.in_proj(x)
-        weight, bias = self.in_proj.weight, self.in_proj.bias
-        return biased(x, F.pad(weight, (0, 0, 0, spare)),
-                      None if bias is None else F.pad(bias, (0, spare)))
-
     def scan_inputs(
         self, x: Tensor, conv_state: Tensor | None, ages: Tensor | None = None
     ) -> tuple[dict[str, Any], Tensor, Tensor]:
@@ -116,7 +106,7 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
         the convolution's next state."""
         shared = self.groups * self.d_state
         inner = self.norm.weight.shape[0]
-        projected = self._projected(x)
+        projected = in_whole_rows(self.in_proj, x)
         parts = [inner, inner + 2 * shared, self.heads]
         z, xBC, dt, _ = projected.split([*parts, projected.shape[-1] - sum(parts)], dim=-1)
         xBC, conv_state = causal_conv(
@@ -244,6 +234,19 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
         there = around.held - around.mlp - behind + around.residual + 2 * tokens * D * itemsize
         return {"scan backward": (there + scan_workspace(config, step),
                                   around.done + FLOAT32 * D * config.d_model)}
+
+
+def in_whole_rows(projection: nn.Module, x: Tensor) -> Tensor:
+    """``projection`` of x; on a GPU with zeros behind that put rows on 16 bytes. Else the product
+    takes a kernel of half the speed, and what reads it reads number by number."""
+    if x.is_cuda and isinstance(projection, nn.Linear) and is_linear(projection):
+        weight, bias = projection.weight, projection.bias
+        spare = -len(weight) % 8
+        if spare:
+            return biased(x, F.pad(weight, (0, 0, 0, spare)),
+                          None if bias is None else F.pad(bias, (0, spare)))
+    found: Tensor = projection(x)
+    return found
 
 
 def gates_in_one_kernel(step: Step) -> bool:

@@ -21,7 +21,9 @@ from mambabyte.model.families.mamba import inverse_softplus
 from mambabyte.model.families.mamba2 import (
     SCAN_BACKWARD_PER_STATE,
     SCAN_FORWARD_PER_STATE,
+    gates_in_one_kernel,
     has_kernel,
+    in_whole_rows,
 )
 from mambabyte.model.mixer import (
     FLOAT32,
@@ -31,6 +33,7 @@ from mambabyte.model.mixer import (
     Mixer,
     Operations,
     Step,
+    is_plain,
     largest_exponent,
     operator_against_definition,
     register,
@@ -40,10 +43,9 @@ from mambabyte.ops import Mamba3State, mamba3_scan
 from mambabyte.ops.ssd.chunked import CHUNK
 from mambabyte.ops.ssd.cuda import CHUNK as KERNEL_CHUNK
 from mambabyte.ops.ssd.decay import chunk_length
-from mambabyte.ops.ssd.mamba3 import per_head
+from mambabyte.ops.ssd.mamba3.inputs import mamba3_inputs
+from mambabyte.ops.ssd.mamba3.operator import per_head
 from mambabyte.ops.ssd.recurrent import angles, less_than_a_turn
-
-LEAST_RATE = 1e-4  # of decay, a unit of time
 
 
 @register("R")
@@ -79,17 +81,21 @@ class Mamba3Mixer(Mixer, Mamba3Spec):
     def scan_inputs(self, x: Tensor) -> tuple[dict[str, Any], Tensor]:
         """What :func:`mambabyte.ops.mamba3_scan` reads of x (B, L, d_model), by name; and z (B, L,
         D)."""
-        z, u, B, C, dt, rate, mix, angle = self.in_proj(x).split(self.parts, dim=-1)
-        step = F.softplus(widened(dt) + widened(self.dt_bias))
-        inputs = {
-            "x": u.unflatten(-1, (self.heads, -1)), "dt": step,
-            "log_decay": -(F.softplus(widened(rate)).clamp(min=LEAST_RATE) * step),
-            "B": self.B_norm(B.unflatten(-1, (self.groups, -1))),
-            "C": self.C_norm(C.unflatten(-1, (self.groups, -1))),
-            "theta": math.pi * torch.tanh(widened(angle)), "mix": torch.sigmoid(widened(mix)),
+        projected = in_whole_rows(self.in_proj, x)
+        inner, _, *rest = self.parts
+        z, u, tail, _ = projected.split(
+            [inner, inner, sum(rest), projected.shape[-1] - sum(self.parts)], dim=-1)
+        found = mamba3_inputs(
+            tail, widened(self.dt_bias), widened(self.B_norm.weight),
+            widened(self.C_norm.weight), self.groups)._asdict()
+        parts = tail.split(rest, dim=-1)
+        for name, norm, part in (("B", self.B_norm, parts[0]), ("C", self.C_norm, parts[1])):
+            if not is_plain(norm, HeadNorm):  # hooks are heard
+                found[name] = norm(part.unflatten(-1, (self.groups, -1)))
+        return {
+            "x": u.unflatten(-1, (self.heads, -1)), **found,
             "B_bias": widened(self.B_bias).squeeze(1), "C_bias": widened(self.C_bias).squeeze(1),
-        }
-        return inputs, z
+        }, z
 
     def forward(
         self, x: Tensor, state: Mamba3State | None, ages: Tensor | None = None
@@ -181,30 +187,40 @@ class Mamba3Mixer(Mixer, Mamba3Spec):
         cls, config: ModelConfig, length: int, device: str = "cpu", compiled: bool = False
     ) -> str:
         ours = has_kernel(config, Step(1, length, torch.bfloat16, device))
-        return f"{cls.about}, {'SSD kernels for bf16 and torch' if ours else 'torch'}"
+        return f"{cls.about}, {'kernels for bf16' if ours else 'torch'}"
 
     @classmethod
     def kept(cls, config: ModelConfig, step: Step) -> list[Kept]:
         d, D, N, S = config.d_model, config.d_inner, config.ssd_d_state, cls.pairs(config)
         heads, shared = D // config.ssd_head_dim, 2 * config.ssd_groups * N
         tokens, itemsize, half = step.tokens, step.itemsize, step.itemsize != FLOAT32
+        joined = gates_in_one_kernel(step)  # the norms of B and C too
         terms = [
             ("projection", "output of in_proj", tokens * sum(cls.widths(config)), itemsize),
-            ("norm", "1/rms of B and C", 2 * tokens * config.ssd_groups, FLOAT32),
-            ("norm", "B and C, normalised", tokens * shared, itemsize),
             ("scan input", "B and C", tokens * shared, itemsize),
-            ("scan input", "step sizes, rates, log-decays and mixes, and what they are made of",
-             6 * tokens * heads, FLOAT32),
-            ("scan input", "angles a unit of time, and their tanh", 2 * tokens * S, FLOAT32),
+            ("scan input", "step sizes, log-decays and mixes", 3 * tokens * heads, FLOAT32),
+            ("scan input", "angles a unit of time", tokens * S, FLOAT32),
             ("gate", "y and silu(z)", 2 * tokens * D, itemsize),
             ("projection", "input of out_proj", tokens * D, itemsize),
         ]
+        if not joined:
+            terms += [("norm", "1/rms of B and C", 2 * tokens * config.ssd_groups, FLOAT32),
+                      ("norm", "B and C, normalised", tokens * shared, itemsize),
+                      ("scan input", "what gates are made of", 3 * tokens * heads, FLOAT32),
+                      ("scan input", "tanh of angles", tokens * S, FLOAT32)]
         if half:
-            terms += [("scan input", "rates before their softplus", tokens * heads, FLOAT32),
-                      ("casts", "weights, cast",
-                       (sum(cls.widths(config)) + D) * d + 2 * N, itemsize)]
+            weights = (sum(cls.widths(config)) + D) * d + (0 if joined else 2 * N)
+            terms.append(("casts", "weights, cast", weights, itemsize))
+            if not joined:
+                terms.append(
+                    ("scan input", "rates before their softplus", tokens * heads, FLOAT32))
             if step.device == "cpu":  # it norms in float32
                 terms.append(("norm", "B and C before their norm", tokens * shared, FLOAT32))
+        if has_kernel(config, step):
+            chunks = step.batch * -(-step.length // KERNEL_CHUNK)
+            terms += [("scan", "states between chunks", chunks * D * N, itemsize),
+                      ("scan", "angles between chunks", (chunks + step.batch) * heads * S,
+                       FLOAT32)]
         return [Kept(*term) for term in terms]
 
     @classmethod
@@ -225,16 +241,20 @@ def _by_pair(state: Mamba3State) -> Tensor:
 
 
 def scan_workspace(config: ModelConfig, step: Step) -> int:
-    """Bytes that the scan's backward pass takes above what is kept: the intermediate tensors of a
-    second forward.
+    """Bytes that the scan's backward pass takes above what is kept.
 
-    Numbers a channel, a state of a head, a pair of steps in a chunk and a state of a chunk, fitted
-    to the profiler's count at 13 sizes on a CPU; whole steps come out within 8 %. With SSD's
-    kernels there are no pairs of steps; what that takes on a card was not measured.
+    Of the kernels: B and C of each head, turned, and their gradients, those of x and of states
+    between chunks, each step's angles and their gradients, and six numbers of gates. Of the
+    chunked form the intermediate tensors of a second forward: numbers a channel, a state of a head,
+    a pair of steps in a chunk and a state of a chunk, fitted to the profiler's count at 13 sizes on
+    a CPU; whole steps come out within 8 %.
     """
-    D, N = config.d_inner, config.ssd_d_state
-    heads, kernels = D // config.ssd_head_dim, has_kernel(config, step)
+    D, N, heads = config.d_inner, config.ssd_d_state, config.d_inner // config.ssd_head_dim
+    kernels = has_kernel(config, step)
     chunk = KERNEL_CHUNK if kernels else chunk_length(CHUNK, step.length)
     chunks = step.batch * -(-step.length // chunk)
-    a_step = 7.2 * D + heads * (8.4 * N + (0 if kernels else 5.5 * chunk))
+    if kernels:
+        of_heads = 4 * step.itemsize * N + FLOAT32 * (2 * Mamba3Spec.pairs(config) + 6)
+        return step.tokens * (heads * of_heads + step.itemsize * D) + chunks * D * N * step.itemsize
+    a_step = 7.2 * D + heads * (8.4 * N + 5.5 * chunk)
     return round(FLOAT32 * (chunks * chunk * a_step + 2.9 * chunks * D * N))

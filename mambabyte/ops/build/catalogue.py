@@ -20,6 +20,7 @@ from mambabyte.ops.fused import cuda as fused
 from mambabyte.ops.scan import cuda as scan
 from mambabyte.ops.ssd import cuda as ssd
 from mambabyte.ops.ssd import gates
+from mambabyte.ops.ssd.mamba3 import inputs
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
@@ -27,8 +28,9 @@ ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 def programs(arch: str) -> Iterator[Program]:
     """Every program that there shall be machine code of for ``arch``."""
     yield conv.program(torch.bfloat16, 4)
-    yield ssd.program(64)
+    yield from (ssd.program(ssd.Kind(64, turned)) for turned in (False, True))
     yield gates.program()
+    yield inputs.program()
     yield delta.program()
     yield from map(scan.program, scan.trained(hopper=int(arch.removeprefix("sm_")) >= 90))
     yield from map(fused.program, fused.trained())

@@ -1,8 +1,12 @@
-"""SSD on NVIDIA GPUs (sm_80 and later): launches the kernels of ``ssd.cu``, for bf16 sequences."""
+"""SSD on NVIDIA GPUs (sm_80 and later): launches the kernels of ``ssd.cu``, for bf16 sequences.
+
+Mamba-3 (mambabyte.ops.ssd.mamba3.cuda) launches the same ones between some of its own.
+"""
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,41 +17,80 @@ CHANNELS = 64  # of a head, the one number there is a kernel for
 STATES = (16, 32, 64, 128)
 CHUNK = 64  # steps, and rows of a tile
 _THREADS = {"ssd_states": 128, "ssd_pass": 128, "ssd_output": 128, "ssd_gradients": 256,
-            "ssd_groups": 128}
+            "ssd_groups": 128, "angle_sums": 128, "angle_pass": 128, "angle_turn": 256,
+            "angle_back": 256}
 _PARAMETERS = {
-    "ssd_states": "6P6q3i", "ssd_pass": "5Pq4i", "ssd_output": "8P9q4i",
-    "ssd_gradients": "15P12q4i", "ssd_groups": "4Pqi"}
+    "ssd_states": "6P6q3i", "ssd_pass": "6Pq6i", "ssd_output": "9P9q4i",
+    "ssd_gradients": "18P12q5i", "ssd_groups": "4Pqi",
+    "angle_sums": "3P3i", "angle_pass": "Pqii", "angle_turn": "13P6q4i", "angle_back": "15Pq4i"}
 # Heads of a block share products, blocks fill the card: so many heads, and so many blocks at least.
 MOST_TOGETHER, OUTPUT_BLOCKS, GRADIENT_BLOCKS = 8, 512, 256
 
 
-def names(states: int) -> list[str]:
-    """The kernels for that many states."""
-    return [f"ssd_states<{states}, false>", f"ssd_states<{states}, true>", "ssd_pass",
-            f"ssd_output<{states}>", f"ssd_gradients<{states}>", f"ssd_groups<{states}>"]
+class Kind(NamedTuple):
+    """Which kernels there is a program of."""
+
+    states: int
+    turned: bool = False  # those of Mamba-3
+
+    def of(self, name: str) -> str:
+        """A kernel's name with the arguments of its template."""
+        if name in ("ssd_output", "ssd_gradients"):
+            return f"{name}<{self.states}, {str(self.turned).lower()}>"
+        return f"{name}<{self.states}>"
+
+
+class Turns(NamedTuple):
+    """What SSD is for Mamba-3 besides (angles.cu)."""
+
+    own: Tensor  # (B, L, H) of what a step writes, how much it reads itself
+    angles: Tensor  # (B, K + 1, H, S) before each chunk and at the end, a turn 2^32
+
+
+def names(kind: Kind) -> list[str]:
+    """The kernels of a program."""
+    alone = ["angle_sums", "angle_pass"] if kind.turned else []
+    own = ["angle_turn", "angle_back"] if kind.turned else ["ssd_groups"]
+    return [f"ssd_states<{kind.states}, false>", f"ssd_states<{kind.states}, true>", "ssd_pass",
+            *alone, *map(kind.of, ["ssd_output", "ssd_gradients", *own])]
 
 
 @functools.cache
-def program(states: int) -> Program:
+def program(kind: Kind) -> Program:
     return Program.from_file(
-        "build/types.cu", "build/mma.cu", "build/chunks.cu", "ssd/ssd.cu", names=names(states))
+        "build/types.cu", "build/mma.cu", "build/chunks.cu", "ssd/mamba3/angles.cu", "ssd/ssd.cu",
+        names=names(kind))
 
 
 @functools.cache
-def _kernel(name: str, states: int, device: int) -> Kernel:
-    return program(states).kernel(name, device, _PARAMETERS[name.partition("<")[0]])
+def _kernel(name: str, kind: Kind, device: int) -> Kernel:
+    return program(kind).kernel(name, device, _PARAMETERS[name.partition("<")[0]])
 
 
-def _launch(device: int, name: str, states: int, blocks: int, shared: int, *args: int) -> None:
-    kernel = _kernel(name, states, device)
+def _launch(device: int, name: str, kind: Kind, blocks: int, shared: int, *args: int) -> None:
+    kernel = _kernel(name, kind, device)
     kernel.allow_shared(shared)
     threads = _THREADS[name.partition("<")[0]]
     kernel.launch((blocks, 1, 1), (threads, 1, 1), shared, raw_stream(device), *args)
 
 
+def launch(like: Tensor, name: str, kind: Kind, blocks: int, *args: Tensor | int | None) -> None:
+    """Launch a kernel that takes no dynamic shared memory, where ``like`` is; a tensor is passed by
+    its address, None as 0."""
+    _launch(like.device.index, name, kind, blocks, 0, *(
+        pointer(a) if a is None or isinstance(a, Tensor) else a for a in args))
+
+
 def _shared(states: int, square: int, deep: int) -> int:
     """Bytes of tiles of 64 rows: ``square`` of them of 64 columns, ``deep`` of N; all padded."""
     return 2 * CHUNK * (square * (CHANNELS + 8) + deep * (states + 8))
+
+
+def _angles_bytes(states: int) -> int:
+    """Of ``Angles``: float32 of each pair for 64 steps, eight warps, four blocks of rows, and the
+    parts that threads share a sum by."""
+    pairs = states // 2
+    return 4 * pairs * (CHUNK + 8 + 4 + _THREADS["angle_turn"] // pairs)
 
 
 def heads_of_a_block(per_group: int, blocks: int, least: int = GRADIENT_BLOCKS) -> int:
@@ -67,9 +110,12 @@ def aligned_rows(x: Tensor) -> Tensor:
 class _Problem:
     """Sizes and inputs of one call, laid out as the kernels want them."""
 
-    def __init__(self, x: Tensor, step: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> None:
+    def __init__(
+        self, x: Tensor, step: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, turns: Turns | None
+    ) -> None:
         self.batch, self.length, self.heads, _ = x.shape
-        self.states = B.shape[3]
+        self.states, self.turns = B.shape[3], turns
+        self.kind = Kind(self.states, turns is not None)
         self.chunks = -(-self.length // CHUNK)
         self.blocks = self.batch * self.chunks * self.heads
         self.per_group = self.heads // B.shape[2]
@@ -78,13 +124,18 @@ class _Problem:
         self.step, self.log_decay = step.contiguous(), log_decay.contiguous()
         self.sizes = (self.length, self.heads, self.per_group)
 
+    @property
+    def pairs(self) -> int:
+        """Pairs of states that turn."""
+        return 0 if self.turns is None else self.turns.angles.shape[3]
+
     def chunk_states(self, x: Tensor, B: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
         """What each chunk adds to the state (B, K, H, P, N), and its log-decay (B, K, H)."""
         shape = (self.batch, self.chunks, self.heads)
         states = self.step.new_empty(*shape, CHANNELS, self.states)
         totals = self.step.new_empty(shape)
         _launch(
-            self.device, f"ssd_states<{self.states}, {str(backward).lower()}>", self.states,
+            self.device, f"ssd_states<{self.states}, {str(backward).lower()}>", self.kind,
             self.blocks, _shared(self.states, 1, 1),
             x.data_ptr(), self.step.data_ptr(), self.log_decay.data_ptr(), B.data_ptr(),
             states.data_ptr(), totals.data_ptr(), *x.stride()[:3], *B.stride()[:3], *self.sizes,
@@ -99,35 +150,36 @@ class _Problem:
         carries = torch.empty_like(states, dtype=torch.bfloat16)
         last = self.step.new_empty(self.batch, self.heads, CHANNELS, self.states)
         initial = None if initial is None else initial.contiguous()
-        _launch(
-            self.device, "ssd_pass", self.states, last.numel() // (2 * _THREADS["ssd_pass"]), 0,
-            states.data_ptr(), totals.data_ptr(), pointer(initial), carries.data_ptr(),
-            last.data_ptr(), last.numel(), CHANNELS * self.states, self.chunks, self.heads,
-            backward,
-        )  # fmt: skip
+        angles = None if self.turns is None else self.turns.angles
+        launch(
+            states, "ssd_pass", self.kind, last.numel() // (2 * _THREADS["ssd_pass"]), states,
+            totals, initial, angles, carries, last, last.numel(), CHANNELS * self.states,
+            self.chunks, self.heads, backward, self.states, self.pairs)
         return carries, last
 
 
 def forward(
     x: Tensor, step: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    initial_state: Tensor | None, save: bool,
+    initial_state: Tensor | None, save: bool, turns: Turns | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """SSD on prepared inputs: ``h = exp(log_decay) h + step x B^T``, ``y = h C + D x``.
 
     Shapes: x (B, L, H, 64), B, C (B, L, G, N) in bf16 with any strides, N in STATES; step and
     log_decay (B, L, H), D (H,) and initial_state (B, H, 64, N) in float32. Returns y (B, L, H, 64),
     the final state, and for :func:`backward` the states between chunks; empty unless ``save``.
+    With ``turns`` G is H, and the final state is turned back.
     """
-    p = _Problem(x, step, log_decay, B, C)
+    p = _Problem(x, step, log_decay, B, C, turns)
     carries, final_state = p.passed_on(*p.chunk_states(p.x, p.B, False), initial_state, False)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     D = None if D is None else D.contiguous()
     together = heads_of_a_block(p.per_group, p.blocks, OUTPUT_BLOCKS)
     _launch(
-        p.device, f"ssd_output<{p.states}>", p.states, p.blocks // together,
-        _shared(p.states, 2, 3),
+        p.device, p.kind.of("ssd_output"), p.kind, p.blocks // together,
+        _shared(p.states, min(together, 2), 3),
         p.x.data_ptr(), p.step.data_ptr(), p.log_decay.data_ptr(), p.B.data_ptr(), p.C.data_ptr(),
-        pointer(D), carries.data_ptr(), y.data_ptr(), *p.x.stride()[:3], *p.B.stride()[:3],
+        pointer(D), carries.data_ptr(), pointer(None if turns is None else turns.own), y.data_ptr(),
+        *p.x.stride()[:3], *p.B.stride()[:3],
         *p.C.stride()[:3], *p.sizes, together,
     )  # fmt: skip
     return y, final_state, carries if save else carries.new_empty(0)
@@ -136,12 +188,14 @@ def forward(
 def backward(
     dy: Tensor, dfinal_state: Tensor | None, x: Tensor, step: Tensor, log_decay: Tensor,
     B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None, carries: Tensor,
+    turns: Turns | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of :func:`forward`'s tensors, in their order; None for one that is None.
+    """Gradients of :func:`forward`'s tensors, in their order; None for one that is None. With
+    ``turns`` also those of its ``own`` and of each step's angle (B, L, H, S), in radians.
 
     Every sum has a fixed order, so the same inputs give the same bits.
     """
-    p = _Problem(x, step, log_decay, B, C)
+    p = _Problem(x, step, log_decay, B, C, turns)
     dy = aligned_rows(dy)
     dcarries, dinitial = p.passed_on(*p.chunk_states(dy, p.C, True), dfinal_state, True)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -151,14 +205,20 @@ def backward(
     dB, dC = (x.new_empty(p.batch, p.length, p.heads // together, p.states) for _ in range(2))
     dD = p.step.new_empty(p.batch * p.chunks, p.heads)
     D = None if D is None else D.contiguous()
+    own = d_own = d_angle = None
+    shared = _shared(p.states, 5, 6)
+    if turns is not None:
+        own, d_own = turns.own, torch.empty_like(p.step)
+        d_angle = p.step.new_empty(p.batch, p.length, p.heads, p.pairs)
+        shared = _shared(p.states, 3, 4) + _angles_bytes(p.states)
     _launch(
-        p.device, f"ssd_gradients<{p.states}>", p.states, p.blocks // together,
-        _shared(p.states, 5, 6),
+        p.device, p.kind.of("ssd_gradients"), p.kind, p.blocks // together, shared,
         dy.data_ptr(), p.x.data_ptr(), p.step.data_ptr(), p.log_decay.data_ptr(), p.B.data_ptr(),
-        p.C.data_ptr(), pointer(D), carries.data_ptr(), dcarries.data_ptr(), dx.data_ptr(),
-        dstep.data_ptr(), dlog_decay.data_ptr(), dB.data_ptr(), dC.data_ptr(), dD.data_ptr(),
+        p.C.data_ptr(), pointer(D), carries.data_ptr(), dcarries.data_ptr(), pointer(own),
+        dx.data_ptr(), dstep.data_ptr(), dlog_decay.data_ptr(), dB.data_ptr(), dC.data_ptr(),
+        dD.data_ptr(), pointer(d_own), pointer(d_angle),
         *dy.stride()[:3], *p.x.stride()[:3], *p.B.stride()[:3], *p.C.stride()[:3], *p.sizes,
-        together,
+        together, p.pairs,
     )  # fmt: skip
 
     parts = p.per_group // together
@@ -166,11 +226,10 @@ def backward(
         of_parts, packs = (dB, dC), B.numel() // 8
         dB, dC = (torch.empty(B.shape, dtype=B.dtype, device=B.device) for _ in range(2))
         blocks = -(-2 * packs // _THREADS["ssd_groups"])
-        _launch(
-            p.device, f"ssd_groups<{p.states}>", p.states, blocks, 0,
-            *(t.data_ptr() for t in (*of_parts, dB, dC)), packs, parts)
-    return (dx, dstep, dlog_decay, dB, dC,
-            None if D is None else dD.sum(0), None if initial_state is None else dinitial)
+        launch(x, p.kind.of("ssd_groups"), p.kind, blocks, *of_parts, dB, dC, packs, parts)
+    found = (dx, dstep, dlog_decay, dB, dC,
+             None if D is None else dD.sum(0), None if initial_state is None else dinitial)
+    return found if turns is None else (*found, d_own, d_angle)
 
 
 def pointer(tensor: Tensor | None) -> int:

@@ -1,5 +1,5 @@
 // SSD, the scan of Mamba-2, in chunks of T steps on tensor cores, forward and backward. Follows
-// types.cu, mma.cu and chunks.cu.
+// types.cu, mma.cu, chunks.cu and angles.cu.
 //
 // For a head, with decays a_s = exp(g_s) and steps d_s (float32, made before), in a chunk that is
 // entered with state h (P x N) and left with h':
@@ -16,6 +16,9 @@
 // for which B, C and C B^T are the same, and read the next head while they work on one.
 //
 // W_ij = exp(u_i - u_j), u the cumulated log-decays of the chunk.
+//
+// TURNED, for Mamba-3 (angles.cu), a step reads own_i of what it writes itself and d_i of it is read later,
+// b and c are a head's own, and there are gradients of own and of angles.
 //
 // Every sum has a fixed order. Strides are in elements; the last axis has stride one.
 
@@ -53,6 +56,15 @@ inline void load_steps(Chunk &chunk, const float *step, const float *log_decay, 
     chunk.upto[2 * lane] = (lane ? before : 0.f) + g[0];
     chunk.upto[2 * lane + 1] = sum;
     if (lane == 31) chunk.total = sum;
+}
+
+// Of the two rows that a thread has, `first` and 8 behind.
+inline void load_own(float (&to)[2], const float *own, int heads, int first, int rows) {
+#pragma unroll
+    for (int down = 0; down < 2; down++) {
+        int i = first + 8 * down;
+        to[down] = i < rows ? own[(int64)i * heads] : 0.f;
+    }
 }
 
 // ---------------------------------------------------------------------------------------- states
@@ -102,10 +114,11 @@ __global__ void __launch_bounds__(THREADS) ssd_states(
 
 // From chunk to chunk: carries (B, K, H, size) is the state that a chunk is entered with, last (B, H,
 // size) the one behind the last chunk; backward, the gradient of the state that it is left with, and
-// that of the initial state. A thread has two numbers of the state.
+// that of the initial state. A thread has two numbers of the state. With `angles` a pair of states turns by
+// the last one of them, the whole sequence's, backward: of what comes out in front, and of its gradient.
 __global__ void __launch_bounds__(THREADS) ssd_pass(
-    const float *states, const float *totals, const float *initial, bfloat16 *carries, float *last,
-    int64 threads, int size, int chunks, int heads, int backward) {
+    const float *states, const float *totals, const float *initial, const u32 *angles, bfloat16 *carries,
+    float *last, int64 threads, int size, int chunks, int heads, int backward, int n, int pairs) {
     constexpr int AHEAD = 8;  // loads in flight
     int64 id = 2 * (blockIdx.x * (int64)THREADS + threadIdx.x);
     if (id >= threads) return;
@@ -114,6 +127,11 @@ __global__ void __launch_bounds__(THREADS) ssd_pass(
     int64 first = unit / heads * chunks * heads + head;
     float2 h = make_float2(0.f, 0.f);
     if (initial) h = *(const float2 *)(initial + id);
+    u32 angle = 0;
+    if (angles && i % n / 2 < pairs) {
+        angle = angles[((unit / heads * (chunks + 1) + chunks) * heads + head) * pairs + i % n / 2];
+        if (backward) h = turned(h, angle);
+    }
     for (int k0 = 0; k0 < chunks; k0 += AHEAD) {
         float2 next[AHEAD];
         float decay[AHEAD];
@@ -134,7 +152,7 @@ __global__ void __launch_bounds__(THREADS) ssd_pass(
             h.y = decay[j] * h.y + next[j].y;
         }
     }
-    *(float2 *)(last + id) = h;
+    *(float2 *)(last + id) = angle && !backward ? turned(h, 0u - angle) : h;
 }
 
 // ---------------------------------------------------------------------------------------- output
@@ -151,12 +169,12 @@ struct Heads {
     }
 };
 
-template <int N>
+template <int N, bool TURNED>
 __global__ void __launch_bounds__(THREADS) ssd_output(
     const bfloat16 *x, const float *step, const float *log_decay, const bfloat16 *b,
-    const bfloat16 *c, const float *skip, const bfloat16 *carries, bfloat16 *y, int64 x_batch,
-    int64 x_time, int64 x_head, int64 b_batch, int64 b_time, int64 b_group, int64 c_batch,
-    int64 c_time, int64 c_group, int length, int heads, int per_group, int together) {
+    const bfloat16 *c, const float *skip, const bfloat16 *carries, const float *own, bfloat16 *y,
+    int64 x_batch, int64 x_time, int64 x_head, int64 b_batch, int64 b_time, int64 b_group,
+    int64 c_batch, int64 c_time, int64 c_group, int length, int heads, int per_group, int together) {
     constexpr int N_ROW = N + 8, X = T * P_ROW, HEAD = X + P * N_ROW;
     extern __shared__ __align__(128) char shared[];
     bfloat16 *tile_c = (bfloat16 *)shared, *of_heads = tile_c + T * N_ROW;
@@ -189,7 +207,8 @@ __global__ void __launch_bounds__(THREADS) ssd_output(
         const Chunk &chunk = chunks[k % 2];
         float sum[P / 8][4] = {};
         multiply<false, true, N / 16>(sum, tile_c, N_ROW, row, tile_h, N_ROW);
-        float decay[2] = {__expf(chunk.upto[g]), __expf(chunk.upto[g + 8])};
+        float decay[2] = {__expf(chunk.upto[g]), __expf(chunk.upto[g + 8])}, alone[2];
+        if (TURNED) load_own(alone, own + here.first * heads + all.first + k, heads, g, here.rows);
 #pragma unroll
         for (int n = 0; n < P / 8; n++) {
 #pragma unroll
@@ -206,6 +225,7 @@ __global__ void __launch_bounds__(THREADS) ssd_output(
                 for (int e = 0; e < 4; e++) {
                     int i = g + e / 2 * 8, j = 16 * column + 8 * n + t + e % 2;
                     float weight = __expf(chunk.upto[i] - chunk.upto[j]) * chunk.step[j];
+                    if (TURNED && i == j) weight = alone[e / 2];
                     weighted[n][e] = i >= j ? scores[2 * column + n][e] * weight : 0.f;
                 }
             }
@@ -245,7 +265,9 @@ __global__ void __launch_bounds__(THREADS) ssd_output(
 // db, dc (B, L, H / together, N): of a block's heads, whose W d Q are added up before they meet B and
 // C. dskip (B, K, H). Eight warps: two have the same 16 rows, and every other 16 columns of a product
 // of pairs, or one half of the columns of any other. Pairs are transposed: rows are the steps j.
-constexpr int WIDE = 2 * THREADS;
+//
+// TURNED: d_own (B, L, H), and d_angle (B, L, H, pairs) as Angles says. `together` is 1, and Angles has the
+// place of a second head.
 
 // What one head's warps find for the log-decays; a row of [2] is of the two warps with the same rows.
 struct Found {
@@ -294,14 +316,15 @@ inline void ssd_finish(
     if (lane == 0) *dskip = of_skip;
 }
 
-template <int N>
+template <int N, bool TURNED>
 __global__ void __launch_bounds__(WIDE, N > 64 ? 1 : 2) ssd_gradients(
     const bfloat16 *dy, const bfloat16 *x, const float *step, const float *log_decay,
     const bfloat16 *b, const bfloat16 *c, const float *skip, const bfloat16 *carries,
-    const bfloat16 *dcarries, bfloat16 *dx, float *dstep, float *dlog_decay, bfloat16 *db, bfloat16 *dc,
-    float *dskip, int64 dy_batch, int64 dy_time, int64 dy_head, int64 x_batch, int64 x_time,
-    int64 x_head, int64 b_batch, int64 b_time, int64 b_group, int64 c_batch, int64 c_time,
-    int64 c_group, int length, int heads, int per_group, int together) {
+    const bfloat16 *dcarries, const float *own, bfloat16 *dx, float *dstep, float *dlog_decay,
+    bfloat16 *db, bfloat16 *dc, float *dskip, float *d_own, float *d_angle, int64 dy_batch,
+    int64 dy_time, int64 dy_head, int64 x_batch, int64 x_time, int64 x_head, int64 b_batch,
+    int64 b_time, int64 b_group, int64 c_batch, int64 c_time, int64 c_group, int length, int heads,
+    int per_group, int together, int pairs) {
     constexpr int N_ROW = N + 8, X = T * P_ROW, H = P * N_ROW, HEAD = 2 * (X + H);
     constexpr int WIDTH = N < 32 ? 16 : N / 2;  // columns of B and C that a warp has
     extern __shared__ __align__(128) char shared[];
@@ -309,6 +332,7 @@ __global__ void __launch_bounds__(WIDE, N > 64 ? 1 : 2) ssd_gradients(
     bfloat16 *tile_m = tile_c + T * N_ROW, *of_heads = tile_m + X;
     __shared__ Chunk chunks[2];
     __shared__ Found results[2];
+    Angles<N> &angles = *(Angles<N> *)(of_heads + HEAD);
     Heads all(length, heads, per_group, together);
     const Place &here = all.here;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = warp / WARPS, block = block_of_warp();
@@ -359,6 +383,9 @@ __global__ void __launch_bounds__(WIDE, N > 64 ? 1 : 2) ssd_gradients(
         const bfloat16 *tile_h = tile_dy + X, *tile_dh = tile_h + H;
         const Chunk &chunk = chunks[k % 2];
         Found &found = results[k % 2];
+        float alone[2], crossing[4] = {};
+        int64 of_head = here.first * heads + all.first + k;
+        if (TURNED) load_own(alone, own + of_head, heads, g, here.rows);
         float states = 0.f, skipped = 0.f, direct[2] = {0.f, 0.f}, decayed[2] = {0.f, 0.f};
         for (int p = threadIdx.x; p < P * N / 8; p += WIDE) {  // dh' . h
             int at = p / (N / 8) * N_ROW + p % (N / 8) * 8;
@@ -366,6 +393,20 @@ __global__ void __launch_bounds__(WIDE, N > 64 ? 1 : 2) ssd_gradients(
             Pack<bfloat16, 8> other = *(const Pack<bfloat16, 8> *)(tile_dh + at);
 #pragma unroll
             for (int e = 0; e < 8; e++) states += load(one.at[e]) * load(other.at[e]);
+            if (TURNED) {  // against that way: what it writes turns ahead
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    crossing[e] -= along_turn(load(other.at[2 * e]), load(other.at[2 * e + 1]), one.at + 2 * e);
+            }
+        }
+        if (TURNED) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                // A thread's columns are the same every time.
+#pragma unroll
+                for (int far = N / 8; far < 32; far *= 2) crossing[e] += __shfl_xor_sync(ALL, crossing[e], far);
+                if (lane < N / 8) angles.crossing[warp][4 * lane + e] = crossing[e];
+            }
         }
 #pragma unroll
         for (int c = 0; c < 2; c++) {
@@ -380,7 +421,12 @@ __global__ void __launch_bounds__(WIDE, N > 64 ? 1 : 2) ssd_gradients(
                     int j = g + e / 2 * 8, i = 16 * column + 8 * n + t + e % 2;
                     float weight = i >= j ? __expf(chunk.upto[i] - chunk.upto[j]) : 0.f;
                     float both = weight * s[c][n][e] * q[n][e], d = chunk.step[j];
-                    direct[e / 2] += both;
+                    if (TURNED && i == j) {
+                        d = alone[e / 2];
+                        if (j < here.rows) d_own[of_head + (int64)j * heads] = both;
+                    } else {
+                        direct[e / 2] += both;
+                    }
                     float off_diagonal = i > j ? both * d : 0.f;
                     decayed[e / 2] += off_diagonal;
                     sums[n][e % 2] += off_diagonal;
@@ -431,7 +477,6 @@ __global__ void __launch_bounds__(WIDE, N > 64 ? 1 : 2) ssd_gradients(
                 multiply<false, false, 1>(sum, tile_m + 16 * c, P_ROW, row,
                                           tile_dy + 16 * c * P_ROW + left, P_ROW);
             float factor = skip ? skip[all.first + k] : 0.f;
-            int64 of_head = here.first * heads + all.first + k;
 #pragma unroll
             for (int down = 0; down < 2; down++) {
                 int j = g + 8 * down;
@@ -456,6 +501,18 @@ __global__ void __launch_bounds__(WIDE, N > 64 ? 1 : 2) ssd_gradients(
                 for (int e = 0; e < 4; e++) {
                     db_sum[n][e] += end[e / 2] * d[e / 2] * sum[n][e];
                     sum[n][e] = 0.f;
+                }
+            }
+            if (TURNED) {
+#pragma unroll
+                for (int n = 0; n < WIDTH / 8; n++) {
+                    int column = left_column + 8 * n + t;
+                    const bfloat16 *z = tile_b + g * N_ROW + column;
+                    float written = along_turn(db_sum[n][0], db_sum[n][1], z)
+                                    + along_turn(db_sum[n][2], db_sum[n][3], z + 8 * N_ROW);
+#pragma unroll
+                    for (int far = 4; far < 32; far *= 2) written += __shfl_xor_sync(ALL, written, far);
+                    if (lane < 4) angles.written[block][column / 2] = written;
                 }
             }
             multiply<false, false, P / 16>(sum, tile_dy, P_ROW, row, tile_h + left_column, N_ROW);
@@ -490,23 +547,38 @@ __global__ void __launch_bounds__(WIDE, N > 64 ? 1 : 2) ssd_gradients(
     }
     if (warp == together % (2 * WARPS)) finish(together - 1);
     __syncthreads();
-    if (!has_columns) return;
-    for (int c = block; c < T / 16; c++)
-        multiply<false, false, 1>(db_sum, tile_m + 16 * c, P_ROW, row,
-                                  tile_c + 16 * c * N_ROW + left_column, N_ROW);
-    for (int c = 0; c <= block; c++)
-        multiply<true, false, 1>(dc_sum, tile_m + 16 * c * P_ROW, P_ROW, row,
-                                 tile_b + 16 * c * N_ROW + left_column, N_ROW);
+    if (has_columns) {
+        for (int c = block; c < T / 16; c++)
+            multiply<false, false, 1>(db_sum, tile_m + 16 * c, P_ROW, row,
+                                      tile_c + 16 * c * N_ROW + left_column, N_ROW);
+        for (int c = 0; c <= block; c++)
+            multiply<true, false, 1>(dc_sum, tile_m + 16 * c * P_ROW, P_ROW, row,
+                                     tile_b + 16 * c * N_ROW + left_column, N_ROW);
 #pragma unroll
-    for (int down = 0; down < 2; down++) {
-        int i = g + 8 * down;
-        if (i >= here.rows) continue;
-        int64 to = ((here.first + i) * (heads / together) + here.head) * N + left_column + t;
+        for (int down = 0; down < 2; down++) {
+            int i = g + 8 * down;
+            if (TURNED) {
 #pragma unroll
-        for (int n = 0; n < WIDTH / 8; n++) {
-            *(u32 *)(db + to + 8 * n) = pack(db_sum[n][2 * down], db_sum[n][2 * down + 1]);
-            *(u32 *)(dc + to + 8 * n) = pack(dc_sum[n][2 * down], dc_sum[n][2 * down + 1]);
+                for (int n = 0; n < WIDTH / 8; n++) {
+                    int column = left_column + 8 * n + t, at = i * N_ROW + column;
+                    angles.points[i][column / 2] =
+                        along_turn(db_sum[n][2 * down], db_sum[n][2 * down + 1], tile_b + at)
+                        + along_turn(dc_sum[n][2 * down], dc_sum[n][2 * down + 1], tile_c + at);
+                }
+            }
+            if (i >= here.rows) continue;
+            int64 to = ((here.first + i) * (heads / together) + here.head) * N + left_column + t;
+#pragma unroll
+            for (int n = 0; n < WIDTH / 8; n++) {
+                *(u32 *)(db + to + 8 * n) = pack(db_sum[n][2 * down], db_sum[n][2 * down + 1]);
+                *(u32 *)(dc + to + 8 * n) = pack(dc_sum[n][2 * down], dc_sum[n][2 * down + 1]);
+            }
         }
+    }
+    if (TURNED) {
+        __syncthreads();
+        angles.finish(__expf(chunks[0].total), d_angle + (here.first * heads + all.first) * pairs,
+                      (int64)heads * pairs, pairs, here.rows);
     }
 }
 

@@ -25,6 +25,7 @@ from mambabyte.ops.scan import cuda as cuda_scan
 from mambabyte.ops.scan import plan as cuda_plan
 from mambabyte.ops.ssd import cuda as cuda_ssd
 from mambabyte.ops.ssd import gates as cuda_gates
+from mambabyte.ops.ssd.mamba3 import inputs as cuda_inputs
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "gpu"))
@@ -76,10 +77,14 @@ def convolution(built_convolution: Emulator, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cuda_conv, "raw_stream", lambda device: 0)
 
 
+GIVEN = "\n".join([*(f"#define __{name}f {name}f" for name in ("exp", "sin", "cos")),
+                   "#define rsqrtf(x) (1.f / sqrtf(x))"])
+
+
 def built(names: tuple[str, ...], folder: Path, kept: Path) -> Emulator:
     here = Path(cuda_ssd.__file__).parent.parent
     sources = [(here / name).read_text() for name in names]
-    (folder / "joined.cu").write_text("\n".join(["#define __expf expf", *sources]))
+    (folder / "joined.cu").write_text("\n".join([GIVEN, *sources]))
     return Emulator(folder / "joined.cu", folder, kept)
 
 
@@ -101,8 +106,24 @@ def gates(built_gates: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def built_inputs(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> Emulator:
+    names = ("build/types.cu", "ssd/mamba3/inputs.cu")
+    return built(names, tmp_path_factory.mktemp("inputs"), kept)
+
+
+@pytest.fixture
+def inputs(built_inputs: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(device, name, blocks, shared, *args) -> None:
+        parameters = cuda_inputs._PARAMETERS[name.partition("<")[0]]
+        built_inputs.launch(device, name, parameters, blocks, (256, 1), shared, *args)
+
+    monkeypatch.setattr(cuda_inputs, "_launch", launch)
+
+
+@pytest.fixture(scope="session")
 def built_ssd(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> Emulator:
-    return built((*CHUNKS, "ssd/ssd.cu"), tmp_path_factory.mktemp("ssd"), kept)
+    names = (*CHUNKS, "ssd/mamba3/angles.cu", "ssd/ssd.cu")
+    return built(names, tmp_path_factory.mktemp("ssd"), kept)
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +143,7 @@ def delta(built_delta: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def ssd(built_ssd: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch(device, name, states, blocks, shared, *args) -> None:
+    def launch(device, name, kind, blocks, shared, *args) -> None:
         family = name.partition("<")[0]
         built_ssd.launch(device, name, cuda_ssd._PARAMETERS[family], blocks,
                          (cuda_ssd._THREADS[family], 1), shared, *args)
