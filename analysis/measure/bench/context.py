@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
-from analysis.measure.timing import in_turns, quartiles, seconds_of
+from analysis.measure.timing import in_turns, quartiles, release, seconds_of
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
@@ -96,8 +96,8 @@ def _of_length(
             "layers": model.config.layer_pattern, "length": length, "way": way, "note": "",
             "processes": world.size if way == "split" else 1}
         say(f"{model.config.layer_pattern}, {length:,} bytes, {way}")
+        release(device)
         if on_cuda:
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         for _ in range(2):
             failed = ""

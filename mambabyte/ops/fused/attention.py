@@ -219,7 +219,7 @@ def flash_documents(
     q (B, H, L, d), k, v (B, G, L, d); ages (B, L) of :func:`mambabyte.ops.arguments.document_ages`.
     Returns (B, H, L, d).
     """
-    if (not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16)
+    if (not q.is_cuda or not q.numel() or q.dtype not in (torch.bfloat16, torch.float16)
             or not q.dtype == k.dtype == v.dtype or q.shape[2] != k.shape[2]
             or q.shape[3] % 8 or q.shape[3] > 256 or torch.compiler.is_compiling() or transformed()
             or torch.cuda.get_device_capability(q.device) < (8, 0)):
