@@ -113,7 +113,17 @@ def test_bytes_and_pieces_are_those_of_the_table(name):
 @pytest.mark.parametrize("name", [n for n, run in RECORDS.items() if "points" in run.tables])
 def test_laws_are_judged_by_the_points_that_were_held_back(name):
     run = RECORDS[name]
-    held = [row for row in run.tables["points"].frame.itertuples() if row.held_back]
+    points, cells = (run.tables[name].frame for name in ("points", "cells"))
+    seen = cells[cells["seed"] == 0].groupby(["system", "size", "trained_bytes"])["valid_bits"]
+    for row in points.itertuples():
+        bits = seen.get_group((row.system, row.size, row.trained_bytes))
+        assert row.valid_bits in bits.astype(float).tolist()
+    for part in run.values["law_best"].value.split("; "):
+        size, names = part.split(": ")
+        mine = points[points["size"] == size].sort_values("valid_bits")
+        first = mine.drop_duplicates("trained_bytes").sort_values("trained_bytes")
+        assert names.split(", ") == first["system"].tolist()
+    held = [row for row in points.itertuples() if row.held_back]
     assert run.values["law_held_back"].value == len(held) > 0
     assert run.values["law_inside"].value == sum(r.low <= r.valid_bits <= r.high for r in held)
     assert run.values["law_worst_error"].value == pytest.approx(
