@@ -78,11 +78,30 @@ def test_a_public_file_is_a_kind_of_its_own(tmp_path):
     found = task.run(task.Parameters(), folder=tmp_path)
     assert found.points["kind"].tolist() == ["SSM and attention", "n-gram alone", "public file"]
     assert set(found.job["system"]) == {"ours", "counts"}
+    (leader,) = found.leaders.to_dict("records")  # the other is more accurate, and dearer
+    assert leader["ours, as accurate"] == "counts"
+    assert leader["share (%)"] == pytest.approx(100 * 180 / 700)
+    values = answers.values(found, task.Parameters())
+    assert values["share_of_leaders"].value == leader["share (%)"]
     (axes,) = figures.one_job(found.job, 0.7).axes
     assert {text.get_text() for text in axes.texts} >= {"ours", "counts"}
     for field in fields(found):  # what is kept of it can be written
         if isinstance(frame := getattr(found, field.name), pd.DataFrame):
             assert csv_text(field.name, frame)
+
+
+def test_of_a_public_file_that_none_of_ours_equals_no_share_is_said(tmp_path):
+    columns = [*COLUMNS, "public file (SHA-256)"]
+    write_record(tmp_path, "h200-task-a", [
+        [*ROWS[0], None], [*ROWS[1], None],  # one seed at 0.71, one at 0.73
+        ["best", 0, 700.0, 10.0, 0.72, None, None, None, "0ab1"],
+        ["other", 0, 800.0, 10.0, 0.71, None, None, None, "0ab2"]], columns=columns)
+    found = task.run(task.Parameters(), folder=tmp_path)
+    lines = found.leaders.set_index("public file")
+    assert lines.loc["best", "ours, as accurate"] is None
+    assert lines.loc["other", "its highest energy (J)"] == 3200.0
+    assert lines.loc["other", "share (%)"] == 400.0
+    assert answers.values(found, task.Parameters())["share_of_leaders"].value is None
 
 
 def test_a_new_record_appears_by_its_name(tmp_path):
@@ -150,19 +169,26 @@ def test_the_record_of_one_job_reaches_what_was_asked_for():
     """Joules of the GPU, the public rule's total, and validation accuracy of every seed."""
     runs = load_record(DATA / "records" / "task" / "h200-task-mixed").tables["runs"].frame
     seeds = runs.groupby("system")["seed"].nunique()
-    assert (seeds["counts_hybrid"], seeds["counts_ssm"]) == (3, 2)
+    assert (seeds["counts_hybrid"], seeds["counts_ssm"]) == (3, 3)
+    assert [*runs["system"].iloc[[0, -1]]] == ["counts", "counts"]  # the control
+    assert runs["validation characters"].eq(60_000).all()
     by = runs.groupby("system").agg(
         {task.ENERGY: "max", "total energy (J)": "max", task.VALID: "min"}).T.to_dict("list")
     for name, joules, total, accuracy in (
-            ("counts", 400, 600, 0.69), ("counts_ssm", 700, 1500, 0.70),
+            ("counts", 400, 600, 0.70), ("counts_ssm", 700, 1500, 0.70),
             ("counts_hybrid", 4000, 4300, 0.735)):
         assert by[name][0] <= joules
         assert by[name][1] <= total
         assert by[name][2] >= accuracy
     public = runs[runs["public file (SHA-256)"].notna()]
-    assert len(public) == 1
-    assert 3 * by["counts"][0] <= public[task.ENERGY].min()
-    assert by["counts"][2] > public[task.VALID].max()
+    assert {*public["system"]} == {"subset_70_mkn", "gpu_ngram_w31_k11", "paq8_gpu"}
+    for name in ("counts", "counts_ssm"):  # at more than the accuracy of each
+        assert by[name][2] > public[task.VALID].max()
+    for column, mine in ((task.ENERGY, 0), ("total energy (J)", 1)):  # at most a third
+        assert 3 * by["counts"][mine] <= public[column].min()
+    found = task.run(task.Parameters()).leaders
+    assert {*found["ours, as accurate"]} == {"counts"}
+    assert found["share (%)"].max() <= 100 / 3
 
 
 def test_no_record_is_one_clear_line(tmp_path):

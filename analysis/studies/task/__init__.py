@@ -37,6 +37,7 @@ class Results:
     points: pd.DataFrame  # a row a run or trial that ended: what it is, energy, accuracies
     systems: pd.DataFrame  # a row a system and its changes: means and ranges over seeds, cheapest
     job: pd.DataFrame  # of the record with the most public files: systems and files of one job
+    leaders: pd.DataFrame  # each public file of that job, and the cheapest of ours as accurate
     crashed: pd.DataFrame  # runs that crashed: system, record, failure
     idle_watts: tuple[float, ...]  # what was subtracted, each value once
     machines: tuple[str, ...]

@@ -62,7 +62,8 @@ def run(
         columns=["changed", "steps"])
     frame = not_measured(frame, "seed", VALID, HELD_OUT)
     systems = systems_frame(frame)
-    return Results(frame, systems, _of_one_job(frame, systems.iloc[:0]), pd.DataFrame(
+    job = _of_one_job(frame, systems.iloc[:0])
+    return Results(frame, systems, job, _leaders(job), pd.DataFrame(
         crashed, columns=["system", "seed", "record", "failure"]), tuple(sorted(idle)),
         tuple(sorted(machines)))
 
@@ -123,6 +124,26 @@ def _of_one_job(points: pd.DataFrame, none: pd.DataFrame) -> pd.DataFrame:
         return none
     record = peers.groupby("record")["system"].nunique().idxmax()
     return systems_frame(points[points["record"] == record])
+
+
+def _leaders(job: pd.DataFrame) -> pd.DataFrame:
+    """Each public file, and which of ours is as accurate for the fewest joules: its worst seed as
+    accurate, its dearest run counted."""
+    public = job["kind"] == "public file"
+    rows = []
+    for file in job[public].sort_values(VALID).to_dict("records"):
+        fits = job[~public & (job["lowest accuracy"] >= file[VALID])]
+        best = fits.loc[fits["highest energy (J)"].idxmin()] if len(fits) else None
+        rows.append({
+            "public file": file["system"], VALID: file[VALID], "energy (J)": file["energy (J)"],
+            "ours, as accurate": None if best is None else best["system"],
+            "its lowest accuracy": None if best is None else best["lowest accuracy"],
+            "its highest energy (J)": None if best is None else best["highest energy (J)"],
+            "share (%)": None if best is None
+            else 100 * best["highest energy (J)"] / file["energy (J)"]})
+    columns = ["public file", VALID, "energy (J)", "ours, as accurate", "its lowest accuracy",
+               "its highest energy (J)", "share (%)"]
+    return not_measured(pd.DataFrame(rows, columns=columns), *columns[3:])
 
 
 def systems_frame(points: pd.DataFrame) -> pd.DataFrame:

@@ -225,6 +225,6 @@ FIGURES = (
             caption="Each system in a process of its own with empty caches, in one job with public "
                     "files that were run as they are. Energy of the GPU from the call to the "
                     "model, compiling included. Means over seeds, bars from the lowest to the "
-                    "highest; of a public file fewer characters are scored, as the record says.",
+                    "highest. A system that stands in the job twice, as a control, is one point.",
             alt=_alt_of_job, when=lambda systems, target: len(systems) > 0),
 )

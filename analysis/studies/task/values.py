@@ -28,6 +28,11 @@ def values(found: Results, p: Parameters) -> dict[str, Value]:
         "best_under_cap_accuracy": Value(
             None if afford.empty else float(afford[VALID].iloc[-1]), "",
             "its accuracy, mean over seeds"),
+        "share_of_leaders": Value(
+            None if found.leaders["share (%)"].isna().any() or found.leaders.empty
+            else float(found.leaders["share (%)"].max()), "%",
+            "joules of the cheapest of ours as accurate, of a public file's in the same job; the "
+            "largest"),
         "pure_ssm_accuracy": Value(None if pure.empty else float(pure[VALID].max()), "",
                                    "best network of SSM layers alone without an n-gram"),
     }
