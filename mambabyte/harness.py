@@ -233,6 +233,7 @@ def run_submission(
         torch.cuda.synchronize(device)
     # What a file prints is no part of our result.
     with redirect_stdout(sys.stderr), imported(path, "character") as train:
+        report(f"calling train() of {path.name}")
         meter, host = EnergyMeter(device, idle_watts), EnergyMeter("cpu")
         try:
             with _within(CAP_SECONDS):

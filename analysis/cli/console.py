@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TextIO
 
@@ -20,6 +23,41 @@ REORDERING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 def say(line: str) -> None:
     """One plain line of progress; lost, and the work goes on, where no one reads it any more."""
     write(line, sys.stderr)
+
+
+@contextmanager
+def said_again(
+    say: Callable[[str], None], first: float = 2.0, most: float = 30.0
+) -> Iterator[Callable[[str], None]]:
+    """``say`` for lines of progress that may be far apart: while no other comes, the last one is
+    said again with the seconds since, after ``first`` of them, twice as many, and so on, the wait
+    at most ``most``."""
+    line, began, news, over = "", 0.0, threading.Event(), False
+
+    def report(text: str) -> None:
+        nonlocal line, began
+        line, began = text, time.monotonic()
+        say(text)
+        news.set()
+
+    def again() -> None:
+        wait = first
+        while not over:
+            if news.wait(wait):
+                news.clear()
+                wait = first
+            elif line:
+                say(f"{line}: {time.monotonic() - began:.0f} s so far")
+                wait = min(2 * wait, most)
+
+    thread = threading.Thread(target=again, daemon=True)
+    thread.start()
+    try:
+        yield report
+    finally:
+        over = True
+        news.set()
+        thread.join()
 
 
 def write(text: str, stream: TextIO) -> None:

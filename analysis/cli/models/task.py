@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from analysis.cli.console import say
+from analysis.cli.console import said_again, say
 from analysis.cli.options import POSITIONAL, pick_device, print_result, subcommand
 from analysis.cli.parser import Action
 from mambabyte.config.checks import Count, DeviceOrAuto, NotNegative, Seed, between
@@ -187,15 +187,16 @@ def _seeds(options: Run, name: str, system: System | Path) -> int:
     device, corpus = pick_device(options.device), load_corpus(options.corpus, say)
     rows: list[dict[str, Any]] = []
     interrupted = False
+    splits = {"valid": corpus.valid, "test": corpus.test}
     try:
-        for seed in range(options.seed, options.seed + options.seeds):
-            splits = {"valid": corpus.valid, "test": corpus.test}
+        with said_again(say) as report:
             rules: dict[str, Any] = {"device": device, "idle_watts": options.idle_watts,
-                                     "characters": options.characters, "report": say}
-            row = (run_submission(system, corpus.train, splits, **rules)
-                   if isinstance(system, Path) else
-                   run_task(system, corpus.train, splits, seed=seed, **rules)) | {"seed": seed}
-            rows.append({"system": name, "corpus": corpus.name, **row})
+                                     "characters": options.characters, "report": report}
+            for seed in range(options.seed, options.seed + options.seeds):
+                row = (run_submission(system, corpus.train, splits, **rules)
+                       if isinstance(system, Path) else
+                       run_task(system, corpus.train, splits, seed=seed, **rules)) | {"seed": seed}
+                rows.append({"system": name, "corpus": corpus.name, **row})
     except KeyboardInterrupt:  # the seeds that ended are results: minutes and kilojoules each
         if not rows:
             raise

@@ -1,0 +1,36 @@
+"""Progress on the console: what is said while nothing new comes."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+
+from analysis.cli.console import said_again
+
+
+def test_the_last_line_is_said_again_until_another_comes() -> None:
+    said: list[str] = []
+    twice = threading.Semaphore(0)
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "so far" in line:
+            twice.release()
+
+    with said_again(say, first=1e-3, most=2e-3) as report:
+        assert not twice.acquire(timeout=0.01)  # nothing to say yet
+        for line in ("counting", "fitting"):
+            report(line)
+            assert twice.acquire(timeout=60)
+            assert twice.acquire(timeout=60)
+    assert re.fullmatch(r"counting: \d+ s so far", said[said.index("counting") + 1])
+    assert re.fullmatch(r"fitting: \d+ s so far", said[said.index("fitting") + 1])
+
+
+def test_it_ends_with_an_error() -> None:
+    before = threading.active_count()
+    with contextlib.suppress(KeyError), said_again(lambda line: None) as report:
+        report("counting")
+        raise KeyError
+    assert threading.active_count() == before
