@@ -149,6 +149,28 @@ class CudaModel:
             done, piece = done + piece, min(2 * piece, MOST_DRAW)
             yield bytes(drawn[0].tolist()), after[0].cpu(), state
 
+    @property
+    def guesses(self) -> bool:
+        """Whether its kernel checks guesses of its own while it draws."""
+        return hasattr(self.streamer, "guess_and_draw")
+
+    @torch.inference_mode()
+    def guess_and_draw(
+        self, log_probs: Tensor, state: Any, length: int, past: bytes, temperature: float,
+        top_k: int, top_p: float, seed: int,
+    ) -> Iterator[tuple[bytes, Tensor, Any, int, int]]:
+        """As ``draw``, with guesses of what followed equal endings in the text so far, of which
+        ``past`` are the last bytes: also the passes that a piece took and the bytes guessed."""
+        state, done, piece = self.from_model(state), 0, FIRST_DRAW
+        after = log_probs.to(self.streamer.device)[None]
+        while done < length:
+            piece = min(piece, length - done)
+            drawn, after, state, counts = self.streamer.guess_and_draw(
+                after, state, piece, past, temperature, top_k, top_p, seed, done)
+            data = bytes(drawn[0].tolist())
+            past, done, piece = past + data, done + piece, min(2 * piece, MOST_DRAW)
+            yield data, after[0].cpu(), state, *counts.tolist()
+
 
 class CudaHidden:
     """``(x (1, L, d_model), state) -> (hidden, state)`` as ``ByteLM.hidden``, in one kernel where

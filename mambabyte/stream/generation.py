@@ -13,7 +13,7 @@ section 2.3): a guessed byte is kept with the probability that the model gives i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -59,6 +59,11 @@ class Repetitions:
             self._text, self._after = bytearray(), {}
             self.read(recent)
 
+    @property
+    def past(self) -> bytes:
+        """The text so far, as far as it is kept."""
+        return bytes(self._text)
+
     def guess(self, last: int, most: int) -> bytes:
         text = self._text
         tail = bytes(text[len(text) - self._match + 1 :]) + bytes([last])
@@ -82,6 +87,10 @@ class FirstOf:
         for guesser in self._guessers:
             guesser.read(data)
 
+    @property
+    def past(self) -> bytes:
+        return next((g.past for g in self._guessers if hasattr(g, "past")), b"")
+
     def guess(self, last: int, most: int) -> bytes:
         return next((g for guesser in self._guessers if (g := guesser.guess(last, most))), b"")
 
@@ -102,8 +111,12 @@ class Speculation:
 
         The guesser must have read the text so far. Where an engine keeps the state after each byte
         of a pass, a wrong guess costs nothing more; else the bytes before it are given again with
-        the next pass, and the state rolls back to where the last pass began.
+        the next pass, and the state rolls back to where the last pass began. An engine that
+        draws where it computes guesses repetitions itself, and nothing else.
         """
+        if stream.guesses_itself:
+            yield from self._by_engine(stream, max_bytes, temperature, top_k, top_p, seed)
+            return
         generator = torch.Generator().manual_seed(seed)
 
         def choose(log_probs: Tensor) -> int:
@@ -140,6 +153,14 @@ class Speculation:
                 yield drawn
         finally:
             stream.feed(lag)
+
+    def _by_engine(self, stream: ByteStream, max_bytes: int, *how: Any) -> Iterator[bytes]:
+        past = getattr(self.guesser, "past", b"")
+        for data, passes, guessed in stream.guess_and_draw(past, max_bytes, *how):
+            self.passes, self.drawn = self.passes + passes, self.drawn + len(data)
+            self.guessed, self.right = self.guessed + guessed, self.right + len(data) - passes
+            self.guesser.read(data)
+            yield data
 
 
 def generate(

@@ -178,6 +178,23 @@ class ByteStream:
             self.feed(bytes([byte]))
             yield bytes([byte])
 
+    @property
+    def guesses_itself(self) -> bool:
+        """Whether ``guess_and_draw`` is there: the engine checks guesses where it draws."""
+        return getattr(self._advance, "guesses", False)
+
+    def guess_and_draw(
+        self, past: bytes, max_bytes: int, temperature: float = 1.0, top_k: int = 0,
+        top_p: float = 1.0, seed: int = 0,
+    ) -> Iterator[tuple[bytes, int, int]]:
+        """As ``draw``, the same bytes, with guesses of what followed equal endings in the text so
+        far, of which ``past`` are the last bytes: pieces, passes of each, bytes guessed."""
+        pieces = self._advance.guess_and_draw(  # type: ignore[attr-defined]
+            self.log_probs, self._state, max_bytes, past, temperature, top_k, top_p, seed)
+        for data, log_probs, state, passes, guessed in pieces:
+            self.log_probs, self._state = numbers(log_probs), state
+            yield data, passes, guessed
+
     def fork(self) -> ByteStream:
         """An independent stream at the same place. States are values, so this copies nothing."""
         other = object.__new__(ByteStream)

@@ -83,3 +83,24 @@ def test_branches_do_not_change_each_other_and_the_cache_is_bounded() -> None:
         assert relative_rms(stream.log_probs, alone.log_probs.double()) < 1e-6
         sizes.append(stream.state_bytes())
     assert max(sizes[300:]) == max(sizes[:300])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_passes_that_check_guesses_draw_the_same_bytes(name: str) -> None:
+    model = made(CONFIGS[name])
+    stream = ByteStream(model)
+    stream.feed(bytes(random_bytes(1, 80)[0].tolist()))
+    for how in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 3}):
+        plain, guessing = stream.fork(), stream.fork()
+        text = b"".join(plain.draw(90, **how))
+        wrong = bytes(b ^ (i % 13 == 12) for i, b in enumerate(text))
+        for past in (b"ab" + text + b"ab", b"ab" + wrong + b"ab", b""):
+            guessing = stream.fork()
+            pieces, passes, guessed = zip(*guessing.guess_and_draw(past, 90, **how), strict=True)
+            assert b"".join(pieces) == text
+            assert 90 - sum(guessed) <= sum(passes) <= 90
+            if text in past:
+                assert sum(passes) < 40
+            assert relative_rms(guessing.log_probs, plain.log_probs.double()) < 1e-6
+            # What follows is drawn from the states that the two have.
+            assert list(guessing.fork().draw(9, **how)) == list(plain.fork().draw(9, **how))

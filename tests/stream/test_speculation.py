@@ -144,3 +144,32 @@ def test_repetitions():
     assert short.guess(ord("a"), 3) == b"bcd"
     assert len(short._text) <= 20
     assert FirstOf(guesser, Known(b"__x", 9)).guess(1, 1) == b"_"
+
+
+def test_an_engine_that_guesses_is_given_the_text_so_far_and_counted():
+    class Engine:
+        guesses = True
+
+        def __init__(self):
+            self.given = []
+
+        def __call__(self, data, state):
+            return torch.zeros(256), len(data) + (state or 0)
+
+        def guess_and_draw(self, log_probs, state, length, past, *how):
+            self.given.append((length, past, how))
+            for piece, passes, guessed in ((b"abca", 2, 3), (b"bc", 2, 1)):
+                state += len(piece)
+                yield piece, torch.zeros(256), state, passes, guessed
+
+    stream = ByteStream(lm("M"))
+    stream._advance = engine = Engine()
+    guesser = FirstOf(Repetitions())
+    guesser.read(b"before")
+    draws = Speculation(guesser)
+    before = stream._state = 5
+    assert b"".join(draws.draw(stream, 6, 0.5, 3, 0.9, 7)) == b"abcabc"
+    assert engine.given == [(6, b"before", (0.5, 3, 0.9, 7))]
+    assert (draws.passes, draws.drawn, draws.guessed, draws.right) == (4, 6, 4, 2)
+    assert guesser.past == b"beforeabcabc"
+    assert stream._state == before + 6

@@ -93,7 +93,8 @@ def run(argv: list[str]) -> int:
     sys.stdout.write("\n")
     if draws is not None:
         say(f"{draws.drawn} bytes in {draws.passes} passes of the model, {draws.right} of "
-            f"{draws.guessed} guessed bytes right" if not stream.draws_itself else
+            f"{draws.guessed} guessed bytes right"
+            if stream.guesses_itself or not stream.draws_itself else
             "nothing was guessed: bytes are drawn where they are computed, on the GPU")
     if options.save_state is not None:
         stream.save(options.save_state)

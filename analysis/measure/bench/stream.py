@@ -90,7 +90,7 @@ def run_bench(
         case(BYTE, 1, before, functools.partial(_by_feeding, stream))
         case(DRAW, 1, before, functools.partial(_by_drawing, stream))
     guessed: list[Speculation] = []
-    if seen and not stream.draws_itself:
+    if seen and (stream.guesses_itself or not stream.draws_itself):
         case(GUESSED, 1, max(seen), functools.partial(_by_guessing, stream, guessed))
     last = {row["way"]: float(row["bytes_per_second"]) for row in rows}  # type: ignore[arg-type]
     values = {name: last[way] for name, way in (

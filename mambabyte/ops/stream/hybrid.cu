@@ -7,11 +7,10 @@
 // weights come in while the blocks wait for each other. What one block computes and all need is
 // exchanged through L2 (=> in grid/*.cu, which has the layers); the MLP is up => down => x.
 //
-// An exchange (=>): every number goes to L2 beside the number of its exchange, 8 bytes written as one,
-// and whoever needs it looks until that number is there. So no barrier and no fence is paid for. Two
-// exchanges in turn have places of their own. Between two that write the same place lies one in which
-// every block sends and waits for all blocks, each having taken in what came before it: shares are padded
-// to equal sizes for that.
+// An exchange (=>): three numbers go to L2 beside the number of the exchange, 16 bytes written as one, and
+// whoever needs them looks until they are there. So no barrier and no fence is paid for. Exchanges take
+// turns in two places. Between two in one place lies one in which every block sends, having taken in what
+// came before, and waits for all blocks: shares are padded to equal sizes for that.
 //
 // A pass reads several bytes where some are guessed: every weight is read once for all of them, every
 // exchange made once. At temperature 0 and at any other a byte is drawn as without guesses, from its own
@@ -63,14 +62,12 @@ template <int P> inline void pass(
             if (kind == DELTA) delta<P, false>(b, state);
         if constexpr (KDA)
             if (kind == KIMI) delta<P, true>(b, state);
-        b.take_all<CL * RD, P>(X, XS);
         if constexpr (H > 0) {
             b.rows_normed<HC, P>([&](int r, int p, float v) {
-                b.send(mem + HIDDEN + p * HIDDEN_STRIDE + b.rank * HC + r, activate(v + b.own[UP_BIAS + r]));
+                b.out[p * HC + r] = activate(v + b.own[UP_BIAS + r]);
             });
-            b.take_all<CL * HC, P>(HIDDEN, HIDDEN_STRIDE);
+            b.swap_all<HC, P>(HIDDEN, HIDDEN_STRIDE);
             b.branch<RD, CL * HC, P>(mem + HIDDEN, HIDDEN_STRIDE, MLP_GAIN, MLP_BIAS, true);
-            b.take_all<CL * RD, P>(X, XS);
         }
     }
     if (hidden) {
@@ -83,9 +80,9 @@ template <int P> inline void pass(
         float value = v + b.small[HEAD_BIAS + r];
         if (CAP > 0.f && b.rank * RV + r < V)  // CAP tanh(value / CAP)
             value = CAP * (1.f - 2.f / (1.f + __expf(value * (2.f / CAP))));
-        b.send(mem + LOGIT + p * LS + b.rank * RV + r, value);
+        b.out[p * RV + r] = value;
     });
-    b.take_all<CL * RV, P>(LOGIT, LS);
+    b.swap_all<RV, P>(LOGIT, LS);
     b.used = 0, b.parity ^= 1;
 }
 
@@ -116,15 +113,15 @@ struct Past {
     }
 };
 
-// Grid CL blocks of T threads and a warp that asks for tiles. `numbers` are exchanged, from exchange
-// number `exchange` on; for the rest see stream.cu. `inputs` (streams, steps, DM) are embedded bytes, in
+// Grid CL blocks of T threads and a warp that asks for tiles. Through `packets` numbers are exchanged,
+// from exchange number `exchange` on; for the rest see stream.cu. `inputs` (streams, steps, DM) are embedded bytes, in
 // place of tokens; `hints` (streams, steps, HINT) what a guided model embeds beside tokens:
 // log-probabilities, which it also adds to its logits, times its gate, and in the bytes of one number more
-// the best byte and its kind. Where bytes are drawn and PASS > 1, `past` (streams, PAST), of which `known`
-// bytes, are the last of each text, oldest first, `trail` (blocks, PASS, STATE) is scratch, and `passes`
-// (streams) how many it took.
+// the best byte and its kind. Where bytes are drawn and PASS > 1, there is one text, of which `past`
+// (known) are the last bytes, the oldest first; `trail` (blocks, PASS, STATE) is scratch, and `passes` (2)
+// are how many it took and how many bytes were guessed.
 extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
-    Number *numbers, unsigned exchange, const float *resident, const float *tiles, const Tile *schedule,
+    Packet *packets, unsigned exchange, const float *resident, const float *tiles, const Tile *schedule,
     const float *embedding, const float *best, const float *kinds, const float *final_norm, const unsigned char *tokens, const float *inputs,
     const float *hints, const float *first, const float *state_in, float *state_out, float *cache, const float *rotary,
     int slots, int begin, int stored, unsigned char *drawn, float *log_probs, float *hidden,
@@ -135,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
     float *const mem = (float *)shared + SPACE + RESIDENT;
     const int tid = threadIdx.x, rank = blockIdx.x;
     Block b = {mem, mem - RESIDENT, nullptr, nullptr, tid, tid % 32, tid / 32, rank,
-               max(0, min(RD, DM - rank * RD)), numbers, exchange, trail + (int64)rank * PASS * STATE, 0, 0};
+               max(0, min(RD, DM - rank * RD)), mem + OUT, packets, exchange, 0, trail + (int64)rank * PASS * STATE, 0, 0};
     volatile int *const ended = (int *)(mem + ENDED);
     for (int i = tid; i < 4 * TILES; i += T + 32) ((int *)b.plan())[i] = ((const int *)schedule)[i];
     if (tid == 0) {
@@ -156,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
         return;
     }
     const Draw how = {drawn, seed, position, temperature, top_p, top_k};
-    int *byte = (int *)(mem + BYTE), laps = 0;
+    int *byte = (int *)(mem + BYTE), laps = 0, guesses = 0;
     for (int i = tid; i < RESIDENT; i += T)
         mem[i - RESIDENT] = resident[(int64)rank * RESIDENT + i];
     for (int i = tid; i < LOGIT - X; i += T) mem[X + i] = 0.f;
@@ -168,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
         meet();  // the text before is at its end in all threads
         for (int i = tid; i < STATE; i += T) mem[STATES + i] = state_in ? state_in[state_at + i] : 0.f;
         for (int i = tid; first && i < V; i += T) mem[LOGIT + i] = first[(int64)text * V + i];
-        for (int i = tid; guessing && i < known; i += T) seen.bytes[i & (PAST - 1)] = past[(int64)text * PAST + i];
+        for (int i = tid; guessing && i < known; i += T) seen.bytes[i & (PAST - 1)] = past[i];
         meet();
         if (drawing) choose(how, mem + LOGIT, mem + PROB, mem + KEPT, byte, text, streams, steps, 0);
         int row = 0;  // of the logits, the last
@@ -183,6 +180,7 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
                 if (t + 1 < steps) from = seen.same_before();
             }
             const int valid = from ? min(PASS, steps - t) : 1;
+            guesses += valid - 1;
             auto guess = [&](int p) { return (int)seen.at(from + (p - 1) % (seen.end - from)); };
             auto begin_with = [&](int p) {
                 return inputs ? inputs + step * DM
@@ -206,10 +204,10 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
                 }
                 meet();
                 b.rows<RD, V, false, 1>(mem + LIKELY, 0, [&](int r, int, float v) {
-                    if (hints) b.send(x + rank * RD + r, r < b.mine ? v + local[r] : 0.f);
+                    b.out[r] = r < b.mine ? v + local[r] : 0.f;
                 });
                 if (hints)
-                    b.take_all<CL * RD, 1>(X, XS);
+                    b.swap_all<RD, 1>(X, XS);
                 else
                     meet();
             }
@@ -248,6 +246,6 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
     if (tid == 0) {
         *ended = laps;
         arrive_at(b.over());
-        if (passes && rank == 0) *passes = laps;
+        if (passes && rank == 0) passes[0] = laps, passes[1] = guesses;
     }
 }

@@ -21,7 +21,7 @@ from mambabyte.ops.build.kernel import Kernel, raw_stream
 from mambabyte.ops.build.nvrtc import NvrtcError
 from mambabyte.ops.stream.cuda import shared_limit, split
 from mambabyte.ops.stream.feeding import VOCABULARY, ByteFeeder
-from mambabyte.ops.stream.packing import THREADS, Built, Packed, pack, program
+from mambabyte.ops.stream.packing import PAST, THREADS, Built, Packed, pack, program
 from mambabyte.ops.stream.tiles import schedule
 
 _PARAMETERS = "PI" + 15 * "P" + "iiiPPPPIQQiiififPiPP"
@@ -29,6 +29,7 @@ _WIDTHS = (128, 64, 32, 16, 8)  # blocks, each alone on a multiprocessor, best f
 _TURNS = 4096  # positions whose rotary angles are computed at a time
 _MOST_EXCHANGES = 6  # a layer; two more a byte
 _LEAST_ROOM = 256  # bytes that a cache can grow by in place
+WIDTH = 4  # bytes of a pass that checks guesses
 
 # ---------------------------------------------------------------------------------------- states
 
@@ -158,20 +159,31 @@ def check_fit(
 
 
 class _Exchange:
-    """Where blocks exchange numbers, each beside the number of its exchange; one a CUDA stream, as
+    """Where blocks exchange packets, each with the number of its exchange; one a CUDA stream, as
     the launches on one come one after another."""
 
-    def __init__(self, places: int, device: torch.device) -> None:
-        self.numbers = torch.zeros(2, places, 2, dtype=torch.int32, device=device)
+    def __init__(self, packets: int, device: torch.device) -> None:
+        self.packets = torch.zeros(packets, 4, dtype=torch.int32, device=device)
         self._next = 1
 
     def take(self, count: int) -> int:
         """The first of ``count`` exchanges that nobody else has."""
         if self._next + count >= 1 << 32:
-            self.numbers.zero_()
+            self.packets.zero_()
             self._next = 1
         self._next += count
         return self._next - count
+
+
+class _Loaded(NamedTuple):
+    """A kernel and what each of its launches takes."""
+
+    kernel: Kernel
+    built: Built
+    width: int  # bytes of a pass at most
+    plan: Tensor  # where its tiles lie
+    weights: list[int]  # addresses
+    exchanges: dict[int, _Exchange]  # by CUDA stream
 
 
 class HybridStreamer(ByteFeeder):
@@ -195,19 +207,32 @@ class HybridStreamer(ByteFeeder):
         self._constants = dict(self._packed.constants)
         self.blocks = int(self._constants["CL"])
         self._chunks = max(1, self.blocks // config.n_kv_head)
-        self._kernel, self._built = _kernel(self._packed.constants, self._index)
-        self._schedule = torch.tensor(schedule(self._packed.sizes, self._built.space),
-                                      dtype=torch.int32, device=self.device)
-        packed = self._packed
-        self._weights = [t.data_ptr() for t in (
-            packed.resident, packed.tiles, self._schedule, self.embedding, packed.best,
-            packed.kind, packed.final_norm)]
+        self._plain = self._loaded(1)
         self._hint = torch.zeros(VOCABULARY + 1, pin_memory=self.device.type == "cuda")
-        self._exchanges: dict[int, _Exchange] = {}
         self._lock = threading.Lock()
         self._windows = [{"A": config.attention_window, "L": config.local_window}[letter]
                          for letter in config.layers if letter in "AL"]
         self._turns: tuple[int, Tensor] = (-1, self.embedding)
+
+    def _loaded(self, width: int) -> _Loaded:
+        """The kernel for passes of up to ``width`` bytes; NvrtcError where that does not fit."""
+        packed = self._packed
+        constants = tuple((self._constants | {"PASS": width}).items())
+        kernel, built = _kernel(constants, self._index)
+        plan = torch.tensor(schedule(packed.sizes, built.space), dtype=torch.int32,
+                            device=self.device)
+        weights = [t.data_ptr() for t in (
+            packed.resident, packed.tiles, plan, self.embedding, packed.best, packed.kind,
+            packed.final_norm)]
+        return _Loaded(kernel, built, width, plan, weights, {})
+
+    @functools.cached_property
+    def _guessing(self) -> _Loaded | None:
+        """What draws with guesses; None where a pass of several bytes does not fit."""
+        try:
+            return self._loaded(WIDTH)
+        except NvrtcError:
+            return None
 
     # ------------------------------------------------------------------------------- states
 
@@ -325,6 +350,30 @@ class HybridStreamer(ByteFeeder):
             seed=seed, position=position, temperature=temperature, top_k=top_k, top_p=top_p)
         return drawn, after, new
 
+    def guess_and_draw(
+        self, log_probs: Tensor, state: HybridState, length: int, past: bytes,
+        temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+        position: int = 0,
+    ) -> tuple[Tensor, Tensor, HybridState, Tensor]:
+        """As ``draw`` of one text, the same bytes, where passes check guesses of what followed
+        equal endings in ``past``, the text so far, and in what is drawn. Also (2,) int32: passes
+        that it took, bytes guessed."""
+        loaded = self._guessing
+        past = past[-PAST:]
+        rows = torch.frombuffer(bytearray(past or b"\0"), dtype=torch.uint8).to(self.device)
+        counts = torch.tensor([length, 0], dtype=torch.int32, device=self.device)
+        if loaded is None:
+            return *self.draw(log_probs, state, length, temperature, top_k, top_p, seed,
+                              position), counts
+        drawn = torch.empty((1, length), dtype=torch.uint8, device=self.device)
+        after = torch.empty((1, VOCABULARY), device=self.device)
+        trail = torch.empty(loaded.width * state.numbers.shape[1], device=self.device)
+        new = self._launch(
+            state, after, 1, length, first=log_probs.float().contiguous(), drawn=drawn, seed=seed,
+            position=position, temperature=temperature, top_k=top_k, top_p=top_p, loaded=loaded,
+            past=(rows, len(past)), trail=trail, counts=counts)
+        return drawn, after, new, counts
+
     def _angles(self, position: int, length: int) -> Tensor:
         """Cosines and sines (n, 2, head_dim / 2) from ``position`` on, n at least ``length``."""
         if not self._windows:
@@ -342,24 +391,29 @@ class HybridStreamer(ByteFeeder):
         inputs: Tensor | None = None, hints: Tensor | None = None, first: Tensor | None = None,
         drawn: Tensor | None = None, hidden: Tensor | None = None, seed: int = 0,
         position: int = 0, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+        loaded: _Loaded | None = None, past: tuple[Tensor | None, int] = (None, 0),
+        trail: Tensor | None = None, counts: Tensor | None = None,
     ) -> HybridState:
+        kernel, built, width, _, weights, exchanges = loaded or self._plain
         state, room = self._grown(state, length)
-        numbers, angles = torch.empty_like(state.numbers), self._angles(state.position, length)
+        numbers = torch.empty_like(state.numbers)
+        angles = self._angles(state.position, length + width - 1)
         stream, shape = raw_stream(self._index), state.cache.shape
         pointers = [0 if t is None else t.data_ptr() for t in (
             tokens, inputs, hints, first, state.numbers, numbers, state.cache, angles)]
         results = [0 if t is None else t.data_ptr() for t in (drawn, log_probs, hidden)]
+        guessed = [0 if t is None else t.data_ptr() for t in (past[0], trail, counts)]
         with self._lock:  # of two threads on one stream the first to count is the first to launch
-            if stream not in self._exchanges:
-                self._exchanges[stream] = _Exchange(self._built.places, self.device)
-            exchange = self._exchanges[stream]
+            if stream not in exchanges:
+                exchanges[stream] = _Exchange(built.packets, self.device)
+            exchange = exchanges[stream]
             number = exchange.take(batch * length * (_MOST_EXCHANGES * self.config.n_layer + 2))
-            self._kernel.launch(
-                (self.blocks, 1, 1), (THREADS + 32, 1, 1), self._built.shared_bytes, stream,
-                exchange.numbers.data_ptr(), number, *self._weights, *pointers,
+            kernel.launch(
+                (self.blocks, 1, 1), (THREADS + 32, 1, 1), built.shared_bytes, stream,
+                exchange.packets.data_ptr(), number, *weights, *pointers,
                 shape[5], state.begin, state.stored, *results, *told, seed % 2**64,
-                position, batch, length, int(every), temperature, top_k, top_p, 0, 0, 0, 0,
-                together=True)
+                position, batch, length, int(every), temperature, top_k, top_p, guessed[0], past[1],
+                *guessed[1:], together=True)
         new = _Held(numbers, state.cache, state.begin, state.stored + length,
                     state.position + length)
         new.room = room

@@ -22,7 +22,7 @@ THREADS = 512
 KINDS = {"M": 0, "A": 1, "L": 1, "S": 2, "D": 3, "K": 4}  # as in the kernel, by letter
 TILE = 4096  # floats of a tile of several rows; a longer row is one alone
 PAST = 4096  # bytes in which a guess is looked for; a power of two
-COPIES = 2  # of a number that is exchanged: so many fewer blocks look at each
+COPIES = 2  # of a packet that is exchanged: so many fewer blocks look at each
 # Parameters of a guided model (task/guide.py) beside its network's.
 GUIDED = ("prior.weight", "best.weight", "kind.weight", "gate.weight", "gate.bias")
 _LOG2E = 1.4426950408889634
@@ -328,8 +328,19 @@ def _strides(z: Mapping[str, Any]) -> dict[str, int]:
         "LOCALS": max(2 * channels + part(2 * z["SG"] * z["SN"]) + part(z["SH"]),
                       2 * rows + values + heads + max(heads + values, 2 * low)),
         "YS": _pad(z["CL"] * max(channels, rows, values)),
+        "PACKETS": -(-z["PASS"] * _sent(z) // 3),  # of three numbers, of a block
         "DTS_STRIDE": z["CL"] * max(part(z["SH"]), heads, rows),
     }
+
+
+def _sent(z: Mapping[str, Any]) -> int:
+    """Numbers that a block sends of a byte, in the exchange with the most."""
+    part = functools.partial(_part, blocks=z["CL"])
+    rows, heads, low = part(z["DM"]), part(z["DH"]), part(z["DV"])
+    return max(part(z["DI"]), part(z["R"] + 2 * z["N"]), rows + 2 * part(z["KVH"] * z["HD"]),
+               part(2 * z["SG"] * z["SN"]) + part(z["SH"]),
+               2 * rows + heads + max(heads, 2 * low), 2 * part(z["DH"] * z["DV"]), part(z["H"]),
+               part(VOCABULARY + z["GUIDED"]))
 
 
 def _regions(z: Mapping[str, Any]) -> dict[str, int]:
@@ -350,13 +361,13 @@ def _regions(z: Mapping[str, Any]) -> dict[str, int]:
         "HIDDEN": _pad(blocks * part(z["H"])), "SUMS": z["SUMMED"],
         "LOGIT": _up(blocks * part(VOCABULARY + z["GUIDED"])),
     }  # fmt: skip
-    # Warps have sets of the queries to one head's keys, as many as their registers hold.
-    queries = z["PASS"] * z["HEADS"] // z["KVH"]
-    sets = -(-queries // max(1, 32 // -(-z["HD"] // 8)))
+    # Queries to one head's keys that a warp's registers hold.
+    held = min(z["PASS"] * z["HEADS"] // z["KVH"], max(1, 32 // -(-z["HD"] // 8)))
     guesses = z["PASS"] > 1
     return {
-        "STATES": z["STATE"], **{name: z["PASS"] * size for name, size in each.items()},
-        "GROUP": z["A"] * queries * max(1, warps // sets) * (z["HD"] + 2),
+        "STATES": z["STATE"], "OUT": 3 * z["PACKETS"],
+        **{name: z["PASS"] * size for name, size in each.items()},
+        "GROUP": z["A"] * held * warps * (z["HD"] + 2),
         "HINTS": z["GUIDED"] * VOCABULARY, "LIKELY": z["GUIDED"] * VOCABULARY,
         "PROB": VOCABULARY, "KEPT": VOCABULARY, "BYTE": 4, "ENDED": 4,
         "SEEN": guesses * z["PAST"] // 4, "ENDINGS": guesses * warps,
@@ -383,7 +394,7 @@ class Built(NamedTuple):
     program: Program
     space: int  # floats of a block's shared memory for tiles; negative where the rest does not fit
     shared_bytes: int  # a block
-    places: int  # of numbers that an exchange may fill
+    packets: int  # that blocks exchange numbers in
 
 
 @functools.cache
@@ -395,10 +406,9 @@ def program(constants: tuple[tuple[str, float], ...], shared_bytes: int) -> Buil
     for name, size in _regions(z).items():
         places[name] = at
         at += _up(size)
-    # Numbers that are exchanged have the places of the vectors they come to; then attention's.
-    shares = _chunks(z) * z["PASS"] * z["HEADS"] * (z["HD"] + 2)
-    places |= {"VECTORS": at, "COPIES": COPIES, "SHARES": COPIES * at,
-               "PLACES": COPIES * at + z["A"] * shares}
+    packets = 2 * COPIES * z["CL"] * z["PACKETS"]  # and those of attention
+    packets += z["A"] * _chunks(z) * z["PASS"] * z["HEADS"] * z["HD"]
+    places["COPIES"] = COPIES
     space = min(z["BLOB"], (shared_bytes // 4 - z["RESIDENT"] - at) // 4 * 4)
     whole = {n: v for n, v in (z | places | {"SPACE": space}).items() if isinstance(v, int)}
     real = {n: v for n, v in z.items() if isinstance(v, float)}
@@ -409,7 +419,7 @@ def program(constants: tuple[tuple[str, float], ...], shared_bytes: int) -> Buil
         *(f"stream/grid/{name}.cu" for name in ("block", "mamba", "attention", "mamba2", "delta")),
         "stream/hybrid.cu", names=("stream_hybrid",),
         options=(f"-DSIZES={sizes}",))
-    return Built(made, space, 4 * (space + z["RESIDENT"] + at), places["PLACES"])
+    return Built(made, space, 4 * (space + z["RESIDENT"] + at), packets)
 
 
 def state_floats(c: ModelConfig, letter: str, blocks: int) -> int:

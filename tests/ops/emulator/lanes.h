@@ -300,14 +300,15 @@ static void st_shared_v2(uint32_t address, float x, float y) { write_at(address,
 static void st_global_if(uint32_t valid, char *to, uint32_t x) {
     if (valid) memcpy(to, &x, 4);
 }
-static void st_volatile_v2(void *to, uint32_t x, uint32_t y) {
-    const uint32_t both[2] = {x, y};
+static void st_relaxed_b128(void *to, uint64_t low, uint64_t high) {
+    if (size_t(to) % 16) fail("a misaligned write of 16 bytes");
+    const uint64_t both[2] = {low, high};
     memcpy(to, both, sizeof both);
 }
 // Whoever looks again and again lets the others go on.
-static void ld_volatile_v2(uint32_t &x, uint32_t &y, const void *from) {
-    memcpy(&x, from, 4);
-    memcpy(&y, static_cast<const char *>(from) + 4, 4);
+static void ld_relaxed_b128(unsigned long long &low, unsigned long long &high, const void *from) {
+    memcpy(&low, from, 8);
+    memcpy(&high, static_cast<const char *>(from) + 8, 8);
     yield();
 }
 static void cp_async(uint32_t to, const void *from, int bytes, uint32_t wanted = 1) {

@@ -127,6 +127,40 @@ def test_bytes_given_drawn_and_embedded(name: str, texts: int, length: int) -> N
 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.long
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_passes_of_several_bytes_draw_what_single_ones_do(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hybrid, "WIDTH", 3)
+    model = made(CONFIGS[name])
+    streamer = hybrid_streamer(model)
+    start = torch.randint(256, (1, 4)).to(torch.uint8)
+    log_probs, state = streamer.feed(start, streamer.new_state(1))
+    for temperature, length in ((0.0, 9), (1.0, 4)):
+        how = {"temperature": temperature, "seed": 3}
+        drawn, after, end = streamer.draw(log_probs, state, length, **how)
+        text = bytes(drawn[0].tolist())
+        wrong = bytes(b ^ (i % 4 == 3) for i, b in enumerate(text))
+        # All guesses right, some in the middle of a pass wrong, and none made at first.
+        for past in (b"ab" + text + b"ab", b"ab" + wrong + b"ab", b""):
+            again, last, there, counts = streamer.guess_and_draw(
+                log_probs, state, length, past, **how)
+            assert torch.equal(again, drawn)
+            assert torch.equal(last, after)
+            assert there.stored == end.stored
+            for mine, theirs in zip(streamer.layers_of(there), streamer.layers_of(end),
+                                    strict=True):
+                for a, b in zip(mine, theirs, strict=True):
+                    assert all(map(torch.equal, a, b))
+            passes, guessed = counts.tolist()
+            assert length - guessed <= passes <= length
+            if text in past:
+                assert passes == -(-length // 3)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.long
 @torch.inference_mode()
 def test_a_guided_models_hints_and_gate() -> None:
     torch.manual_seed(1)

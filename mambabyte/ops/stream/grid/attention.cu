@@ -10,12 +10,12 @@ constexpr int QS = CL * RD, KS = CL * RK, HE = parts(HD, 8);  // 8 threads a key
 
 template <int P> inline void attention(
     Block &b, float *cache, int slots, int begin, int now, int valid) {
-    // Queries of all bytes and heads to one of k; so many at a time in a warp's registers; the sets of
-    // them, and warps of each.
-    constexpr int QUERIES = P * GROUP_OF, HELD = least(QUERIES, most(1, 32 / HE));
-    constexpr int SETS = parts(QUERIES, HELD), SET_WARPS = most(1, WARPS / SETS), ROWS = 4 * SET_WARPS;
+    // Queries of all bytes and heads to one of k, so many at a time in a warp's registers. Which thread looks
+    // at a key, and after which others, depends on its place alone: so a sum is the same in every pass.
+    constexpr int QUERIES = P * GROUP_OF, HELD = least(QUERIES, most(1, 32 / HE)), ROWS = 4 * WARPS;
     float *const q = b.mem + Q, *const key = b.mem + KEY, *const value = b.mem + VALUE, *const y = b.mem + Y;
     const float *own = b.own;
+    Packet *const shares = b.packets + 2 * COPIES * CL * PACKETS;  // in an exchange of some, with one place
     const int lane = b.lane, warp = b.warp, window = b.table[WINDOW];
     auto channel = [&](int e) {  // neighbours where 8 threads take whole float4
         return HD % 32 == 0 ? 4 * (lane % 8) + 32 * (e / 4) + e % 4 : lane % 8 + 8 * e;
@@ -35,16 +35,13 @@ template <int P> inline void attention(
         }
         return row;
     };
-    const int mine = warp < SETS * SET_WARPS ? 4 * (warp / SETS) + lane / 8 : 0;
-    int row = 0;
-    if (b.rank < SHARES_OF) row = fetch_row(b.rank, first_slot(b.rank % CHUNKS) + mine);  // while q comes to be
-    b.rows_normed<RD + 2 * RK, P>([&](int r, int p, float v) {
-        float *to = r < RD ? q + p * QS + b.rank * RD + r : r < RD + RK ? key + p * KS + b.rank * RK + r - RD
-                           : value + p * KS + b.rank * RK + r - RD - RK;
-        b.send(to, v + own[OWN + r]);
-    });
-    b.take<CL * (RD + 2 * RK), P>([](int p, int i) {
-        return i < QS ? Q + p * QS + i : i < QS + KS ? KEY + p * KS + i - QS : VALUE + p * KS + i - QS - KS;
+    auto mine = [&](int start) { return start + (4 * warp + lane / 8 - start & ROWS - 1); };  // the first
+    int row = 0, fetched = b.rank, at_slot = first_slot(b.rank % CHUNKS);  // the share and slot in ks and vs
+    if (b.rank < SHARES_OF) row = fetch_row(b.rank, mine(at_slot));  // while q comes to be
+    b.rows_normed<RD + 2 * RK, P>([&](int r, int p, float v) { b.out[p * (RD + 2 * RK) + r] = v + own[OWN + r]; });
+    b.swap<RD + 2 * RK, P>([](int p, int block, int r) {
+        return r < RD ? Q + p * QS + block * RD + r : r < RD + RK ? KEY + p * KS + block * RK + r - RD
+                      : VALUE + p * KS + block * RK + r - RD - RK;
     });
     for (int unit = warp; unit < P * (HEADS + KVH); unit += WARPS) {
         const int p = unit / (HEADS + KVH), head = unit % (HEADS + KVH);
@@ -70,8 +67,7 @@ template <int P> inline void attention(
             }
         }
 #pragma unroll 1
-        for (int unit = warp; unit < SETS * SET_WARPS; unit += WARPS) {
-            const int set = unit % SETS;
+        for (int set = 0; set * HELD < QUERIES; set++) {
             float qs[HELD][HE], o[HELD][HE], peak[HELD], sum[HELD];
 #pragma unroll
             for (int i = 0; i < HELD; i++) {
@@ -86,8 +82,9 @@ template <int P> inline void attention(
             }
 #pragma unroll 1
             for (int s = start; s < end; s += ROWS) {
-                const int slot = s + 4 * (unit / SETS) + lane / 8;
-                if (s > start || unit != warp || share != b.rank) row = fetch_row(share, slot);
+                const int slot = mine(start) + s - start;
+                if (s != at_slot || share != fetched) row = fetch_row(share, slot);
+                at_slot = s, fetched = share;
                 if (row >= now && row < now + P)
 #pragma unroll
                     for (int e = 0; e < HE; e++)
@@ -121,44 +118,42 @@ template <int P> inline void attention(
                     for (int e = 0; e < HE; e++)
                         o[i][e] = fmaf(o[i][e], keep, add * __shfl_xor_sync(ALL, o[i][e], mask));
                 }
-                const int query = set * HELD + i;
-                float *to = b.mem + GROUP + (query * SET_WARPS + unit / SETS) * (HD + 2);
-                if (query < QUERIES) {
-                    if (lane < 8)
+                float *to = b.mem + GROUP + (i * WARPS + warp) * (HD + 2);
+                if (lane < 8)
 #pragma unroll
-                        for (int e = 0; e < HE; e++)
-                            if (channel(e) < HD) to[channel(e)] = o[i][e];
-                    if (lane == 0) to[HD] = peak[i], to[HD + 1] = sum[i];
+                    for (int e = 0; e < HE; e++)
+                        if (channel(e) < HD) to[channel(e)] = o[i][e];
+                if (lane == 0) to[HD] = peak[i], to[HD + 1] = sum[i];
+            }
+            meet();
+            // To the owner of each channel: this block's sum of values, their highest score, sum of weights.
+            for (int i = b.tid; i < least(HELD, QUERIES - set * HELD) * HD; i += T) {
+                const int query = set * HELD + i / HD;
+                const float *part = b.mem + GROUP + i / HD * WARPS * (HD + 2);
+                float peak = NOTHING, out = 0.f, sum = 0.f;
+#pragma unroll
+                for (int g = 0; g < WARPS; g++) peak = fmaxf(peak, part[g * (HD + 2) + HD]);
+#pragma unroll
+                for (int g = 0; g < WARPS; g++) {
+                    const float *from = part + g * (HD + 2);
+                    const float w = exp2f(from[HD] - peak);
+                    out = fmaf(w, from[i % HD], out), sum = fmaf(w, from[HD + 1], sum);
                 }
+                put(shares + (share * QUERIES + query) * HD + i % HD, out, peak, sum, b.exchange);
             }
+            if (SHARES_OF > CL || QUERIES > HELD) meet();
         }
-        meet();
-        // To the owners of its channels: this block's sum of values, their highest score, sum of weights.
-        for (int i = b.tid; i < QUERIES * (HD + 2); i += T) {
-            const int query = i / (HD + 2), c = i % (HD + 2);
-            const float *part = b.mem + GROUP + query * SET_WARPS * (HD + 2);
-            float peak = NOTHING, out = 0.f;
-#pragma unroll
-            for (int g = 0; g < SET_WARPS; g++) peak = fmaxf(peak, part[g * (HD + 2) + HD]);
-#pragma unroll
-            for (int g = 0; g < SET_WARPS; g++) {
-                const float *from = part + g * (HD + 2);
-                out = fmaf(exp2f(from[HD] - peak), from[c], out);
-            }
-            write_number(b.place(SHARES + (share * P * GROUP_OF + query) * (HD + 2) + c), c == HD ? peak : out, b.exchange);
-        }
-        if (SHARES_OF > CL) meet();
     }
-    constexpr int THREE = 3 * CHUNKS;  // of each of this block's channels
-    auto channel_of = [&](int r) { return min(b.rank * RD + r, DM - 1); };
-    b.take_from(P * RD * THREE, [&](int i) {
-        const int p = i / (RD * THREE), r = i / THREE % RD, chunk = i % THREE / 3, which = i % 3;
-        const int c = channel_of(r), head = c / HD, share = head / GROUP_OF * CHUNKS + chunk;
-        const int query = p * GROUP_OF + head % GROUP_OF;
-        return SHARES + (share * P * GROUP_OF + query) * (HD + 2) + (which ? HD - 1 + which : c % HD);
-    }, [](int i) { return PARTIAL + i; });
+    b.take(P * RD * CHUNKS, [&](int i) {
+        const int p = i / (RD * CHUNKS), chunk = i % CHUNKS, c = min(b.rank * RD + i / CHUNKS % RD, DM - 1);
+        const int share = c / HD / GROUP_OF * CHUNKS + chunk, query = p * GROUP_OF + c / HD % GROUP_OF;
+        return shares + (share * QUERIES + query) * HD + c % HD;
+    }, [&](int i, const Packet &found) {
+        float *to = b.mem + PARTIAL + 3 * i;
+        to[0] = found.a, to[1] = found.b, to[2] = found.c;
+    });
     for (int unit = warp; unit < P * RD; unit += WARPS) {
-        const float *from = b.mem + PARTIAL + unit * THREE;
+        const float *from = b.mem + PARTIAL + 3 * unit * CHUNKS;
         float peak = NOTHING, sum = 0.f, out = 0.f;
         for (int s = lane; s < CHUNKS; s += 32) peak = fmaxf(peak, from[3 * s + 1]);
 #pragma unroll
@@ -168,8 +163,8 @@ template <int P> inline void attention(
             sum = fmaf(w, from[3 * s + 2], sum), out = fmaf(w, from[3 * s], out);
         }
         sum = sum_over<32>(sum), out = sum_over<32>(out);
-        if (lane == 0) b.send(y + unit / RD * YS + b.rank * RD + unit % RD, out / sum);
+        if (lane == 0) b.out[unit] = out / sum;
     }
-    b.take_all<CL * RD, P>(Y, YS);
+    b.swap_all<RD, P>(Y, YS);
     b.mix<DM, P>(y, YS);
 }

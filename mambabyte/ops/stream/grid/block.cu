@@ -17,18 +17,22 @@ enum Kind { MAMBA, ATTENTION, MAMBA2, DELTA, KIMI };
 constexpr int STEM_GAIN = LAYERS * ENTRIES, FIRST = STEM_GAIN + DM, HEAD_BIAS = FIRST + DM;
 
 struct Tile { int from, floats, place, gap; };  // gap: see supply; 0 for a tile that stays
-struct Number { unsigned bits, exchange; };
+struct Packet { float a, b, c; unsigned exchange; };  // three numbers and the number of their exchange
 
-inline void write_number(Number *to, float value, unsigned exchange) {
-    asm volatile("st.volatile.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(__float_as_uint(value)), "r"(exchange)
-                 : "memory");
+// 16 bytes at once: who reads a packet has all of it or nothing of it.
+inline void put(Packet *to, float a, float b, float c, unsigned exchange) {
+    const unsigned long long low = __float_as_uint(a) | (unsigned long long)__float_as_uint(b) << 32;
+    const unsigned long long high = __float_as_uint(c) | (unsigned long long)exchange << 32;
+    asm volatile("{ .reg .b128 v; mov.b128 v, {%1, %2}; st.relaxed.gpu.global.b128 [%0], v; }"
+                 ::"l"(to), "l"(low), "l"(high) : "memory");
 }
 
-inline Number look(const Number *from) {
-    Number n;
-    asm volatile("ld.volatile.global.v2.u32 {%0, %1}, [%2];" : "=r"(n.bits), "=r"(n.exchange) : "l"(from)
-                 : "memory");
-    return n;
+inline Packet look(const Packet *from) {
+    unsigned long long low, high;
+    asm volatile("{ .reg .b128 v; ld.relaxed.gpu.global.b128 v, [%2]; mov.b128 {%0, %1}, v; }"
+                 : "=l"(low), "=l"(high) : "l"(from) : "memory");
+    return {__uint_as_float((unsigned)low), __uint_as_float((unsigned)(low >> 32)), __uint_as_float((unsigned)high),
+            (unsigned)(high >> 32)};
 }
 
 inline bool is_there(unsigned bar, unsigned parity) {
@@ -58,52 +62,61 @@ struct Block {
     const int *table;    // of the present layer
     int tid, lane, warp, rank;
     int mine;  // channels of d_model that are this block's
-    Number *numbers;
-    unsigned exchange;
+    float *out;  // numbers that the next exchange sends
+    Packet *packets;
+    unsigned exchange, side;  // the next one's number; which of two places
     float *trail;  // (PASS, STATE) in global memory: the states after each byte of a pass
     int used;      // tiles of this pass so far
     unsigned parity;  // of the ring's barriers
 
     // ------------------------------------------------------------------- exchanges
-    inline Number *place(int at) { return numbers + (exchange & 1) * PLACES + at; }
-
-    inline void send(float *to, float value) {  // to that place of a vector in all blocks
-#pragma unroll
-        for (int copy = 0; copy < COPIES; copy++)
-            write_number(place(copy * VECTORS + (int)(to - mem)), value, exchange);
-    }
-
-    // Numbers at place from(i), i below n, to mem[to(i)]. Ends with a meeting of the block.
-    template <class From, class To> inline void take_from(int n, From from, To to) {
+    // n packets from where from(i) says, to got(i, packet). Ends with a meeting of the block.
+    template <class From, class Got> inline void take(int n, From from, Got got) {
         constexpr int AT_ONCE = 4;
         for (int start = tid; start < n; start += AT_ONCE * T) {
-            Number got[AT_ONCE];
+            Packet found[AT_ONCE];
             bool there;
             do {
                 there = true;
 #pragma unroll
                 for (int j = 0; j < AT_ONCE; j++)
-                    if (start + j * T < n) got[j] = look(place(from(start + j * T)));
+                    if (start + j * T < n) found[j] = look(from(start + j * T));
 #pragma unroll
                 for (int j = 0; j < AT_ONCE; j++)
-                    if (start + j * T < n) there = there && got[j].exchange == exchange;
+                    if (start + j * T < n) there = there && found[j].exchange == exchange;
             } while (!there);
 #pragma unroll
             for (int j = 0; j < AT_ONCE; j++)
-                if (start + j * T < n) mem[to(start + j * T)] = __uint_as_float(got[j].bits);
+                if (start + j * T < n) got(start + j * T, found[j]);
         }
         exchange++;
         meet();
     }
 
-    // N numbers of each of P bytes, to mem[where(byte, i)].
-    template <int N, int P, class Where> inline void take(Where where) {
-        auto at = [&](int i) { return where(i / N, i % N); };
-        take_from(N * P, [&](int i) { return rank % COPIES * VECTORS + at(i); }, at);
+    // N numbers of each of P bytes go from out[byte * N + i] to mem[where(byte, block, i)] of all blocks.
+    template <int N, int P, class Where> inline void swap(Where where) {
+        constexpr int OWN = parts(N * P, 3);  // packets of a block
+        static_assert(OWN <= PACKETS, "packing.py counts too few");
+        Packet *const places = packets + side * COPIES * CL * PACKETS;
+        side ^= 1;
+        meet();
+        for (int i = tid; i < COPIES * OWN; i += T) {
+            const int at = 3 * (i % OWN);
+            put(places + (i / OWN * CL + rank) * OWN + i % OWN, out[at], out[at + 1], out[at + 2], exchange);
+        }
+        const Packet *const from = places + rank % COPIES * CL * OWN;
+        take(CL * OWN, [&](int i) { return from + i; }, [&](int i, const Packet &found) {
+            const int block = i / OWN, at = 3 * (i % OWN);
+            auto to = [&](int j, float value) {
+                if (N * P % 3 == 0 || j < N * P) mem[where(j / N, block, j % N)] = value;
+            };
+            to(at, found.a), to(at + 1, found.b), to(at + 2, found.c);
+        });
     }
 
-    template <int N, int P> inline void take_all(int to, int stride) {
-        take<N, P>([&](int p, int i) { return to + p * stride + i; });
+    // The shares of vectors at `to`, `stride` from one byte's to the next.
+    template <int N, int P> inline void swap_all(int to, int stride) {
+        swap<N, P>([&](int p, int block, int i) { return to + p * stride + block * N + i; });
     }
 
     // ------------------------------------------------------------------- tiles
@@ -286,20 +299,21 @@ struct Block {
         }
     }
 
-    // Row r of a branch goes to x; behind a layer's last branch with what the next layer adds before.
+    // A branch is added to x; behind a layer's last one also what the next layer adds before.
     template <int N, int COLUMNS, int P>
     inline void branch(const float *from, int stride, int gain, int bias, bool last) {
         rows<N, COLUMNS, false, P>(from, stride, [&](int r, int p, float v) {
-            float *const x = mem + X + p * XS + rank * RD + r, *const slot = mem + SLOT + p * SLOTS * RD + r;
-            float value = fmaf(own[gain + r], v + own[bias + r], *x);
+            float *const slot = mem + SLOT + p * SLOTS * RD + r;
+            float value = fmaf(own[gain + r], v + own[bias + r], mem[X + p * XS + rank * RD + r]);
             if (last) {
                 if (table[KEPT_AS] >= 0) slot[table[KEPT_AS] * RD] = value;
                 if (table + ENTRIES < (const int *)small + LAYERS * ENTRIES && table[ENTRIES + ADDED] >= 0)
                     value = fmaf(own[SKIP + r], slot[table[ENTRIES + ADDED] * RD], value);
                 if (MIXED) value = fmaf(own[EMBEDDED + r], mem[EMB + p * RD + r], own[STREAM + r] * value);
             }
-            send(x, value);
+            out[p * RD + r] = value;
         });
+        swap_all<RD, P>(X, XS);
     }
 
     template <int COLUMNS, int P> inline void mix(const float *from, int stride) {

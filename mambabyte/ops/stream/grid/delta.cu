@@ -9,6 +9,7 @@ constexpr int ES = CL * RE, FS = pad(CL * RF), VS = CL * VC;
 template <int P, bool KIMI_RULE> inline void delta(Block &b, float *state) {
     constexpr int ROWS = D_ROWS + (KIMI_RULE ? 2 * RF : RE + VC), TAPS = 2 * RD + VC;
     constexpr int GATE_AT = D_ROWS + (KIMI_RULE ? 0 : RE), QD = CL * RD;
+    constexpr int SENT = 2 * RD + RE + (KIMI_RULE ? 2 * RF : RE);  // q, k, beta; a, or f and g
     float *const q = b.mem + Q, *const key = b.mem + KEY, *const decay = b.mem + DTS, *const y = b.mem + Y;
     float *const local = b.mem + LOCAL, *const beta = b.mem + BETA, *const low = b.mem + F, *const gl = b.mem + GL;
     const float *own = b.own;
@@ -20,39 +21,31 @@ template <int P, bool KIMI_RULE> inline void delta(Block &b, float *state) {
         for (int p = 0; p < P; p++) {
             float *const at = local + p * LOCALS + c;
             const float out = b.convolve<P>(own + D_CONV + c * K, 0.f, state + VC * DK + c, TAPS, *at, p);
-            if (c < 2 * RD)
-                b.send((c < RD ? q : key - RD) + p * QD + rank * RD + c, out);
-            else
-                *at = out;
+            *(c < 2 * RD ? b.out + p * SENT + c : at) = out;
         }
-    for (int i = b.tid; i < P * RE; i += T) {
-        const int p = i / RE, r = i % RE;
-        b.send(beta + p * ES + rank * RE + r, local[p * LOCALS + D_ROWS - RE + r]);
-        if (!KIMI_RULE) b.send(decay + p * DTS_STRIDE + rank * RE + r, local[p * LOCALS + D_ROWS + r]);
+    for (int i = b.tid; i < P * (SENT - 2 * RD); i += T) {
+        const int p = i / (SENT - 2 * RD), r = i % (SENT - 2 * RD);
+        b.out[p * SENT + 2 * RD + r] = local[p * LOCALS + TAPS + r];
     }
-    for (int i = b.tid; KIMI_RULE && i < P * RF; i += T) {
-        const int p = i / RF, r = i % RF;
-        b.send(low + p * FS + rank * RF + r, local[p * LOCALS + D_ROWS + r]);
-        b.send(gl + p * FS + rank * RF + r, local[p * LOCALS + D_ROWS + RF + r]);
-    }
-    b.take<2 * QD + ES + (KIMI_RULE ? 2 * CL * RF : ES), P>([](int p, int i) {
-        if (i < QD) return Q + p * QD + i;
-        if (i < 2 * QD) return KEY + p * QD + i - QD;
-        i -= 2 * QD;
-        if (i < ES) return BETA + p * ES + i;
-        i -= ES;
-        return !KIMI_RULE ? DTS + p * DTS_STRIDE + i : i < CL * RF ? F + p * FS + i : GL + p * FS + i - CL * RF;
+    b.swap<SENT, P>([](int p, int block, int r) {
+        if (r < RD) return Q + p * QD + block * RD + r;
+        if (r < 2 * RD) return KEY + p * QD + block * RD + r - RD;
+        r -= 2 * RD;
+        if (r < RE) return BETA + p * ES + block * RE + r;
+        r -= RE;
+        if (!KIMI_RULE) return DTS + p * DTS_STRIDE + block * RE + r;
+        return r < RF ? F + p * FS + block * RF + r : GL + p * FS + block * RF + r - RF;
     });
     if constexpr (KIMI_RULE) {
         b.rows<RD, CL * RF, false, P>(low, FS, [&](int r, int p, float v) {
             float dt = softplus(v + own[D_DT_BIAS + r]);
-            b.send(decay + p * DTS_STRIDE + rank * RD + r, exp2f(dt * own[D_RATE + r]));
+            b.out[p * RD + r] = exp2f(dt * own[D_RATE + r]);
         });
         meet();
         b.rows<VC, CL * RF, false, P>(gl, FS, [&](int r, int p, float v) {
             local[p * LOCALS + GATE_AT + r] = sigmoid(v + own[D_GATE + r]);
         });
-        b.take_all<QD, P>(DTS, DTS_STRIDE);
+        b.swap_all<RD, P>(DTS, DTS_STRIDE);
     }
     for (int unit = b.warp; unit < P * 2 * DH; unit += WARPS) {  // |q| = 1 / sqrt(DK), |k| = 1
         const int p = unit / (2 * DH), head = unit % (2 * DH);
@@ -92,12 +85,14 @@ template <int P, bool KIMI_RULE> inline void delta(Block &b, float *state) {
             out = sum_over<GV>(out);
             const float gate = in[GATE_AT + j];
             if (there && g == 0) {
-                b.send(y + p * YS + rank * VC + j, out);
-                b.send(b.mem + GATES + p * VS + rank * VC + j, KIMI_RULE ? gate : gate * sigmoid(gate));
+                b.out[p * 2 * VC + j] = out;
+                b.out[p * 2 * VC + VC + j] = KIMI_RULE ? gate : gate * sigmoid(gate);
             }
         }
     }
-    b.take<2 * VS, P>([](int p, int i) { return i < VS ? Y + p * YS + i : GATES + p * VS + i - VS; });
+    b.swap<2 * VC, P>([](int p, int block, int r) {
+        return r < VC ? Y + p * YS + block * VC + r : GATES + p * VS + block * VC + r - VC;
+    });
     for (int unit = b.warp; unit < P * DH; unit += WARPS) {
         const int p = unit / DH, head = unit % DH;
         float *v = y + p * YS + head * DV, *open = b.mem + GATES + p * VS + head * DV, square = 0.f;

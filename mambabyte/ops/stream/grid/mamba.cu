@@ -13,17 +13,13 @@ template <int P> inline void mamba(Block &b, float *state) {
         for (int p = 0; p < P; p++) {
             float *const at = local + p * LOCALS + c;
             const float u = b.convolve<P>(own + M_CONV + c * K, own[M_CONV_BIAS + c], state + DC * N + c, DC, *at, p);
-            b.send(all_u + p * US + b.rank * DC + c, u);
-            *at = u, at[DC] *= sigmoid(at[DC]);
+            b.out[p * DC + c] = *at = u, at[DC] *= sigmoid(at[DC]);
         }
-    b.take_all<CL * DC, P>(ALL_U, US);
+    b.swap_all<DC, P>(ALL_U, US);
     b.rows<RX + (R ? 0 : DC), CL * DC, false, P>(all_u, US, [&](int r, int p, float v) {
-        if (r < RX)
-            b.send(low + p * WS + b.rank * RX + r, v);
-        else
-            b.mem[STEP + p * DC + r - RX] = v;
+        *(r < RX ? b.out + p * RX + r : b.mem + STEP + p * DC + r - RX) = v;
     });
-    b.take_all<WS, P>(LOW, WS);
+    b.swap_all<RX, P>(LOW, WS);
     for (int start = 32 * b.warp; start < DC * G; start += T) {
         const int g = b.lane % G, c = min((start + b.lane) / G, DC - 1);
         const bool there = start + b.lane < DC * G;
@@ -47,9 +43,9 @@ template <int P> inline void mamba(Block &b, float *state) {
                 out = fmaf(in[R + N + n], h[e], out);
             }
             out = fmaf(own[M_SKIP + c], u, sum_over<G>(out)) * local[p * LOCALS + DC + c];
-            if (there && g == 0) b.send(y + p * YS + b.rank * DC + c, out);
+            if (there && g == 0) b.out[p * DC + c] = out;
         }
     }
-    b.take_all<CL * DC, P>(Y, YS);
+    b.swap_all<DC, P>(Y, YS);
     b.mix<CL * DC, P>(y, YS);
 }

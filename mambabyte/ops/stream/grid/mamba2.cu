@@ -2,7 +2,7 @@
 
 constexpr int SB = 2 * SG * SN, RB = parts(SB, CL), RH = parts(SH, CL);
 constexpr int S_ROWS = 2 * DC + RB + RH;  // of in_proj: x, z, a share of B and C and of the step sizes
-constexpr int BS = CL * RB, HS = CL * RH, S_LANES = 16, SE = parts(SN, S_LANES);
+constexpr int BS = CL * RB, S_LANES = 16, SE = parts(SN, S_LANES);
 
 template <int P> inline void mamba2(Block &b, float *state) {
     float *const bc = b.mem + BC, *const dts = b.mem + DTS, *const local = b.mem + LOCAL, *const y = b.mem + Y;
@@ -15,14 +15,13 @@ template <int P> inline void mamba2(Block &b, float *state) {
             float *const at = local + p * LOCALS + (c < DC ? c : c + DC);
             const float out = b.convolve<P>(own + S_CONV + c * K, own[S_CONV_BIAS + c], state + DC * SN + c,
                                             DC + RB, *at, p);
-            if (c < DC)
-                *at = out;
-            else
-                b.send(bc + p * BS + b.rank * RB + c - DC, out);
+            *(c < DC ? at : b.out + p * (RB + RH) + c - DC) = out;
         }
     for (int i = b.tid; i < P * RH; i += T)
-        b.send(dts + i / RH * DTS_STRIDE + b.rank * RH + i % RH, local[i / RH * LOCALS + 2 * DC + RB + i % RH]);
-    b.take<BS + HS, P>([](int p, int i) { return i < BS ? BC + p * BS + i : DTS + p * DTS_STRIDE + i - BS; });
+        b.out[i / RH * (RB + RH) + RB + i % RH] = local[i / RH * LOCALS + 2 * DC + RB + i % RH];
+    b.swap<RB + RH, P>([](int p, int block, int r) {
+        return r < RB ? BC + p * BS + block * RB + r : DTS + p * DTS_STRIDE + block * RH + r - RB;
+    });
     for (int start = 32 * b.warp; start < DC * S_LANES; start += T) {
         const int g = b.lane % S_LANES, c = min((start + b.lane) / S_LANES, DC - 1);
         const bool there = start + b.lane < DC * S_LANES;
@@ -45,10 +44,10 @@ template <int P> inline void mamba2(Block &b, float *state) {
                 out = fmaf(C[n], s[e], out);
             }
             out = fmaf(own[S_SKIP + h], *at, sum_over<S_LANES>(out)) * z * sigmoid(z);
-            if (there && g == 0) b.send(y + p * YS + b.rank * DC + c, out);
+            if (there && g == 0) b.out[p * DC + c] = out;
         }
     }
-    b.take_all<CL * DC, P>(Y, YS);
+    b.swap_all<DC, P>(Y, YS);
     for (int unit = b.warp; unit < P * SG; unit += WARPS) {
         float *part = y + unit / SG * YS + unit % SG * (DI / SG), square = 0.f;
         for (int c = b.lane; c < DI / SG; c += 32) square = fmaf(part[c], part[c], square);
