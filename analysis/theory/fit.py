@@ -28,7 +28,7 @@ class Fit:
     device_memory_bytes: int | None
     fits: bool | None  # None without a device to fit
     spare_bytes: int | None  # negative: so much is missing
-    largest_batch: int | None  # at the given context; 0 if not even one sequence fits
+    largest_batch: int | None  # at the given context and micro_batches; 0 if nothing fits
     largest_context: int | None  # at the given batch size
 
 
@@ -41,12 +41,11 @@ def fit(
     Closed form: nothing is allocated. ``device`` says what "auto" means (on CUDA the fused scan
     and bf16 autocast). Raises UserError for a scan form without a closed form.
     """
-    autocast = autocast_of(train_config, device)
+    autocast, parts = autocast_of(train_config, device), train_config.micro_batches
 
     def step_of(batch: int, context: int) -> Budget:
-        part = -(-batch // train_config.micro_batches)
-        return budget(model_config, part, context, autocast, device, checkpointing,
-                      train_config.optimizer)
+        return budget(model_config, batch // parts, context, autocast, device, checkpointing,
+                      train_config.optimizer, parts)
 
     allowance = ALLOWANCE_BYTES if device == "cuda" else 0
 
@@ -66,7 +65,7 @@ def fit(
     room = device_memory_bytes
     return Fit(
         step, breakdown, total, room, total <= room, room - total,
-        _largest(lambda n: required(n, context) <= room),
+        parts * _largest(lambda n: required(parts * n, context) <= room),
         _largest(lambda n: required(batch, n) <= room),
     )
 

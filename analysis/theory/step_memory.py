@@ -6,6 +6,7 @@ Every term is derived from the formulas but one, LIBRARY_BYTES, which was measur
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from analysis.theory.kept_tensors import (
@@ -50,10 +51,12 @@ class Budget:
 def budget(
     config: ModelConfig, batch: int, length: int, autocast: Autocast = "fp32",
     device: str = "cpu", checkpointing: bool = False, optimizer: str = "adamw",
+    micro_batches: int = 1,
 ) -> Budget:
     """The closed form of one training step: every category, and the moment of the peak.
 
-    ``optimizer`` is that of TrainConfig. Steps are taken as written, not compiled.
+    ``optimizer`` is that of TrainConfig, and ``micro_batches`` how many parts of ``batch``
+    sequences each a step has. Steps are taken as written, not compiled.
 
     The peak is looked for at the moments that can be it: the loss (going forward, where the
     output of the last norm and the logits are alive as variables, and going backward), each
@@ -74,7 +77,8 @@ def budget(
     stays = [sum(t.bytes for t in terms if t.layer == i) for i in range(config.n_layer)]
 
     # A tied table has two gradients, of the head and of the rows looked up, until they are added.
-    table = config.vocab_size * d * FLOAT32 if config.tied_head else 0
+    rows = config.vocab_size * d * FLOAT32
+    table = rows if config.tied_head else 0
 
     # Bytes of activations and workspace, and of the gradients of weights: these appear from the
     # head down, and all of them exist at the end.
@@ -83,8 +87,9 @@ def budget(
             0 if itemsize == FLOAT32 else
             tokens * (d * FLOAT32 + config.vocab_size * itemsize)), 0),
         "loss, backward": (kept + 2 * tokens * config.vocab_size * FLOAT32, 0),
+        "head, backward": (kept + tokens * d * FLOAT32, rows),
         "embedding, backward": (tokens * d * FLOAT32, n_bytes + table),
-        "optimizer step": (0, n_bytes),
+        "optimizer step": (_muon_workspace(config, device) if optimizer == "muon" else 0, n_bytes),
     }
     if config.tied_head and itemsize == FLOAT32:
         # The head's gradient is a transposed product, into which autograd does not add in place.
@@ -106,6 +111,12 @@ def budget(
         around = Around(held, mlp[i], residual, done, above[i], checkpointing)
         moments |= {f"layer {i}, {name}": taken for name, taken
                     in mixer_of(letter).moments(config, step, around).items()}
+    if micro_batches > 1:
+        # The parts before left every gradient. A new one is freed as soon as it is added to theirs,
+        # but for a tied head's, which waits for that of the rows.
+        new = {"loss,": 0, "head,": rows, "layer": table, "optimizer": 0}
+        moments = {name: (taken, n_bytes + new.get(name.split()[0], gradients - n_bytes + rows))
+                   for name, (taken, gradients) in moments.items()}
     libraries = LIBRARY_BYTES if device == "cuda" else 0
     moment = max(moments, key=lambda name: sum(moments[name]))
     taken, gradients = moments[moment]
@@ -129,18 +140,34 @@ def _gradients_above(config: ModelConfig) -> list[int]:
 def _optimizer_bytes(config: ModelConfig, optimizer: str) -> int:
     """Two moments a weight and a step count of 4 bytes a tensor with AdamW.
 
-    Muon keeps one moment, and no step count, of the matrices that it takes: each mixer says
-    which, and it takes the MLPs'.
+    Muon keeps one moment, and no step count, of the matrices that it takes.
     """
-    saved = 0
-    if optimizer == "muon":
-        for letter in config.layers:
-            mixer = mixer_of(letter)
-            taken = [math.prod(shape) for name, shape in mixer.shapes(config).items()
-                     if mixer.role(name, len(shape)) == "muon"]
-            saved += sum(taken) + len(taken)
-        saved += config.n_layer * 2 * (config.d_model * config.mlp_hidden + bool(config.mlp_hidden))
+    by_muon = _muon_shapes(config) if optimizer == "muon" else []
+    saved = sum(math.prod(shape) + 1 for shape in by_muon)
     return (2 * config.n_parameters + _n_tensors(config) - saved) * FLOAT32
+
+
+def _muon_shapes(config: ModelConfig) -> list[tuple[int, ...]]:
+    """The matrices that Muon takes: what each mixer says, and the MLPs'."""
+    mlp = 2 * [(config.d_model, config.mlp_hidden)] if config.mlp_hidden else []
+    return [shape for letter in config.layers for mixer in [mixer_of(letter)]
+            for shape in [*mlp, *(shape for name, shape in mixer.shapes(config).items()
+                                  if mixer.role(name, len(shape)) == "muon")]]
+
+
+def _muon_workspace(config: ModelConfig, device: str) -> int:
+    """Bytes that Muon's step takes: the updates of all matrices, and for those of one shape, which
+    are orthogonalised at once, a stack in float32, and in the dtype of ``orthogonalise`` the
+    iterate, the next one, their Gram matrix and its polynomial."""
+    itemsize = FLOAT32 if device == "cpu" else 2
+    shapes = Counter((min(shape), max(shape)) for shape in _muon_shapes(config))
+
+    def stack(rows: int, columns: int, count: int) -> int:
+        wide, gram = (count * rows * n for n in (columns, rows))
+        return FLOAT32 * wide + itemsize * 2 * (wide + gram)
+
+    updates = sum(FLOAT32 * math.prod(shape) * count for shape, count in shapes.items())
+    return updates + max((stack(*shape, count) for shape, count in shapes.items()), default=0)
 
 
 def _n_tensors(config: ModelConfig) -> int:

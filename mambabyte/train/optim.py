@@ -178,13 +178,18 @@ class MuonAdamW:
         for i, p in enumerate(parameters):
             by_shape[(min(p.shape), max(p.shape))].append(i)
         for indices in by_shape.values():
-            tall = [parameters[i].shape[0] > parameters[i].shape[1] for i in indices]
-            stacked = torch.stack([
-                updates[i].mT if t else updates[i] for i, t in zip(indices, tall, strict=True)])
-            for i, t, o in zip(indices, tall, orthogonalise(stacked), strict=True):
-                rows, columns = parameters[i].shape
-                scale = max(1.0, rows / columns) ** 0.5
-                parameters[i].sub_((o.mT if t else o) * (lr * scale))
+            _subtract([parameters[i] for i in indices], [updates[i] for i in indices], lr)
+
+
+def _subtract(parameters: list[Tensor], updates: list[Tensor], lr: Any) -> None:
+    """Move matrices of one shape, some of them transposed, against their orthogonal updates; a
+    function of its own, so that one shape's stack is freed before the next one's is made."""
+    tall = [p.shape[0] > p.shape[1] for p in parameters]
+    stacked = torch.stack([u.mT if t else u for u, t in zip(updates, tall, strict=True)])
+    for p, t, o in zip(parameters, tall, orthogonalise(stacked), strict=True):
+        rows, columns = p.shape
+        scale = max(1.0, rows / columns) ** 0.5
+        p.sub_((o.mT if t else o) * (lr * scale))
 
 
 def _momentum(group: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ import gc
 import random
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -27,6 +28,7 @@ from mambabyte.ops.scan import cpu as native_scan
 from mambabyte.ops.scan.memory import scan_terms, scan_workspace
 from mambabyte.stream import ByteStream
 from mambabyte.train.optim import roles
+from mambabyte.train.step import text_step
 
 
 def random_case(seed: int) -> tuple[ModelConfig, int, int, str, bool]:
@@ -128,10 +130,34 @@ def test_a_cpu_has_no_context() -> None:
     assert on["cpu"].required_bytes == on["cpu"].budget.peak
 
 
-def test_micro_batches_need_the_memory_of_one() -> None:
-    whole = fit(ModelConfig(), TrainConfig(batch_size=4), None).required_bytes
-    parts = TrainConfig(batch_size=16, micro_batches=4)
-    assert fit(ModelConfig(), parts, None).required_bytes == whole
+@pytest.mark.parametrize(("optimizer", "micro_batches", "tied", "pattern"), [
+    ("adamw", 4, True, "A"), ("adamw", 4, False, "M"), ("muon", 1, True, "M"),
+    ("muon", 2, True, "SA")])
+def test_peak_of_a_whole_step(
+    optimizer: str, micro_batches: int, tied: bool, pattern: str
+) -> None:
+    """With the gradients of the parts before, and with what the optimizer's step takes."""
+    config = ModelConfig(d_model=96, n_layer=2, n_head=2, n_kv_head=2, layer_pattern=pattern,
+                         d_state=4, mlp_ratio=4, tied_head=tied, vocab_size=512)
+    recipe = TrainConfig(batch_size=4, context=16, micro_batches=micro_batches, precision="fp32",
+                         optimizer=optimizer)
+    step = text_step(ByteLM(config), np.arange(2000) % 251, recipe)
+    step(1.0)  # the optimizer has its moments, kernels are compiled
+    step.optimizer.zero_grad()
+    found = fit(config, recipe, None, "cpu")
+    kept = found.budget.weights + found.budget.optimizer
+    assert found.required_bytes == pytest.approx(kept + peak_bytes(lambda: step(1.0)), rel=0.03)
+
+
+def test_a_batch_that_fits_divides_into_its_micro_batches() -> None:
+    recipe = TrainConfig(batch_size=16, micro_batches=4)
+    one = fit(ModelConfig(), replace(recipe, batch_size=4, micro_batches=1), None).budget
+    found = fit(ModelConfig(), recipe, 10**10)
+    assert found.budget.activations == one.activations
+    assert found.budget.gradients >= 4 * ModelConfig().n_parameters > one.gradients
+    assert found.largest_batch
+    assert found.largest_batch % 4 == 0
+    assert fit(ModelConfig(), replace(recipe, batch_size=found.largest_batch), 10**10).fits
 
 
 def test_a_peak_does_not_depend_on_what_was_profiled_before() -> None:
