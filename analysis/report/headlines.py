@@ -1,8 +1,9 @@
 """What README, summary and report say first: rows of data, with what they win and what they lose.
 
 A headline (data/headlines.toml) names one record, which is one job, and the pairs of costs in it.
-Numbers are read here; ahead and behind are computed; a pair of costs that the record has of both
-sides and the headline leaves out is an error. So no headline stands without its losing side.
+Numbers are read here; ahead, level and behind are computed; a pair of costs that the record has of
+both sides and the headline leaves out is an error, and where it is a row of a table, those beside
+it in which the rival leads are counted. So no headline stands without its losing side.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from analysis.plots.comparisons import AHEAD, BEHIND, LEVEL
 from analysis.report.html.text import number
 from analysis.runs.folders import ROOT, Run
 from analysis.runs.jobs import Job, is_cost, job_of
@@ -20,6 +24,7 @@ from mambabyte.errors import UserError
 
 FILE = ROOT / "data" / "headlines.toml"
 DIGITS = 3
+NOISE = 0.02  # ratios that are nearer to 1 are level
 # Columns of tables that are costs: those of a pair of rows must all be told.
 _COST_COLUMNS = ("(us)", "(ms)", "(MiB)", "(J/MB)")
 _UNTOLD = ("floor", "quartiles")  # a bound and a spread are no result
@@ -35,8 +40,10 @@ class Side:
     label: str = ""  # what in few words, for figures: cost and variant of the rival
 
     @property
-    def wins(self) -> bool:
-        return self.ours < (0.0 if self.theirs is None else self.theirs)
+    def outcome(self) -> str:
+        if self.theirs is not None and abs(self.ours - self.theirs) < NOISE * self.theirs:
+            return LEVEL
+        return AHEAD if self.ours < (self.theirs or 0.0) else BEHIND
 
     @property
     def words(self) -> str:
@@ -58,21 +65,16 @@ class Headline:
     job: Job
     n: str
     sides: tuple[Side, ...]
-    elsewhere: str = ""  # where another record says otherwise
+    elsewhere: str = ""  # what other rows of the record say, and other records
 
-    @property
-    def wins(self) -> tuple[Side, ...]:
-        return tuple(s for s in self.sides if s.wins)
-
-    @property
-    def losses(self) -> tuple[Side, ...]:
-        return tuple(s for s in self.sides if not s.wins)
+    def sides_that_are(self, outcome: str) -> tuple[Side, ...]:
+        return tuple(s for s in self.sides if s.outcome == outcome)
 
     @property
     def measured(self) -> str:
-        """Both sides in words: what is won, then what is lost."""
-        parts = [f"{word}: {', '.join(s.words for s in sides)}" for word, sides in (
-            ("ahead", self.wins), ("behind", self.losses)) if sides]
+        """Both sides in words: what is won, then what is level, then what is lost."""
+        parts = [f"{word}: {', '.join(s.words for s in sides)}" for word in (AHEAD, LEVEL, BEHIND)
+                 if (sides := self.sides_that_are(word))]
         more = f". {self.elsewhere}" if self.elsewhere else ""
         return f"{self.ours} and {self.theirs}; {'; '.join(parts)}{more}"
 
@@ -118,9 +120,37 @@ def _headline(row: Mapping[str, Any], records: Mapping[str, Run]) -> Headline:
     if untold:
         raise UserError(f"headline {row['id']!r} leaves out what {name} has of both sides: "
                         f"{', '.join(untold)}")
+    more = ". ".join(filter(None, (_beside(row, run), row.get("elsewhere"))))
     return Headline(row["id"], row["short"], row["claim"], row["ours"], row["theirs"], name,
                     job_of(run), row["n"], tuple(_side(row, side, run) for side in row["sides"]),
-                    row.get("elsewhere", ""))
+                    more)
+
+
+def _beside(row: Mapping[str, Any], run: Run) -> str:
+    """In how many other rows of the table, of these two, the rival leads: by pass, shape, kind."""
+    if "table" not in row:
+        return ""
+    ours, theirs = row["ours_row"], row["theirs_row"]
+    whose = [column for column in ours if ours[column] != theirs[column]]
+    same = [column for column in ours if column not in whose]
+    if not same:
+        return ""
+    costs = {side["ours"]: side["what"] for side in row["sides"]}
+    frame = run.tables[row["table"]].frame
+
+    def of(cells: Mapping[str, Any]) -> pd.DataFrame:
+        mine = (frame[whose] == [cells[column] for column in whose]).all(axis=1)
+        return frame.loc[mine, [*same, *costs]]
+
+    pairs = of(ours).merge(of(theirs), on=same, suffixes=("", "|theirs")).dropna()
+    pairs = pairs[(pairs[same] != [ours[column] for column in same]).any(axis=1)]
+    behind = {what: sum(Side(what, float(a), float(b)).outcome == BEHIND for a, b in zip(
+        pairs[column], pairs[f"{column}|theirs"], strict=True))
+        for column, what in costs.items()}
+    if not any(behind.values()):
+        return ""
+    words = ", ".join(f"{what.partition(',')[0]} in {n}" for what, n in behind.items() if n)
+    return f"Behind in this record's {len(pairs)} other pairs of the two: {words}"
 
 
 def _side(row: Mapping[str, Any], side: Mapping[str, str], run: Run) -> Side:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from analysis.report.headlines import FILE, load_headlines, table
+from analysis.plots.comparisons import AHEAD, BEHIND, LEVEL
+from analysis.report.headlines import FILE, Side, load_headlines, table
 from analysis.report.picture import picture, words
-from analysis.runs.folders import ROOT, Run, Value
+from analysis.runs.folders import ROOT, Run, Table, Value
 from analysis.runs.records import load_records
 from mambabyte.errors import UserError
 
@@ -27,8 +28,8 @@ def test_every_headline_has_both_sides_and_its_losses(records: dict[str, Run]) -
     found = {headline.id: headline for headline in load_headlines(records)}
     assert all(h.sides and h.n and h.theirs for h in found.values())
     # What the same records say against us.
-    assert [s.what for s in found["step-27m"].wins] == []
-    assert {s.what for s in found["scan"].losses} == {"peak, MiB"}
+    assert found["step-27m"].sides_that_are(AHEAD) == ()
+    assert {s.what for s in found["scan"].sides_that_are(BEHIND)} == {"peak, MiB"}
     assert "behind" in found["scan"].measured
 
 
@@ -50,7 +51,28 @@ def test_ahead_and_behind_are_computed(records: dict[str, Run]) -> None:
     run = records["h200-step-1024"]
     slower = replace(run, values={**run.values, "ms_m": Value(99.0, "ms")})
     found = {h.id: h for h in load_headlines({**records, "h200-step-1024": slower})}
-    assert "time, ms" in {s.what for s in found["step-1m"].losses}
+    assert "time, ms" in {s.what for s in found["step-1m"].sides_that_are(BEHIND)}
+
+
+@pytest.mark.parametrize(("ours", "theirs", "outcome"), [
+    (1.918, 1.925, LEVEL), (1.98, 2.0, LEVEL), (1.9, 2.0, AHEAD), (2.1, 2.0, BEHIND),
+    (-0.1, None, AHEAD), (0.1, None, BEHIND)])
+def test_what_prints_as_a_tie_is_no_lead(ours: float, theirs: float | None, outcome: str) -> None:
+    assert Side("time, ms", ours, theirs).outcome == outcome
+
+
+def test_the_rows_beside_a_headline_are_counted(records: dict[str, Run]) -> None:
+    """A forward pass or a shape in which the rival leads is not passed over."""
+    run = records["h200-mixers"]
+    frame = run.tables["bench"].frame
+    rows = (frame["of"] == "mamba_ssm") & (frame["pass"] == "forward")
+    slow = frame.assign(**{"median (us)": frame["median (us)"].where(~rows, 1.0)})
+    beaten = replace(run, tables={**run.tables, "bench": Table("bench", "", slow)})
+    found = {h.id: h for h in load_headlines({**records, "h200-mixers": beaten})}
+    pairs = int((frame["of"] == "mamba_ssm").sum())
+    assert f"record's {pairs - 1} other pairs of the two: time in {int(rows.sum())}" in found[
+        "ssd"].measured
+    assert "time in" not in found["scan"].measured  # ahead in all: nothing to say
 
 
 def test_the_picture_of_the_readme_has_the_numbers_of_the_records() -> None:

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.plots.comparisons import AHEAD, BEHIND, LEVEL, both_sides, step_costs
-from analysis.report.headlines import FILE, Headline, headline_records, load_headlines
+from analysis.plots.comparisons import both_sides, step_costs
+from analysis.report.headlines import FILE, NOISE, Headline, headline_records, load_headlines
 from analysis.runs.folders import Run, Table
 from analysis.studies.drawing import Figure
 
-NOISE = 0.02  # ratios that are nearer to 1 are level
 MAP = "cpu-overflow-map"
 STEPS = ("h200-step-1024", "h200-step-2048", "h200-step-8192")  # each is one job
 
@@ -73,10 +72,8 @@ def sides_frame(headlines: Sequence[Headline]) -> pd.DataFrame:
         for side in headline.sides:
             if side.theirs is None:
                 continue
-            ratio = side.ours / side.theirs
-            outcome = LEVEL if abs(ratio - 1) < NOISE else AHEAD if ratio < 1 else BEHIND
-            rows.append((headline.short, side.label, side.ours, side.theirs, ratio, outcome,
-                         headline.record))
+            rows.append((headline.short, side.label, side.ours, side.theirs,
+                         side.ours / side.theirs, side.outcome, headline.record))
     return pd.DataFrame(rows, columns=["comparison", "cost", "ours", "theirs", "ratio", "outcome",
                                        "record"])
 

@@ -91,12 +91,33 @@ def _tuning(r: Results, p: Parameters) -> Values:
             "single_rate": Value(float(single["single_rate"].iloc[0]), "",
                                  "one rate of AdamW for all"),
             "single_rate_best": Value(str(order.idxmin()), "", "best system at that rate"),
-            "tuning_gain_least": Value(float(gain.min()), "bits/byte",
-                                       "what tuning gains over one rate for all, the least"),
-            "tuning_gain_most": Value(float(gain.max()), "bits/byte", "the most"),
-            "tuning_gain_most_system": Value(str(gain.idxmax()), "", "the system that gains most"),
+            **_extremes(gain, "tuning_gain", "the best of all cells gains over one rate of AdamW"),
         }
+    rates = r.sensitivity[r.sensitivity["size"] == p.size] if len(r.sensitivity) else r.sensitivity
+    if len(rates):  # what of it is the rate, and what the optimizer: the best cell of either
+        chosen = rates.loc[rates.dropna(subset=["chosen_by"]).groupby(
+            ["system", "optimizer"])["chosen_by"].idxmin()]
+        by = chosen.pivot(index="system", columns="optimizer", values="valid_bits").astype(float)
+        if "adamw" in by and len(single):
+            rate = (single["single_rate_valid_bits"] - by["adamw"]).dropna().astype(float)
+            found |= _extremes(rate, "rate_gain", "AdamW's best rate gains over one for all")
+        if {"adamw", "muon"} <= {*by}:
+            both = (by["adamw"] - by["muon"]).dropna()
+            found |= {
+                **_extremes(both, "muon_gain", "Muon at its best rate gains over AdamW at its own"),
+                "tried_with_both": Value(len(both), "systems", "tuned with AdamW and with Muon"),
+                "muon_ahead": Value(int((both > 0).sum()), "systems", "of these ahead with Muon"),
+            }
     return found
+
+
+def _extremes(gains: pd.Series, stem: str, about: str) -> Values:
+    """The least and the most of ``gains``, by system, and whose the most is."""
+    if gains.empty:
+        return {}
+    return {f"{stem}_least": Value(float(gains.min()), "bits/byte", f"what {about}, the least"),
+            f"{stem}_most": Value(float(gains.max()), "bits/byte", "the most"),
+            f"{stem}_most_system": Value(str(gains.idxmax()), "", "the system that gains most")}
 
 
 def _equal(r: Results) -> Values:
@@ -109,6 +130,8 @@ def _equal(r: Results) -> Values:
                                                    f"fewest bits at equal {measure}")
             found[f"equal_{measure}_beyond"] = Value(
                 len(rows) - len(known), "systems", "so cheap that they would read past the longest")
+            found |= {f"equal_{measure}_{slug(str(s))}": Value(
+                float(value), "bits/byte", f"{s} at equal {measure}") for s, value in bits.items()}
     return found
 
 

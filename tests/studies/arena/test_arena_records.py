@@ -128,3 +128,22 @@ def test_laws_are_judged_by_the_points_that_were_held_back(name):
     assert run.values["law_inside"].value == sum(r.low <= r.valid_bits <= r.high for r in held)
     assert run.values["law_worst_error"].value == pytest.approx(
         max(abs(r.by_the_law - r.valid_bits) for r in held))
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_rate_and_optimizer_are_told_apart_by_the_trainings(name):
+    """From the trainings themselves; hybrids, which AdamW never saw, do not count."""
+    run = RECORDS[name]
+    rows = run.tables["cells"].frame
+    first = rows[(rows["budget"] == tuned_on(run)) & (rows["seed"] == 0)
+                 & (rows["size"] == run.parameters["size"]) & (rows["status"] == "done")]
+    chosen: dict[str, dict[str, float]] = {}
+    for (system, optimizer), cells in first.groupby(["system", "optimizer"]):
+        best = cells.loc[cells["chosen_by"].astype(float).idxmin(), "valid_bits"]
+        chosen.setdefault(system, {})[optimizer] = float(best)
+    gains = {s: of["adamw"] - of["muon"] for s, of in chosen.items() if len(of) == 2}
+    most = max(gains, key=gains.__getitem__)
+    assert run.values["muon_gain_most_system"].value == most
+    assert run.values["muon_gain_most"].value == pytest.approx(gains[most], abs=1e-9)
+    assert run.values["muon_ahead"].value == sum(gain > 0 for gain in gains.values())
+    assert run.values["tried_with_both"].value == len(gains)
