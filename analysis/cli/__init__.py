@@ -39,6 +39,7 @@ COMMANDS = {
 # These read and write beside the sources: notebooks/, data/ and reports/ are in no wheel.
 IN_CHECKOUT = ("study", "sweep", "report")
 ROOT = Path(__file__).resolve().parents[2]
+INTERRUPTED = "interrupted; what was finished is kept"
 
 
 # For bash, and for zsh after `autoload bashcompinit && bashcompinit`.
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted; what was finished is kept", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader went away, as in `mambabyte generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -144,16 +145,25 @@ def _check_folder() -> None:
 @contextmanager
 def _ended_like_ctrl_c() -> Iterator[None]:
     """What a batch system, `kill` or a closed terminal sends does what Ctrl-C does. A SIGHUP that
-    is ignored, as under nohup, stays so."""
+    is ignored, as under nohup, stays so.
+
+    While torch is imported the process ends at once: its C++ aborts where an exception comes out of
+    Python, or drops it, and nothing of the user's is in work yet.
+    """
     def interrupt(number: int, frame: object) -> None:
+        spec = getattr(sys.modules.get("torch"), "__spec__", None)
+        if getattr(spec, "_initializing", False):  # as importlib marks a module until it is whole
+            os.write(2, f"{INTERRUPTED}\n".encode())
+            os._exit(130)
         raise KeyboardInterrupt
 
     before: dict[int, Any] = {}
     try:
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGTERM", "SIGHUP"):
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 number = getattr(signal, name, None)  # Windows has no SIGHUP
-                if number and signal.getsignal(number) == signal.SIG_DFL:
+                if number and signal.getsignal(number) in (
+                        signal.SIG_DFL, signal.default_int_handler):
                     before[number] = signal.signal(number, interrupt)
         yield
     finally:

@@ -185,8 +185,8 @@ def subcommand(actions: Mapping[str, Action], argv: Sequence[str], command: str,
               f"actions:\n{listed}\n\nmambabyte {command} ACTION --help shows its options.")
         raise SystemExit(0)
     if name not in actions:
-        raise UserError(f"{command} needs an action{nearest(name, actions)}: one of "
-                        f"{', '.join(actions)}")
+        wrong = f"has no action {name!r}" if name else "needs an action"
+        raise UserError(f"{command} {wrong}{nearest(name, actions)}: one of {', '.join(actions)}")
     action = actions[name]
     shown = [line for line in (about or "").splitlines()
              if line.split()[:3] == ["mambabyte", command, name]]

@@ -118,6 +118,8 @@ def whole_dir(path: Path, ours: Collection[str] = ()) -> Iterator[Path]:
         with _writing(path):
             yield temporary
             temporary.chmod(0o777 & ~_umask())
+            for file in temporary.rglob("*"):  # safetensors writes for its user alone
+                file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
             put_in_place(temporary, path, ours)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

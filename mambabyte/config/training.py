@@ -121,4 +121,5 @@ class TrainConfig(Checked):
             if self.step not in ("auto", "eager"):
                 raise UserError(f"step {self.step!r} cannot be sharded: train sharded with eager")
         if self.time_aware and not self.max_seconds:
-            raise UserError("a time-aware schedule needs max_seconds: how long may it take?")
+            raise UserError("time_aware ends the schedule at max_seconds, which is 0: give it the "
+                            "seconds that the run may take, or leave time_aware out")

@@ -26,9 +26,15 @@ def is_smoke(train_bytes: int) -> bool:
 
 
 def smoke_configs(config: ModelConfig, train_bytes: int) -> tuple[ModelConfig, TrainConfig]:
-    """The smoke configuration with the scan form of ``config``; context clamped to the corpus."""
+    """The smoke configuration with the scan form of ``config``; context clamped to the corpus.
+
+    Raises UserError for a text that is too short for a window.
+    """
     preset = PRESETS["smoke"]
     context = max(8, min(preset.train.context, train_bytes // 4))
+    if train_bytes <= context:
+        raise UserError(f"the corpus has {train_bytes} training bytes: expected {context + 1} or "
+                        f"more to check the parts, and {SMOKE_BYTES:,} to train")
     model = ModelConfig(**{**asdict(preset.model), "scan_form": config.scan_form,
                            "scan_chunk": config.scan_chunk})
     return model, TrainConfig(**{**asdict(preset.train), "context": context})

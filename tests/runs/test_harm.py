@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from analysis.cli import INTERRUPTED, main
 from analysis.runs.folders import load_run, seal
 from mambabyte.checkpoint import find_checkpoint, load_model, load_training
 from mambabyte.config import ModelConfig, TrainConfig
@@ -27,6 +28,20 @@ TEXT = np.frombuffer(b"she sells sea shells by the sea shore, " * 60, np.uint8)
 MODEL = ModelConfig(d_model=4, n_layer=1, d_state=2, dt_rank=1, expand=1)
 RECIPE = TrainConfig(context=16, batch_size=2, n_steps=2, max_seconds=0, precision="fp32")
 DAILY, LONG = 12, 1000
+
+
+def test_a_signal_while_torch_is_imported_ends_at_once(monkeypatch, capfd):
+    """An exception there comes out of torch's C++, which aborts or forgets it."""
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setattr(torch.__spec__, "_initializing", True, raising=False)
+    monkeypatch.setattr("analysis.cli._check_folder", lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        main(["corpus"])
+    assert ended.value.code == 130
+    assert capfd.readouterr().err == f"{INTERRUPTED}\n"
 
 
 def of_a_checkpoint(folder: Path, tries: int) -> dict[str, Counter[str]]:

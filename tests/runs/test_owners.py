@@ -107,6 +107,20 @@ def test_files_and_folders_reach_the_disk_before_their_names(tmp_path: Path, mon
     assert done == ["txt", "tmp", "replace", tmp_path.name]
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_what_is_written_whole_may_be_read_by_whom_the_umask_allows(mask, tmp_path):
+    """Whatever a library that wrote it thinks: safetensors makes files for their user alone."""
+    before = os.umask(mask)
+    try:
+        with whole_dir(tmp_path / "run") as path:
+            (path / "inner").mkdir(mode=0o700)
+            (path / "inner" / "weights").touch(mode=0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "run" / "inner").stat().st_mode & 0o777 == 0o777 & ~mask
+    assert (tmp_path / "run" / "inner" / "weights").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
 def test_names_as_long_as_the_system_takes(tmp_path: Path):
     path = tmp_path / ("x" * 250 + ".txt")
     with whole_file(path) as temporary:

@@ -291,6 +291,13 @@ def test_smoke_passes_when_the_scan_is_right(corpus, form):
     assert found["scan_output_error"] < 1e-6
 
 
+@pytest.mark.parametrize("n", [0, 1, 2, 8])
+def test_a_text_without_a_window_is_named(n):
+    with pytest.raises(UserError, match=f"has {n} training bytes: expected 9 or more"):
+        smoke_configs(ModelConfig(), n)
+    assert smoke_configs(ModelConfig(), 9)[1].context == 8
+
+
 @pytest.mark.parametrize("form", ["document_chunked", "document_cumsum"])
 def test_smoke_fails_when_the_recurrence_is_wrong(corpus, form):
     model, _ = smoke_configs(ModelConfig(scan_form=form), 485)
