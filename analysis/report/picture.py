@@ -1,12 +1,16 @@
-"""The picture of the README: both sides of every headline, drawn from the records."""
+"""What the README shows of the records: both sides of every headline, drawn and as a table, and
+the table of decisions."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from analysis.plots.svg import svg
+from analysis.report import decisions, headlines
 from analysis.report.parts.comparisons import comparisons
+from analysis.runs.folders import Run
 from analysis.runs.records import RECORDS, load_records
 from mambabyte.config.files import whole_file
 from mambabyte.errors import UserError
@@ -15,20 +19,28 @@ NAME = "comparisons.sides"
 _WORDS = re.compile(r"<text[^>]*>(.*?)</text>", re.S)
 
 
-def draw_picture(out: Path, records_root: Path | str = RECORDS) -> Path:
-    """Writes the SVG; UserError where a record of the headlines is missing."""
-    text = picture(records_root)
-    with whole_file(out) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return out
+def write_readme(readme: Path, records_root: Path | str = RECORDS) -> tuple[Path, Path]:
+    """Puts the records' tables into a README in place of those it has, and the picture into its
+    docs/headlines.svg. UserError where a record is missing, or the README has no such table."""
+    records = load_records(records_root)
+    text = readme.read_text(encoding="utf-8")
+    for new in (headlines.table(headlines.load_headlines(records)),
+                decisions.table(decisions.load_decisions(records))):
+        head = new.splitlines()[0]
+        before, found, rest = text.partition(f"{head}\n")
+        if not found:
+            raise UserError(f"{readme} has no table headed {head}: put that line where it belongs")
+        text = f"{before}{new}\n" + re.sub(r"\A(\|.*\n)*", "", rest)
+    drawn = readme.parent / "docs" / "headlines.svg"
+    for path, content in ((drawn, picture(records)), (readme, text)):
+        with whole_file(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    return readme, drawn
 
 
-def picture(records_root: Path | str = RECORDS) -> str:
+def picture(records: Mapping[str, Run]) -> str:
     """The SVG, on paper of its own: where it is shown may be dark."""
-    found = comparisons(load_records(records_root))
-    if NAME not in found:
-        raise UserError("a record that data/headlines.toml names is missing: there is no picture")
-    figure = found[NAME].draw()
+    figure = comparisons(records)[NAME].draw()
     figure.set_facecolor("white")
     return svg(figure, NAME)
 

@@ -76,12 +76,11 @@ def load_corpus(name: str = "stdlib", report: Callable[[str], None] = lambda lin
     A file that is no UTF-8 text is read as the bytes that it has, and a warning says what it is.
     Raises UserError when there is nothing there, when it is empty or when it is not a file.
     """
-    if name == "stdlib":
-        return _open_own(_build_stdlib(report), "stdlib", "documentation of Python's library")
-    if name == "wikitext103":
-        return _open_own(_fetch_wikitext(report), "wikitext103", "WikiText-103 raw")
+    if name in OWN:
+        about, make = OWN[name]
+        return _open_own(make(report), name, about)
     if not name:  # as a path it would be the working folder
-        raise UserError("corpus is '': give stdlib, wikitext103, a folder or a file")
+        raise UserError(f"corpus is '': give {', '.join(OWN)}, a folder or a file")
     path = Path(name).expanduser()
     if path.is_dir():
         if any((path / f"wiki.{split}.raw").exists() for split in SPLITS):
@@ -95,7 +94,7 @@ def load_corpus(name: str = "stdlib", report: Callable[[str], None] = lambda lin
         data, what = open_text(path)
         return _cut(data, path, f"one file, {what}" if what else "one text file")
     raise UserError(
-        f"corpus {name!r} is neither stdlib, wikitext103, a folder nor a file: check the path"
+        f"corpus {name!r} is neither {', '.join(OWN)}, a folder nor a file: check the path"
     )
 
 
@@ -305,3 +304,11 @@ def write_raw(parquet: list[Path], raw: Path, sha256: str | None = None) -> None
         if sha256 and digest.hexdigest() != sha256:
             raise UserError(f"{raw.name} has SHA-256 {digest.hexdigest()}, expected {sha256}: "
                             "the download is not the published data set; delete it and try again")
+
+
+# Corpora with a name of their own: what each is, and what makes a folder with wiki.*.raw of it in
+# the cache, or finds it there; it tells ``report`` of what takes time.
+OWN: dict[str, tuple[str, Callable[[Callable[[str], None]], Path]]] = {
+    "stdlib": ("documentation of Python's library", _build_stdlib),
+    "wikitext103": ("WikiText-103 raw", _fetch_wikitext),
+}

@@ -1,4 +1,4 @@
-"""The table of decisions: from records, the same in the README; what was not measured says so."""
+"""The table of decisions: from records; what was not measured says so."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from analysis.report.decisions import load_decisions, table
-from analysis.runs.folders import ROOT, Run, Value
-from analysis.runs.records import load_records
+from analysis.runs.folders import Run, Value
 from mambabyte.errors import UserError
 
 RUN = Run("arena", {}, {"best": Value("D", ""), "bits": Value(1.23456, "bits/byte"),
@@ -43,8 +42,3 @@ def test_a_row_has_all_of_its_columns(tmp_path):
     (tmp_path / "decisions.toml").write_text('[[decision]]\nquestion = "Which?"\n')
     with pytest.raises(UserError, match="question, record, answer, n, limits"):
         load_decisions({}, tmp_path / "decisions.toml")
-
-
-def test_the_readme_prints_the_table():
-    """`analysis.report.decisions.table` of the records."""
-    assert table(load_decisions(load_records())) in (ROOT / "README.md").read_text(encoding="utf-8")

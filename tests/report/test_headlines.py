@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from analysis.plots.comparisons import AHEAD, BEHIND, LEVEL
-from analysis.report.headlines import FILE, Side, load_headlines, table
-from analysis.report.picture import picture, words
+from analysis.report.headlines import FILE, Side, load_headlines
+from analysis.report.picture import words, write_readme
 from analysis.runs.folders import ROOT, Run, Table, Value
 from analysis.runs.records import load_records
 from mambabyte.errors import UserError
@@ -19,9 +18,7 @@ from mambabyte.errors import UserError
 
 @pytest.fixture(scope="module")
 def records() -> dict[str, Run]:
-    rows = tomllib.loads(FILE.read_text(encoding="utf-8"))["headline"]
-    found = load_records()
-    return {name: found[name] for name in {row["record"] for row in rows}}
+    return load_records()
 
 
 def test_every_headline_has_both_sides_and_its_losses(records: dict[str, Run]) -> None:
@@ -75,13 +72,6 @@ def test_the_rows_beside_a_headline_are_counted(records: dict[str, Run]) -> None
     assert "time in" not in found["scan"].measured  # ahead in all: nothing to say
 
 
-def test_the_picture_of_the_readme_has_the_numbers_of_the_records() -> None:
-    """`mambabyte report --picture docs/headlines.svg` draws it."""
-    kept = (ROOT / "docs" / "headlines.svg").read_text(encoding="utf-8")
-    assert words(kept) == words(picture())
-    assert any("1,124 / 4,316" in word for word in words(kept))
-
-
 NUMBER = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?")
 SCALES = (1.0, 2.0, 100.0, 1e3, 1e-3, 1e-6)  # of two cards, percent, and units
 
@@ -119,5 +109,22 @@ def test_numbers_without_a_rival_are_those_of_their_records() -> None:
     assert unfounded("0.123 of 4,567", [0.124, 4568.0]) == ["0.123", "4,567"]
 
 
-def test_the_readme_prints_the_headlines(records: dict[str, Run]) -> None:
-    assert table(load_headlines(records)) in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_readme_has_what_the_records_say(
+    records: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables and picture, as `mambabyte report --readme README.md` writes them over older ones;
+    what stands around the tables stays."""
+    monkeypatch.setattr("analysis.report.picture.load_records", lambda root: records)
+    kept = (ROOT / "README.md").read_text(encoding="utf-8")
+    path = tmp_path / "README.md"
+    path.write_text(re.sub(r"^\|.* \| `h200-\w+` \|\n", "", kept, flags=re.M), encoding="utf-8")
+    assert len(path.read_text(encoding="utf-8")) < len(kept)
+    write_readme(path)
+    assert path.read_text(encoding="utf-8") == kept
+    drawn = words((tmp_path / "docs" / "headlines.svg").read_text(encoding="utf-8"))
+    assert drawn == words((ROOT / "docs" / "headlines.svg").read_text(encoding="utf-8"))
+    assert any("1,124 / 4,316" in word for word in drawn)
+    path.write_text("# Another\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"has no table headed \| what"):
+        write_readme(path)
+    assert path.read_text() == "# Another\n"

@@ -3,20 +3,27 @@
 A mixer and a study are added by tests of their own, which the recipes name.
 """
 
-from __future__ import annotations
-
+import json
 import re
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from analysis import cli
+from analysis.cli.parser import Action
+from analysis.cli.studies import bench
+from analysis.cli.studies.benched import Common, printed
 from mambabyte.config.scan_forms import FORMS, Form
+from mambabyte.corpus.corpora import OWN, load_corpus
 from mambabyte.errors import UserError
 from mambabyte.ops import selective_scan
 from mambabyte.ops.scan.dispatch import SCANS
+from mambabyte.task.experts.contexts import Context
+from mambabyte.task.experts.gate import Mixing
+from mambabyte.task.systems import SYSTEMS
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
@@ -47,9 +54,12 @@ def run(argv):
 def test_every_recipe_names_the_test_that_follows_it():
     recipes = re.split(r"^## ", RECIPES, flags=re.M)[1:]
     assert [recipe.splitlines()[0] for recipe in recipes] == [
-        "A mixer", "A scan form", "A study", "A report section", "A command"]
+        "A mixer", "A scan form", "A study", "A report section", "A command", "A bench",
+        "A corpus", "A system of the task, an expert", "A record, and what is said of it"]
     for recipe in recipes:
-        assert re.search(r"^Followed by `tests/[\w/]+\.py`\.$", recipe, re.M)
+        followed = re.search(r"^Followed by (.*)\.$", recipe, re.M)
+        assert followed
+        assert all((ROOT / path).is_file() for path in re.findall(r"`(.*?)`", followed[1]))
 
 
 def test_a_scan_form(monkeypatch):
@@ -101,3 +111,47 @@ def test_a_command(monkeypatch, tmp_path, capsys):
         assert "mambabyte hello --times 2" in capsys.readouterr().out
     finally:
         sys.modules.pop("hello_command", None)
+
+
+def test_a_bench(monkeypatch, capsys):
+    @dataclass(frozen=True)
+    class Sleep(Common):
+        times: int = 1
+        """How often."""
+
+    def bench_sleep(options):
+        return printed(options, {"times": options.times}, [f"slept {options.times} times"])
+
+    monkeypatch.setitem(bench.ACTIONS, "sleep", Action(Sleep, bench_sleep, "Time sleep"))
+    monkeypatch.setattr(bench, "__doc__", f"{bench.__doc__}\n    mambabyte bench sleep --times 2\n")
+    assert cli.main(["bench", "sleep", "--times", "2", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "slept 2 times\n"
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "sleep", "--help"])
+    assert "mambabyte bench sleep --times 2" in capsys.readouterr().out
+
+
+def test_a_corpus(monkeypatch, tmp_path, capsys):
+    def shells(report):
+        report("gathering shells")
+        for split in ("train", "valid", "test"):
+            (tmp_path / f"wiki.{split}.raw").write_text(f"she sells {split} shells")
+        return tmp_path
+
+    with pytest.raises(UserError, match="'shells' is neither stdlib, wikitext103, a folder"):
+        load_corpus("shells")
+    monkeypatch.setitem(OWN, "shells", ("by the sea shore", shells))
+    assert cli.main(["corpus", "shells"]) == 0
+    assert "by the sea shore" in capsys.readouterr().out
+    assert load_corpus("shells").train.tobytes() == b"she sells train shells"
+
+
+def test_a_system_of_the_task(monkeypatch, tmp_path, capsys):
+    mixing = Mixing(orders=(1, 2, 3), contexts=(Context(4, skip=1),), fit_bytes=2000, steps=2)
+    new = replace(SYSTEMS["counts"], about="three orders and a gap", mixing=mixing)
+    monkeypatch.setitem(SYSTEMS, "counts_gap", new)
+    text = tmp_path / "shells.txt"
+    text.write_text("she sells sea shells by the sea shore, " * 400)
+    assert cli.main(["task", "run", "counts_gap", "--corpus", str(text), "--characters", "40",
+                     "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["valid_accuracy"] > 0.9

@@ -23,7 +23,7 @@ import tempfile
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from analysis.cli.console import say
 from analysis.cli.options import REPEATED, subcommand
@@ -40,9 +40,6 @@ from mambabyte.config.checks import (
 )
 from mambabyte.config.mixers import LayerPattern
 from mambabyte.config.presets import PresetName
-
-if TYPE_CHECKING:
-    pass
 
 TABLE = "Selective scan and its peers: interleaved in one run, medians and quartiles"
 ABOUT = ("Forward, and forward with backward through autograd, of one scan with softplus, "

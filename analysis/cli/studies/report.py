@@ -2,11 +2,11 @@
 
     mambabyte report
     mambabyte report --draft --out draft.html
-    mambabyte report --picture docs/headlines.svg
+    mambabyte report --readme README.md
 
 A number of the prose that is missing, not measured or older than its sources stops the build with
-the command that would mend it; --draft marks such places instead. --picture draws the picture of
-the README from the records, and nothing else.
+the command that would mend it; --draft marks such places instead. --readme writes the tables and
+the picture of the README from the records, and nothing else.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ class Options:
     """Where run folders are kept."""
     draft: bool = False
     """Build although numbers are missing or stale, and mark them."""
-    picture: Path | None = None
-    """Draw the headlines of the records as an SVG there, and build no report."""
+    readme: Path | None = None
+    """Write the tables of the records into this README, and their picture into docs/headlines.svg
+    beside it; build no report."""
 
 
 def run(argv: list[str]) -> int:
     options = parse(Options, argv, "report", __doc__)
 
-    if options.picture:
-        from analysis.report.picture import draw_picture
+    if options.readme:
+        from analysis.report.picture import write_readme
 
-        print(draw_picture(options.picture).resolve())
+        for path in write_readme(options.readme):
+            print(path.resolve())
         return 0
 
     from analysis.report import build_report
