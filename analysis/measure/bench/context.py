@@ -129,7 +129,8 @@ def _captured(
 ) -> dict[str, Callable[[], object]]:
     """Replays of each call, which have run before, in memory that they share: none leaves anything
     there for later."""
-    pool, found = torch.cuda.graph_pool_handle(), {}
+    pool = torch.cuda.graph_pool_handle()
+    found: dict[str, Callable[[], object]] = {}
     for name, call in calls.items():
         graph = torch.cuda.CUDAGraph()
         # A thread of NCCL's watches events, which another mode forbids.
