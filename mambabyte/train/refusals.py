@@ -78,9 +78,6 @@ def refuse_what_cannot_run(
         if rows % config.micro_batches:
             raise UserError(f"micro_batches {config.micro_batches} does not divide the {rows} "
                             "windows that a process has in a step: choose a divisor of them")
-    if shared is not None and "train" in corpus.begins:
-        raise UserError(f"{corpus.name} has many documents, and context_parallel {each} splits no "
-                        "sequence in which some begin: use context_parallel 1, or one text file")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("no CUDA device is available: use --device cpu")
     sample_windows(corpus.train, config.context, 1, 0, 0)  # does a window fit?

@@ -3,7 +3,8 @@
     python -m tests.helpers.split SIZE FOLDER TASK...
 
 A task is ``PATTERN/LENGTH/DTYPE``: a model of that layer pattern alone and split, on the same
-tokens; ``train=EACH``: a tiny run, EACH processes a sequence, into FOLDER/train-EACH; or ``bench``.
+tokens; ``train=EACH``: a tiny run, EACH processes a sequence, into FOLDER/train-EACH;
+``documents=EACH``: the same of many documents, into FOLDER/documents-EACH; or ``bench``.
 FOLDER/found.json has by task what the first process found.
 """
 
@@ -29,6 +30,7 @@ from mambabyte.train import train
 TINY: dict[str, Any] = {
     "d_model": 16, "d_state": 4, "n_head": 2, "n_kv_head": 1, "delta_head_dim": 8,
     "ssd_head_dim": 8, "ssd_d_state": 4, "ssd_groups": 2, "attention_window": 9, "local_window": 4}
+CORPORA = {"train": "text.txt", "documents": "texts.jsonl"}
 RECIPE = TrainConfig(context=21, batch_size=2, n_steps=3, checkpoint_every=2, log_every=1, lr=1e-2)
 
 
@@ -113,11 +115,11 @@ def work(rank: int, size: int, folder: Path, tasks: list[str]) -> None:
                             world_size=size)
     found: dict[str, Any] = {}
     for task in tasks:
-        if task.startswith("train"):
-            each = int(task.partition("=")[2])
-            config = TrainConfig(**vars(RECIPE) | {"context_parallel": each})
+        kind, _, each = task.partition("=")
+        if kind in CORPORA:
+            config = TrainConfig(**vars(RECIPE) | {"context_parallel": int(each)})
             found[task] = train(model_of("MA").config, config,
-                                load_corpus(str(folder / "text.txt")), folder / f"train-{each}")
+                                load_corpus(str(folder / CORPORA[kind])), folder / f"{kind}-{each}")
         elif task == "bench":
             found[task] = bench()
         else:

@@ -19,7 +19,7 @@ from mambabyte.model import MIXERS, ByteLM
 from mambabyte.model.distributed import World
 from mambabyte.model.sequence import SequenceGroup
 from mambabyte.train import train
-from tests.helpers.split import RECIPE, model_of
+from tests.helpers.split import CORPORA, RECIPE, model_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOSE = {"float64": 1e-10, "float32": 5e-6}
@@ -28,12 +28,20 @@ CLOSE = {"float64": 1e-10, "float32": 5e-6}
 def run(size: int, folder: Path, *tasks: str) -> dict[str, Any]:
     """What ``size`` processes found: see tests/helpers/split.py."""
     (folder / "text.txt").write_text("one long text, many hands. " * 400)
+    (folder / "texts.jsonl").write_text("".join(
+        json.dumps({"text": "of many texts, " * (1 + i % 5)}) + "\n" for i in range(300)))
     done = subprocess.run(
         [sys.executable, "-m", "tests.helpers.split", str(size), str(folder), *tasks], cwd=ROOT,
         stderr=subprocess.PIPE, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return found
+
+
+def readings(run: Path) -> list[float]:
+    """Losses and gradient norms, which a factor that AdamW does not see would change."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines for key in ("loss", "grad_norm")]
 
 
 def check(found: dict[str, dict[str, float]]) -> None:
@@ -47,7 +55,7 @@ def check(found: dict[str, dict[str, float]]) -> None:
 def three(tmp_path_factory):
     """Three processes, and lengths that do not divide."""
     folder = tmp_path_factory.mktemp("three")
-    return folder, run(3, folder, "MSDKALR/17/float64", "train=3")
+    return folder, run(3, folder, "MSDKALR/17/float64", "train=3", "documents=3")
 
 
 def test_split_equals_whole(three):
@@ -76,6 +84,17 @@ def test_a_split_run_is_the_run_of_one(three, tmp_path):
     assert all(torch.allclose(again[name], expected[name], atol=1e-5) for name in expected)
 
 
+def test_a_split_run_on_documents_is_the_run_of_one(three, tmp_path):
+    folder, _ = three
+    corpus = load_corpus(str(folder / "texts.jsonl"))
+    assert corpus.begins
+    train(model_of("MA").config, RECIPE, corpus, tmp_path / "one")
+    expected = load_model(tmp_path / "one").state_dict()
+    for name, weight in load_model(folder / "documents-3").state_dict().items():
+        assert torch.allclose(weight, expected[name], atol=1e-5), name
+    assert readings(folder / "documents-3") == pytest.approx(readings(tmp_path / "one"), rel=1e-5)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_each_mixer_at_many_lengths(size, tmp_path):
@@ -88,11 +107,14 @@ def test_each_mixer_at_many_lengths(size, tmp_path):
 @pytest.mark.long
 def test_windows_and_stretches_are_a_mesh(tmp_path):
     """Four processes, two for each of the windows."""
-    run(4, tmp_path, "train=2")
-    train(model_of("MA").config, RECIPE, load_corpus(str(tmp_path / "text.txt")), tmp_path / "one")
-    expected = load_model(tmp_path / "one").state_dict()
-    found = load_model(tmp_path / "train-2").state_dict()
-    assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
+    run(4, tmp_path, "train=2", "documents=2")
+    for kind, name in CORPORA.items():
+        train(model_of("MA").config, RECIPE, load_corpus(str(tmp_path / name)), tmp_path / kind)
+        expected = load_model(tmp_path / kind).state_dict()
+        found = load_model(tmp_path / f"{kind}-2").state_dict()
+        assert all(torch.allclose(found[n], expected[n], atol=1e-5) for n in expected)
+        assert readings(tmp_path / f"{kind}-2") == pytest.approx(
+            readings(tmp_path / kind), rel=1e-5)
 
 
 @pytest.mark.long
