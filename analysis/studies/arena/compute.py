@@ -8,6 +8,7 @@ tables are made from what is there.
 from __future__ import annotations
 
 import gc
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,8 +29,12 @@ from analysis.studies.arena.trainings.clamp import train_followed
 from analysis.studies.arena.trainings.learning import learn_task
 from analysis.studies.arena.trainings.pieces import train_on_units
 from analysis.studies.arena.trainings.plan import Cell, Done, plan
-from analysis.studies.arena.trainings.text import open_corpus, train
+from analysis.studies.arena.trainings.text import open_corpus, target_parameters, train
+from mambabyte.config.files import make_dir, write_json
 from mambabyte.errors import UserError
+
+COMMON = ("corpus", "context", "batch_size", "heldout_windows", "stream_bytes", "task_layers",
+          "task_batch")  # what trainings depend on, besides what a cell says
 
 
 def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Results:
@@ -37,12 +42,31 @@ def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Res
     until = time.time() + p.max_seconds if p.max_seconds else float("inf")
     with ExitStack() as stack:
         folder = Path(p.work or stack.enter_context(tempfile.TemporaryDirectory()))
+        same_settings(p, folder)
         forget_failed(folder)
         done = Done(done_rows(folder))
         if time.time() < until and any(
                 cell.name not in done.rows for cell in plan(p, list(done.rows.values()))):
             _share(p, folder, until, report)
         return tables(p, done_rows(folder), report)
+
+
+def same_settings(p: Parameters, folder: Path) -> None:
+    """UserError where a sweep's trainings were made with other values of what they all depend on
+    and their names do not say."""
+    mine: dict[str, Any] = {
+        **{name: getattr(p, name) for name in COMMON}, "device": p.device.partition(":")[0],
+        **{f"parameters of {size}": target_parameters(p, size)
+           for size in (p.size, *p.larger, *p.scaling)}}
+    path = folder / "settings"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, value in mine.items():
+        if kept.get(name, value) != value:
+            raise UserError(f"{folder} has trainings with {name}={kept[name]!r}, and this run "
+                            f"{value!r}: choose another folder as work, or that value")
+    if kept != kept | mine:
+        make_dir(folder)
+        write_json(path, kept | mine)
 
 
 def _share(

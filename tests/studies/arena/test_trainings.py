@@ -19,6 +19,7 @@ from analysis.studies.arena.trainings.plan import Cell
 from analysis.studies.arena.trainings.text import config_of, open_corpus, recipe_of
 from analysis.theory.bounds import log_max
 from mambabyte.config import ModelConfig
+from mambabyte.errors import UserError
 from mambabyte.evaluate import bits_per_byte
 from mambabyte.model import ByteLM
 
@@ -35,6 +36,16 @@ def test_systems_of_a_size_have_its_parameters(size):
     # In the smallest, what an MLP has at the least is a hundredth of a model.
     assert max(abs(n / middle - 1) for n in counts.values()) < (0.03 if size == "0.25M" else 0.01)
     assert config_of(PROFILES["full"], "A/2", size).n_layer == SIZES[size][1] // 2
+
+
+def test_a_sweep_goes_on_only_with_what_its_trainings_were_made_with(tmp_path):
+    arena.same_settings(SMALL, tmp_path / "work")
+    arena.same_settings(replace(SMALL, seeds=3, max_seconds=1.0), tmp_path / "work")
+    for other, words in ((replace(SMALL, context=16, batch_size=1), "context=8"),
+                         (replace(SMALL, systems=("A",)), "parameters of tiny="),
+                         (replace(SMALL, device="cuda"), "device='cpu'")):
+        with pytest.raises(UserError, match=f"trainings with {words}"):
+            arena.same_settings(other, tmp_path / "work")
 
 
 def test_rates_go_to_the_optimizer_that_a_cell_names():

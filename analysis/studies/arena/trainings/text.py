@@ -38,12 +38,18 @@ def config_of(
     A larger vocabulary has its embedding besides."""
     pattern, half = pattern_of(system)
     base = _base(p, size)
-    target = max(replace(base, layer_pattern=pattern_of(s)[0]).n_parameters for s in p.systems)
     layers = base.n_layer // 2 if half else base.n_layer
     multiple = GPU_WIDTHS if p.device.startswith("cuda") else 1
     matched = match_parameters(
-        replace(base, layer_pattern=pattern, n_layer=layers), target, multiple=multiple)
+        replace(base, layer_pattern=pattern, n_layer=layers), target_parameters(p, size),
+        multiple=multiple)
     return replace(matched.config, vocab_size=vocab_size)
+
+
+def target_parameters(p: Parameters, size: str) -> int:
+    """What all systems of a size come near to: those of the largest without MLPs."""
+    base = _base(p, size)
+    return max(replace(base, layer_pattern=pattern_of(s)[0]).n_parameters for s in p.systems)
 
 
 def _base(p: Parameters, size: str) -> ModelConfig:
