@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -25,8 +25,13 @@ def run_jobs(
     if workers <= 1:
         yield from (function(*job) for job in jobs)
         return
-    # A forked child of a process that has used CUDA cannot use it.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1)
+    # A forked child of a process that has used CUDA cannot use it: each is forked from a server
+    # that has used nothing, and reads torch and the function's module once for all.
+    served = "forkserver" in get_all_start_methods()
+    context = get_context("forkserver" if served else "spawn")
+    if served:
+        context.set_forkserver_preload(["torch", function.__module__])
+    pool = ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1)
     try:
         for future in [pool.submit(function, *job) for job in jobs]:
             yield future.result()

@@ -1,19 +1,14 @@
-"""Run as a script: forks SIZE processes that share sequences, and writes what they found.
-
-    python -m tests.helpers.split SIZE FOLDER TASK...
+"""What processes find that share sequences, and the tiny models and runs that they share.
 
 A task is ``PATTERN/LENGTH/DTYPE``: a model of that layer pattern alone and split, on the same
 tokens; ``train=EACH``: a tiny run, EACH processes a sequence, into FOLDER/train-EACH;
 ``documents=EACH``: the same of many documents, into FOLDER/documents-EACH; or ``bench``.
-FOLDER/found.json has by task what the first process found.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from analysis.measure.parallel import run_jobs
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus
 from mambabyte.model import ByteLM
@@ -107,7 +103,15 @@ def bench() -> list[dict[str, Any]]:
     return rows
 
 
-def work(rank: int, size: int, folder: Path, tasks: list[str]) -> None:
+def run(size: int, folder: Path, *tasks: str) -> dict[str, Any]:
+    """What the first of ``size`` processes found, by task."""
+    (folder / "text.txt").write_text("one long text, many hands. " * 400)
+    (folder / "texts.jsonl").write_text("".join(
+        json.dumps({"text": "of many texts, " * (1 + i % 5)}) + "\n" for i in range(300)))
+    return next(run_jobs(work, [(rank, size, folder, tasks) for rank in range(size)], size))
+
+
+def work(rank: int, size: int, folder: Path, tasks: tuple[str, ...]) -> dict[str, Any]:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -124,28 +128,5 @@ def work(rank: int, size: int, folder: Path, tasks: list[str]) -> None:
             found[task] = bench()
         else:
             found[task] = alone_and_split(task)
-    if rank == 0:
-        (folder / "found.json").write_text(json.dumps(found))
     dist.barrier()
-
-
-def main() -> int:
-    size, folder, tasks = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if not child:
-            status = 1
-            try:
-                work(rank, size, folder, tasks)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return found

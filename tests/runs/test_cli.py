@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -340,18 +341,20 @@ def test_generate_reads_any_bytes_and_writes_to_any_terminal(run):
     assert done.stdout.startswith("?")
 
 
-def test_no_room_is_one_clear_line_and_leaves_no_file(text_file, tmp_path):
-    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); " \
-        "import sys; from analysis.cli import main; sys.exit(main(sys.argv[1:]))"
-    out = tmp_path / "out"
+def test_no_room_is_one_clear_line_and_leaves_no_file(run, text_file, tmp_path, capsys):
+    """After ``run``, which compiled what a training needs: a compiler would have no room either."""
+    out, had = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
     for args in (["ngram", "--order", "5", "--save", out / "kn.safetensors"],
                  ["train", "--preset", "smoke", "--out", out / "run"]):
-        done = subprocess.run(
-            [sys.executable, "-c", limited, *map(str, args), "--corpus", str(text_file)],
-            cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
-        assert done.returncode == 2, done.stderr
-        assert "Traceback" not in done.stderr
-        assert "File too large; nothing of it was left there" in done.stderr
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, had[1]))
+        try:
+            code = main([*map(str, args), "--corpus", str(text_file)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, had)
+        words = capsys.readouterr().err
+        assert code == 2, words
+        assert "Traceback" not in words
+        assert "File too large; nothing of it was left there" in words
     assert [p.name for p in out.iterdir()] == ["run"]
     assert not list((out / "run" / "checkpoints").iterdir())
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,23 +16,9 @@ from mambabyte.model import MIXERS, ByteLM
 from mambabyte.model.distributed import World
 from mambabyte.model.sequence import SequenceGroup
 from mambabyte.train import train
-from tests.helpers.split import CORPORA, RECIPE, model_of
+from tests.helpers.split import CORPORA, RECIPE, model_of, run
 
-ROOT = Path(__file__).resolve().parents[2]
 CLOSE = {"float64": 1e-10, "float32": 5e-6}
-
-
-def run(size: int, folder: Path, *tasks: str) -> dict[str, Any]:
-    """What ``size`` processes found: see tests/helpers/split.py."""
-    (folder / "text.txt").write_text("one long text, many hands. " * 400)
-    (folder / "texts.jsonl").write_text("".join(
-        json.dumps({"text": "of many texts, " * (1 + i % 5)}) + "\n" for i in range(300)))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.split", str(size), str(folder), *tasks], cwd=ROOT,
-        stderr=subprocess.PIPE, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
-    return found
 
 
 def readings(run: Path) -> list[float]:

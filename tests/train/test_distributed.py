@@ -3,59 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from analysis.measure.parallel import run_jobs
 from mambabyte.checkpoint import load_model
-from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus
 from mambabyte.errors import UserError
 from mambabyte.model.distributed import World, current, joined
 from mambabyte.train import train
-
-MODEL = ModelConfig(d_model=16, n_layer=2, layer_pattern="MA", d_state=4, n_head=2, n_kv_head=1)
-RECIPE = TrainConfig(context=32, batch_size=4, n_steps=4, checkpoint_every=2, log_every=2, lr=1e-2)
-
-SCRIPT = """
-import sys
-import torch
-from dataclasses import replace
-from pathlib import Path
-from mambabyte.config import ModelConfig, TrainConfig
-from mambabyte.corpus import load_corpus
-from mambabyte.model.distributed import joined
-from mambabyte.train import train
-torch.set_num_threads(1)
-with joined("cpu") as world:
-    assert world.size == 2
-    corpus = load_corpus(sys.argv[1])
-    out = Path(sys.argv[2])
-    for step, parallel in (("eager", "data"), ("graph", "data"), ("auto", "sharded")):
-        recipe = TrainConfig(**{recipe}, step=step, parallel=parallel)
-        run = out / (parallel if parallel == "sharded" else step)
-        train(ModelConfig(**{model}), recipe, corpus, run)
-    if world.first:
-        (run / "checkpoints/step_00000004").rename(run / "whole")
-    world.wait()
-    train(ModelConfig(**{model}), recipe, corpus, run, resume=True)
-
-    clocks = []
-    def schedule(step, config, elapsed_seconds):
-        clocks.append(elapsed_seconds)
-        return 1.0
-    module = sys.modules["mambabyte.train.run"]
-    module.schedule, module._AGREE_EVERY = schedule, 2
-    recipe = replace(recipe, parallel="data", step="graph", time_aware=True)
-    train(ModelConfig(**{model}), recipe, corpus, out / "clock")
-    (out / f"clock{world.rank}").write_text(str(clocks))
-"""
+from tests.helpers.two import MODEL, RECIPE, work
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +33,7 @@ def two(corpus_path, tmp_path_factory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    recipe = {k: v for k, v in asdict(RECIPE).items() if k not in ("step", "parallel")}
-    script = SCRIPT.replace("{recipe}", repr(recipe)).replace("{model}", repr(asdict(MODEL)))
-    processes = [subprocess.Popen(
-        [sys.executable, "-c", script, str(corpus_path), str(out)],
-        env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-        stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    for process in processes:
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors[-2000:]
+    list(run_jobs(work, [(rank, port, corpus_path, out) for rank in range(2)], 2))
     return out
 
 

@@ -14,6 +14,7 @@ import subprocess
 from pathlib import Path
 
 HERE = Path(__file__).parent
+LANES = ("lanes.h", "fibers.cpp")
 TAPS = 4  # of the emulated convolution
 # The instruction that a piece of inline assembly is about -> its function in lanes.h. First match.
 INSTRUCTIONS = {
@@ -103,7 +104,7 @@ def translate(source: str) -> str:
     return "".join([*parts, source[at:]])
 
 
-COMPILE = ("g++", "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fPIC")
+COMPILE = ("g++", "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden")
 
 
 def _digest(*texts: str) -> str:
@@ -120,19 +121,20 @@ class Emulator:
         self.folder, self.kept, self.seed, self.cluster = folder, kept, 0, cluster
         self.launched: list[tuple[str, int]] = []  # names and numbers of blocks
         self._text = '#include "lanes.h"\n' + translate(source.read_text(encoding="utf-8"))
-        self._lanes = (HERE / "lanes.h").read_text(encoding="utf-8")
+        self._lanes = [(HERE / name).read_text(encoding="utf-8") for name in LANES]
         self._built = functools.cache(self._build)
 
     @functools.cached_property
-    def _header(self) -> Path:
-        """A folder with lanes.h precompiled, one for all sources: with the standard headers that it
-        includes it takes longer to compile than a kernel."""
-        header = self.kept / f"lanes-{_digest(self._lanes)}" / "lanes.h"
-        if not (compiled := Path(f"{header}.gch")).exists():
-            header.parent.mkdir(exist_ok=True)
-            header.write_text(self._lanes, encoding="utf-8")
-            self._compile(compiled, "-x", "c++-header", str(header))
-        return header.parent
+    def _compiled(self) -> Path:
+        """A folder with what all kernels share, compiled once: lanes.h and the scheduler."""
+        folder = self.kept / f"lanes-{_digest(*self._lanes)}"
+        folder.mkdir(exist_ok=True)
+        header, fibers = (HERE / name for name in LANES)
+        for name, kind in (("lanes.h.gch", ("-x", "c++-header", str(header))),
+                           ("fibers.o", ("-c", str(fibers)))):
+            if not (folder / name).exists():
+                self._compile(folder / name, *kind)
+        return folder
 
     def _compile(self, made: Path, *arguments: str) -> None:
         partial = made.with_suffix(f".{os.getpid()}")
@@ -142,14 +144,15 @@ class Emulator:
     def _build(self, name: str) -> ctypes.CDLL:
         entry = f"launch({name}, blocks, threads, packed, seed, {self.cluster});"
         text = (
-            f'{self._text}\nextern "C" void go(int blocks, int threads, const char *packed, '
-            f"unsigned seed) {{ {entry} }}\n"
+            f'{self._text}\nextern "C" __attribute__((visibility("default"))) void go('
+            f"int blocks, int threads, const char *packed, unsigned seed) {{ {entry} }}\n"
         )
-        library = self.kept / f"{_digest(self._lanes, text)}.so"
+        library = self.kept / f"{_digest(*self._lanes, text)}.so"
         if not library.exists():
             source = (self.folder / re.sub(r"\W+", "_", name)).with_suffix(".cpp")
             source.write_text(text, encoding="utf-8")
-            self._compile(library, "-shared", f"-I{self._header}", str(source))
+            self._compile(library, "-shared", f"-I{self._compiled}", str(source),
+                          str(self._compiled / "fibers.o"))
         return ctypes.CDLL(str(library))
 
     def launch(

@@ -1,26 +1,18 @@
-// Runs CUDA C++ on the CPU, lane by lane, for tests without a GPU: what a kernel uses of CUDA's built-ins,
-// the PTX instructions that emulate.py finds in its inline assembly, and a scheduler.
+// Runs CUDA C++ on the CPU, lane by lane, for tests without a GPU: what a kernel uses of CUDA's built-ins and
+// the PTX instructions that emulate.py finds in its inline assembly. fibers.cpp has the scheduler, compiled
+// once: with it and the standard headers that it needs, every kernel would take twice as long to compile.
 //
 // Every thread of a block is a fiber; blocks run one after the other, those of a cluster together. Warps take turns in a random order, some
 // lag, and asynchronous copies land late, so that a missing barrier shows as a wrong or a varying result. What a
 // warp does together (shuffles, matrix instructions) waits for its 32 lanes. Shared memory starts as NaN.
+#pragma once
 
-#undef _FORTIFY_SOURCE  // it takes a jump to another stack for a fault
-#include <setjmp.h>
-#include <ucontext.h>
-
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <functional>
-#include <random>
 #include <tuple>
-#include <unordered_map>
-#include <vector>
 
 #define __device__
 #define __global__
@@ -32,8 +24,8 @@
 #define __shared__ static
 #define __CUDA_ARCH__ 900
 
-using std::max;
-using std::min;
+template <class T> static T max(T x, T y) { return x < y ? y : x; }
+template <class T> static T min(T x, T y) { return y < x ? y : x; }
 
 struct dim3 { int x, y, z; };
 struct float2 { float x, y; };
@@ -65,51 +57,36 @@ static uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
 
 // ---------------------------------------------------------------------------------- threads
 
-constexpr int MAX_THREADS = 1024, STACK = 1 << 17, MAX_CLUSTER = 2, SHARED = 1 << 18;
-static dim3 threadIdx, blockIdx, blockDim;
-static int cluster = 1;  // blocks that run together; in it this is block
+constexpr int MAX_THREADS = 1024, MAX_CLUSTER = 2, SHARED = 1 << 18;
+extern dim3 threadIdx, blockIdx, blockDim;
+extern int cluster;  // blocks that run together; in it this is block
 static int block_rank() { return blockIdx.x % cluster; }
 
 struct Meeting { int waiting = 0; unsigned times = 0; };
-struct Barrier { int count, pending; uint32_t phase; long bytes; };  // bytes: still to be copied
 // to null: an arrival; from null: zeros, or with `sent` that number
 struct Copy { char *to; const char *from; int bytes; uint32_t barrier; bool counted; bool sent = false; float number = 0; };
-struct Fiber {
-    jmp_buf context;
-    std::vector<char> stack;  // empty until the fiber has begun
-    std::deque<Copy> copies;
-    unsigned exchanges;
-    bool done;
-};
 
-static Fiber fibers_of[MAX_CLUSTER][MAX_THREADS];
-#define fibers (fibers_of[block_rank()])
-static jmp_buf scheduler;
-static Meeting block_meetings[MAX_CLUSTER], some_meetings[MAX_CLUSTER], warps_meetings[MAX_CLUSTER][MAX_THREADS / 32], cluster_meeting;
+extern Meeting block_meetings[MAX_CLUSTER], some_meetings[MAX_CLUSTER], warps_meetings[MAX_CLUSTER][MAX_THREADS / 32], cluster_meeting;
 #define block_meeting (block_meetings[block_rank()])
 #define some_meeting (some_meetings[block_rank()])  // of the threads that name this barrier
 #define warp_meetings (warps_meetings[block_rank()])
-static uint32_t posted_of[MAX_CLUSTER][MAX_THREADS / 32][2][32][4];
+extern uint32_t posted_of[MAX_CLUSTER][MAX_THREADS / 32][2][32][4];
 #define posted (posted_of[block_rank()])
-static std::unordered_map<uint32_t, Barrier> barriers;
-static std::function<void()> kernel_call;
+extern unsigned exchanges_of[MAX_CLUSTER][MAX_THREADS];
+#define exchanges (exchanges_of[block_rank()])
+
+void yield();
+void meet(Meeting &meeting, int threads);
+void later(const Copy &copy);  // of this thread
+void land_all();
+// Of the barrier in shared memory at that address.
+void new_barrier(uint32_t address, int count);
+void count(uint32_t address, int arrivals, long bytes);
+bool passed(uint32_t address, uint32_t parity);
 
 static void fail(const char *what) {
     fprintf(stderr, "emulated kernel: %s\n", what);
     abort();
-}
-// Lanes change by the million. swapcontext would set the signal mask every time, which is a system call.
-__attribute__((noinline)) static void change(jmp_buf &from, jmp_buf &to) {
-    if (_setjmp(from) == 0) _longjmp(to, 1);
-}
-static void yield() { change(fibers[threadIdx.x].context, scheduler); }
-static void meet(Meeting &meeting, int threads) {
-    const unsigned times = meeting.times;
-    if (++meeting.waiting == threads) {
-        meeting.waiting = 0;
-        ++meeting.times;
-    }
-    while (meeting.times == times) yield();
 }
 static void __syncthreads() { meet(block_meeting, blockDim.x); }
 static void __syncwarp() { meet(warp_meetings[threadIdx.x / 32], 32); }
@@ -118,7 +95,7 @@ static void __syncwarp() { meet(warp_meetings[threadIdx.x / 32], 32); }
 struct Words {
     uint32_t of[32][4];
     explicit Words(uint32_t a, uint32_t b = 0, uint32_t c = 0, uint32_t d = 0) {
-        auto &table = posted[threadIdx.x / 32][fibers[threadIdx.x].exchanges++ & 1];
+        auto &table = posted[threadIdx.x / 32][exchanges[threadIdx.x]++ & 1];
         const uint32_t words[4] = {a, b, c, d};
         memcpy(table[threadIdx.x % 32], words, sizeof words);
         __syncwarp();
@@ -148,14 +125,16 @@ static int __reduce_max_sync(uint32_t, int x) {
 }
 static bool __all_sync(uint32_t, bool x) {
     const Words words(x);
-    return std::all_of(words.of, words.of + 32, [](const uint32_t(&word)[4]) { return word[0]; });
+    for (const auto &word : words.of)
+        if (!word[0]) return false;
+    return true;
 }
 
 // ---------------------------------------------------------------------------- shared memory
 
 // Dynamic shared memory. Addresses are distances from a point far below it, so that static arrays, which lie
 // near, have one too.
-__align__(128) static char shared_of[MAX_CLUSTER][SHARED];
+extern char shared_of[MAX_CLUSTER][SHARED];
 #define shared (shared_of[block_rank()])
 static char *at(uint32_t address) { return shared_of[0] - (1 << 30) + address; }
 static size_t __cvta_generic_to_shared(const void *p) {
@@ -170,30 +149,6 @@ template <class T> static T read_at(uint32_t address) {
 template <class T> static void write_at(uint32_t address, T x) {
     if (address % sizeof x) fail("a misaligned write to shared memory");
     memcpy(at(address), &x, sizeof x);
-}
-
-static void count(uint32_t address, int arrivals, long bytes) {
-    Barrier &barrier = barriers.at(address);
-    barrier.pending -= arrivals;
-    barrier.bytes += bytes;
-    if (barrier.pending == 0 && barrier.bytes == 0) {
-        barrier.phase ^= 1;
-        barrier.pending = barrier.count;
-    }
-}
-static void arrive(uint32_t address) { count(address, 1, 0); }
-static void land(Fiber &fiber) {
-    const Copy copy = fiber.copies.front();
-    fiber.copies.pop_front();
-    if (copy.to == nullptr) return arrive(copy.barrier);
-    if (copy.counted) {
-        if (copy.sent) memcpy(copy.to, &copy.number, sizeof copy.number);
-        else if (copy.from) memcpy(copy.to, copy.from, copy.bytes);
-        else memset(copy.to, 0, copy.bytes);
-        return count(copy.barrier, 0, -copy.bytes);
-    }
-    memset(copy.to, 0, 16);
-    memcpy(copy.to, copy.from, copy.bytes);
 }
 
 // ------------------------------------------------------------------------------ instructions
@@ -313,30 +268,28 @@ static void ld_relaxed_b128(unsigned long long &low, unsigned long long &high, c
 }
 static void cp_async(uint32_t to, const void *from, int bytes, uint32_t wanted = 1) {
     if (to % 16 || size_t(from) % 16) fail("a misaligned copy");
-    if (wanted) fibers[threadIdx.x].copies.push_back({at(to), static_cast<const char *>(from), bytes, 0, false});
+    if (wanted) later({at(to), static_cast<const char *>(from), bytes, 0, false});
 }
-static void cp_async_wait_all() {
-    while (!fibers[threadIdx.x].copies.empty()) land(fibers[threadIdx.x]);
-}
+static void cp_async_wait_all() { land_all(); }
 static void cp_async_arrive(uint32_t barrier) {
-    fibers[threadIdx.x].copies.push_back({nullptr, nullptr, 0, barrier, false});
+    later({nullptr, nullptr, 0, barrier, false});
 }
-static void mbarrier_init(uint32_t address, int count) { barriers[address] = {count, count, 0, 0}; }
-static void mbarrier_arrive(uint32_t address) { arrive(address); }
+static void mbarrier_init(uint32_t address, int count) { new_barrier(address, count); }
+static void mbarrier_arrive(uint32_t address) { count(address, 1, 0); }
 static void mbarrier_arrive_expect(uint32_t address, uint32_t bytes) { count(address, 1, bytes); }
 static void mapa(uint32_t &there, uint32_t base, int block) {
     there = base + (block - block_rank()) * SHARED;
 }
 static void st_async(uint32_t to, float value, uint32_t barrier) {
     if (to % 4) fail("a misaligned send");
-    fibers[threadIdx.x].copies.push_back({at(to), nullptr, 4, barrier, true, true, value});
+    later({at(to), nullptr, 4, barrier, true, true, value});
 }
 static void bar_sync(int threads) { meet(some_meeting, threads); }
 static void cluster_barrier() { meet(cluster_meeting, cluster * blockDim.x); }
 static void elect(uint32_t &chosen) { chosen = threadIdx.x % 32 == 0; }
 static void copy_bulk(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
     if (to % 16 || bytes % 16 || size_t(from) % 16) fail("a misaligned copy");
-    fibers[threadIdx.x].copies.push_back({at(to), static_cast<const char *>(from), int(bytes), barrier, true});
+    later({at(to), static_cast<const char *>(from), int(bytes), barrier, true});
 }
 // What stands for a tensor map: an array of 16-byte rows in three dimensions, steps in bytes.
 struct Box { const char *base; uint64_t sizes[4], steps[3]; uint32_t box[4]; };
@@ -348,77 +301,19 @@ static void copy_box(uint32_t to, const void *map, int first, int time, int grou
         for (uint32_t i = 0; i < b.box[1]; ++i, to += 16) {
             const bool valid = time + i < b.sizes[1] && group + k < b.sizes[2] && uint64_t(batch) < b.sizes[3];
             const char *from = b.base + (time + i) * b.steps[0] + (group + k) * b.steps[1] + batch * b.steps[2];
-            fibers[threadIdx.x].copies.push_back({at(to), valid ? from : nullptr, 16, barrier, true});
+            later({at(to), valid ? from : nullptr, 16, barrier, true});
         }
 }
 static void mbarrier_try_wait(uint32_t &done, uint32_t address, uint32_t parity) {
-    done = barriers.at(address).phase != parity;
+    done = passed(address, parity);
     if (!done) yield();
 }
 }  // namespace ptx
 
-// -------------------------------------------------------------------------------- scheduling
+// ------------------------------------------------------------------------------------ launch
 
-// A fiber serves one block after the other: only its beginning needs system calls.
-static void fiber_main() {
-    for (;;) {
-        kernel_call();
-        fibers[threadIdx.x].done = true;
-        yield();
-    }
-}
-__attribute__((noinline)) static void begin(Fiber &fiber) {
-    fiber.stack.resize(STACK);
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack = {fiber.stack.data(), 0, STACK};
-    context.uc_link = nullptr;
-    makecontext(&context, fiber_main, 0);
-    if (_setjmp(scheduler) == 0) setcontext(&context);
-}
-
-// Runs the blocks of a cluster together, from block `base` on.
-static void run_blocks(int base, int threads, std::mt19937 &random) {
-    barriers.clear();
-    cluster_meeting = {};
-    for (int rank = 0; rank < cluster; ++rank) {
-        blockIdx = {base + rank, 0, 0};
-        memset(shared, 0xff, SHARED);
-        block_meeting = some_meeting = {};
-        for (Meeting &meeting : warp_meetings) meeting = {};
-        for (int t = 0; t < threads; ++t) {
-            Fiber &fiber = fibers[t];
-            fiber.copies.clear();
-            fiber.exchanges = 0;
-            fiber.done = false;
-        }
-    }
-    std::vector<int> order(cluster * threads / 32);
-    for (size_t i = 0; i < order.size(); ++i) order[i] = i;
-    const unsigned delay = 1 << random() % 10;  // of copies, in rounds
-    int left = cluster * threads;
-    for (long rounds = 0; left > 0; ++rounds) {
-        if (rounds > 10000000) fail("no end");
-        if (random() % 8 == 0) std::shuffle(order.begin(), order.end(), random);
-        for (int warp : order) {
-            if (random() % 4 == 0) continue;
-            const int first = random() % 32;
-            blockIdx = {base + warp * 32 / threads, 0, 0};
-            for (int i = 0; i < 32; ++i) {
-                Fiber &fiber = fibers[threadIdx.x = 32 * warp % threads + (first + i) % 32];
-                if (fiber.done) continue;
-                fiber.stack.empty() ? begin(fiber) : change(scheduler, fiber.context);
-                left -= fiber.done;
-            }
-        }
-        for (int rank = 0; rank < cluster; ++rank) {
-            blockIdx = {base + rank, 0, 0};
-            for (int t = 0; t < threads; ++t)
-                if (!fibers[t].copies.empty() && random() % delay == 0)
-                    for (size_t copies = fibers[t].copies.size(); copies > 0; --copies) land(fibers[t]);
-        }
-    }
-}
+// Runs `call(arguments)` in every thread of every block, `together` of them as a cluster.
+void run(void (*call)(const void *), const void *arguments, int blocks, int threads, unsigned seed, int together);
 
 template <class T> static T next_argument(const char *&from) {
     static_assert(sizeof(T) % 4 == 0);
@@ -427,13 +322,16 @@ template <class T> static T next_argument(const char *&from) {
     from += sizeof x;
     return x;
 }
+template <class... Arguments> struct Call {
+    void (*kernel)(Arguments...);
+    std::tuple<Arguments...> arguments;
+};
 template <class... Arguments>
 static void launch(void (*kernel)(Arguments...), int blocks, int threads, const char *packed, unsigned seed,
                    int together = 1) {
-    std::mt19937 random(seed);
-    const std::tuple<Arguments...> arguments{next_argument<Arguments>(packed)...};
-    kernel_call = [&] { std::apply(kernel, arguments); };
-    blockDim = {threads, 1, 1};
-    cluster = together;
-    for (int block = 0; block < blocks; block += cluster) run_blocks(block, threads, random);
+    const Call<Arguments...> call{kernel, {next_argument<Arguments>(packed)...}};
+    run([](const void *given) {
+        const auto &call = *static_cast<const Call<Arguments...> *>(given);
+        std::apply(call.kernel, call.arguments);
+    }, &call, blocks, threads, seed, together);
 }
