@@ -12,8 +12,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-
-import torch
+from typing import Any
 
 PACKAGES = ("mambabyte", "torch", "triton", "numpy", "safetensors", "sentencepiece")
 
@@ -56,7 +55,6 @@ def commit() -> str:
     return run.stdout.strip()
 
 
-@cache
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -64,27 +62,29 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    if torch.version.cuda:
+    if (torch := _torch()) and torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
 
 
 def machine() -> dict[str, object]:
-    """What the numbers were measured on. No host or user names."""
-    gpus = []
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            p = torch.cuda.get_device_properties(i)
-            gpus.append({"name": p.name, "memory_bytes": p.total_memory,
-                         "multiprocessors": p.multi_processor_count})
-    return {
-        "cpu": cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": memory_bytes(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "gpus": gpus,
-    }
+    """What the numbers were measured on. No host or user names. Threads and GPUs are torch's: a
+    process that has not loaded it, which takes seconds, has used none."""
+    about: dict[str, object] = {
+        "cpu": cpu_name(), "cpu_count": os.cpu_count(), "memory_bytes": memory_bytes(),
+        "system": f"{platform.system()} {platform.machine()}"}
+    if torch := _torch():
+        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())
+                 ] if torch.cuda.is_available() else []
+        about |= {"threads": torch.get_num_threads(), "gpus": [
+            {"name": p.name, "memory_bytes": p.total_memory,
+             "multiprocessors": p.multi_processor_count} for p in cards]}
+    return about
+
+
+def _torch() -> Any:
+    """The module where it is loaded."""
+    return sys.modules.get("torch")
 
 
 @cache

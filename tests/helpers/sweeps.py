@@ -72,7 +72,7 @@ CELLS = (
     "from analysis.studies.session import show\n"
     "STUDIES[study.name] = study\n"
     'show(run, "line", "counts")',
-    'if mode != "forgetful":\n    save(run)',
+    "save(run)",
 )
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from analysis.report.appendix import notebook_html
 from analysis.runs.folders import list_runs
-from analysis.sweep import executors
+from analysis.sweep import execute, executors
 from analysis.sweep import run as sweep
 from analysis.sweep.progress import LiveProgress, PlainProgress, printable
 from analysis.sweep.run import run_sweep
@@ -38,7 +38,7 @@ def swept(registry, tmp_path_factory):
         {"argv": ["false"], "display_name": "Theirs", "language": "python"}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(theirs))
-        rows = run_sweep(grid={"mode": ["ok", "fail", "die", "forgetful"]}, root=root,
+        rows = run_sweep(grid={"mode": ["ok", "fail", "die"]}, root=root,
                          executor="local", workers=2, progress=events, registry=registry)
     return root, {row.parameters["mode"]: row for row in rows}, events
 
@@ -46,11 +46,19 @@ def swept(registry, tmp_path_factory):
 def test_each_combination_has_a_row(swept):
     _, rows, _ = swept
     assert {mode: row.status for mode, row in rows.items()} == {
-        "ok": "done", "fail": "failed", "die": "failed", "forgetful": "failed"}
+        "ok": "done", "fail": "failed", "die": "failed"}
     assert rows["fail"].error == "ValueError: <b>broken</b>"
     assert "kernel died (no room for the tensor)" in rows["die"].error
     assert "noise" in (rows["die"].folder / "stderr.txt").read_text()
-    assert "save(run)" in rows["forgetful"].error
+
+
+def test_a_notebook_that_keeps_no_run_has_failed(registry, tmp_path, monkeypatch):
+    monkeypatch.setattr(execute, "_papermill", lambda *given: "")  # it ends well
+    (task,) = sweep.plan(list(registry.values()), "quick", {}, {}, tmp_path)
+    execute.execute(task)
+    (failed,) = list_runs(tmp_path)
+    assert failed.status == "failed"
+    assert "its last cell is save(run)" in failed.error
 
 
 def test_failed_runs_are_visible_with_notebook_and_log(swept):
@@ -106,7 +114,7 @@ def test_progress_is_forwarded(swept):
     assert mine[0][0] == "started"
     assert ("line", name, "step 1") in mine
     assert mine[-1][:3] == ("finished", name, "done")
-    assert {e[2] for e in events.seen if e[0] == "started"} == {f"{i}/4" for i in range(1, 5)}
+    assert {e[2] for e in events.seen if e[0] == "started"} == {f"{i}/3" for i in range(1, 4)}
     assert events.seen[-1] == ("closed",)
 
 
