@@ -9,8 +9,7 @@ help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
 report: $(VENV)/.ready       ## run the studies that are not up to date, write reports/report.html
-	$(BIN)/mambabyte sweep overflow memory gradients task --executor local --workers 2 # none is timed
-	$(BIN)/mambabyte sweep
+	$(BIN)/mambabyte sweep --executor local --workers 2
 	$(BIN)/mambabyte report
 
 # A process a core; tests of one file share what it prepares, so they stay together.

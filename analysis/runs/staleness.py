@@ -31,10 +31,11 @@ def digest(modules: Iterable[str], notebook: Path, root: Path = ROOT) -> str:
     tree = ast.parse(notebook_code(notebook))
     names = {*modules, *_imports(_named(tree), "", root)}
     total = hashlib.sha256()
-    total.update(ast.dump(_bare(tree)).encode())
+    total.update(ast.dump(tree).encode())
     for path in source_files(names, root):
         total.update(f"\0{path.relative_to(root).as_posix()}\0".encode())
-        total.update(_content(path, path.stat().st_mtime_ns))
+        total.update(_read(path, path.stat().st_mtime_ns)[1] if path.suffix == ".py" else
+                     path.read_bytes())
     return total.hexdigest()[:16]
 
 
@@ -66,7 +67,7 @@ def source_files(modules: Iterable[str], root: Path = ROOT) -> list[Path]:
         if path is None:
             continue
         found.add(path)
-        named = _named_in(path, path.stat().st_mtime_ns)
+        named, _ = _read(path, path.stat().st_mtime_ns)
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         todo += [package, *_imports(named, package, root)]
         found.update(_companions(named, (path.parent, path.parent.parent, root / "data")))
@@ -96,9 +97,15 @@ class _Named:
 
 
 def _named(tree: ast.AST) -> _Named:
+    """Takes docstrings out of the tree on its way, which no longer count."""
     named = _Named()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) \
+                    and isinstance(first.value.value, str):
+                node.body = node.body[1:]
+        elif isinstance(node, ast.Import):
             named.imports += [(alias.name, 0, []) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [alias.name for alias in node.names]
@@ -110,9 +117,11 @@ def _named(tree: ast.AST) -> _Named:
 
 
 @cache
-def _named_in(path: Path, _changed: int) -> _Named:
-    """Of a file, read once: every study and drawing depends on most of them."""
-    return _named(ast.parse(path.read_text(encoding="utf-8")))
+def _read(path: Path, _changed: int) -> tuple[_Named, bytes]:
+    """What a Python file names, and what counts of it: the syntax tree without docstrings. Read
+    once: every study and drawing depends on most of them."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return _named(tree), ast.dump(tree).encode()
 
 
 def _imports(named: _Named, package: str, root: Path) -> Iterator[str]:
@@ -144,21 +153,3 @@ def _companions(named: _Named, folders: Iterable[Path]) -> Iterator[Path]:
             for path in (p for p in found if p.is_file()):
                 # A record is its folder: the tables beside what says of them.
                 yield from path.parent.iterdir() if path.name == "run.json" else [path]
-
-
-@cache
-def _content(path: Path, _changed: int) -> bytes:
-    """What counts of a file: the syntax tree without docstrings for Python, else the bytes."""
-    if path.suffix != ".py":
-        return path.read_bytes()
-    return ast.dump(_bare(ast.parse(path.read_text(encoding="utf-8")))).encode()
-
-
-def _bare(tree: ast.AST) -> ast.AST:
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) \
-                    and isinstance(first.value.value, str):
-                node.body = node.body[1:]
-    return tree

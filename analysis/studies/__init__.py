@@ -55,6 +55,7 @@ class Study:
     package: str
     root: Path = ROOT
     reads_runs: bool = False  # it judges what the other studies left, so it comes after them
+    timed: bool = False  # it says how long something takes, so on a machine it runs alone
 
     def sources_digest(self, runs: Path = RUNS, records: Path = RECORDS) -> str:
         """Digest of everything that the results depend on except the parameters."""
@@ -81,7 +82,8 @@ def discover(folder: Path = Path(__file__).parent, package: str = __name__) -> d
         module = importlib.import_module(f"{package}.{name}")
         found.append(Study(name, module.TITLE, module.QUESTION,
                            ROOT / "notebooks" / module.NOTEBOOK, module.__name__,
-                           reads_runs=getattr(module, "READS_RUNS", False)))
+                           reads_runs=getattr(module, "READS_RUNS", False),
+                           timed=getattr(module, "TIMED", False)))
     found.sort(key=lambda study: (study.reads_runs, study.notebook.name))
     return {study.name: study for study in found}
 

@@ -27,7 +27,7 @@ from mambabyte.errors import UserError
 _LOG = logging.getLogger(__name__)
 EXECUTORS = {
     "serial": "one run after another on this machine, so that timings do not disturb each other",
-    "local": "several runs at once on this machine (workers)",
+    "local": "several runs at once on this machine (workers); studies that are timed run alone",
     "dask": "a dask.distributed cluster: address of its scheduler, or a cluster on this machine",
     "slurm": "Slurm through submitit; address is the partition, or options of sbatch",
 }

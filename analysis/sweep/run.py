@@ -28,7 +28,7 @@ from analysis.studies import (
     validate,
 )
 from analysis.sweep.execute import Task
-from analysis.sweep.executors import make_executor, run_task
+from analysis.sweep.executors import LocalExecutor, make_executor, run_task
 from analysis.sweep.progress import Progress, make_progress
 from mambabyte.config.files import make_dir, temporary_dir
 from mambabyte.config.owners import only_one, remove_leftovers
@@ -65,21 +65,26 @@ def run_sweep(
     """
     root = Path(root).resolve()
     studies = [get_study(n, registry) for n in names or registry]
-    # Those that judge the others' results come last: what they depend on is known only then.
-    stages = [[s for s in studies if not s.reads_runs], [s for s in studies if s.reads_runs]]
+    # What is timed runs alone, after what may run side by side. Those that judge the others'
+    # results come last: what they depend on is known only then.
+    stages = [[s for s in studies if (s.reads_runs, s.timed) == kind]
+              for kind in ((False, False), (False, True), (True, False), (True, True))]
     point = (profile, overrides or {}, grid or {}, root)
     total = len(plan(studies, *point))  # every mistake in the input is found here
     pool = make_executor(executor, workers, address)
+    alone = LocalExecutor(1) if executor == "local" else pool
     progress = progress or make_progress()
     make_dir(root)
     try:
         with only_one(root / ".lock", "runs a sweep"):
             remove_leftovers(root)
             rows: list[Row] = []
-            for stage in stages:
-                rows += _run(plan(stage, *point), pool, progress, force, len(rows), total)
+            for stage in filter(None, stages):
+                by = alone if any(study.timed for study in stage) else pool
+                rows += _run(plan(stage, *point), by, progress, force, len(rows), total)
             return rows
     finally:
+        alone.shutdown(wait=True, cancel_futures=True)
         pool.shutdown(wait=True, cancel_futures=True)
         progress.close()
 

@@ -91,9 +91,10 @@ def test_records_hold_numbers_and_are_small():
 
 def test_names_of_figures_and_tables_are_the_studies_own():
     """And those of a record that a command made."""
+    records = load_records().values()
     for study in STUDIES.values():
         fields = study.module().Results.__dataclass_fields__
-        recorded = {table for run in load_records().values() if run.study == study.name
+        recorded = {table for run in records if run.study == study.name
                     for table in run.tables}
         assert set(study.module("tables").TABLES) <= set(fields)
         for drawing in drawings(study).values():

@@ -42,7 +42,7 @@ class Options:
     """-f: parameters from a file, TOML, JSON or YAML by its name, and in a table [grid] the values
     of each that is varied; --set and --grid override it."""
     executor: Literal["serial", "local", "dask", "slurm"] = "serial"
-    """Where runs execute; serial keeps timings undisturbed."""
+    """Where runs execute; on this machine studies that are timed run alone, also with local."""
     workers: Workers = 1
     """How many runs at once, where the executor can."""
     address: str = ""

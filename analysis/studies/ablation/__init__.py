@@ -31,6 +31,7 @@ from mambabyte.errors import UserError
 TITLE = "SSM, attention and hybrids"
 QUESTION = "Which mix of SSM and attention layers predicts bytes best, at equal cost?"
 NOTEBOOK = "04_ssm_vs_attention.ipynb"
+TIMED = True
 
 COMPARISONS = ("steps", "wall-clock", "FLOPs", "joules")  # what is equal in each
 PUBLISHED_MATRIX_LR = 0.04  # Muon
@@ -197,7 +198,7 @@ class Parameters(Checked):
     few_presets: Annotated[tuple[PresetName, ...], entries()] = (
         "ssm_1", "hybrid_3_1", "attention")
     """systems that are trained so"""
-    workers: Workers = 1
+    workers: Workers = 2
     """trainings beside each other whose time does not count (tasks, variants, pieces)"""
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ from mambabyte.errors import UserError
 TITLE = "The arena: every mixer at the rate that suits it"
 QUESTION = "Which mixer should be trained on bytes, at which size, for which budget, and why?"
 NOTEBOOK = "08_arena.ipynb"
+TIMED = True
 
 # Width, layers and width of a head; a multiple of four layers, for hybrids of 3:1. On a GPU heads
 # are 64 wide: the one width that its kernels of Mamba-2 and the delta rule have.

@@ -62,7 +62,7 @@ class Parameters(Scans):
     """distance beyond which the far symbol lies"""
     recall_steps: Count = 200
     """training steps of recall"""
-    recall_seeds: Count = 2
+    recall_seeds: Count = 1
     """trainings of each kind"""
 
     def __post_init__(self) -> None:

@@ -90,7 +90,7 @@ class Parameters(Grid):
     trained_forms: Annotated[tuple[FormOrAuto, ...], entries()] = (
         "auto", "corrected_cumsum", "document_chunked")
     """scan forms that are trained with"""
-    trained_steps: Annotated[tuple[Count, ...], entries(0, once=False)] = (600, 400, 400)
+    trained_steps: Annotated[tuple[Count, ...], entries(0, once=False)] = (400, 400, 400)
     """steps that each of them does at most; empty as the device allows"""
     every: Count = 20
     """steps between two readings of the exponent"""

@@ -28,6 +28,7 @@ from mambabyte.config.scan_forms import FORMS, OLD_NAMES, FormOrAuto
 TITLE = "Throughput and energy"
 QUESTION = "How do time and energy per byte grow with length, and who is fastest where?"
 NOTEBOOK = "05_throughput_and_energy.ipynb"
+TIMED = True
 
 INDEXED = "indexed loop"  # the second document's loop: one index a step, no form of the package
 INDEXED_ABOUT = "the recurrence with every step's inputs indexed in the loop, as the second " \
@@ -62,7 +63,7 @@ class Parameters(Checked):
     """sequence lengths of scans and mixers, rising"""
     batch_size: Count = 1
     """sequences at these lengths"""
-    batches: Lengths = (1, 4, 16)
+    batches: Lengths = (1, 2, 8)
     """batches at one length, rising"""
     batch_length: Count = 128
     """that length"""
@@ -78,7 +79,7 @@ class Parameters(Checked):
     """scan forms of whole SSM mixers"""
     rounds: Count = 3
     """rounds of timing, a median over them"""
-    guard_seconds: Positive = 0.25
+    guard_seconds: Positive = 0.15
     """a case that would take longer is skipped"""
     allocation_lengths: Annotated[tuple[Count, ...], entries(rising=True)] = (64, 128, 256, 512)
     """lengths at which a backward pass's allocations are counted, rising"""
@@ -96,7 +97,7 @@ class Parameters(Checked):
     """scan forms of the training steps of the pure SSM"""
     train_context: Count = 256
     """bytes of a window of a training step"""
-    train_batch: Count = 4
+    train_batch: Count = 2
     """its windows"""
     train_steps: Count = 4
     """training steps that are timed"""

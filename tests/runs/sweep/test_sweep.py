@@ -164,19 +164,22 @@ def test_same_point_twice_is_one_run(registry, tmp_path):
     assert [task.parameters["n"] for task in tasks] == [3, 4]
 
 
-def test_a_study_of_results_comes_last_and_follows_them(registry, swept, monkeypatch):
+def test_a_study_of_results_comes_last_and_what_is_timed_runs_alone(registry, swept, monkeypatch):
     root, rows, _ = swept
     tiny = registry["tiny"]
     judge = dataclasses.replace(tiny, name="judge", reads_runs=True)
-    ran: list[list[str]] = []
+    clock = dataclasses.replace(tiny, name="clock", timed=True)
+    ran: list[tuple[str, int]] = []
 
     def run(tasks, pool, progress, force, before, total):
-        ran.append([f"{task.study} {before} of {total}" for task in tasks])
+        ran.extend((f"{task.study} {before} of {total}", pool._threads._max_workers)
+                   for task in tasks)
         return [rows["ok"]] * len(tasks)
 
     monkeypatch.setattr(sweep, "_run", run)
-    run_sweep(root=root, progress=Events(), registry={"judge": judge, "tiny": tiny})
-    assert ran == [["tiny 0 of 2"], ["judge 1 of 2"]]
+    run_sweep(root=root, executor="local", workers=2, progress=Events(),
+              registry={"judge": judge, "clock": clock, "tiny": tiny})
+    assert ran == [("tiny 0 of 3", 2), ("clock 1 of 3", 1), ("judge 2 of 3", 2)]
 
 
 def test_interrupted_sweep_leaves_nothing_half_and_no_process(registry, swept, tmp_path):
