@@ -9,11 +9,13 @@ help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
 report: $(VENV)/.ready       ## run the studies that are not up to date, write reports/report.html
-	$(BIN)/mambabyte sweep --executor local --workers 2
+	$(BIN)/mambabyte sweep --executor local --workers 3 # so that two cores have work to the end
 	$(BIN)/mambabyte report
 
-# A process a core; tests of one file share what it prepares, so they stay together.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+# A process a core; tests of one file share what it prepares, so they stay together, and files begin
+# in the order of tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile \
+	--no-loadscope-reorder
 
 # Types are checked beside the tests, on a core that would wait; what is found is said behind them.
 test: $(VENV)/.test          ## lint, types and tests
