@@ -39,8 +39,11 @@ def fit(
     """Does one training step of this recipe fit, and what is the largest that does?
 
     Closed form: nothing is allocated. ``device`` says what "auto" means (on CUDA the fused scan
-    and bf16 autocast). Raises UserError for a scan form without a closed form.
+    and bf16 autocast). Raises UserError for a scan form without a closed form, or a sharded model.
     """
+    if train_config.parallel == "sharded":
+        raise UserError("a sharded model has no closed form: ask for --train.parallel data, which "
+                        "is what a process needs of a whole one")
     autocast, parts = autocast_of(train_config, device), train_config.micro_batches
 
     def step_of(batch: int, context: int) -> Budget:

@@ -24,6 +24,7 @@ def records() -> dict[str, Run]:
 def test_every_headline_has_both_sides_and_its_losses(records: dict[str, Run]) -> None:
     found = {headline.id: headline for headline in load_headlines(records)}
     assert all(h.sides and h.n and h.theirs for h in found.values())
+    assert max(len(h.short) for h in found.values()) <= 52  # what a phone is wide
     # What the same records say against us.
     assert found["step-27m"].sides_that_are(AHEAD) == ()
     assert {s.what for s in found["scan"].sides_that_are(BEHIND)} == {"peak, MiB"}

@@ -76,8 +76,9 @@ def run(argv: list[str]) -> int:
     lines = [f"{of}: {model.n_parameters:,} parameters, layers {model.layers}, batch "
              f"{train.batch_size} x context {train.context}, scan {result.budget.form}, "
              f"{result.budget.autocast} on {options.device}"]
-    lines += [f"  {name:12} {size / 1e9:10.3f} GB" for name, size in result.breakdown.items()]
-    lines.append(f"  {'needed':12} {result.required_bytes / 1e9:10.3f} GB"
+    unit, size_of = ("GB", 1e9) if result.required_bytes >= 1e9 else ("MB", 1e6)
+    lines += [f"  {name:12} {n / size_of:10.3f} {unit}" for name, n in result.breakdown.items()]
+    lines.append(f"  {'needed':12} {result.required_bytes / size_of:10.3f} {unit}"
                  f"   (worst moment: {result.budget.worst_moment})")
     if room is not None and result.spare_bytes is not None:
         verdict = "fits, with" if result.fits else "does not fit: it lacks"

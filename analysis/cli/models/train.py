@@ -155,8 +155,6 @@ def _forecast(model: ModelConfig, recipe: TrainConfig, device: str) -> str:
     from mambabyte.model import distributed
 
     world = distributed.current().size
-    if world > 1 and recipe.parallel == "sharded":
-        return "memory: no forecast for a model that is sharded"
     on_cuda = device.startswith("cuda")
     room = (torch.cuda.mem_get_info(device)[1] if on_cuda else
             os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -71,7 +71,7 @@ def step_bars(steps: pd.DataFrame) -> Figure:
     axes.set_xlim(-0.8, len(forms) - 0.5)
     plots.mark_line(axes, y=DOCUMENT_DIFFERENCE, text=f"document: {DOCUMENT_DIFFERENCE:g} %",
                     right=True)
-    plots.label_axes(axes, "scan form", "difference of the logits from step by step, %")
+    plots.label_axes(axes, "scan form", "difference of the logits, %")
     axes.legend(loc="center right")
     return figure
 

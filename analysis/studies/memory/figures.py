@@ -160,7 +160,7 @@ FIGURES = (
         "cuda", partial(measured_peaks, devices_gb=(40,)), ("cuda",),
         "Peak of a training step by scan form, measured",
         caption="Four layers of width 192, bf16 autocast, no checkpointing: the allocator's peak, "
-                "by batch and context. Black ticks: the closed form. Up to the largest step no "
+                "by batch and context. Level ticks: the closed form. Up to the largest step no "
                 "form but the fused one stays below a 40 GB device.",
         alt="Lines on a log axis of gigabytes over four sizes of a step; the fused scan lies a "
             "factor of ten to twenty below the others, and each mark has the closed form on it."),

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from analysis.cli import main
 from analysis.measure.allocations import allocated_bytes, measure_peak, measure_saved, peak_bytes
 from analysis.studies.memory import SCAN_FORMS, figures
 from analysis.studies.memory import compute as memory
@@ -335,6 +336,15 @@ def test_fit_finds_the_largest_by_bisection() -> None:
     assert needed(4, found.largest_context) <= room < needed(4, found.largest_context + 1)
     assert fit(config, train, 1).largest_batch == 0
     assert fit(config, train, None).fits is None
+
+
+def test_what_has_no_closed_form_is_refused_and_a_small_step_has_digits(capsys) -> None:
+    with pytest.raises(UserError, match="a sharded model has no closed form"):
+        fit(ModelConfig(), TrainConfig(parallel="sharded"), None)
+    small = ["--model.d-model", "16", "--model.n-layer", "1", "--device", "cpu"]
+    assert main(["memory", *small]) == 0
+    needed = fit(ModelConfig(d_model=16, n_layer=1), TrainConfig(), None, "cpu").required_bytes
+    assert f"needed       {needed / 1e6:10.3f} MB" in capsys.readouterr().out
 
 
 def test_muon_keeps_one_moment_of_the_matrices() -> None:
