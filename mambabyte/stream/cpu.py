@@ -108,6 +108,8 @@ def shortcut(model: Any, advance: Advance) -> Advance:
 class NativeAdvance:
     """An ``Advance`` that takes up to MOST_BYTES bytes in C, and more by ``parallel``."""
 
+    engine = "model.c"
+
     def __init__(self, native: NativeModel, parallel: Advance) -> None:
         self._native, self._parallel = native, parallel
 

@@ -6,7 +6,10 @@ Models of plain Mamba layers alone go by the first kernel, all others by the sec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import logging
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,15 +29,18 @@ from mambabyte.ops.stream.cuda import (
 )
 from mambabyte.ops.stream.feeding import VOCABULARY
 from mambabyte.ops.stream.hybrid import HybridState
+from mambabyte.ops.stream.server import Served
 from mambabyte.stream import hybrid
 from mambabyte.stream.cpu import foreign_layers, plain_parts, say_foreign
 from mambabyte.stream.layout import is_known
+from mambabyte.stream.states import copy, kind, tensors_of
 
+_LOG = logging.getLogger(__name__)
 Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
 Hidden = Callable[[Tensor, Any], tuple[Tensor, Any]]
 MOST_BYTES = 256  # fed in one call; longer texts are faster in parallel
 PIECE = 4096  # bytes whose log-probabilities are fetched at a time
-FIRST_DRAW, MOST_DRAW = 16, 256  # bytes drawn a launch: the first come soon, all come steadily
+FIRST_DRAW, MOST_DRAW = 16, 512  # bytes drawn a launch: the first come soon, all come steadily
 
 
 def unsupported(model: nn.Module) -> str:
@@ -86,7 +92,21 @@ def shortcut(model: Any, advance: Advance) -> Advance:
     """``advance``, but in one kernel for up to MOST_BYTES bytes where the model is supported."""
     if names := foreign_layers(model):
         say_foreign(names)
-    return advance if unsupported(model) else CudaModel(model, advance)
+    why = unsupported(model)
+    if not why:
+        return CudaModel(model, advance)
+    if type(model) is ByteLM:
+        say_slow(why)
+        if is_known(model) and not torch.is_autocast_enabled("cuda"):
+            return CapturedModel(model, advance, why)
+    advance.engine = f"torch: {why}"  # type: ignore[attr-defined]
+    return advance
+
+
+@functools.cache
+def say_slow(why: str) -> None:
+    """Say once why a model streams slowly."""
+    _LOG.warning("note: a model streams through torch, byte after byte: %s", why)
 
 
 def hidden_shortcut(model: ByteLM, guided: nn.Module | None = None) -> Hidden:
@@ -110,12 +130,16 @@ class CudaModel:
         self._parallel = advance
         self._states = _States(model)
         self.streamer = self._states.streamer
+        self.engine = self._states.engine
         self.from_model, self.for_model = self._states.from_model, self._states.for_model
 
     def __call__(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
-        if len(data) == 1:  # nothing is recorded; inference mode would cost what a launch does
-            return self.streamer.feed_byte(data[0], self.from_model(state))
-        return self._several(data, state)
+        if len(data) > self.streamer.alone:
+            return self._several(data, state)
+        state = self.from_model(state)
+        for byte in data:  # nothing is recorded; inference mode would cost what a byte does
+            log_probs, state = self.streamer.feed_byte(byte, state)
+        return log_probs, state
 
     @torch.inference_mode()
     def _several(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
@@ -172,12 +196,61 @@ class CudaModel:
             yield data, after[0].cpu(), state, *counts.tolist()
 
 
+class CapturedModel:
+    """``advance`` of a model that no kernel has: the launches of one byte are captured once as a
+    CUDA graph, where a state is as large after a byte as before it (without attention)."""
+
+    def __init__(self, model: ByteLM, advance: Advance, why: str) -> None:
+        self._model, self._parallel, self.engine = model, advance, f"torch, captured: {why}"
+        self._lock = threading.Lock()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._kind: Hashable = None  # of the states that the graph takes
+
+    def __call__(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
+        if len(data) > 1 or state is None:
+            return self._parallel(data, state)
+        with self._lock, torch.inference_mode(), torch.cuda.device(self._model.device):
+            graph = self._graph or self._captured(state)
+            if kind(state) != self._kind:
+                return self._parallel(data, state)
+            self._token.fill_(data[0])
+            torch._foreach_copy_(self._before, list(tensors_of(state)))
+            graph.replay()
+            return self._log_p.cpu(), copy(self._after)
+
+    def _captured(self, state: Any) -> torch.cuda.CUDAGraph:
+        self._token = torch.zeros(1, 1, dtype=torch.long, device=self._model.device)
+        before = copy(state)
+        self._before = list(tensors_of(before))
+
+        def step() -> tuple[Tensor, Any]:
+            logits, after = self._model(self._token, before)
+            return torch.log_softmax(logits[0, -1].float(), -1), after
+
+        aside = torch.cuda.Stream(self._model.device)
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # what is compiled or tuned at first use
+            self._log_p, self._after = step()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = self._graph = torch.cuda.CUDAGraph()
+        if kind(self._after) == kind(state):
+            try:
+                with torch.cuda.graph(graph):
+                    self._log_p, self._after = step()
+            except RuntimeError as error:  # a card or a torch that cannot
+                say_slow(f"its step cannot be captured: {error}".splitlines()[0])
+                return graph
+            self._kind = kind(state)
+        return graph
+
+
 class CudaHidden:
     """``(x (1, L, d_model), state) -> (hidden, state)`` as ``ByteLM.hidden``, in one kernel where
     the bytes are few."""
 
     def __init__(self, model: ByteLM, guided: nn.Module | None = None) -> None:
         self._model, self._states = model, _States(model, False, guided)
+        self.engine = self._states.engine
         self.from_model, self.for_model = self._states.from_model, self._states.for_model
 
     @torch.inference_mode()
@@ -217,7 +290,8 @@ class _States:
     ) -> None:
         self._dtype = model.embedding.weight.dtype
         self.streamer: Any
-        if plain and _is_plain(model):
+        self.engine = "stream.cu" if plain and _is_plain(model) else "hybrid.cu"
+        if self.engine == "stream.cu":
             head = model.embedding if model.head is None else model.head
             with torch.no_grad():
                 self.streamer = CudaStreamer(
@@ -226,10 +300,10 @@ class _States:
         else:
             self.streamer = hybrid.hybrid_streamer(model, guided)
 
-    def from_model(self, state: Any) -> StreamState | HybridState:
+    def from_model(self, state: Any) -> StreamState | Served | HybridState:
         """A model's list of layer states as the kernel takes them; None is the state before the
         first byte."""
-        if isinstance(state, (StreamState, HybridState)):  # a union is made anew each time
+        if isinstance(state, (StreamState, Served, HybridState)):  # a union is made anew each time
             return state
         if state is None:
             return self.streamer.new_state(1)
@@ -244,8 +318,9 @@ class _States:
         if isinstance(state, HybridState):
             return [_kept_in(layer, self._dtype)
                     for layer in hybrid.hybrid_layers(self.streamer, state)]
-        if not isinstance(state, StreamState):
+        if not isinstance(state, (StreamState, Served)):
             return state
+        state = self.streamer.outside(state)
         return [MambaState(conv_state.to(self._dtype), ssm_state)
                 for conv_state, ssm_state in zip(state.tail, state.ssm, strict=True)]
 

@@ -82,6 +82,17 @@ def advance_of(model: ByteModel) -> Advance:
     return advance if shortcut is None else shortcut(model, advance)
 
 
+def engine_name(advance: object) -> str:
+    """What goes on by ``advance``, in a line."""
+    return getattr(advance, "engine", "torch, a call a byte")
+
+
+def own_form(advance: Advance, state: Any) -> Any:
+    """A state that ``advance`` returned, as the model itself has it."""
+    own = getattr(advance, "for_model", None)
+    return state if own is None else own(state)
+
+
 def guided_of(guided: nn.Module, model: ByteLM) -> tuple[Hidden, Guided | None]:
     """How the network ``model`` of a guided model (task/guide.py) goes on without gradients:
     ``model.hidden``, x (B, L, d_model) and state in, the same out, by a faster way for a few bytes
@@ -135,6 +146,11 @@ class ByteStream:
         before = torch.cat([self.log_probs[None], each[:-1]])
         self.log_probs = each[-1]
         return before
+
+    @property
+    def engine(self) -> str:
+        """What computes the next byte, in a line."""
+        return engine_name(self._advance)
 
     @property
     def draws_itself(self) -> bool:
@@ -220,8 +236,7 @@ class ByteStream:
     @property
     def kept(self) -> Kept:
         """The present place as a value, in the model's own form whatever engine got here."""
-        own = getattr(self._advance, "for_model", lambda state: state)
-        return Kept(own(self._state), self.log_probs[None])
+        return Kept(own_form(self._advance, self._state), self.log_probs[None])
 
     def save(self, path: Path | str) -> None:
         """Keep the present place in a file; see ``saved.save_state``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import threading
 from dataclasses import replace
 
 import pytest
@@ -12,6 +14,7 @@ from mambabyte.config import PRESETS, ModelConfig
 from mambabyte.evaluate import byte_log_probs, score, score_streaming
 from mambabyte.model import ByteLM
 from mambabyte.ops.stream.cuda import StreamState
+from mambabyte.ops.stream.server import Served
 from mambabyte.stream import ByteStream, CharModel, advance_of, generate, sample_byte
 from mambabyte.stream import cuda as cuda_model
 from mambabyte.stream.cuda import CudaModel
@@ -200,6 +203,61 @@ def test_streams_take_it_and_forks_are_independent() -> None:
     assert relative_rms(read, wanted.double()) < 1e-5
 
 
+def test_a_kernel_that_stays_goes_on_from_any_state_and_leaves_by_itself() -> None:
+    model = made(BYTE)
+    data = b"the quick brown fox jumps over the lazy dog"
+    wanted, _ = exact(model, torch.tensor([list(data)]))
+    advance = advance_of(model)
+    state, states = None, []
+    for i in range(len(data)):
+        if i == 9:
+            torch.cuda.synchronize()  # it has left: another one goes on
+        found, state = advance(data[i : i + 1], state)
+        states.append(state)
+        assert relative_rms(found, wanted[0, i]) < 3e-6
+    assert isinstance(state, Served)
+    again, _ = advance(data[5:6], states[4])
+    assert relative_rms(again, wanted[0, 5]) < 3e-6
+    whole, _ = advance(data[5:], states[4])  # in one launch, from a copy
+    assert relative_rms(whole, wanted[0, -1]) < 3e-6
+    moved = pickle.loads(pickle.dumps(states[20]))
+    assert isinstance(moved, StreamState)
+    found, _ = advance(data[21:22], moved)
+    assert relative_rms(found, wanted[0, 21]) < 3e-6
+    other = torch.cuda.Stream()
+    with torch.cuda.stream(other):  # where others' work is, makes no difference
+        found, _ = advance(data[31:32], states[30])
+        kept = advance.for_model(states[30])
+    torch.cuda.synchronize()
+    assert relative_rms(found, wanted[0, 31]) < 3e-6
+    _, known = exact(model, torch.tensor([list(data[:31])]))
+    assert relative_rms(kept[0].ssm_state, known[0].ssm_state) < 3e-6
+
+
+def test_threads_feed_streams_of_one_model() -> None:
+    stream = ByteStream(made(BYTE))
+    texts = [bytes(random_bytes(1, 60)[0].tolist()), b"a text of another thread, longer"]
+    alone = []
+    for text in texts:
+        fork = stream.fork()
+        for byte in text:
+            fork.feed(bytes([byte]))
+        alone.append(fork.log_probs)
+    forks = [stream.fork() for _ in texts]
+
+    def feed(fork: ByteStream, text: bytes) -> None:
+        for byte in text:
+            fork.feed(bytes([byte]))
+
+    threads = [threading.Thread(target=feed, args=pair) for pair in zip(forks, texts, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for fork, log_probs in zip(forks, alone, strict=True):
+        assert torch.equal(fork.log_probs, log_probs)
+
+
 def test_scores_agree() -> None:
     model = made(CONFIGS["smoke"])
     data = ("naïve café – “déjà vu” costs 5 €, 日本語 🙂 and plain text again. " * 8).encode()
@@ -230,6 +288,28 @@ def test_a_model_in_bfloat16_is_streamed_as_exactly_as_its_weights_are() -> None
     with torch.inference_mode():
         logits, _ = model(tokens.long())
     assert relative_rms(log_probs, torch.log_softmax(logits.double().cpu(), -1)) < 5e-2
+
+
+def test_a_letter_that_no_kernel_has_is_captured(caplog: pytest.LogCaptureFixture) -> None:
+    cuda_model.say_slow.cache_clear()
+    model, data = made(replace(BYTE, layer_pattern="R", n_layer=2)), b"a text of some bytes"
+    stream = ByteStream(model)
+    assert "torch, captured: " in stream.engine
+    assert "Mamba-3" in stream.engine
+    assert len(caplog.records) == 1
+    before = stream.fork()
+    for _ in range(2):
+        stream = before.fork()
+        for byte in data:
+            stream.feed(bytes([byte]))
+    assert stream._advance._kind is not None
+    whole = before.fork()
+    whole.feed(data)
+    assert relative_rms(stream.log_probs, whole.log_probs.double()) < 1e-5
+    grows = ByteStream(made(replace(BYTE, layer_pattern="RA", n_layer=2)))
+    grows.feed(b"a")
+    grows.feed(b"b")
+    assert grows._advance._kind is None
 
 
 @pytest.mark.parametrize("change", [

@@ -18,13 +18,13 @@ from torch import Tensor
 from mambabyte.ops.build.kernel import Kernel, Program, raw_stream
 from mambabyte.ops.build.nvrtc import NvrtcError
 from mambabyte.ops.stream.feeding import VOCABULARY, ByteFeeder
+from mambabyte.ops.stream.server import PATIENCE, Served, Server
 
 THREADS = 384
 CLUSTERS = (16, 8)  # blocks of a cluster, best first; 16 is more than every card grants
-_MADE = 8  # states of one text that are made at a time
 STREAMS = (1, 2, 4, 8)  # streams of a cluster
 ACTIVATIONS = ("relu2", "gelu", "silu")
-_PARAMETERS = "PPPPPPPPPPPIQQiiifif"
+_PARAMETERS = "PPPPPPPPPPPPIQQiiififPi"
 
 
 @dataclass(frozen=True)
@@ -70,22 +70,6 @@ class StreamState(NamedTuple):
     ssm: Tensor  # (layers, B, D, N)
 
 
-class _Placed(StreamState):
-    """A state of contiguous float32, and where it lies: asking a tensor costs as much as a number
-    of the launch."""
-
-    places: tuple[int, int]
-
-    @classmethod
-    def of(cls, tail: Tensor, ssm: Tensor) -> _Placed:
-        made = cls(tail.float().contiguous(), ssm.float().contiguous())
-        made.places = made.tail.data_ptr(), made.ssm.data_ptr()
-        return made
-
-    def __reduce__(self) -> tuple[Any, ...]:  # elsewhere it lies elsewhere
-        return StreamState, tuple(self)
-
-
 # --------------------------------------------------------------------------------------- packing
 
 
@@ -129,9 +113,10 @@ def pack(
         return split(x.float(), dim, blocks)
 
     small, in_proj, up, down, out_proj = [], [], [], [], []
-    for w in layers:
+    for i, w in enumerate(layers):
         weight, bias = _behind(w.norm, w.in_proj)
-        in_proj.append(_quads(torch.cat([share(half) for half in weight.chunk(2)], 1)))
+        if i > 0:
+            in_proj.append(_quads(torch.cat([share(half) for half in weight.chunk(2)], 1)))
         small += [
             torch.cat([share(half) for half in bias.chunk(2)], 1),
             share(w.conv_weight), share(w.conv_bias), share(w.dt_bias), share(w.D),
@@ -151,6 +136,21 @@ def pack(
     weight, bias = _behind(final_norm, head)
     everything = [*small, share(bias), _quads(share(weight)), *in_proj, *up, *down, *out_proj]
     return torch.cat([_flat(x) for x in everything], 1).contiguous()
+
+
+def pack_projected(
+    shape: Shape, embedding: Tensor, first: LayerWeights, blocks: int
+) -> Tensor:
+    """What the first layer's in_proj makes of each byte, (256, blocks, rows in quads) float32: it
+    depends on nothing else."""
+    x = embedding.double()
+    if shape.stem_eps is not None:
+        x = F.rms_norm(x, x.shape[1:], eps=shape.stem_eps)
+    norm, size = F.layer_norm if shape.centered else F.rms_norm, x.shape[1:]
+    weight, bias = (w.double() for w in first.norm)
+    made = (norm(x, size, eps=shape.eps) * weight + bias) @ first.in_proj.double().T
+    rows = torch.cat([split(half, 1, blocks) for half in made.float().chunk(2, 1)], 2)
+    return F.pad(rows, (0, -rows.shape[2] % 4)).transpose(0, 1).contiguous()
 
 
 # -------------------------------------------------------------------------------------- planning
@@ -191,15 +191,15 @@ def plan(shape: Shape, blocks: int, streams: int, shared_bytes: int) -> Plan | N
     )  # fmt: skip
     head = VOCABULARY // blocks
     least = s.layers * small + head
-    floats = least + 32 * model * head + s.layers * (
-        32 * model * (_up(2 * channels) + _up(hidden)) + rows * (all_channels + all_hidden)
+    floats = least + 32 * model * (head + (s.layers - 1) * _up(2 * channels)) + s.layers * (
+        32 * model * _up(hidden) + rows * (all_channels + all_hidden)
     )
     work = streams * (
         blocks * _up(projected) + all_channels + all_hidden + 3 * VOCABULARY + s.d_model
         + _up(projected)
     )  # fmt: skip
     work += 2 * _up(streams * channels) + _up(s.layers * streams * channels * s.states)
-    work += _up(s.layers * streams * (s.taps - 1) * channels) + 12 + _up(streams)
+    work += _up(s.layers * streams * (s.taps - 1) * channels) + 12 + _up(streams) + 8
     resident = min(floats, (shared_bytes // 4 - work) // 4 * 4)
     return Plan(shape, blocks, streams, resident, work, floats) if resident >= least else None
 
@@ -283,6 +283,8 @@ class CudaStreamer(ByteFeeder):
     ``cluster_blocks`` first.
     """
 
+    alone = 8
+
     def __init__(
         self, shape: Shape, embedding: Tensor, layers: Sequence[LayerWeights],
         final_norm: tuple[Tensor, Tensor], head: Tensor,
@@ -294,9 +296,11 @@ class CudaStreamer(ByteFeeder):
             raise NvrtcError(f"no cluster of this model's blocks fits on {self.device}")
         self._embedding = embedding.float().contiguous()
         self._blob = pack(layers, final_norm, head, self._blocks)
-        self._weights = self._blob.data_ptr(), self._embedding.data_ptr()
-        self._made: dict[int, list[_Placed]] = {}  # states that nobody has yet, by CUDA stream
+        self._projected = pack_projected(shape, self._embedding, layers[0], self._blocks)
+        self._weights = [t.data_ptr() for t in (self._blob, self._embedding, self._projected)]
         self._plans: dict[int, tuple[Kernel, tuple[int, int, int], int]] = {}
+        floats = shape.layers * shape.d_inner * (shape.states + shape.taps - 1)
+        self._server = Server(self.device, floats, self._stay, self._shaped)
 
     def new_state(self, batch: int) -> StreamState:
         """The state before the first byte."""
@@ -307,8 +311,29 @@ class CudaStreamer(ByteFeeder):
             zeros(s.layers, batch, s.d_inner, s.states),
         )
 
+    def feed_byte(self, byte: int, state: StreamState | Served) -> tuple[Tensor, Served]:
+        """As ``ByteFeeder.feed_byte``, by a kernel that stays for the next one."""
+        server = self._server
+        if type(state) is not Served or state.server is not server:
+            given = self.outside(state)
+            with server.lock:
+                state = server.taken_in(given.ssm, given.tail)
+        with server.lock:
+            new = server.order(byte, state)
+            return server.read(), new
+
+    def outside(self, state: StreamState | Served) -> StreamState:
+        """A state as tensors that anybody may use."""
+        return state.outside() if isinstance(state, Served) else state
+
+    def _shaped(self, numbers: Tensor) -> StreamState:
+        s = self.shape
+        ssm, tail = numbers.split([s.layers * s.d_inner * n for n in (s.states, s.taps - 1)])
+        return StreamState(tail.view(s.layers, 1, s.taps - 1, s.d_inner),
+                           ssm.view(s.layers, 1, s.d_inner, s.states))
+
     def draw(
-        self, log_probs: Tensor, state: StreamState, length: int, temperature: float = 1.0,
+        self, log_probs: Tensor, state: StreamState | Served, length: int, temperature: float = 1.0,
         top_k: int = 0, top_p: float = 1.0, seed: int = 0, position: int = 0,
     ) -> tuple[Tensor, Tensor, StreamState]:
         """Draw ``length`` bytes of each stream, each fed before the next one is drawn.
@@ -327,38 +352,28 @@ class CudaStreamer(ByteFeeder):
         return drawn, after, new
 
     def _launch(
-        self, state: StreamState, log_probs: Tensor, batch: int, length: int, *,
+        self, state: StreamState | Served, log_probs: Tensor, batch: int, length: int, *,
         tokens: Tensor | None = None, first: Tensor | None = None, drawn: Tensor | None = None,
         every: bool = False, seed: int = 0, position: int = 0, temperature: float = 0.0,
         top_k: int = 0, top_p: float = 1.0, told: tuple[int, int] = (0, 0),
     ) -> StreamState:
-        stream = raw_stream(self._index)
-        # Held while it is read. What replaces tensors of a state makes one without places.
-        before: Any = state if hasattr(state, "places") else _Placed.of(*state)
-        new = self._fresh(batch, stream, 1 if told[1] == 0 else _MADE)
+        before = [x.float().contiguous() for x in self.outside(state)]
+        new = StreamState(*(torch.empty_like(x) for x in before))
         kernel, grid, shared_bytes = self._planned(batch)
-        given, results = ([0 if t is None else t.data_ptr() for t in some] for some in (
-            (tokens, first), (drawn, log_probs)))
+        pointers = [0 if t is None else t.data_ptr()
+                    for t in (tokens, first, *before, *new, drawn, log_probs)]
         kernel.launch(
-            grid, (THREADS, 1, 1), shared_bytes, stream, *self._weights, *given, *before.places,
-            *new.places, *results, *told, seed % 2**64, position, batch, length, int(every),
-            temperature, top_k, top_p)
+            grid, (THREADS, 1, 1), shared_bytes, raw_stream(self._index), *self._weights,
+            *pointers, *told, seed % 2**64, position, batch, length, int(every), temperature, top_k,
+            top_p, 0, 0)
         return new
 
-    def _fresh(self, batch: int, stream: int, count: int) -> _Placed:
-        """A state to be filled. Fed bytes, which come one at a time and are under a lock, have
-        ``count`` made at once, on the CUDA stream that they are on: memory costs more than its
-        numbers do."""
-        made = self._made.setdefault(stream, []) if count > 1 else []
-        if made:
-            return made.pop()
-        s = self.shape
-        tails, ssms = (
-            torch.empty(count, s.layers, batch, *shape, device=self.device, dtype=torch.float32)
-            for shape in ((s.taps - 1, s.d_inner), (s.d_inner, s.states)))
-        found = [_Placed.of(*pair) for pair in zip(tails.unbind(), ssms.unbind(), strict=True)]
-        made += found[1:]
-        return found[0]
+    def _stay(self, stream: int, orders: int, log_probs: int, done: int, ticket: int) -> None:
+        """Launch the kernel that takes orders; see ``Server``."""
+        kernel, grid, shared_bytes = self._planned(1)
+        kernel.launch(
+            grid, (THREADS, 1, 1), shared_bytes, stream, *self._weights, *[0] * 7, log_probs, done,
+            ticket, 0, 0, 1, 1, 0, 0.0, 0, 1.0, orders, PATIENCE)
 
     def _planned(self, batch: int) -> tuple[Kernel, tuple[int, int, int], int]:
         """The kernel for so many texts, its grid and its shared memory."""

@@ -26,6 +26,8 @@ class Mailbox:
     """Memory of the host that a kernel writes the log-probabilities of one text to, and then a
     number, so that nobody waits for the kernel's end."""
 
+    spins = 10_000  # looks at the number between two at whether the kernel has failed
+
     def __init__(self, device: torch.device) -> None:
         self.lock = threading.Lock()  # one text at a time
         self.device, self._ticket = device, 0
@@ -40,24 +42,33 @@ class Mailbox:
         self._ticket = self._ticket % 0xFFFFFFFF + 1
         return self._at, self._ticket
 
+    def is_told(self) -> bool:
+        """Whether the kernel has told that it is done."""
+        return bool(self._number.value == self._ticket)
+
     def read(self) -> Tensor:
         """The log-probabilities, when they are there; NonFiniteError where they are nan."""
         ticket, number = self._ticket, self._number
         while number.value != ticket:
-            for _ in range(10_000):
+            for _ in range(self.spins):
                 if number.value == ticket:
                     break
-            else:  # a kernel that failed never tells
-                torch.cuda.current_stream(self.device).query()
+            else:
+                self._late()
         if math.isnan(self._first.value):  # normalised: where one is nan, all are
             raise NonFiniteError(NOT_NUMBERS)
         return self.log_probs.clone()
+
+    def _late(self) -> None:
+        """Raise what made the kernel fail: one that failed never tells."""
+        torch.cuda.current_stream(self.device).query()
 
 
 class ByteFeeder:
     """What the two engines share: a text is fed, and a byte of it, by ``_launch``."""
 
     device: torch.device
+    alone = 1  # as many bytes are fed sooner one by one than in one launch
 
     def _launch(
         self, state: Any, log_probs: Tensor, batch: int, length: int, *,

@@ -22,6 +22,7 @@ from mambabyte.ops.build.nvrtc import NvrtcError
 from mambabyte.ops.stream.cuda import shared_limit, split
 from mambabyte.ops.stream.feeding import VOCABULARY, ByteFeeder
 from mambabyte.ops.stream.packing import PAST, THREADS, Built, Packed, pack, program
+from mambabyte.ops.stream.server import make_room
 from mambabyte.ops.stream.tiles import schedule
 
 _PARAMETERS = "PI" + 15 * "P" + "iiiPPPPIQQiiififPiPP"
@@ -408,6 +409,7 @@ class HybridStreamer(ByteFeeder):
                 exchanges[stream] = _Exchange(built.packets, self.device)
             exchange = exchanges[stream]
             number = exchange.take(batch * length * (_MOST_EXCHANGES * self.config.n_layer + 2))
+            make_room(self.device)
             kernel.launch(
                 (self.blocks, 1, 1), (THREADS + 32, 1, 1), built.shared_bytes, stream,
                 exchange.packets.data_ptr(), number, *weights, *pointers,

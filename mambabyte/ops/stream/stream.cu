@@ -48,7 +48,7 @@ constexpr int XP = UP_BIAS + (H ? up4(HC) : 0), SMALL = XP + CX * XR * 8;
 constexpr int IN = UQ * CI * 128, OUT = RD * CO * 128, HEAD = VQ * CI * 128;
 constexpr int UP = H ? HQ * CI * 128 : 0, DOWN = H ? RD * CH * 128 : 0;
 constexpr int HEAD_BIAS = LAYERS * SMALL, HEAD_AT = HEAD_BIAS + V / CL, IN_AT = HEAD_AT + HEAD;
-constexpr int UP_AT = IN_AT + LAYERS * IN, DOWN_AT = UP_AT + LAYERS * UP;
+constexpr int UP_AT = IN_AT + (LAYERS - 1) * IN, DOWN_AT = UP_AT + LAYERS * UP;
 constexpr int OUT_AT = DOWN_AT + LAYERS * DOWN;
 static_assert(OUT_AT + LAYERS * OUT == BLOB, "the weights are packed in another layout");
 static_assert(HEAD_AT <= RESIDENT, "the small weights must be in shared memory");
@@ -59,11 +59,16 @@ constexpr int LOGIT = HIDDEN + (H ? S * CH * 128 : 0), PROB = LOGIT + S * V, KEP
 constexpr int X = KEPT + S * V, U = X + S * DM, GATE = U + up4(S * DC), LOW = GATE + up4(S * DC);
 constexpr int STATE = LOW + S * X4, TAIL = STATE + up4(LAYERS * S * DC * N);
 constexpr int BARS = TAIL + up4(LAYERS * S * (K - 1) * DC), BYTE = BARS + 12;
-constexpr int END = BYTE + up4(S);
+constexpr int ORDER = BYTE + up4(S), END = ORDER + 8;
 static_assert(END - RESIDENT == WORK, "shared memory is laid out otherwise");
 static_assert(DM % 4 == 0 && V % (4 * CL) == 0 && S <= 8 && S <= WARPS, "sizes do not fit");
 
-enum Exchange { PROJECTED, SCANNED, ADDED, ACTIVATED, LOGITS, EXCHANGES };
+enum Exchange { PROJECTED, SCANNED, ADDED, ACTIVATED, LOGITS, ORDERED, EXCHANGES };
+
+// What the host orders a kernel that stays, in words beside the number of the order: a byte with one
+// of the flags, and where the state before it lies and the state after it goes.
+constexpr int WORDS = 5;
+constexpr unsigned GO_ON = 1 << 8, LEAVE = 1 << 9;  // the state is that of the byte before; no byte
 
 // ------------------------------------------------------------------------------------ in a warp
 
@@ -121,18 +126,24 @@ inline float sum_blocks(const float *part, int stride) {
 
 // --------------------------------------------------------------------------------- the kernel
 
-// Grid CL * ceil(streams / S) blocks of T threads. `tokens` (streams, steps), or null: then each
+// Grid CL * ceil(streams / S) blocks of T threads. embedding (V, DM); projected (V, CL, UQ, 4), what
+// the first layer's in_proj makes of each byte. `tokens` (streams, steps), or null: then each
 // byte is drawn from the log-probabilities after the byte before, the first from `first`
 // (streams, V), and written to `drawn` (streams, steps). `log_probs` is (streams, steps, V) where
 // `all` says so, else (streams, V) after the last byte. tail: (LAYERS, streams, K - 1, DI); state:
 // (LAYERS, streams, DI, N).
+//
+// With `orders`, WORDS words of the host's memory, the kernel stays and takes one text's bytes from
+// there, until it is told to leave or has looked `patience` times in vain; then the state is one
+// piece of memory, (LAYERS, DI, N) and then (LAYERS, K - 1, DI).
 extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) stream_bytes(
-    const float *blob, const float *embedding, const unsigned char *tokens, const float *first,
-    const float *tail_in, const float *state_in, float *tail_out, float *state_out,
-    unsigned char *drawn, float *log_probs, unsigned *done, unsigned ticket,
-    unsigned long long seed, unsigned long long position,
-    int streams, int steps, int all, float temperature, int top_k, float top_p) {
-    extern __shared__ __align__(16) float shared[];
+    const float *blob, const float *embedding, const float *projected,
+    const unsigned char *tokens, const float *first, const float *tail_in, const float *state_in,
+    float *tail_out, float *state_out, unsigned char *drawn, float *log_probs, unsigned *done,
+    unsigned ticket, unsigned long long seed, unsigned long long position, int streams, int steps,
+    int all, float temperature, int top_k, float top_p, const uint2 *orders, int patience) {
+    extern __shared__ __align__(16) char shared[];
+    float *const mem = (float *)shared;
     int tid = threadIdx.x, lane = tid % 32, warp = __shfl_sync(ALL, tid / 32, 0);  // uniform
     int rank = blockIdx.x % CL, base = blockIdx.x / CL * S;
     const float *own = blob + (int64)rank * BLOB;
@@ -140,22 +151,52 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
     auto fetch_row = [&](auto &to, int at, int size, int row) {
         int first = at + row * (int)(sizeof(to) / 4 * 32) + 4 * lane;
         if (at + size <= RESIDENT)
-            fetch(to, (const float4 *)(shared + first));
+            fetch(to, (const float4 *)(mem + first));
         else
             fetch(to, (const float4 *)(own + first));
     };
-    float *x = shared + X, *u = shared + U, *gate = shared + GATE, *low = shared + LOW;
-    float *logit = shared + LOGIT;
-    float *prob = shared + PROB, *kept = shared + KEPT;
-    int *byte = (int *)(shared + BYTE);
+    float *x = mem + X, *u = mem + U, *gate = mem + GATE, *low = mem + LOW;
+    float *logit = mem + LOGIT;
+    float *prob = mem + PROB, *kept = mem + KEPT;
+    int *byte = (int *)(mem + BYTE);
     const Draw how = {drawn, seed, position, temperature, top_p, top_k};
-    unsigned bars = shared_address(shared + BARS), parities = 0;
+    unsigned bars = shared_address(mem + BARS), parities = 0;
     auto wait_for = [&](Exchange e) {
         wait(bars + 8 * e, parities >> e & 1);
         parities ^= 1u << e;
     };
     auto expect_all = [&](Exchange e, int floats) {
         if (tid == 0) expect(bars + 8 * e, 4 * floats);
+    };
+
+    // In shared memory: state [layer][s][channel][n], tail [layer][s][tap][channel].
+    auto load_state = [&]() {
+        for (int i = tid; i < LAYERS * S * DC * N; i += T) {
+            int n = i % N, d = rank * DC + i / N % DC, b = base + i / (N * DC) % S;
+            int64 l = i / (N * DC * S);
+            bool there = d < DI && b < streams;
+            mem[STATE + i] = there ? state_in[((l * streams + b) * DI + d) * N + n] : 0.f;
+        }
+        for (int i = tid; i < LAYERS * S * (K - 1) * DC; i += T) {
+            int d = rank * DC + i % DC, k = i / DC % (K - 1), b = base + i / (DC * (K - 1)) % S;
+            int64 l = i / (DC * (K - 1) * S);
+            bool there = d < DI && b < streams;
+            mem[TAIL + i] = there ? tail_in[((l * streams + b) * (K - 1) + k) * DI + d] : 0.f;
+        }
+    };
+    auto store_state = [&]() {
+        for (int i = tid; i < LAYERS * S * DC * N; i += T) {
+            int n = i % N, d = rank * DC + i / N % DC, b = base + i / (N * DC) % S;
+            int64 l = i / (N * DC * S);
+            if (d < DI && b < streams)
+                state_out[((l * streams + b) * DI + d) * N + n] = mem[STATE + i];
+        }
+        for (int i = tid; i < LAYERS * S * (K - 1) * DC; i += T) {
+            int d = rank * DC + i % DC, k = i / DC % (K - 1), b = base + i / (DC * (K - 1)) % S;
+            int64 l = i / (DC * (K - 1) * S);
+            if (d < DI && b < streams)
+                tail_out[((l * streams + b) * (K - 1) + k) * DI + d] = mem[TAIL + i];
+        }
     };
 
     // To the same address in every step-th block.
@@ -169,49 +210,76 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
 
     if (tid == 0) {
         for (int e = 0; e < EXCHANGES; e++)
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bars + 8 * e) : "memory");
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bars + 8 * e), "r"(1) : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    for (int i = tid; i < RESIDENT / 4; i += T) ((float4 *)shared)[i] = ((const float4 *)own)[i];
-    // In shared memory: state [layer][s][channel][n], tail [layer][s][tap][channel].
-    for (int i = tid; i < LAYERS * S * DC * N; i += T) {
-        int n = i % N, d = rank * DC + i / N % DC, b = base + i / (N * DC) % S;
-        int64 l = i / (N * DC * S);
-        bool there = d < DI && b < streams;
-        shared[STATE + i] = there ? state_in[((l * streams + b) * DI + d) * N + n] : 0.f;
-    }
-    for (int i = tid; i < LAYERS * S * (K - 1) * DC; i += T) {
-        int d = rank * DC + i % DC, k = i / DC % (K - 1), b = base + i / (DC * (K - 1)) % S;
-        int64 l = i / (DC * (K - 1) * S);
-        bool there = d < DI && b < streams;
-        shared[TAIL + i] = there ? tail_in[((l * streams + b) * (K - 1) + k) * DI + d] : 0.f;
-    }
-    for (int i = tid; i < LOGIT - Y; i += T) shared[Y + i] = 0.f;  // what is past the channels
+    for (int i = tid; i < RESIDENT / 4; i += T) ((float4 *)mem)[i] = ((const float4 *)own)[i];
+    if (orders)
+        tokens = (const unsigned char *)(mem + ORDER), steps = 0x7fffffff;
+    else
+        load_state();
+    for (int i = tid; i < LOGIT - Y; i += T) mem[Y + i] = 0.f;  // what is past the channels
     if (!tokens)
         for (int i = tid; i < S * V; i += T)
             logit[i] = base + i / V < streams ? first[(int64)(base + i / V) * V + i % V] : 0.f;
     __syncthreads();
     cluster_barrier();
 
-    // The embedding of the next byte is fetched a byte ahead where the bytes are known.
+    // What depends on the byte alone is fetched a byte ahead where the bytes are known: its embedding,
+    // and the first layer's rows of in_proj, which have been multiplied for every byte.
     constexpr int MINE = parts(S * DM, T);
-    float coming[MINE];
+    float coming[MINE], looked_up = 0.f;
+    auto byte_at = [&](int s, int t) -> int {
+        if (!tokens) return byte[s];
+        return orders ? *tokens : base + s < streams ? tokens[(int64)(base + s) * steps + t] : 0;
+    };
+    auto look_up = [&](int t, int q) {
+        int64 row = (int64)byte_at(lane / 4 % S, t) * CL + rank;
+        return projected[(row * UQ + q) * 4 + lane % 4];
+    };
     auto embed = [&](int t) {
 #pragma unroll
         for (int m = 0; m < MINE; m++) {
-            int i = tid + m * T, b = base + i / DM;
-            if (i >= S * DM) continue;
-            int now = !tokens ? byte[i / DM] : b < streams ? tokens[(int64)b * steps + t] : 0;
-            coming[m] = embedding[now * DM + i % DM];
+            int i = tid + m * T;
+            if (i < S * DM) coming[m] = embedding[byte_at(i / DM, t) * DM + i % DM];
         }
+        if (warp < UQ) looked_up = look_up(t, warp);
     };
 
     float4 ahead[CI];  // of the next product with x, this warp's first quad
-    auto fetch_in = [&](int layer) {
-        if (warp < UQ) fetch_row(ahead, IN_AT + layer * IN, IN, warp);
+    auto fetch_in = [&](int layer) {  // from the second on
+        if (warp < UQ) fetch_row(ahead, IN_AT + (layer - 1) * IN, IN, warp);
     };
-    fetch_in(0);
-    if (tokens) embed(0);
+    if (tokens && !orders) embed(0);
+
+    // The first block looks into the host's memory, and tells all blocks what it found. Its answer is
+    // what the host waits for before it orders anything else, so one order is under way at a time.
+    auto take_order = [&]() {
+        unsigned at = shared_address(mem + ORDER);
+        if (rank == 0 && warp == 0) {
+            unsigned word = 0, number = ticket;
+            for (int looks = 0;; looks++) {
+                if (lane < WORDS)
+                    asm volatile("ld.volatile.global.v2.u32 {%0, %1}, [%2];"
+                                 : "=r"(word), "=r"(number) : "l"(orders + lane) : "memory");
+                if (__all_sync(ALL, number == ticket)) break;
+                if (looks == patience) {
+                    word = LEAVE;
+                    break;
+                }
+            }
+            if (lane < WORDS) send_all(at + 4 * lane, ORDERED, __uint_as_float(word), 0, 1);
+        }
+        expect_all(ORDERED, WORDS);
+        wait_for(ORDERED);
+        const unsigned *word = (const unsigned *)(mem + ORDER);
+        auto pointer = [&](int i) {
+            return (float *)(word[i] | (unsigned long long)word[i + 1] << 32);
+        };
+        state_in = pointer(1), tail_in = state_in + LAYERS * DI * N;
+        state_out = pointer(3), tail_out = state_out + LAYERS * DI * N;
+        return word[0];
+    };
 
     // x plus rows times `values` (S, 128 columns), for all blocks. The first row has been fetched.
     auto add_rows = [&](auto &row, int at, int size, int values) {
@@ -225,7 +293,7 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                 float part[4] = {};
 #pragma unroll
                 for (int j = 0; j < COLUMNS; j++) {
-                    float4 v = ((float4 *)(shared + values))[(s * COLUMNS + j) * 32 + lane];
+                    float4 v = ((float4 *)(mem + values))[(s * COLUMNS + j) * 32 + lane];
                     part[0] = fmaf(row[j].x, v.x, part[0]), part[1] = fmaf(row[j].y, v.y, part[1]);
                     part[2] = fmaf(row[j].z, v.z, part[2]), part[3] = fmaf(row[j].w, v.w, part[3]);
                 }
@@ -239,6 +307,13 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
     };
 
     for (int t = 0; t < steps; t++) {
+        bool last = orders || t + 1 == steps;
+        if (orders) {
+            unsigned order = take_order();
+            if (order & LEAVE) break;
+            embed(0);
+            if (!(order & GO_ON)) load_state();
+        }
         if (!tokens) {
             choose(how, logit, prob, kept, byte, base, streams, steps, t);
             embed(t);
@@ -246,8 +321,9 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
 #pragma unroll
         for (int m = 0; m < MINE; m++)
             if (tid + m * T < S * DM) x[tid + m * T] = coming[m];
+        float first_rows = looked_up;
         __syncthreads();
-        if (tokens && t + 1 < steps) embed(t + 1);
+        if (tokens && !last) embed(t + 1);
         if (STEM) {
             if (warp < S) {
                 float out[CI], scale = normalise(out, x + warp * DM, false, STEM_EPS);
@@ -260,16 +336,17 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
 
 #pragma unroll 1
         for (int layer = 0; layer < LAYERS; layer++) {
-            const float *small = shared + layer * SMALL;
+            const float *small = mem + layer * SMALL;
             float xn[S][CI], scale[S];
 #pragma unroll
-            for (int s = 0; s < S; s++) scale[s] = normalise(xn[s], x + s * DM, CENTERED, EPS);
+            for (int s = 0; s < S; s++)
+                if (layer > 0) scale[s] = normalise(xn[s], x + s * DM, CENTERED, EPS);
 
             // in_proj, convolution and SiLU: the rows of u, then those of z
             for (int q = warp; q < UQ; q += WARPS) {
-                if (q != warp) fetch_row(ahead, IN_AT + layer * IN, IN, q);
+                if (q != warp && layer > 0) fetch_row(ahead, IN_AT + (layer - 1) * IN, IN, q);
                 int r = 4 * q + lane % 4, s = lane / 4, c = min(r, DC - 1);
-                float *before = shared + TAIL + (layer * S + s % S) * (K - 1) * DC + c;
+                float *before = mem + TAIL + (layer * S + s % S) * (K - 1) * DC + c;
                 float old[K], sum = small[CONV_BIAS + c], w[K];
 #pragma unroll
                 for (int k = 0; k < K; k++) {
@@ -278,7 +355,11 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                 }
 #pragma unroll
                 for (int k = 0; k < K - 1; k++) sum = fmaf(w[k], old[k], sum);
-                float value = times_x(ahead, xn, scale) + small[IN_BIAS + min(r, 2 * DC - 1)];
+                float value = 0.f;
+                if (layer > 0)
+                    value = times_x(ahead, xn, scale) + small[IN_BIAS + min(r, 2 * DC - 1)];
+                else
+                    value = q == warp ? first_rows : look_up(t, q);
                 sum = fmaf(w[K - 1], value, sum);
                 float out = r < DC ? sum : value;
                 out *= sigmoid(out);
@@ -312,7 +393,7 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                         sum[s] = fmaf(w_x[j], c < DC ? u[s * DC + c] : 0.f, sum[s]);
                     }
                 float value = sums_over<S, 8>(sum);
-                unsigned at = shared_address(shared + PARTS + (rank * S + part % S) * X4 + row);
+                unsigned at = shared_address(mem + PARTS + (rank * S + part % S) * X4 + row);
                 if (row < XR) send_all(at, PROJECTED, value, part / S, 8 / S);
             }
             expect_all(PROJECTED, CL * S * XR);
@@ -334,7 +415,7 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                     if (RS == 1) w_dt[r] = ((const float4 *)(small + DT))[c * R4 + r];
 #pragma unroll
                 for (int s = 0; s < S; s++) {
-                    const float *from = shared + STATE + ((layer * S + s) * DC + c) * N;
+                    const float *from = mem + STATE + ((layer * S + s) * DC + c) * N;
 #pragma unroll
                     for (int p = 0; p < PER; p++) h[s][p] = from[min(p * G + g, N - 1)];
                     now[s] = u[s * DC + c], open[s] = gate[s * DC + c];
@@ -342,7 +423,7 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
             };
             fetch_channel(min(tid / G, DC - 1), lane % G);
             wait_for(PROJECTED);
-            for (int i = tid; i < S * X4; i += T) low[i] = sum_blocks(shared + PARTS + i, S * X4);
+            for (int i = tid; i < S * X4; i += T) low[i] = sum_blocks(mem + PARTS + i, S * X4);
             __syncthreads();
 
             // dt_proj, softplus, scan step, skip, gate: G threads a channel
@@ -377,13 +458,13 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                             float next = fmaf(exp2f(dt * rate[p]), h[s][p],
                                               dt * now[s] * from[R + n]);
                             if (there)
-                                shared[STATE + ((layer * S + s) * DC + c) * N + n] = next;
+                                mem[STATE + ((layer * S + s) * DC + c) * N + n] = next;
                             y = fmaf(from[R + N + n], next, y);
                         }
                     }
                     y = fmaf(skip, now[s], sum_over<G>(y)) * open[s];
                     if (there)
-                        send_all(shared_address(shared + Y + s * CO * 128 + rank * DC + c), SCANNED,
+                        send_all(shared_address(mem + Y + s * CO * 128 + rank * DC + c), SCANNED,
                                  y, g, G);
                 }
             }
@@ -404,7 +485,7 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                     int r = 4 * q + lane % 4, s = lane / 4 % S;
                     float value = activate(times_x(ahead, xn, scale)
                                            + small[UP_BIAS + min(r, HC - 1)]);
-                    unsigned at = shared_address(shared + HIDDEN + s * CH * 128 + rank * HC + r);
+                    unsigned at = shared_address(mem + HIDDEN + s * CH * 128 + rank * HC + r);
                     if (r < HC) send_all(at, ACTIVATED, value, lane / (4 * S), 8 / S);
                 }
                 expect_all(ACTIVATED, CL * S * HC);
@@ -416,7 +497,7 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
             }
         }
 
-        if (!tokens || all || t + 1 == steps) {
+        if (!tokens || all || last) {
             float xn[S][CI], scale[S];
             for (int q = warp; q < VQ; q += WARPS) {
                 fetch_row(ahead, HEAD_AT, HEAD, q);
@@ -425,7 +506,7 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                     for (int s = 0; s < S; s++)
                         scale[s] = normalise(xn[s], x + s * DM, CENTERED, EPS);
                 int r = 4 * q + lane % 4, s = lane / 4 % S;
-                float value = times_x(ahead, xn, scale) + shared[HEAD_BIAS + r];
+                float value = times_x(ahead, xn, scale) + mem[HEAD_BIAS + r];
                 if (CAP > 0.f)  // CAP tanh(value / CAP)
                     value = CAP * (1.f - 2.f / (1.f + __expf(value * (2.f / CAP))));
                 unsigned at = shared_address(logit + s * V + rank * (V / CL) + r);
@@ -433,29 +514,21 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
             }
             expect_all(LOGITS, S * V);
         }
-        if (t + 1 < steps) fetch_in(0);
-        if (!tokens || t + 1 == steps) {
+        if (!tokens || last) {
             wait_for(LOGITS);
-            if (t + 1 == steps) {
+            if (last) {
                 write_log_probs(logit, log_probs, base, streams, all ? steps : 1, all ? t : 0);
                 if (done && blockIdx.x == 0 && warp == 0) tell(done, ticket);
             }
+        }
+        if (orders) {
+            store_state();
+            ticket = ticket == 0xffffffffu ? 1 : ticket + 1;
         }
         // x is written next, and was read by the slowest warp for the head.
         __syncthreads();
     }
 
-    for (int i = tid; i < LAYERS * S * DC * N; i += T) {
-        int n = i % N, d = rank * DC + i / N % DC, b = base + i / (N * DC) % S;
-        int64 l = i / (N * DC * S);
-        if (d < DI && b < streams)
-            state_out[((l * streams + b) * DI + d) * N + n] = shared[STATE + i];
-    }
-    for (int i = tid; i < LAYERS * S * (K - 1) * DC; i += T) {
-        int d = rank * DC + i % DC, k = i / DC % (K - 1), b = base + i / (DC * (K - 1)) % S;
-        int64 l = i / (DC * (K - 1) * S);
-        if (d < DI && b < streams)
-            tail_out[((l * streams + b) * (K - 1) + k) * DI + d] = shared[TAIL + i];
-    }
+    if (!orders) store_state();
     cluster_barrier();  // nobody leaves while others may still send to it
 }

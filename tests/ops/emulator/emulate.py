@@ -53,6 +53,7 @@ INSTRUCTIONS = {
     r"st\.global\.b32": "st_global_if",
     r"st\.relaxed\.gpu\.global\.b128": "st_relaxed_b128",
     r"ld\.relaxed\.gpu\.global\.b128": "ld_relaxed_b128",
+    r"ld\.volatile\.global\.v2": "ld_volatile_v2",
     r"cp\.async\.mbarrier\.arrive": "cp_async_arrive",
     r"cp\.async\.wait_all": "cp_async_wait_all",
     r"cp\.async\.c[ag]": "cp_async",

@@ -266,6 +266,11 @@ static void ld_relaxed_b128(unsigned long long &low, unsigned long long &high, c
     memcpy(&high, static_cast<const char *>(from) + 8, 8);
     yield();
 }
+static void ld_volatile_v2(uint32_t &x, uint32_t &y, const void *from) {
+    memcpy(&x, from, 4);
+    memcpy(&y, static_cast<const char *>(from) + 4, 4);
+    yield();
+}
 static void cp_async(uint32_t to, const void *from, int bytes, uint32_t wanted = 1) {
     if (to % 16 || size_t(from) % 16) fail("a misaligned copy");
     if (wanted) later({at(to), static_cast<const char *>(from), bytes, 0, false});
