@@ -26,7 +26,7 @@ from mambabyte.config import ModelConfig
 from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.model import ByteLM, embed
 from mambabyte.model.lm import symbols
-from mambabyte.stream.streams import Advance, Hidden, guided_of
+from mambabyte.stream.streams import Advance, Hidden, engine_name, guided_of
 from mambabyte.task import ngram_native
 from mambabyte.task.ngram import NgramModel, V
 
@@ -282,6 +282,8 @@ class GuidedLM(nn.Module):
             return getattr(hidden, "for_model", lambda network: network)(network), last
 
         advance.for_model = for_model  # type: ignore[attr-defined]
+        advance.engine = "model.c" if (  # type: ignore[attr-defined]
+            hidden == self.lm.hidden and guided is not None) else engine_name(hidden)
         return advance
 
     def _through(

@@ -13,7 +13,7 @@ from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.model.lm import symbols
 from mambabyte.stream import ByteModel, advance_of
-from mambabyte.stream.streams import Advance
+from mambabyte.stream.streams import Advance, engine_name, own_form
 from mambabyte.task.ngram import NgramModel, V
 
 
@@ -24,6 +24,19 @@ def only_bytes(tokens: Tensor) -> Tensor:
         raise UserError(f"tokens are from {tokens.min()} to {tokens.max()}: an n-gram model "
                         "has bytes alone, from 0 to 255")
     return tokens
+
+
+def as_text(state: Tensor | bytes) -> bytes:
+    """The last bytes of one text, (1, n) uint8 or as they are."""
+    return state if isinstance(state, bytes) else bytes(state[0].tolist())
+
+
+def as_tensor(state: Tensor | bytes) -> Tensor:
+    """The inverse of ``as_text``."""
+    if not isinstance(state, bytes):
+        return state
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)[None] if state else torch.empty(
+        1, 0, dtype=torch.uint8)
 
 
 class NgramLM(nn.Module):
@@ -43,6 +56,20 @@ class NgramLM(nn.Module):
     def digest(self) -> str:
         """For ``weights_digest``: its tables are no parameters."""
         return self.ngram.digest()
+
+    def streamed(self) -> Advance:
+        """How a stream goes on: look-ups in tables on the CPU; the last bytes are kept as such."""
+        ngram, width = self.ngram, self.ngram.order - 1
+        start = bytes([START_BYTE]) * width
+
+        def advance(data: bytes, state: Any) -> tuple[Tensor, Any]:
+            last = start if state is None else as_text(state)
+            last = (last + data)[len(last + data) - width :]
+            return ngram.after(last), last
+
+        advance.for_model = as_tensor  # type: ignore[attr-defined]
+        advance.engine = "tables on the host"  # type: ignore[attr-defined]
+        return advance
 
     def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """tokens (B, L); returns log p of the byte after each, (B, L, V), and the state."""
@@ -87,6 +114,11 @@ class Mixture(nn.Module):
             counts, second = counted(data, second)
             return mix(log_p, counts, self.weight), (first, second)
 
+        def for_model(state: tuple) -> tuple:
+            return own_form(neural, state[0]), own_form(counted, state[1])
+
+        advance.for_model = for_model  # type: ignore[attr-defined]
+        advance.engine = f"{engine_name(neural)}; {engine_name(counted)}"  # type: ignore[attr-defined]
         return advance
 
     def forward(self, tokens: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:

@@ -91,6 +91,17 @@ class NgramModel:
         return ngram_native.tables(
             [vars(level).values() for level in self.levels], self.discounts)
 
+    @functools.cached_property
+    def near(self) -> NgramModel:
+        """The same on the CPU, where a few look-ups cost less than launches on a GPU do."""
+        return self if self.device.type == "cpu" else self.to("cpu")
+
+    def after(self, context: bytes) -> Tensor:
+        """Log-probabilities (V,) float32 on the CPU after ``context``, ``order - 1`` bytes."""
+        if (tables := self.near._native) is not None:
+            return tables.look_up_one(context)
+        return self.near.log_probs_after(torch.tensor([list(context)], dtype=torch.int64))[0]
+
     def to(self, device: torch.device | str) -> NgramModel:
         levels = [Level(**{k: t.to(device) for k, t in vars(lv).items()}) for lv in self.levels]
         return NgramModel(levels, self.discount, self.bytes_counted, self.discounts)

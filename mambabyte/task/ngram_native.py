@@ -85,6 +85,7 @@ class Tables:
             struct.pack("8q", len(level[0]), *[t.data_ptr() for t in level],
                         *[0] * (7 - len(level)))
             for level in self._held)
+        self._others = torch.empty(2, dtype=torch.uint8)  # where nobody looks
         self._discounts = struct.pack(f"{3 * len(levels)}d", *chain(*discounts))
 
     def look_up(self, contexts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,6 +102,11 @@ class Tables:
             _at(log_p), _at(best), _at(kind))
         return log_p, best, kind
 
+    def look_up_one(self, context: bytes) -> Tensor:
+        """Log p (256,) float32 after one context."""
+        log_p, others = torch.empty(256), self._others.data_ptr()
+        self.look_up_into(context, log_p.data_ptr(), others, others + 1)
+        return log_p
 
     def look_up_into(self, context: bytes, log_p: int, best: int, kind: int) -> None:
         """As ``look_up`` of one context, into memory at these addresses: 1 KiB, a byte, a byte."""

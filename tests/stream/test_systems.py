@@ -57,6 +57,11 @@ def test_streams_as_it_scores_in_parallel(name: str, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(torch.stack(rows), wanted[20:], rtol=1e-4, atol=1e-4)
     if name != "ngram" and native_model._library() is not None:
         assert calls == [1] * len(rows)
+    with torch.inference_mode():  # and back to that
+        again, _ = model(torch.tensor([[TEXT[0]]]), advance.for_model(state))
+    forward, _ = advance(TEXT[:1], state)
+    torch.testing.assert_close(torch.log_softmax(again[0, 0].float(), -1), forward, rtol=1e-4,
+                               atol=1e-4)
     last, _ = advance(TEXT[20:], model(torch.tensor([list(TEXT[:20])]))[1])  # and in one piece
     torch.testing.assert_close(last, wanted[-1], rtol=1e-4, atol=1e-4)
 
@@ -110,3 +115,12 @@ def test_looking_up_in_c_equals_torch() -> None:
     assert torch.equal(found.best, exact.best)
     assert torch.equal(found.kind, exact.kind)
     assert len(found.kind.unique()) > 5
+
+
+@pytest.mark.skipif(native_model._library() is None, reason="no C compiler")
+@pytest.mark.parametrize(("name", "engine"), [
+    ("ngram", "tables on the host"), ("mixture", "model.c; tables on the host"),
+    ("guided", "model.c")])
+def test_a_stream_says_what_computes_it(name: str, engine: str) -> None:
+    assert ByteStream(_system(name)).engine == engine
+    assert ByteStream(ByteLM(SMALL).double().eval()).engine == "torch, a call a byte"

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.stream import ByteModel, advance_of
+from mambabyte.stream.streams import engine_name, own_form
 from mambabyte.task.experts.contexts import PADDING
 from mambabyte.task.experts.engine import Engine
 from mambabyte.task.experts.gate import Experts, Gate, engine_of, mixed
-from mambabyte.task.mixture import only_bytes
+from mambabyte.task.mixture import as_tensor, as_text, only_bytes
 from mambabyte.task.ngram import digest
 
 _PADDING = np.full(PADDING, START_BYTE, np.uint8)
@@ -87,6 +88,7 @@ class ExpertLM(nn.Module):
 
         def advance(data: bytes, state: Any) -> tuple[Tensor, Any]:
             inner, last = state or (None, b"")
+            last = as_text(last)
             others = None
             if network is not None:
                 log_p, inner = network(data, inner)
@@ -94,4 +96,11 @@ class ExpertLM(nn.Module):
             last = (last + data)[-self.reach :]
             return self.after(np.frombuffer(last, np.uint8), 1, others)[0], (inner, last)
 
+        def for_model(state: tuple) -> tuple:
+            inner, last = state
+            return (None if network is None else own_form(network, inner)), as_tensor(last)
+
+        advance.for_model = for_model  # type: ignore[attr-defined]
+        advance.engine = "experts on the host" + (  # type: ignore[attr-defined]
+            "" if network is None else f"; {engine_name(network)}")
         return advance
