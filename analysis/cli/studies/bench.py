@@ -3,7 +3,8 @@
     mambabyte bench scan
     mambabyte bench stream --preset mamba_byte --streams 1 64 --json
     mambabyte bench stream --checkpoint runs/first --corpus path/to/folder
-    mambabyte bench stream --systems mamba_byte nano_ssm_1_1 task:ours
+    mambabyte bench stream --systems mamba_byte SSSA task:ours
+    mambabyte bench stream --systems all --seconds 120 --record data/records/throughput/systems
     mambabyte bench step --preset mamba_byte --patterns A MA --batch-size 4
     mambabyte bench step --d-model 512 --n-layer 16 --peers mamba_ssm
     mambabyte bench start --systems mamba_byte task:ours --ways fused compile
@@ -35,6 +36,7 @@ from mambabyte.config.checks import (
     Count,
     CountOrNone,
     Layers,
+    Positive,
     Rule,
     entries,
 )
@@ -123,8 +125,11 @@ class Stream(Common):
     characters: CountOrNone = 60_000
     """How many characters are scored; 0 scores none."""
     systems: Annotated[tuple[str, ...], entries()] = ()
-    """Instead a row for each of these presets, and systems of the task as task:NAME; all is every
-    one."""
+    """Instead a row for each of these presets, patterns of layers such as R or SSSA, and systems of
+    the task as task:NAME; all is every one."""
+    seconds: Positive | None = None
+    """With systems: begin none after so many seconds. A record has what was measured, and the same
+    command goes on with the others."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +233,7 @@ def describe_mixer(row: dict) -> str:
 
 def bench_stream(options: Stream) -> int:
     if options.systems:
-        return bench_systems(options, options.systems, options.corpus)
+        return bench_systems(options, options.systems, options.corpus, options.seconds)
     import torch
 
     from analysis.cli.studies.tables import rows_of, stream_table
@@ -254,7 +259,7 @@ def bench_stream(options: Stream) -> int:
           {name: (value, *VALUES[name]) for name, value in values.items()},
           {"stream": (STREAM_TABLE, stream_table(frame))},
           f"Streaming {preset}", STREAM_ABOUT)
-    lines = [f"{row.way:20} {row.streams:5} streams {row.seen:8} seen {row.microseconds:10.1f} us "
+    lines = [f"{row.way:26} {row.streams:5} streams {row.seen:8} seen {row.microseconds:10.1f} us "
              f"[{row.low:.1f}, {row.high:.1f}] {row.bytes_per_second:12.0f} bytes/s "
              f"{_energy(row.joules_per_megabyte)}" for row in frame.itertuples()]
     lines += [f"{about}: " + (f"{_plain(values[name])} {unit}".rstrip() if name in values

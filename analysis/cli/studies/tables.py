@@ -20,12 +20,18 @@ def stream_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 def systems_table(frame: pd.DataFrame) -> pd.DataFrame:
     """The columns of streamed presets and systems in the words of a reader of the report."""
-    return _measured(pd.DataFrame({
-        "system": frame["system"], "parameters": frame["parameters"],
-        "bytes seen before": frame["seen"],
-        "generation (bytes/s)": frame["generation_bytes_per_second"].round(0),
-        "streaming (bytes/s)": frame["streaming_bytes_per_second"].round(0),
-        "predict and observe (characters/s)": frame["characters_per_second"].round(0)}))
+    return _measured(frame.round({name: 0 for name in frame if name.endswith("_per_second")})
+                     .rename(columns=_SYSTEMS))
+
+
+def systems_frame(table: pd.DataFrame) -> pd.DataFrame:
+    """The inverse of ``systems_table``, up to rounding."""
+    return table.rename(columns={about: name for name, about in _SYSTEMS.items()})
+
+
+_SYSTEMS = {"seen": "bytes seen before", "generation_bytes_per_second": "generation (bytes/s)",
+            "streaming_bytes_per_second": "streaming (bytes/s)",
+            "characters_per_second": "predict and observe (characters/s)"}
 
 
 def steps_table(frame: pd.DataFrame) -> pd.DataFrame:

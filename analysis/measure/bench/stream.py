@@ -25,9 +25,9 @@ from mambabyte.stream import ByteStream, CharModel, advance_of
 from mambabyte.stream.cuda import CudaModel
 from mambabyte.stream.generation import Repetitions, Speculation
 
-TORCH, BYTE, DRAW, KERNEL, GUESSED = (
+TORCH, BYTE, DRAW, KERNEL, PLAIN, GUESSED = (
     "torch, a call a byte", "stream, a byte fed", "stream, bytes drawn", "kernel, bytes drawn",
-    "stream, guesses kept")
+    "short texts drawn", "short texts, guesses kept")
 COLUMNS = {
     "way": "what was timed",
     "streams": "texts that go on at the same time",
@@ -41,8 +41,10 @@ COLUMNS = {
 VALUES = {  # unit, and what it is
     "generation_bytes_per_second": ("bytes/s", "generation: the engine draws its own bytes"),
     "streaming_bytes_per_second": ("bytes/s", "streaming: one byte in, one distribution out"),
+    "plain_bytes_per_second": (
+        "bytes/s", "generation of texts of 256 bytes, each behind 300 more of the given text"),
     "speculative_bytes_per_second": (
-        "bytes/s", "the same generation, where a pass checks guesses from what was drawn"),
+        "bytes/s", "the same texts, where a pass checks guesses of how it goes on"),
     "bytes_a_pass": ("bytes", "that a pass of it draws; a text that repeats itself draws many"),
     "scoring_seconds": ("s", "scoring the text, byte after byte"),
     "window_seconds": ("s", "scoring the same text in parallel windows"),
@@ -51,6 +53,7 @@ VALUES = {  # unit, and what it is
     "scored_characters": ("characters", "that the text had, of those asked for"),
 }
 SECONDS = 0.6  # of each case, all its repeats together
+PROMPTS, PROMPT, DRAWN = 4, 300, 256  # short texts that guesses are tried on, and bytes of each
 REPEATS = 5
 
 
@@ -91,13 +94,21 @@ def run_bench(
         case(DRAW, 1, before, functools.partial(_by_drawing, stream))
     guessed: list[Speculation] = []
     if seen and (stream.guesses_itself or not stream.draws_itself):
-        case(GUESSED, 1, max(seen), functools.partial(_by_guessing, stream, guessed))
+        places = []
+        for i in range(PROMPTS):
+            begin = (done + i * PROMPT) % len(text)
+            prompt = (text[begin:] + text)[:PROMPT]
+            stream.feed(prompt)
+            places.append((stream.fork(), prompt))
+        case(PLAIN, 1, max(seen), functools.partial(_by_drawing_short, places))
+        case(GUESSED, 1, max(seen), functools.partial(_by_guessing, places, guessed))
     last = {row["way"]: float(row["bytes_per_second"]) for row in rows}  # type: ignore[arg-type]
     values = {name: last[way] for name, way in (
         ("generation_bytes_per_second", DRAW), ("streaming_bytes_per_second", BYTE),
-        ("speculative_bytes_per_second", GUESSED)) if way in last}
+        ("plain_bytes_per_second", PLAIN), ("speculative_bytes_per_second", GUESSED))
+        if way in last}
     if guessed:
-        values["bytes_a_pass"] = guessed[-1].drawn / guessed[-1].passes
+        values["bytes_a_pass"] = sum(g.drawn for g in guessed) / sum(g.passes for g in guessed)
     if characters:
         values |= _scoring(model, text, characters, say)
     return pd.DataFrame(rows, columns=list(COLUMNS)), values
@@ -170,7 +181,18 @@ def _by_drawing(stream: ByteStream, length: int) -> None:
         pass
 
 
-def _by_guessing(stream: ByteStream, guessed: list[Speculation], length: int) -> None:
-    guessed.append(Speculation(Repetitions()))
-    for _ in guessed[-1].draw(stream.fork(), length, temperature=0):
-        pass
+def _by_drawing_short(places: Sequence[tuple[ByteStream, bytes]], length: int) -> None:
+    for i, start in enumerate(range(0, length, DRAWN)):
+        _by_drawing(places[i % len(places)][0], min(DRAWN, length - start))
+
+
+def _by_guessing(
+    places: Sequence[tuple[ByteStream, bytes]], guessed: list[Speculation], length: int
+) -> None:
+    for i, start in enumerate(range(0, length, DRAWN)):
+        stream, prompt = places[i % len(places)]
+        guesser = Repetitions()
+        guesser.read(prompt)
+        guessed.append(Speculation(guesser))
+        for _ in guessed[-1].draw(stream.fork(), min(DRAWN, length - start), temperature=0):
+            pass

@@ -28,7 +28,7 @@ def test_rows_and_values() -> None:
     assert list(zip(frame["way"], frame["streams"], frame["seen"], strict=True)) == [
         (bench_stream.TORCH, 1, 1), (bench_stream.TORCH, 3, 1), (bench_stream.BYTE, 1, 5),
         (bench_stream.DRAW, 1, 5), (bench_stream.BYTE, 1, 9), (bench_stream.DRAW, 1, 9),
-        (bench_stream.GUESSED, 1, 9)]
+        (bench_stream.PLAIN, 1, 9), (bench_stream.GUESSED, 1, 9)]
     assert (frame["low"] <= frame["high"]).all()
     expected = frame["streams"] / frame["microseconds"] * 1e6
     assert frame["bytes_per_second"].to_list() == pytest.approx(expected.to_list())
@@ -39,6 +39,7 @@ def test_rows_and_values() -> None:
     after = frame[frame["seen"] == 9].set_index("way")["bytes_per_second"]
     assert values["generation_bytes_per_second"] == after[bench_stream.DRAW]
     assert values["streaming_bytes_per_second"] == after[bench_stream.BYTE]
+    assert values["plain_bytes_per_second"] == after[bench_stream.PLAIN]
     assert values["speculative_bytes_per_second"] == after[bench_stream.GUESSED]
     assert values["bytes_a_pass"] >= 1
 
@@ -53,8 +54,8 @@ def test_the_command_writes_a_record(tmp_path, capsys) -> None:
     assert out.count(": not asked for") == 5
     assert "nan" not in out
     assert main([*arguments[:-2], "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["stream"]) == 4
-    assert len(load_record(record).tables["stream"].frame) == 4
+    assert len(json.loads(capsys.readouterr().out)["stream"]) == 5
+    assert len(load_record(record).tables["stream"].frame) == 5
     assert main(["bench", "stream", "--streams", "0", "--device", "cpu"]) == 2
     assert "--streams is [0]: expected a list (1 or more" in capsys.readouterr().err
 
@@ -64,14 +65,36 @@ def test_a_row_for_each_preset_and_system(tmp_path, capsys, monkeypatch) -> None
     monkeypatch.setattr(bench_systems, "COUNTED", 3000)
     monkeypatch.setattr(bench_systems, "SEEN", 20)
     record = tmp_path / "throughput" / "systems"
-    arguments = ["bench", "stream", "--systems", "smoke", "task:ours", "task:ngram", "--device",
-                 "cpu", "--record", str(record)]
-    assert main(arguments) == 0
+    names = ["smoke", "task:ours", "task:ngram"]
+    arguments = ["bench", "stream", "--device", "cpu", "--record", str(record), "--systems"]
+    assert main([*arguments, *names]) == 0
     out = capsys.readouterr().out
     assert out.count(" B/s  streaming ") == 3
     frame = load_record(record).tables["systems"].frame
-    assert frame["system"].to_list() == ["smoke", "task:ours", "task:ngram"]
-    assert (frame.iloc[:, 3:] > 0).all(axis=None)
-    assert main(["bench", "stream", "--systems", "task:none", "--device", "cpu"]) == 2
+    assert frame["system"].to_list() == names
+    assert (frame.iloc[:, -3:] > 0).all(axis=None)
+    assert main([*arguments, "task:none"]) == 2
     assert "system 'none' is unknown" in capsys.readouterr().err
-    assert {"quick_start", "task:ours"} <= set(bench_systems.every())
+    assert {"quick_start", "R", "task:ours"} <= set(bench_systems.every())
+
+
+def test_a_bench_that_was_cut_goes_on_where_it_was(tmp_path, capsys, monkeypatch) -> None:
+    measured: list[int] = []
+    now = {"characters_per_second": 3.0, "engine": "e", "seen": 1, "parameters": 1,
+           "generation_bytes_per_second": 1.0, "streaming_bytes_per_second": 2.0}
+    monkeypatch.setattr(bench_systems, "_speeds",
+                        lambda model, *_: measured.append(len(model.layers)) or now)
+    clock = iter(range(100))
+    monkeypatch.setattr(bench_systems.time, "perf_counter", lambda: next(clock))
+    record = tmp_path / "throughput" / "systems"
+    command = ["bench", "stream", "--device", "cpu", "--record", str(record), "--seconds", "2",
+               "--systems", "smoke", "quick_start", "MA", "R"]
+    for done, absent in ((2, "MA, R"), (4, "")):
+        clock = iter(range(100))
+        assert main(command) == 0
+        out = capsys.readouterr().out
+        assert len(measured) == done
+        assert (f"not measured: {absent}: the same command goes on" in out) == bool(absent)
+        assert len(load_record(record).tables["systems"].frame) == done
+    assert main(command) == 0  # all was there: measured anew, as far as the time goes
+    assert len(measured) == 6
