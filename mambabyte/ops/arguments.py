@@ -122,21 +122,20 @@ def cumulative_lengths(ages: Tensor) -> Tensor | None:
     """Where documents begin in ages (B, L), row behind row, and then B L: (n + 1,) int32, as
     kernels for sequences of many lengths take them (``cu_seqlens``).
 
-    A row's first step is the start of one. Where a number is known, it is n, and empty documents
-    stand at the end; else they are counted, which waits for the device, and None is returned while
-    a CUDA graph is being captured. Found once for the same ages.
+    A row's first step is the start of one. n is how many there are at most, of :class:`Ages`; where
+    there are fewer, empty ones stand at the end. None where that is not known: to count them would
+    wait for the device, and in a CUDA graph cannot be done. Found once for the same ages.
     """
-    def found() -> Tensor:
+    most: int | None = once(ages, "most", lambda: None)
+    if most is None:
+        return None
+
+    def found(most: int = most) -> Tensor:
         starts = ages == 0
         starts[:, 0] = True
-        count = starts.flatten().cumsum(0)
-        documents = int(count[-1]) if most is None else most
-        return torch.searchsorted(
-            count, torch.arange(1, documents + 2, device=ages.device), out_int32=True)
+        numbers = torch.arange(1, most + 2, device=ages.device)
+        return torch.searchsorted(starts.flatten().cumsum(0), numbers, out_int32=True)
 
-    most = once(ages, "most", lambda: None)
-    if most is None and ages.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
     return once(ages, "lengths", found)
 
 

@@ -12,10 +12,10 @@ from mambabyte.config.mixers import LayerPattern
 from mambabyte.config.presets import PresetName
 
 TABLE = "One sequence alone and split: interleaved in one run, medians and quartiles"
-ABOUT = ("Forward and backward of one sequence on one device, and with its length split among all "
-         "with the mean of the gradients, on GPUs captured in graphs; a stretch is a sequence of "
-         "the share of one device, alone, which is what the split would take if nothing had to be "
-         "exchanged. Messages are the time in the kernels that exchange.")
+ABOUT = ("Forward and backward of one sequence on one device, and with its length split "
+                 "among all with the mean of the gradients; a stretch is a sequence of the share "
+                 "of one device, alone, which is what the split would take if nothing had to be "
+                 "exchanged. Messages are the time in the kernels that exchange.")
 
 
 @dataclass(frozen=True)

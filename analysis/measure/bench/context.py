@@ -1,10 +1,9 @@
 """One long sequence on one device, and its length split among several.
 
-Forward and backward of a model, with the mean of the gradients where there are several processes;
-on a GPU captured in a graph with its messages, as a training's steps are. Three ways in turn:
-"alone", the whole sequence on the first process's device; "split" among all; and "stretch", a
-sequence of a stretch's length alone, which is what "split" would take if nothing had to be
-exchanged or worked out for others.
+Forward and backward of a model, with the mean of the gradients where there are several processes.
+Three ways in turn: "alone", the whole sequence on the first process's device; "split" among all;
+and "stretch", a sequence of a stretch's length alone, which is what "split" would take if nothing
+had to be exchanged or worked out for others.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.model.distributed import World
-from mambabyte.model.fused import cast_together
 from mambabyte.train.captured import prepare
 from mambabyte.train.precision import autocast
 
@@ -66,8 +64,6 @@ def _of_length(
 ) -> list[dict[str, object]]:
     config = TrainConfig(context=length, batch_size=1)
     prepare(model, config)
-    loss_of = cast_together(model, model.loss)
-    on_cuda = device.startswith("cuda")
     tokens = torch.randint(256, (1, length + 1), device=device,
                            generator=torch.Generator(device).manual_seed(0))
 
@@ -78,17 +74,15 @@ def _of_length(
         model.share_sequences(world.sequence_group(world.size) if shared else None)
         stretch = -(-length // world.size) if way == "stretch" else length
         with autocast(torch.device(device), config.precision):
-            loss = loss_of(tokens[:, : stretch + 1])
+            loss = model.loss(tokens[:, : stretch + 1])
         loss.backward()
         if shared:
             world.average([p.grad for p in model.parameters() if p.grad is not None])
         model.zero_grad(set_to_none=True)
 
-    runs: dict[str, Callable[[], object]] = {way: partial(step, way) for way in ways}
-
     def together(way: str) -> float:
         world.wait()
-        return seconds_of(runs[way], device)
+        return seconds_of(partial(step, way), device)
 
     rows: dict[str, dict[str, object]] = {}
     for way in ways:  # warms up as well
@@ -96,6 +90,7 @@ def _of_length(
             "layers": model.config.layer_pattern, "length": length, "way": way, "note": "",
             "processes": world.size if way == "split" else 1}
         say(f"{model.config.layer_pattern}, {length:,} bytes, {way}")
+        on_cuda = device.startswith("cuda")
         release(device)
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(device)
@@ -110,35 +105,14 @@ def _of_length(
             if row["note"]:
                 break
         row["peak_bytes"] = torch.cuda.max_memory_allocated(device) if on_cuda else float("nan")
+        if way == "split" and not row["note"]:
+            row["messages_ms"] = _messages_ms(partial(together, way), world)
     timed = [way for way, row in rows.items() if not row["note"]]
-    if on_cuda:
-        mine = [way for way in timed if world.first or way == "split"]
-        runs |= _captured({way: runs[way] for way in mine}, device)
-    if "split" in timed:
-        rows["split"]["messages_ms"] = _messages_ms(
-            partial(seconds_of, runs["split"], device), world)
     took = in_turns({way: partial(together, way) for way in timed}, rounds)
     for way in timed:
         low, median, high = (1e3 * seconds for seconds in quartiles(took[way]))
         rows[way] |= {"low": low, "ms": median, "high": high}
     return list(rows.values())
-
-
-def _captured(
-    calls: dict[str, Callable[[], object]], device: str
-) -> dict[str, Callable[[], object]]:
-    """Replays of each call, which have run before, in memory that they share: none leaves anything
-    there for later."""
-    pool = torch.cuda.graph_pool_handle()
-    found: dict[str, Callable[[], object]] = {}
-    for name, call in calls.items():
-        graph = torch.cuda.CUDAGraph()
-        # A thread of NCCL's watches events, which another mode forbids.
-        with torch.cuda.device(device), torch.cuda.graph(
-                graph, pool, torch.cuda.Stream(device), "thread_local"):
-            call()
-        found[name] = graph.replay
-    return found
 
 
 def _messages_ms(call: Callable[[], object], world: World) -> float:

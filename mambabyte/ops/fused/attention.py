@@ -211,10 +211,9 @@ def _block_mask(
 def flash_documents(
     q: Tensor, k: Tensor, v: Tensor, window: int, ages: Tensor
 ) -> Tensor | None:
-    """``windowed_attention`` within documents by FlashAttention; nothing waits for the device where
-    their number is known. None where it cannot be asked: not on a GPU, another dtype or width, keys
-    of a past, a compiler or a transform that looks in, very short documents, or a number that is
-    not known while a CUDA graph is captured.
+    """``windowed_attention`` within documents by FlashAttention. None where it cannot be asked: not
+    on a GPU, another dtype or width, keys of a past, a compiler or a transform that looks in, a
+    number of documents that is not known (``cumulative_lengths``), or very short ones.
 
     q (B, H, L, d), k, v (B, G, L, d); ages (B, L) of :func:`mambabyte.ops.arguments.document_ages`.
     Returns (B, H, L, d).
