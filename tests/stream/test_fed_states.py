@@ -22,7 +22,7 @@ FLOATS = 2 * 6 * (3 + 3)
 @pytest.fixture
 def streamer(monkeypatch: pytest.MonkeyPatch) -> cuda.CudaStreamer:
     def launch(grid, block, shared, stream, *args) -> None:
-        log_probs, done, ticket = args[10:13]
+        log_probs, done, ticket = args[9:12]
         words = (ctypes.c_uint32 * 10).from_address(args[-2])
         assert set(words[1::2]) == {ticket}
         order, before, after = words[0], *(words[i] | words[i + 2] << 32 for i in (2, 6))
@@ -42,7 +42,7 @@ def streamer(monkeypatch: pytest.MonkeyPatch) -> cuda.CudaStreamer:
         blocks=8, streams=1, shared_bytes=0))
     monkeypatch.setattr(cuda, "_kernel", lambda *_: SimpleNamespace(launch=launch))
     monkeypatch.setattr(cuda, "pack", lambda *_: torch.zeros(1))
-    monkeypatch.setattr(cuda, "pack_projected", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(cuda, "pack_table", lambda *_: torch.zeros(1))
     norm = torch.ones(4), torch.zeros(4)
     return cuda.CudaStreamer(SHAPE, torch.zeros(256, 4), [None], norm, torch.zeros(256, 4))
 

@@ -24,7 +24,7 @@ THREADS = 384
 CLUSTERS = (16, 8)  # blocks of a cluster, best first; 16 is more than every card grants
 STREAMS = (1, 2, 4, 8)  # streams of a cluster
 ACTIVATIONS = ("relu2", "gelu", "silu")
-_PARAMETERS = "PPPPPPPPPPPPIQQiiififPi"
+_PARAMETERS = "PPPPPPPPPPPIQQiiififPi"
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,9 @@ def pack(
     return torch.cat([_flat(x) for x in everything], 1).contiguous()
 
 
-def pack_projected(
-    shape: Shape, embedding: Tensor, first: LayerWeights, blocks: int
-) -> Tensor:
-    """What the first layer's in_proj makes of each byte, (256, blocks, rows in quads) float32: it
-    depends on nothing else."""
+def pack_table(shape: Shape, embedding: Tensor, first: LayerWeights, blocks: int) -> Tensor:
+    """What depends on a byte alone, (256, blocks, floats) float32: what the first layer's in_proj
+    makes of it, and the block's rows of the embedding; each in rows of four."""
     x = embedding.double()
     if shape.stem_eps is not None:
         x = F.rms_norm(x, x.shape[1:], eps=shape.stem_eps)
@@ -150,7 +148,8 @@ def pack_projected(
     weight, bias = (w.double() for w in first.norm)
     made = (norm(x, size, eps=shape.eps) * weight + bias) @ first.in_proj.double().T
     rows = torch.cat([split(half, 1, blocks) for half in made.float().chunk(2, 1)], 2)
-    return F.pad(rows, (0, -rows.shape[2] % 4)).transpose(0, 1).contiguous()
+    rows, own = (F.pad(r, (0, -r.shape[2] % 4)) for r in (rows, split(x.float(), 1, blocks)))
+    return torch.cat([rows, own], 2).transpose(0, 1).contiguous()
 
 
 # -------------------------------------------------------------------------------------- planning
@@ -211,10 +210,9 @@ def _program(plan: Plan) -> Program:
         "CL": plan.blocks, "S": plan.streams, "T": THREADS, "LAYERS": s.layers, "DM": s.d_model,
         "DI": s.d_inner, "N": s.states, "R": s.rank, "K": s.taps, "H": s.hidden,
         "ACTIVATION": ACTIVATIONS.index(s.activation), "CENTERED": int(s.centered),
-        "STEM": int(s.stem_eps is not None), "RESIDENT": plan.resident, "BLOB": plan.floats,
-        "WORK": plan.work,
+        "RESIDENT": plan.resident, "BLOB": plan.floats, "WORK": plan.work,
     }  # fmt: skip
-    real = {"EPS": s.eps, "STEM_EPS": s.stem_eps or 0.0, "CAP": s.cap}
+    real = {"EPS": s.eps, "CAP": s.cap}
     # One macro: names such as T or N of their own would reach into the compiler's own headers.
     sizes = ", ".join(f"{name} = {value}" for name, value in whole.items())
     sizes = f"constexpr int {sizes}; constexpr float " + ", ".join(
@@ -294,10 +292,9 @@ class CudaStreamer(ByteFeeder):
         self._blocks = cluster_blocks(shape, self._index)
         if not self._blocks:
             raise NvrtcError(f"no cluster of this model's blocks fits on {self.device}")
-        self._embedding = embedding.float().contiguous()
         self._blob = pack(layers, final_norm, head, self._blocks)
-        self._projected = pack_projected(shape, self._embedding, layers[0], self._blocks)
-        self._weights = [t.data_ptr() for t in (self._blob, self._embedding, self._projected)]
+        self._table = pack_table(shape, embedding, layers[0], self._blocks)
+        self._weights = self._blob.data_ptr(), self._table.data_ptr()
         self._plans: dict[int, tuple[Kernel, tuple[int, int, int], int]] = {}
         floats = shape.layers * shape.d_inner * (shape.states + shape.taps - 1)
         self._server = Server(self.device, floats, self._stay, self._shaped)

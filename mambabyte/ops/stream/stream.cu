@@ -20,9 +20,9 @@
 //
 // SIZES (see cluster.cu) are given by cuda.py, which also packs the weights:
 //   CL, S, T (threads), LAYERS, DM (d_model), DI (d_inner), N (states), R (dt_rank), K (taps),
-//   H (hidden width of the MLP or 0), ACTIVATION, CENTERED (layer norm), STEM (norm after the
-//   embedding), EPS, STEM_EPS, CAP (of the logits or 0), RESIDENT (floats of a block's weights kept
-//   in shared memory), and BLOB and WORK, its own idea of the sizes below.
+//   H (hidden width of the MLP or 0), ACTIVATION, CENTERED (layer norm), EPS, CAP (of the logits or
+//   0), RESIDENT (floats of a block's weights kept in shared memory), and BLOB and WORK, its own idea
+//   of the sizes below.
 // All arithmetic is float32.
 
 constexpr int DC = parts(DI, CL);                     // channels of a block
@@ -39,6 +39,7 @@ constexpr int CI = parts(DM, 32), CX = parts(DC, 8), CO = parts(CL * DC, 128);
 constexpr int CH = parts(CL * HC, 128);
 // Rows of in_proj, the MLP and the head come in quads: a float4 is a column of four rows.
 constexpr int UQ = parts(2 * DC, 4), HQ = parts(HC, 4), VQ = V / CL / 4;
+constexpr int ROW = 4 * UQ + up4(RD);  // of the table: rows of in_proj, and of x
 
 // One block's weights, in floats. Those of the norms are in the projections behind them.
 constexpr int IN_BIAS = 0, CONV = up4(2 * DC), CONV_BIAS = CONV + up4(DC * K);
@@ -126,22 +127,21 @@ inline float sum_blocks(const float *part, int stride) {
 
 // --------------------------------------------------------------------------------- the kernel
 
-// Grid CL * ceil(streams / S) blocks of T threads. embedding (V, DM); projected (V, CL, UQ, 4), what
-// the first layer's in_proj makes of each byte. `tokens` (streams, steps), or null: then each
-// byte is drawn from the log-probabilities after the byte before, the first from `first`
-// (streams, V), and written to `drawn` (streams, steps). `log_probs` is (streams, steps, V) where
-// `all` says so, else (streams, V) after the last byte. tail: (LAYERS, streams, K - 1, DI); state:
-// (LAYERS, streams, DI, N).
+// Grid CL * ceil(streams / S) blocks of T threads. table (V, CL, ROW), what depends on a byte alone.
+// `tokens` (streams, steps), or null: then each byte is drawn from the log-probabilities after the
+// byte before, the first from `first` (streams, V), and written to `drawn` (streams, steps).
+// `log_probs` is (streams, steps, V) where `all` says so, else (streams, V) after the last byte.
+// tail: (LAYERS, streams, K - 1, DI); state: (LAYERS, streams, DI, N).
 //
 // With `orders`, WORDS words of the host's memory, the kernel stays and takes one text's bytes from
 // there, until it is told to leave or has looked `patience` times in vain; then the state is one
 // piece of memory, (LAYERS, DI, N) and then (LAYERS, K - 1, DI).
 extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) stream_bytes(
-    const float *blob, const float *embedding, const float *projected,
-    const unsigned char *tokens, const float *first, const float *tail_in, const float *state_in,
-    float *tail_out, float *state_out, unsigned char *drawn, float *log_probs, unsigned *done,
-    unsigned ticket, unsigned long long seed, unsigned long long position, int streams, int steps,
-    int all, float temperature, int top_k, float top_p, const uint2 *orders, int patience) {
+    const float *blob, const float *table, const unsigned char *tokens, const float *first,
+    const float *tail_in, const float *state_in, float *tail_out, float *state_out,
+    unsigned char *drawn, float *log_probs, unsigned *done, unsigned ticket,
+    unsigned long long seed, unsigned long long position, int streams, int steps, int all,
+    float temperature, int top_k, float top_p, const uint2 *orders, int patience) {
     extern __shared__ __align__(16) char shared[];
     float *const mem = (float *)shared;
     int tid = threadIdx.x, lane = tid % 32, warp = __shfl_sync(ALL, tid / 32, 0);  // uniform
@@ -225,23 +225,22 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
     __syncthreads();
     cluster_barrier();
 
-    // What depends on the byte alone is fetched a byte ahead where the bytes are known: its embedding,
-    // and the first layer's rows of in_proj, which have been multiplied for every byte.
-    constexpr int MINE = parts(S * DM, T);
+    // What depends on the byte alone is fetched a byte ahead where the bytes are known: what the first
+    // layer's in_proj makes of it, and this block's rows of x; the others come with the first exchange
+    // of x.
+    constexpr int MINE = parts(S * RD, T);
     float coming[MINE], looked_up = 0.f;
     auto byte_at = [&](int s, int t) -> int {
         if (!tokens) return byte[s];
         return orders ? *tokens : base + s < streams ? tokens[(int64)(base + s) * steps + t] : 0;
     };
-    auto look_up = [&](int t, int q) {
-        int64 row = (int64)byte_at(lane / 4 % S, t) * CL + rank;
-        return projected[(row * UQ + q) * 4 + lane % 4];
-    };
+    auto row_of = [&](int s, int t) { return table + (byte_at(s, t) * CL + rank) * ROW; };
+    auto look_up = [&](int t, int q) { return row_of(lane / 4 % S, t)[4 * q + lane % 4]; };
     auto embed = [&](int t) {
 #pragma unroll
         for (int m = 0; m < MINE; m++) {
             int i = tid + m * T;
-            if (i < S * DM) coming[m] = embedding[byte_at(i / DM, t) * DM + i % DM];
+            if (i < S * RD) coming[m] = row_of(i / RD, t)[4 * UQ + i % RD];
         }
         if (warp < UQ) looked_up = look_up(t, warp);
     };
@@ -319,20 +318,13 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
             embed(t);
         }
 #pragma unroll
-        for (int m = 0; m < MINE; m++)
-            if (tid + m * T < S * DM) x[tid + m * T] = coming[m];
+        for (int m = 0; m < MINE; m++) {
+            int i = tid + m * T, row = rank * RD + i % RD;
+            if (i < S * RD && row < DM) x[i / RD * DM + row] = coming[m];
+        }
         float first_rows = looked_up;
         __syncthreads();
         if (tokens && !last) embed(t + 1);
-        if (STEM) {
-            if (warp < S) {
-                float out[CI], scale = normalise(out, x + warp * DM, false, STEM_EPS);
-#pragma unroll
-                for (int j = 0; j < CI; j++)
-                    if (32 * j + lane < DM) x[warp * DM + 32 * j + lane] = out[j] * scale;
-            }
-            __syncthreads();
-        }
 
 #pragma unroll 1
         for (int layer = 0; layer < LAYERS; layer++) {
