@@ -72,6 +72,7 @@ STEPS_ABOUT = ("Whole training steps (forward, backward, clipping, optimizer) of
 
 
 STARTS_TABLE = "From the start of a process to its first training steps"
+MARKS_TABLE = "When each mark was passed, and the joules until then"
 PACE_TABLE = "A training step after that, interleaved in the same run: medians and quartiles"
 STARTS_ABOUT = ("Seconds and gross joules from the start of a fresh process, imports and the "
                 "device's context within them and named apart, until a training on one text has "
@@ -305,7 +306,7 @@ def bench_start(options: Start) -> int:
     import pandas as pd
 
     from analysis.cli.studies.tables import rows_of
-    from analysis.measure.bench.start import check, paces, start_in, start_values
+    from analysis.measure.bench.start import check, paces, start_in, start_values, summary
     from mambabyte.corpus import load_corpus
 
     device = checked(options)
@@ -335,7 +336,8 @@ def bench_start(options: Start) -> int:
     frame, pace = pd.DataFrame(started), pd.DataFrame(paced)
     keep(options, {"systems": list(options.systems), "ways": list(ways), "device": device,
                     "corpus": options.corpus}, start_values(frame, pace),
-          {"starts": (STARTS_TABLE, frame)} | ({"pace": (PACE_TABLE, pace)} if len(pace) else {}),
+          {"summary": (STARTS_TABLE, summary(frame)), "starts": (MARKS_TABLE, frame)}
+          | ({"pace": (PACE_TABLE, pace)} if len(pace) else {}),
           "From the start of a process to its first training steps", STARTS_ABOUT)
     lines = [f"{row.system:16} {row.way:8} {row.caches:5} {row.mark:18} {row.seconds:7.2f} s "
              + (f"{row.joules:8.0f} J" if row.joules == row.joules else "  energy not measured")

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 Way = Literal["auto", "eager", "graph", "fused", "compile"]
 TASK = "task:"  # before the name of a system of the task, which some presets have too
+IMPORTED, CONTEXT, PACKAGE, OPENED = (  # marks before the steps
+    "torch imported", "device's context", "package imported", "text opened")
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton",
           "CUDA_CACHE_PATH": "cuda", "XDG_CACHE_HOME": "own"}
 PROCESS_SECONDS = 300.0
@@ -123,6 +125,24 @@ def step_ms(
     return rows
 
 
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of :func:`start_in`'s rows a line a start: seconds that torch's import, the device's context
+    and the package's import took; those from the open text to each step; and all from the process's
+    start, with joules."""
+    import pandas as pd
+
+    lines = []
+    for (system, way, caches), marks in frame.groupby(["system", "way", "caches"], sort=False):
+        at, joules = marks.set_index("mark")["seconds"], marks.set_index("mark")["joules"]
+        line = {"system": system, "way": way, "caches": caches, "import torch (s)": at[IMPORTED],
+                "context (s)": at[CONTEXT] - at[IMPORTED], "package (s)": at[PACKAGE] - at[CONTEXT]}
+        for step in (mark for mark in at.index if mark.startswith("step")):
+            line |= {f"text to {step} (s)": at[step] - at[OPENED],
+                     f"process to {step} (s)": at[step], f"process to {step} (J)": joules[step]}
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
 def start_values(frame: pd.DataFrame, pace: pd.DataFrame) -> dict[str, tuple[float, str, str]]:
     """Seconds and joules to each step that is marked and milliseconds of one: name -> (value, unit,
     about)."""
@@ -184,15 +204,15 @@ def _main(given: str, began: float) -> None:
     def mark(what: str) -> None:
         seconds = time.time() - began
         # Which counter is the device's is known once there is a context.
-        joules = None if what == "torch imported" else _joules(device)
+        joules = None if what == IMPORTED else _joules(device)
         marks.append({"mark": what, "seconds": seconds, "joules": joules})
         if what == "step 50":
             raise _Enough
 
     import torch
-    mark("torch imported")
+    mark(IMPORTED)
     torch.zeros(1, device=device)
-    mark("device's context")
+    mark(CONTEXT)
     with contextlib.suppress(_Enough):
         (_build if name.startswith(TASK) else _train)(
             name.removeprefix(TASK), way, device, text, folder, mark)
@@ -209,9 +229,9 @@ def _train(
         if progress.step in (1, 50):
             mark(f"step {progress.step}")
 
-    mark("package imported")
+    mark(PACKAGE)
     corpus, preset = load_corpus(text), get_preset(name)
-    mark("text opened")
+    mark(OPENED)
     recipe = replace(preset.train, step=way, log_every=50, n_steps=max(50, preset.train.n_steps))
     run = tempfile.mkdtemp(dir=folder)
     train(preset.model, recipe, corpus, Path(run) / "run", device=device, report=report)
@@ -228,9 +248,9 @@ def _build(
             if line.startswith(f"step {step}: "):
                 mark(f"step {step}")
 
-    mark("package imported")
+    mark(PACKAGE)
     data, system = load_corpus(text).train, get_system(name)
-    mark("text opened")
+    mark(OPENED)
     build(replace(system, train=replace(system.train, step=way)), data, device, report=report)
 
 

@@ -12,6 +12,20 @@ from analysis.cli import main
 from analysis.measure.bench import start
 from mambabyte.errors import UserError
 
+MARKS = [{"mark": mark, "seconds": seconds, "joules": float("nan")} for mark, seconds in (
+    (start.IMPORTED, 3.0), (start.CONTEXT, 3.25), (start.PACKAGE, 3.5), (start.OPENED, 4.0),
+    ("step 1", 5.0), ("step 50", 7.5))]
+
+
+def test_a_start_is_a_line() -> None:
+    frame = pd.DataFrame([{"system": "smoke", "way": way, "caches": "cold", **mark}
+                          for way in ("fused", "compile") for mark in MARKS])
+    lines = start.summary(frame).to_dict("records")
+    assert [line["way"] for line in lines] == ["fused", "compile"]
+    assert [lines[0][part] for part in (
+        "import torch (s)", "context (s)", "package (s)", "text to step 1 (s)",
+        "text to step 50 (s)", "process to step 1 (s)")] == [3.0, 0.25, 0.25, 1.0, 3.5, 5.0]
+
 
 @pytest.mark.parametrize("name", ["smoke", "task:mamba_byte"])
 def test_a_child_says_when_it_was_where(name, tmp_path, capsys, monkeypatch) -> None:
@@ -25,9 +39,7 @@ def test_a_child_says_when_it_was_where(name, tmp_path, capsys, monkeypatch) -> 
     text.write_bytes(b"she sells sea shells by the sea shore, " * 60)
     start._main(json.dumps([name, "graph", "cpu", str(text), str(tmp_path)]), start.time.time())
     marks = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [mark["mark"] for mark in marks] == [
-        "torch imported", "device's context", "package imported", "text opened", "step 1",
-        "step 50"]
+    assert [mark["mark"] for mark in marks] == [mark["mark"] for mark in MARKS]
     seconds = [mark["seconds"] for mark in marks]
     assert seconds == sorted(seconds)
     assert all(mark["joules"] is None for mark in marks)  # no counter that processes share
@@ -56,16 +68,16 @@ def test_cold_starts_come_first_and_warm_ones_find_what_they_left(
         left = folder / "own"
         seen.append((name, left.is_dir()))
         left.mkdir(exist_ok=True)
-        return [{"mark": "step 1", "seconds": 1.0, "joules": float("nan")}]
+        return MARKS
 
     monkeypatch.setattr(start, "_child", child)
     command = ["bench", "start", "--device", "cpu", "--corpus", __file__, "--json", "--systems"]
     assert main([*command, "smoke", "mamba_byte"]) == 0
     assert seen == [("smoke", False), ("mamba_byte", False), ("smoke", True), ("mamba_byte", True)]
     rows = json.loads(capsys.readouterr().out)["starts"]
-    assert [row["caches"] for row in rows] == ["cold", "cold", "warm", "warm"]
+    assert [row["caches"] for row in rows[:: len(MARKS)]] == ["cold", "cold", "warm", "warm"]
     assert main([*command, "smoke", "--caches", "warm"]) == 0
-    assert [row["caches"] for row in json.loads(capsys.readouterr().out)["starts"]] == ["warm"]
+    assert {row["caches"] for row in json.loads(capsys.readouterr().out)["starts"]} == {"warm"}
 
 
 def test_a_child_that_fails_is_one_line(tmp_path, monkeypatch) -> None:
@@ -78,20 +90,17 @@ def test_a_child_that_fails_is_one_line(tmp_path, monkeypatch) -> None:
 def test_what_was_started_before_an_interruption_is_kept(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = {"system": "smoke", "way": "eager", "caches": "cold", "mark": "step 1", "seconds": 1.0,
-           "joules": float("nan")}
-
     def start_in(_: object, name: str, *__: object) -> list[dict[str, object]]:
         if name != "smoke":
             raise KeyboardInterrupt
-        return [row]
+        return [{"system": name, "way": "eager", "caches": "cold", **mark} for mark in MARKS]
 
     monkeypatch.setattr(start, "start_in", start_in)
     command = ["bench", "start", "--device", "cpu", "--corpus", __file__, "--json", "--systems"]
     assert main([*command, "smoke", "mamba_byte"]) == 0
     said = capsys.readouterr()
-    assert len(json.loads(said.out)["starts"]) == 1
-    assert "interrupted: the 1 rows of before are kept" in said.err
+    assert len(json.loads(said.out)["starts"]) == len(MARKS)
+    assert f"interrupted: the {len(MARKS)} rows of before are kept" in said.err
     assert main([*command, "mamba_byte"]) == 130
 
 
