@@ -318,8 +318,8 @@ def bench_start(options: Start) -> int:
     started: list[dict] = []
     paced: list[dict] = []
     with tempfile.TemporaryDirectory() as made:
-        folders = {run: Path(made) / str(i)
-                   for i, run in enumerate(product(options.systems, ways))}
+        folders = {(name, way): Path(made) / str(i)
+                   for i, (way, name) in enumerate(product(ways, options.systems))}
         try:
             for (name, way), folder in folders.items():  # they fill what the warm ones find
                 rows = start_in(folder, name, way, "cold", device, data, say)

@@ -103,7 +103,7 @@ def _pace(places: dict[str, str], *what: Any) -> list[dict[str, Any]]:
 
 
 def step_ms(
-    name: str, ways: Sequence[str], device: str, rounds: int = 7, seconds: float = 0.4
+    name: str, ways: Sequence[str], device: str, rounds: int = 5, seconds: float = 0.3
 ) -> list[dict[str, Any]]:
     """Rows (system, way, ms, low, high): a step of a preset, or of the network of a task's system
     without a guide, median and quartiles of interleaved rounds of as many seconds each."""
