@@ -1,6 +1,7 @@
 """Run a named system under the rules of the public task, or look at one.
 
     mambabyte task list
+    mambabyte task run counts --corpus path/to/folder   # no network to train
     mambabyte task run ours --corpus path/to/folder --seeds 3
     mambabyte task run ours --corpus path/to/folder --seed 3   # one more
     mambabyte task run nano_plus_ngram --corpus path/to/folder --json
