@@ -73,6 +73,24 @@ def test_a_state_of_another_engine_is_taken_in(streamer: cuda.CudaStreamer) -> N
     assert (other.outside(after).tail == 12).all()
 
 
+def test_a_byte_that_was_interrupted_is_as_if_it_had_not_been_fed(
+    streamer: cuda.CudaStreamer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, state = streamer.feed_byte(3, streamer.new_state(1))
+
+    def interrupt(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(streamer._server, "_launch", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            streamer.feed_byte(9, state)
+    for _ in range(2):  # from the same state, both times
+        log_probs, after = streamer.feed_byte(4, state)
+        assert log_probs[0] == -4
+        assert (streamer.outside(after).ssm == 7).all()
+
+
 def test_a_kernel_that_stays_leaves_where_others_need_the_device(
     streamer: cuda.CudaStreamer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,7 +38,7 @@ COLUMNS = {
 COUNTED = 2_000_000  # bytes of text that a system is built on
 SEEN = 2000
 REPEATS = 5
-SECONDS = 0.4  # of each of the three, all repeats together
+SECONDS = 0.25  # of each of the three, all repeats together
 _FITTED, _GUIDING = 8192, 0.95  # bytes that a gate is fitted on; share of the text that guides
 
 
