@@ -150,6 +150,7 @@ def test_outside_facts_decide():
     ("install-time", "mamba_ssm", {"build_seconds": 5}, CAVEAT, FAILS),
     ("optimizer", "first_code", {"weight_decay": 0.0}, HOLDS, INCONSISTENT),
     ("script-name", "second_script", {"name": "other.py"}, INCONSISTENT, INCONSISTENT),
+    ("requested", "second_requests", {"items": ["JEPA", "Megakernels"]}, HOLDS, FAILS),
     ("ratio-in-block", "second_script", {"ratio_in": "HybridBlock"}, FAILS, HOLDS),
     ("review-clean", "second_script", {"parts": ["attention", "n-gram tables"]}, HOLDS, FAILS),
     ("quoted-lines", "second_script", {"scan_lines": 20}, HOLDS, FAILS),

@@ -252,6 +252,17 @@ def script_name(lab: Lab, claim: Claim) -> Finding:
 
 
 @check
+def requested_direction(lab: Lab, claim: Claim) -> Finding:
+    asked = [str(item) for item in lab.fact("second_requests", "items")]
+    found = [item for item in asked if claim.theirs in item]
+    return Finding(HOLDS if found else FAILS, "; ".join(found) or "not asked for",
+                   f"The competition's README asks for {len(asked)} things that nobody had done, "
+                   f"since {lab.fact('second_requests', 'date')}"
+                   + (f": among them {found[0]}." if found else "; this is none of them."),
+                   str(lab.fact("second_requests", "source")))
+
+
+@check
 def ratio_in_block(lab: Lab, claim: Claim) -> Finding:
     place = str(lab.fact("second_script", "ratio_in"))
     verdict = HOLDS if place == "HybridBlock" else FAILS
