@@ -166,7 +166,12 @@ def _forecast(model: ModelConfig, recipe: TrainConfig, device: str) -> str:
         found = fit(model, own, room, "cuda" if on_cuda else "cpu")
     except UserError as error:
         return f"memory: no forecast ({error})"
-    need = f"memory: a step needs {found.required_bytes / 1e9:.3g} GB of {room / 1e9:.3g} GB"
-    return need if found.fits else (
-        f"{need}: it will not fit; --train.batch-size {found.largest_batch} would, or more "
-        "--train.micro-batches")
+    needed = found.required_bytes / 1e9
+    need = (f"memory: a step needs {needed:{'.3g' if needed < 1000 else ',.0f'}} GB of "
+            f"{room / 1e9:.3g} GB")
+    if found.fits:
+        return need
+    would = ("a smaller model" if not found.largest_batch and not found.largest_context else
+             f"--train.context {found.largest_context}" if not found.largest_batch else
+             f"--train.batch-size {found.largest_batch}, or more --train.micro-batches,")
+    return f"{need}: it will not fit; {would} would"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from analysis.cli import main
+from analysis.cli.models.train import _forecast
 from analysis.measure.allocations import allocated_bytes, measure_peak, measure_saved, peak_bytes
 from analysis.studies.memory import SCAN_FORMS, figures
 from analysis.studies.memory import compute as memory
@@ -345,6 +347,16 @@ def test_what_has_no_closed_form_is_refused_and_a_small_step_has_digits(capsys) 
     assert main(["memory", *small]) == 0
     needed = fit(ModelConfig(d_model=16, n_layer=1), TrainConfig(), None, "cpu").required_bytes
     assert f"needed       {needed / 1e6:10.3f} MB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("model", "recipe", "words"), [
+    ({}, {"batch_size": 2**17}, r"--train.batch-size [1-9]\d*, or more --train.micro-batches,"),
+    ({}, {"context": 10**9, "batch_size": 1}, r"--train.context [1-9]\d*"),
+    ({"d_model": 2**15, "n_layer": 99}, {}, "a smaller model"),
+])
+def test_what_would_fit_is_more_than_nothing(model, recipe, words) -> None:
+    said = _forecast(ModelConfig(**model), TrainConfig(**recipe), "cpu")
+    assert re.search(rf"[\d,]+ GB of [\d.]+ GB: it will not fit; {words} would$", said), said
 
 
 def test_muon_keeps_one_moment_of_the_matrices() -> None:
