@@ -356,9 +356,10 @@ def sample_byte(
     Symbols beyond the 256 bytes, where a model has them, are never drawn.
     """
     log_probs = numbers(log_probs[:256])
-    if temperature == 0:
+    if temperature < torch.finfo(log_probs.dtype).tiny:  # 0 as well: what it divides is not finite
         return int(log_probs.argmax())
-    ordered, order = torch.softmax(log_probs / temperature, -1).sort(descending=True, stable=True)
+    scaled = (log_probs - log_probs.max()) / temperature  # from 0 down: finite or -inf
+    ordered, order = torch.softmax(scaled, -1).sort(descending=True, stable=True)
     total = ordered.cumsum(-1)
     kept = min(top_k or len(total), len(total))
     if top_p < 1:  # the smallest set that reaches top_p, the most probable one in any case

@@ -243,6 +243,8 @@ def test_generate_is_seeded_whole_characters_and_greedy_at_zero(trained):
     assert text(seed=1) == text(seed=1) != text(seed=2)
     assert text(temperature=0) == text(temperature=0, seed=5)
     assert text(top_k=1, seed=3) == text(temperature=0)
+    for tiny in (1e-3, 1e-30, 1e-40, 5e-324):  # what it divides may not become nan
+        assert text(temperature=tiny) == text(temperature=0)
     assert all(len(piece) >= 1 for piece in generate(trained, "", 40))
     assert list(generate(trained, "x", 0)) == []
 
