@@ -14,11 +14,14 @@ import ast
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+from analysis.runs.kept import kept
 from mambabyte.config.files import to_json
 from mambabyte.errors import UserError
 
@@ -34,7 +37,7 @@ def digest(modules: Iterable[str], notebook: Path, root: Path = ROOT) -> str:
     total.update(ast.dump(tree).encode())
     for path in source_files(names, root):
         total.update(f"\0{path.relative_to(root).as_posix()}\0".encode())
-        total.update(_read(path, path.stat().st_mtime_ns)[1] if path.suffix == ".py" else
+        total.update(_read(path, path.stat().st_mtime_ns)[1].encode() if path.suffix == ".py" else
                      path.read_bytes())
     return total.hexdigest()[:16]
 
@@ -117,11 +120,18 @@ def _named(tree: ast.AST) -> _Named:
 
 
 @cache
-def _read(path: Path, _changed: int) -> tuple[_Named, bytes]:
-    """What a Python file names, and what counts of it: the syntax tree without docstrings. Read
-    once: every study and drawing depends on most of them."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return _named(tree), ast.dump(tree).encode()
+def _read(path: Path, _changed: int) -> tuple[_Named, str]:
+    """What a Python file names, and a digest of what counts of it, its syntax tree without
+    docstrings. Read once: every study and drawing depends on most of them."""
+    def make() -> tuple[dict[str, Any], str]:
+        tree = ast.parse(text)
+        named = vars(_named(tree))
+        return named, hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+    text = path.read_text(encoding="utf-8")
+    key = f"{sys.version_info} {hashlib.sha256(text.encode()).hexdigest()}"
+    named, content = kept("sources", key, make)
+    return _Named(**named), content
 
 
 def _imports(named: _Named, package: str, root: Path) -> Iterator[str]:

@@ -71,7 +71,12 @@ def test_drawings_in_another_users_cache_are_not_shown(tmp_path, monkeypatch):
     figure = SimpleNamespace(key=lambda: "key", draw=lambda: None)
     assert drawings.drawn(figure, None, "a") == ("wide", "narrow")
     (kept,) = (tmp_path / "mambabyte" / "drawings").iterdir()
-    kept.write_text('["planted", "planted"]')
+    good = kept.read_text()
+    other = good.replace('"key": "', '"key": "0')
+    for damage in ("", "{", "[]", good.replace("key", "kay"), other):
+        kept.write_text(damage)
+        assert drawings.drawn(figure, None, "a") == ("wide", "narrow")
+    kept.write_text(good.replace("wide", "planted").replace("narrow", "planted"))
     assert drawings.drawn(figure, None, "a") == ("planted", "planted")
     user = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: user + 1)

@@ -4,32 +4,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import cache
 
 import matplotlib as mpl
 
 from analysis.plots.svg import wide_and_narrow
 from analysis.runs import staleness
+from analysis.runs.kept import kept
 from analysis.studies import Study
 from analysis.studies.drawing import Figure
-from mambabyte.config.files import cache_dir, private_dir, write_json
 
 
 def drawn(figure: Figure, study: Study | None, anchor: str) -> tuple[str, str]:
     """SVG of a figure, wide and for a phone; ``anchor`` tells its ids from those of others, and
     ``study`` is whose drawing it is, None for one of this package."""
-    key = repr((mpl.__version__, _code(study), anchor, figure.key()))
-    path = cache_dir() / "drawings" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
-    ours = private_dir(cache_dir())  # of another user's the page would show whatever is in it
-    try:
-        wide, narrow = json.loads(path.read_text(encoding="utf-8")) if ours else ("", "")
-    except (OSError, ValueError):
-        wide = narrow = ""
-    if not wide:
-        wide, narrow = wide_and_narrow(figure.draw(), anchor)
-        if ours:
-            write_json(path, [wide, narrow])
+    key = hashlib.sha256(repr((mpl.__version__, _code(study), anchor, figure.key())).encode())
+    wide, narrow = kept("drawings", key.hexdigest(),
+                        lambda: wide_and_narrow(figure.draw(), anchor))
     return wide, narrow
 
 
