@@ -8,8 +8,9 @@ BIN    := $(VENV)/bin
 help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
+# Three at once, of those that are not timed, so that two cores have work to the end.
 report: $(VENV)/.ready       ## run the studies that are not up to date, write reports/report.html
-	$(BIN)/mambabyte sweep --executor local --workers 3 # so that two cores have work to the end
+	$(BIN)/mambabyte sweep --executor local --workers 3
 	$(BIN)/mambabyte report
 
 # A process a core; tests of one file share what it prepares, so they stay together, and files begin
@@ -45,20 +46,27 @@ lock:            ## pin every package of the two commands with its hashes (needs
 clean:                       ## delete the environment and what was generated
 	rm -rf $(VENV) reports/runs reports/report.html reports/report-evidence
 
-# LOCKED=1: the very files of requirements.lock, by their hashes, and no others.
-PIP := $(BIN)/python -m pip install --disable-pip-version-check
+# LOCKED=1: the very files of requirements.lock, by their hashes, and no others. Python compiles a
+# module when it is first imported: to compile all that torch and transformers have takes a minute.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 
-# Each stamp is newer than what it was made from, so nothing is installed twice.
-$(VENV)/.ready: pyproject.toml constraints.txt $(if $(LOCKED),requirements.lock)
+define install
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else 0'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(if $(LOCKED),$(PIP) --require-hashes --requirement requirements.lock)
-	$(PIP) --constraint constraints.txt --editable . $(if $(LOCKED),--no-deps --no-build-isolation)
+	$(PIP) --constraint constraints.txt --editable '.$(1)' $(if $(LOCKED),--no-deps --no-build-isolation)
+endef
+NEEDED := pyproject.toml constraints.txt $(if $(LOCKED),requirements.lock)
+
+# Each stamp is newer than what it was made from, so nothing is installed twice; what the tests need
+# holds what the report needs.
+$(VENV)/.ready: $(NEEDED)
+	$(call install)
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.ready
-	$(if $(LOCKED),,$(PIP) --constraint constraints.txt --editable '.[test]')
-	@touch $@
+$(VENV)/.test: $(NEEDED)
+	$(call install,[test])
+	@touch $(VENV)/.ready $@
 
 $(VENV)/.lab: $(VENV)/.ready
 	$(PIP) --constraint constraints.txt --editable '.[lab]'
