@@ -34,8 +34,8 @@ def cluster(request, monkeypatch, tmp_path):
 @pytest.mark.parametrize("cluster", [
     pytest.param("dask", marks=pytest.mark.long), "slurm"], indirect=True)
 def test_what_a_lost_worker_did_is_done_again(cluster, tmp_path):
-    futures = [cluster.submit(killed_once, tmp_path / "mark", number) for number in range(3)]
-    assert [future.result(timeout=120) for future in futures] == [0, 1, 2]
+    futures = [cluster.submit(killed_once, tmp_path / "mark", number) for number in range(2)]
+    assert [future.result(timeout=120) for future in futures] == [0, 1]
     assert (tmp_path / "mark").exists()
 
 
