@@ -3,8 +3,8 @@
 A study is a folder here and a notebook. The package itself imports neither torch nor matplotlib,
 so that everything may loop over the registry; it has ``TITLE``, ``QUESTION``, ``NOTEBOOK``, a
 frozen dataclass ``Parameters`` whose defaults are the quick values, ``PROFILES`` and a dataclass
-``Results``; ``TIMED = True`` where it says how long something takes, and ``READS_RUNS = True`` where
-it judges what the others left. Its modules:
+``Results``; ``TIMED = True`` where it says how long something takes, ``READS_RUNS = True`` where it
+judges what the others left. Its modules:
 
 - ``compute``: ``run(parameters, report) -> Results``
 - ``values``: ``values(found, parameters) -> dict[str, Value]``, the answer in named numbers

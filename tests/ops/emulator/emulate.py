@@ -13,8 +13,7 @@ import struct
 import subprocess
 from pathlib import Path
 
-HERE = Path(__file__).parent
-LANES = ("lanes.h", "fibers.cpp")
+LANES = tuple(Path(__file__).parent / "lanes" / name for name in ("lanes.h", "fibers.cpp"))
 TAPS = 4  # of the emulated convolution
 # The instruction that a piece of inline assembly is about -> its function in lanes.h. First match.
 INSTRUCTIONS = {
@@ -122,7 +121,7 @@ class Emulator:
         self.folder, self.kept, self.seed, self.cluster = folder, kept, 0, cluster
         self.launched: list[tuple[str, int]] = []  # names and numbers of blocks
         self._text = '#include "lanes.h"\n' + translate(source.read_text(encoding="utf-8"))
-        self._lanes = [(HERE / name).read_text(encoding="utf-8") for name in LANES]
+        self._lanes = [path.read_text(encoding="utf-8") for path in LANES]
         self._built = functools.cache(self._build)
 
     @functools.cached_property
@@ -130,7 +129,7 @@ class Emulator:
         """A folder with what all kernels share, compiled once: lanes.h and the scheduler."""
         folder = self.kept / f"lanes-{_digest(*self._lanes)}"
         folder.mkdir(exist_ok=True)
-        header, fibers = (HERE / name for name in LANES)
+        header, fibers = LANES
         for name, kind in (("lanes.h.gch", ("-x", "c++-header", str(header))),
                            ("fibers.o", ("-c", str(fibers)))):
             if not (folder / name).exists():
