@@ -58,6 +58,8 @@ def same_settings(p: Parameters, folder: Path) -> None:
         **{name: getattr(p, name) for name in COMMON}, "device": p.device.partition(":")[0],
         **{f"parameters of {size}": target_parameters(p, size)
            for size in (p.size, *p.larger, *p.scaling)}}
+    if "tasks" in p.parts:  # whose parameters are matched as well
+        mine["task_systems"] = sorted(p.task_systems)
     path = folder / "settings"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, value in mine.items():

@@ -12,6 +12,8 @@ from analysis.studies.arena import HALF, Parameters, Results, family
 Values = dict[str, Value]
 SOLVED = 0.95  # accuracy of a size that a system is said to solve
 HORIZON = 0.9  # share of the gradient up to its horizon
+APART = 0.05  # accuracy by which seeds differ enough to be told
+SURE = 0.9  # share of a bootstrap's draws from which on a crossing is told
 NEAR = 0.01  # bits per byte within which a context is said to be enough
 
 
@@ -33,7 +35,7 @@ def values(r: Results, p: Parameters) -> Values:
     for size in (p.size, *p.larger):
         for budget, end in ((p.tuning_budget, ""), (p.long_budget, "_long")):
             found |= _best(r, p, size, budget, f"at_{slug(size)}{end}")
-    return found | _tuning(r, p) | _equal(r) | _tasks(r) | _laws(r) | _units(r) | _state(r)
+    return found | _tuning(r, p) | _equal(r) | _tasks(r) | _laws(r, p) | _units(r) | _state(r)
 
 
 def _best(r: Results, p: Parameters, size: str, budget: int, stem: str) -> Values:
@@ -183,12 +185,16 @@ def _accuracies(rows: pd.DataFrame, stem: str) -> Values:
             ", ".join(f"{row.system} {row.accuracy:.2f}" for row in order.itertuples()), "",
             "accuracies from best to worst"),
         f"{stem}_seeds": Value(int(rows["seeds"].min()), "seeds", "the fewest"),
+        f"{stem}_ranges": Value(", ".join(
+            f"{row.system} {row.worst:.2f} to {row.best:.2f}" for row in order.itertuples()
+            if row.best - row.worst >= APART) or "none", "",
+            f"systems whose seeds are {APART} or more apart, worst to best"),
     }
     return found | {f"{stem}_{slug(str(row.system))}": Value(
         float(row.accuracy), "", f"accuracy of {row.system}") for row in rows.itertuples()}
 
 
-def _laws(r: Results) -> Values:
+def _laws(r: Results, p: Parameters) -> Values:
     if r.points.empty:
         return {}
     held = r.points[r.points["held_back"]]
@@ -209,6 +215,7 @@ def _laws(r: Results) -> Values:
     best = r.points.loc[r.points.groupby(["size", "trained_bytes"], sort=False)["valid_bits"]
                         .idxmin()]
     crossed = r.crossings.dropna(subset=["at_parameters"])
+    crossed = crossed[crossed["share_of_draws"].astype(float) >= SURE]
     return found | {
         "law_best": Value("; ".join(
             f"{size}: {', '.join(rows.sort_values('trained_bytes')['system'])}"
@@ -217,7 +224,12 @@ def _laws(r: Results) -> Values:
         "law_crossed": Value("; ".join(
             f"{row.first} and {row.second} at {row.text_bytes / 2**20:.3g} MiB near "
             f"{row.at_parameters / 1e6:.1f} M ({row.share_of_draws:.0%} of draws)"
-            for row in crossed.itertuples()) or "none", "", "laws that cross, and where"),
+            for row in crossed.itertuples()) or "none", "",
+            f"laws that cross in {SURE:.0%} of draws or more, and where"),
+        "law_passed": Value("; ".join(
+            f"{budget / 2**20:.3g} MiB: {', '.join(_passed(rows, p.reference)) or 'nowhere'}"
+            for budget, rows in r.points.groupby("trained_bytes")), "",
+            f"sizes at which {p.reference} has fewer bits than every pure system, by text"),
         "law_points": Value(len(r.points), "trainings", "that the laws are about"),
         "law_systems": Value(int(r.points["system"].nunique()), "systems", "with a law"),
         "law_held_back": Value(len(held), "trainings", "left out of the fits"),
@@ -228,6 +240,15 @@ def _laws(r: Results) -> Values:
                                "of systems and amounts of text whose laws cross"),
         "law_pairs": Value(len(r.crossings), "pairs", "of systems and amounts of text"),
     }
+
+
+def _passed(points: pd.DataFrame, reference: str) -> list[str]:
+    """At one amount of text: the sizes at which the reference is ahead of all other pure systems,
+    those without a layer of it."""
+    others = points[~points["system"].str.contains(reference, regex=False)]
+    first = others.groupby("size", sort=False)["valid_bits"].min()
+    mine = points[points["system"] == reference].set_index("size")["valid_bits"]
+    return [str(size) for size in first.index if size in mine and mine[size] < first[size]]
 
 
 def _units(r: Results) -> Values:

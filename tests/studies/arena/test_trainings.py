@@ -43,7 +43,8 @@ def test_a_sweep_goes_on_only_with_what_its_trainings_were_made_with(tmp_path):
     arena.same_settings(replace(SMALL, seeds=3, max_seconds=1.0), tmp_path / "work")
     for other, words in ((replace(SMALL, context=16, batch_size=1), "context=8"),
                          (replace(SMALL, systems=("A",)), "parameters of tiny="),
-                         (replace(SMALL, device="cuda"), "device='cpu'")):
+                         (replace(SMALL, device="cuda"), "device='cpu'"),
+                         (replace(SMALL, task_systems=("A",)), "task_systems=")):
         with pytest.raises(UserError, match=f"trainings with {words}"):
             arena.same_settings(other, tmp_path / "work")
 
