@@ -185,8 +185,8 @@ def words(hint: Any) -> str:
         if base is str and rules:
             return ", ".join(rule.words() for rule in rules)
         if typing.get_origin(base) is tuple:
-            said = ", ".join(rule.words() for rule in rules)
-            return words(base).replace("a list", f"a list ({said})", 1)
+            said = ", ".join(filter(None, (rule.words() for rule in rules)))
+            return words(base).replace("a list", f"a list ({said})" if said else "a list", 1)
         return " ".join([words(base), *(rule.words() for rule in rules)])
     if origin is tuple:
         inner = typing.get_args(hint)

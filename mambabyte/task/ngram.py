@@ -227,6 +227,7 @@ def digest(tensors: dict[str, Tensor], about: dict[str, str]) -> str:
 def count(
     data: bytes | np.ndarray | Tensor, order: int = 12, discount: float | None = DISCOUNT,
     device: torch.device | str | None = None, *, continuation: bool = True,
+    report: Callable[[float], None] = lambda done: None,
 ) -> NgramModel:
     """Count ``data`` and return its Kneser-Ney model of n-grams of up to ``order`` bytes.
 
@@ -234,6 +235,7 @@ def count(
     Without ``continuation`` shorter contexts count occurrences too: plain absolute discounting.
     The work is sorting, on ``device``: by torch on a GPU, about 60 bytes of memory a byte of text
     at the peak; in C on the CPU where there is a compiler, else by torch too, five times slower.
+    ``report`` is told the share that is done: sorting, the orders going up, then going down.
     Raises UserError for an empty text, an order outside [1, 255] or a discount outside (0, 1).
     """
     if not 1 <= order <= MAX_ORDER:
@@ -254,6 +256,7 @@ def count(
     keys = [torch.zeros(1, dtype=torch.int64, device=text.device)]
     node = torch.zeros(len(common), dtype=torch.int32, device=text.device)  # of every position
     for m in range(1, order):
+        report((order + m) / (3 * order))
         new = common < m
         at = new.nonzero()[:, 0]
         keys.append(node[at].long() * V + older(m, at))
@@ -268,12 +271,14 @@ def count(
     if native:
         del pair, counts
         for m in range(order - 1, 0, -1):
+            report((3 * order - m) / (3 * order))
             longer = levels[-1]
             start, total, symbols, counts = ngram_native.shorten(
                 keys[m], len(keys[m - 1]), longer.start, longer.symbol, longer.count, continuation)
             levels.append(Level(keys[m - 1], start, total, symbols, counts))
         return NgramModel(levels[::-1], discount, len(data))
     for m in range(order - 1, -1, -1):
+        report((3 * order - m) / (3 * order))
         if m < order - 1:
             levels.append(_level(keys[m], pair, counts))
         if m:  # each distinct pair, seen from the context without its oldest byte, counts once

@@ -262,3 +262,12 @@ def test_symbols_that_are_no_bytes_are_refused():
     for token in (300, -1):  # they would wrap around
         with pytest.raises(UserError, match="bytes alone, from 0 to 255"):
             model(torch.tensor([[token, 98]]))
+
+
+@pytest.mark.parametrize("order", [1, 2, 5])
+def test_counting_says_how_far_it_is(order):
+    told: list[float] = []
+    count(b"abracadabra" * 20, order, report=told.append)
+    assert told == sorted(told)
+    assert all(0 < done <= 1 for done in told)
+    assert len(told) >= 2 * (order - 1)

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from mambabyte.config import ModelConfig, TrainConfig
-from mambabyte.config.checks import Checked, Device, at_least, entries, fit, from_plain, read
+from mambabyte.config.checks import (
+    Checked,
+    Device,
+    at_least,
+    entries,
+    fit,
+    from_plain,
+    read,
+    words,
+)
 from mambabyte.errors import UserError
 
 Lengths = Annotated[tuple[Annotated[int, at_least(1)], ...], entries(2, rising=True)]
@@ -69,6 +78,11 @@ def test_words_that_do_not_fit_are_refused(text, hint):
 def test_a_word_is_no_list_of_its_letters():
     with pytest.raises(UserError, match=r"patterns is 'MMA': expected a list, each text"):
         fit("MMA", tuple[str, ...], "patterns")
+
+
+def test_a_list_without_a_rule_has_no_empty_one():
+    hint = Annotated[tuple[int, ...], object()]
+    assert words(hint) == "a list, each a whole number"
 
 
 def test_a_near_word_is_suggested():

@@ -58,8 +58,9 @@ def run(argv: list[str]) -> int:
     began = time.perf_counter()
     if options.load is None:
         say(f"counting {len(corpus.train):,} bytes to order {options.order}")
-        model = count(corpus.train, options.order, options.discount, device,
-                      continuation=options.continuation)
+        with Bar("counting") as bar:
+            model = count(corpus.train, options.order, options.discount, device,
+                          continuation=options.continuation, report=bar)
     else:
         model = ngram_file.load(options.load, device)
     seconds = time.perf_counter() - began
