@@ -110,6 +110,15 @@ def test_numbers_without_a_rival_are_those_of_their_records() -> None:
     assert unfounded("0.123 of 4,567", [0.124, 4568.0]) == ["0.123", "4,567"]
 
 
+def test_the_page_of_kernels_has_the_numbers_of_its_record(records: dict[str, Run]) -> None:
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    text = page.partition("| batch x length x heads |")[2].partition("\n\n")[0]
+    rows = [line.split("|", 2)[2] for line in text.splitlines()[2:]]
+    found = numbers_of(records["h200-mixers"])
+    assert len(rows) == 4
+    assert [number for row in rows for number in unfounded(row, found)] == []
+
+
 def test_the_readme_has_what_the_records_say(
     records: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
