@@ -12,6 +12,7 @@ from analysis.theory.step_memory import state_bytes
 from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
 
+CLOSE = 0.01  # as much above what was asked for counts as it, for lack of an MLP to make narrower
 GPU_WIDTHS = 8  # a GPU's products are slow on rows of bf16 that do not begin at 16 bytes
 
 
@@ -35,14 +36,15 @@ def match_parameters(
 
     ``by="mlp"`` keeps d_model and depth and sets the hidden width of the MLP in every block, so
     what a mixer saves goes into MLPs (an attention layer with its MLP is then what a bare SSM
-    layer is compared with, as in the field); hidden widths are multiples of ``multiple``.
+    layer is compared with, as in the field); hidden widths are multiples of ``multiple``. A pattern
+    that is up to CLOSE above the target has no MLP.
     ``by="d_model"`` keeps the MLP's ratio and sets d_model, in steps that keep heads of even
     width. Raises UserError when no width reaches it.
     """
     if by == "mlp":
         widths = [0, multiple, 2 * multiple]
         sizes = [replace(config, mlp_ratio=w / config.d_model).n_parameters for w in widths]
-        if target < sizes[0]:
+        if sizes[0] > (1 + CLOSE) * target:
             raise UserError(
                 f"pattern {config.layer_pattern} has {sizes[0]:,} parameters without an MLP, more "
                 f"than the {target:,} asked for: raise the target, or match by d_model")

@@ -12,9 +12,10 @@ from analysis.measure.audit.run import LARGE, Audit, check_case
 from analysis.measure.audit.targets import find_target
 from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
-from mambabyte.ops import gated_delta_rule, ssd_scan
+from mambabyte.ops import gated_delta_rule, mamba3_scan, ssd_scan
 from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.delta import operator as delta_operator
+from mambabyte.ops.ssd import cuda as ssd_kernels
 from mambabyte.ops.ssd import operator as ssd_operator
 from tests.helpers.family_cases import (
     GATES,
@@ -79,6 +80,26 @@ def test_ssd_kernels_repeat_to_the_bit(family: str) -> None:
     inputs = made(family, 3, 500)
     one, two = (results(family, inputs, "fused") for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("length", [1, 64, 200])
+@pytest.mark.parametrize("states", [16, 32, 64, 128])
+@pytest.mark.parametrize("family", ["ssd", "mamba3"])
+def test_states_walk_from_chunk_to_chunk(
+    monkeypatch: pytest.MonkeyPatch, family: str, states: int, length: int
+) -> None:
+    """As they do where a card is full of sequences: the same bits as by a pass over all chunks; of
+    Mamba-3 but for the last ones, as compilers join the operations of a turn as they like."""
+    inputs = made(family, 2, length, states, groups=2)
+    found = []
+    for blocks in (0, 1 << 30):
+        monkeypatch.setattr(ssd_kernels, "WALK_BLOCKS", blocks)
+        found.append(results(family, inputs, "fused"))
+    for name, one in found[0].items():
+        if family == "ssd":
+            assert torch.equal(one, found[1][name]), name
+        else:
+            assert relative_rms(one, found[1][name]) < 1e-3, name
 
 
 @pytest.mark.parametrize("length", [1, 64, 65, 1000])
@@ -185,9 +206,14 @@ def test_ssd_split_equals_whole(family: str) -> None:
     assert relative_rms(state, last) < LIMIT[torch.bfloat16]
 
 
-def test_ssd_past_two_to_the_31() -> None:
+@pytest.mark.parametrize("family", ["ssd", "mamba3"])
+@pytest.mark.parametrize("walks", [False, True])
+def test_ssd_past_two_to_the_31(
+    monkeypatch: pytest.MonkeyPatch, family: str, walks: bool
+) -> None:
     """One sequence of 2^31 and some elements: its end is what its second half alone gives."""
     length, heads = 720_000, 48
+    monkeypatch.setattr(ssd_kernels, "WALK_BLOCKS", 0 if walks else 1 << 30)
     x = torch.randn(1, length, heads, 64, device="cuda", dtype=torch.bfloat16)
     assert x.numel() > 2**31
     B, C = torch.randn(2, 1, length, 1, 16, device="cuda").bfloat16()
@@ -195,12 +221,22 @@ def test_ssd_past_two_to_the_31() -> None:
     A = -torch.rand(heads, device="cuda")
     half = length // 2
     with torch.no_grad():
-        y, last = ssd_scan(x, dt, A, B, C, form="fused")
-        _, state = ssd_scan(x[:, :half], dt[:, :half], A, B[:, :half], C[:, :half], form="fused")
-        end, last_2 = ssd_scan(x[:, half:], dt[:, half:], A, B[:, half:], C[:, half:],
-                               initial_state=state, form="fused")
+        if family == "ssd":
+            def scan(part: slice, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                return ssd_scan(x[:, part], dt[:, part], A, B[:, part], C[:, part],
+                                initial_state=state, form="fused")
+        else:
+            theta, log_decay = torch.rand(1, length, 4, device="cuda"), dt * A
+
+            def scan(part: slice, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                return mamba3_scan(*(t[:, part] for t in (x, dt, log_decay, B, C, theta, dt)),
+                                   initial_state=state, form="fused")
+        y, last = scan(slice(None))
+        _, state = scan(slice(half))
+        end, last_2 = scan(slice(half, None), state)
     assert relative_rms(y[:, -1000:], end[:, -1000:]) < LIMIT[torch.bfloat16]
-    assert relative_rms(last, last_2) < LIMIT[torch.bfloat16]
+    for one, other in zip(last, last_2, strict=True):  # of Mamba-3, three tensors
+        assert relative_rms(one, other) < LIMIT[torch.bfloat16]
 
 
 def test_delta_past_two_to_the_31() -> None:

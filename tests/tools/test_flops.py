@@ -131,6 +131,13 @@ def test_matching_picks_the_nearest_width():
                 assert abs(worse.n_parameters - target) >= abs(best.config.n_parameters - target)
 
 
+def test_a_pattern_just_above_the_target_has_no_mlp():
+    bare = replace(SMALL, mlp_ratio=0.0).n_parameters
+    assert match_parameters(SMALL, round(bare / 1.009)).config.mlp_ratio == 0
+    with pytest.raises(UserError, match="without an MLP"):
+        match_parameters(SMALL, round(bare / 1.02))
+
+
 def test_matching_refuses_what_it_cannot_reach():
     with pytest.raises(UserError, match="without an MLP"):
         match_parameters(SMALL, 10)

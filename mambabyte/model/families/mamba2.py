@@ -264,9 +264,10 @@ def has_kernel(config: ModelConfig, step: Step) -> bool:
 def scan_workspace(config: ModelConfig, step: Step) -> int:
     """Bytes that the scan's backward pass takes above what is kept.
 
-    Of the kernels: states and their gradients, and dB and dC of each block. Of the chunked form the
-    intermediate tensors of a second forward: numbers a channel, a pair of steps in a chunk and a
-    state of a chunk, fitted to the profiler's count at nine sizes; whole steps come out within 8 %.
+    Of the kernels: gradients of states, with what chunks add to them where no block walks from one
+    to the next, and dB and dC of each block. Of the chunked form the intermediate tensors of a
+    second forward: numbers a channel, a pair of steps in a chunk and a state of a chunk, fitted to
+    the profiler's count at nine sizes; whole steps come out within 8 %.
     """
     D, N, heads = config.d_inner, config.ssd_d_state, config.d_inner // config.ssd_head_dim
     chunk = ssd_kernels.CHUNK if has_kernel(config, step) else chunk_length(CHUNK, step.length)
@@ -274,7 +275,8 @@ def scan_workspace(config: ModelConfig, step: Step) -> int:
     if has_kernel(config, step):
         parts = heads // ssd_kernels.heads_of_a_block(
             heads // config.ssd_groups, chunks * heads)
-        return N * (chunks * D * (FLOAT32 + step.itemsize)
+        added = 0 if ssd_kernels.walk(step.batch * heads, N)[1] else FLOAT32
+        return N * (chunks * D * (added + step.itemsize)
                     + 2 * step.itemsize * step.tokens * parts)
     padded = chunks * chunk
     return FLOAT32 * (13 * padded * D // 2 + 6 * padded * heads * chunk + 4 * chunks * D * N)

@@ -218,9 +218,7 @@ class Mamba3Mixer(Mixer, Mamba3Spec):
                 terms.append(("norm", "B and C before their norm", tokens * shared, FLOAT32))
         if has_kernel(config, step):
             chunks = step.batch * -(-step.length // KERNEL_CHUNK)
-            terms += [("scan", "states between chunks", chunks * D * N, itemsize),
-                      ("scan", "angles between chunks", (chunks + step.batch) * heads * S,
-                       FLOAT32)]
+            terms.append(("scan", "states between chunks", chunks * D * N, itemsize))
         return [Kept(*term) for term in terms]
 
     @classmethod

@@ -16,15 +16,18 @@ from mambabyte.ops.build.kernel import Kernel, Program, raw_stream
 CHANNELS = 64  # of a head, the one number there is a kernel for
 STATES = (16, 32, 64, 128)
 CHUNK = 64  # steps, and rows of a tile
-_THREADS = {"ssd_states": 128, "ssd_pass": 128, "ssd_output": 128, "ssd_gradients": 256,
-            "ssd_groups": 128, "angle_sums": 128, "angle_pass": 128, "angle_turn": 256,
-            "angle_back": 256}
+_THREADS = {"ssd_walk": 128, "ssd_states": 128, "ssd_pass": 128, "ssd_output": 128,
+            "ssd_gradients": 256, "ssd_groups": 128, "angle_turn": 256, "angle_back": 256}
 _PARAMETERS = {
-    "ssd_states": "6P6q3i", "ssd_pass": "6Pq6i", "ssd_output": "9P9q4i",
+    "ssd_walk": "8P6q4i", "ssd_states": "6P6q3i", "ssd_pass": "6Pq6i", "ssd_output": "9P9q4i",
     "ssd_gradients": "18P12q5i", "ssd_groups": "4Pqi",
-    "angle_sums": "3P3i", "angle_pass": "Pqii", "angle_turn": "13P6q4i", "angle_back": "15Pq4i"}
+    "angle_turn": "13P6q4i", "angle_back": "15Pq4i"}
 # Heads of a block share products, blocks fill the card: so many heads, and so many blocks at least.
 MOST_TOGETHER, OUTPUT_BLOCKS, GRADIENT_BLOCKS = 8, 512, 256
+# A block that walks over all chunks has so many columns of a head's state, and copies of so many
+# chunks; it is used from so many blocks on, two a multiprocessor: with fewer all chunks at once
+# fill the card better.
+WALK_COLUMNS, WALK_STAGES, WALK_BLOCKS = 32, 3, 256
 
 
 class Kind(NamedTuple):
@@ -44,15 +47,15 @@ class Turns(NamedTuple):
     """What SSD is for Mamba-3 besides (angles.cu)."""
 
     own: Tensor  # (B, L, H) of what a step writes, how much it reads itself
-    angles: Tensor  # (B, K + 1, H, S) before each chunk and at the end, a turn 2^32
+    angles: Tensor  # (B, K, H, S) of whole chunks, a turn 2^32
 
 
 def names(kind: Kind) -> list[str]:
     """The kernels of a program."""
-    alone = ["angle_sums", "angle_pass"] if kind.turned else []
     own = ["angle_turn", "angle_back"] if kind.turned else ["ssd_groups"]
-    return [f"ssd_states<{kind.states}, false>", f"ssd_states<{kind.states}, true>", "ssd_pass",
-            *alone, *map(kind.of, ["ssd_output", "ssd_gradients", *own])]
+    ways = [f"{name}<{kind.states}, {backward}>" for name in ("ssd_walk", "ssd_states")
+            for backward in ("false", "true")]
+    return [*ways, "ssd_pass", *map(kind.of, ["ssd_output", "ssd_gradients", *own])]
 
 
 @functools.cache
@@ -100,6 +103,14 @@ def heads_of_a_block(per_group: int, blocks: int, least: int = GRADIENT_BLOCKS) 
                if per_group % n == 0 and (n == 1 or blocks // n >= least))
 
 
+def walk(sequences: int, states: int) -> tuple[int, int]:
+    """How many columns of the state a block of ssd_walk has for that many (batch, head), and how
+    many blocks there are: 0 where ssd_states and ssd_pass are to be used."""
+    columns = min(WALK_COLUMNS, states)
+    blocks = sequences * (states // columns)
+    return columns, blocks if blocks >= WALK_BLOCKS else 0
+
+
 def aligned_rows(x: Tensor) -> Tensor:
     """As it is where its rows can be read 16 bytes at a time."""
     ready = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and not any(
@@ -116,6 +127,7 @@ class _Problem:
         self.batch, self.length, self.heads, _ = x.shape
         self.states, self.turns = B.shape[3], turns
         self.kind = Kind(self.states, turns is not None)
+        self.angles = None if turns is None else turns.angles
         self.chunks = -(-self.length // CHUNK)
         self.blocks = self.batch * self.chunks * self.heads
         self.per_group = self.heads // B.shape[2]
@@ -127,7 +139,28 @@ class _Problem:
     @property
     def pairs(self) -> int:
         """Pairs of states that turn."""
-        return 0 if self.turns is None else self.turns.angles.shape[3]
+        return 0 if self.angles is None else self.angles.shape[3]
+
+    def states_between(
+        self, x: Tensor, B: Tensor, initial: Tensor | None, backward: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The state that each chunk is entered with (B, K, H, P, N) in bf16, and the last one;
+        backward, where x is dy and B is C, the gradients of the states that they are left with, and
+        of the first."""
+        initial = None if initial is None else initial.contiguous()
+        columns, blocks = walk(self.batch * self.heads, self.states)
+        if not blocks:
+            return self.passed_on(*self.chunk_states(x, B, backward), initial, backward)
+        carries = x.new_empty(self.batch, self.chunks, self.heads, CHANNELS, self.states)
+        last = self.step.new_empty(self.batch, self.heads, CHANNELS, self.states)
+        _launch(
+            self.device, f"ssd_walk<{self.states}, {str(backward).lower()}>", self.kind, blocks,
+            WALK_STAGES * 2 * CHUNK * (CHANNELS + 8 + columns + 8),
+            x.data_ptr(), self.step.data_ptr(), self.log_decay.data_ptr(), B.data_ptr(),
+            pointer(initial), pointer(self.angles), carries.data_ptr(), last.data_ptr(),
+            *x.stride()[:3], *B.stride()[:3], *self.sizes, self.pairs,
+        )  # fmt: skip
+        return carries, last
 
     def chunk_states(self, x: Tensor, B: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
         """What each chunk adds to the state (B, K, H, P, N), and its log-decay (B, K, H)."""
@@ -145,15 +178,12 @@ class _Problem:
     def passed_on(
         self, states: Tensor, totals: Tensor, initial: Tensor | None, backward: bool
     ) -> tuple[Tensor, Tensor]:
-        """The state that each chunk is entered with (B, K, H, P, N) in bf16, and the last one;
-        backward the gradients of the states that they are left with, and of the first."""
+        """What :meth:`states_between` gives, of what each chunk adds."""
         carries = torch.empty_like(states, dtype=torch.bfloat16)
         last = self.step.new_empty(self.batch, self.heads, CHANNELS, self.states)
-        initial = None if initial is None else initial.contiguous()
-        angles = None if self.turns is None else self.turns.angles
         launch(
             states, "ssd_pass", self.kind, last.numel() // (2 * _THREADS["ssd_pass"]), states,
-            totals, initial, angles, carries, last, last.numel(), CHANNELS * self.states,
+            totals, initial, self.angles, carries, last, last.numel(), CHANNELS * self.states,
             self.chunks, self.heads, backward, self.states, self.pairs)
         return carries, last
 
@@ -167,10 +197,10 @@ def forward(
     Shapes: x (B, L, H, 64), B, C (B, L, G, N) in bf16 with any strides, N in STATES; step and
     log_decay (B, L, H), D (H,) and initial_state (B, H, 64, N) in float32. Returns y (B, L, H, 64),
     the final state, and for :func:`backward` the states between chunks; empty unless ``save``.
-    With ``turns`` G is H, and the final state is turned back.
+    With ``turns`` G is H.
     """
     p = _Problem(x, step, log_decay, B, C, turns)
-    carries, final_state = p.passed_on(*p.chunk_states(p.x, p.B, False), initial_state, False)
+    carries, final_state = p.states_between(p.x, p.B, initial_state, False)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     D = None if D is None else D.contiguous()
     together = heads_of_a_block(p.per_group, p.blocks, OUTPUT_BLOCKS)
@@ -197,7 +227,7 @@ def backward(
     """
     p = _Problem(x, step, log_decay, B, C, turns)
     dy = aligned_rows(dy)
-    dcarries, dinitial = p.passed_on(*p.chunk_states(dy, p.C, True), dfinal_state, True)
+    dcarries, dinitial = p.states_between(dy, p.C, dfinal_state, True)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dstep, dlog_decay = torch.empty_like(p.step), torch.empty_like(p.step)
     # dB and dC of each block: those that share a group are added up below.

@@ -7,9 +7,9 @@
 //   y_i  = sum_{j <= i} W_ij d_j (C_i . B_j) x_j + (prod_{s <= i} a_s) h C_i + D x_i
 //   h'   = (prod_s a_s) h + sum_j (prod_{s > j} a_s) d_j x_j B_j^T          W_ij = prod_{j < s <= i} a_s
 //
-// ssd_states adds up what each chunk writes, ssd_pass hands states from chunk to chunk, ssd_output
-// has the rest; the backward mirrors them: ssd_states of dy and C, ssd_pass from the end, and
-// ssd_gradients. A warp has 16 of a chunk's 64 rows. States are float32 while they are added up and
+// ssd_walk goes from chunk to chunk with the state in registers; where there are too few sequences for
+// that, ssd_states adds up what each chunk writes and ssd_pass hands it on. ssd_output has the rest; the
+// backward mirrors them: ssd_walk, or both, of dy and C from the end, and ssd_gradients. A warp has 16 of a chunk's 64 rows. States are float32 while they are added up and
 // bf16 where they are a factor.
 //
 // ssd_states has a head in a block; the others have `together` heads of a group, one after the other,
@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(THREADS) ssd_states(
 
 // From chunk to chunk: carries (B, K, H, size) is the state that a chunk is entered with, last (B, H,
 // size) the one behind the last chunk; backward, the gradient of the state that it is left with, and
-// that of the initial state. A thread has two numbers of the state. With `angles` a pair of states turns by
-// the last one of them, the whole sequence's, backward: of what comes out in front, and of its gradient.
+// that of the initial state. A thread has two numbers of the state. With `angles` (B, K, H, pairs) a pair
+// turns back by its chunk's where the chunk is left, and its gradient ahead.
 __global__ void __launch_bounds__(THREADS) ssd_pass(
     const float *states, const float *totals, const float *initial, const u32 *angles, bfloat16 *carries,
     float *last, int64 threads, int size, int chunks, int heads, int backward, int n, int pairs) {
@@ -127,32 +127,165 @@ __global__ void __launch_bounds__(THREADS) ssd_pass(
     int64 first = unit / heads * chunks * heads + head;
     float2 h = make_float2(0.f, 0.f);
     if (initial) h = *(const float2 *)(initial + id);
-    u32 angle = 0;
-    if (angles && i % n / 2 < pairs) {
-        angle = angles[((unit / heads * (chunks + 1) + chunks) * heads + head) * pairs + i % n / 2];
-        if (backward) h = turned(h, angle);
-    }
+    bool turns = angles && i % n / 2 < pairs;
+    if (turns) angles += i % n / 2;
     for (int k0 = 0; k0 < chunks; k0 += AHEAD) {
         float2 next[AHEAD];
         float decay[AHEAD];
+        u32 angle[AHEAD] = {};
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
             int k = min(k0 + j, chunks - 1);
             int64 at = first + (int64)(backward ? chunks - 1 - k : k) * heads;
             next[j] = *(const float2 *)(states + at * size + i);
             decay[j] = __expf(totals[at]);
+            if (turns) angle[j] = angles[at * pairs];
         }
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
             int k = k0 + j;
             if (k >= chunks) break;
             int64 at = first + (int64)(backward ? chunks - 1 - k : k) * heads;
+            if (turns && backward) h = along(way_of(angle[j]), h);
             *(u32 *)(carries + at * size + i) = pack(h.x, h.y);
             h.x = decay[j] * h.x + next[j].x;
             h.y = decay[j] * h.y + next[j].y;
+            if (turns && !backward) h = along(way_of(0u - angle[j]), h);
         }
     }
-    *(float2 *)(last + id) = angle && !backward ? turned(h, 0u - angle) : h;
+    *(float2 *)(last + id) = h;
+}
+
+// Starts what is copied from here on as a group of its own; waits until all but the last LEFT are there.
+inline void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT> inline void wait_for_groups() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
+}
+
+// What ssd_states and ssd_pass do, without states in memory between them. A block has all chunks of
+// COLUMNS columns of a head's state, and copies what is two chunks ahead; a warp has 16 of its rows.
+template <int N, bool BACKWARD>
+__global__ void __launch_bounds__(THREADS) ssd_walk(
+    const bfloat16 *x, const float *step, const float *log_decay, const bfloat16 *b,
+    const float *initial, const u32 *angles, bfloat16 *carries, float *last, int64 x_batch,
+    int64 x_time, int64 x_head, int64 b_batch, int64 b_time, int64 b_group, int length, int heads,
+    int per_group, int pairs) {
+    constexpr int COLUMNS = N < 32 ? N : 32, SLICES = N / COLUMNS, ROW = COLUMNS + 8, TILES = COLUMNS / 8;
+    constexpr int STAGES = 3, STAGE = T * (P_ROW + ROW);
+    extern __shared__ __align__(128) char shared[];
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16, chunks = (length + T - 1) / T;
+    int64 unit = blockIdx.x / SLICES, batch = unit / heads;
+    int head = (int)(unit % heads), slice = blockIdx.x % SLICES * COLUMNS;
+    x += batch * x_batch + head * x_head, b += batch * b_batch + head / per_group * b_group + slice;
+    step += batch * length * heads + head, log_decay += batch * length * heads + head;
+    auto first_of = [&](int k) { return (BACKWARD ? chunks - 1 - k : k) * T; };
+    auto fetch = [&](int k) {
+        if (k < chunks) {
+            int first = first_of(k), rows = min(T, length - first);
+            bfloat16 *to = (bfloat16 *)shared + k % STAGES * STAGE;
+            copy_tile<P, THREADS>(to, x + first * x_time, x_time, rows);
+            copy_tile<COLUMNS, THREADS>(to + T * P_ROW, b + first * b_time, b_time, rows);
+        }
+        close_group();
+    };
+    float g[2], d[2];  // of steps 2 lane and 2 lane + 1 of the next chunk
+    u32 next_angle[TILES] = {};
+    auto gates = [&](int k) {
+        int first = first_of(k);
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            int t = first + 2 * lane + e;
+            g[e] = t < length ? at_least(log_decay[(int64)t * heads]) : 0.f;
+            d[e] = t < length ? step[(int64)t * heads] : 0.f;
+        }
+        if (!angles) return;
+        int64 of_chunk = ((batch * chunks + first / T) * heads + head) * pairs;
+#pragma unroll
+        for (int n = 0; n < TILES; n++) {
+            int pair = (slice + 8 * n + lane % 4 * 2) / 2;
+            if (pair < pairs) next_angle[n] = angles[of_chunk + pair];
+        }
+    };
+    // Of the state: rows row + lane / 4 and 8 below, columns 8 n + lane % 4 * 2 and the next.
+    int64 of_state = unit * P * N;
+    int place = (row + lane / 4) * N + slice + lane % 4 * 2;
+    float h[TILES][4] = {};
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+#pragma unroll
+        for (int down = 0; down < 2; down++) {
+            if (!initial) continue;
+            float2 z = *(const float2 *)(initial + of_state + place + 8 * n + 8 * down * N);
+            h[n][2 * down] = z.x, h[n][2 * down + 1] = z.y;
+        }
+    }
+    auto turn = [&](const u32(&angle)[TILES]) {
+#pragma unroll
+        for (int n = 0; n < TILES; n++) {
+            float2 way = way_of(BACKWARD ? angle[n] : 0u - angle[n]);
+#pragma unroll
+            for (int down = 0; down < 2; down++) {
+                float2 z = along(way, make_float2(h[n][2 * down], h[n][2 * down + 1]));
+                h[n][2 * down] = z.x, h[n][2 * down + 1] = z.y;
+            }
+        }
+    };
+#pragma unroll
+    for (int k = 0; k < STAGES - 1; k++) fetch(k);
+    gates(0);
+    for (int k = 0; k < chunks; k++) {
+        float sum = cumulated(g[0] + g[1]), before = __shfl_sync(ALL, sum, lane - 1);
+        float total = __shfl_sync(ALL, sum, 31), upto = (lane ? before : 0.f) + g[0];
+        float weight[2] = {BACKWARD ? __expf(upto) : __expf(total - upto) * d[0],
+                           BACKWARD ? __expf(sum) : __expf(total - sum) * d[1]};
+        float decay = __expf(total);
+        u32 angle[TILES];
+#pragma unroll
+        for (int n = 0; n < TILES; n++) angle[n] = next_angle[n];
+        if (k + 1 < chunks) gates(k + 1);
+        if (BACKWARD && angles) turn(angle);
+        bfloat16 *to = carries + ((batch * chunks + first_of(k) / T) * heads + head) * P * N + place;
+#pragma unroll
+        for (int n = 0; n < TILES; n++) {
+            *(u32 *)(to + 8 * n) = pack(h[n][0], h[n][1]);
+            *(u32 *)(to + 8 * n + 8 * N) = pack(h[n][2], h[n][3]);
+        }
+        wait_for_groups<STAGES - 2>();
+        __syncthreads();  // all have read what is overwritten now
+        fetch(k + STAGES - 1);
+        const bfloat16 *tile_x = (bfloat16 *)shared + k % STAGES * STAGE, *tile_b = tile_x + T * P_ROW;
+        float added[TILES][4] = {};
+#pragma unroll
+        for (int s = 0; s < T / 16; s++) {
+            u32 left[1][4];
+            load_left<true>(left[0], tile_x, P_ROW, row, 16 * s);
+#pragma unroll
+            for (int later = 0; later < 2; later++) {
+                int owner = 8 * s + 4 * later + lane % 4;
+                float one = __shfl_sync(ALL, weight[0], owner), two = __shfl_sync(ALL, weight[1], owner);
+#pragma unroll
+                for (int down = 0; down < 2; down++) {
+                    u32 &pair = left[0][2 * later + down];
+                    pair = pack(low_of(pair) * one, high_of(pair) * two);
+                }
+            }
+            multiply<false>(added, left, tile_b + 16 * s * ROW, ROW);
+        }
+#pragma unroll
+        for (int n = 0; n < TILES; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) h[n][e] = decay * h[n][e] + added[n][e];
+        }
+        if (!BACKWARD && angles) turn(angle);
+    }
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+#pragma unroll
+        for (int down = 0; down < 2; down++) {
+            float2 z = make_float2(h[n][2 * down], h[n][2 * down + 1]);
+            *(float2 *)(last + of_state + place + 8 * n + 8 * down * N) = z;
+        }
+    }
 }
 
 // ---------------------------------------------------------------------------------------- output

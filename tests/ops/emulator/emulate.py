@@ -55,6 +55,8 @@ INSTRUCTIONS = {
     r"ld\.volatile\.global\.v2": "ld_volatile_v2",
     r"cp\.async\.mbarrier\.arrive": "cp_async_arrive",
     r"cp\.async\.wait_all": "cp_async_wait_all",
+    r"cp\.async\.wait_group": "cp_async_wait_group",
+    r"cp\.async\.commit_group": "cp_async_commit",
     r"cp\.async\.c[ag]": "cp_async",
     r"mbarrier\.init": "mbarrier_init",
     r"mbarrier\.arrive": "mbarrier_arrive",

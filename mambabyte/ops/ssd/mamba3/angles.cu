@@ -2,14 +2,15 @@
 // gradients of turned ones say about those that were given and about each angle. Follows chunks.cu.
 //
 // Of pairs of states, neighbours as a complex number, the first `pairs` turn: step t of a head by theta_t
-// dt_t, and p_t is the sum up to it. An angle is an unsigned integer, a turn 2^32: sums wrap around
-// where a turn is full, cost no digit, and are the same in any order.
+// dt_t, and p_t is the sum from its chunk's first step up to it. An angle is an unsigned integer, a turn
+// 2^32: sums wrap around where a turn is full, cost no digit, and are the same in any order.
 //
 //   b~_t = exp(i p_t) (b_t + bias)        own_t = mix_t dt_t
 //   c~_t = exp(i p_t) (c_t + bias)        step_t = own_t + (1 - mix_{t+1}) dt_{t+1}, of the last one own_t
 //
 // is what SSD reads: step_t is all that step t writes, own_t how much of it step t reads itself, and
-// what the step behind the last one adds is for who goes on.
+// what the step behind the last one adds is for who goes on. A state that goes from chunk to chunk is
+// turned back by the chunk's whole angle.
 
 constexpr int WIDE = 2 * THREADS;
 
@@ -18,103 +19,95 @@ inline u32 angle_of(float dt, float theta) {
     return (u32)(int64)rint((turns - rint(turns)) * 4294967296.);
 }
 
-// `angle` from half a turn back to half a turn ahead, for which the sine and cosine are right to 4e-7.
-inline float2 turned(float2 z, u32 angle) {
-    float x = (float)(int)angle * 1.4629180792671596e-9f, sine = __sinf(x), cosine = __cosf(x);
-    return make_float2(cosine * z.x - sine * z.y, sine * z.x + cosine * z.y);
+// Cosine and sine, right to 4e-7: from half a turn back to half a turn ahead.
+inline float2 way_of(u32 angle) {
+    float x = (float)(int)angle * 1.4629180792671596e-9f;
+    return make_float2(__cosf(x), __sinf(x));
 }
 
-inline float2 both(u32 packed) { return make_float2(low_of(packed), high_of(packed)); }
+// z turned that way.
+inline float2 along(float2 way, float2 z) {
+    return make_float2(way.x * z.x - way.y * z.y, way.y * z.x + way.x * z.y);
+}
 
 // ------------------------------------------------------------------------------- before the scan
 
-// angles (B, K + 1, H, S): of each chunk the sum of its steps. A thread has a pair of a head.
-__global__ void __launch_bounds__(THREADS) angle_sums(
-    const float *dt, const float *theta, u32 *angles, int length, int heads, int pairs) {
-    int width = heads * pairs, parts = (width + THREADS - 1) / THREADS;
-    Place here(length, parts);
-    int unit = here.head * THREADS + threadIdx.x, chunks = (length + T - 1) / T;
-    if (unit >= width) return;
-    dt += here.first * heads + unit / pairs, theta += here.first * pairs + unit % pairs;
-    u32 sum = 0;
-#pragma unroll 8
-    for (int t = 0; t < here.rows; t++) sum += angle_of(dt[(int64)t * heads], theta[(int64)t * pairs]);
-    angles[(here.batch * (chunks + 1) + here.chunk) * width + unit] = sum;
-}
-
-// The same angles, now of all chunks before, of all of them last. A warp has a pair of a head.
-__global__ void __launch_bounds__(THREADS) angle_pass(u32 *angles, int64 units, int chunks, int width) {
-    int64 id = blockIdx.x * (int64)WARPS + threadIdx.x / 32;
-    if (id >= units) return;
-    int lane = threadIdx.x % 32;
-    u32 *of_unit = angles + id / width * (chunks + 1) * width + id % width, before = 0;
-    for (int first = 0; first <= chunks; first += 32) {
-        int k = first + lane;
-        u32 own = k < chunks ? of_unit[(int64)k * width] : 0, sum = own;
-#pragma unroll
-        for (int far = 1; far < 32; far *= 2) {
-            u32 other = __shfl_sync(ALL, sum, lane - far);
-            if (lane >= far) sum += other;
-        }
-        if (k <= chunks) of_unit[(int64)k * width] = before + sum - own;
-        before += __shfl_sync(ALL, sum, 31);
-    }
-}
-
-// turned_b, turned_c (B, L, H, N), step and own (B, L, H) and, unless null, each_angle (B, L, H, S). A
-// block has a chunk of a head, a thread one pair of some steps.
+// turned_b, turned_c (B, L, H, N), step and own (B, L, H), angles (B, K, H, S) of whole chunks and, unless
+// null, each_angle (B, L, H, S). A block has a chunk of a head. A thread sums some steps of a pair, and
+// turns some steps of four pairs.
 template <int N>
 __global__ void __launch_bounds__(WIDE) angle_turn(
     const bfloat16 *b, const bfloat16 *c, const float *b_bias, const float *c_bias, const float *dt,
-    const float *theta, const float *mix, const u32 *angles, bfloat16 *turned_b, bfloat16 *turned_c,
-    float *step, float *own, u32 *each_angle, int64 b_batch, int64 b_time, int64 b_group,
+    const float *theta, const float *mix, bfloat16 *turned_b, bfloat16 *turned_c, float *step,
+    float *own, u32 *angles, u32 *each_angle, int64 b_batch, int64 b_time, int64 b_group,
     int64 c_batch, int64 c_time, int64 c_group, int length, int heads, int per_group, int pairs) {
-    constexpr int PAIRS = N / 2, PARTS = WIDE / PAIRS, STEPS = T / PARTS;
+    constexpr int PAIRS = N / 2, PARTS = WIDE / PAIRS, STEPS = T / PARTS, PACKS = N / 8;
+    __shared__ __align__(128) u32 angle[T][PAIRS];
     __shared__ u32 sums[PARTS][PAIRS];
+    __shared__ float lost[T];  // nan where an angle is: an integer is none
     Place here(length, heads);
-    int pair = threadIdx.x % PAIRS, part = threadIdx.x / PAIRS, chunks = (length + T - 1) / T;
-    bool turns = pair < pairs;
+    int pair = threadIdx.x % PAIRS, part = threadIdx.x / PAIRS;
     int64 of_head = here.first * heads + here.head;
     dt += of_head, mix += of_head, step += of_head, own += of_head;
-    theta += here.first * pairs + pair;
-    u32 angle[STEPS], sum = 0;
-    float lost[STEPS];  // nan where an angle is: an integer is none
+    if (threadIdx.x < T) lost[threadIdx.x] = 0.f;
+    __syncthreads();
+    u32 upto[STEPS], sum = 0;
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
         int t = part * STEPS + k;
-        bool there = turns && t < here.rows;
-        float of_time = there ? dt[(int64)t * heads] : 0.f, rate = there ? theta[(int64)t * pairs] : 0.f;
-        lost[k] = 0.f * of_time * rate;
-        angle[k] = sum += angle_of(of_time, rate);
+        if (pair < pairs && t < here.rows) {
+            float of_time = dt[(int64)t * heads], rate = theta[(here.first + t) * pairs + pair];
+            if (0.f * of_time * rate != 0.f) lost[t] = __uint_as_float(0x7fffffffu);
+            sum += angle_of(of_time, rate);
+        }
+        upto[k] = sum;
     }
     sums[part][pair] = sum;
     __syncthreads();
     u32 before = 0;
-    if (turns) before = angles[((here.batch * (chunks + 1) + here.chunk) * heads + here.head) * pairs + pair];
     for (int earlier = 0; earlier < part; earlier++) before += sums[earlier][pair];
-    const bfloat16 *from_b = b + here.at({b_batch, b_time, b_group}, here.head / per_group) + 2 * pair;
-    const bfloat16 *from_c = c + here.at({c_batch, c_time, c_group}, here.head / per_group) + 2 * pair;
-    int of_bias = here.head * N + 2 * pair;
-    float2 plus_b = b_bias ? *(const float2 *)(b_bias + of_bias) : make_float2(0.f, 0.f);
-    float2 plus_c = c_bias ? *(const float2 *)(c_bias + of_bias) : make_float2(0.f, 0.f);
 #pragma unroll
-    for (int k = 0; k < STEPS; k++) {
-        int t = part * STEPS + k;
-        if (t >= here.rows) break;
-        int64 row = of_head + (int64)t * heads;
-        u32 p = before + angle[k];
-        float2 one = both(*(const u32 *)(from_b + t * b_time));
-        float2 other = both(*(const u32 *)(from_c + t * c_time));
-        one = turned(make_float2(one.x + plus_b.x + lost[k], one.y + plus_b.y), p);
-        other = turned(make_float2(other.x + plus_c.x + lost[k], other.y + plus_c.y), p);
-        *(u32 *)(turned_b + row * N + 2 * pair) = pack(one.x, one.y);
-        *(u32 *)(turned_c + row * N + 2 * pair) = pack(other.x, other.y);
-        if (each_angle && turns) each_angle[row * pairs + pair] = p;
+    for (int k = 0; k < STEPS; k++) angle[part * STEPS + k][pair] = before + upto[k];
+    if (part == PARTS - 1 && pair < pairs) angles[blockIdx.x * (int64)pairs + pair] = before + sum;
+    __syncthreads();
+
+    int column = threadIdx.x % PACKS * 8;
+    const bfloat16 *from_b = b + here.at({b_batch, b_time, b_group}, here.head / per_group) + column;
+    const bfloat16 *from_c = c + here.at({c_batch, c_time, c_group}, here.head / per_group) + column;
+    float plus_b[8] = {}, plus_c[8] = {};
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        if (b_bias) plus_b[e] = b_bias[here.head * N + column + e];
+        if (c_bias) plus_c[e] = c_bias[here.head * N + column + e];
     }
+#pragma unroll
+    for (int first = 0; first < T * PACKS; first += WIDE) {
+        int t = (first + (int)threadIdx.x) / PACKS;
+        if (t >= here.rows) continue;
+        Pack<bfloat16, 8> one = *(const Pack<bfloat16, 8> *)(from_b + t * b_time);
+        Pack<bfloat16, 8> other = *(const Pack<bfloat16, 8> *)(from_c + t * c_time);
+        Pack<u32, 4> angles_of_four = *(const Pack<u32, 4> *)&angle[t][column / 2];
+#pragma unroll
+        for (int e = 0; e < 8; e += 2) {
+            float2 y = make_float2(load(one.at[e]) + plus_b[e], load(one.at[e + 1]) + plus_b[e + 1]);
+            float2 z = make_float2(load(other.at[e]) + plus_c[e], load(other.at[e + 1]) + plus_c[e + 1]);
+            if (column / 2 < pairs) {
+                float2 way = way_of(angles_of_four.at[e / 2]);
+                y = along(way, y), z = along(way, z);
+            }
+            *(u32 *)(one.at + e) = pack(y.x, y.y), *(u32 *)(other.at + e) = pack(z.x, z.y);
+        }
+        int64 to = (of_head + (int64)t * heads) * N + column;
+        *(Pack<bfloat16, 8> *)(turned_b + to) = one;
+        *(Pack<bfloat16, 8> *)(turned_c + to) = other;
+    }
+    if (each_angle)
+        for (int id = threadIdx.x; id < here.rows * pairs; id += WIDE)
+            each_angle[(of_head + (int64)(id / pairs) * heads) * pairs + id % pairs] = angle[id / pairs][id % pairs];
     int t = threadIdx.x;
     if (t >= here.rows) return;
     int64 at = (int64)t * heads;
-    float alone = mix[at] * dt[at];
+    float alone = mix[at] * dt[at] + lost[t];
     bool last = here.chunk * T + t + 1 == length;
     own[at] = alone;
     step[at] = alone + (last ? 0.f : (1.f - mix[at + heads]) * dt[at + heads]);
@@ -123,70 +116,97 @@ __global__ void __launch_bounds__(WIDE) angle_turn(
 // ------------------------------------------------------------------------------- after the scan
 
 // From gradients of what angle_turn made to those of what it was given: turned back, added up over the
-// heads of a group, and of the biases over ROWS steps: biases (blocks, 2, H, N). d_angle (B, L, H, S) is
-// each step's own. A block has ROWS of all (B L) steps; a thread one pair of some of them, and in the
-// end some of the numbers that a step has for a head or a pair.
-constexpr int ROWS = 32;
+// heads of a group, and of the biases over a block's steps: biases (2, H, N, blocks). d_angle (B, L, H, S)
+// is each step's own. A block has WIDE * 8 / N of all (B L) steps; a thread four pairs of one, and in
+// the end some of the numbers that a step has for a head or a pair.
 template <int N>
 __global__ void __launch_bounds__(WIDE) angle_back(
     const bfloat16 *turned_db, const bfloat16 *turned_dc, const float *d_angle, const u32 *each_angle,
     const float *dt, const float *theta, const float *mix, const float *dstep, const float *d_own,
     bfloat16 *db, bfloat16 *dc, float *biases, float *d_dt, float *d_theta, float *d_mix, int64 rows,
     int length, int heads, int per_group, int pairs) {
-    constexpr int PAIRS = N / 2, PARTS = WIDE / PAIRS, STEPS = (ROWS + PARTS - 1) / PARTS;
-    __shared__ float2 sums[2][2][PARTS][PAIRS];
-    int pair = threadIdx.x % PAIRS, part = threadIdx.x / PAIRS;
-    int64 first = blockIdx.x * (int64)ROWS;
+    constexpr int PACKS = N / 8, ROWS = WIDE / PACKS;
+    __shared__ float sums[2][2 * WARPS][2 * N];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = threadIdx.x % PACKS * 8;
+    int64 first = blockIdx.x * (int64)ROWS, row = first + threadIdx.x / PACKS;
     int here = (int)min((int64)ROWS, rows - first);
-    for (int group = 0; group < heads / per_group; group++) {
-        float2 of_b[STEPS] = {}, of_c[STEPS] = {};
-        for (int head = group * per_group; head < (group + 1) * per_group; head++) {
-            float2 plus_b = {0.f, 0.f}, plus_c = {0.f, 0.f};
-#pragma unroll
-            for (int k = 0; k < STEPS; k++) {
-                int t = part + k * PARTS;
-                if (t >= here) continue;
-                int64 row = (first + t) * heads + head;
-                u32 p = pair < pairs ? 0u - each_angle[row * pairs + pair] : 0u;
-                float2 one = turned(both(*(const u32 *)(turned_db + row * N + 2 * pair)), p);
-                float2 other = turned(both(*(const u32 *)(turned_dc + row * N + 2 * pair)), p);
-                of_b[k].x += one.x, of_b[k].y += one.y, of_c[k].x += other.x, of_c[k].y += other.y;
-                plus_b.x += one.x, plus_b.y += one.y, plus_c.x += other.x, plus_c.y += other.y;
-            }
-            if (!biases) continue;
-            float2(&sum)[2][PARTS][PAIRS] = sums[head % 2];
-            sum[0][part][pair] = plus_b, sum[1][part][pair] = plus_c;
-            __syncthreads();  // one is enough: the next head writes elsewhere
-            if (part < 2) {
-                float2 total = {0.f, 0.f};
-                for (int k = 0; k < PARTS; k++)
-                    total.x += sum[part][k][pair].x, total.y += sum[part][k][pair].y;
-                *(float2 *)(biases + ((blockIdx.x * (int64)2 + part) * heads + head) * N + 2 * pair) = total;
-            }
+    bool there = row < rows, turns = there && column / 2 < pairs;
+    float of_group[16] = {};  // eight numbers of B's gradient, eight of C's
+    Pack<bfloat16, 8> one = {}, other = {};
+    u32 angle[4] = {};
+    auto fetch = [&](int head) {
+        int64 at = row * heads + head;
+        if (there) {
+            one = *(const Pack<bfloat16, 8> *)(turned_db + at * N + column);
+            other = *(const Pack<bfloat16, 8> *)(turned_dc + at * N + column);
         }
 #pragma unroll
-        for (int k = 0; k < STEPS; k++) {
-            int t = part + k * PARTS;
-            if (t >= here) continue;
-            int64 to = ((first + t) * (heads / per_group) + group) * N + 2 * pair;
-            *(u32 *)(db + to) = pack(of_b[k].x, of_b[k].y);
-            *(u32 *)(dc + to) = pack(of_c[k].x, of_c[k].y);
+        for (int k = 0; k < 4; k++)
+            if (turns && column / 2 + k < pairs) angle[k] = each_angle[at * pairs + column / 2 + k];
+    };
+    fetch(0);
+    for (int head = 0; head < heads; head++) {
+        float of_head[16];
+#pragma unroll
+        for (int e = 0; e < 8; e += 2) {
+            float2 way = way_of(0u - angle[e / 2]);
+            float2 y = along(way, make_float2(load(one.at[e]), load(one.at[e + 1])));
+            float2 z = along(way, make_float2(load(other.at[e]), load(other.at[e + 1])));
+            of_head[e] = y.x, of_head[e + 1] = y.y, of_head[8 + e] = z.x, of_head[9 + e] = z.y;
+        }
+        if (head + 1 < heads) fetch(head + 1);
+#pragma unroll
+        for (int e = 0; e < 16; e++) of_group[e] += of_head[e];
+        if ((head + 1) % per_group == 0) {
+            Pack<bfloat16, 8> to[2];
+#pragma unroll
+            for (int e = 0; e < 16; e++) store(to[e / 8].at[e % 8], of_group[e]), of_group[e] = 0.f;
+            int64 at = (row * (heads / per_group) + head / per_group) * N + column;
+            if (there) *(Pack<bfloat16, 8> *)(db + at) = to[0], *(Pack<bfloat16, 8> *)(dc + at) = to[1];
+        }
+        if (!biases) continue;
+        // Over the rows of a warp: a lane gives one half of what it has for the other half, and is left
+        // with `left` sums, from `kept` on.
+        int left = 16, kept = 0;
+#pragma unroll
+        for (int far = PACKS; far < 32; far *= 2) {
+            left /= 2;
+            bool high = lane & far;
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                if (e >= left) break;
+                float given = high ? of_head[e] : of_head[e + left];
+                of_head[e] = (high ? of_head[e + left] : of_head[e]) + __shfl_xor_sync(ALL, given, far);
+            }
+            kept += high ? left : 0;
+        }
+        float(&sum)[2 * WARPS][2 * N] = sums[head % 2];
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            if (e < left) sum[warp][(kept + e) / 8 * N + column + (kept + e) % 8] = of_head[e];
+        __syncthreads();  // one is enough: the next head writes elsewhere
+        if (threadIdx.x < 2 * N) {
+            float total = 0.f;
+#pragma unroll
+            for (int w = 0; w < 2 * WARPS; w++) total += sum[w][threadIdx.x];
+            int64 to = (threadIdx.x / N * heads + head) * N + threadIdx.x % N;
+            biases[to * ((rows + ROWS - 1) / ROWS) + blockIdx.x] = total;
         }
     }
     for (int id = threadIdx.x; id < here * pairs; id += WIDE) {
-        int64 row = first + id / pairs;
+        int64 at = first + id / pairs;
         int s = id % pairs;
         float sum = 0.f;
 #pragma unroll 4
-        for (int h = 0; h < heads; h++) sum += d_angle[(row * heads + h) * pairs + s] * dt[row * heads + h];
-        d_theta[row * pairs + s] = sum;
+        for (int h = 0; h < heads; h++) sum += d_angle[(at * heads + h) * pairs + s] * dt[at * heads + h];
+        d_theta[at * pairs + s] = sum;
     }
     for (int id = threadIdx.x; id < here * heads; id += WIDE) {
-        int64 row = first + id / heads, at = first * heads + id;
+        int64 step = first + id / heads, at = first * heads + id;
         float sum = 0.f;
 #pragma unroll 4
-        for (int s = 0; s < pairs; s++) sum += d_angle[at * pairs + s] * theta[row * pairs + s];
-        float of_own = dstep[at] + d_own[at], of_last = row % length ? dstep[at - heads] : 0.f;
+        for (int s = 0; s < pairs; s++) sum += d_angle[at * pairs + s] * theta[step * pairs + s];
+        float of_own = dstep[at] + d_own[at], of_last = step % length ? dstep[at - heads] : 0.f;
         d_dt[at] = sum + mix[at] * of_own + (1.f - mix[at]) * of_last;
         d_mix[at] = dt[at] * (of_own - of_last);
     }

@@ -11,40 +11,38 @@ from mambabyte.ops.ssd import cuda as ssd
 from mambabyte.ops.ssd.cuda import CHUNK, Kind, Turns, aligned_rows, launch
 from mambabyte.ops.ssd.recompute import gradients_again
 
-_THREADS, _WARPS, _ROWS = 128, 4, 32  # of a block: angle_sums, angle_pass, angle_back
+_THREADS = 256  # of a block of angle_back
 
 
 def forward(
     x: Tensor, dt: Tensor, log_decay: Tensor, theta: Tensor, mix: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, B_bias: Tensor | None, C_bias: Tensor | None, k_state: Tensor | None,
     v_state: Tensor | None, ssm_state: Tensor | None, save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``mamba3_scan`` on prepared inputs, shapes as there: sequences in bf16 with any strides,
     heads of 64 channels, states as in ``ssd.cuda.STATES``, the rest in float32.
 
-    Returns y, the final ssm_state, and for :func:`backward` the states between chunks and the
-    angles before them; these are empty unless ``save``.
+    Returns y, the final ssm_state, and for :func:`backward` the states between chunks; empty unless
+    ``save``.
     """
     dt, theta, mix = dt.contiguous(), theta.contiguous(), mix.contiguous()
-    angles = _angles(dt, theta, B.shape[3])
-    turned_B, turned_C, step, own, _ = _turn(B, C, B_bias, C_bias, dt, theta, mix, angles, False)
+    turned_B, turned_C, step, own, angles, _ = _turn(B, C, B_bias, C_bias, dt, theta, mix, False)
     entered = _entering(dt[:, 0], mix[:, 0], k_state, v_state, ssm_state)
-    y, last, carries = ssd.forward(
+    return ssd.forward(
         x, step, log_decay, turned_B, turned_C, D, entered[0] if entered else None, save,
         Turns(own, angles))
-    return y, last, carries, angles if save else angles.new_empty(0)
 
 
 def backward(
     dy: Tensor, dlast: Tensor | None, x: Tensor, dt: Tensor, log_decay: Tensor, theta: Tensor,
     mix: Tensor, B: Tensor, C: Tensor, D: Tensor | None, B_bias: Tensor | None,
     C_bias: Tensor | None, k_state: Tensor | None, v_state: Tensor | None,
-    ssm_state: Tensor | None, carries: Tensor, angles: Tensor,
+    ssm_state: Tensor | None, carries: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of :func:`forward`'s tensors, in their order; None for one that is None."""
     dt, theta, mix = dt.contiguous(), theta.contiguous(), mix.contiguous()
-    turned_B, turned_C, step, own, each = _turn(
-        B, C, B_bias, C_bias, dt, theta, mix, angles, True)
+    turned_B, turned_C, step, own, angles, each = _turn(
+        B, C, B_bias, C_bias, dt, theta, mix, True)
     first = (dt[:, 0], mix[:, 0], k_state, v_state, ssm_state)
     entered = _entering(*first)
     dx, dstep, dlog_decay, dB, dC, dD, dinitial, d_own, d_angle = ssd.backward(
@@ -53,16 +51,16 @@ def backward(
 
     (batch, length, heads, _), (_, _, groups, n) = x.shape, B.shape
     found_B, found_C = (torch.empty(B.shape, dtype=B.dtype, device=B.device) for _ in range(2))
-    blocks = -(-batch * length // _ROWS)
+    blocks = -(-batch * length * n // (8 * _THREADS))  # a thread has eight numbers of a step
     biases = None
     if B_bias is not None or C_bias is not None:
-        biases = dt.new_empty(blocks, 2, heads, n)
+        biases = dt.new_empty(2, heads, n, blocks)
     ddt, dtheta, dmix = torch.empty_like(dt), torch.empty_like(theta), torch.empty_like(dt)
     kind = Kind(n, True)
     launch(x, kind.of("angle_back"), kind, blocks, dB, dC, d_angle, each, dt, theta, mix, dstep,
            d_own, found_B, found_C, biases, ddt, dtheta, dmix, batch * length, length, heads,
            heads // groups, theta.shape[2])
-    of_B, of_C = (None, None) if biases is None else biases.sum(0).unbind()
+    of_B, of_C = (None, None) if biases is None else biases.sum(-1).unbind()
     of_states: Sequence[Tensor | None] = (None, None, None)
     if entered:
         of_dt, of_mix, *of_states = gradients_again(_entering, (dinitial,), first)
@@ -73,36 +71,24 @@ def backward(
             None if B_bias is None else of_B, None if C_bias is None else of_C, *of_states)
 
 
-def _angles(dt: Tensor, theta: Tensor, states: int) -> Tensor:
-    """Angles before each chunk of 64 steps and after the last (B, K + 1, H, S), a turn 2^32."""
-    (batch, length, heads), pairs = dt.shape, theta.shape[2]
-    chunks, width = -(-length // CHUNK), heads * pairs
-    angles = torch.empty(batch, chunks + 1, heads, pairs, dtype=torch.int32, device=dt.device)
-    kind = Kind(states, True)
-    launch(dt, "angle_sums", kind, batch * chunks * -(-width // _THREADS), dt, theta, angles,
-           length, heads, pairs)
-    launch(dt, "angle_pass", kind, -(-batch * width // _WARPS), angles, batch * width, chunks,
-           width)
-    return angles
-
-
 def _turn(
     B: Tensor, C: Tensor, B_bias: Tensor | None, C_bias: Tensor | None, dt: Tensor, theta: Tensor,
-    mix: Tensor, angles: Tensor, each: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """B and C turned, of each head (B, L, H, N); SSD's steps and ``own`` (B, L, H); and, if wanted,
-    the angle of each step (B, L, H, S)."""
+    mix: Tensor, each: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """B and C turned, of each head (B, L, H, N); SSD's steps and ``own`` (B, L, H); the angles of
+    whole chunks (B, K, H, S) and, if wanted, those up to each step (B, L, H, S)."""
     (batch, length, heads), (_, _, groups, n), pairs = dt.shape, B.shape, theta.shape[2]
     B, C = aligned_rows(B), aligned_rows(C)
     B_bias, C_bias = (None if t is None else t.contiguous() for t in (B_bias, C_bias))
     turned_B, turned_C = (B.new_empty(batch, length, heads, n) for _ in range(2))
     step, own = torch.empty_like(dt), torch.empty_like(dt)
+    chunks, kind = -(-length // CHUNK), Kind(n, True)
+    angles = dt.new_empty(batch, chunks, heads, pairs, dtype=torch.int32)
     each_angle = angles.new_empty(batch, length, heads, pairs) if each else None
-    kind = Kind(n, True)
-    launch(B, kind.of("angle_turn"), kind, batch * -(-length // CHUNK) * heads, B, C, B_bias,
-           C_bias, dt, theta, mix, angles, turned_B, turned_C, step, own, each_angle,
-           *B.stride()[:3], *C.stride()[:3], length, heads, heads // groups, pairs)
-    return turned_B, turned_C, step, own, each_angle
+    launch(B, kind.of("angle_turn"), kind, batch * chunks * heads, B, C, B_bias, C_bias, dt, theta,
+           mix, turned_B, turned_C, step, own, angles, each_angle, *B.stride()[:3],
+           *C.stride()[:3], length, heads, heads // groups, pairs)
+    return turned_B, turned_C, step, own, angles, each_angle
 
 
 def _entering(

@@ -82,7 +82,7 @@ def mamba3_scan(
         gates = (dt.to(wide), log_decay, theta.to(wide), mix.to(wide))
         if form == "recurrent":
             u = x.to(wide)
-            k, c = (per_head(t, bias, x.shape[2]).to(wide)
+            k, c = (per_head(t.to(wide), bias, x.shape[2])
                     for t, bias in ((B, B_bias), (C, C_bias)))
             y, state = recurrent_mamba3(
                 u, *gates[:2], k, c, *gates[2:], no_state(u, k) if state is None else state)
@@ -90,7 +90,7 @@ def mamba3_scan(
         given = (x, *gates, B, C, D, B_bias, C_bias, *(state or (None,) * 3))
         y, h = fused_mamba3(*given) if form == "fused" else composed(
             functools.partial(chunked_ssd, chunk=chunk_size or CHUNK), wide, *given)
-        k = per_head(B[:, -1:], B_bias, x.shape[2]).squeeze(1).to(wide)
+        k = per_head(B[:, -1:].to(wide), B_bias, x.shape[2]).squeeze(1)
         return y, Mamba3State(k, x[:, -1].to(wide), h)
 
 

@@ -60,7 +60,7 @@ def composed(
     """y (B, L, H, P) in x's dtype and the last ssm_state, by SSD in the form ``scan`` on sequences
     in ``dtype``; the rest in dt's dtype."""
     heads, pairs, wide = x.shape[2], B.shape[3] // 2, dt.dtype
-    k, c = (per_head(t, bias, heads).to(wide) for t, bias in ((B, B_bias), (C, C_bias)))
+    k, c = (per_head(t.to(wide), bias, heads) for t, bias in ((B, B_bias), (C, C_bias)))
     state = Mamba3State(*(zero if t is None else t for zero, t in zip(
         no_state(x[:, :1].to(wide), k), (k_state, v_state, ssm_state), strict=True)))
     angle = less_than_a_turn(summed(angles(theta, dt)), wide)
@@ -112,7 +112,7 @@ def _in_torch(*args: Any) -> Tensors:
 
 def _forward(*args: Any) -> Tensors:
     with without_autocast(args[0].device):
-        return (*_in_torch(*args[:-1]), *(args[0].new_empty(0) for _ in range(2)))
+        return (*_in_torch(*args[:-1]), args[0].new_empty(0))
 
 
 def _forward_cuda(*args: Any) -> Tensors:
@@ -120,14 +120,15 @@ def _forward_cuda(*args: Any) -> Tensors:
 
 
 def _backward(dy: Tensor, dstate: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
-    return gradients_again(_in_torch, (dy, dstate), args[:-2])
+    return gradients_again(_in_torch, (dy, dstate), args[:-1])
 
 
 def _backward_cuda(dy: Tensor, dstate: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
     if not has_kernel(*args):
         return _backward(dy, dstate, *args)
     if not args[-1].numel():  # nothing was kept
-        args = (*args[:-2], *kernels.forward(*(*args[:-2], True))[2:])
+        again = (*args[:-1], True)
+        args = (*args[:-1], kernels.forward(*again)[2])
     return kernels.backward(dy, dstate, *args)
 
 
@@ -152,20 +153,17 @@ def _shapes(x: Tensor, dt: Tensor, *args: Any) -> Tensors:
     (batch, length, heads, channels), states = x.shape, args[3].shape[3]
     found = (torch.empty_like(x, memory_format=torch.contiguous_format),
              dt.new_empty(batch, heads, channels, states))
-    if not has_kernel(x, dt, *args):
-        return *found, x.new_empty(0), x.new_empty(0)
-    if not args[-1]:
-        return *found, x.new_empty(0), x.new_empty(0, dtype=torch.int32)
+    if not (args[-1] and has_kernel(x, dt, *args)):
+        return *found, x.new_empty(0)
     chunks = -(-length // kernels.CHUNK)
-    return (*found, x.new_empty(batch, chunks, heads, channels, states),
-            x.new_empty(batch, chunks + 1, heads, args[1].shape[2], dtype=torch.int32))
+    return *found, x.new_empty(batch, chunks, heads, channels, states)
 
 
 _mamba3: Any = define(
     "mamba3",
     "Tensor x, Tensor dt, Tensor log_decay, Tensor theta, Tensor mix, Tensor B, Tensor C, "
     "Tensor? D, Tensor? B_bias, Tensor? C_bias, Tensor? k_state, Tensor? v_state, "
-    "Tensor? ssm_state", "y, final_state", kept="carries, angles",
+    "Tensor? ssm_state", "y, final_state", kept="carries",
     forward={"cpu": _forward, "cuda": _forward_cuda},
     backward={"cpu": _backward, "cuda": _backward_cuda},
     check=_check_prepared, shapes=_shapes, in_torch=_in_torch)

@@ -64,6 +64,7 @@ void count(uint32_t address, int arrivals, long bytes) {
 static void land(Fiber &fiber) {
     const Copy copy = fiber.copies.front();
     fiber.copies.pop_front();
+    if (copy.end) return;
     if (copy.to == nullptr) return count(copy.barrier, 1, 0);
     if (copy.counted) {
         if (copy.sent) memcpy(copy.to, &copy.number, sizeof copy.number);
@@ -77,6 +78,12 @@ static void land(Fiber &fiber) {
 void later(const Copy &copy) { fibers[threadIdx.x].copies.push_back(copy); }
 void land_all() {
     while (!fibers[threadIdx.x].copies.empty()) land(fibers[threadIdx.x]);
+}
+
+void land_groups(int but) {
+    std::deque<Copy> &copies = fibers[threadIdx.x].copies;
+    auto groups = [&] { return std::count_if(copies.begin(), copies.end(), [](const Copy &c) { return c.end; }); };
+    while (groups() > but) land(fibers[threadIdx.x]);
 }
 
 // A fiber serves one block after the other: only its beginning needs system calls.

@@ -64,7 +64,8 @@ static int block_rank() { return blockIdx.x % cluster; }
 
 struct Meeting { int waiting = 0; unsigned times = 0; };
 // to null: an arrival; from null: zeros, or with `sent` that number
-struct Copy { char *to; const char *from; int bytes; uint32_t barrier; bool counted; bool sent = false; float number = 0; };
+// `end`: of a group of copies that has no barrier
+struct Copy { char *to; const char *from; int bytes; uint32_t barrier; bool counted; bool sent = false; float number = 0; bool end = false; };
 
 extern Meeting block_meetings[MAX_CLUSTER], some_meetings[MAX_CLUSTER], warps_meetings[MAX_CLUSTER][MAX_THREADS / 32], cluster_meeting;
 #define block_meeting (block_meetings[block_rank()])
@@ -79,6 +80,7 @@ void yield();
 void meet(Meeting &meeting, int threads);
 void later(const Copy &copy);  // of this thread
 void land_all();
+void land_groups(int but);  // all but the last so many
 // Of the barrier in shared memory at that address.
 void new_barrier(uint32_t address, int count);
 void count(uint32_t address, int arrivals, long bytes);
@@ -276,6 +278,8 @@ static void cp_async(uint32_t to, const void *from, int bytes, uint32_t wanted =
     if (wanted) later({at(to), static_cast<const char *>(from), bytes, 0, false});
 }
 static void cp_async_wait_all() { land_all(); }
+static void cp_async_commit() { later({nullptr, nullptr, 0, 0, false, false, 0, true}); }
+static void cp_async_wait_group(int but) { land_groups(but); }
 static void cp_async_arrive(uint32_t barrier) {
     later({nullptr, nullptr, 0, barrier, false});
 }

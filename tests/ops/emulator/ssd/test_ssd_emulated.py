@@ -59,6 +59,22 @@ def test_parity(batch, length, heads, groups, states, decay) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found[2:], again, strict=True))
 
 
+@pytest.mark.parametrize(("length", "heads", "groups", "states"), [
+    (260, 2, 1, 16), (64, 1, 1, 16), (200, 2, 2, 64)])
+def test_states_walk_as_they_are_passed_on(monkeypatch, length, heads, groups, states) -> None:
+    """To the bit: a block through all chunks, or one a chunk and a pass over what they add."""
+    inputs = prepared(1, length, heads, groups, states)
+    dy, dstate = torch.randn(1, length, heads, 64).bfloat16(), torch.randn(1, heads, 64, states)
+
+    def both(blocks):
+        monkeypatch.setattr(cuda_ssd, "WALK_BLOCKS", blocks)
+        y, last, carries = cuda_ssd.forward(*inputs, True)
+        return y, last, carries, *cuda_ssd.backward(dy, dstate, *inputs, carries)
+
+    for one, other in zip(both(0), both(1 << 30), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_shut_gate_keeps_nothing_of_what_was_before() -> None:
     inputs = list(prepared(1, 70, 1, 1, 16))
     inputs[2][0, 20] = -1e6

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mambabyte.ops.compare import relative_rms
+from mambabyte.ops.ssd import cuda as cuda_ssd
 from mambabyte.ops.ssd.decay import without_past
 from mambabyte.ops.ssd.mamba3 import cuda as kernels
 from mambabyte.ops.ssd.mamba3 import inputs as cuda_inputs
@@ -51,8 +52,8 @@ def exact(given, dy, dstate, ages=None):
 
 
 def by_kernels(given, dy, dstate):
-    y, last, *kept = kernels.forward(*given.values(), True)
-    found = kernels.backward(dy, dstate, *given.values(), *kept)
+    y, last, carries = kernels.forward(*given.values(), True)
+    found = kernels.backward(dy, dstate, *given.values(), carries)
     assert [t is None for t in found] == [t is None for t in given.values()]
     return [y, last, *(t for t in found if t is not None)]
 
@@ -63,10 +64,15 @@ def upstream(given):
     return torch.randn(x.shape).bfloat16(), torch.randn(batch, heads, channels, states)
 
 
-@pytest.mark.parametrize(("batch", "length", "heads", "groups", "states", "decay", "pairs"), [
-    (1, 70, 2, 1, 32, 0.1, None), (2, 1, 2, 1, 16, 0.1, None), (1, 65, 2, 2, 128, 0.1, None),
-    (1, 70, 6, 2, 16, 0.1, 8), (1, 200, 1, 1, 64, 40.0, 1), (1, 640, 1, 1, 16, 0.01, None)])
-def test_parity(batch, length, heads, groups, states, decay, pairs) -> None:
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "groups", "states", "decay", "pairs", "walks"), [
+        (1, 70, 2, 1, 16, 0.1, None, False), (2, 1, 2, 1, 16, 0.1, None, False),
+        (1, 65, 2, 2, 128, 0.1, None, True), (1, 70, 6, 2, 16, 0.1, 8, True),
+        (1, 200, 1, 1, 64, 40.0, 1, True), (1, 640, 1, 1, 16, 0.01, None, False)])
+def test_parity(
+    monkeypatch, batch, length, heads, groups, states, decay, pairs, walks
+) -> None:
+    monkeypatch.setattr(cuda_ssd, "WALK_BLOCKS", 0 if walks else 1 << 30)
     given = prepared(batch, length, heads, groups, states, decay, pairs)
     dy, dstate = upstream(given)
     found, wanted = by_kernels(given, dy, dstate), exact(given, dy, dstate)
