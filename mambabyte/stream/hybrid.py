@@ -17,8 +17,8 @@ from mambabyte.model.families.mamba import MambaState
 from mambabyte.model.families.mamba2 import Mamba2State
 from mambabyte.model.mixer import LayerState
 from mambabyte.ops.build.nvrtc import NvrtcError
+from mambabyte.ops.stream.grid.packing import GUIDED, KINDS
 from mambabyte.ops.stream.hybrid import HybridState, HybridStreamer, check_fit
-from mambabyte.ops.stream.packing import GUIDED, KINDS
 
 
 def _epsilons(model: ByteLM) -> tuple[float, float]:

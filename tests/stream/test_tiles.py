@@ -8,7 +8,7 @@ import random
 import pytest
 
 from mambabyte.ops.build.nvrtc import NvrtcError
-from mambabyte.ops.stream import tiles as module
+from mambabyte.ops.stream.grid import tiles as module
 
 BYTES = 3  # that are fed
 

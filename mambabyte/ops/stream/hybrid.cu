@@ -34,15 +34,17 @@ constexpr int HIDDEN_STRIDE = pad(CL * HC), HINT = V + 1;  // numbers of a byte'
 static_assert(S == 1 && SPACE % 4 == 0 && RESIDENT % 4 == 0, "sizes do not fit");
 
 // P bytes through all layers: from x of each to its logits.
-template <int P> inline void pass(
+template <int P> __forceinline__ void pass(
     Block &b, float *cache, int slots, int begin, int now, int valid, const float *final_norm, float *hidden) {
     float *const mem = b.mem;
     if (STEM) b.norm<P>(false, TINY, mem + X, mem + X);
+#pragma unroll 1
     for (int i = b.tid; i < P * b.mine; i += T) {
         const int p = i / b.mine, r = i % b.mine, c = b.rank * RD + r;
         mem[EMB + p * RD + r] = mem[X + p * XS + c] * b.small[STEM_GAIN + c];
     }
     meet();
+#pragma unroll 1
     for (int i = b.tid; i < P * DM; i += T) mem[X + i / DM * XS + i % DM] *= b.small[FIRST + i % DM];
     meet();
 #pragma unroll 1
@@ -66,12 +68,17 @@ template <int P> inline void pass(
             b.rows_normed<HC, P>([&](int r, int p, float v) {
                 b.out[p * HC + r] = activate(v + b.own[UP_BIAS + r]);
             });
-            b.swap_all<HC, P>(HIDDEN, HIDDEN_STRIDE);
-            b.branch<RD, CL * HC, P>(mem + HIDDEN, HIDDEN_STRIDE, MLP_GAIN, MLP_BIAS, true);
+            b.give<HC, P, HC * P>();
+            Weights<RD, CL * HC> down;
+            b.fetch(down);
+            b.receive_all<HC, P>(HIDDEN, HIDDEN_STRIDE);
+            b.branch<P>(down, mem + HIDDEN, HIDDEN_STRIDE, MLP_GAIN, MLP_BIAS, true);
         }
     }
     if (hidden) {
+        b.receive_x<P>();
         b.norm<P>(CENTERED, EPS, mem + X, mem + XN);
+#pragma unroll 1
         for (int i = b.tid; b.rank == 0 && i < P * DM; i += T)
             hidden[i] = fmaf(mem[XN + i / DM * XS + i % DM], final_norm[i % DM], final_norm[DM + i % DM]);
         meet();
@@ -82,7 +89,8 @@ template <int P> inline void pass(
             value = CAP * (1.f - 2.f / (1.f + __expf(value * (2.f / CAP))));
         b.out[p * RV + r] = value;
     });
-    b.swap_all<RV, P>(LOGIT, LS);
+    b.give<RV, P, RV * P>();
+    b.receive_all<RV, P>(LOGIT, LS);
     b.used = 0, b.parity ^= 1;
 }
 
@@ -92,11 +100,11 @@ struct Past {
     int *best;  // of each warp
     int end;    // bytes so far
 
-    inline unsigned char at(int i) const { return bytes[i & (PAST - 1)]; }
+    __forceinline__ unsigned char at(int i) const { return bytes[i & (PAST - 1)]; }
 
     // Where the text goes on after the longest ending equal to its own, of 3 bytes or more and the latest
     // of several; 0 where there is none. All threads know it after the meeting with which it ends.
-    inline int same_before() {
+    __forceinline__ int same_before() {
         constexpr int LONGEST = 31;
         const int oldest = max(0, end - PAST);
         int found = 0;
@@ -132,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
     float *const mem = (float *)shared + SPACE + RESIDENT;
     const int tid = threadIdx.x, rank = blockIdx.x;
     Block b = {mem, mem - RESIDENT, nullptr, nullptr, tid, tid % 32, tid / 32, rank,
-               max(0, min(RD, DM - rank * RD)), mem + OUT, packets, exchange, 0, trail + (int64)rank * PASS * STATE, 0, 0};
+               max(0, min(RD, DM - rank * RD)), mem + OUT, packets, exchange, 0, trail + (int64)rank * PASS * STATE, false, 0, 0};
     volatile int *const ended = (int *)(mem + ENDED);
     for (int i = tid; i < 4 * TILES; i += T + 32) ((int *)b.plan())[i] = ((const int *)schedule)[i];
     if (tid == 0) {
@@ -156,6 +164,7 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
     int *byte = (int *)(mem + BYTE), laps = 0, guesses = 0;
     for (int i = tid; i < RESIDENT; i += T)
         mem[i - RESIDENT] = resident[(int64)rank * RESIDENT + i];
+#pragma unroll 1
     for (int i = tid; i < LOGIT - X; i += T) mem[X + i] = 0.f;
 
 #pragma unroll 1
@@ -164,6 +173,7 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
         Past seen = {(unsigned char *)(mem + SEEN), (int *)(mem + ENDINGS), known};
         meet();  // the text before is at its end in all threads
         for (int i = tid; i < STATE; i += T) mem[STATES + i] = state_in ? state_in[state_at + i] : 0.f;
+#pragma unroll 1
         for (int i = tid; first && i < V; i += T) mem[LOGIT + i] = first[(int64)text * V + i];
         for (int i = tid; guessing && i < known; i += T) seen.bytes[i & (PAST - 1)] = past[i];
         meet();
@@ -187,29 +197,33 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
                               : embedding + (int64)(!drawing ? tokens[step] : p ? guess(p) : byte[0]) * DM;
             };
             const int width = from ? PASS : 1;
+#pragma unroll 1
             for (int i = tid; i < width * DM; i += T) mem[X + i / DM * XS + i % DM] = begin_with(i / DM)[i % DM];
+#pragma unroll 1
             for (int i = tid; A && i < width * HD; i += T) mem[TURN + i] = rotary[(int64)t * HD + i];
             meet();
             if constexpr (GUIDED) {  // the tile is passed by in any case
                 float *const local = mem + LOCAL, *const x = mem + X;
                 const float *hint = hints + step * HINT;
+#pragma unroll 1
                 for (int i = tid; hints && i < V; i += T) {  // once, as they may lie with the host
                     mem[HINTS + i] = hint[i];
                     mem[LIKELY + i] = __expf(0.5f * mem[HINTS + i]);
                 }
                 const unsigned which = hints && tid < b.mine ? __float_as_uint(hint[V]) : 0;
+#pragma unroll 1
                 for (int r = tid; hints && r < b.mine; r += T) {
                     const int c = rank * RD + r;
                     local[r] = x[c] + best[(which & 255) * DM + c] + kinds[(which >> 8 & 255) * DM + c];
                 }
                 meet();
-                b.rows<RD, V, false, 1>(mem + LIKELY, 0, [&](int r, int, float v) {
+                Weights<RD, V> prior;
+                b.fetch(prior);
+                b.rows<false, 1>(prior, mem + LIKELY, 0, [&](int r, int, float v) {
                     b.out[r] = r < b.mine ? v + local[r] : 0.f;
                 });
-                if (hints)
-                    b.swap_all<RD, 1>(X, XS);
-                else
-                    meet();
+                if (hints) b.give<RD, 1, RD>(), b.due = true, b.receive_x<1>();
+                meet();
             }
             float *const cache_of = cache + (int64)text * CACHES * 2 * SHARES_OF * slots * HD;
             float *const to = hidden ? hidden + step * DM : nullptr;
@@ -218,6 +232,7 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
             else
                 pass<1>(b, cache_of, slots, begin, stored + t, valid, final_norm, to);
             if (GUIDED && hints) {
+#pragma unroll 1
                 for (int i = tid; i < V; i += T)
                     mem[LOGIT + i] = fmaf(mem[LOGIT + V], mem[HINTS + i], mem[LOGIT + i]);
                 meet();

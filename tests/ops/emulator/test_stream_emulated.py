@@ -20,7 +20,8 @@ from emulate import Emulator
 from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
 from mambabyte.ops.compare import relative_rms
-from mambabyte.ops.stream import cuda, hybrid, packing, tiles
+from mambabyte.ops.stream import cuda, hybrid
+from mambabyte.ops.stream.grid import packing, sizes, tiles
 from mambabyte.stream import cuda as engines
 from mambabyte.stream.cuda import CudaGuided, CudaModel, _States
 from mambabyte.stream.hybrid import hybrid_layers, hybrid_state, hybrid_streamer
@@ -46,13 +47,13 @@ CONFIGS = {
 
 @pytest.fixture
 def emulated(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def kernel(constants: tuple, device: object) -> tuple[object, packing.Built]:
-        whole = packing.program(constants, 1 << 17)
+    def kernel(constants: tuple, device: object) -> tuple[object, sizes.Built]:
+        whole = sizes.program(constants, 1 << 17)
         # Room for two thirds of the matrices: some tiles stay, the others pass through the ring.
-        built = packing.program(constants, whole.shared_bytes - whole.space // 3 * 4)
+        built = sizes.program(constants, whole.shared_bytes - whole.space // 3 * 4)
         program = built.program
-        sizes = program.options[0].removeprefix("-DSIZES=")
-        given = (f"#define SIZES {sizes}\n#define __expf expf\n#define __logf logf\n"
+        constants_of = program.options[0].removeprefix("-DSIZES=")
+        given = (f"#define SIZES {constants_of}\n#define __expf expf\n#define __logf logf\n"
                  "#define rsqrtf(x) (1.f / sqrtf(x))\n")
         text = "\n".join(line for line in program.source.splitlines() if line[:5] != "#line")
         (tmp_path / "hybrid.cu").write_text(given + text)
@@ -71,6 +72,7 @@ def emulated(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(hybrid, "_WIDTHS", (BLOCKS,))
     monkeypatch.setattr(hybrid, "THREADS", THREADS)
     monkeypatch.setattr(packing, "THREADS", THREADS)
+    monkeypatch.setattr(sizes, "THREADS", THREADS)
     monkeypatch.setattr(packing, "TILE", 96)
     monkeypatch.setattr(tiles, "RING", 0)
 
@@ -217,8 +219,8 @@ def stream(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> Strea
 
     def kernel(plan: cuda.Plan, device: object) -> object:
         program = plan.program()
-        sizes = program.options[0].removeprefix("-DSIZES=")
-        given = (f"#define SIZES {sizes}\n#define __expf expf\n#define __logf logf\n"
+        given_sizes = program.options[0].removeprefix("-DSIZES=")
+        given = (f"#define SIZES {given_sizes}\n#define __expf expf\n#define __logf logf\n"
                  "#define rsqrtf(x) (1.f / sqrtf(x))\n")
         text = "\n".join(line for line in program.source.splitlines() if line[:5] != "#line")
         (tmp_path / "stream.cu").write_text(given + text)

@@ -8,12 +8,12 @@ constexpr int CHUNKS = most(1, CL / KVH), SHARES_OF = KVH * CHUNKS;
 constexpr float NOTHING = -3e38f;  // below every score
 constexpr int QS = CL * RD, KS = CL * RK, HE = parts(HD, 8);  // 8 threads a key: channels of each
 
-template <int P> inline void attention(
+template <int P> __forceinline__ void attention(
     Block &b, float *cache, int slots, int begin, int now, int valid) {
     // Queries of all bytes and heads to one of k, so many at a time in a warp's registers. Which thread looks
     // at a key, and after which others, depends on its place alone: so a sum is the same in every pass.
     constexpr int QUERIES = P * GROUP_OF, HELD = least(QUERIES, most(1, 32 / HE)), ROWS = 4 * WARPS;
-    float *const q = b.mem + Q, *const key = b.mem + KEY, *const value = b.mem + VALUE, *const y = b.mem + Y;
+    float *const q = b.mem + Q, *const key = b.mem + KEY, *const value = b.mem + VALUE;
     const float *own = b.own;
     Packet *const shares = b.packets + 2 * COPIES * CL * PACKETS;  // in an exchange of some, with one place
     const int lane = b.lane, warp = b.warp, window = b.table[WINDOW];
@@ -39,10 +39,12 @@ template <int P> inline void attention(
     int row = 0, fetched = b.rank, at_slot = first_slot(b.rank % CHUNKS);  // the share and slot in ks and vs
     if (b.rank < SHARES_OF) row = fetch_row(b.rank, mine(at_slot));  // while q comes to be
     b.rows_normed<RD + 2 * RK, P>([&](int r, int p, float v) { b.out[p * (RD + 2 * RK) + r] = v + own[OWN + r]; });
-    b.swap<RD + 2 * RK, P>([](int p, int block, int r) {
+    b.give<RD + 2 * RK, P, (RD + 2 * RK) * P>();
+    b.receive<RD + 2 * RK, P>([](int p, int block, int r) {
         return r < RD ? Q + p * QS + block * RD + r : r < RD + RK ? KEY + p * KS + block * RK + r - RD
                       : VALUE + p * KS + block * RK + r - RD - RK;
     });
+#pragma unroll 1
     for (int unit = warp; unit < P * (HEADS + KVH); unit += WARPS) {
         const int p = unit / (HEADS + KVH), head = unit % (HEADS + KVH);
         float *v = head < HEADS ? q + p * QS + head * HD : key + p * KS + (head - HEADS) * HD, square = 0.f;
@@ -59,6 +61,7 @@ template <int P> inline void attention(
     for (int share = b.rank; share < SHARES_OF; share += CL) {
         const int chunk = share % CHUNKS, at = share / CHUNKS * HD, start = first_slot(chunk);
         const int end = parts(now + P - chunk, CHUNKS);
+#pragma unroll 1
         for (int i = b.tid; i < P * HD; i += T) {
             const int p = i / HD, c = i % HD, there = now + p;
             if (p < valid && there % CHUNKS == chunk) {
@@ -127,6 +130,7 @@ template <int P> inline void attention(
             }
             meet();
             // To the owner of each channel: this block's sum of values, their highest score, sum of weights.
+#pragma unroll 1
             for (int i = b.tid; i < least(HELD, QUERIES - set * HELD) * HD; i += T) {
                 const int query = set * HELD + i / HD;
                 const float *part = b.mem + GROUP + i / HD * WARPS * (HD + 2);
@@ -144,14 +148,12 @@ template <int P> inline void attention(
             if (SHARES_OF > CL || QUERIES > HELD) meet();
         }
     }
-    b.take(P * RD * CHUNKS, [&](int i) {
+    b.take<P * RD * CHUNKS>([&](int i) {
         const int p = i / (RD * CHUNKS), chunk = i % CHUNKS, c = min(b.rank * RD + i / CHUNKS % RD, DM - 1);
         const int share = c / HD / GROUP_OF * CHUNKS + chunk, query = p * GROUP_OF + c / HD % GROUP_OF;
         return shares + (share * QUERIES + query) * HD + c % HD;
-    }, [&](int i, const Packet &found) {
-        float *to = b.mem + PARTIAL + 3 * i;
-        to[0] = found.a, to[1] = found.b, to[2] = found.c;
-    });
+    }, [](int i, int j) { return PARTIAL + 3 * i + j; });
+#pragma unroll 1
     for (int unit = warp; unit < P * RD; unit += WARPS) {
         const float *from = b.mem + PARTIAL + 3 * unit * CHUNKS;
         float peak = NOTHING, sum = 0.f, out = 0.f;
@@ -165,6 +167,6 @@ template <int P> inline void attention(
         sum = sum_over<32>(sum), out = sum_over<32>(out);
         if (lane == 0) b.out[unit] = out / sum;
     }
-    b.swap_all<RD, P>(Y, YS);
-    b.mix<DM, P>(y, YS);
+    b.give<RD, P, P * RD * 32>();
+    b.mix<DM, P>([&]() { b.receive_all<RD, P>(Y, YS); });
 }

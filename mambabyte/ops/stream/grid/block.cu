@@ -20,14 +20,14 @@ struct Tile { int from, floats, place, gap; };  // gap: see supply; 0 for a tile
 struct Packet { float a, b, c; unsigned exchange; };  // three numbers and the number of their exchange
 
 // 16 bytes at once: who reads a packet has all of it or nothing of it.
-inline void put(Packet *to, float a, float b, float c, unsigned exchange) {
+__forceinline__ void put(Packet *to, float a, float b, float c, unsigned exchange) {
     const unsigned long long low = __float_as_uint(a) | (unsigned long long)__float_as_uint(b) << 32;
     const unsigned long long high = __float_as_uint(c) | (unsigned long long)exchange << 32;
     asm volatile("{ .reg .b128 v; mov.b128 v, {%1, %2}; st.relaxed.gpu.global.b128 [%0], v; }"
                  ::"l"(to), "l"(low), "l"(high) : "memory");
 }
 
-inline Packet look(const Packet *from) {
+__forceinline__ Packet look(const Packet *from) {
     unsigned long long low, high;
     asm volatile("{ .reg .b128 v; ld.relaxed.gpu.global.b128 v, [%2]; mov.b128 {%0, %1}, v; }"
                  : "=l"(low), "=l"(high) : "l"(from) : "memory");
@@ -35,7 +35,7 @@ inline Packet look(const Packet *from) {
             (unsigned)(high >> 32)};
 }
 
-inline bool is_there(unsigned bar, unsigned parity) {
+__forceinline__ bool is_there(unsigned bar, unsigned parity) {
     unsigned done;
     asm volatile(
         "{\n .reg .pred p;\n"
@@ -45,7 +45,7 @@ inline bool is_there(unsigned bar, unsigned parity) {
     return done;
 }
 
-inline void arrive_at(unsigned bar) {
+__forceinline__ void arrive_at(unsigned bar) {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
@@ -54,6 +54,19 @@ constexpr int slices(int units) {
     while (n < WARPS && units > 8 * n) n *= 2;
     return n;
 }
+
+// A block's rows of a matrix, spread over its warps in slices of their columns.
+template <int ROWS_, int COLUMNS_> struct Weights {
+    static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, W = pad(COLUMNS), UNITS = W / 32;
+    static constexpr int FIT = most(1, TILE / W), TILES_OF = parts(ROWS, FIT);  // rows of a tile; tiles
+    static constexpr int SLICES = slices(UNITS), GROUPS = WARPS / SLICES, U = parts(UNITS, SLICES);
+    static constexpr int VEC = U % 4 == 0 && UNITS % 4 == 0 ? 4 : 1;  // floats that a lane reads at once
+    static constexpr int R = parts(ROWS, GROUPS);  // rows of a warp
+    static constexpr bool EARLY = R * U <= 24;  // a lane's weights are in registers before their use
+    float held[EARLY ? R : 1][EARLY ? U : 1] = {};
+    int at = -1, freed;  // of the tiles: the present one, the first that is not yet free
+    const float *tile = nullptr;
+};
 
 struct Block {
     float *mem;          // this block's vectors and states in shared memory
@@ -66,69 +79,97 @@ struct Block {
     Packet *packets;
     unsigned exchange, side;  // the next one's number; which of two places
     float *trail;  // (PASS, STATE) in global memory: the states after each byte of a pass
+    bool due;      // whether x is given and not yet received
     int used;      // tiles of this pass so far
     unsigned parity;  // of the ring's barriers
 
     // ------------------------------------------------------------------- exchanges
-    // n packets from where from(i) says, to got(i, packet). Ends with a meeting of the block.
-    template <class From, class Got> inline void take(int n, From from, Got got) {
-        constexpr int AT_ONCE = 4;
-        for (int start = tid; start < n; start += AT_ONCE * T) {
+    // What up to N threads wrote, up to N may read: the first warp's need no meeting.
+    template <int N> __forceinline__ void settle() {
+        if constexpr (N <= 32)
+            __syncwarp();
+        else
+            meet();
+    }
+
+    // N packets from where from(i) says; number j of packet i goes to mem[to(i, j)], or nowhere if that is
+    // negative. Ends with a meeting of the block.
+    template <int N, class From, class To> __forceinline__ void take(From from, To to) {
+        constexpr int AT_ONCE = least(4, parts(N, T));
+#pragma unroll 1
+        for (int start = tid; start < N; start += AT_ONCE * T) {
             Packet found[AT_ONCE];
+            int places[AT_ONCE][3];
             bool there;
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++)
+#pragma unroll
+                for (int e = 0; e < 3; e++) {
+                    places[j][e] = to(start + j * T, e);
+                    asm volatile("" : "+r"(places[j][e]));  // known before the packet is there
+                }
             do {
                 there = true;
 #pragma unroll
                 for (int j = 0; j < AT_ONCE; j++)
-                    if (start + j * T < n) found[j] = look(from(start + j * T));
+                    if (start + j * T < N) found[j] = look(from(start + j * T));
 #pragma unroll
                 for (int j = 0; j < AT_ONCE; j++)
-                    if (start + j * T < n) there = there && found[j].exchange == exchange;
+                    if (start + j * T < N) there = there && found[j].exchange == exchange;
             } while (!there);
 #pragma unroll
             for (int j = 0; j < AT_ONCE; j++)
-                if (start + j * T < n) got(start + j * T, found[j]);
+                if (start + j * T < N) {
+                    if (places[j][0] >= 0) mem[places[j][0]] = found[j].a;
+                    if (places[j][1] >= 0) mem[places[j][1]] = found[j].b;
+                    if (places[j][2] >= 0) mem[places[j][2]] = found[j].c;
+                }
         }
         exchange++;
         meet();
     }
 
-    // N numbers of each of P bytes go from out[byte * N + i] to mem[where(byte, block, i)] of all blocks.
-    template <int N, int P, class Where> inline void swap(Where where) {
-        constexpr int OWN = parts(N * P, 3);  // packets of a block
+    // An exchange: this block gives out[byte * N + i], N numbers of each of P bytes, which up to WRITERS
+    // threads have written, and all blocks receive them, to mem[where(byte, block, i)].
+    template <int N, int P> static constexpr int own_packets() { return parts(N * P, 3); }
+
+    template <int N, int P, int WRITERS> __forceinline__ void give() {
+        constexpr int OWN = own_packets<N, P>();
         static_assert(OWN <= PACKETS, "packing.py counts too few");
         Packet *const places = packets + side * COPIES * CL * PACKETS;
-        side ^= 1;
-        meet();
+        settle<most(WRITERS, COPIES * OWN)>();
+#pragma unroll 1
         for (int i = tid; i < COPIES * OWN; i += T) {
             const int at = 3 * (i % OWN);
-            put(places + (i / OWN * CL + rank) * OWN + i % OWN, out[at], out[at + 1], out[at + 2], exchange);
+            put(places + i / OWN * CL * PACKETS + rank * OWN + i % OWN, out[at], out[at + 1], out[at + 2], exchange);
         }
-        const Packet *const from = places + rank % COPIES * CL * OWN;
-        take(CL * OWN, [&](int i) { return from + i; }, [&](int i, const Packet &found) {
-            const int block = i / OWN, at = 3 * (i % OWN);
-            auto to = [&](int j, float value) {
-                if (N * P % 3 == 0 || j < N * P) mem[where(j / N, block, j % N)] = value;
-            };
-            to(at, found.a), to(at + 1, found.b), to(at + 2, found.c);
+    }
+
+    template <int N, int P, class Where> __forceinline__ void receive(Where where) {
+        constexpr int OWN = own_packets<N, P>();
+        const Packet *const from = packets + (side * COPIES + rank % COPIES) * CL * PACKETS;
+        side ^= 1;
+        take<CL * OWN>([&](int i) { return from + i; }, [&](int i, int j) {
+            const int at = 3 * (i % OWN) + j;
+            return N * P % 3 == 0 || at < N * P ? where(at / N, i / OWN, at % N) : -1;
         });
     }
 
     // The shares of vectors at `to`, `stride` from one byte's to the next.
-    template <int N, int P> inline void swap_all(int to, int stride) {
-        swap<N, P>([&](int p, int block, int i) { return to + p * stride + block * N + i; });
+    template <int N, int P> __forceinline__ void receive_all(int to, int stride) {
+        receive<N, P>([&](int p, int block, int i) { return to + p * stride + block * N + i; });
     }
 
     // ------------------------------------------------------------------- tiles
-    inline const Tile *plan() { return (const Tile *)(mem + SCHEDULE); }
-    inline unsigned full(int tile) { return shared_address(mem + BARS) + 16 * tile; }
-    inline unsigned free(int tile) { return full(tile) + 8; }
-    inline unsigned over() { return full(TILES); }
+    __forceinline__ const Tile *plan() { return (const Tile *)(mem + SCHEDULE); }
+    __forceinline__ unsigned full(int tile) { return shared_address(mem + BARS) + 16 * tile; }
+    __forceinline__ unsigned free(int tile) { return full(tile) + 8; }
+    __forceinline__ unsigned over() { return full(TILES); }
 
     // One thread asks for all tiles in the order of their use, `laps` times or until *ended is the number
     // of laps that are over. A tile takes the place of the gap-th of the ring's tiles before it, once that
     // is free.
-    inline void supply(const float *tiles, int64 laps, volatile int *ended) {
+    __forceinline__ void supply(const float *tiles, int64 laps, volatile int *ended) {
         const float *from = tiles + (int64)rank * BLOB;
         int64 lap = 0;
         int tile = 0, back = 0, of_ring = 0;
@@ -159,46 +200,88 @@ struct Block {
     stopped:
         // Nothing may come in when the block has ended: what was asked for and is not used is waited for.
         wait(over(), 0);
-        for (int64 at = (int64)*ended * of_ring; at < number; at++) {
-            int i = 0;
-            for (int skip = (int)(at % of_ring); !plan()[i].gap || skip > 0; i++) skip -= plan()[i].gap > 0;
-            wait(full(i), (unsigned)(at / of_ring) & 1);
-        }
+        const int over_laps = *ended;
+        number -= (int64)over_laps * of_ring;
+        for (int i = 0, round = over_laps; number > 0; i + 1 < TILES ? i++ : (i = 0, round++))
+            if (plan()[i].gap) wait(full(i), round & 1), number--;
     }
 
     // ------------------------------------------------------------------- products
-    // done(r, p, product of row r with the vector of byte p) for this block's N rows, each by one thread,
-    // neighbouring rows by neighbouring threads; from[p * stride ...] has numbers up to a whole number of
-    // 32. NORMED: an RMS norm divides the vector. Rows are spread over the warps in SLICES of their
-    // columns. What follows in another thread needs a meeting of the block first.
-    template <int N, int COLUMNS, bool NORMED, int P, class Done>
-    inline void rows(const float *from, int stride, Done done) {
-        constexpr int W = pad(COLUMNS), UNITS = W / 32, FIT = most(1, TILE / W);  // rows of a tile
-        constexpr int SLICES = slices(UNITS), GROUPS = WARPS / SLICES, U = parts(UNITS, SLICES);
-        constexpr int VEC = U % 4 == 0 && UNITS % 4 == 0 ? 4 : 1;  // floats that a lane reads at once
-        constexpr int R = parts(N, GROUPS), AT_ONCE = least(power(R), most(1, 32 / power(P)));
-        constexpr bool HELD = P * U <= 32;  // a lane's part of the vectors is in registers
-        constexpr int VALUES = AT_ONCE * power(P);
-        const int slice = warp % SLICES, group = warp / SLICES, begin = slice * U;
-        float *sums = mem + SUMS, *squares = sums + N * P * SLICES;
-        auto column = [&](int u) { return 32 * (begin + u) + (VEC == 4 ? 4 * lane : lane); };
-        auto inside = [&](int u) { return begin + u < UNITS; };
-        float held[HELD ? P : 1][HELD ? U : 1], square[NORMED ? power(P) : 1] = {};
-        auto read = [&](const float *v, int u, float (&to)[VEC]) {
-            if constexpr (VEC == 4) {
-                const float4 x = *(const float4 *)(v + column(u));
-                to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-            } else {
-                to[0] = v[column(u)];
+    // Reads this warp's weights of a matrix, or leaves them for rows() where they are many. The matrix's
+    // turn must have come; best before what it is multiplied with is there.
+    template <class Matrix> __forceinline__ void fetch(Matrix &m) {
+        m.freed = used;
+        if constexpr (Matrix::EARLY)
+            each_row<Matrix, Matrix::R>(m, 0, [&](int i, int u, const float (&a)[Matrix::VEC]) {
+#pragma unroll
+                for (int e = 0; e < Matrix::VEC; e++) m.held[i][u + e] = a[e];
+            });
+        if constexpr (Matrix::EARLY) let_go(m, used += Matrix::TILES_OF);
+    }
+
+    template <class Matrix> __forceinline__ void let_go(Matrix &m, int until) {
+        __syncwarp();
+#pragma unroll 1
+        for (; m.freed < until; m.freed++)
+            if (lane == 0 && plan()[m.freed].gap) arrive_at(free(m.freed));
+    }
+
+    template <class Matrix> __forceinline__ void read(const float *v, int u, float (&to)[Matrix::VEC]) {
+        constexpr int VEC = Matrix::VEC;
+        const float *from = v + 32 * (warp % Matrix::SLICES * Matrix::U + u) + VEC * lane;
+        if constexpr (VEC == 4) {
+            const float4 x = *(const float4 *)from;
+            to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+        } else {
+            to[0] = *from;
+        }
+    }
+
+    template <class Matrix> __forceinline__ bool inside(int u) {
+        return Matrix::UNITS % Matrix::SLICES == 0 || warp % Matrix::SLICES * Matrix::U + u < Matrix::UNITS;
+    }
+
+    // next(i, u, a lane's weights of it) for this warp's rows first + i, i below COUNT, and columns.
+    template <class Matrix, int COUNT, class Next> __forceinline__ void each_row(Matrix &m, int first, Next next) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            const int r = warp / Matrix::SLICES + Matrix::GROUPS * (first + i);
+            if (r >= Matrix::ROWS) continue;
+            if (used + r / Matrix::FIT != m.at) {
+                m.at = used + r / Matrix::FIT;
+                let_go(m, m.at);
+                const Tile here = plan()[m.at];
+                wait(full(m.at), here.gap ? parity : 0);
+                m.tile = small - SPACE + here.place;
             }
-        };
+#pragma unroll
+            for (int u = 0; u < Matrix::U; u += Matrix::VEC) {
+                float a[Matrix::VEC] = {};
+                if (inside<Matrix>(u)) read<Matrix>(m.tile + r % Matrix::FIT * Matrix::W, u, a);
+                next(i, u, a);
+            }
+        }
+    }
+
+    // done(r, p, product of row r with the vector of byte p), each by one thread, neighbouring rows by
+    // neighbouring threads; from[p * stride ...] has numbers up to a whole number of 32. NORMED: an RMS
+    // norm divides the vector. Sums are the same in every P. What follows in another thread needs a meeting
+    // of the block first, or settle().
+    template <bool NORMED, int P, class Matrix, class Done>
+    __forceinline__ void rows(Matrix &m, const float *from, int stride, Done done) {
+        constexpr int N = Matrix::ROWS, SLICES = Matrix::SLICES, U = Matrix::U, VEC = Matrix::VEC, PP = power(P);
+        constexpr int AT_ONCE = least(power(Matrix::R), most(1, 32 / PP)), VALUES = AT_ONCE * PP;
+        constexpr bool HELD = P * U <= 32;  // a lane's part of the vectors is in registers
+        const int slice = warp % SLICES, group = warp / SLICES;
+        float *sums = mem + SUMS, *squares = sums + N * P * SLICES;
+        float held[HELD ? P : 1][HELD ? U : 1], square[NORMED ? PP : 1] = {};
         if (HELD || NORMED)
 #pragma unroll
             for (int p = 0; p < P; p++)
 #pragma unroll
                 for (int u = 0; u < U; u += VEC) {
                     float x[VEC] = {};
-                    if (inside(u)) read(from + p * stride, u, x);
+                    if (inside<Matrix>(u)) read<Matrix>(from + p * stride, u, x);
 #pragma unroll
                     for (int e = 0; e < VEC; e++) {
                         if (HELD) held[p][u + e] = x[e];
@@ -206,55 +289,43 @@ struct Block {
                     }
                 }
         if constexpr (NORMED)
-            if (group == GROUPS - 1) {
-                float sum = sums_over<power(P), 32>(square);
+            if (group == Matrix::GROUPS - 1) {
+                float sum = sums_over<PP, 32>(square);
                 if (lane < P) squares[lane * SLICES + slice] = sum;
             }
-        int at = -1, freed = used;  // of the tiles of this matrix: the present one, the first not yet free
-        const float *tile = nullptr;
-        auto let_go = [&](int until) {
-            __syncwarp();
-            for (; freed < until; freed++)
-                if (lane == 0 && plan()[freed].gap) arrive_at(free(freed));
-        };
-#pragma unroll 1
-        for (int first = 0; first < R; first += AT_ONCE) {
+#pragma unroll (Matrix::EARLY ? Matrix::R : 1)
+        for (int first = 0; first < Matrix::R; first += AT_ONCE) {
             float sum[VALUES] = {};
+            auto add = [&](int i, int u, const float (&a)[VEC]) {
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) {
-                const int r = group + GROUPS * (first + i);
-                if (r < N) {
-                    if (used + r / FIT != at) {
-                        at = used + r / FIT;
-                        let_go(at);
-                        const Tile here = plan()[at];
-                        wait(full(at), here.gap ? parity : 0);
-                        tile = small - SPACE + here.place;
-                    }
-                    const float *w = tile + r % FIT * W;
+                for (int p = 0; p < P; p++) {
+                    float x[VEC] = {};
+                    if (!HELD && inside<Matrix>(u)) read<Matrix>(from + p * stride, u, x);
+#pragma unroll
+                    for (int e = 0; e < VEC; e++)
+                        sum[i * PP + p] = fmaf(a[e], HELD ? held[HELD ? p : 0][HELD ? u + e : 0] : x[e], sum[i * PP + p]);
+                }
+            };
+            if constexpr (Matrix::EARLY) {
+#pragma unroll
+                for (int i = 0; i < least(AT_ONCE, Matrix::R - first); i++)
 #pragma unroll
                     for (int u = 0; u < U; u += VEC) {
-                        if (!inside(u)) continue;
                         float a[VEC];
-                        read(w, u, a);
 #pragma unroll
-                        for (int p = 0; p < P; p++) {
-                            float x[VEC];
-                            if (!HELD) read(from + p * stride, u, x);
-#pragma unroll
-                            for (int e = 0; e < VEC; e++)
-                                sum[i * power(P) + p] =
-                                    fmaf(a[e], HELD ? held[HELD ? p : 0][HELD ? u + e : 0] : x[e], sum[i * power(P) + p]);
-                        }
+                        for (int e = 0; e < VEC; e++) a[e] = m.held[first + i][u + e];
+                        add(i, u, a);
                     }
-                }
+            } else {
+                each_row<Matrix, AT_ONCE>(m, first, add);
             }
             const float all = sums_over<VALUES, 32>(sum);
-            const int r = group + GROUPS * (first + lane / power(P)), p = lane % power(P);
+            const int r = group + Matrix::GROUPS * (first + lane / PP), p = lane % PP;
             if (lane < VALUES && p < P && r < N) sums[(p * N + r) * SLICES + slice] = all;
         }
-        let_go(used += parts(N, FIT));
+        if constexpr (!Matrix::EARLY) let_go(m, used += Matrix::TILES_OF);
         meet();
+#pragma unroll 1
         for (int i = tid; i < N * P; i += T) {
             const int p = i / N;
             float value = 0.f, square_of = 0.f;
@@ -263,7 +334,7 @@ struct Block {
             if (NORMED) {
 #pragma unroll
                 for (int s = 0; s < SLICES; s++) square_of += squares[p * SLICES + s];
-                value *= rsqrtf(square_of * (1.f / COLUMNS) + EPS);
+                value *= rsqrtf(square_of * (1.f / Matrix::COLUMNS) + EPS);
             }
             done(i % N, p, value);
         }
@@ -271,7 +342,7 @@ struct Block {
 
     // ------------------------------------------------------------------- parts of layers
     // P vectors of d_model at `from`, normed, to `to`; the weights are in what comes next.
-    template <int P> inline void norm(bool centered, float eps, const float *from, float *to) {
+    template <int P> __forceinline__ void norm(bool centered, float eps, const float *from, float *to) {
         float mean[P], scale[P];
 #pragma unroll
         for (int p = 0; p < P; p++) {
@@ -285,24 +356,34 @@ struct Block {
         if (to == from) meet();
 #pragma unroll
         for (int p = 0; p < P; p++)
+#pragma unroll 1
             for (int i = tid; i < DM; i += T) to[p * XS + i] = (from[p * XS + i] - mean[p]) * scale[p];
         meet();
     }
 
-    // As rows, of x behind a layer's norm. An RMS norm divides the products.
-    template <int N, int P, class Done> inline void rows_normed(Done done) {
+    // As rows, of x behind a layer's norm, once x is there. An RMS norm divides the products.
+    template <int N, int P, class Done> __forceinline__ void rows_normed(Done done) {
+        Weights<N, DM> w;
+        fetch(w);
+        receive_x<P>();
         if constexpr (CENTERED) {
             norm<P>(true, EPS, mem + X, mem + XN);
-            rows<N, DM, false, P>(mem + XN, XS, done);
+            rows<false, P>(w, mem + XN, XS, done);
         } else {
-            rows<N, DM, true, P>(mem + X, XS, done);
+            rows<true, P>(w, mem + X, XS, done);
         }
     }
 
-    // A branch is added to x; behind a layer's last one also what the next layer adds before.
-    template <int N, int COLUMNS, int P>
-    inline void branch(const float *from, int stride, int gain, int bias, bool last) {
-        rows<N, COLUMNS, false, P>(from, stride, [&](int r, int p, float v) {
+    template <int P> __forceinline__ void receive_x() {
+        if (due) receive_all<RD, P>(X, XS);
+        due = false;
+    }
+
+    // A branch, of the vector at `from`, is added to x; behind a layer's last one also what the next layer
+    // adds before.
+    template <int P, class Matrix>
+    __forceinline__ void branch(Matrix &w, const float *from, int stride, int gain, int bias, bool last) {
+        rows<false, P>(w, from, stride, [&](int r, int p, float v) {
             float *const slot = mem + SLOT + p * SLOTS * RD + r;
             float value = fmaf(own[gain + r], v + own[bias + r], mem[X + p * XS + rank * RD + r]);
             if (last) {
@@ -313,22 +394,27 @@ struct Block {
             }
             out[p * RD + r] = value;
         });
-        swap_all<RD, P>(X, XS);
+        give<RD, P, RD * P>();
+        due = true;
     }
 
-    template <int COLUMNS, int P> inline void mix(const float *from, int stride) {
-        branch<RD, COLUMNS, P>(from, stride, MIX_GAIN, MIX_BIAS, H == 0);
+    // A mixer's last matrix, of y, which ready() makes.
+    template <int COLUMNS, int P, class Ready> __forceinline__ void mix(Ready ready) {
+        Weights<RD, COLUMNS> w;
+        fetch(w);
+        ready();
+        branch<P>(w, mem + Y, YS, MIX_GAIN, MIX_BIAS, H == 0);
     }
 
     // A number of a layer's state after byte p of the pass.
-    template <int P> inline void keep(float *at, float value, int p) {
+    template <int P> __forceinline__ void keep(float *at, float value, int p) {
         *at = value;
         if (P > 1) trail[p * STATE + (int)(at - (mem + STATES))] = value;
     }
 
     // Causal convolution and SiLU of one channel of byte p; tail (K - 1, width), w (K).
     template <int P>
-    inline float convolve(const float *w, float bias, float *tail, int width, float value, int p) {
+    __forceinline__ float convolve(const float *w, float bias, float *tail, int width, float value, int p) {
         float sum = fmaf(w[K - 1], value, bias), old[K];
 #pragma unroll
         for (int k = 0; k < K - 1; k++) {

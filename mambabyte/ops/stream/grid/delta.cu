@@ -6,7 +6,7 @@ constexpr int GV = power(DK) < 16 ? power(DK) : 16, KE = parts(DK, GV);  // thre
 constexpr int D_ROWS = 2 * RD + VC + RE;  // of in_proj, without the gates' rows
 constexpr int ES = CL * RE, FS = pad(CL * RF), VS = CL * VC;
 
-template <int P, bool KIMI_RULE> inline void delta(Block &b, float *state) {
+template <int P, bool KIMI_RULE> __forceinline__ void delta(Block &b, float *state) {
     constexpr int ROWS = D_ROWS + (KIMI_RULE ? 2 * RF : RE + VC), TAPS = 2 * RD + VC;
     constexpr int GATE_AT = D_ROWS + (KIMI_RULE ? 0 : RE), QD = CL * RD;
     constexpr int SENT = 2 * RD + RE + (KIMI_RULE ? 2 * RF : RE);  // q, k, beta; a, or f and g
@@ -16,6 +16,7 @@ template <int P, bool KIMI_RULE> inline void delta(Block &b, float *state) {
     const int rank = b.rank, lane = b.lane;
     b.rows_normed<ROWS, P>([&](int r, int p, float v) { local[p * LOCALS + r] = v + own[OWN + r]; });
     meet();
+#pragma unroll 1
     for (int c = b.tid; c < TAPS; c += T)
 #pragma unroll
         for (int p = 0; p < P; p++) {
@@ -23,11 +24,13 @@ template <int P, bool KIMI_RULE> inline void delta(Block &b, float *state) {
             const float out = b.convolve<P>(own + D_CONV + c * K, 0.f, state + VC * DK + c, TAPS, *at, p);
             *(c < 2 * RD ? b.out + p * SENT + c : at) = out;
         }
+#pragma unroll 1
     for (int i = b.tid; i < P * (SENT - 2 * RD); i += T) {
         const int p = i / (SENT - 2 * RD), r = i % (SENT - 2 * RD);
         b.out[p * SENT + 2 * RD + r] = local[p * LOCALS + TAPS + r];
     }
-    b.swap<SENT, P>([](int p, int block, int r) {
+    b.give<SENT, P, T>();
+    b.receive<SENT, P>([](int p, int block, int r) {
         if (r < RD) return Q + p * QD + block * RD + r;
         if (r < 2 * RD) return KEY + p * QD + block * RD + r - RD;
         r -= 2 * RD;
@@ -37,16 +40,22 @@ template <int P, bool KIMI_RULE> inline void delta(Block &b, float *state) {
         return r < RF ? F + p * FS + block * RF + r : GL + p * FS + block * RF + r - RF;
     });
     if constexpr (KIMI_RULE) {
-        b.rows<RD, CL * RF, false, P>(low, FS, [&](int r, int p, float v) {
+        Weights<RD, CL * RF> decays;
+        b.fetch(decays);
+        b.rows<false, P>(decays, low, FS, [&](int r, int p, float v) {
             float dt = softplus(v + own[D_DT_BIAS + r]);
             b.out[p * RD + r] = exp2f(dt * own[D_RATE + r]);
         });
         meet();
-        b.rows<VC, CL * RF, false, P>(gl, FS, [&](int r, int p, float v) {
+        Weights<VC, CL * RF> gates;
+        b.fetch(gates);
+        b.rows<false, P>(gates, gl, FS, [&](int r, int p, float v) {
             local[p * LOCALS + GATE_AT + r] = sigmoid(v + own[D_GATE + r]);
         });
-        b.swap_all<RD, P>(DTS, DTS_STRIDE);
+        b.give<RD, P, T>();
+        b.receive_all<RD, P>(DTS, DTS_STRIDE);
     }
+#pragma unroll 1
     for (int unit = b.warp; unit < P * 2 * DH; unit += WARPS) {  // |q| = 1 / sqrt(DK), |k| = 1
         const int p = unit / (2 * DH), head = unit % (2 * DH);
         float *v = (head < DH ? q + head * DK : key + (head - DH) * DK) + p * QD, square = 0.f;
@@ -56,6 +65,7 @@ template <int P, bool KIMI_RULE> inline void delta(Block &b, float *state) {
         for (int c = lane; c < DK; c += 32) v[c] *= scale;
     }
     meet();
+#pragma unroll 1
     for (int start = 32 * b.warp; start < VC * GV; start += T) {
         const int g = lane % GV, j = min((start + lane) / GV, VC - 1);
         const bool there = start + lane < VC * GV;
@@ -90,16 +100,19 @@ template <int P, bool KIMI_RULE> inline void delta(Block &b, float *state) {
             }
         }
     }
-    b.swap<2 * VC, P>([](int p, int block, int r) {
-        return r < VC ? Y + p * YS + block * VC + r : GATES + p * VS + block * VC + r - VC;
+    b.give<2 * VC, P, VC * GV>();
+    b.mix<VS, P>([&]() {
+        b.receive<2 * VC, P>([](int p, int block, int r) {
+            return r < VC ? Y + p * YS + block * VC + r : GATES + p * VS + block * VC + r - VC;
+        });
+#pragma unroll 1
+        for (int unit = b.warp; unit < P * DH; unit += WARPS) {
+            const int p = unit / DH, head = unit % DH;
+            float *v = y + p * YS + head * DV, *open = b.mem + GATES + p * VS + head * DV, square = 0.f;
+            for (int c = lane; c < DV; c += 32) square = fmaf(v[c], v[c], square);
+            float scale = rsqrtf(sum_over<32>(square) * (1.f / DV) + 1e-5f);
+            for (int c = lane; c < DV; c += 32) v[c] *= scale * open[c];
+        }
+        meet();
     });
-    for (int unit = b.warp; unit < P * DH; unit += WARPS) {
-        const int p = unit / DH, head = unit % DH;
-        float *v = y + p * YS + head * DV, *open = b.mem + GATES + p * VS + head * DV, square = 0.f;
-        for (int c = lane; c < DV; c += 32) square = fmaf(v[c], v[c], square);
-        float scale = rsqrtf(sum_over<32>(square) * (1.f / DV) + 1e-5f);
-        for (int c = lane; c < DV; c += 32) v[c] *= scale * open[c];
-    }
-    meet();
-    b.mix<VS, P>(y, YS);
 }

@@ -3,11 +3,12 @@
 constexpr int XR = R + 2 * N, RX = parts(XR, CL), G = power(N) < 16 ? power(N) : 16;
 constexpr int US = pad(CL * DC), WS = CL * RX, NE = parts(N, G);  // states of a thread
 
-template <int P> inline void mamba(Block &b, float *state) {
-    float *const all_u = b.mem + ALL_U, *const low = b.mem + LOW, *const local = b.mem + LOCAL, *const y = b.mem + Y;
+template <int P> __forceinline__ void mamba(Block &b, float *state) {
+    float *const all_u = b.mem + ALL_U, *const low = b.mem + LOW, *const local = b.mem + LOCAL;
     const float *own = b.own;
     b.rows_normed<2 * DC, P>([&](int r, int p, float v) { local[p * LOCALS + r] = v + own[OWN + r]; });
-    meet();
+    b.settle<2 * DC * P>();
+#pragma unroll 1
     for (int c = b.tid; c < DC; c += T)
 #pragma unroll
         for (int p = 0; p < P; p++) {
@@ -15,11 +16,16 @@ template <int P> inline void mamba(Block &b, float *state) {
             const float u = b.convolve<P>(own + M_CONV + c * K, own[M_CONV_BIAS + c], state + DC * N + c, DC, *at, p);
             b.out[p * DC + c] = *at = u, at[DC] *= sigmoid(at[DC]);
         }
-    b.swap_all<DC, P>(ALL_U, US);
-    b.rows<RX + (R ? 0 : DC), CL * DC, false, P>(all_u, US, [&](int r, int p, float v) {
+    b.give<DC, P, DC>();
+    Weights<RX + (R ? 0 : DC), CL * DC> projections;
+    b.fetch(projections);
+    b.receive_all<DC, P>(ALL_U, US);
+    b.rows<false, P>(projections, all_u, US, [&](int r, int p, float v) {
         *(r < RX ? b.out + p * RX + r : b.mem + STEP + p * DC + r - RX) = v;
     });
-    b.swap_all<RX, P>(LOW, WS);
+    b.give<RX, P, (RX + (R ? 0 : DC)) * P>();
+    b.receive_all<RX, P>(LOW, WS);
+#pragma unroll 1
     for (int start = 32 * b.warp; start < DC * G; start += T) {
         const int g = b.lane % G, c = min((start + b.lane) / G, DC - 1);
         const bool there = start + b.lane < DC * G;
@@ -46,6 +52,6 @@ template <int P> inline void mamba(Block &b, float *state) {
             if (there && g == 0) b.out[p * DC + c] = out;
         }
     }
-    b.swap_all<DC, P>(Y, YS);
-    b.mix<CL * DC, P>(y, YS);
+    b.give<DC, P, DC * G>();
+    b.mix<CL * DC, P>([&]() { b.receive_all<DC, P>(Y, YS); });
 }

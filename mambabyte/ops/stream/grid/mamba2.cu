@@ -4,11 +4,12 @@ constexpr int SB = 2 * SG * SN, RB = parts(SB, CL), RH = parts(SH, CL);
 constexpr int S_ROWS = 2 * DC + RB + RH;  // of in_proj: x, z, a share of B and C and of the step sizes
 constexpr int BS = CL * RB, S_LANES = 16, SE = parts(SN, S_LANES);
 
-template <int P> inline void mamba2(Block &b, float *state) {
+template <int P> __forceinline__ void mamba2(Block &b, float *state) {
     float *const bc = b.mem + BC, *const dts = b.mem + DTS, *const local = b.mem + LOCAL, *const y = b.mem + Y;
     const float *own = b.own;
     b.rows_normed<S_ROWS, P>([&](int r, int p, float v) { local[p * LOCALS + r] = v + own[OWN + r]; });
     meet();
+#pragma unroll 1
     for (int c = b.tid; c < DC + RB; c += T)
 #pragma unroll
         for (int p = 0; p < P; p++) {
@@ -17,11 +18,14 @@ template <int P> inline void mamba2(Block &b, float *state) {
                                             DC + RB, *at, p);
             *(c < DC ? at : b.out + p * (RB + RH) + c - DC) = out;
         }
+#pragma unroll 1
     for (int i = b.tid; i < P * RH; i += T)
         b.out[i / RH * (RB + RH) + RB + i % RH] = local[i / RH * LOCALS + 2 * DC + RB + i % RH];
-    b.swap<RB + RH, P>([](int p, int block, int r) {
+    b.give<RB + RH, P, T>();
+    b.receive<RB + RH, P>([](int p, int block, int r) {
         return r < RB ? BC + p * BS + block * RB + r : DTS + p * DTS_STRIDE + block * RH + r - RB;
     });
+#pragma unroll 1
     for (int start = 32 * b.warp; start < DC * S_LANES; start += T) {
         const int g = b.lane % S_LANES, c = min((start + b.lane) / S_LANES, DC - 1);
         const bool there = start + b.lane < DC * S_LANES;
@@ -47,13 +51,16 @@ template <int P> inline void mamba2(Block &b, float *state) {
             if (there && g == 0) b.out[p * DC + c] = out;
         }
     }
-    b.swap_all<DC, P>(Y, YS);
-    for (int unit = b.warp; unit < P * SG; unit += WARPS) {
-        float *part = y + unit / SG * YS + unit % SG * (DI / SG), square = 0.f;
-        for (int c = b.lane; c < DI / SG; c += 32) square = fmaf(part[c], part[c], square);
-        float scale = rsqrtf(sum_over<32>(square) * (1.f / (DI / SG)) + SSD_EPS);
-        for (int c = b.lane; c < DI / SG; c += 32) part[c] *= scale;
-    }
-    meet();
-    b.mix<CL * DC, P>(y, YS);
+    b.give<DC, P, DC * S_LANES>();
+    b.mix<CL * DC, P>([&]() {
+        b.receive_all<DC, P>(Y, YS);
+#pragma unroll 1
+        for (int unit = b.warp; unit < P * SG; unit += WARPS) {
+            float *part = y + unit / SG * YS + unit % SG * (DI / SG), square = 0.f;
+            for (int c = b.lane; c < DI / SG; c += 32) square = fmaf(part[c], part[c], square);
+            float scale = rsqrtf(sum_over<32>(square) * (1.f / (DI / SG)) + SSD_EPS);
+            for (int c = b.lane; c < DI / SG; c += 32) part[c] *= scale;
+        }
+        meet();
+    });
 }
