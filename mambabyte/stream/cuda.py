@@ -10,6 +10,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -30,17 +31,18 @@ from mambabyte.ops.stream.cuda import (
 from mambabyte.ops.stream.feeding import VOCABULARY
 from mambabyte.ops.stream.hybrid import HybridState
 from mambabyte.ops.stream.server import Served
-from mambabyte.stream import hybrid
-from mambabyte.stream.cpu import foreign_layers, plain_parts, say_foreign
+from mambabyte.stream import cpu, hybrid
+from mambabyte.stream.cpu import NativeModel, foreign_layers, plain_parts, say_foreign, supports
 from mambabyte.stream.layout import is_known
-from mambabyte.stream.states import copy, kind, tensors_of
+from mambabyte.stream.states import copy, kind, mapped, tensors_of
 
 _LOG = logging.getLogger(__name__)
 Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
 Hidden = Callable[[Tensor, Any], tuple[Tensor, Any]]
+HOST_PARAMETERS = 4_000_000  # as many are sooner read on the host than launched through torch
 MOST_BYTES = 256  # fed in one call; longer texts are faster in parallel
 PIECE = 4096  # bytes whose log-probabilities are fetched at a time
-FIRST_DRAW, MOST_DRAW = 16, 512  # bytes drawn a launch: the first come soon, all come steadily
+FIRST_DRAW = 16  # bytes of the first launch that draws: they come soon
 
 
 def unsupported(model: nn.Module) -> str:
@@ -95,18 +97,27 @@ def shortcut(model: Any, advance: Advance) -> Advance:
     why = unsupported(model)
     if not why:
         return CudaModel(model, advance)
+    found: Any = advance
+    found.engine = f"torch, a call a byte: {why}"
     if type(model) is ByteLM:
-        say_slow(why)
         if is_known(model) and not torch.is_autocast_enabled("cuda"):
-            return CapturedModel(model, advance, why)
-    advance.engine = f"torch: {why}"  # type: ignore[attr-defined]
-    return advance
+            found = _without_kernel(model, advance, why)
+        say_slow(found.engine)
+    return found
+
+
+def _without_kernel(model: ByteLM, advance: Advance, why: str) -> Advance:
+    """The best there is for a model of known parts that no kernel has."""
+    few = sum(p.numel() for p in model.parameters()) <= HOST_PARAMETERS
+    if few and supports(on_host := deepcopy(model).cpu().float()):
+        return HostModel(model, on_host, advance, why)
+    return CapturedModel(model, advance, why)
 
 
 @functools.cache
-def say_slow(why: str) -> None:
-    """Say once why a model streams slowly."""
-    _LOG.warning("note: a model streams through torch, byte after byte: %s", why)
+def say_slow(engine: str) -> None:
+    """Say once how a model streams that no kernel on the card has."""
+    _LOG.warning("note: a model streams by %s", engine)
 
 
 def hidden_shortcut(model: ByteLM, guided: nn.Module | None = None) -> Hidden:
@@ -170,7 +181,7 @@ class CudaModel:
             piece = min(piece, length - done)
             drawn, after, state = self.streamer.draw(
                 after, state, piece, temperature, top_k, top_p, seed, done)
-            done, piece = done + piece, min(2 * piece, MOST_DRAW)
+            done, piece = done + piece, min(2 * piece, self.streamer.most_drawn)
             yield bytes(drawn[0].tolist()), after[0].cpu(), state
 
     @property
@@ -192,8 +203,42 @@ class CudaModel:
             drawn, after, state, counts = self.streamer.guess_and_draw(
                 after, state, piece, past, temperature, top_k, top_p, seed, done)
             data = bytes(drawn[0].tolist())
-            past, done, piece = past + data, done + piece, min(2 * piece, MOST_DRAW)
+            past, done, piece = past + data, done + piece, min(2 * piece, self.streamer.most_drawn)
             yield data, after[0].cpu(), state, *counts.tolist()
+
+
+class OnHost(list[Any]):  # states of layers, float32
+    pass
+
+
+class HostModel:
+    """``advance`` of a small model that no kernel has: in C on the host, by the weights of now;
+    there a byte takes less time than its launches through torch."""
+
+    def __init__(self, model: ByteLM, on_host: ByteLM, advance: Advance, why: str) -> None:
+        self._parallel, self._native = advance, NativeModel(on_host)
+        self._device, self._dtype = model.device, model.embedding.weight.dtype
+        self.engine = f"model.c, on the host: {why}"
+
+    def __call__(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
+        if len(data) > cpu.MOST_BYTES:
+            return self._parallel(data, self.for_model(state))
+        log_p, state = self._native(data, self._here(state))
+        return log_p, OnHost(state)
+
+    def ahead(self, data: bytes, state: Any) -> tuple[Tensor, Callable[[int], Any]] | None:
+        """As ``NativeModel.ahead``; None for more than cpu.MOST_BYTES bytes."""
+        return self._native.ahead(data, self._here(state)) if len(data) <= cpu.MOST_BYTES else None
+
+    def for_model(self, state: Any) -> Any:
+        """A state as the model on the card has it."""
+        there = mapped(lambda t: t.to(self._device), [*(state or ())])
+        return [_kept_in(layer, self._dtype) for layer in there] or None
+
+    def _here(self, state: Any) -> Any:
+        if state is None or isinstance(state, OnHost):
+            return state
+        return OnHost(mapped(lambda t: t.float().cpu().contiguous(), [*state]))
 
 
 class CapturedModel:

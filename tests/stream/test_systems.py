@@ -13,6 +13,7 @@ from mambabyte.model import ByteLM
 from mambabyte.model.families.mamba import MambaMixer
 from mambabyte.stream import ByteModel, ByteStream, advance_of
 from mambabyte.stream import cpu as native_model
+from mambabyte.stream import cuda as cuda_model
 from mambabyte.stream.layout import is_known
 from mambabyte.task import ngram_native
 from mambabyte.task.guide import Guide, GuidedLM
@@ -124,3 +125,32 @@ def test_looking_up_in_c_equals_torch() -> None:
 def test_a_stream_says_what_computes_it(name: str, engine: str) -> None:
     assert ByteStream(_system(name)).engine == engine
     assert ByteStream(ByteLM(SMALL).double().eval()).engine == "torch, a call a byte"
+
+
+@pytest.mark.skipif(native_model._library() is None, reason="no C compiler")
+@pytest.mark.parametrize("pattern", ["R", "RA"])
+def test_what_no_kernel_of_a_card_has_streams_on_the_host(pattern: str) -> None:
+    torch.manual_seed(0)
+    model = ByteLM(replace(SMALL, layer_pattern=pattern, ssd_head_dim=8, ssd_d_state=8)).eval()
+    longer: list[int] = []
+
+    @torch.inference_mode()
+    def advance(data: bytes, state: list | None) -> tuple[torch.Tensor, list]:
+        longer.append(len(data))
+        logits, state = model(torch.tensor([list(data)]), state)
+        return torch.log_softmax(logits[0, -1].float(), -1), state
+
+    host = cuda_model._without_kernel(model, advance, "no kernel")
+    assert host.engine == "model.c, on the host: no kernel"
+    state, wanted = None, None
+    for data in (b"a", b"bc", TEXT[:40], b"d", b"e"):  # a long one goes in parallel, on the card
+        log_p, state = host(data, state)
+        expected, wanted = advance(data, wanted)
+        torch.testing.assert_close(log_p, expected, rtol=1e-4, atol=1e-5)
+    assert longer.count(40) == 2
+    assert longer.count(1) == 3  # those of the reference
+    rows, after = host.ahead(b"fgh", state)
+    expected, wanted = advance(b"fg", wanted)
+    torch.testing.assert_close(rows[1], expected, rtol=1e-4, atol=1e-5)
+    log_p, _ = host(b"x", after(2))
+    torch.testing.assert_close(log_p, advance(b"x", wanted)[0], rtol=1e-4, atol=1e-5)

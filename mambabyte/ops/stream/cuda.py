@@ -281,7 +281,7 @@ class CudaStreamer(ByteFeeder):
     ``cluster_blocks`` first.
     """
 
-    alone = 8
+    alone, most_drawn = 8, 2048
 
     def __init__(
         self, shape: Shape, embedding: Tensor, layers: Sequence[LayerWeights],

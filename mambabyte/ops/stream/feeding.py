@@ -69,6 +69,7 @@ class ByteFeeder:
 
     device: torch.device
     alone = 1  # as many bytes are fed sooner one by one than in one launch
+    most_drawn = 256  # in one launch, so that bytes come steadily
 
     def _launch(
         self, state: Any, log_probs: Tensor, batch: int, length: int, *,
