@@ -245,6 +245,8 @@ def bench_stream(options: Stream) -> int:
     from mambabyte.errors import UserError
     from mambabyte.model import ByteLM
 
+    if options.seconds:
+        raise UserError("--seconds ends between two of --systems: give these too, or leave it out")
     if options.checkpoint and options.preset:
         raise UserError("--preset and --checkpoint are both given: give one, whose model is "
                         "streamed")

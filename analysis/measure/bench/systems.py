@@ -48,7 +48,7 @@ def every() -> list[str]:
 
 
 def _is_pattern(name: str) -> bool:
-    return name not in PRESETS and SPECS.keys() >= set(name)
+    return bool(name) and name not in PRESETS and SPECS.keys() >= set(name)
 
 
 def check(names: Sequence[str]) -> None:

@@ -56,6 +56,10 @@ def test_the_command_writes_a_record(tmp_path, capsys) -> None:
     assert main([*arguments[:-2], "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["stream"]) == 5
     assert len(load_record(record).tables["stream"].frame) == 5
+    assert main(["bench", "stream", "--seconds", "9", "--device", "cpu"]) == 2
+    assert "--seconds ends between two of --systems" in capsys.readouterr().err
+    assert main(["bench", "stream", "--systems", "", "--device", "cpu"]) == 2
+    assert "preset '' is unknown" in capsys.readouterr().err
     assert main(["bench", "stream", "--streams", "0", "--device", "cpu"]) == 2
     assert "--streams is [0]: expected a list (1 or more" in capsys.readouterr().err
 
