@@ -6,9 +6,10 @@ little longer than one. Nothing that is timed may run this way.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_context
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -27,7 +28,7 @@ def run_jobs(
         return
     # A forked child of a process that has used CUDA cannot use it: each is forked from a server
     # that has used nothing, and reads torch and the function's module once for all.
-    served = "forkserver" in get_all_start_methods()
+    served = sys.platform == "linux"  # elsewhere what torch has loaded may not survive a fork
     context = get_context("forkserver" if served else "spawn")
     if served:
         context.set_forkserver_preload(["torch", function.__module__])

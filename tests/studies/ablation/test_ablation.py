@@ -213,7 +213,7 @@ TINY = ablation.Parameters(
     patterns=("M", "A"), d_model=16, n_layer=2, context=32, batch_size=2, steps=6,
     seeds=(0, 1), heldout_windows=2, characters=20, streams=1, stream_bytes=64,
     tasks=("copy 2",), task_steps=4, task_batch=4, variants=("field", "zero out_proj"),
-    variant_steps=2, max_seconds=0.0)
+    variant_steps=2, max_seconds=0.0, workers=1)
 
 
 
