@@ -12,7 +12,7 @@ template <int P> __forceinline__ void attention(
     Block &b, float *cache, int slots, int begin, int now, int valid) {
     // Queries of all bytes and heads to one of k, so many at a time in a warp's registers. Which thread looks
     // at a key, and after which others, depends on its place alone: so a sum is the same in every pass.
-    constexpr int QUERIES = P * GROUP_OF, HELD = least(QUERIES, most(1, 32 / HE)), ROWS = 4 * WARPS;
+    constexpr int QUERIES = P * GROUP_OF, HELD = least(QUERIES, most(1, 16 / HE)), ROWS = 4 * WARPS;
     float *const q = b.mem + Q, *const key = b.mem + KEY, *const value = b.mem + VALUE;
     const float *own = b.own;
     Packet *const shares = b.packets + 2 * COPIES * CL * PACKETS;  // in an exchange of some, with one place

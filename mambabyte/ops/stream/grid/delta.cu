@@ -18,7 +18,7 @@ template <int P, bool KIMI_RULE> __forceinline__ void delta(Block &b, float *sta
     meet();
 #pragma unroll 1
     for (int c = b.tid; c < TAPS; c += T)
-#pragma unroll
+#pragma unroll 1
         for (int p = 0; p < P; p++) {
             float *const at = local + p * LOCALS + c;
             const float out = b.convolve<P>(own + D_CONV + c * K, 0.f, state + VC * DK + c, TAPS, *at, p);
@@ -73,7 +73,7 @@ template <int P, bool KIMI_RULE> __forceinline__ void delta(Block &b, float *sta
         float s[KE];
 #pragma unroll
         for (int e = 0; e < KE; e++) s[e] = g + GV * e < DK ? state[j * DK + g + GV * e] : 0.f;
-#pragma unroll
+#pragma unroll 1
         for (int p = 0; p < P; p++) {
             const float *decay_of = decay + p * DTS_STRIDE, *in = local + p * LOCALS;
             float read = 0.f, out = 0.f, a = 1.f;

@@ -10,7 +10,7 @@ template <int P> __forceinline__ void mamba(Block &b, float *state) {
     b.settle<2 * DC * P>();
 #pragma unroll 1
     for (int c = b.tid; c < DC; c += T)
-#pragma unroll
+#pragma unroll 1
         for (int p = 0; p < P; p++) {
             float *const at = local + p * LOCALS + c;
             const float u = b.convolve<P>(own + M_CONV + c * K, own[M_CONV_BIAS + c], state + DC * N + c, DC, *at, p);
@@ -32,7 +32,7 @@ template <int P> __forceinline__ void mamba(Block &b, float *state) {
         float h[NE];
 #pragma unroll
         for (int e = 0; e < NE; e++) h[e] = g + e * G < N ? state[c * N + g + e * G] : 0.f;
-#pragma unroll
+#pragma unroll 1
         for (int p = 0; p < P; p++) {
             const float *in = low + p * WS;
             const float u = local[p * LOCALS + c];

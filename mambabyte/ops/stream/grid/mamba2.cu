@@ -11,7 +11,7 @@ template <int P> __forceinline__ void mamba2(Block &b, float *state) {
     meet();
 #pragma unroll 1
     for (int c = b.tid; c < DC + RB; c += T)
-#pragma unroll
+#pragma unroll 1
         for (int p = 0; p < P; p++) {
             float *const at = local + p * LOCALS + (c < DC ? c : c + DC);
             const float out = b.convolve<P>(own + S_CONV + c * K, own[S_CONV_BIAS + c], state + DC * SN + c,
@@ -33,7 +33,7 @@ template <int P> __forceinline__ void mamba2(Block &b, float *state) {
         float s[SE];
 #pragma unroll
         for (int e = 0; e < SE; e++) s[e] = g + e * S_LANES < SN ? state[c * SN + g + e * S_LANES] : 0.f;
-#pragma unroll
+#pragma unroll 1
         for (int p = 0; p < P; p++) {
             const float *B = bc + p * BS + group * SN, *C = bc + p * BS + (SG + group) * SN;
             const float *at = local + p * LOCALS + c;

@@ -105,7 +105,7 @@ def _regions(z: Mapping[str, Any]) -> dict[str, int]:
         "LOGIT": up(blocks * share(VOCABULARY + z["GUIDED"])),
     }  # fmt: skip
     # Queries to one head's keys that a warp's registers hold.
-    held = min(z["PASS"] * z["HEADS"] // z["KVH"], max(1, 32 // -(-z["HD"] // 8)))
+    held = min(z["PASS"] * z["HEADS"] // z["KVH"], max(1, 16 // -(-z["HD"] // 8)))
     guesses = z["PASS"] > 1
     return {
         "STATES": z["STATE"], "OUT": 3 * z["PACKETS"],
