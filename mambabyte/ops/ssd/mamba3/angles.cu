@@ -42,28 +42,47 @@ __global__ void __launch_bounds__(WIDE) angle_turn(
     float *own, u32 *angles, u32 *each_angle, int64 b_batch, int64 b_time, int64 b_group,
     int64 c_batch, int64 c_time, int64 c_group, int length, int heads, int per_group, int pairs) {
     constexpr int PAIRS = N / 2, PARTS = WIDE / PAIRS, STEPS = T / PARTS, PACKS = N / 8;
+    constexpr int ROUNDS = (T * PACKS + WIDE - 1) / WIDE;
     __shared__ __align__(128) u32 angle[T][PAIRS];
     __shared__ u32 sums[PARTS][PAIRS];
     __shared__ float lost[T];  // nan where an angle is: an integer is none
     Place here(length, heads);
     int pair = threadIdx.x % PAIRS, part = threadIdx.x / PAIRS;
     int64 of_head = here.first * heads + here.head;
-    dt += of_head, mix += of_head, step += of_head, own += of_head;
-    if (threadIdx.x < T) lost[threadIdx.x] = 0.f;
-    __syncthreads();
-    u32 upto[STEPS], sum = 0;
+    // All that is read is asked for first.
+    int column = threadIdx.x % PACKS * 8;
+    const bfloat16 *from_b = b + here.at({b_batch, b_time, b_group}, here.head / per_group) + column;
+    const bfloat16 *from_c = c + here.at({c_batch, c_time, c_group}, here.head / per_group) + column;
+    Pack<bfloat16, 8> some_b[ROUNDS] = {}, some_c[ROUNDS] = {};
+    float of_time[STEPS] = {}, rate[STEPS] = {}, gate[4] = {};  // gate: mix and dt, of the next step too
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
         int t = part * STEPS + k;
-        if (pair < pairs && t < here.rows) {
-            float of_time = dt[(int64)t * heads], rate = theta[(here.first + t) * pairs + pair];
-            if (0.f * of_time * rate != 0.f) lost[t] = __uint_as_float(0x7fffffffu);
-            sum += angle_of(of_time, rate);
-        }
-        upto[k] = sum;
+        if (pair >= pairs || t >= here.rows) continue;
+        of_time[k] = dt[(of_head + (int64)t * heads)], rate[k] = theta[(here.first + t) * pairs + pair];
     }
+#pragma unroll
+    for (int k = 0; k < ROUNDS; k++) {
+        int t = (k * WIDE + (int)threadIdx.x) / PACKS;
+        if (t >= here.rows) continue;
+        some_b[k] = *(const Pack<bfloat16, 8> *)(from_b + t * b_time);
+        some_c[k] = *(const Pack<bfloat16, 8> *)(from_c + t * c_time);
+    }
+    if (threadIdx.x < here.rows) {
+        int64 at = of_head + (int64)threadIdx.x * heads;
+        gate[0] = mix[at], gate[1] = dt[at];
+        gate[2] = 1.f;  // behind the last step nothing is written
+        if (here.chunk * T + (int)threadIdx.x + 1 < length) gate[2] = mix[at + heads], gate[3] = dt[at + heads];
+    }
+    if (threadIdx.x < T) lost[threadIdx.x] = 0.f;
+    u32 upto[STEPS], sum = 0;
+#pragma unroll
+    for (int k = 0; k < STEPS; k++) upto[k] = sum += angle_of(of_time[k], rate[k]);
     sums[part][pair] = sum;
     __syncthreads();
+#pragma unroll
+    for (int k = 0; k < STEPS; k++)
+        if (0.f * of_time[k] * rate[k] != 0.f) lost[part * STEPS + k] = __uint_as_float(0x7fffffffu);
     u32 before = 0;
     for (int earlier = 0; earlier < part; earlier++) before += sums[earlier][pair];
 #pragma unroll
@@ -71,9 +90,6 @@ __global__ void __launch_bounds__(WIDE) angle_turn(
     if (part == PARTS - 1 && pair < pairs) angles[blockIdx.x * (int64)pairs + pair] = before + sum;
     __syncthreads();
 
-    int column = threadIdx.x % PACKS * 8;
-    const bfloat16 *from_b = b + here.at({b_batch, b_time, b_group}, here.head / per_group) + column;
-    const bfloat16 *from_c = c + here.at({c_batch, c_time, c_group}, here.head / per_group) + column;
     float plus_b[8] = {}, plus_c[8] = {};
 #pragma unroll
     for (int e = 0; e < 8; e++) {
@@ -81,11 +97,10 @@ __global__ void __launch_bounds__(WIDE) angle_turn(
         if (c_bias) plus_c[e] = c_bias[here.head * N + column + e];
     }
 #pragma unroll
-    for (int first = 0; first < T * PACKS; first += WIDE) {
-        int t = (first + (int)threadIdx.x) / PACKS;
+    for (int k = 0; k < ROUNDS; k++) {
+        int t = (k * WIDE + (int)threadIdx.x) / PACKS;
         if (t >= here.rows) continue;
-        Pack<bfloat16, 8> one = *(const Pack<bfloat16, 8> *)(from_b + t * b_time);
-        Pack<bfloat16, 8> other = *(const Pack<bfloat16, 8> *)(from_c + t * c_time);
+        Pack<bfloat16, 8> one = some_b[k], other = some_c[k];
         Pack<u32, 4> angles_of_four = *(const Pack<u32, 4> *)&angle[t][column / 2];
 #pragma unroll
         for (int e = 0; e < 8; e += 2) {
@@ -104,21 +119,19 @@ __global__ void __launch_bounds__(WIDE) angle_turn(
     if (each_angle)
         for (int id = threadIdx.x; id < here.rows * pairs; id += WIDE)
             each_angle[(of_head + (int64)(id / pairs) * heads) * pairs + id % pairs] = angle[id / pairs][id % pairs];
-    int t = threadIdx.x;
-    if (t >= here.rows) return;
-    int64 at = (int64)t * heads;
-    float alone = mix[at] * dt[at] + lost[t];
-    bool last = here.chunk * T + t + 1 == length;
+    if (threadIdx.x >= here.rows) return;
+    int64 at = of_head + (int64)threadIdx.x * heads;
+    float alone = gate[0] * gate[1] + lost[threadIdx.x];
     own[at] = alone;
-    step[at] = alone + (last ? 0.f : (1.f - mix[at + heads]) * dt[at + heads]);
+    step[at] = alone + (1.f - gate[2]) * gate[3];
 }
 
 // ------------------------------------------------------------------------------- after the scan
 
 // From gradients of what angle_turn made to those of what it was given: turned back, added up over the
 // heads of a group, and of the biases over a block's steps: biases (2, H, N, blocks). d_angle (B, L, H, S)
-// is each step's own. A block has WIDE * 8 / N of all (B L) steps; a thread four pairs of one, and in
-// the end some of the numbers that a step has for a head or a pair.
+// is each step's own. A block has WIDE * 8 / N of all (B L) steps, a thread four pairs of one; what is
+// read for a head is asked for while the one before is worked on.
 template <int N>
 __global__ void __launch_bounds__(WIDE) angle_back(
     const bfloat16 *turned_db, const bfloat16 *turned_dc, const float *d_angle, const u32 *each_angle,
@@ -128,12 +141,16 @@ __global__ void __launch_bounds__(WIDE) angle_back(
     constexpr int PACKS = N / 8, ROWS = WIDE / PACKS;
     __shared__ float sums[2][2 * WARPS][2 * N];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = threadIdx.x % PACKS * 8;
-    int64 first = blockIdx.x * (int64)ROWS, row = first + threadIdx.x / PACKS;
-    int here = (int)min((int64)ROWS, rows - first);
+    int64 row = blockIdx.x * (int64)ROWS + threadIdx.x / PACKS;
     bool there = row < rows, turns = there && column / 2 < pairs;
     float of_group[16] = {};  // eight numbers of B's gradient, eight of C's
     Pack<bfloat16, 8> one = {}, other = {};
     u32 angle[4] = {};
+    float of_angle[4] = {}, of_theta[4] = {}, rate[4] = {}, time = 0.f;
+    float share = 0.f, of_own = 0.f, of_last = 0.f;  // mix, gradients; of the thread with a step's first pairs
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (turns && column / 2 + k < pairs) rate[k] = theta[row * pairs + column / 2 + k];
     auto fetch = [&](int head) {
         int64 at = row * heads + head;
         if (there) {
@@ -141,8 +158,16 @@ __global__ void __launch_bounds__(WIDE) angle_back(
             other = *(const Pack<bfloat16, 8> *)(turned_dc + at * N + column);
         }
 #pragma unroll
-        for (int k = 0; k < 4; k++)
-            if (turns && column / 2 + k < pairs) angle[k] = each_angle[at * pairs + column / 2 + k];
+        for (int k = 0; k < 4; k++) {
+            if (!turns || column / 2 + k >= pairs) continue;
+            angle[k] = each_angle[at * pairs + column / 2 + k];
+            of_angle[k] = d_angle[at * pairs + column / 2 + k];
+        }
+        if (there) time = dt[at];
+        if (there && column == 0) {
+            share = mix[at], of_own = dstep[at] + d_own[at];
+            of_last = row % length ? dstep[at - heads] : 0.f;
+        }
     };
     fetch(0);
     for (int head = 0; head < heads; head++) {
@@ -153,6 +178,15 @@ __global__ void __launch_bounds__(WIDE) angle_back(
             float2 y = along(way, make_float2(load(one.at[e]), load(one.at[e + 1])));
             float2 z = along(way, make_float2(load(other.at[e]), load(other.at[e + 1])));
             of_head[e] = y.x, of_head[e + 1] = y.y, of_head[8 + e] = z.x, of_head[9 + e] = z.y;
+        }
+        float of_time = 0.f;
+#pragma unroll
+        for (int k = 0; k < 4; k++) of_theta[k] += of_angle[k] * time, of_time += of_angle[k] * rate[k];
+#pragma unroll
+        for (int far = 1; far < PACKS; far *= 2) of_time += __shfl_xor_sync(ALL, of_time, far);
+        if (there && column == 0) {
+            d_dt[row * heads + head] = of_time + share * of_own + (1.f - share) * of_last;
+            d_mix[row * heads + head] = time * (of_own - of_last);
         }
         if (head + 1 < heads) fetch(head + 1);
 #pragma unroll
@@ -193,23 +227,9 @@ __global__ void __launch_bounds__(WIDE) angle_back(
             biases[to * ((rows + ROWS - 1) / ROWS) + blockIdx.x] = total;
         }
     }
-    for (int id = threadIdx.x; id < here * pairs; id += WIDE) {
-        int64 at = first + id / pairs;
-        int s = id % pairs;
-        float sum = 0.f;
-#pragma unroll 4
-        for (int h = 0; h < heads; h++) sum += d_angle[(at * heads + h) * pairs + s] * dt[at * heads + h];
-        d_theta[at * pairs + s] = sum;
-    }
-    for (int id = threadIdx.x; id < here * heads; id += WIDE) {
-        int64 step = first + id / heads, at = first * heads + id;
-        float sum = 0.f;
-#pragma unroll 4
-        for (int s = 0; s < pairs; s++) sum += d_angle[at * pairs + s] * theta[step * pairs + s];
-        float of_own = dstep[at] + d_own[at], of_last = step % length ? dstep[at - heads] : 0.f;
-        d_dt[at] = sum + mix[at] * of_own + (1.f - mix[at]) * of_last;
-        d_mix[at] = dt[at] * (of_own - of_last);
-    }
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (turns && column / 2 + k < pairs) d_theta[row * pairs + column / 2 + k] = of_theta[k];
 }
 
 // ---------------------------------------------------------------------- a part of ssd_gradients
