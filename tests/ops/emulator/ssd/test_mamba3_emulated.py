@@ -68,7 +68,7 @@ def upstream(given):
     ("batch", "length", "heads", "groups", "states", "decay", "pairs", "walks"), [
         (1, 70, 2, 1, 16, 0.1, None, False), (2, 1, 2, 1, 16, 0.1, None, False),
         (1, 65, 2, 2, 128, 0.1, None, True), (1, 70, 6, 2, 16, 0.1, 8, True),
-        (1, 200, 1, 1, 64, 40.0, 1, True), (1, 640, 1, 1, 16, 0.01, None, False)])
+        (1, 200, 1, 1, 64, 40.0, 1, True), (1, 640, 4, 1, 16, 0.01, None, False)])
 def test_parity(
     monkeypatch, batch, length, heads, groups, states, decay, pairs, walks
 ) -> None:
