@@ -32,7 +32,7 @@ _WIDTHS = (128, 64, 32, 16, 8)  # blocks, each alone on a multiprocessor, best f
 _TURNS = 4096  # positions whose rotary angles are computed at a time
 _MOST_EXCHANGES = 6  # a layer; two more a byte
 _LEAST_ROOM = 256  # bytes that a cache can grow by in place
-WIDTH = 4  # bytes of a pass that checks guesses
+WIDTH = 3  # bytes of a pass that checks guesses; 2 and 4 win less (docs/log/streaming.md)
 
 # ---------------------------------------------------------------------------------------- states
 
