@@ -214,7 +214,9 @@ def _laws(r: Results, p: Parameters) -> Values:
                 f"{system}: exponent of {'parameters' if one == 'alpha' else 'text'}, and 95 %")
     best = r.points.loc[r.points.groupby(["size", "trained_bytes"], sort=False)["valid_bits"]
                         .idxmin()]
-    crossed = r.crossings.dropna(subset=["at_parameters"])
+    crossings = r.crossings if len(r.crossings) else pd.DataFrame(  # a single law crosses none
+        {"at_parameters": [], "share_of_draws": []})
+    crossed = crossings.dropna(subset=["at_parameters"])
     crossed = crossed[crossed["share_of_draws"].astype(float) >= SURE]
     return found | {
         "law_best": Value("; ".join(
@@ -236,7 +238,7 @@ def _laws(r: Results, p: Parameters) -> Values:
         "law_inside": Value(int(held["inside"].sum()), "trainings",
                             "of these inside their predicted interval"),
         "law_worst_error": Value(float(error.max()), "bits/byte", "of a prediction, the largest"),
-        "law_crossings": Value(int(r.crossings["at_parameters"].notna().sum()), "pairs",
+        "law_crossings": Value(int(crossings["at_parameters"].notna().sum()), "pairs",
                                "of systems and amounts of text whose laws cross"),
         "law_pairs": Value(len(r.crossings), "pairs", "of systems and amounts of text"),
     }

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
 
+from analysis.studies.arena import Parameters
+from analysis.studies.arena.values import _laws
 from analysis.theory import scaling
 from analysis.theory.scaling import NAMES, crossing, fit_law
 from mambabyte.errors import UserError
@@ -41,6 +46,17 @@ def test_laws_cross_where_they_do_and_nowhere_else():
     worse = fit_law(N, D, bits(N, D) + 0.1)
     never = crossing(first, worse, N.min(), N.max(), 16e6)
     assert (never.at, never.below, never.share) == (None, 0, 1.0)
+
+
+def test_a_single_law_is_told_though_it_crosses_none():
+    points = pd.DataFrame({
+        "system": "A", "size": "1M", "trained_bytes": [4e6, 16e6], "valid_bits": [2.0, 1.9],
+        "by_the_law": [2.0, 1.8], "held_back": [False, True], "inside": True})
+    law = pd.DataFrame({"system": "A", "number": NAMES, "value": 1.0, "low": 0.5, "high": 2.0})
+    told = _laws(SimpleNamespace(points=points, law=law, crossings=pd.DataFrame()), Parameters())
+    assert told["law_crossed"].value == "none"
+    assert told["law_crossings"].value == told["law_pairs"].value == 0
+    assert told["law_worst_error"].value == pytest.approx(0.1)
 
 
 def test_too_few_points_are_refused():
