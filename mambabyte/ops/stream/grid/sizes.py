@@ -151,7 +151,8 @@ def program(constants: tuple[tuple[str, float], ...], shared_bytes: int) -> Buil
     sizes += "; constexpr float " + ", ".join(f"{n} = {v!r}f" for n, v in real.items()) + ";"
     made = Program.from_file(
         "build/types.cu", "stream/cluster.cu",
-        *(f"stream/grid/{name}.cu" for name in ("block", "mamba", "attention", "mamba2", "delta")),
+        *(f"stream/grid/{name}.cu" for name in (
+            "packets", "block", "mamba", "attention", "mamba2", "delta")),
         "stream/hybrid.cu", names=("stream_hybrid",),
         options=(f"-DSIZES={sizes}",))
     return Built(made, space, 4 * (space + z["RESIDENT"] + at), packets)
