@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.runs.folders import Run, tables_of
+from analysis.runs.frames import not_measured
 from mambabyte.config.files import to_json
 
 # column -> (key of the row, factor)
@@ -69,7 +70,7 @@ def summary_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
             "lowest": min(accuracy), "highest": max(accuracy),
             "validation (bits/byte)": mean("valid_bits_per_byte"),
             "test accuracy": mean("test_accuracy")})
-    return pd.DataFrame(lines)
+    return not_measured(pd.DataFrame(lines))
 
 
 def parts_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
