@@ -42,10 +42,14 @@ def _curves(ax: Any, frame: pd.DataFrame, x: str, y: str, styles: dict[str, Any]
 def best(frame: pd.DataFrame) -> Figure:
     """Bits per byte of every system at its best rate, a panel a size and budget."""
     groups = list(frame.groupby(["size", "budget"], sort=False))
-    figure, axes = new_figure(1, len(groups), size=(max(7.2, 4.2 * len(groups)), 4.6),
+    columns = min(3, len(groups))
+    lines = -(-len(groups) // columns)
+    figure, axes = new_figure(lines, columns, size=(max(7.2, 4.2 * columns), 4.6 * lines),
                               squeeze=False)
     styles = _styles(frame["system"])
-    for ax, ((size, budget), rows) in zip(axes[0], groups, strict=True):
+    for ax in axes.flat[len(groups):]:
+        ax.set_visible(False)
+    for ax, ((size, budget), rows) in zip(axes.flat, groups, strict=False):
         rows = rows.sort_values("bits_per_byte", ascending=False)
         for y, row in enumerate(rows.to_dict("records")):
             look = styles[row["system"]]
