@@ -105,8 +105,9 @@ def test_a_model_whose_exchanges_do_not_fit_has_no_plan() -> None:
 
 
 def test_every_weight_is_packed_once() -> None:
-    """Numbers 1 to n as weights: each is found once, in the slice of one block, beside zeros."""
-    shape, count = cuda_stream.Shape(2, 36, 72, 5, 3, 4, hidden=99), 0
+    """Numbers 1 to n as weights: each is found once, in the slice of one block, beside zeros; the
+    first layer's projection in the table of what it makes of a byte, here of one-hot rows."""
+    shape, count = cuda_stream.Shape(2, 36, 72, 5, 3, 4, hidden=99, centered=False), 0
 
     def numbers(*size: int) -> torch.Tensor:
         nonlocal count
@@ -127,8 +128,14 @@ def test_every_weight_is_packed_once() -> None:
     plan = cuda_stream.plan(shape, 16, 1, 227 * 1024)
     assert plan is not None
     assert blob.shape == (16, plan.floats)
+    first = layers[0].in_proj.numel()
     found = blob[blob != 0].sort().values
-    assert torch.equal(found, torch.arange(1.0, count + 1))
+    assert torch.equal(found, torch.arange(first + 1.0, count + 1))
+    hot = torch.eye(256, d)
+    table = cuda_stream.pack_table(shape, hot, layers[0], 16)
+    found = table[table != 0] / torch.nn.functional.rms_norm(hot, (d,), eps=shape.eps).max()
+    looked_up = torch.cat([torch.zeros(d), torch.arange(1.0, first + 1)])  # d ones are hot's own
+    assert torch.equal(found.round().sort().values, looked_up)
 
 
 def scan_kernels(
