@@ -53,7 +53,6 @@ def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def built_convolution(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> Emulator:
     folder = tmp_path_factory.mktemp("convolution")
     given = f"#define TAPS {TAPS}\n#define AHEAD {cuda_conv._AHEAD}\n#define BLOCKS 1\n"
-    given += "#define __expf expf\n"
     here = Path(cuda_conv.__file__).parent
     sources = [(here.parent / name).read_text() for name in ("build/types.cu", "conv/conv.cu")]
     (folder / "conv.cu").write_text(given + "\n".join(sources))
@@ -77,14 +76,10 @@ def convolution(built_convolution: Emulator, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cuda_conv, "raw_stream", lambda device: 0)
 
 
-GIVEN = "\n".join([*(f"#define __{name}f {name}f" for name in ("exp", "sin", "cos")),
-                   "#define rsqrtf(x) (1.f / sqrtf(x))"])
-
-
 def built(names: tuple[str, ...], folder: Path, kept: Path) -> Emulator:
     here = Path(cuda_ssd.__file__).parent.parent
     sources = [(here / name).read_text() for name in names]
-    (folder / "joined.cu").write_text("\n".join([GIVEN, *sources]))
+    (folder / "joined.cu").write_text("\n".join(sources))
     return Emulator(folder / "joined.cu", folder, kept)
 
 
@@ -155,10 +150,9 @@ def ssd(built_ssd: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
 def built_fused(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> dict[str, Emulator]:
     folder = tmp_path_factory.mktemp("fused")
     ops = Path(cuda_fused.__file__).parent.parent
-    given = "#define __expf expf\n#define __logf logf\n#define rsqrtf(x) (1.f / sqrtf(x))\n"
     for name in cuda_fused.SOURCES:
         sources = [(ops / file).read_text() for file in ("build/types.cu", f"fused/{name}.cu")]
-        (folder / f"{name}.cu").write_text(given + "\n".join(sources))
+        (folder / f"{name}.cu").write_text("\n".join(sources))
     return {name: Emulator(folder / f"{name}.cu", folder, kept) for name in cuda_fused.SOURCES}
 
 

@@ -19,6 +19,7 @@ from emulate import Emulator
 
 from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
+from mambabyte.ops.build.kernel import Program
 from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.stream import cuda, hybrid
 from mambabyte.ops.stream.grid import packing, sizes, tiles
@@ -45,19 +46,22 @@ CONFIGS = {
 }  # fmt: skip
 
 
+def emulated_blocks(program: Program, folder: Path, kept: Path) -> Emulator:
+    """A streaming kernel, with its sizes, as blocks that run together."""
+    sizes_given = program.options[0].removeprefix("-DSIZES=")
+    lines = [line for line in program.source.splitlines() if line[:5] != "#line"]
+    source = folder / "stream.cu"
+    source.write_text("\n".join([f"#define SIZES {sizes_given}", *lines]))
+    return Emulator(source, folder, kept, cluster=BLOCKS)
+
+
 @pytest.fixture
 def emulated(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def kernel(constants: tuple, device: object) -> tuple[object, sizes.Built]:
         whole = sizes.program(constants, 1 << 17)
         # Room for two thirds of the matrices: some tiles stay, the others pass through the ring.
         built = sizes.program(constants, whole.shared_bytes - whole.space // 3 * 4)
-        program = built.program
-        constants_of = program.options[0].removeprefix("-DSIZES=")
-        given = (f"#define SIZES {constants_of}\n#define __expf expf\n#define __logf logf\n"
-                 "#define rsqrtf(x) (1.f / sqrtf(x))\n")
-        text = "\n".join(line for line in program.source.splitlines() if line[:5] != "#line")
-        (tmp_path / "hybrid.cu").write_text(given + text)
-        emulator = Emulator(tmp_path / "hybrid.cu", tmp_path, kept, cluster=BLOCKS)
+        emulator = emulated_blocks(built.program, tmp_path, kept)
 
         def launch(grid, block, shared, stream, *args, together: bool) -> None:
             assert together
@@ -218,13 +222,7 @@ def stream(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> Strea
     stream = Stream()
 
     def kernel(plan: cuda.Plan, device: object) -> object:
-        program = plan.program()
-        given_sizes = program.options[0].removeprefix("-DSIZES=")
-        given = (f"#define SIZES {given_sizes}\n#define __expf expf\n#define __logf logf\n"
-                 "#define rsqrtf(x) (1.f / sqrtf(x))\n")
-        text = "\n".join(line for line in program.source.splitlines() if line[:5] != "#line")
-        (tmp_path / "stream.cu").write_text(given + text)
-        emulator = Emulator(tmp_path / "stream.cu", tmp_path, kept, cluster=BLOCKS)
+        emulator = emulated_blocks(plan.program(), tmp_path, kept)
 
         def launch(grid, block, shared, on, *args) -> None:
             def run() -> None:

@@ -23,6 +23,11 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__ static
 #define __CUDA_ARCH__ 900
+#define __expf expf
+#define __logf logf
+#define __sinf sinf
+#define __cosf cosf
+#define rsqrtf(x) (1.f / sqrtf(x))
 
 template <class T> static T max(T x, T y) { return x < y ? y : x; }
 template <class T> static T min(T x, T y) { return y < x ? y : x; }
