@@ -46,6 +46,9 @@ lock:            ## pin every package of the two commands with its hashes (needs
 clean:                       ## delete the environment and what was generated
 	rm -rf $(VENV) reports/runs reports/report.html reports/report-evidence
 
+# Where byte code is not kept, each process compiles torch's modules anew, which takes ten seconds.
+export PYTHONDONTWRITEBYTECODE :=
+
 # LOCKED=1: the very files of requirements.lock, by their hashes, and no others. Python compiles a
 # module when it is first imported: to compile all that torch and transformers have takes a minute.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile

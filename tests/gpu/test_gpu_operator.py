@@ -24,6 +24,7 @@ from mambabyte.train.optim import make_optimizer
 
 # What torch itself warns of depends on the machine.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+two_cards = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
 
 
 def leaves() -> list[Tensor]:
@@ -200,9 +201,8 @@ def test_streams_and_threads() -> None:
             assert torch.equal(found[key][name], tensor), name
 
 
+@two_cards
 def test_the_second_device() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one device only")
     inputs = make_inputs(2, 64, 64)
     moved = {n: t.to("cuda:1") for n, t in inputs.items()}
     for name, tensor in results(moved).items():
@@ -246,9 +246,6 @@ def test_a_layer_trains() -> None:
 
 
 # ------------------------------------------------------- a card that is not torch's current one
-
-two_cards = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
-
 
 @pytest.fixture
 def other() -> Iterator[str]:
