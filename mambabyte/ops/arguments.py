@@ -28,10 +28,17 @@ def check_tensors(
     """Whether tensors fit together, before any of them reaches native code.
 
     ``x`` has ``shape`` (None: any) and one of ``dtypes``. Each of the ``others`` is (name, tensor,
-    shape, dtype; None: any real floating one) and on the device of x; with a "?" behind its name it
+    shape, dtype; None: any of ``FLOATS``) and on the device of x; with a "?" behind its name it
     may be None. Raises UserError that names the first one that does not fit, what it is and what
     it should be.
     """
+    others = list(others)
+    for each, tensor in ((name, x), *((other[0], other[1]) for other in others)):
+        if isinstance(tensor, Tensor) and (tensor.is_nested or tensor.layout != torch.strided):
+            kind = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+            dense = "to_padded_tensor(0)" if tensor.is_nested else "to_dense()"
+            each = each.rstrip("?")
+            raise UserError(f"{each} is {kind}: expected it dense, {each}.{dense}")
     if not isinstance(x, Tensor):
         raise UserError(f"{name} is {_kind(x)}: expected a tensor")
     if shape is not None and x.shape != shape:
@@ -39,10 +46,7 @@ def check_tensors(
     if x.dtype not in dtypes:
         known = ", ".join(map(str, dtypes))
         raise UserError(f"{name} is {x.dtype}: expected {known}; cast it, or use a form in torch")
-    device, others = x.device, list(others)
-    for each, tensor in ((name, x), *((other[0], other[1]) for other in others)):
-        if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
-            raise UserError(f"{each} is {tensor.layout}: expected it dense, {each}.to_dense()")
+    device = x.device
     for other, tensor, wanted, dtype in others:
         if tensor is None and other[-1] == "?":
             continue
@@ -56,8 +60,8 @@ def check_tensors(
         if tensor.device != device:
             raise UserError(f"{other} is on {tensor.device} and {name} on {device}: move it, "
                             f"{other}.to({str(device)!r})")
-        if tensor.dtype != dtype and (dtype is not None or not tensor.is_floating_point()):
-            real = "a real floating dtype" if dtype is None else str(dtype)
+        if tensor.dtype != dtype and (dtype is not None or tensor.dtype not in FLOATS):
+            real = "one of 16, 32 or 64 real bits" if dtype is None else str(dtype)
             raise UserError(f"{other} is {tensor.dtype}: expected {real} beside {name} in "
                             f"{x.dtype}")
 
@@ -87,7 +91,13 @@ def document_ages(starts: Tensor | Sequence[int] | Ages | None, x: Tensor) -> Te
     if isinstance(starts, Ages):
         return starts.steps
     if not isinstance(starts, Tensor):
-        starts = torch.tensor(starts, device=device)
+        try:
+            starts = torch.tensor(starts, device=device)
+        except (TypeError, ValueError, RuntimeError):  # torch's of what is no rectangle of numbers
+            raise UserError(f"document_starts is {starts!r:.60}: expected bool of shape "
+                            f"{(batch, length)}, or whole numbers for a batch of one") from None
+        starts = starts.long() if starts.shape == (0,) else starts
+    check_tensors("document_starts", starts, None, (starts.dtype,))
     shape = tuple(starts.shape)
     if starts.dtype == torch.bool and shape != (batch, length):
         raise UserError(f"document_starts has shape {shape}: expected {(batch, length)}")
@@ -106,6 +116,25 @@ def document_ages(starts: Tensor | Sequence[int] | Ages | None, x: Tensor) -> Te
         starts = (place[:, None] == starts).any(1)[None]
     last = torch.where(starts, place, -OLD).cummax(1).values
     return (place - last).clamp(max=OLD).to(torch.uint8)
+
+
+def ages_of(
+    starts: Tensor | Sequence[int] | Ages | None, ages: Tensor | None, x: Tensor
+) -> Tensor | None:
+    """The ages of an operator that takes either: :func:`document_ages` of ``starts``, or ``ages``
+    as they are. Raises UserError for both, and for ages that are not (B, L) uint8 beside x."""
+    if ages is None:
+        return document_ages(starts, x)
+    if starts is not None:
+        raise UserError("document_starts and ages say the same: give one of them")
+    check_tensors("x", x, None, (x.dtype,), (("ages", ages, tuple(x.shape[:2]), torch.uint8),))
+    return ages
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise UserError for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name} is {_kind(value)}: expected True or False")
 
 
 def once(ages: Tensor, name: Hashable, make: Callable[[], T]) -> T:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops.arguments import FLOATS, check_tensors, document_ages
+from mambabyte.ops.arguments import FLOATS, check_flag, check_tensors, document_ages
 
 
 def selective_scan_fn(
@@ -46,6 +46,8 @@ def selective_scan_fn(
     """
     if any(isinstance(t, Tensor) and t.is_complex() for t in (A, B, C)):
         raise UserError("A, B and C must be real: the complex (S4D-Lin) form is not supported")
+    check_flag("delta_softplus", delta_softplus)
+    check_flag("return_last_state", return_last_state)
     optional = {name: t for name, t in (("z", z), ("D", D), ("delta_bias", delta_bias))
                 if t is not None}
     for name, t in {"u": u, "delta": delta, "A": A, "B": B, "C": C, **optional}.items():
@@ -58,6 +60,8 @@ def selective_scan_fn(
     for name, tensor in (("delta", delta), ("z", z)):
         if tensor is not None and tensor.shape != u.shape:
             raise UserError(f"{name} has shape {tuple(tensor.shape)}: expected {tuple(u.shape)}")
+    check_tensors("u", u, None, FLOATS, (
+        ("D?", D, A.shape[:1], None), ("delta_bias?", delta_bias, A.shape[:1], None)))
     B, C = _grouped("B", B, u, A), _grouped("C", C, u, A)
 
     ages = _ages(u, seq_idx, cu_seqlens)

@@ -38,7 +38,7 @@ from analysis.studies.ablation import PUBLISHED_MATRIX_LR, Variant
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.model import ByteLM
 from mambabyte.model.families.mamba import MambaMixer, MambaState
-from mambabyte.ops.scan.recurrent import selective_scan_step
+from mambabyte.ops.scan.recurrent import scan_step
 from mambabyte.train import EagerStep, NonFiniteError, optimise
 from mambabyte.train.optim import MuonAdamW, roles
 from mambabyte.train.step import Batches
@@ -60,7 +60,7 @@ class _RoundedStateMixer(MambaMixer):
             u.float().unbind(1), dt.unbind(1), B.float().unbind(1), C.float().unbind(1),
             strict=True,
         ):
-            y_t, h = selective_scan_step(u_t, dt_t, A, B_t, C_t, h)
+            y_t, h = scan_step(u_t, dt_t, A, B_t, C_t, h)
             h = h.bfloat16().float()
             ys.append(y_t)
         y = torch.stack(ys, 1) + self.D.float() * u

@@ -18,7 +18,7 @@ from analysis.runs.frames import not_measured
 from analysis.studies.throughput import INDEXED, PASSES, Parameters
 from mambabyte.config import get_preset
 from mambabyte.ops import selective_scan
-from mambabyte.ops.scan.recurrent import selective_scan_step
+from mambabyte.ops.scan.recurrent import scan_step
 
 
 def indexed_scan(
@@ -33,7 +33,7 @@ def indexed_scan(
     dt = F.softplus(delta.float())
     ys = []
     for t in range(u.shape[1]):
-        y_t, h = selective_scan_step(
+        y_t, h = scan_step(
             u[:, t].float(), dt[:, t], A, B[:, t].float(), C[:, t].float(), h)
         ys.append(y_t)
     y = (torch.stack(ys, 1) + D * u) * F.silu(z)

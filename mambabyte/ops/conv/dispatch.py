@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mambabyte.errors import UserError
-from mambabyte.ops.arguments import check_tensors, document_ages
+from mambabyte.ops.arguments import FLOATS, ages_of, autocasts, check_flag, check_tensors
 from mambabyte.ops.conv import cpu
 from mambabyte.ops.conv.operator import (
     DTYPES,
@@ -30,9 +30,9 @@ def causal_conv(
 
     Shapes: x (B, L, D); weight (D, K); bias (D,); tail (B, K-1, D), zero when None, the last
     inputs of what came before; ``silu`` applies SiLU to y. Returns y (B, L, D) and the tail to
-    carry on with. On a GPU one kernel does it all in this layout, on a CPU a function in C;
-    torch's convolution, which wants (B, D, L), is what there is without them. Gradients flow to
-    all inputs and through both results.
+    carry on with, in x's dtype. On a GPU one kernel does it all in this layout, on a CPU a function
+    in C; torch's convolution, which wants (B, D, L), is what there is without them. Gradients flow
+    to all inputs and through both results.
 
     ``document_starts`` says where documents begin that lie one behind another in a row: before its
     first input each finds zeros; see ``document_ages`` of mambabyte.ops.arguments; ``ages`` say the
@@ -40,22 +40,29 @@ def causal_conv(
 
     Raises UserError for shapes that do not fit.
     """
-    tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)
-    if tensors and weight.ndim == 2 and fits(x, weight, bias):
-        ages = document_ages(document_starts, x) if ages is None else ages
-        return fused_causal_conv(x, weight, bias, tail, silu, ages)
+    check_flag("silu", silu)
     for name, tensor, dims in (("x", x, 3), ("weight", weight, 2)):
-        if not isinstance(tensor, Tensor) or tensor.ndim != dims or 0 in tensor.shape[1:]:
-            raise UserError(f"{name} has shape {tuple(getattr(tensor, 'shape', ()))}: expected x "
-                            "(batch, length, channels) and weight (channels, taps)")
+        check_tensors(name, tensor, None, FLOATS)
+        if tensor.ndim != dims or 0 in tensor.shape[1:]:
+            raise UserError(f"{name} has shape {tuple(tensor.shape)}: expected x (batch, length, "
+                            "channels) and weight (channels, taps), none but the batch of 0")
     batch, _, channels = x.shape
-    check_tensors("x", x, None, (x.dtype,), (
+    check_tensors("x", x, None, FLOATS, (
         ("weight", weight, (channels, weight.shape[1]), None),
         ("bias?", bias, (channels,), None),
         ("tail?", tail, (batch, weight.shape[1] - 1, channels), None),
     ))  # fmt: skip
-    ages = document_ages(document_starts, x) if ages is None else ages
-    return torch_causal_conv(x, weight, bias, tail, silu, ages)
+    ages = ages_of(document_starts, ages, x)
+    if fits(x, weight, bias):
+        return fused_causal_conv(x, weight, bias, tail, silu, ages)
+    if autocasts(x.device):
+        return torch_causal_conv(x, weight, bias, tail, silu, ages)
+    # torch's convolution takes one dtype: the widest that is given.
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    wide = wide if bias is None else torch.promote_types(wide, bias.dtype)
+    y, last = torch_causal_conv(
+        x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), tail, silu, ages)
+    return y.to(x.dtype), last.to(x.dtype)
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -10,9 +10,9 @@ from torch import Tensor
 from mambabyte.errors import UserError
 from mambabyte.ops.arguments import (
     FLOATS,
+    ages_of,
     check_chunk_size,
     check_tensors,
-    document_ages,
     without_autocast,
 )
 from mambabyte.ops.delta.chunked import CHUNK, chunked_delta
@@ -87,7 +87,7 @@ def gated_delta_rule(
         form = "recurrent" if length == 1 else "fused"
 
     wide = wide_dtype(q, k, v, log_decay, beta, initial_state)
-    ages = document_ages(document_starts, v) if ages is None else ages
+    ages = ages_of(document_starts, ages, v)
     gate = log_decay.to(wide)
     gate = gate if gate.ndim == 4 else gate.unsqueeze(-1)
     state = None if initial_state is None else initial_state.to(wide)

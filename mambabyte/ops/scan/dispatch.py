@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mambabyte.config.scan_forms import FORMS, OLD_NAMES
 from mambabyte.errors import UserError
-from mambabyte.ops.arguments import autocasts, check_chunk_size, document_ages
+from mambabyte.ops.arguments import ages_of, autocasts, check_chunk_size, check_flag
 from mambabyte.ops.scan import operator
 from mambabyte.ops.scan.chunked import chunked_scan
 from mambabyte.ops.scan.cumsum import (
@@ -89,9 +89,7 @@ def selective_scan(
     operator.check_shapes(u, delta, A, B, C, D, z, delta_bias, initial_state)
     if not isinstance(form, str):
         raise UserError(f"form is of type {type(form).__name__}: expected auto, {', '.join(FORMS)}")
-    if not isinstance(delta_softplus, bool):
-        raise UserError(f"delta_softplus is of type {type(delta_softplus).__name__}: expected True "
-                        "or False")
+    check_flag("delta_softplus", delta_softplus)
     if form == "auto":
         fits = A.shape[-1] <= operator.MAX_STATES and _in_one_dtype(
             u, (delta, B, C, z), (A, D, delta_bias, initial_state))
@@ -101,7 +99,7 @@ def selective_scan(
         raise UserError(f"scan form {form!r} is unknown: choose auto, {', '.join(FORMS)}")
     check_chunk_size(chunk_size)
 
-    ages = document_ages(document_starts, u) if ages is None else ages
+    ages = ages_of(document_starts, ages, u)
     if form == "fused":
         return operator.run_fused(
             u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, ages=ages)

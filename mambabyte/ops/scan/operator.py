@@ -158,7 +158,7 @@ def check_shapes(
     """Whether the arguments of a scan fit together, for a kernel in dtype too: ``stream`` is that
     of delta, B, C and z, ``wide`` that of the rest. Raises UserError."""
     for name, x in (("u", u), ("A", A)):
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or x.is_nested:
             check_tensors(name, x, None, ())
     if u.ndim != 3 or not u.shape[1] * u.shape[2]:
         raise UserError(

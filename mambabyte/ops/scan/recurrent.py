@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambabyte.ops.arguments import without_autocast
+from mambabyte.errors import UserError
+from mambabyte.ops.arguments import FLOATS, check_tensors, without_autocast
 
 Scan = Callable[..., tuple[Tensor, Tensor]]
 
@@ -27,8 +28,23 @@ def selective_scan_step(
     """One step: ``h = exp(delta A) h + delta B u`` and ``y = C . h``.
 
     Shapes: u, delta (B, D); A (D, N); B, C (B, N); state (B, D, N). Returns y (B, D) and the new
-    state; the given state is not changed.
+    state; the given state is not changed. Raises UserError for shapes that do not agree.
     """
+    check_tensors("state", state, None, FLOATS)
+    if state.ndim != 3:
+        raise UserError(f"state has shape {tuple(state.shape)}: expected (batch, channels, states)")
+    batch, channels, states = state.shape
+    check_tensors("state", state, None, FLOATS, (
+        ("u", u, (batch, channels), None), ("delta", delta, (batch, channels), None),
+        ("A", A, (channels, states), None), ("B", B, (batch, states), None),
+        ("C", C, (batch, states), None)))
+    return scan_step(u, delta, A, B, C, state)
+
+
+def scan_step(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`selective_scan_step` of what fits together."""
     decay = torch.exp(delta[:, :, None] * A)  # (B, D, N)
     state = decay * state + (delta * u)[:, :, None] * B[:, None, :]
     return (state * C[:, None, :]).sum(-1), state
@@ -48,7 +64,7 @@ def recurrent_scan(
         u.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), fresh, strict=True
     ):
         state = state if fresh_t is None else state.masked_fill(fresh_t, 0)
-        y_t, state = selective_scan_step(u_t, delta_t, A, B_t, C_t, state)
+        y_t, state = scan_step(u_t, delta_t, A, B_t, C_t, state)
         ys.append(y_t)
     return torch.stack(ys, dim=1), state
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from mambabyte.errors import UserError
 from mambabyte.ops.arguments import (
     FLOATS,
+    ages_of,
     check_chunk_size,
+    check_flag,
     check_tensors,
-    document_ages,
     without_autocast,
 )
 from mambabyte.ops.ssd.chunked import CHUNK, chunked_ssd
@@ -88,6 +89,7 @@ def ssd_scan(
         ("B", B, (batch, length, *B.shape[2:]), None), ("C", C, tuple(B.shape), None),
         ("initial_state?", initial_state, (batch, heads, channels, B.shape[3]), None)))
     check_chunk_size(chunk_size)
+    check_flag("dt_softplus", dt_softplus)
     if form == "auto":
         form = "recurrent" if length == 1 else "fused"
 
@@ -95,7 +97,7 @@ def ssd_scan(
     with without_autocast(x.device):
         wide = wide_dtype(x, dt, A, B, C, initial_state)
         bias = None if dt_bias is None else dt_bias.to(wide)
-        ages = document_ages(document_starts, x) if ages is None else ages
+        ages = ages_of(document_starts, ages, x)
         step, log_decay = gates(dt, A.to(wide), bias, dt_softplus, ages)
         skip = None if D is None else D.to(wide)
         state = None if initial_state is None else initial_state.to(wide)

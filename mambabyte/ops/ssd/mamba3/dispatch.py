@@ -10,9 +10,9 @@ from torch import Tensor
 from mambabyte.errors import UserError
 from mambabyte.ops.arguments import (
     FLOATS,
+    ages_of,
     check_chunk_size,
     check_tensors,
-    document_ages,
     without_autocast,
 )
 from mambabyte.ops.ssd.chunked import CHUNK, chunked_ssd
@@ -74,7 +74,7 @@ def mamba3_scan(
         form = "recurrent" if x.shape[1] == 1 else "fused"
     with without_autocast(x.device):
         wide = wide_dtype(x, dt, log_decay, B, C, theta, mix, *(initial_state or ()))
-        ages = document_ages(document_starts, x) if ages is None else ages
+        ages = ages_of(document_starts, ages, x)
         log_decay = without_past(log_decay.to(wide), ages)
         state = None if initial_state is None else Mamba3State(
             *(t.to(wide) for t in initial_state))
