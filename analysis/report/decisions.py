@@ -2,7 +2,8 @@
 
 A row of data/decisions.toml names its record; the answer is words with values of it in braces, such
 as ``{at_1m_best} at {at_1m_best_bits:.3f} bits a byte``. A question without a record has not been
-measured, and its answer says so. README and report print the same table.
+measured, and its answer says so. README and report print the same table; the report has the details
+behind it.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from mambabyte.errors import UserError
 
 FILE = ROOT / "data" / "decisions.toml"
 NOT_MEASURED = "not measured"
-_KEYS = ("question", "record", "answer", "n", "limits")
+_KEYS = ("question", "record", "answer", "details", "n", "limits")
 
 
 @dataclass(frozen=True)
 class Decision:
     question: str
     answer: str
+    details: str  # more numbers, "" where the answer has all
     n: str
     limits: str
     record: str  # "" where nothing was measured
@@ -52,6 +54,11 @@ def table(decisions: Sequence[Decision]) -> str:
     return "\n".join(lines)
 
 
+def details(decisions: Sequence[Decision]) -> str:
+    """A Markdown list of what the table has no room for."""
+    return "\n".join(f"- **{d.question}** {d.details}" for d in decisions if d.details)
+
+
 def _decision(row: Mapping[str, Any], records: Mapping[str, Run], path: Path) -> Decision:
     name, run = row["record"], records.get(row["record"])
     if not name and not row["answer"].startswith(NOT_MEASURED):
@@ -60,8 +67,8 @@ def _decision(row: Mapping[str, Any], records: Mapping[str, Run], path: Path) ->
     if name and run is None:
         raise UserError(f"{path}: {row['question']!r}: there is no record {name!r}")
     words = {key: _filled(row[key], run, row["question"], path) if run else row[key]
-             for key in ("answer", "n", "limits")}
-    return Decision(row["question"], words["answer"], words["n"], words["limits"], name)
+             for key in _KEYS if key not in ("question", "record")}
+    return Decision(row["question"], record=name, **words)
 
 
 def _filled(text: str, run: Run, question: str, path: Path) -> str:

@@ -29,8 +29,7 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
-from analysis.report.decisions import load_decisions
-from analysis.report.decisions import table as decision_table
+from analysis.report import decisions
 from analysis.report.headlines import load_headlines, table
 from analysis.report.html.markdown import to_html, to_line
 from analysis.report.html.text import binary_bytes, fixed, number, plain
@@ -171,9 +170,9 @@ class Prose:
         return Text(f"\n\n{table(load_headlines(self._sources.records))}\n\n")
 
     def _decisions(self) -> Text:
-        """The table of data/decisions.toml, the same as in the README."""
-        found = load_decisions(self._sources.records)
-        return Text(f"\n\n{decision_table(found)}\n\n")
+        """The table of data/decisions.toml, the same as in the README, and its details."""
+        found = decisions.load_decisions(self._sources.records)
+        return Text(f"\n\n{decisions.table(found)}\n\n{decisions.details(found)}\n\n")
 
     def _headline(self, identity: str) -> Text:
         """What one headline measured, in words: both sides, ahead and behind."""
