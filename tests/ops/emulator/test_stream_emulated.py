@@ -137,6 +137,24 @@ def test_bytes_given_drawn_and_embedded(name: str, texts: int, length: int) -> N
 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.long
+@torch.inference_mode()
+def test_a_branch_copies_its_keys_in_few_operations() -> None:
+    streamer = hybrid_streamer(made(replace(ODD, layer_pattern="AL")))
+    tokens = torch.randint(256, (1, 12)).to(torch.uint8)
+    _, state = streamer.feed(tokens[:, :7], streamer.new_state(1))  # the last 4 rows are copied
+    first, there = streamer.feed(tokens[:, 7:], state)
+    with torch.profiler.profile() as profile:
+        streamer._grown(state, 5)
+    used = [e.name for e in profile.events()]
+    assert sum(map(used.count, ("aten::copy_", "aten::zeros", "aten::empty"))) < 5
+    again, copied = streamer.feed(tokens[:, 7:], state)
+    assert copied.cache.data_ptr() != there.cache.data_ptr()
+    assert copied.stored < there.stored
+    assert relative_rms(again, first.double()) < 1e-6
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.long
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.inference_mode()
 def test_passes_of_several_bytes_draw_what_single_ones_do(
