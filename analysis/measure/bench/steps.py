@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -150,29 +150,45 @@ def bench_steps(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(steps, parts). With ``published`` the first system is also timed with mamba-ssm's modules.
 
-    ``seconds`` is how long each system runs in all rounds together; 0 is one second on the CPU,
-    and one second a round on a GPU, whose energy counter moves only every tenth of a second.
-
-    steps: a row a system, with ms (median over rounds and quartiles), bytes/s, gross joules per
-    megabyte (nan where the machine does not count them), peak memory (nan on the CPU) and how its
-    mixers run.
+    steps: as of ``time_steps``.
     parts: (system, part, ms, share, kernel), largest first; ``kernel`` is the one that took most of
     it, as the profiler names it. On the CPU the parts are scaled to the clock's total, which takes
     out what the profiler costs; ``ms`` of a part on CUDA is the kernels' own. An interruption keeps
     what was timed before it, without parts; KeyboardInterrupt where that is nothing.
     """
-    if way != "eager" and not device.startswith("cuda"):
-        raise UserError(f"--way {way} captures CUDA graphs: use eager on {device}")
-    size = recipe.batch_size * recipe.context
-    seconds = seconds or (float(rounds) if device.startswith("cuda") else 1.0)
-    steppers: dict[str, Callable[[], Any]] = {}
-    rows: list[dict[str, Any]] = []
-    parts: list[dict[str, Any]] = []
     changes: dict[str, Callable[[ByteLM], None]] = {}
     if published:
         first = next(iter(configs))
         configs = configs | {PUBLISHED.format(first): configs[first]}
         changes[PUBLISHED.format(first)] = use_published_mixers
+    frame, steppers = time_steps(configs, recipe, device, way, rounds, seconds, say, changes)
+    ms = dict(zip(frame["system"], frame["ms"], strict=True))
+    parts = [row for name, step in steppers.items() for row in _parts(name, step, device, ms[name])]
+    return frame, pd.DataFrame(parts, columns=["system", "part", "ms", "share", "kernel"])
+
+
+def time_steps(
+    configs: Mapping[str, ModelConfig], recipe: TrainConfig, device: str, way: Way, rounds: int = 7,
+    seconds: float = 0.0, say: Callable[[str], None] = lambda line: None,
+    changes: Mapping[str, Callable[[ByteLM], None]] | None = None,
+) -> tuple[pd.DataFrame, dict[str, Callable[[], Any]]]:
+    """Time a step of every system, in turns; and a call that takes one more, by system.
+
+    ``seconds`` is how long each system runs in all rounds together; 0 is one second on the CPU,
+    and one second a round on a GPU, whose energy counter moves only every tenth of a second.
+    ``changes`` are done to the new models of the systems that they name.
+
+    A row a system, with ms (median over rounds and quartiles), bytes/s, gross joules per megabyte
+    (nan where the machine does not count them), peak memory (nan on the CPU) and how its mixers
+    run. An interruption keeps what was timed before it, and gives no calls; KeyboardInterrupt where
+    that is nothing.
+    """
+    if way != "eager" and not device.startswith("cuda"):
+        raise UserError(f"--way {way} captures CUDA graphs: use eager on {device}")
+    size, changes = recipe.batch_size * recipe.context, changes or {}
+    seconds = seconds or (float(rounds) if device.startswith("cuda") else 1.0)
+    steppers: dict[str, Callable[[], Any]] = {}
+    rows: list[dict[str, Any]] = []
     for name, config in configs.items():
         steppers[name], peak = training_step(config, recipe, device, way, changes.get(name))
         rows.append({"system": name, "parameters": config.n_parameters, "peak_bytes": peak,
@@ -196,9 +212,8 @@ def bench_steps(
     try:
         in_turns({name: partial(once, name) for name in steppers}, rounds,
                  round_done=lambda number: say(f"round {number} of {rounds}"))
-        profiled = set(configs)
     except KeyboardInterrupt:
-        rows, profiled = [row for row in rows if took[row["system"]]], set()
+        rows, steppers = [row for row in rows if took[row["system"]]], {}
         if not rows:
             raise
         say(f"interrupted: the timings of before are kept, of {len(rows)} systems, without parts")
@@ -209,10 +224,7 @@ def bench_steps(
                 "bytes_per_second": size / median,
                 "joules_per_megabyte": joules[name] / (len(took[name]) * counts[name] * size) * 1e6}
         row["times_first"] = row["ms"] / rows[0]["ms"]
-        if name in profiled:
-            parts += _parts(name, steppers[name], device, row["ms"])
-    return pd.DataFrame(rows), pd.DataFrame(
-        parts, columns=["system", "part", "ms", "share", "kernel"])
+    return pd.DataFrame(rows), steppers
 
 
 def step_values(frame: pd.DataFrame) -> dict[str, tuple[float, str, str]]:

@@ -88,7 +88,8 @@ TaskName = Annotated[str, Rule(_holds(task_size), lambda: f"one of {', '.join(TA
 SystemName = Annotated[str, Rule(_holds(pattern_of), lambda: "a layer pattern such as DDDA, and "
                                  f"{HALF} behind it for half of the layers")]
 SizeName = Annotated[str, one_of(lambda: SIZES)]
-Part = Literal["text", "long", "tasks", "memory", "precision", "clamp", "scaling", "pieces"]
+Part = Literal["text", "long", "costs", "tasks", "memory", "precision", "clamp", "scaling",
+               "pieces"]
 Rates = Annotated[tuple[Positive, ...], entries(rising=True)]
 
 
@@ -109,8 +110,8 @@ class Parameters(Checked):
     """folder that keeps each training, so that the next run goes on; empty is none"""
     max_seconds: NotNegative = 0.0
     """after which no training is begun; 0 is no limit"""
-    parts: Annotated[tuple[Part, ...], entries()] = ("text", "long", "tasks")
-    """text, long, tasks, memory, precision, clamp, scaling, pieces"""
+    parts: Annotated[tuple[Part, ...], entries()] = ("text", "long", "costs", "tasks")
+    """text, long, costs, tasks, memory, precision, clamp, scaling, pieces"""
     systems: Annotated[tuple[SystemName, ...], entries()] = ("M", "A", "MMMA")
     """layer patterns that are compared; /2 behind one is half of the layers with wider MLPs"""
     reference: SystemName = "A"
@@ -187,8 +188,7 @@ class Parameters(Checked):
 
 _FULL = Parameters(
     corpus="wikitext103", device="cuda", threads=0,
-    parts=("text", "long", "tasks", "memory", "precision", "clamp", "scaling",
-                       "pieces"),
+    parts=("text", "long", "costs", "tasks", "memory", "precision", "clamp", "scaling", "pieces"),
     systems=("M", "S", "D", "K", "A", "A/2", "L", "MMMA", "SSSA", "DDDA", "KKKA", "MA", "SA", "DA",
              "KA", "R"),
     size="1M", larger=("10M",), scaling=("0.25M", "1M", "10M", "30M"),

@@ -26,6 +26,7 @@ from analysis.studies.arena.laws import law_tables
 from analysis.studies.arena.memory import remembered
 from analysis.studies.arena.precision import lost_bits
 from analysis.studies.arena.trainings.clamp import train_followed
+from analysis.studies.arena.trainings.costs import measure_costs
 from analysis.studies.arena.trainings.learning import learn_task
 from analysis.studies.arena.trainings.pieces import train_on_units
 from analysis.studies.arena.trainings.plan import Cell, Done, plan
@@ -103,6 +104,8 @@ def measure(p: Parameters, device: str, cell: Cell) -> dict[str, Any]:
     gc.collect()  # a captured graph keeps its memory as long as anything refers to it
     if cell.kind == "clamp":
         return train_followed(p, cell, device)
+    if cell.kind == "costs":
+        return measure_costs(p, cell, device)
     if cell.kind in ("pieces", "noise"):
         return train_on_units(p, cell, device)
     if cell.kind in ("text", "memory", "precision"):

@@ -20,6 +20,8 @@ _COLUMNS = ("system", "size", "optimizer", "rate", "seed", "budget", "status", "
             "chosen_by", "valid_bits", "trained_bytes", "steps", "ms_per_step", "seconds",
             "joules", "alone", "train_flops", "state_bytes", "job", "commit", "error")
 
+_COSTS = ("ms_per_step", "low", "high", "seconds_per_byte", "joules_per_byte")
+
 
 def cells_table(rows: Iterable[Row]) -> pd.DataFrame:
     """Every training on text, those that failed or diverged too. Joules of a device that others
@@ -157,7 +159,8 @@ def _price(measure: str, row: Row, costs: pd.DataFrame) -> float | None:
         return 1.0
     if measure == "operations":
         return float(row["train_flops"]) / float(row["trained_bytes"])
-    mine = costs[costs["system"] == row["system"]] if len(costs) else costs
+    mine = costs[(costs["system"] == row["system"]) & (costs["optimizer"] == row["optimizer"])] \
+        if len(costs) else costs
     if mine.empty:
         return None
     value = mine["seconds_per_byte" if measure == "time" else "joules_per_byte"].iloc[0]
@@ -165,19 +168,16 @@ def _price(measure: str, row: Row, costs: pd.DataFrame) -> float | None:
 
 
 def costs_table(p: Parameters, done: Done) -> pd.DataFrame:
-    """Time and joules that a byte of training costs each system, by the trainings on the long
-    budget that had their device for themselves, of the one job that has most of them."""
-    rows = [done.rows[cells[0].name]
-            for cells in best_cells(p, done, p.size, p.long_budget).values()]
-    alone = [row for row in rows if row["alone"]]
-    jobs = [row["job"] for row in alone]
+    """Time and joules that a step and a byte of training cost each system, measured in turns, of
+    the one job that has most systems: those of two are no ratio."""
+    rows = [(row, one) for row in done.rows.values()
+            if row["kind"] == "costs" and row["status"] == "done" and row["size"] == p.size
+            for one in row["costs"]]
+    jobs = [row["job"] for row, _ in rows]
     job = max(jobs, key=jobs.count, default="")
-    return _frame([
-        {"system": row["system"], "optimizer": row["optimizer"], "ms_per_step": row["ms_per_step"],
-         "seconds_per_byte": row["seconds"] / row["trained_bytes"],
-         "joules_per_byte": None if row["joules"] is None else
-         row["joules"] / row["trained_bytes"], "job": job}
-        for row in alone if row["job"] == job])
+    return _frame([{"system": one["system"], "optimizer": row["optimizer"],
+                    **{name: one[name] for name in _COSTS}, "job": job}
+                   for row, one in rows if row["job"] == job])
 
 
 def answers_table(rows: Iterable[Row], p: Parameters) -> pd.DataFrame:

@@ -12,8 +12,9 @@ TABLES: dict[str, Words] = {
     "tuning": "What the search for each system's rate cost, and beside what it gave what one rate "
               "of AdamW for all gives (one seed). At the end of the range: the best rate may lie "
               "beyond what was tried.",
-    "costs": "What a byte of training costs every system: its training on the long budget, "
-             "alone on its device, one after the other in one job.",
+    "costs": "What a step and a byte of training cost every system, in turns in one process that "
+             "has its device for itself: median and quartiles of milliseconds over rounds, gross "
+             "joules.",
     "equal": "The best runs read at equal bytes, time, operations and joules; the last three are "
              "what the dearest system's training costs. Between two whole trainings, linear in the "
              "logarithm of the bytes; empty where a system is so cheap that it would have to be "

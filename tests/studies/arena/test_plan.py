@@ -126,14 +126,30 @@ def test_equal_budgets_are_between_two_whole_trainings():
     assert time.loc["M", "bytes"] == 1000
 
 
-def test_costs_are_of_one_job_and_of_trainings_that_were_alone():
-    def change(cell):
-        return {"job": "b" if cell.system == "A" else "a", "alone": cell.system != "MMMA",
-                "seconds": 2.0 * cell.budget}
+def test_costs_are_of_one_job_and_measured_where_nothing_runs_beside():
+    p = replace(P, parts=("text", "costs"))
+    cells = [c for c in plan(p, list(finished().values())) if c.kind == "costs"]
+    assert [(c.system, c.optimizer) for c in cells] == [("M,A,MMMA", "adamw")]
+    assert plan(replace(p, workers=2, parts=("costs",)), list(finished().values())) == []
+    assert plan(replace(p, parts=("costs",)), []) == []  # the optimizer is not known yet
 
-    costs = costs_table(P, Done(finished(change=change).values()))
-    assert costs["system"].tolist() == ["M"]  # of another job, and not alone: no ratio of these
-    assert costs["seconds_per_byte"].tolist() == [2.0]
+    def costs(system, job, *names):
+        cell = replace(cells[0], system=system)
+        return {**vars(cell), "status": "done", "job": job, "costs": [
+            {"system": name, "ms_per_step": 1.0, "low": 0.9, "high": 1.1, "seconds_per_byte": 2.0,
+             "joules_per_byte": None} for name in names]}
+
+    rows = [costs("M,A,MMMA", "a", "M", "A", "MMMA"), costs("M", "b", "M")]
+    table = costs_table(p, Done(rows))
+    assert table["system"].tolist() == ["M", "A", "MMMA"]  # of two jobs there is no ratio
+    assert set(table["job"]) == {"a"}
+
+
+def test_costs_of_another_optimizer_are_no_price():
+    done = Done(finished().values())
+    costs = pd.DataFrame([{"system": s, "optimizer": "muon", "seconds_per_byte": 1.0,
+                           "joules_per_byte": 1.0} for s in P.systems])
+    assert set(equal_table(P, done, costs)["equal"]) == {"bytes", "operations"}
 
 
 def test_every_wanted_cell_has_a_name_of_its_own():

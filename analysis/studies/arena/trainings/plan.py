@@ -16,6 +16,7 @@ from analysis.measure.cells import Row
 from analysis.studies.arena import HALF, Parameters, family, pattern_of
 
 PIECE_BYTES = 20_000_000  # of training text that pieces are made of and trained on, at most
+BETWEEN = ","  # the systems of a cell of costs
 MOST_STEPS_BEYOND = 2  # rates tried beyond an end of the range where the best is at that end
 
 
@@ -25,6 +26,7 @@ class Cell:
 
     # "text": bytes of text; "memory", "precision": and looked at; "pieces": likewise, on pieces;
     # "noise": on bytes, scored as pieces are; "clamp": with or without a bound on the step size;
+    # "costs": no training, steps of all the systems that are named, in turns;
     # else a task: width, "adamw", most steps.
     kind: str
     system: str
@@ -146,9 +148,9 @@ def tuned_size(p: Parameters, size: str) -> str:
 def plan(p: Parameters, rows: Sequence[Row]) -> list[Cell]:
     """Every training that is wanted now: all parts in their order with a first seed, then more."""
     done = Done(rows)
-    parts = {"text": _text, "long": _long, "tasks": _tasks, "memory": _memory,
-             "precision": _precision, "clamp": _clamp, "scaling": scaling_cells,
-             "pieces": _pieces}
+    parts = {"text": _text, "long": _long, "costs": costs_cells, "tasks": _tasks,
+             "memory": _memory, "precision": _precision, "clamp": _clamp,
+             "scaling": scaling_cells, "pieces": _pieces}
     cells = dict.fromkeys(cell for part in p.parts for cell in parts[part](p, done))
     return sorted(cells, key=lambda cell: cell.seed > 0)
 
@@ -170,6 +172,19 @@ def _long(p: Parameters, done: Done) -> list[Cell]:
     best = [c for size in (p.size, *p.larger) for system in compared(p, size)
             if (c := chosen(p, done, system, size)) is not None]
     return [at(c, budget=p.long_budget, seed=seed) for seed in range(p.seeds) for c in best]
+
+
+def costs_cells(p: Parameters, done: Done) -> list[Cell]:
+    """A cell an optimizer, of all systems that it is best for, once they are known; none where
+    workers share a device, as time and joules are then nobody's."""
+    best = [chosen(p, done, system, p.size) for system in p.systems]
+    by: dict[str, list[str]] = {}
+    for cell in best:
+        if cell is None or p.workers > 1:
+            return []
+        by.setdefault(cell.optimizer, []).append(cell.system)
+    return [Cell("costs", BETWEEN.join(systems), p.size, optimizer, 0.0, 0, 0)
+            for optimizer, systems in by.items()]
 
 
 def _tasks(p: Parameters, done: Done) -> list[Cell]:
