@@ -54,15 +54,42 @@ def embed(tokens: Tensor, table: Tensor) -> Tensor:
     return F.embedding(tokens, table)
 
 
-def symbols(tokens: Tensor, least: int = 1) -> Tensor:
-    """``tokens`` (B, L) of any integers as int64; UserError for another type, shape, or an L below
-    ``least``."""
+def symbols(tokens: Tensor, least: int = 1, device: torch.device | None = None) -> Tensor:
+    """``tokens`` (B, L) of any integers as int64; UserError for another type, shape, an L below
+    ``least``, or another device where one is given."""
+    if not isinstance(tokens, Tensor) or tokens.is_nested or tokens.layout != torch.strided:
+        kind = "of type " + type(tokens).__name__ if not isinstance(tokens, Tensor) else (
+            "nested" if tokens.is_nested else str(tokens.layout))
+        raise UserError(f"tokens are {kind}: expected a dense tensor of integers (batch, length), "
+                        "such as torch.tensor([list(b'text')])")
     if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
         raise UserError(f"tokens are {tokens.dtype}: expected integers, bytes for one")
     if tokens.ndim != 2 or tokens.shape[1] < least:
         raise UserError(f"tokens have shape {tuple(tokens.shape)}: expected (batch, length), with "
                         f"a length of at least {least}")
+    if device is not None and tokens.device != device:
+        raise UserError(f"tokens are on {tokens.device} and the model on {device}: move them, "
+                        f"tokens.to({str(device)!r})")
     return tokens.long()
+
+
+def _check_states(states: Any, layers: Sequence[Block], batch: int) -> None:
+    """UserError for what is no state of these layers and ``batch`` texts."""
+    if not isinstance(states, list | tuple) or len(states) != len(layers):
+        size = f" of {len(states)}" if isinstance(states, list | tuple) else ""
+        raise UserError(f"state is a {type(states).__name__}{size}: expected what an earlier call "
+                        f"gave back, a list of {len(layers)}, one a layer; or None at the start")
+    for i, (state, layer) in enumerate(zip(states, layers, strict=True)):
+        if state is None:
+            continue
+        kind = getattr(getattr(layer, "mixer", None), "state_kind", object)  # none of a stranger's
+        if not isinstance(state, kind):
+            raise UserError(f"state {i} is a {type(state).__name__}: expected a {kind.__name__}, "
+                            "as an earlier call of this model gave back")
+        rows = {len(t) for t in state if isinstance(t, Tensor)} if isinstance(state, tuple) else ()
+        if any(n != batch for n in rows):
+            raise UserError(f"state {i} is of {max(rows)} texts beside {batch} of tokens: expected "
+                            "a row a text; mambabyte.stream.states has select and stack")
 
 
 def _refuse_unknown(tokens: Tensor, size: int) -> None:
@@ -196,7 +223,7 @@ class ByteLM(nn.Module):
         were alone, with neither value nor gradient across, and the state that comes back is that of
         each row's last. Raises UserError for starts that do not fit.
         """
-        tokens = symbols(tokens)
+        tokens = symbols(tokens, device=self.device)
         ages = document_ages(document_starts, tokens)
         shared, length = self.sequence_group, tokens.shape[1]
         if shared is not None and length < shared.size:
@@ -233,6 +260,8 @@ class ByteLM(nn.Module):
         """From embedded bytes (B, L, d_model) to what the head reads, of the same shape; ``ages``
         as in :meth:`Mixer.forward`."""
         states: list[LayerState] = []
+        if state is not None:
+            _check_states(state, self.blocks, len(x))
 
         def run(layer: nn.Module, *streams: Tensor | None) -> Tensor:
             x, *read = streams
@@ -290,7 +319,7 @@ class ByteLM(nn.Module):
         ``predictions`` (B,), added up, is what to divide by in place of the number of predictions:
         then parts of a batch have gradients that add up to its mean's.
         """
-        tokens = symbols(tokens, least=2)
+        tokens = symbols(tokens, least=2, device=self.device)
         if not len(tokens):
             raise UserError("tokens have no rows: the mean over an empty batch is no number")
         try:

@@ -98,6 +98,7 @@ class Mixer(nn.Module, MixerSpec):
     readers: ClassVar[int] = 1
     has_decays: ClassVar[bool] = False  # whether ``exponent`` has an answer
     state_name: ClassVar[str] = "state"  # what its state is called in tables of sizes
+    state_kind: ClassVar[type] = object  # what its state is; another's is refused
     # Whether to use kernels that join what torch.compile would; set by a fast step.
     fused: bool = False
     # Linear maps whose bias it adds by itself, in float32 whatever autocast says.

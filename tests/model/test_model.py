@@ -285,3 +285,27 @@ def test_shapes_are_found_on_the_meta_device(letter: str) -> None:
                 lambda model: bits_per_byte(model, b"abc")):
         with pytest.raises(UserError, match="on the device meta"):
             use(model)
+
+
+@pytest.mark.parametrize("letter", "MSRDKAL")
+def test_what_is_no_text_and_no_state_is_one_line(letter):
+    shape = {"d_model": 32, "n_layer": 2, "ssd_head_dim": 16, "ssd_d_state": 16,
+             "delta_head_dim": 16, "n_head": 2, "n_kv_head": 2}
+    model = ByteLM(ModelConfig(layer_pattern=letter, **shape))
+    tokens = torch.randint(256, (2, 20))
+    _, state = model(tokens)
+    nested = torch.nested.nested_tensor([tokens[0], tokens[1]], layout=torch.jagged)
+    for wrong in (tokens.tolist(), b"abc", "abc", None, tokens.numpy(), tokens.to_sparse(), nested,
+                  tokens.to("meta")):
+        for call in (model, model.loss):
+            with pytest.raises(UserError, match="tokens are"):
+                call(wrong)
+    other = ByteLM(ModelConfig(layer_pattern="M" if letter != "M" else "S", **shape))
+    wide = ByteLM(ModelConfig(layer_pattern=letter, **shape | {"d_model": 64}))
+    wrong_states = [3, "abc", (), {}, state[:1], [*state, state[0]], ["a", "b"],
+                    model(tokens[:1])[1], other(tokens)[1], wide(tokens)[1]]
+    for wrong in wrong_states:
+        with pytest.raises(UserError):
+            model(tokens, wrong)
+    again, _ = model(tokens, tuple(state))
+    assert torch.equal(again, model(tokens, state)[0])

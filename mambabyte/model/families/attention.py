@@ -25,7 +25,7 @@ from mambabyte.model.mixer import (
     linear,
     register,
 )
-from mambabyte.ops.arguments import once
+from mambabyte.ops.arguments import FLOATS, check_tensors, once
 from mambabyte.ops.fused import attention
 from mambabyte.ops.fused.attention import blocks_of, mean_keys, windowed_attention
 from mambabyte.ops.fused.linear import linear as linear_map
@@ -74,6 +74,7 @@ class AttentionMixer(Mixer, AttentionSpec):
 
     readers = 3
     state_name = "kv_cache"
+    state_kind = AttentionState
     splits_length = True
 
     def __init__(self, config: ModelConfig) -> None:
@@ -140,6 +141,10 @@ class AttentionMixer(Mixer, AttentionSpec):
             if ages is not None:
                 others = self._others_before(piece, state)
         if state is not None:
+            rows = state.k.shape[2] if isinstance(state.k, Tensor) and state.k.ndim == 4 else 0
+            kept = (len(x), self.n_kv_head, rows, self.head_dim)
+            check_tensors("x", x, None, FLOATS, (
+                ("k of the state", state.k, kept, None), ("v of the state", state.v, kept, None)))
             k = torch.cat([state.k.to(k.dtype), k], dim=2)
             v = torch.cat([state.v.to(v.dtype), v], dim=2)
         if ages is not None or others is not None:

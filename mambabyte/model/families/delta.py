@@ -88,6 +88,7 @@ class DeltaMixer(Mixer, DeltaSpec):
 
     has_decays = True
     state_name = "delta"
+    state_kind = DeltaState
     splits_length = True
     readers = 6
 

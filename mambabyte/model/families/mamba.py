@@ -72,6 +72,7 @@ class MambaMixer(Mixer, MambaSpec):
 
     has_decays = True
     state_name = "ssm"
+    state_kind = MambaState
     wide_biases = ("dt_proj",)
     splits_length = True
 

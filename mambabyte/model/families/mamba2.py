@@ -80,6 +80,7 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
 
     has_decays = True
     state_name = "ssm"
+    state_kind = Mamba2State
     splits_length = True
 
     def __init__(self, config: ModelConfig) -> None:

@@ -59,6 +59,7 @@ class Mamba3Mixer(Mixer, Mamba3Spec):
 
     has_decays = True
     state_name = "ssm"
+    state_kind = Mamba3State
     splits_length = True
 
     def __init__(self, config: ModelConfig) -> None:
