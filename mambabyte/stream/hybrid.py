@@ -16,6 +16,7 @@ from mambabyte.model.families.delta import DeltaState
 from mambabyte.model.families.mamba import MambaState
 from mambabyte.model.families.mamba2 import Mamba2State
 from mambabyte.model.mixer import LayerState
+from mambabyte.ops import Mamba3State
 from mambabyte.ops.build.nvrtc import NvrtcError
 from mambabyte.ops.stream.grid.packing import GUIDED, KINDS
 from mambabyte.ops.stream.hybrid import HybridState, HybridStreamer, check_fit
@@ -68,6 +69,10 @@ def hybrid_state(streamer: HybridStreamer, states: list[LayerState]) -> HybridSt
             layers.append([])
         elif isinstance(s, DeltaState):
             layers.append([s.memory.transpose(2, 3).flatten(1, 2), torch.cat(s[:3], -1)])
+        elif isinstance(s, Mamba3State):
+            channels = s.ssm_state.shape[2]  # of a head, each of which has its head's k
+            layers.append([s.ssm_state.flatten(1, 2), s.k_state.repeat_interleave(channels, 1),
+                           s.v_state.flatten(1)[:, None]])
         else:
             layers.append([s.ssm_state.flatten(1, -2), s.conv_state])
     return streamer.state_of(layers, caches, position)
@@ -89,6 +94,11 @@ def hybrid_layers(streamer: HybridStreamer, state: HybridState) -> list[Any]:
             ssm, conv = tensors
             heads = config.d_inner // config.ssd_head_dim
             found.append(Mamba2State(conv, ssm.unflatten(1, (heads, -1))))
+        elif letter == "R":
+            ssm, k, v = tensors
+            by_head = (-1, config.ssd_head_dim)
+            found.append(Mamba3State(k[:, :: config.ssd_head_dim], v[:, 0].unflatten(1, by_head),
+                                     ssm.unflatten(1, by_head)))
         else:
             memory, conv = tensors
             heads = config.d_model // config.delta_head_dim

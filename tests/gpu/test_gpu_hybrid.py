@@ -20,7 +20,7 @@ SMALL = ModelConfig(d_model=132, n_layer=2, d_state=5, d_conv=3, n_head=6, n_kv_
                     ssd_d_state=20, delta_head_dim=33)  # fmt: skip
 CONFIGS = {
     "all letters and extras": replace(
-        SMALL, layer_pattern="MALSDK", n_layer=7, linear_bias=True, ssm_bias=True,
+        SMALL, layer_pattern="MALSRDK", n_layer=8, linear_bias=True, ssm_bias=True,
         ssd_norm_eps=0.01, block_scales=True, residual_mix=True, unet_skips=True, qk_gain=1.5,
         qk_norm=True, embed_norm=True, embed_norm_gain=True, mlp_ratio=1.3, tied_head=False,
         logit_softcap=15.0),

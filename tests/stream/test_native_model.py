@@ -373,7 +373,8 @@ def test_code_for_processors_without_wide_vectors(tmp_path, monkeypatch) -> None
         test_equals_the_definition(name)
 
 
-def test_what_the_kernel_on_a_card_has_not_is_said() -> None:
+def test_what_the_kernel_on_a_card_has_not_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(hybrid.KINDS, "R")
     assert hybrid.unsupported(make(CONFIGS["Mamba-3"])) == "the kernel has no Mamba-3"
 
 

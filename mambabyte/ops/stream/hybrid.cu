@@ -22,8 +22,8 @@
 // SIZES (see cluster.cu) are given by packing.py, which packs the weights and so knows where they lie:
 //   CL, S = 1, T, LAYERS, DM (d_model), DI (d_inner), N, R (dt_rank, 0: from all channels), K (taps),
 //   H (hidden or 0), ACTIVATION, CENTERED, STEM (norm behind the embedding), EPS, TINY, SSD_EPS, CAP, HEADS, KVH,
-//   HD, QKNORM; SH, SG, SN (Mamba-2's heads, groups, states); DH, DV (the delta rule's heads, values of
-//   each); MIXED; GUIDED (the head has one row more, a gate); M, A, SS, D, KDA (whether there are such layers), CACHES (how many of attention);
+//   HD, QKNORM; SH, SG, SN (Mamba-2's and 3's heads, groups, states), SP (Mamba-3's pairs that turn); DH, DV (the delta rule's heads, values of
+//   each); MIXED; GUIDED (the head has one row more, a gate); M, A, SS, M3, D, KDA (whether there are such layers), CACHES (how many of attention);
 //   PASS (bytes of a pass at most; 1: no guesses), PAST; TILE (floats of a tile of several rows), TILES
 //   (tiles of a byte), SPACE, RESIDENT, STATE and BLOB
 //   (floats of a block's tiles in shared memory, small weights, states and all tiles); where each small
@@ -60,6 +60,8 @@ template <int P> __forceinline__ void pass(
                 attention<P>(b, cache + (int64)b.table[CACHE] * 2 * SHARES_OF * slots * HD, slots, begin, now, valid);
         if constexpr (SS)
             if (kind == MAMBA2) mamba2<P>(b, state);
+        if constexpr (M3)
+            if (kind == MAMBA3) mamba3<P>(b, state);
         if constexpr (D)
             if (kind == DELTA) delta<P, false>(b, state);
         if constexpr (KDA)

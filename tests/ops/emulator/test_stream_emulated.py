@@ -36,7 +36,7 @@ ODD = ModelConfig(d_model=20, n_layer=2, d_state=5, d_conv=3, dt_rank=3, n_head=
                   delta_head_dim=10, embed_std=1.0)  # fmt: skip
 CONFIGS = {
     "all letters and extras": replace(
-        ODD, layer_pattern="MALSDK", n_layer=6, linear_bias=True, ssm_bias=True,
+        ODD, layer_pattern="MALSRDK", n_layer=7, linear_bias=True, ssm_bias=True,
         ssd_norm_eps=0.01, block_scales=True, residual_mix=True, unet_skips=True, qk_gain=1.5,
         qk_norm=True, embed_norm=True, embed_norm_gain=True, mlp_ratio=1.3, tied_head=False,
         logit_softcap=5.0),

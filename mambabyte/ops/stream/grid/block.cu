@@ -11,7 +11,7 @@ constexpr int XS = pad(CL * RD), LS = up4(CL * RV);
 
 // The table of a layer, in the resident weights; offsets in floats.
 enum Entry { KIND, WINDOW, ADDED, KEPT_AS, SMALL, STATE_AT, CACHE, ENTRIES };
-enum Kind { MAMBA, ATTENTION, MAMBA2, DELTA, KIMI };
+enum Kind { MAMBA, ATTENTION, MAMBA2, DELTA, KIMI, MAMBA3 };
 // In the resident weights, behind the tables: gains of the norm behind the embedding; of that and before
 // the first layer; bias of the head.
 constexpr int STEM_GAIN = LAYERS * ENTRIES, FIRST = STEM_GAIN + DM, HEAD_BIAS = FIRST + DM;

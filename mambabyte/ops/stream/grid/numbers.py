@@ -28,6 +28,8 @@ def _parts(c: ModelConfig, letter: str) -> list[_Part]:
     if letter == "S":
         return [_Part(1, (c.d_inner,), c.ssd_d_state),
                 _Part(2, (c.d_inner, 2 * c.ssd_groups * c.ssd_d_state), taps)]
+    if letter == "R":
+        return [*2 * [_Part(1, (c.d_inner,), c.ssd_d_state)], _Part(2, (c.d_inner,), 1)]
     if letter in "DK":
         values = c.d_model * c.delta_expand_v
         return [_Part(1, (values,), c.delta_head_dim),
@@ -36,8 +38,8 @@ def _parts(c: ModelConfig, letter: str) -> list[_Part]:
 
 
 def to_numbers(c: ModelConfig, layers: list[list[Tensor]], blocks: int) -> Tensor:
-    """States of layers, each two tensors (B, channels, states) and (B, taps - 1, channels), or
-    none, as the kernel has them: (B, blocks * floats)."""
+    """States of layers, each tensors (B, channels, states) and (B, taps - 1, channels), or none, as
+    the kernel has them: (B, blocks * floats)."""
     found = []
     for letter, tensors in zip(c.layers, layers, strict=True):
         for part, x in zip(_parts(c, letter), tensors, strict=True):

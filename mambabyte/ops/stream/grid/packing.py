@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.config import ModelConfig
+from mambabyte.config.mixers import Mamba3Spec
 from mambabyte.ops.stream.cuda import split
 from mambabyte.ops.stream.feeding import VOCABULARY
 from mambabyte.ops.stream.grid.sizes import (
@@ -25,7 +26,7 @@ from mambabyte.ops.stream.grid.sizes import (
     up,
 )
 
-KINDS = {"M": 0, "A": 1, "L": 1, "S": 2, "D": 3, "K": 4}  # as in the kernel, by letter
+KINDS = {"M": 0, "A": 1, "L": 1, "S": 2, "D": 3, "K": 4, "R": 5}  # as in the kernel, by letter
 TILE = 4096  # floats of a tile of several rows; a longer row is one alone
 # Parameters of a guided model (task/guide.py) beside its network's.
 GUIDED = ("prior.weight", "best.weight", "kind.weight", "gate.weight", "gate.bias")
@@ -34,7 +35,8 @@ _LOG2E = 1.4426950408889634
 _SMALL = ("MIX_GAIN", "MIX_BIAS", "MLP_GAIN", "MLP_BIAS", "STREAM", "EMBEDDED", "SKIP",
           "UP_BIAS", "OWN", "M_CONV", "M_CONV_BIAS", "M_DT", "M_DT_BIAS", "M_SKIP", "M_RATE",
           "A_GAIN", "S_CONV", "S_CONV_BIAS", "S_DT_BIAS", "S_RATE", "S_SKIP", "D_CONV", "D_RATE",
-          "D_DT_BIAS", "D_GATE")  # fmt: skip
+          "D_DT_BIAS", "D_GATE", "R_DT_BIAS", "R_SKIP", "R_B_NORM", "R_C_NORM", "R_B_BIAS",
+          "R_C_BIAS")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class _Packer:
         """Put a layer's matrices into tiles; returns its small weights."""
         c, d = self.config, self.config.d_model
         mixer = {"M": self.mamba, "A": self.attention, "L": self.attention, "S": self.mamba2,
-                 "D": self.delta, "K": self.delta}[c.layers[i]]
+                 "D": self.delta, "K": self.delta, "R": self.mamba3}[c.layers[i]]
         name = f"layers.{i}"
         own = mixer(f"{name}.mixer.", f"{name}.norm")
         up_bias = self.every(self.like.new_zeros(1))
@@ -193,6 +195,20 @@ class _Packer:
             "S_CONV_BIAS": torch.cat([self.share(b) for b in conv_bias.split([D, shared])], 1),
             "S_DT_BIAS": self.every(self.get(at + "dt_bias")),
             "S_RATE": self.every(self.rates(at)), "S_SKIP": self.every(self.get(at + "D"))}
+
+    def mamba3(self, at: str, norm: str) -> dict[str, Tensor]:
+        c = self.config
+        z, x, B, C, *gates = self.get(at + "in_proj.weight").split(list(Mamba3Spec.widths(c)))
+        bias = self.rows(norm, [x, z, torch.cat([B, C]), *gates])
+        self.matrix(self.share(self.get(at + "out_proj.weight")), self.padded(c.d_inner))
+        of_channels = {f"R_{name}_BIAS": self.share(
+            self.get(f"{at}{name}_bias").squeeze(1).repeat_interleave(c.ssd_head_dim, 0))
+            for name in "BC"}
+        return {
+            "OWN": bias, "R_DT_BIAS": self.every(self.get(at + "dt_bias")),
+            "R_SKIP": self.every(self.get(at + "D")),
+            "R_B_NORM": self.every(self.get(at + "B_norm.weight")),
+            "R_C_NORM": self.every(self.get(at + "C_norm.weight")), **of_channels}
 
     def delta(self, at: str, norm: str) -> dict[str, Tensor]:
         c, d = self.config, self.config.d_model

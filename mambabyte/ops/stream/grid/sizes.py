@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mambabyte.config import ModelConfig
+from mambabyte.config.mixers import Mamba3Spec
 from mambabyte.ops.build.kernel import Program
 from mambabyte.ops.stream.cuda import ACTIVATIONS
 from mambabyte.ops.stream.feeding import VOCABULARY
@@ -42,20 +43,20 @@ def up(n: int) -> int:
 def model_sizes(c: ModelConfig, blocks: int) -> dict[str, int]:
     """The constants of the kernel that the configuration decides; 1 for layers that it lacks."""
     has = {name: bool(set(c.layers) & set(letters)) for name, letters in (
-        ("M", "M"), ("A", "AL"), ("SS", "S"), ("D", "D"), ("KDA", "K"))}
-    delta = has["D"] or has["KDA"]
+        ("M", "M"), ("A", "AL"), ("SS", "S"), ("D", "D"), ("KDA", "K"), ("M3", "R"))}
+    delta, ssd = has["D"] or has["KDA"], has["SS"] or has["M3"]
     full = c.dt_rank == "full"
     return {
         "LAYERS": c.n_layer, "DM": c.d_model, "H": c.mlp_hidden,
         "ACTIVATION": ACTIVATIONS.index(c.mlp_activation), "CENTERED": int(c.norm == "layer"),
         "STEM": int(c.embed_norm), "MIXED": int(c.residual_mix),
         "SLOTS": sum(s is not None for s in c.skips),
-        "DI": c.d_inner if has["M"] or has["SS"] else 1, "N": c.d_state if has["M"] else 1,
+        "DI": c.d_inner if has["M"] or ssd else 1, "N": c.d_state if has["M"] else 1,
         "R": (0 if full else c.dt_rank_value) if has["M"] else 1, "K": c.d_conv,
         "HEADS": c.n_head if has["A"] else 1, "KVH": c.n_kv_head if has["A"] else 1,
         "HD": c.head_dim if has["A"] else 2, "QKNORM": int(c.qk_norm),
-        "SH": c.d_inner // c.ssd_head_dim if has["SS"] else 1,
-        "SG": c.ssd_groups if has["SS"] else 1, "SN": c.ssd_d_state if has["SS"] else 1,
+        "SH": c.d_inner // c.ssd_head_dim if ssd else 1, "SG": c.ssd_groups if ssd else 1,
+        "SN": c.ssd_d_state if ssd else 1, "SP": Mamba3Spec.pairs(c) if has["M3"] else 1,
         "DH": c.d_model // c.delta_head_dim if delta else 1,
         "DV": c.delta_head_dim * c.delta_expand_v if delta else 1,
         **{name: int(value) for name, value in has.items()},
@@ -72,7 +73,7 @@ def _strides(z: Mapping[str, Any]) -> dict[str, int]:
                       2 * rows + values + heads + max(heads + values, 2 * low)),
         "YS": pad(z["CL"] * max(channels, rows, values)),
         "PACKETS": -(-z["PASS"] * _sent(z) // 3),  # of three numbers, of a block
-        "DTS_STRIDE": z["CL"] * max(share(z["SH"]), heads, rows),
+        "DTS_STRIDE": z["CL"] * max(3 * share(z["SH"]) + share(z["SP"]), heads, rows),
     }
 
 
@@ -81,7 +82,7 @@ def _sent(z: Mapping[str, Any]) -> int:
     share = functools.partial(part, blocks=z["CL"])
     rows, heads, low = share(z["DM"]), share(z["DH"]), share(z["DV"])
     return max(share(z["DI"]), share(z["R"] + 2 * z["N"]), rows + 2 * share(z["KVH"] * z["HD"]),
-               share(2 * z["SG"] * z["SN"]) + share(z["SH"]),
+               share(2 * z["SG"] * z["SN"]) + 3 * share(z["SH"]) + share(z["SP"]),
                2 * rows + heads + max(heads, 2 * low), 2 * share(z["DH"] * z["DV"]), share(z["H"]),
                share(VOCABULARY + z["GUIDED"]))
 
@@ -152,7 +153,7 @@ def program(constants: tuple[tuple[str, float], ...], shared_bytes: int) -> Buil
     made = Program.from_file(
         "build/types.cu", "stream/cluster.cu",
         *(f"stream/grid/{name}.cu" for name in (
-            "packets", "block", "mamba", "attention", "mamba2", "delta")),
+            "packets", "block", "mamba", "attention", "mamba2", "mamba3", "delta")),
         "stream/hybrid.cu", names=("stream_hybrid",),
         options=(f"-DSIZES={sizes}",))
     return Built(made, space, 4 * (space + z["RESIDENT"] + at), packets)
@@ -167,6 +168,8 @@ def state_floats(c: ModelConfig, letter: str, blocks: int) -> int:
     if letter == "S":
         return channels * c.ssd_d_state + taps * (
             channels + share(2 * c.ssd_groups * c.ssd_d_state))
+    if letter == "R":
+        return channels * (2 * c.ssd_d_state + 1)
     if letter in "DK":
         values = share(c.d_model * c.delta_expand_v)
         return values * c.delta_head_dim + taps * (2 * share(c.d_model) + values)

@@ -50,6 +50,9 @@ static int __float_as_int(float x) { return bits<int>(x); }
 static int __ffs(uint32_t x) { return __builtin_ffs(x); }
 static int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
 static float __fdividef(float x, float y) { return x / y; }
+static void sincospif(float x, float *sine, float *cosine) {
+    *sine = (float)sin(M_PI * x), *cosine = (float)cos(M_PI * x);
+}
 static void __threadfence_system() {}
 static float __uint_as_float(uint32_t x) { return bits<float>(x); }
 static uint32_t __float_as_uint(float x) { return bits<uint32_t>(x); }
