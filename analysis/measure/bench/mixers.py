@@ -90,18 +90,28 @@ def _mamba3_inputs(
 ) -> dict[str, Tensor]:
     heads = shape[2]
     made = _normal(shape, dtype, device, x=(heads, HEAD), dt=(heads,), log_decay=(heads,),
-                   B=(1, states), C=(1, states), theta=(states // 4,), mix=(heads,))
+                   B=(1, states), C=(1, states), angle=(states // 4,), gate=(heads,))
     dt = F.softplus(made["dt"].float() - 4)
     bias = torch.ones(heads, states, device=device)
     return made | {
-        "dt": dt, "log_decay": -dt * F.softplus(made["log_decay"].float()),
-        "theta": math.pi * torch.tanh(made["theta"].float()),
-        "mix": torch.sigmoid(made["mix"].float()), "D": bias[:, 0].clone(),
+        "dt": dt, "log_decay": -dt * F.softplus(made["log_decay"].float()), "D": bias[:, 0].clone(),
         "B_bias": bias, "C_bias": bias.clone()}
 
 
-def _mamba3(form: str, **inputs: Tensor) -> Tensor:
-    return mamba3_scan(**inputs, form=form)[0]  # type: ignore[arg-type]
+def _mamba3(form: str, angle: Tensor, gate: Tensor, **inputs: Tensor) -> Tensor:
+    wide = inputs["dt"].dtype
+    theta, mix = math.pi * torch.tanh(angle.to(wide)), torch.sigmoid(gate.to(wide))
+    return mamba3_scan(**inputs, theta=theta, mix=mix, form=form)[0]  # type: ignore[arg-type]
+
+
+def _mamba_ssm_mamba3(x, dt, log_decay, B, C, angle, gate, D, B_bias, C_bias):
+    from mamba_ssm.ops.triton.mamba3.mamba3_siso_combined import mamba3_siso_combined
+
+    # As its module calls it; it takes tanh and sigmoid itself.
+    angles = angle[:, :, None].expand(-1, -1, x.shape[2], -1)
+    return mamba3_siso_combined(
+        C, B, x, log_decay.transpose(1, 2), dt.transpose(1, 2), gate.transpose(1, 2), C_bias,
+        B_bias, angles, D)
 
 
 def _delta_inputs(
@@ -163,6 +173,13 @@ def _ssd_family(states: int) -> Family:
          "mamba_ssm": Peer("state-spaces/mamba, Triton", _mamba_ssm, needs="mamba_ssm")})
 
 
+def _mamba3_family(states: int) -> Family:
+    return Family(
+        functools.partial(_mamba3_inputs, states), functools.partial(_mamba3, "chunked"),
+        {"fused": Peer("this project's operator", functools.partial(_mamba3, "fused")),
+         "mamba_ssm": Peer("state-spaces/mamba, Triton", _mamba_ssm_mamba3, needs="mamba_ssm")})
+
+
 def _delta_family(by_channel: bool, theirs: Callable[..., Tensor]) -> Family:
     return Family(
         functools.partial(_delta_inputs, by_channel), functools.partial(_delta, "chunked"),
@@ -173,9 +190,8 @@ def _delta_family(by_channel: bool, theirs: Callable[..., Tensor]) -> Family:
 FAMILIES: dict[str, Family] = {
     "SSD, 64 states": _ssd_family(64),
     "SSD, 128 states": _ssd_family(128),
-    "Mamba-3, 64 states": Family(
-        functools.partial(_mamba3_inputs, 64), functools.partial(_mamba3, "chunked"),
-        {"fused": Peer("this project's operator", functools.partial(_mamba3, "fused"))}),
+    "Mamba-3, 64 states": _mamba3_family(64),
+    "Mamba-3, 128 states": _mamba3_family(128),
     "gated delta rule": _delta_family(False, _fla_gated_delta),
     "KDA": _delta_family(True, _fla_kda),
     f"Mamba-1, {STATES} states": Family(_mamba_inputs, torch_form("chunked"), {

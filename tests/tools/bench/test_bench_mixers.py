@@ -10,12 +10,15 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from analysis.cli import main
 from analysis.cli.studies.tables import mixers_table
 from analysis.measure.bench import mixers, tuning
 from analysis.measure.bench.mixers import COLUMNS, FAMILIES, run_bench
 from mambabyte.errors import UserError
+from mambabyte.ops import mamba3_scan
 
 
 def test_a_small_bench_has_its_columns_and_right_results() -> None:
@@ -46,6 +49,27 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_families_are_refused() -> None:
     with pytest.raises(UserError, match="family 'none' is unknown: choose from SSD"):
         run_bench(families=("none",), device="cpu")
+
+
+def test_a_peer_of_mamba3_is_asked_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def siso(Q: Tensor, K: Tensor, V: Tensor, ADT: Tensor, DT: Tensor, Trap: Tensor,
+             Q_bias: Tensor, K_bias: Tensor, Angles: Tensor, D: Tensor) -> Tensor:
+        """What mamba_ssm says of its arguments: gates (B, H, L), angles (B, L, H, S), of which it
+        takes tanh and sigmoid itself."""
+        assert Angles.shape[2] == V.shape[2]
+        return mamba3_scan(
+            V, DT.mT, ADT.mT, K, Q, math.pi * torch.tanh(Angles[:, :, 0]),
+            torch.sigmoid(Trap.mT), D, B_bias=K_bias, C_bias=Q_bias)[0]
+
+    name = "mamba_ssm.ops.triton.mamba3.mamba3_siso_combined"
+    module = ModuleType(name)
+    module.__dict__["mamba3_siso_combined"] = siso
+    monkeypatch.setitem(sys.modules, name, module)
+    family = FAMILIES["Mamba-3, 64 states"]
+    inputs = {key: x.double() for key, x in family.make(
+        (2, 30, 3), torch.float32, torch.device("cpu")).items()}
+    assert family.exact is not None
+    torch.testing.assert_close(family.peers["mamba_ssm"].call(**inputs), family.exact(**inputs))
 
 
 def test_what_was_timed_before_an_interruption_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
