@@ -29,7 +29,14 @@ from analysis.studies.arena.trainings.clamp import train_followed
 from analysis.studies.arena.trainings.costs import measure_costs
 from analysis.studies.arena.trainings.learning import learn_task
 from analysis.studies.arena.trainings.pieces import train_on_units
-from analysis.studies.arena.trainings.plan import Cell, Done, plan
+from analysis.studies.arena.trainings.plan import (
+    Cell,
+    Done,
+    clamp_cells,
+    memory_cells,
+    plan,
+    precision_cells,
+)
 from analysis.studies.arena.trainings.text import open_corpus, target_parameters, train
 from mambabyte.config.files import make_dir, write_json
 from mambabyte.errors import UserError
@@ -45,11 +52,12 @@ def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Res
         folder = Path(p.work or stack.enter_context(tempfile.TemporaryDirectory()))
         same_settings(p, folder)
         forget_failed(folder)
-        done = Done(done_rows(folder))
+        done = Done(trainings(folder))
         if time.time() < until and any(
                 cell.name not in done.rows for cell in plan(p, list(done.rows.values()))):
+            _same_text(p, folder)
             _share(p, folder, until, report)
-        return tables(p, done_rows(folder), report)
+        return tables(p, trainings(folder), report)
 
 
 def same_settings(p: Parameters, folder: Path) -> None:
@@ -61,8 +69,26 @@ def same_settings(p: Parameters, folder: Path) -> None:
            for size in (p.size, *p.larger, *p.scaling)}}
     if "tasks" in p.parts:  # whose parameters are matched as well
         mine["task_systems"] = sorted(p.task_systems)
+    _go_on_with(folder, mine)
+
+
+def _same_text(p: Parameters, folder: Path) -> None:
+    """UserError where a sweep's trainings read another text of the same name."""
+    if set(p.parts) - {"costs", "tasks"}:
+        sums = open_corpus(p.corpus)[0].digest()
+        _go_on_with(folder, {f"{name} text": sums[name] for name in ("train", "valid")})
+
+
+def _go_on_with(folder: Path, mine: dict[str, Any]) -> None:
     path = folder / "settings"
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError:
+        kept = None
+    if not isinstance(kept, dict):
+        raise UserError(f"{path} is no object of JSON, as the settings of a sweep are: choose "
+                        "another folder as work; without the file the next run writes its own, and "
+                        "takes the trainings there as made with them")
     for name, value in mine.items():
         if kept.get(name, value) != value:
             raise UserError(f"{folder} has trainings with {name}={kept[name]!r}, and this run "
@@ -70,6 +96,16 @@ def same_settings(p: Parameters, folder: Path) -> None:
     if kept != kept | mine:
         make_dir(folder)
         write_json(path, kept | mine)
+
+
+def trainings(folder: Path) -> list[Row]:
+    """The rows of a work folder; UserError for one of another sweep."""
+    rows = done_rows(folder)
+    for row in rows:
+        if missing := sorted(Cell.__dataclass_fields__.keys() - row.keys()):
+            raise UserError(f"{folder} has a row without {', '.join(missing)}, which is none of "
+                            "this study: choose another folder as work")
+    return rows
 
 
 def _share(
@@ -133,10 +169,11 @@ def tables(
         equal=outcome.equal_table(p, done, costs), answers=outcome.answers_table(rows, p),
         tasks=outcome.tasks_table(p, done),
         law=law, points=points, crossings=crossings,
-        **{name: outcome.looked_at(rows, "memory", name)
+        **{name: outcome.looked_at(done, memory_cells(p, done), name)
            for name in ("context", "half_lives", "horizon", "maps")},
-        **{name: outcome.looked_at(rows, "precision", name)
+        **{name: outcome.looked_at(done, precision_cells(p, done), name)
            for name in ("precision", "state_errors")},
-        units=outcome.units_table(rows), clamp=outcome.clamp_table(rows),
-        followed=outcome.looked_at(rows, "clamp", "followed"),
+        units=outcome.units_table(p, done),
+        clamp=outcome.clamp_table(done, clamp_cells(p, done)),
+        followed=outcome.looked_at(done, clamp_cells(p, done), "followed"),
     )

@@ -13,7 +13,15 @@ from analysis.measure.cells import Row
 from analysis.measure.statistics import paired_difference, paired_table
 from analysis.runs.frames import not_measured
 from analysis.studies.arena import Parameters
-from analysis.studies.arena.trainings.plan import Cell, Done, at, chosen, score, searches
+from analysis.studies.arena.trainings.plan import (
+    Cell,
+    Done,
+    at,
+    chosen,
+    piece_budget,
+    score,
+    searches,
+)
 
 MEASURES = {"bytes": "bytes", "time": "seconds", "operations": "FLOPs", "joules": "joules"}
 _COLUMNS = ("system", "size", "optimizer", "rate", "seed", "budget", "status", "n_parameters",
@@ -181,12 +189,13 @@ def costs_table(p: Parameters, done: Done) -> pd.DataFrame:
 
 
 def answers_table(rows: Iterable[Row], p: Parameters) -> pd.DataFrame:
-    """Every training on a task: accuracy by size, whatever its rate."""
+    """Every training on a task of these widths and steps: accuracy by size, whatever its rate."""
     return _frame([
         {"task": one["task"], "width": int(row["size"]), "system": row["system"],
          "rate": row["rate"], "seed": row["seed"], "size": one["size"],
          "accuracy": one["accuracy"], "trained": one["trained"], "steps": one["steps"]}
         for row in rows if row["kind"] in p.tasks and row["status"] == "done"
+        and row["budget"] == p.task_steps and int(row["size"]) in p.task_widths
         for one in row["accuracies"]])
 
 
@@ -220,13 +229,19 @@ def tasks_table(p: Parameters, done: Done) -> pd.DataFrame:
     return _frame(found)
 
 
-def looked_at(rows: Iterable[Row], kind: str, name: str) -> pd.DataFrame:
-    """The rows called ``name`` of all cells of a kind, with the system and seed of each."""
+def looked_at(done: Done, cells: Iterable[Cell], name: str) -> pd.DataFrame:
+    """The rows called ``name`` of those of ``cells`` that are done, with the system and seed of
+    each. A folder may have more, of another budget or a rate that is no longer the best."""
     return _frame([
         {"system": row["system"], "seed": row["seed"],
          **{column: one[column] for column in sorted(one, key=_place)}}
-        for row in rows if row["kind"] == kind and row["status"] == "done"
-        for one in row.get(name, [])])
+        for row in _rows(done, cells) for one in row.get(name, [])])
+
+
+def _rows(done: Done, cells: Iterable[Cell]) -> list[Row]:
+    """Of the cells that came to an end, in order of name."""
+    found = {cell.name: done.rows[cell.name] for cell in cells if cell.name in done.rows}
+    return [found[name] for name in sorted(found) if found[name]["status"] == "done"]
 
 
 # What a row is of, before what was found; the files of cells are in alphabetical order.
@@ -239,7 +254,7 @@ def _place(column: str) -> tuple[int, str]:
     return (_FIRST.index(column) if column in _FIRST else len(_FIRST), column)
 
 
-def clamp_table(rows: Iterable[Row]) -> pd.DataFrame:
+def clamp_table(done: Done, cells: Iterable[Cell]) -> pd.DataFrame:
     """How large exponents became in each training of Mamba-1, with and without the bound."""
     return _frame([
         {"system": row["system"], "seed": row["seed"], "rate": row["rate"],
@@ -247,26 +262,34 @@ def clamp_table(rows: Iterable[Row]) -> pd.DataFrame:
          "largest_exponent_of_a_step": max(one["largest"] for one in row["followed"]),
          "largest_exponent_of_a_chunk": max(one["largest_in_chunk"] for one in row["followed"]),
          "onset_predicted": row["onset_predicted"], "onset_seen": row["onset_seen"]}
-        for row in rows if row["kind"] == "clamp" and row["status"] == "done"])
+        for row in _rows(done, cells)])
 
 
-def units_table(rows: Sequence[Row]) -> pd.DataFrame:
-    """Bytes and pieces under each noise: means over seeds, pieces at the rate that was best."""
+def units_table(p: Parameters, done: Done) -> pd.DataFrame:
+    """Bytes and pieces under each noise: means over seeds, both at the rate and optimizer of the
+    fewest held-out bits, of one budget."""
     found = []
     for kind in ("noise", "pieces"):
-        mine = [r for r in rows if r["kind"] == kind and r["status"] == "done"]
+        mine = [r for r in done.rows.values() if r["kind"] == kind and r["status"] == "done"
+                and r["size"] == p.size and r["budget"] == piece_budget(p)]
         for system in dict.fromkeys(r["system"] for r in mine):
-            first = [r for r in mine if r["system"] == system and r["seed"] == 0]
-            rate = min(first, key=score)["rate"] if first else None
-            of = [r for r in mine if r["system"] == system and r["rate"] == rate]
+            tried = [r for r in mine if r["system"] == system]
+            first = [r for r in tried if r["seed"] == 0]
+            best = _trained_with(min(first, key=score)) if first else None
+            of = [r for r in tried if _trained_with(r) == best]
             for i, one in enumerate(of[0]["units"] if of else []):
                 bits, right = ([r["units"][i][c] for r in of]
                                for c in ("bits_per_raw_byte", "accuracy"))
                 found.append({
-                    "system": system, "units": one["units"], "noise": one["noise"], "rate": rate,
+                    "system": system, "units": one["units"], "noise": one["noise"],
+                    "rate": of[0]["rate"],
                     "bits_per_raw_byte": float(np.mean(bits)), "accuracy": float(np.mean(right)),
                     "seeds": len(of), "n_parameters": of[0]["n_parameters"]})
     return _frame(found)
+
+
+def _trained_with(row: Row) -> tuple[str, float]:
+    return row["optimizer"], row["rate"]
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

@@ -9,13 +9,21 @@ import pandas as pd
 import pytest
 
 from analysis.studies.arena import PROFILES, Parameters, family
+from analysis.studies.arena.compute import tables
 from analysis.studies.arena.outcome import (
     best_table,
     costs_table,
     equal_table,
     tuning_table,
 )
-from analysis.studies.arena.trainings.plan import Cell, Done, chosen, plan
+from analysis.studies.arena.trainings.plan import (
+    Cell,
+    Done,
+    chosen,
+    clamp_cells,
+    memory_cells,
+    plan,
+)
 from mambabyte.errors import UserError
 
 P = replace(Parameters(), parts=("text", "long"), systems=("M", "A", "MMMA"), budgets=(1000, 4000),
@@ -143,6 +151,32 @@ def test_costs_are_of_one_job_and_measured_where_nothing_runs_beside():
     table = costs_table(p, Done(rows))
     assert table["system"].tolist() == ["M", "A", "MMMA"]  # of two jobs there is no ratio
     assert set(table["job"]) == {"a"}
+
+
+def test_what_a_folder_has_of_other_budgets_and_rates_is_in_no_table():
+    """A folder may have been tuned on another budget, or at fewer rates, before."""
+    p = replace(P, parts=("text", "memory", "clamp", "pieces", "tasks"), task_steps=10)
+    unit = {"units": "bytes", "noise": "none", "accuracy": 0.5}
+    looked = {"memory": {"context": [{"reset_every": 32, "bits_per_byte": 2.0}]},
+              "noise": {"units": [unit | {"bits_per_raw_byte": 2.0}]},
+              "clamp": {"followed": [{"step": 0, "largest": 1.0, "largest_in_chunk": 2.0}],
+                        "onset_seen": None, "onset_predicted": None, "steps": 1}}
+    mine = [row(c, **looked["memory"]) for c in memory_cells(p, Done(finished().values()))]
+    mine += [row(replace(c, system="M"), **looked["clamp"]) | {"system": c.system}
+             for c in clamp_cells(p, Done(finished().values()))]
+    mine += [row(Cell("noise", "M", "tiny", "adamw", 2e-3, seed, 4000), **looked["noise"])
+             for seed in (0, 1)]
+    mine.append({**vars(Cell("recall 4", "A", "32", "adamw", 4e-3, 0, 10)), "status": "done",
+                 "chosen_by": 0.5, "n_parameters": 1, "accuracies": [
+                     {"task": "recall", "unit": "pairs", "size": 4, "accuracy": 0.5, "chance": 0.2,
+                      "trained": True, "steps": 10, "state_bytes": 1}]})
+    others = [{**one, "budget": 9 * one["budget"], "chosen_by": 0.0} for one in mine]
+    others += [{**one, "rate": 1.0} for one in mine if one["kind"] in ("memory", "clamp")]
+    others += [{**one, "optimizer": "muon", "seed": 1} for one in mine if one["kind"] == "noise"]
+    alone, beside = (tables(p, [*finished().values(), *more]) for more in (mine, mine + others))
+    for name in ("context", "clamp", "followed", "units", "answers", "tasks"):
+        assert len(getattr(alone, name))
+        pd.testing.assert_frame_equal(getattr(alone, name), getattr(beside, name))
 
 
 def test_costs_of_another_optimizer_are_no_price():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +50,32 @@ def test_a_sweep_goes_on_only_with_what_its_trainings_were_made_with(tmp_path):
             arena.same_settings(other, tmp_path / "work")
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '"cpu"', "\xff"])
+def test_settings_that_are_none_are_named(tmp_path, text):
+    (tmp_path / "settings").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"settings is no object of JSON.*choose another folder"):
+        arena.same_settings(SMALL, tmp_path)
+
+
+def test_a_row_of_another_sweep_is_refused(tmp_path):
+    (tmp_path / "other.json").write_text('{"status": "done", "kind": "text", "seed": 0}')
+    with pytest.raises(UserError, match="without budget, optimizer, rate, size, system, which"):
+        arena.run(replace(SMALL, work=str(tmp_path)))
+
+
+def test_another_text_of_the_same_name_is_refused(corpus_file, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(Path(corpus_file).read_bytes())
+    p = replace(SMALL, corpus=str(text), work=str(tmp_path / "work"), systems=("A",),
+                parts=("text",))
+    first = arena.run(p)
+    text.write_bytes(text.read_bytes()[:-4000])
+    open_corpus.cache_clear()
+    assert len(arena.run(p).cells) == len(first.cells)  # nothing is trained, so nothing is read
+    with pytest.raises(UserError, match="trainings with train text="):
+        arena.run(replace(p, seeds=2))
+
+
 def test_rates_go_to_the_optimizer_that_a_cell_names():
     adamw = recipe_of(SMALL, CELL)
     muon = recipe_of(SMALL, replace(CELL, optimizer="muon", rate=0.02))
@@ -72,7 +99,8 @@ def test_the_whole_study_in_pieces(corpus_file, tmp_path):
     assert arena.run(early, said.append).cells.empty
     found = arena.run(p, said.append)
     count = len([line for line in said if ": done in" in line])
-    assert count == len(found.cells)
+    assert count == len(found.cells) + 1  # and what a step costs
+    assert found.costs["system"].tolist() == ["A"]
     again = arena.run(p, said.append)
     assert len([line for line in said if ": done in" in line]) == count
     assert again.best["bits_per_byte"].tolist() == found.best["bits_per_byte"].tolist()

@@ -149,7 +149,7 @@ def plan(p: Parameters, rows: Sequence[Row]) -> list[Cell]:
     """Every training that is wanted now: all parts in their order with a first seed, then more."""
     done = Done(rows)
     parts = {"text": _text, "long": _long, "costs": costs_cells, "tasks": _tasks,
-             "memory": _memory, "precision": _precision, "clamp": _clamp,
+             "memory": memory_cells, "precision": precision_cells, "clamp": clamp_cells,
              "scaling": scaling_cells, "pieces": _pieces}
     cells = dict.fromkeys(cell for part in p.parts for cell in parts[part](p, done))
     return sorted(cells, key=lambda cell: cell.seed > 0)
@@ -203,7 +203,7 @@ def _tasks(p: Parameters, done: Done) -> list[Cell]:
     return cells + seeds
 
 
-def _clamp(p: Parameters, done: Done) -> list[Cell]:
+def clamp_cells(p: Parameters, done: Done) -> list[Cell]:
     """Mamba-1 at its best rate of AdamW, free and with its step size bounded, five seeds."""
     search = next((s for s in searches(p, done, "M", p.size) if s[0].optimizer == "adamw"), None) \
         if "M" in p.systems else None
@@ -214,14 +214,14 @@ def _clamp(p: Parameters, done: Done) -> list[Cell]:
             for seed in range(max(1, 2 * p.seeds - 1)) for system in ("M", "M bounded")]
 
 
-def _memory(p: Parameters, done: Done) -> list[Cell]:
+def memory_cells(p: Parameters, done: Done) -> list[Cell]:
     """Every system with all of its layers, but 1:1 hybrids, on the long budget."""
     best = [chosen(p, done, s, p.size) for s in p.systems
             if HALF not in s and len(pattern_of(s)[0]) != 2]
     return [at(c, kind="memory", budget=p.long_budget) for c in best if c is not None]
 
 
-def _precision(p: Parameters, done: Done) -> list[Cell]:
+def precision_cells(p: Parameters, done: Done) -> list[Cell]:
     """Every system of a single mixer with a state that decays, on the long budget."""
     best = [chosen(p, done, s, p.size) for s in p.systems if s in ("M", "S", "D", "K")]
     return [at(c, kind="precision", budget=p.long_budget) for c in best if c is not None]
@@ -248,11 +248,14 @@ def scaling_cells(p: Parameters, done: Done) -> list[Cell]:
     return cells
 
 
+def piece_budget(p: Parameters) -> int:
+    """The longest budget that reads no text twice."""
+    return max((b for b in p.budgets if b <= PIECE_BYTES), default=p.tuning_budget)
+
+
 def _pieces(p: Parameters, done: Done) -> list[Cell]:
-    """The systems of the laws on pieces, at three rates and then more seeds, and on bytes: on the
-    longest budget that reads no text twice."""
-    budget = max((b for b in p.budgets if b <= PIECE_BYTES), default=p.tuning_budget)
-    cells: list[Cell] = []
+    """The systems of the laws on pieces, at three rates and then more seeds, and on bytes."""
+    budget, cells = piece_budget(p), []
     for system in scaling_systems(p, done):
         best = chosen(p, done, system, p.size)
         if best is None or HALF in system:
