@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mambabyte import __version__
 from mambabyte.errors import UserError, nearest
@@ -61,26 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (0 only on success)."""
     args = list(sys.argv[1:] if argv is None else argv)
     _open_streams()
-    if not args or args[0] in ("-h", "--help"):
-        print(_usage())
-        return 0 if args else 2
-    if args[0] in ("-V", "--version"):
-        print(f"mambabyte {__version__}")
-        return 0
-    if args[0] == "--completion":
-        print(COMPLETION)
-        return 0
-    if args[0] == "--complete":
-        print("\n".join(completions(args[1:])))
-        return 0
-    if args[0] not in COMMANDS:
-        return _fail(f"there is no command {args[0]!r}{nearest(args[0], COMMANDS)}: choose one of "
-                     f"{', '.join(COMMANDS)}")
     if hasattr(sys.stdout, "reconfigure"):  # text that a terminal's encoding lacks is shown as ?
         sys.stdout.reconfigure(errors="replace")
     try:
         with warnings.catch_warnings(), _ended_like_ctrl_c():
             warnings.showwarning = _note  # type: ignore[assignment]
+            if not args or args[0] not in COMMANDS:
+                return _about(args)
             _check_folder()
             if args[0] in IN_CHECKOUT and not (ROOT / "notebooks").is_dir():
                 raise UserError(f"mambabyte {args[0]} needs the project's checkout: an installed "
@@ -91,16 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
+        _say(INTERRUPTED)
         return 130
     except BrokenPipeError:  # the reader went away, as in `mambabyte generate | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         return 1
     except OSError as error:
         if error.errno in _PATHS and error.filename is not None:
             return _fail(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        _discard(sys.stdout)
         return _fail(f"no room left ({error.strerror}); what was finished is kept: make room and "
                      "run it again, with --resume where it has it")
     except (MemoryError, RuntimeError) as error:
@@ -126,6 +114,28 @@ def completions(words: Sequence[str]) -> list[str]:
         return [] if len(words) > 1 else [*actions, "--help"]
     options = actions[words[1]].options if actions else module.Options
     return complete(options_of(options), words[2 if actions else 1:])
+
+
+def _about(args: Sequence[str]) -> int:
+    """What is no command: help, the version, completion."""
+    if not args or args[0] in ("-h", "--help"):
+        text, status = _usage(), 0 if args else 2
+    elif args[0] in ("-V", "--version"):
+        text, status = f"mambabyte {__version__}", 0
+    elif args[0] == "--completion":
+        text, status = COMPLETION, 0
+    elif args[0] == "--complete":
+        text, status = "\n".join(completions(args[1:])), 0
+    else:
+        raise UserError(f"there is no command {args[0]!r}{nearest(args[0], COMMANDS)}: choose one "
+                        f"of {', '.join(COMMANDS)}")
+    print(text, flush=True)
+    return status
+
+
+def _discard(stream: TextIO) -> None:
+    """What is still to be written there goes nowhere, lest the interpreter fail at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _open_streams() -> None:
@@ -172,13 +182,20 @@ def _ended_like_ctrl_c() -> Iterator[None]:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    _say(f"error: {message}")
     return 2
+
+
+def _say(line: str) -> None:
+    """On stderr, where it takes it; on a full disk the status alone says it."""
+    from analysis.cli.console import say
+
+    say(line)
 
 
 def _note(message: Warning | str, *where: object) -> None:
     """A warning as one line, without the source line that Python adds for programmers."""
-    print(f"note: {message}", file=sys.stderr)
+    _say(f"note: {message}")
 
 
 def _usage() -> str:

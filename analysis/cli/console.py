@@ -60,18 +60,21 @@ def said_again(
         thread.join()
 
 
-def write(text: str, stream: TextIO) -> None:
-    """Print to a stream whose reader may have gone, as with ``| tee`` and Ctrl-C.
+def write(text: str, stream: TextIO) -> OSError | None:
+    """Print to a stream whose reader may have gone, as with ``| tee`` and Ctrl-C; gives back what
+    went wrong, such as a full disk.
 
     From the first failure on, what is written there goes nowhere: at the end of the process the
     interpreter would fail over it once more.
     """
     try:
         print(text, file=stream, flush=True)
-    except OSError:
+    except OSError as error:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
+        return error
+    return None
 
 
 def escaped(text: str) -> str:

@@ -5,18 +5,25 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from analysis.cli.console import escaped, write
+from analysis.cli.console import escaped, say, write
 from analysis.cli.parser import POSITIONAL, REPEATED, parse, subcommand
 from mambabyte.config.checks import DeviceOrAuto, fit
 from mambabyte.config.files import to_json
+from mambabyte.errors import UserError
 
 __all__ = ["POSITIONAL", "REPEATED", "parse", "pick_device", "print_result",
            "subcommand"]
 
 
 def print_result(record: dict[str, Any], as_json: bool, lines: list[str]) -> None:
-    """The result on stdout: the record as JSON, or lines for people."""
-    write(to_json(record) if as_json else "\n".join(lines), sys.stdout)
+    """The result on stdout: the record as JSON, or lines for people. Where stdout takes no more
+    the result stands on stderr, and UserError says so; not where its reader went away."""
+    text = to_json(record) if as_json else "\n".join(lines)
+    error = write(text, sys.stdout)
+    if error is not None and not isinstance(error, BrokenPipeError):
+        say(text)
+        raise UserError(f"standard output took no more ({error.strerror}): the result stands "
+                        "above, on standard error")
 
 
 def cell(value: Any) -> str:
@@ -31,8 +38,6 @@ def cell(value: Any) -> str:
 def pick_device(device: str) -> str:
     """ "auto" is the first CUDA device where there is one, else the CPU."""
     import torch
-
-    from mambabyte.errors import UserError
 
     fit(device, DeviceOrAuto, "--device")
     if device == "auto":

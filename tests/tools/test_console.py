@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
+import subprocess
+import sys
 import threading
+from pathlib import Path
+
+import pytest
 
 from analysis.cli.console import said_again
 
@@ -34,3 +39,20 @@ def test_it_ends_with_an_error() -> None:
         report("counting")
         raise KeyError
     assert threading.active_count() == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("command", [
+    "--version", "--help", "memory --help", "memory --preset smoke --json", "task list", "nope"])
+def test_a_full_disk_loses_no_result_and_is_said(command: str, tmp_path: Path) -> None:
+    ask = [sys.executable, "-m", "mambabyte", *command.split()]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(ask, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        mute = subprocess.run(ask, stdout=subprocess.PIPE, stderr=full, check=False)
+    assert done.returncode == 2
+    *result, line = done.stderr.splitlines()
+    assert line.startswith("error: "), done.stderr
+    assert "Traceback" not in done.stderr
+    if "--json" in command:
+        assert result[-1].startswith("{")
+    assert mute.returncode == (2 if command == "nope" else 0)
