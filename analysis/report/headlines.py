@@ -70,13 +70,24 @@ class Headline:
     def sides_that_are(self, outcome: str) -> tuple[Side, ...]:
         return tuple(s for s in self.sides if s.outcome == outcome)
 
+    def _words(self, outcome: str) -> str:
+        return "; ".join(side.words for side in self.sides_that_are(outcome))
+
+    @property
+    def ahead(self) -> str:
+        return self._words(AHEAD) or "nothing"
+
+    @property
+    def behind(self) -> str:
+        """What is lost, what is level, and what other rows and records say."""
+        level = self._words(LEVEL)
+        return "; ".join(filter(None, (self._words(BEHIND), level and f"level: {level}",
+                                       self.elsewhere))) or "nothing here"
+
     @property
     def measured(self) -> str:
-        """Both sides in words: what is won, then what is level, then what is lost."""
-        parts = [f"{word}: {', '.join(s.words for s in sides)}" for word in (AHEAD, LEVEL, BEHIND)
-                 if (sides := self.sides_that_are(word))]
-        more = f". {self.elsewhere}" if self.elsewhere else ""
-        return f"{self.ours} and {self.theirs}; {'; '.join(parts)}{more}"
+        """All of it in words."""
+        return f"{self.ours} and {self.theirs}; ahead: {self.ahead}; behind: {self.behind}"
 
 
 def load_headlines(records: Mapping[str, Run], path: Path = FILE) -> tuple[Headline, ...]:
@@ -106,8 +117,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def table(headlines: Sequence[Headline]) -> str:
     """A Markdown table, the same in README and report."""
-    lines = ["| what | measured | n | record |", "|---|---|---|---|"]
-    lines += [f"| {h.claim} | {h.measured} | {h.n} | `{h.record}` |" for h in headlines]
+    lines = ["| what | ours, and theirs | ahead | behind | n | record |",
+             "|---|---|---|---|---|---|"]
+    lines += [f"| {h.claim} | {h.ours}, and {h.theirs} | {h.ahead} | {h.behind} | {h.n} | "
+              f"`{h.record}` |" for h in headlines]
     return "\n".join(lines)
 
 
@@ -150,7 +163,7 @@ def _beside(row: Mapping[str, Any], run: Run) -> str:
     if not any(behind.values()):
         return ""
     words = ", ".join(f"{what.partition(',')[0]} in {n}" for what, n in behind.items() if n)
-    return f"Behind in this record's {len(pairs)} other pairs of the two: {words}"
+    return f"in this record's {len(pairs)} other pairs of the two: {words}"
 
 
 def _side(row: Mapping[str, Any], side: Mapping[str, str], run: Run) -> Side:

@@ -28,7 +28,7 @@ def test_every_headline_has_both_sides_and_its_losses(records: dict[str, Run]) -
     # What the same records say against us.
     assert found["step-27m"].sides_that_are(AHEAD) == ()
     assert {s.what for s in found["scan"].sides_that_are(BEHIND)} == {"peak, MiB"}
-    assert "behind" in found["scan"].measured
+    assert "peak, MiB" in found["scan"].behind
 
 
 def test_a_losing_side_cannot_be_left_out(records: dict[str, Run], tmp_path: Path) -> None:
@@ -69,8 +69,8 @@ def test_the_rows_beside_a_headline_are_counted(records: dict[str, Run]) -> None
     found = {h.id: h for h in load_headlines({**records, "h200-mixers": beaten})}
     pairs = int((frame["of"] == "mamba_ssm").sum())
     assert f"record's {pairs - 1} other pairs of the two: time in {int(rows.sum())}" in found[
-        "ssd"].measured
-    assert "time in" not in found["scan"].measured  # ahead in all: nothing to say
+        "ssd"].behind
+    assert "time in" not in found["scan"].behind  # ahead in all: nothing to say
 
 
 NUMBER = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?")
