@@ -21,7 +21,7 @@
 //
 // SIZES (see cluster.cu) are given by packing.py, which packs the weights and so knows where they lie:
 //   CL, S = 1, T, LAYERS, DM (d_model), DI (d_inner), N, R (dt_rank, 0: from all channels), K (taps),
-//   H (hidden or 0), ACTIVATION, CENTERED, STEM (norm behind the embedding), EPS, TINY, SSD_EPS, CAP, HEADS, KVH,
+//   H (hidden or 0), ACTIVATION, CENTERED, STEM (norm behind the embedding, done beforehand but where the kernel is given x or hints), EPS, TINY, SSD_EPS, CAP, HEADS, KVH,
 //   HD, QKNORM; SH, SG, SN (Mamba-2's and 3's heads, groups, states), SP (Mamba-3's pairs that turn); DH, DV (the delta rule's heads, values of
 //   each); MIXED; GUIDED (the head has one row more, a gate); M, A, SS, M3, D, KDA (whether there are such layers), CACHES (how many of attention);
 //   PASS (bytes of a pass at most; 1: no guesses), PAST; TILE (floats of a tile of several rows), TILES
@@ -33,20 +33,23 @@
 constexpr int HIDDEN_STRIDE = pad(CL * HC), HINT = V + 1;  // numbers of a byte's hints
 static_assert(S == 1 && SPACE % 4 == 0 && RESIDENT % 4 == 0, "sizes do not fit");
 
-// P bytes through all layers: from x of each to its logits.
+// Channel c of a byte's embedding, normed if it is to be: into x, and into what this block keeps of it.
+__forceinline__ void start(Block &b, int p, int c, float value) {
+    const int r = c - b.rank * RD;
+    if (r >= 0 && r < RD) b.mem[EMB + p * RD + r] = value * b.small[STEM_GAIN + c];
+    b.mem[X + p * XS + c] = value * b.small[FIRST + c];
+}
+
+// P bytes through all layers: from x of each to its logits. `raw`: x is embedded bytes before their norm.
 template <int P> __forceinline__ void pass(
-    Block &b, float *cache, int slots, int begin, int now, int valid, const float *final_norm, float *hidden) {
+    Block &b, bool raw, float *cache, int slots, int begin, int now, int valid, const float *final_norm, float *hidden) {
     float *const mem = b.mem;
-    if (STEM) b.norm<P>(false, TINY, mem + X, mem + X);
+    if ((STEM || GUIDED) && raw) {
+        if (STEM) b.norm<P>(false, TINY, mem + X, mem + X);
 #pragma unroll 1
-    for (int i = b.tid; i < P * b.mine; i += T) {
-        const int p = i / b.mine, r = i % b.mine, c = b.rank * RD + r;
-        mem[EMB + p * RD + r] = mem[X + p * XS + c] * b.small[STEM_GAIN + c];
+        for (int i = b.tid; i < P * DM; i += T) start(b, i / DM, i % DM, mem[X + i / DM * XS + i % DM]);
+        meet();
     }
-    meet();
-#pragma unroll 1
-    for (int i = b.tid; i < P * DM; i += T) mem[X + i / DM * XS + i % DM] *= b.small[FIRST + i % DM];
-    meet();
 #pragma unroll 1
     for (int layer = 0; layer < LAYERS; layer++) {
         b.table = (const int *)b.small + layer * ENTRIES;
@@ -199,10 +202,27 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
                               : embedding + (int64)(!drawing ? tokens[step] : p ? guess(p) : byte[0]) * DM;
             };
             const int width = from ? PASS : 1;
+            const bool raw = GUIDED || (STEM && inputs);
+            const float turn = A && tid < width * HD ? rotary[(int64)t * HD + tid] : 0.f;
 #pragma unroll 1
-            for (int i = tid; i < width * DM; i += T) mem[X + i / DM * XS + i % DM] = begin_with(i / DM)[i % DM];
+            for (int p = 0; p < width; p++) {
+                constexpr int EACH = parts(DM, T);
+                const float *embedded = begin_with(p);
+                float found[EACH];  // asked for all at once
+#pragma unroll
+                for (int k = 0; k < EACH; k++) found[k] = tid + k * T < DM ? embedded[tid + k * T] : 0.f;
+#pragma unroll
+                for (int k = 0; k < EACH; k++)
+                    if (tid + k * T < DM) {
+                        if (raw)
+                            mem[X + p * XS + tid + k * T] = found[k];
+                        else
+                            start(b, p, tid + k * T, found[k]);
+                    }
+            }
+            if (A && tid < width * HD) mem[TURN + tid] = turn;
 #pragma unroll 1
-            for (int i = tid; A && i < width * HD; i += T) mem[TURN + i] = rotary[(int64)t * HD + i];
+            for (int i = tid + T; A && i < width * HD; i += T) mem[TURN + i] = rotary[(int64)t * HD + i];
             meet();
             if constexpr (GUIDED) {  // the tile is passed by in any case
                 float *const local = mem + LOCAL, *const x = mem + X;
@@ -230,9 +250,9 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
             float *const cache_of = cache + (int64)text * CACHES * 2 * SHARES_OF * slots * HD;
             float *const to = hidden ? hidden + step * DM : nullptr;
             if (PASS > 1 && from)
-                pass<PASS>(b, cache_of, slots, begin, stored + t, valid, final_norm, to);
+                pass<PASS>(b, raw, cache_of, slots, begin, stored + t, valid, final_norm, to);
             else
-                pass<1>(b, cache_of, slots, begin, stored + t, valid, final_norm, to);
+                pass<1>(b, raw, cache_of, slots, begin, stored + t, valid, final_norm, to);
             if (GUIDED && hints) {
 #pragma unroll 1
                 for (int i = tid; i < V; i += T)

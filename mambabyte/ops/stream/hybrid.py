@@ -168,7 +168,7 @@ class HybridStreamer(ByteFeeder):
         plan = torch.tensor(schedule(packed.sizes, built.space), dtype=torch.int32,
                             device=self.device)
         weights = [t.data_ptr() for t in (
-            packed.resident, packed.tiles, plan, self.embedding, packed.best, packed.kind,
+            packed.resident, packed.tiles, plan, packed.embedding, packed.best, packed.kind,
             packed.final_norm)]
         return _Loaded(kernel, built, width, plan, weights, {})
 

@@ -46,6 +46,7 @@ class Packed:
     resident: Tensor  # (blocks, floats): tables and small weights
     tiles: Tensor  # (blocks, floats): the matrices, tile after tile
     sizes: tuple[int, ...]  # floats of each tile
+    embedding: Tensor  # (256, d_model), normed where that depends on the byte alone
     best: Tensor  # of a guided model, (256, d_model); else empty, as is
     kind: Tensor  # (kinds, d_model)
     final_norm: Tensor  # (2, d_model) weight and bias
@@ -284,8 +285,12 @@ class _Packer:
                             self.get("norm_f.bias", 0.0, (d,))])
         best, kind = (self.get(f"{name}.weight", 0.0, (0, d)).contiguous()
                       for name in ("best", "kind"))
+        embedding = self.get("embedding.weight")
+        if c.embed_norm and not guided:
+            squares = embedding.double().square().mean(1, keepdim=True)
+            embedding = (embedding * (squares + self.tiny).rsqrt()).float()
         return Packed(resident.contiguous(), torch.cat(self.tiles, 1).contiguous(), sizes_of,
-                      best, kind, norm.contiguous(), tuple(constants.items()))
+                      embedding.contiguous(), best, kind, norm.contiguous(), tuple(constants.items()))
 
 
 def _room(x: Tensor, size: int) -> Tensor:
