@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from analysis.cli.console import escaped, say, write
@@ -15,13 +16,21 @@ __all__ = ["POSITIONAL", "REPEATED", "parse", "pick_device", "print_result",
            "subcommand"]
 
 
-def print_result(record: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+def print_result(
+    record: dict[str, Any], as_json: bool, lines: list[str],
+    then: Callable[[], object] = lambda: None,
+) -> None:
     """The result on stdout: the record as JSON, or lines for people. Where stdout takes no more
-    the result stands on stderr, and UserError says so; not where its reader went away."""
+    the result stands on stderr, and UserError says so; not where its reader went away. ``then``
+    keeps it in files: behind it, lest a full disk lose both."""
     text = to_json(record) if as_json else "\n".join(lines)
     error = write(text, sys.stdout)
-    if error is not None and not isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError):
+        error = None
+    if error is not None:
         say(text)
+    then()
+    if error is not None:
         raise UserError(f"standard output took no more ({error.strerror}): the result stands "
                         "above, on standard error")
 

@@ -13,6 +13,7 @@ from fnmatch import filter as filter_names
 from pathlib import Path
 
 from analysis.runs.folders import RECORD, ROOT, Run, check_name, load_run, made, seal, write_run
+from mambabyte.config.files import make_dir
 from mambabyte.errors import UserError
 
 DATA = ROOT / "data"
@@ -39,6 +40,7 @@ def check_record_folder(folder: Path) -> None:
     if folder.is_file():
         raise UserError(f"{folder} is a file: a record is a folder")
     made(folder)  # a run.json that is not ours is not written over
+    make_dir(folder if folder.is_dir() else folder.parent)
 
 
 def keep(run: Run, patterns: Sequence[str]) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 import subprocess
 import sys
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from analysis.cli import main
 from analysis.cli.console import said_again
+from analysis.cli.options import print_result
+from mambabyte.errors import UserError
 
 
 def test_the_last_line_is_said_again_until_another_comes() -> None:
@@ -56,3 +60,35 @@ def test_a_full_disk_loses_no_result_and_is_said(command: str, tmp_path: Path) -
     if "--json" in command:
         assert result[-1].startswith("{")
     assert mute.returncode == (2 if command == "nope" else 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_files_are_kept_though_stdout_is_full(monkeypatch, capsys) -> None:
+    kept: list[int] = []
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(UserError, match="standard output took no more"):
+            print_result({"bits": 2}, True, [], lambda: kept.append(1))
+    assert kept
+    assert '{"bits": 2}' in capsys.readouterr().err
+
+
+def test_a_result_is_printed_though_no_file_takes_it(capsys) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        print_result({"bits": 2}, True, [], full)
+    assert capsys.readouterr().out == '{"bits": 2}\n'
+
+
+@pytest.mark.parametrize("command", [
+    "audit mambabyte.ops:selective_scan --out {there}/sub", "bench scan --record {there}/sub",
+    "task run counts --record {there}/sub", "study memory --record {there}/sub"])
+def test_where_a_result_goes_is_asked_before_the_work(command: str, tmp_path: Path, capsys) -> None:
+    there = tmp_path / "a file"
+    there.write_text("mine")
+    assert main([word.format(there=there) for word in command.split()]) == 2
+    line, *more = capsys.readouterr().err.splitlines()
+    assert not more
+    assert line.startswith(f"error: cannot write to {there}")

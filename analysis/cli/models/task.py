@@ -168,11 +168,9 @@ def _run(options: Run) -> int:
         return _seeds(options, name, system)
 
     from analysis.runs.records import check_record_folder
-    from mambabyte.config.files import make_dir
     from mambabyte.config.owners import only_one
 
     check_record_folder(options.record)  # now, and not after the runs
-    make_dir(options.record.parent)
     with only_one(options.record.with_name(f".{options.record.name}.lock"),
                   f"makes the record {options.record.name}"):
         return _seeds(options, name, system)
@@ -205,9 +203,12 @@ def _seeds(options: Run, name: str, system: System | Path) -> int:
         interrupted = True
     record = {"system": name, "corpus": corpus.name, "runs": rows,
               "idle_watts": options.idle_watts, "characters": options.characters, **provenance()}
-    if options.record:
-        _keep(options.record, [record], options.title, options.about)
-    print_result(record, options.json, [_header(), *map(_line, rows)])
+
+    def keep() -> None:
+        if options.record:
+            _keep(options.record, [record], options.title, options.about)
+
+    print_result(record, options.json, [_header(), *map(_line, rows)], keep)
     return 130 if interrupted else 0
 
 

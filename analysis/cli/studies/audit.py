@@ -63,6 +63,8 @@ def run(argv: list[str]) -> int:
     from mambabyte.config.files import make_dir, to_json, whole_file
 
     device = pick_device(options.device)
+    if options.out is not None:
+        make_dir(options.out)  # now, and not after the audit
     if options.target.endswith(".safetensors"):
         found = reproduce(Path(options.target), device)
     else:
@@ -74,8 +76,10 @@ def run(argv: list[str]) -> int:
             found = audit(target, [getattr(torch, name) for name in dict.fromkeys(names)], device,
                           options.out, options.tolerance, bar, options.max_seconds or math.inf)
     text = lines(found)
-    if options.out is not None:
-        make_dir(options.out)
+
+    def keep() -> None:
+        if options.out is None:
+            return
         written = {"report.txt": "\n".join(text) + "\n",
                    "report.json": to_json(found.as_dict(), indent=2) + "\n"}
         if options.html:
@@ -83,5 +87,6 @@ def run(argv: list[str]) -> int:
         for name, content in written.items():
             with whole_file(options.out / name) as temporary:
                 temporary.write_text(content, encoding="utf-8")
-    print_result(found.as_dict(), options.json, text)
+
+    print_result(found.as_dict(), options.json, text, keep)
     return 130 if found.interrupted else 1 if found.of("fault") else 0

@@ -31,7 +31,7 @@ from analysis.cli.options import REPEATED, subcommand
 from analysis.cli.parser import Action
 from analysis.cli.studies.bench_context import Context, bench_context
 from analysis.cli.studies.bench_systems import bench_systems
-from analysis.cli.studies.benched import Common, checked, keep, printed
+from analysis.cli.studies.benched import Common, checked, printed, run_of
 from mambabyte.config.checks import (
     Count,
     CountOrNone,
@@ -185,14 +185,14 @@ def bench_scan(options: Scan) -> int:
         options.peers or DEFAULT_PEERS, device, options.repeats, say,
     )
     machine = frame.attrs["machine"]
-    keep(options, machine, {}, {"bench": (TABLE, short_table(frame))},
-          "The scan against its peers", ABOUT)
     lines = [f"{name}: {value}" for name, value in machine.items()]
     for (batch, length, channels), group in frame.groupby(["batch", "length", "channels"],
                                                           sort=False):
         lines += ["", f"({batch}, {length}, {channels})"]
         lines += [describe(row) for row in group.to_dict("records")]
-    return printed(options, {"bench": rows_of(frame), "ceilings": machine}, lines)
+    return printed(options, {"bench": rows_of(frame), "ceilings": machine}, lines, run_of(
+        machine, {}, {"bench": (TABLE, short_table(frame))},
+        "The scan against its peers", ABOUT))
 
 
 def bench_mixers(options: Mixers) -> int:
@@ -210,13 +210,13 @@ def bench_mixers(options: Mixers) -> int:
     settings = frame.attrs.pop("settings")
     chosen = {"settings": (SETTINGS_TABLE, pd.DataFrame(settings, columns=list(SETTINGS)))}
     tables = {"bench": (MIXERS_TABLE, mixers_table(frame))} | (chosen if settings else {})
-    keep(options, machine, {}, tables,
-         "The field's mixers and their peers", MIXERS_ABOUT)
     lines = [f"{name}: {value}" for name, value in machine.items()]
     for shape, group in frame.groupby(["batch", "length", "heads"], sort=False):
         lines += ["", f"{shape}"]
         lines += [describe_mixer(row) for row in group.to_dict("records")]
-    return printed(options, {"bench": rows_of(frame), "ceilings": machine}, lines)
+    return printed(options, {"bench": rows_of(frame), "ceilings": machine}, lines, run_of(
+        machine, {}, tables,
+        "The field's mixers and their peers", MIXERS_ABOUT))
 
 
 def describe_mixer(row: dict) -> str:
@@ -257,18 +257,18 @@ def bench_stream(options: Stream) -> int:
              else ByteLM(get_preset(preset).model))
     frame, values = run_bench(model.to(device).eval(), bytes(corpus.valid), options.streams,
                               options.seen, options.characters, say)
-    keep(options, {"preset": preset, "device": device, "corpus": corpus.name,
-                    "trained": options.checkpoint is not None, "characters": options.characters},
-          {name: (value, *VALUES[name]) for name, value in values.items()},
-          {"stream": (STREAM_TABLE, stream_table(frame))},
-          f"Streaming {preset}", STREAM_ABOUT)
     lines = [f"{row.way:26} {row.streams:5} streams {row.seen:8} seen {row.microseconds:10.1f} us "
              f"[{row.low:.1f}, {row.high:.1f}] {row.bytes_per_second:12.0f} bytes/s "
              f"{_energy(row.joules_per_megabyte)}" for row in frame.itertuples()]
     lines += [f"{about}: " + (f"{_plain(values[name])} {unit}".rstrip() if name in values
                               else "not asked for")
               for name, (unit, about) in VALUES.items()]
-    return printed(options, {"stream": rows_of(frame), **values}, lines)
+    return printed(options, {"stream": rows_of(frame), **values}, lines, run_of(
+        {"preset": preset, "device": device, "corpus": corpus.name,
+         "trained": options.checkpoint is not None, "characters": options.characters},
+        {name: (value, *VALUES[name]) for name, value in values.items()},
+        {"stream": (STREAM_TABLE, stream_table(frame))},
+        f"Streaming {preset}", STREAM_ABOUT))
 
 
 def bench_step(options: Step) -> int:
@@ -287,12 +287,6 @@ def bench_step(options: Step) -> int:
     say(f"{options.preset} on {device}, {way}: {recipe.batch_size} x {recipe.context} bytes a step")
     frame, parts = bench_steps(rivals(model, options.patterns, recipe.context), recipe, device, way,
                                say=say, published=bool(options.peers))
-    keep(options, {"preset": options.preset, "d_model": model.d_model, "n_layer": model.n_layer,
-                    "device": device, "way": way, "batch_size": recipe.batch_size,
-                    "context": recipe.context}, step_values(frame),
-          {"steps": (STEPS_TABLE, steps_table(frame)), "parts": (PARTS_TABLE, parts_table(parts))},
-          f"Training steps at {model.n_layer} layers of width {model.d_model}, windows of "
-          f"{recipe.context:,} bytes", STEPS_ABOUT)
     lines = []
     for row in frame.itertuples():
         lines.append(
@@ -301,7 +295,14 @@ def bench_step(options: Step) -> int:
             f"{_energy(row.joules_per_megabyte)}  {row.mixers}")
         lines += [f"    {part.part:22} {part.ms:9.3f} ms {part.share:6.1%}  {part.kernel[:60]}"
                   for part in parts[parts["system"] == row.system].itertuples()]
-    return printed(options, {"steps": rows_of(frame), "parts": parts.to_dict("records")}, lines)
+    found = {"steps": rows_of(frame), "parts": parts.to_dict("records")}
+    return printed(options, found, lines, run_of(
+        {"preset": options.preset, "d_model": model.d_model, "n_layer": model.n_layer,
+         "device": device, "way": way, "batch_size": recipe.batch_size,
+         "context": recipe.context}, step_values(frame),
+        {"steps": (STEPS_TABLE, steps_table(frame)), "parts": (PARTS_TABLE, parts_table(parts))},
+        f"Training steps at {model.n_layer} layers of width {model.d_model}, windows of "
+        f"{recipe.context:,} bytes", STEPS_ABOUT))
 
 
 def bench_start(options: Start) -> int:
@@ -336,17 +337,18 @@ def bench_start(options: Start) -> int:
                 raise
             say(f"interrupted: the {len(started) + len(paced)} rows of before are kept")
     frame, pace = pd.DataFrame(started), pd.DataFrame(paced)
-    keep(options, {"systems": list(options.systems), "ways": list(ways), "device": device,
-                    "corpus": options.corpus}, start_values(frame, pace),
-          {"summary": (STARTS_TABLE, summary(frame)), "starts": (MARKS_TABLE, frame)}
-          | ({"pace": (PACE_TABLE, pace)} if len(pace) else {}),
-          "From the start of a process to its first training steps", STARTS_ABOUT)
     lines = [f"{row.system:16} {row.way:8} {row.caches:5} {row.mark:18} {row.seconds:7.2f} s "
              + (f"{row.joules:8.0f} J" if row.joules == row.joules else "  energy not measured")
              for row in frame.itertuples()]
     lines += [f"{row.system:16} {row.way:8} {row.ms:8.3f} ms a step [{row.low:.3f}, {row.high:.3f}]"
               for row in pace.itertuples()]
-    return printed(options, {"starts": rows_of(frame), "pace": pace.to_dict("records")}, lines)
+    found = {"starts": rows_of(frame), "pace": pace.to_dict("records")}
+    return printed(options, found, lines, run_of(
+        {"systems": list(options.systems), "ways": list(ways), "device": device,
+         "corpus": options.corpus}, start_values(frame, pace),
+        {"summary": (STARTS_TABLE, summary(frame)), "starts": (MARKS_TABLE, frame)}
+        | ({"pace": (PACE_TABLE, pace)} if len(pace) else {}),
+        "From the start of a process to its first training steps", STARTS_ABOUT))
 
 
 def _energy(joules_per_megabyte: float) -> str:

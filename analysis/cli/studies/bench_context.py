@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from analysis.cli.console import say
-from analysis.cli.studies.benched import Common, checked, keep, printed
+from analysis.cli.studies.benched import Common, checked, printed, run_of
 from mambabyte.config.checks import Count, Layers, entries
 from mambabyte.config.mixers import LayerPattern
 from mambabyte.config.presets import PresetName
@@ -51,13 +51,13 @@ def bench_context(options: Context) -> int:
             world.device(device), options.repeats, say=say if world.first else lambda line: None)
         if not world.first:
             return 0
-    keep(options, {"preset": options.preset, "d_model": model.d_model, "n_layer": model.n_layer,
-                    "device": device, "processes": world.size}, {},
-          {"context": (TABLE, context_table(frame))},
-          f"One sequence on one device and on {world.size}", ABOUT)
     lines = [f"{row.layers:6} {row.length:11,} bytes {row.way:8} x{row.processes} "
              + (row.note or f"{row.ms:10.2f} ms [{row.low:.2f}, {row.high:.2f}]")
              + (f", {row.messages_ms:.2f} ms in messages" if row.way == "split" else "")
              + (f", peak {row.peak_bytes / 2**30:.1f} GiB" if row.peak_bytes > 0 else "")
              for row in frame.itertuples()]
-    return printed(options, {"context": rows_of(frame)}, lines)
+    return printed(options, {"context": rows_of(frame)}, lines, run_of(
+        {"preset": options.preset, "d_model": model.d_model, "n_layer": model.n_layer,
+         "device": device, "processes": world.size}, {},
+        {"context": (TABLE, context_table(frame))},
+        f"One sequence on one device and on {world.size}", ABOUT))

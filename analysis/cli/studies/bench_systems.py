@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.cli.console import say
-from analysis.cli.studies.benched import Common, checked, keep, printed
+from analysis.cli.studies.benched import Common, checked, keep, printed, run_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +44,8 @@ def bench_systems(
             getattr(row, f"{what}_per_second"), "1/s", f"{row.system}: {what.replace('_', ' ')}")
             for row in frame.itertuples()
             for what in ("generation_bytes", "streaming_bytes", "characters")}
-        keep(options, parameters, values, {"systems": (TABLE, systems_table(frame))}, TABLE, ABOUT)
+        keep(options, run_of(
+            parameters, values, {"systems": (TABLE, systems_table(frame))}, TABLE, ABOUT))
 
     frame = run_bench(
         names, bytes(text.train), bytes(text.valid), device, say, seconds=seconds or math.inf,

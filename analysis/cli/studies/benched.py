@@ -13,6 +13,8 @@ from mambabyte.config.checks import DeviceOrAuto
 if TYPE_CHECKING:
     import pandas as pd
 
+    from analysis.runs.folders import Run
+
 
 @dataclass(frozen=True)
 class Common:
@@ -34,22 +36,31 @@ def checked(options: Common) -> str:
     return pick_device(options.device)
 
 
-def keep(
-    options: Common, parameters: dict[str, Any], values: Mapping[str, tuple[Any, str, str]],
+def run_of(
+    parameters: dict[str, Any], values: Mapping[str, tuple[Any, str, str]],
     tables: dict[str, tuple[str, pd.DataFrame]], title: str, about: str,
-) -> None:
-    """The result as a record, where one was asked for."""
+) -> Run:
+    """What a record keeps."""
     from analysis.runs.folders import Run, Value, tables_of
+
+    return Run("throughput", parameters, {name: Value(*value) for name, value in values.items()},
+               tables_of(tables), title=title, about=about)
+
+
+def keep(options: Common, run: Run) -> None:
+    """The result as a record, where one was asked for."""
     from analysis.runs.records import write_record_folder
 
     if options.record:
-        write_record_folder(Run(
-            "throughput", parameters, {name: Value(*value) for name, value in values.items()},
-            tables_of(tables), title=title, about=about), options.record)
+        write_record_folder(run, options.record)
 
 
-def printed(options: Common, found: dict[str, Any], lines: list[str]) -> int:
+def printed(
+    options: Common, found: dict[str, Any], lines: list[str], run: Run | None = None
+) -> int:
+    """The result on stdout, and ``run`` as a record."""
     from mambabyte.config.provenance import provenance
 
-    print_result({**found, "provenance": provenance()}, options.json, lines)
+    print_result({**found, "provenance": provenance()}, options.json, lines,
+                 lambda: None if run is None else keep(options, run))
     return 0
