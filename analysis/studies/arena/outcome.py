@@ -192,8 +192,9 @@ def answers_table(rows: Iterable[Row], p: Parameters) -> pd.DataFrame:
     """Every training on a task of these widths and steps: accuracy by size, whatever its rate."""
     return _frame([
         {"task": one["task"], "width": int(row["size"]), "system": row["system"],
-         "rate": row["rate"], "seed": row["seed"], "size": one["size"],
-         "accuracy": one["accuracy"], "trained": one["trained"], "steps": one["steps"]}
+         "rate": row["rate"], "seed": row["seed"], "chosen_by": row["chosen_by"],
+         "size": one["size"], "accuracy": one["accuracy"], "trained": one["trained"],
+         "steps": one["steps"]}
         for row in rows if row["kind"] in p.tasks and row["status"] == "done"
         and row["budget"] == p.task_steps and int(row["size"]) in p.task_widths
         for one in row["accuracies"]])

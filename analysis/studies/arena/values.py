@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pandas as pd
 
+from analysis.measure.statistics import paired_difference
 from analysis.runs.folders import Value
 from analysis.studies.arena import HALF, Parameters, Results, family
 
@@ -65,6 +67,10 @@ def _best(r: Results, p: Parameters, size: str, budget: int, stem: str) -> Value
         found[f"{stem}_hybrid_minus_pure"] = Value(
             float(bits[mixed].min() - bits[kinds].min()), "bits/byte",
             "best 3:1 hybrid minus best pure system")
+        found[f"{stem}_hybrid_minus_pure_range"] = Value(
+            _range(*(_by_seed(r, rows, found[f"{stem}_best_{kind}"].value)
+                     for kind in ("hybrid", "pure"))), "",
+            "bits per byte, 95 % of it by seeds")
     pairs = [(s, family(s)) for s in mixed if family(s) in bits.index]
     if len(pairs) > 2:
         own = bits[[b for _, b in pairs]].rank().to_numpy()
@@ -73,6 +79,22 @@ def _best(r: Results, p: Parameters, size: str, budget: int, stem: str) -> Value
             float(pd.Series(own).corr(pd.Series(theirs))), "",
             "rank correlation of mixers alone and in 3:1 hybrids (Spearman)")
     return found
+
+
+def _by_seed(r: Results, rows: pd.DataFrame, system: object) -> pd.Series:
+    """Bits of a system's trainings by seed, at the rate and budget of its row among ``rows``."""
+    mine = r.cells[r.cells["status"] == "done"].merge(
+        rows.loc[rows["system"] == system, ["size", "budget", "system", "optimizer", "rate"]])
+    return mine.set_index("seed")["valid_bits"].astype(float)
+
+
+def _range(first: pd.Series, second: pd.Series) -> str | None:
+    """The interval of ``first`` minus ``second``, by the seeds that both have; None for too few."""
+    pairs = pd.concat([first, second], axis=1).dropna()
+    if pairs.empty:
+        return None
+    found = paired_difference(*pairs.T.to_numpy().tolist())
+    return f"{found.low:+.4f} to {found.high:+.4f}" if math.isfinite(found.low) else None
 
 
 def _tuning(r: Results, p: Parameters) -> Values:
@@ -312,4 +334,6 @@ def _state(r: Results) -> Values:
         if by.shape[1] == 2:
             found["clamp_price"] = Value(float((by["M bounded"] - by["M"]).mean()), "bits/byte",
                                          "bounded minus free")
+            found["clamp_price_range"] = Value(_range(by["M bounded"], by["M"]), "",
+                                               "bits per byte, 95 % of it by seeds")
     return found

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+from scipy import stats
 
 from analysis.runs.folders import Run
 from analysis.runs.records import load_records
-from analysis.studies.arena.trainings.tasks import parse_task
 from analysis.studies.arena.values import slug, solved
 
 RECORDS = {name: run for name, run in load_records().items() if run.study == "arena"}
@@ -48,16 +48,40 @@ def test_bits_are_those_of_the_trainings(name):
         assert run.values[f"{stem}_{slug(system)}"].value == pytest.approx(bits)
 
 
+@pytest.mark.parametrize("name", RECORDS)
+def test_hybrids_are_beside_pure_systems_seed_by_seed(name):
+    run = RECORDS[name]
+    frame, cells = run.tables["best"].frame, run.tables["cells"].frame
+    stem, part = f"at_{slug(run.parameters['size'])}", {}
+    rows = frame[(frame["size"] == run.parameters["size"]) & (frame["budget"] == tuned_on(run))]
+    for kind in ("hybrid", "pure"):
+        row = rows.set_index("system").loc[run.values[f"{stem}_best_{kind}"].value]
+        mine = cells[(cells["system"] == row.name) & (cells["size"] == row["size"])
+                     & (cells["budget"] == row["budget"]) & (cells["rate"] == row["rate"])
+                     & (cells["optimizer"] == row["optimizer"])]
+        part[kind] = mine.set_index("seed")["valid_bits"].astype(float)
+    apart = (part["hybrid"] - part["pure"]).dropna()
+    low, high = stats.t.interval(0.95, len(apart) - 1, apart.mean(), stats.sem(apart))
+    assert run.values[f"{stem}_hybrid_minus_pure_range"].value == f"{low:+.4f} to {high:+.4f}"
+
+
+@pytest.mark.parametrize("name", [n for n, run in RECORDS.items() if "clamp" in run.tables])
+def test_the_price_of_the_bound_has_its_interval(name):
+    run = RECORDS[name]
+    bits = run.tables["clamp"].frame.pivot(index="seed", columns="system", values="valid_bits")
+    apart = bits["M bounded"] - bits["M"]
+    low, high = stats.t.interval(0.95, len(apart) - 1, apart.mean(), stats.sem(apart))
+    assert run.values["clamp_price"].value == pytest.approx(apart.mean())
+    assert run.values["clamp_price_range"].value == f"{low:+.4f} to {high:+.4f}"
+
+
 @pytest.mark.parametrize("name", [n for n, run in RECORDS.items() if "tasks" in run.tables])
 def test_accuracies_are_those_of_the_trainings(name):
     run = RECORDS[name]
     answers = run.tables["answers"].frame
     keys = ["task", "width", "system"]
-    sizes = {(task.name, size) for task in map(parse_task, run.parameters["tasks"])
-             for size in task.sizes}
-    asked = answers[[pair in sizes for pair in zip(answers["task"], answers["size"], strict=True)]]
-    rates = asked[asked["seed"] == 0].groupby([*keys, "rate"])["accuracy"].mean().reset_index()
-    rates = rates.loc[rates.groupby(keys)["accuracy"].idxmax(), [*keys, "rate"]]
+    first = answers[answers["seed"] == 0].reset_index()
+    rates = first.loc[first.groupby(keys)["chosen_by"].idxmin(), [*keys, "rate"]]
     found = answers.merge(rates).groupby([*keys, "size"])["accuracy"].mean()
     for row in run.tables["tasks"].frame.itertuples():
         assert row.accuracy == pytest.approx(found.loc[(row.task, row.width, row.system, row.size)])

@@ -113,7 +113,17 @@ def test_a_task_is_learned():
     row = learn_task(p, Cell("memorisation 4", "M", "16", "adamw", 0.03, 0, 60), "cpu")
     (one,) = row["accuracies"]
     assert one["accuracy"] > 0.9 > one["chance"]
-    assert row["chosen_by"] == pytest.approx(1 - one["accuracy"])
+    assert row["chosen_by"] == pytest.approx(1 - one["accuracy"], abs=0.05)  # on other samples
+
+
+def test_the_samples_that_choose_a_rate_are_not_those_of_the_table(monkeypatch):
+    found = iter([0.9, 0.5, 0.8, 0.3, 0.7, 0.4])
+    monkeypatch.setattr("analysis.studies.arena.trainings.learning._accuracy",
+                        lambda *_: next(found))
+    p = replace(SMALL, task_steps=1, task_batch=2, task_systems=("M",))
+    row = learn_task(p, Cell("selective copy 16", "M", "16", "adamw", 1e-3, 0, 1), "cpu")
+    assert [one["accuracy"] for one in row["accuracies"]] == [0.9, 0.8, 0.7]
+    assert row["chosen_by"] == pytest.approx(0.6)
 
 
 def test_a_model_that_learned_nothing_is_asked_no_more_of():

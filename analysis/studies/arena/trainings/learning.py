@@ -56,7 +56,7 @@ def task_config(p: Parameters, system: str, width: int, task: Task) -> ModelConf
 
 def learn_task(p: Parameters, cell: Cell, device: str) -> dict[str, Any]:
     """The row of a training on a task: the accuracy on each size when the model had been trained on
-    it, and the mean share of wrong answers, by which a rate is chosen."""
+    it, and the mean share of wrong answers on other samples, by which a rate is chosen."""
     task = parse_task(cell.kind)
     config = task_config(p, cell.system, int(cell.size), task)
     torch.manual_seed(cell.seed)
@@ -65,6 +65,7 @@ def learn_task(p: Parameters, cell: Cell, device: str) -> dict[str, Any]:
                          batch_size=p.task_batch, step="graph", schedule="stable")
     optimizer = make_optimizer(model, recipe, on_device=True)
     rows: list[dict[str, Any]] = []
+    wrong: list[float] = []
     learning = True
     for size in (*task.sizes, *task.beyond):
         trained = learning and size in task.sizes
@@ -74,9 +75,10 @@ def learn_task(p: Parameters, cell: Cell, device: str) -> dict[str, Any]:
             "task": task.name, "unit": task.unit, "size": size, "accuracy": accuracy,
             "chance": chance, "trained": trained, "steps": steps,
             "state_bytes": sum(state_bytes(config, task.length(size)).values())})
+        if size in task.sizes:
+            wrong.append(1 - _accuracy(model, task, size, TESTED))
         learning = learning and accuracy > chance + NOTHING * (1 - chance)
-    asked = [row["accuracy"] for row in rows if row["size"] in task.sizes]
-    return {"chosen_by": 1 - sum(asked) / len(asked), "steps": sum(row["steps"] for row in rows),
+    return {"chosen_by": sum(wrong) / len(wrong), "steps": sum(row["steps"] for row in rows),
             "n_parameters": config.n_parameters, "commit": commit(), "accuracies": rows}
 
 
