@@ -129,3 +129,62 @@ def test_documents_by_flash_attention(
     wanted = [y, *torch.autograd.grad(y, exact, weight.double())]
     for one, two in zip(found, wanted, strict=True):
         assert relative_rms(one, two) < 1e-2
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("window", "length", "before"), [
+    (64, 65, 0), (64, 300, 0), (100, 333, 0), (128, 1000, 0), (1, 40, 0), (64, 2, 63),
+    (64, 200, 40), (17, 99, 300)])
+def test_a_window_by_flash_attention(
+    window: int, length: int, before: int, dtype: torch.dtype, captured: bool
+) -> None:
+    """Values and gradients are those of the dense mask, behind keys of a past and in a graph."""
+    mine = [x.to(dtype).requires_grad_() for x in inputs(length, before)]
+    weight = torch.randn_like(mine[0])
+
+    def call() -> list[Tensor]:
+        y = attention.flash_window(*mine, window)
+        assert y is not None
+        return [y.detach(), *torch.autograd.grad(y, mine, weight)]
+
+    found = call()
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = call()
+        graph.replay()
+    exact = [x.detach().double().requires_grad_() for x in mine]
+    y = dense(*exact, window)
+    wanted = [y, *torch.autograd.grad(y, exact, weight.double())]
+    for one, two in zip(found, wanted, strict=True):
+        # (a window of one has the gradient 0 in queries and keys)
+        assert (one.double() - two).norm() <= 1e-2 * two.norm() + 1e-3 * (window == 1)
+
+
+def test_a_window_of_a_training_step_is_the_same_bits_every_time() -> None:
+    """A query's gradient is a sum over the tiles of keys that it reaches, added as they come: two
+    of them, of a window up to a tile."""
+    mine = [x.bfloat16().requires_grad_() for x in inputs(2000, 0)]
+    weight = torch.randn_like(mine[0])
+    first, *others = (torch.autograd.grad(attention.flash_window(*mine, 128), mine, weight)
+                      for _ in range(5))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_local_attention_is_flash_attention_eagerly_and_blocks_in_float32() -> None:
+    mixer = AttentionMixer(ModelConfig(d_model=96, n_layer=1, layer_pattern="A", n_head=3,
+                                       n_kv_head=1, attention_window=64)).cuda()
+    x = torch.randn(2, 300, 96, device="cuda")
+
+    def kernels(x: Tensor) -> str:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            y = mixer.to(x.dtype)(x, None)[0]
+        found.append(y)
+        return " ".join(event.key for event in profile.key_averages())
+
+    found: list[Tensor] = []
+    assert "flash_fwd" not in kernels(x)
+    assert "flash_fwd" in kernels(x.bfloat16())
+    assert relative_rms(found[1], found[0]) < 2e-2

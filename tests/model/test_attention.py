@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from analysis.measure.allocations import saved_storages
 from mambabyte.config import ModelConfig
 from mambabyte.model import AttentionMixer, ByteLM
+from mambabyte.model.mixer import Step
 from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.fused import attention
 from mambabyte.ops.fused.attention import mean_keys, windowed_attention
@@ -156,9 +158,84 @@ def test_a_compiled_step_attends_as_any_other(monkeypatch: pytest.MonkeyPatch) -
     assert len(calls) == 2
 
 
+def flash_on_a_cpu(
+    q: Tensor, k: Tensor, v: Tensor, lengths: None, also: None, queries: int, keys: int,
+    dropout: float, causal: bool, debug: bool = False, *, window_size_left: int,
+    window_size_right: int,
+) -> tuple[Tensor, ...]:
+    """What torch's kernel is asked for whole sequences, q (B, L, H, d), k, v (B, S, G, d)."""
+    assert lengths is None
+    assert also is None
+    assert (queries, keys, dropout, causal) == (q.shape[1], k.shape[1], 0.0, True)
+    assert window_size_right == 0
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return dense(q, k, v, window_size_left + 1).transpose(1, 2), *torch.empty(4)
+
+
+def flash_backward_on_a_cpu(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, *rest: Any, **window: int
+) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(flash_on_a_cpu(*leaves, *rest[:6], **window)[0], leaves, dy)
+
+
+@pytest.mark.parametrize(("window", "length", "before"), [(8, 33, 0), (8, 9, 3), (8, 5, 12)])
+def test_a_window_by_flash_attention(
+    window: int, length: int, before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How heads, window and gradients are handed to kernels that come with torch; what these
+    compute is for tests/gpu/test_gpu_attention.py."""
+    heads = inputs(length, before)
+    assert attention.flash_window(*heads, window) is None  # on a CPU
+    monkeypatch.setattr(attention, "_takes_flash", lambda *qkv: True)
+    metas = [x.detach().to("meta").requires_grad_() for x in heads]
+    asked = attention.flash_window(*metas, window)
+    assert asked is not None
+    asked.sum().backward()  # torch's own operators take their arguments
+    assert [x.grad.shape for x in metas if x.grad is not None] == [x.shape for x in heads]
+    for way, stand_in in (("forward", flash_on_a_cpu), ("backward", flash_backward_on_a_cpu)):
+        monkeypatch.setattr(torch.ops.aten, f"_flash_attention_{way}", stand_in)
+    found, wanted = attention.flash_window(*heads, window), dense(*heads, window)
+    assert found is not None
+    weight = torch.randn_like(wanted)
+    for one, two in zip((found, *torch.autograd.grad(found, heads, weight)),
+                        (wanted, *torch.autograd.grad(wanted, heads, weight)), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
+
+
+def test_a_plain_window_goes_by_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the window, behind a state too; up to it torch chooses, and a byte is causal."""
+    mixer, asked = AttentionMixer(CONFIG), []
+
+    def flash(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
+        asked.append((q.shape[1], k.shape[1]))
+        return windowed_attention(*(x.transpose(1, 2) for x in (q, k, v)), 8).transpose(1, 2)
+
+    monkeypatch.setattr(attention, "_takes_flash", lambda *qkv: True)
+    monkeypatch.setattr(attention._Flash, "apply", flash)
+    x = torch.randn(2, 9, 32)
+    _, state = mixer(x, None)
+    mixer(x[:, :8], None)
+    mixer(x[:, :1], state)
+    mixer(x[:, :2], state)
+    assert asked == [(9, 9), (2, 9)]
+
+
+def test_no_blocks_are_kept_where_there_are_none() -> None:
+    def of_blocks(dtype: torch.dtype, device: str) -> list[str]:
+        return [term.tensor for term in AttentionMixer.kept(CONFIG, Step(3, 33, dtype, device))
+                if "blocks" in term.tensor or "spare" in term.tensor or "mask" in term.tensor]
+
+    assert of_blocks(torch.bfloat16, "cuda") == []
+    assert of_blocks(torch.float32, "cuda") == of_blocks(torch.bfloat16, "cpu") != []
+
+
 def test_a_mixer_names_its_kernel() -> None:
     assert AttentionMixer.kernel_name(CONFIG, 8) == "attention, causal"
     assert AttentionMixer.kernel_name(CONFIG, 9) == "attention, blocks of 8 by 16"
+    assert AttentionMixer.kernel_name(CONFIG, 9, "cuda") == (
+        "attention, window 8 by FlashAttention")
     assert AttentionMixer.kernel_name(CONFIG, 9, "cuda", compiled=True) == (
         "attention, window 8 by FlexAttention")
 

@@ -27,7 +27,12 @@ from mambabyte.model.mixer import (
 )
 from mambabyte.ops.arguments import FLOATS, check_tensors, once
 from mambabyte.ops.fused import attention
-from mambabyte.ops.fused.attention import blocks_of, mean_keys, windowed_attention
+from mambabyte.ops.fused.attention import (
+    blocks_of,
+    flash_takes,
+    mean_keys,
+    windowed_attention,
+)
 from mambabyte.ops.fused.linear import linear as linear_map
 from mambabyte.ops.fused.rotary import rotary_table, rotate, rotate_qkv
 
@@ -152,7 +157,8 @@ class AttentionMixer(Mixer, AttentionSpec):
         elif self.flex is not None and self._takes_flex(q, k):
             y = self.flex(q, k, v)
         else:
-            y = windowed_attention(q, k, v, self.window)
+            by_flash = attention.flash_window(q, k, v, self.window)
+            y = windowed_attention(q, k, v, self.window) if by_flash is None else by_flash
         y = self.out_proj(y.transpose(1, 2).flatten(2))
         # The next byte sees itself and window - 1 keys from before it.
         keep = min(self.window - 1, k.shape[2])
@@ -256,12 +262,14 @@ class AttentionMixer(Mixer, AttentionSpec):
     def kernel_name(
         cls, config: ModelConfig, length: int, device: str = "cpu", compiled: bool = False
     ) -> str:
-        """Causal up to the window; beyond it FlexAttention in compiled steps on a GPU, else blocks
-        of which torch chooses the kernel."""
+        """Causal up to the window; beyond it on a GPU in half precision FlashAttention, or
+        FlexAttention in compiled steps; else blocks of which torch chooses the kernel."""
         window = cls.window_of(config)
         _, count, block = blocks_of(length, window)
         if count and device == "cuda" and compiled:
             return f"attention, window {window} by FlexAttention"
+        if count and device == "cuda" and flash_takes(torch.bfloat16, config.head_dim):
+            return f"attention, window {window} by FlashAttention"
         reach = window + block
         return f"attention, blocks of {block} by {reach}" if count else "attention, causal"
 
@@ -289,7 +297,7 @@ class AttentionMixer(Mixer, AttentionSpec):
             if itemsize != FLOAT32:
                 terms.append(("casts", "gain of q, cast", config.n_head, itemsize))
         _, count, block = blocks_of(length, cls.window_of(config))
-        if count:
+        if count and not (device == "cuda" and flash_takes(step.dtype, config.head_dim)):
             terms += _kept_of_blocks(config, step, cls.window_of(config), count, block)
         if itemsize != FLOAT32:
             terms.append(("casts", "weights, cast", 2 * d * d + 2 * d * kv, itemsize))

@@ -208,20 +208,30 @@ def _block_mask(
         seq_lengths=(length, length))
 
 
+def flash_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor | None:
+    """``windowed_attention`` by FlashAttention. None where the window is all there is, and where it
+    cannot be asked: not on a GPU, another dtype or width, a compiler or a transform that looks in.
+
+    q (B, H, L, d), k, v (B, G, S, d), S >= L. Returns (B, H, L, d).
+    """
+    if k.shape[2] <= window or q.shape[2] == 1 or not _takes_flash(q, k, v):
+        return None
+    y: Tensor = _Flash.apply(*(x.transpose(1, 2) for x in (q, k, v)), None,
+                             (q.shape[2], k.shape[2]), window - 1)
+    return y.transpose(1, 2)
+
+
 def flash_documents(
     q: Tensor, k: Tensor, v: Tensor, window: int, ages: Tensor
 ) -> Tensor | None:
-    """``windowed_attention`` within documents by FlashAttention. None where it cannot be asked: not
-    on a GPU, another dtype or width, keys of a past, a compiler or a transform that looks in, a
-    number of documents that is not known (``cumulative_lengths``), or very short ones.
+    """``windowed_attention`` within documents by FlashAttention. None where it cannot be asked: as
+    of :func:`flash_window`, keys of a past, a number of documents that is not known
+    (``cumulative_lengths``), or very short ones.
 
     q (B, H, L, d), k, v (B, G, L, d); ages (B, L) of :func:`mambabyte.ops.arguments.document_ages`.
     Returns (B, H, L, d).
     """
-    if (not q.is_cuda or not q.numel() or q.dtype not in (torch.bfloat16, torch.float16)
-            or not q.dtype == k.dtype == v.dtype or q.shape[2] != k.shape[2]
-            or q.shape[3] % 8 or q.shape[3] > 256 or torch.compiler.is_compiling() or transformed()
-            or torch.cuda.get_device_capability(q.device) < (8, 0)):
+    if q.shape[2] != k.shape[2] or not _takes_flash(q, k, v):
         return None
     lengths = cumulative_lengths(ages)
     if lengths is None or SHORT * len(lengths) > ages.numel():
@@ -229,22 +239,37 @@ def flash_documents(
     return packed_attention(q, k, v, window, lengths)
 
 
+def flash_takes(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether FlashAttention has a kernel for heads of that width in that type."""
+    return dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+
+
+def _takes_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return (q.is_cuda and q.numel() > 0 and q.dtype == k.dtype == v.dtype
+            and flash_takes(q.dtype, q.shape[3])
+            and not torch.compiler.is_compiling() and not transformed()
+            and torch.cuda.get_device_capability(q.device) >= (8, 0))
+
+
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, lengths: Tensor) -> Tensor:
     """FlashAttention of rows one behind another, cut at the cumulative ``lengths`` (n + 1,) int32;
     otherwise as :func:`flash_documents`."""
     rows = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B L, heads, d)
-    y: Tensor = _Packed.apply(*rows, lengths, q.shape[2], window - 1)
+    y: Tensor = _Flash.apply(*rows, lengths, (q.shape[2], q.shape[2]), window - 1)
     return y.unflatten(0, (len(q), -1)).transpose(1, 2)
 
 
-class _Packed(torch.autograd.Function):
+class _Flash(torch.autograd.Function):
+    """torch's own kernels: sequences (B, L, heads, d), or with ``lengths`` (B L, heads, d)."""
+
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, before: int
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None,
+        longest: tuple[int, int], before: int,
     ) -> Tensor:
-        ctx.how = longest, longest, 0.0, True
+        ctx.how = *longest, 0.0, True
         # As many keys as there may be are no window: there is a kernel for that.
-        ctx.window = {} if before >= longest - 1 else {
+        ctx.window = {} if before >= longest[1] - 1 else {
             "window_size_left": before, "window_size_right": 0}
         y, log_sums, *random, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, lengths, lengths, *ctx.how, False, **ctx.window)
