@@ -187,10 +187,10 @@ def _fail(message: str) -> int:
 
 
 def _say(line: str) -> None:
-    """On stderr, where it takes it; on a full disk the status alone says it."""
-    from analysis.cli.console import say
+    """One line on stderr, where it takes it; on a full disk the status alone says it."""
+    from analysis.cli.console import one_line, say
 
-    say(line)
+    say(one_line(line))
 
 
 def _note(message: Warning | str, *where: object) -> None:

@@ -79,10 +79,15 @@ def write(text: str, stream: TextIO) -> OSError | None:
 
 def escaped(text: str) -> str:
     """``text`` with its control characters as \\x1b: a terminal would obey them. Tabs and line
-    ends stay; marks that reorder text do not."""
+    ends stay; marks that reorder text do not, nor bytes of a file's name that are no UTF-8."""
     return "".join(
-        c if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in REORDERING)
+        c if c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs") and c not in REORDERING)
         else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def one_line(text: str) -> str:
+    """``text`` :func:`escaped`, its line ends too."""
+    return escaped(text).replace("\n", "\\n")
 
 
 class _Rows(Progress):

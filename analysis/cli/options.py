@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from analysis.cli.console import escaped, say, write
+from analysis.cli.console import one_line, say, write
 from analysis.cli.parser import POSITIONAL, REPEATED, parse, subcommand
 from mambabyte.config.checks import DeviceOrAuto, fit
 from mambabyte.config.files import to_json
@@ -41,7 +41,7 @@ def cell(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return escaped(str(value))
+    return one_line(str(value))
 
 
 def pick_device(device: str) -> str:

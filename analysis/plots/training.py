@@ -21,7 +21,9 @@ def curves(runs: Mapping[str, pd.DataFrame], columns: Mapping[str, str]) -> Figu
     for ax, (column, words) in zip(axes[:, 0], columns.items(), strict=True):
         for name, frame in runs.items():
             known = frame.dropna(subset=[column])
-            ax.plot(known["seconds"], known[column].astype(float), label=name, **style[name])
+            # (An underscore in front would keep it out of the legend, two dollars are a formula.)
+            label = ("./" if name.startswith("_") else "") + name.replace("$", r"\$")
+            ax.plot(known["seconds"], known[column].astype(float), label=label, **style[name])
         label_axes(ax, "training time, s", words)
     legend_below(figure)
     return figure

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import unicodedata
 from dataclasses import replace
 
@@ -81,6 +83,24 @@ def test_the_page_is_small_and_alone(root, capsys, tmp_path):
         assert outside not in text
     assert "training loss, bits/byte" in text
     assert "energy, J" in text or pd.isna(read_training(root / "first").metrics["joules"]).all()
+
+
+def test_names_of_any_characters_are_shown(root, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    names = ["$^$", "_under", "a\nb", "esc\x1b[31m", os.fsdecode(b"not utf-8 \xff")]
+    for name in names:
+        shutil.copytree(root / "first", tmp_path / name)
+    page = tmp_path / "curves.html"
+    assert main(["runs", "plot", *names, "--html", str(page), "--sample-bytes", "5"]) == 0
+    out = capfd.readouterr().out
+    text = page.read_text(encoding="utf-8")
+    for name in ("$^$", "_under", r"a\nb", r"esc\x1b[31m", r"not utf-8 \udcff"):
+        assert f" {name}\n" in out
+        assert text.count(name) >= 3  # in a table, the legend and above the sample
+    assert main(["runs", "show", "a\x1b[31m\nb"]) == 2
+    line, *more = capfd.readouterr().err.splitlines()
+    assert not more
+    assert line.startswith(r"error: a\x1b[31m\nb holds no run")
 
 
 def test_a_run_that_goes_on_or_is_damaged_is_still_shown(root, capsys, tmp_path):

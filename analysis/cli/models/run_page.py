@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from analysis.cli.console import one_line
 from analysis.cli.options import cell
 from analysis.plots.svg import svg
 from analysis.plots.training import curves
@@ -26,7 +27,7 @@ svg { max-width: 100%; height: auto; background: #fff }
 
 def page(runs: Sequence[Training], samples: Mapping[str, str]) -> str:
     """The runs' results, the settings in which they differ, their curves, and a sample of each."""
-    frames: dict[str, pd.DataFrame] = {str(run.folder): run.metrics for run in runs}
+    frames: dict[str, pd.DataFrame] = {one_line(str(run.folder)): run.metrics for run in runs}
     logged = {name: words for name, words in CURVES.items()
               if any(frame[name].notna().any() for frame in frames.values())}
     rows, different = [summary(run) for run in runs], differences(runs)
@@ -39,7 +40,7 @@ def page(runs: Sequence[Training], samples: Mapping[str, str]) -> str:
         drawing = svg(curves(frames, logged), "runs").partition("<svg")[2]
         words = f"Curves by the seconds of training: {', '.join(logged.values())}"
         parts += ["<h2>Curves</h2>", f'<svg role="img" aria-label="{escape(words)}"{drawing}']
-    told = {name: text for name, text in samples.items() if text}
+    told = {one_line(name): text for name, text in samples.items() if text}
     parts += ["<h2>Samples</h2>"] if told else []
     parts += [f"<h3>{escape(name)}</h3><pre>{escape(text)}</pre>" for name, text in told.items()]
     return ("<!doctype html>\n<html lang=en><meta charset=utf-8>"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from analysis.cli.console import escaped
+from analysis.cli.console import escaped, one_line
 from analysis.cli.options import POSITIONAL, cell, print_result, subcommand
 from analysis.cli.parser import Action
 from mambabyte.config.checks import CountOrNone, entries
@@ -160,7 +160,7 @@ def _events(runs: Sequence[Training], options: Events) -> tuple[dict[str, Any], 
 def _chart(runs: Mapping[str, Training], column: str) -> list[str]:
     from analysis.plots.training import chart
 
-    return chart({name: run.metrics for name, run in runs.items()}, column)
+    return chart({one_line(name): run.metrics for name, run in runs.items()}, column)
 
 
 def sample(run: Training, count: int) -> str:
