@@ -51,6 +51,7 @@ def _best(r: Results, p: Parameters, size: str, budget: int, stem: str) -> Value
     found: Values = {
         f"{stem}_best": Value(str(bits.idxmin()), "", f"best system at {size}, {budget:,} bytes"),
         f"{stem}_seeds": Value(int(rows["seeds"].min()), "seeds", "of each system, the fewest"),
+        f"{stem}_systems": Value(len(rows), "systems", "that were trained"),
     }
     for system, value in bits.items():
         found[f"{stem}_{slug(str(system))}"] = Value(
@@ -63,6 +64,7 @@ def _best(r: Results, p: Parameters, size: str, budget: int, stem: str) -> Value
     mixed = [s for s in bits.index if len(s) == 4 and family(s) != s]
     if kinds and mixed:
         found[f"{stem}_best_pure"] = Value(str(bits[kinds].idxmin()), "", "best pure system")
+        found[f"{stem}_best_pure_bits"] = Value(float(bits[kinds].min()), "bits/byte", "its bits")
         found[f"{stem}_best_hybrid"] = Value(str(bits[mixed].idxmin()), "", "best 3:1 hybrid")
         found[f"{stem}_hybrid_minus_pure"] = Value(
             float(bits[mixed].min() - bits[kinds].min()), "bits/byte",
@@ -150,10 +152,12 @@ def _equal(r: Results) -> Values:
         known = rows.dropna(subset=["bits_per_byte"]).set_index("system")
         bits = known["bits_per_byte"].astype(float)
         if len(bits):
-            found[f"equal_{measure}_best"] = Value(str(bits.idxmin()), "",
-                                                   f"fewest bits at equal {measure}")
+            found[f"equal_{measure}_best"] = Value(  # none of some: the cheapest are what lacks
+                str(bits.idxmin()) if len(known) == len(rows) else None, "",
+                f"fewest bits at equal {measure}, where all systems have them")
             found[f"equal_{measure}_beyond"] = Value(
-                len(rows) - len(known), "systems", "so cheap that they would read past the longest")
+                len(rows) - len(known), "systems", "without: they would read past the longest, or "
+                                                   "were not trained on it")
             found |= {f"equal_{measure}_{slug(str(s))}": Value(
                 float(value), "bits/byte", f"{s} at equal {measure}") for s, value in bits.items()}
     return found

@@ -24,6 +24,7 @@ from analysis.studies.arena.trainings.plan import (
     memory_cells,
     plan,
 )
+from analysis.studies.arena.values import values
 from mambabyte.errors import UserError
 
 P = replace(Parameters(), parts=("text", "long"), systems=("M", "A", "MMMA"), budgets=(1000, 4000),
@@ -151,6 +152,21 @@ def test_costs_are_of_one_job_and_measured_where_nothing_runs_beside():
     table = costs_table(p, Done(rows))
     assert table["system"].tolist() == ["M", "A", "MMMA"]  # of two jobs there is no ratio
     assert set(table["job"]) == {"a"}
+
+
+def test_nobody_is_first_at_equal_cost_while_others_are_not_read_there():
+    """M alone was trained on the long budget, and is not what costs most a byte."""
+    def change(cell):
+        return {"train_flops": {"M": 5.0, "A": 5.0, "MMMA": 6.0}[cell.system] * cell.budget}
+
+    rows = list(finished(change=change).values())
+    found = values(tables(P, rows), P)
+    assert found["equal_operations_best"].value is not None
+    less = [r for r in rows if r["budget"] == P.budgets[0] or r["system"] == "M"]
+    found = values(tables(P, less), P)
+    assert found["equal_operations_best"].value is None
+    assert found["equal_operations_beyond"].value == 1
+    assert (found["at_tiny_systems"].value, found["at_tiny_long_systems"].value) == (3, 1)
 
 
 def test_what_a_folder_has_of_other_budgets_and_rates_is_in_no_table():
