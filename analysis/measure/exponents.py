@@ -15,7 +15,7 @@ from analysis.theory.bounds import log_max, share_past_bound
 from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus, sample_windows
 from mambabyte.model import ByteLM, MambaMixer, mixers, record_exponents
-from mambabyte.model.families.mamba import inverse_softplus
+from mambabyte.model.families.shared import inverse_softplus
 from mambabyte.train import (
     EagerStep,
     NonFiniteError,

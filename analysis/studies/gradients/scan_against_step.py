@@ -13,7 +13,7 @@ from mambabyte.config import PRESETS
 from mambabyte.corpus import load_corpus, sample_windows
 from mambabyte.model import ByteLM
 from mambabyte.model.block import Block
-from mambabyte.model.families.mamba import inverse_softplus
+from mambabyte.model.families.shared import inverse_softplus
 from mambabyte.ops import selective_scan
 from mambabyte.ops.compare import relative_rms
 

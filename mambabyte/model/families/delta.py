@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from mambabyte.config import ModelConfig
 from mambabyte.config.mixers import DeltaSpec, GatedDeltaNetSpec, KimiDeltaSpec, Shape
 from mambabyte.model import sequence
-from mambabyte.model.families.mamba import convolves_in_one_kernel, inverse_softplus
 from mambabyte.model.families.mamba2 import gates_in_one_kernel
+from mambabyte.model.families.shared import convolves_in_one_kernel, first_dt_bias
 from mambabyte.model.mixer import (
     CONVOLUTION,
     FLOAT32,
@@ -320,10 +320,8 @@ class GatedDeltaNetMixer(DeltaMixer, GatedDeltaNetSpec):
     for the output's gate."""
 
     def make_gates(self, config: ModelConfig) -> None:
-        low, high = math.log(config.dt_min), math.log(config.dt_max)
         self.a_proj = nn.Linear(config.d_model, self.heads, bias=False)
-        self.dt_bias = nn.Parameter(inverse_softplus(
-            torch.exp(torch.rand(self.heads) * (high - low) + low)))
+        self.dt_bias = nn.Parameter(first_dt_bias(config, self.heads))
         self.g_proj = nn.Linear(config.d_model, self.widths(config)[2], bias=False)
 
     def log_decay(self, x: Tensor) -> Tensor:
@@ -350,11 +348,9 @@ class KimiDeltaMixer(DeltaMixer, KimiDeltaSpec):
     def make_gates(self, config: ModelConfig) -> None:
         _, keys, values = self.widths(config)
         d, rank = config.d_model, values // self.heads
-        low, high = math.log(config.dt_min), math.log(config.dt_max)
         self.f_proj = nn.Sequential(
             nn.Linear(d, rank, bias=False), nn.Linear(rank, keys, bias=False))
-        self.dt_bias = nn.Parameter(inverse_softplus(
-            torch.exp(torch.rand(keys) * (high - low) + low)))
+        self.dt_bias = nn.Parameter(first_dt_bias(config, keys))
         self.g_proj = nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, values))
 
     def log_decay(self, x: Tensor) -> Tensor:

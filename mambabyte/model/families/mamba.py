@@ -6,7 +6,6 @@ Symbols: B batch, L length, d = d_model, D = d_inner, N = d_state, R = dt_rank, 
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from mambabyte.config.mixers import MambaSpec, Shape
 from mambabyte.config.scan_forms import FORMS
 from mambabyte.errors import UserError
 from mambabyte.model import sequence
+from mambabyte.model.families.shared import convolves_in_one_kernel, first_dt_bias
 from mambabyte.model.mixer import (
     CONVOLUTION,
     FLOAT32,
@@ -34,8 +34,7 @@ from mambabyte.model.mixer import (
     widened,
 )
 from mambabyte.ops import default_form, selective_scan
-from mambabyte.ops.conv import cpu as native_conv
-from mambabyte.ops.conv.dispatch import FUSED_TAPS, causal_conv
+from mambabyte.ops.conv.dispatch import causal_conv
 from mambabyte.ops.mamba.fused import fused_mixer
 from mambabyte.ops.mamba.split import split_mixer
 from mambabyte.ops.mamba.step import MAX_TAPS, mamba_step
@@ -55,11 +54,6 @@ class MambaState(NamedTuple):
 
     conv_state: Tensor  # (B, K-1, D) last inputs of the convolution
     ssm_state: Tensor  # (B, D, N)
-
-
-def inverse_softplus(y: Tensor) -> Tensor:
-    """x of softplus(x) = y, for y > 0; accurate for small y too."""
-    return y + torch.log(-torch.expm1(-y))
 
 
 @register("M")
@@ -94,10 +88,8 @@ class MambaMixer(Mixer, MambaSpec):
         if config.dt_init == "mamba":
             bound = config.dt_rank_value**-0.5
             nn.init.uniform_(self.dt_proj.weight, -bound, bound)
-            low, high = math.log(config.dt_min), math.log(config.dt_max)
-            dt = torch.exp(torch.rand(d_inner) * (high - low) + low)
             with torch.no_grad():
-                self.dt_proj.bias.copy_(inverse_softplus(dt))
+                self.dt_proj.bias.copy_(first_dt_bias(config, d_inner))
         if config.zero_init_out:
             nn.init.zeros_(self.out_proj.weight)
 
@@ -395,14 +387,6 @@ def resolve_form(config: ModelConfig, device: str) -> str:
     if config.scan_form != "auto":
         return config.scan_form
     return "fused" if device == "cuda" else default_form(device)
-
-
-def convolves_in_one_kernel(config: ModelConfig, device: str, itemsize: int) -> bool:
-    """Whether the convolution is this package's own, not torch's: see ops.conv.dispatch."""
-    if device == "cuda":
-        return config.d_conv in FUSED_TAPS
-    return (itemsize == FLOAT32 and config.d_conv in FUSED_TAPS
-            and native_conv.available(torch.float32))
 
 
 def low_rank_width(config: ModelConfig, device: str) -> int:

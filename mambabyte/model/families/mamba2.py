@@ -6,7 +6,6 @@ B and C.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from mambabyte.config import ModelConfig
 from mambabyte.config.mixers import Mamba2Spec, Shape
 from mambabyte.model import sequence
-from mambabyte.model.families.mamba import convolves_in_one_kernel, inverse_softplus
+from mambabyte.model.families.shared import convolves_in_one_kernel, first_dt_bias
 from mambabyte.model.mixer import (
     CONVOLUTION,
     FLOAT32,
@@ -90,9 +89,7 @@ class Mamba2Mixer(Mixer, Mamba2Spec):
         conv = D + 2 * self.groups * self.d_state
         self.in_proj = linear(config, config.d_model, D + conv + self.heads, config.ssm_bias)
         self.conv1d = nn.Conv1d(conv, conv, config.d_conv, groups=conv)
-        low, high = math.log(config.dt_min), math.log(config.dt_max)
-        dt = torch.exp(torch.rand(self.heads) * (high - low) + low)
-        self.dt_bias = nn.Parameter(inverse_softplus(dt))
+        self.dt_bias = nn.Parameter(first_dt_bias(config, self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = GatedRMSNorm(D, self.groups, config.ssd_norm_eps)

@@ -6,7 +6,6 @@ heads, each with its own B and C.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from mambabyte.config import ModelConfig
 from mambabyte.config.mixers import Mamba3Spec, Shape
 from mambabyte.model import sequence
 from mambabyte.model.families.delta import HeadNorm
-from mambabyte.model.families.mamba import inverse_softplus
 from mambabyte.model.families.mamba2 import (
     SCAN_BACKWARD_PER_STATE,
     SCAN_FORWARD_PER_STATE,
@@ -25,6 +23,7 @@ from mambabyte.model.families.mamba2 import (
     has_kernel,
     in_whole_rows,
 )
+from mambabyte.model.families.shared import first_dt_bias
 from mambabyte.model.mixer import (
     FLOAT32,
     FORMULA,
@@ -67,9 +66,7 @@ class Mamba3Mixer(Mixer, Mamba3Spec):
         self.parts, self.groups = self.widths(config), config.ssd_groups
         self.heads = config.d_inner // config.ssd_head_dim
         self.in_proj = nn.Linear(config.d_model, sum(self.parts), bias=False)
-        low, high = math.log(config.dt_min), math.log(config.dt_max)
-        dt = torch.exp(torch.rand(self.heads) * (high - low) + low)
-        self.dt_bias = nn.Parameter(inverse_softplus(dt))
+        self.dt_bias = nn.Parameter(first_dt_bias(config, self.heads))
         self.B_bias = nn.Parameter(torch.ones(self.heads, 1, config.ssd_d_state))
         self.C_bias = nn.Parameter(torch.ones(self.heads, 1, config.ssd_d_state))
         self.B_norm = HeadNorm(config.ssd_d_state)

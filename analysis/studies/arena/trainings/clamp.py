@@ -27,7 +27,7 @@ from analysis.studies.arena.trainings.text import config_of, open_corpus, recipe
 from analysis.theory.bounds import log_max
 from mambabyte.config.provenance import commit
 from mambabyte.model import ByteLM, MambaMixer
-from mambabyte.model.families.mamba import inverse_softplus
+from mambabyte.model.families.shared import inverse_softplus
 from mambabyte.train import autocast, optimise, text_step
 from mambabyte.train.schedule import learning_rate, schedule
 
