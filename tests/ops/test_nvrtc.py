@@ -26,6 +26,7 @@ from mambabyte.ops.mamba import cuda as cuda_step
 from mambabyte.ops.mamba import fused as mixer
 from mambabyte.ops.scan import cuda as cuda_scan
 from mambabyte.ops.scan import plan as cuda_plan
+from mambabyte.ops.scan.cuda import launch as scan_launch
 from mambabyte.ops.ssd import cuda as cuda_ssd
 from mambabyte.ops.ssd import gates as cuda_gates
 from mambabyte.ops.ssd.mamba3 import inputs as cuda_inputs
@@ -109,10 +110,10 @@ def scan_kernels(
     """Names of the kernels that the scan launches, read off calls whose launches do nothing;
     ``trained`` as in training, from no state."""
     names: set[str] = set()
-    monkeypatch.setattr(cuda_scan, "_launch", lambda device, name, *_, **__: names.add(name))
-    monkeypatch.setattr(cuda_scan, "_is_hopper", lambda device: hopper)
-    monkeypatch.setattr(cuda_scan, "_takes_boxes", lambda device: hopper)
-    monkeypatch.setattr(cuda_scan, "_encode", lambda *_: bytes(128))
+    monkeypatch.setattr(scan_launch, "launch", lambda device, name, *_, **__: names.add(name))
+    monkeypatch.setattr(scan_launch, "is_hopper", lambda device: hopper)
+    monkeypatch.setattr(scan_launch, "takes_boxes", lambda device: hopper)
+    monkeypatch.setattr(scan_launch, "encode", lambda *_: bytes(128))
     monkeypatch.setattr(cuda_plan, "block_shared", lambda device: 227 << 10)
     for dtype, length, channels, multiprocessors in (
         (torch.bfloat16, 8, 32, 132),
@@ -293,7 +294,7 @@ def test_every_scan_of_a_training_is_among_what_is_shipped(
     launched = {name for name in scan_kernels(monkeypatch, hopper, trained=True)
                 if name.startswith("tile")}
     assert len(launched) >= 6
-    assert launched <= set(cuda_scan.trained(hopper))
+    assert launched <= set(scan_launch.trained(hopper))
 
 
 def _trainings() -> dict[str, tuple[ModelConfig, str]]:
@@ -319,16 +320,16 @@ def test_every_program_of_a_training_step_is_shipped(
         return SimpleNamespace(allow_shared=lambda *_: None, launch=lambda *_, **__: None)
 
     monkeypatch.setattr(kernel.Program, "kernel", asked_for)
-    for module in (cuda_conv, cuda_scan, cuda_fused):
+    for module in (cuda_conv, scan_launch, cuda_fused):
         monkeypatch.setattr(module, "_kernel", module._kernel.__wrapped__)  # nothing is kept
         monkeypatch.setattr(module, "raw_stream", lambda device: 0)
     for module, count in ((cuda_conv, "_multiprocessors"), (cuda_fused, "multiprocessors"),
                           (cuda_plan, "multiprocessors")):
         monkeypatch.setattr(module, count, lambda device: 132)
     monkeypatch.setattr(cuda_plan, "block_shared", lambda device: 227 << 10)
-    monkeypatch.setattr(cuda_scan, "_is_hopper", lambda device: True)
-    monkeypatch.setattr(cuda_scan, "_takes_boxes", lambda device: True)
-    monkeypatch.setattr(cuda_scan, "_encode", lambda *_: bytes(128))
+    monkeypatch.setattr(scan_launch, "is_hopper", lambda device: True)
+    monkeypatch.setattr(scan_launch, "takes_boxes", lambda device: True)
+    monkeypatch.setattr(scan_launch, "encode", lambda *_: bytes(128))
     monkeypatch.setattr(cuda_fused, "takes", lambda *tensors: True)
     monkeypatch.setattr(mixer, "DEVICES", ("cpu",))
     monkeypatch.setattr(MambaMixer, "forward", lambda self, x, *_: self.from_start(x))

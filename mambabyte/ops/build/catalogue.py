@@ -17,7 +17,7 @@ from mambabyte.ops.build.kernel import Program
 from mambabyte.ops.conv import cuda as conv
 from mambabyte.ops.delta import cuda as delta
 from mambabyte.ops.fused import cuda as fused
-from mambabyte.ops.scan import cuda as scan
+from mambabyte.ops.scan.cuda import launch as scan
 from mambabyte.ops.ssd import cuda as ssd
 from mambabyte.ops.ssd import gates
 from mambabyte.ops.ssd.mamba3 import inputs

@@ -21,8 +21,8 @@ from emulate import TAPS, Emulator
 from mambabyte.ops.conv import cuda as cuda_conv
 from mambabyte.ops.delta import cuda as cuda_delta
 from mambabyte.ops.fused import cuda as cuda_fused
-from mambabyte.ops.scan import cuda as cuda_scan
 from mambabyte.ops.scan import plan as cuda_plan
+from mambabyte.ops.scan.cuda import launch as scan_launch
 from mambabyte.ops.ssd import cuda as cuda_ssd
 from mambabyte.ops.ssd import gates as cuda_gates
 from mambabyte.ops.ssd.mamba3 import inputs as cuda_inputs
@@ -171,7 +171,7 @@ def fused(built_fused: dict[str, Emulator], monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="session")
 def built_scan(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> Emulator:
-    source = Path(cuda_scan.__file__).with_name("scan.cu")
+    source = Path(cuda_plan.__file__).with_name("scan.cu")
     return Emulator(source, tmp_path_factory.mktemp("kernels"), kept)
 
 
@@ -191,10 +191,10 @@ def emulator(
     request: pytest.FixtureRequest, built_scan: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> Emulator:
     """The scan's kernels; how many multiprocessors there are is left to the test."""
-    monkeypatch.setattr(cuda_scan, "_launch", built_scan.launch)
-    monkeypatch.setattr(cuda_scan, "_is_hopper", lambda device: request.param == "hopper")
-    monkeypatch.setattr(cuda_scan, "_takes_boxes", lambda device: request.param == "hopper")
-    monkeypatch.setattr(cuda_scan, "_encode", encode)
+    monkeypatch.setattr(scan_launch, "launch", built_scan.launch)
+    monkeypatch.setattr(scan_launch, "is_hopper", lambda device: request.param == "hopper")
+    monkeypatch.setattr(scan_launch, "takes_boxes", lambda device: request.param == "hopper")
+    monkeypatch.setattr(scan_launch, "encode", encode)
     monkeypatch.setattr(cuda_plan, "block_shared", lambda device: 227 << 10)
     built_scan.launched.clear()
     return built_scan

@@ -15,6 +15,8 @@ from mambabyte.ops import selective_scan
 from mambabyte.ops.arguments import document_ages
 from mambabyte.ops.scan import cuda as cuda_scan
 from mambabyte.ops.scan import plan as cuda_plan
+from mambabyte.ops.scan.cuda import launch as scan_launch
+from mambabyte.ops.scan.cuda.call import Scan
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 make_inputs = functools.partial(scan_cases.make_inputs, device="cpu", dtype=torch.bfloat16)
@@ -175,7 +177,7 @@ def test_a_driver_that_takes_no_map(emulator: Emulator, monkeypatch: pytest.Monk
     inputs = make_inputs(2, 24, 32)
     wanted = results(inputs)
     emulator.launched.clear()
-    monkeypatch.setattr(cuda_scan, "_encode", lambda *_: b"")
+    monkeypatch.setattr(scan_launch, "encode", lambda *_: b"")
     found = results(inputs)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     (name,) = [name for name, _ in emulator.launched if "tile_backward" in name]
@@ -223,7 +225,7 @@ def test_short_sequences_are_walked_as_one(
     folded = run()
     assert flags() == ["true", "true"]
     emulator.launched.clear()
-    monkeypatch.setattr(cuda_scan._Scan, "fold_sequences", lambda *_: None)
+    monkeypatch.setattr(Scan, "fold_sequences", lambda *_: None)
     whole = run()
     assert flags() == ["false", "false"]
     for one, two in zip(folded, whole, strict=True):
