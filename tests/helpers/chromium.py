@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 CHROME = os.environ.get("CHROME") or next(filter(None, map(shutil.which, (
     "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+NEEDED = pytest.mark.skipif(
+    CHROME is None, reason="no Chromium found: install one or set CHROME to its path")
 DIALOG = "Page.javascriptDialogOpening"
+OPEN_ALL = "document.querySelectorAll('details').forEach((d) => { d.open = true; })"
 
 
 class Browser:
@@ -103,3 +109,16 @@ class Browser:
             self._buffer += block
         message, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(message)
+
+
+def accessibility(browser: Browser) -> list[str]:
+    """What axe-core finds on the open page, everything unfolded; skipped where it is missing."""
+    package = importlib.util.find_spec("axe_core_python")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("axe-core-python is not installed")
+    axe = Path(package.submodule_search_locations[0], "axe.min.js").read_text(encoding="utf-8")
+    browser.run(OPEN_ALL)
+    browser.run(axe + "; 0")
+    return browser.run("""axe.run(document, {resultTypes: ["violations"]}).then((r) =>
+        r.violations.filter((v) => v.impact !== "minor").map((v) =>
+            v.id + ": " + v.nodes.slice(0, 3).map((n) => n.html.slice(0, 150)).join(" | ")))""")

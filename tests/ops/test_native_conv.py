@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.conv import dispatch as module
 from mambabyte.ops.conv.cpu import available
 from mambabyte.ops.conv.dispatch import causal_conv
+from mambabyte.ops.scan.cpu import conv_step
 
 pytestmark = pytest.mark.skipif(not available(torch.float32), reason="needs a C compiler")
 SHAPES = [(1, 1, 1), (2, 2, 5), (1, 3, 16), (3, 7, 70), (2, 33, 130)]
@@ -146,3 +148,22 @@ def test_two_parts_are_the_whole() -> None:
         second, last = causal_conv(x[:, cut:], weight, bias, between, True)  # type: ignore
         assert torch.equal(torch.cat([first, second], 1), whole)
         assert torch.equal(last, end)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("taps", [1, 2, 4])
+def test_conv_step(dtype: torch.dtype, taps: int) -> None:
+    batch, length, channels = 3, 9, 37
+    x = torch.randn(batch, length, channels).to(dtype)
+    params = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias = torch.randn(channels, 1, taps).to(params), torch.randn(channels).to(params)
+    tail = torch.randn(batch, taps - 1, channels).to(dtype)
+    padded = torch.cat([tail, x], 1)
+    wide = padded.double().transpose(1, 2)
+    want = F.silu(F.conv1d(wide, weight.double(), bias.double(), groups=channels)).transpose(1, 2)
+    for t in range(length):
+        y, tail = conv_step(x[:, t], weight, bias, tail)
+        assert torch.equal(tail, padded[:, t + 1 : t + taps])
+        limit = {torch.bfloat16: 3e-3, torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
+        assert y.dtype == dtype
+        assert relative_rms(y, want[:, t]) <= limit

@@ -18,7 +18,6 @@ from torch import Tensor
 from mambabyte.ops.build import c as native_build
 from mambabyte.ops.scan import cpu as native
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 STREAMS = ("u", "delta", "B", "C", "z")
 Inputs = dict[str, Tensor | None]
@@ -382,26 +381,6 @@ def test_scan_step_is_the_scan_at_length_one(
     assert torch.equal(state, last)
     out, _ = native.scan_step(*now[:5], None, None, None, None, False)
     assert (out.shape, out.dtype) == ((batch, channels), dtype)
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("taps", [1, 2, 4])
-def test_conv_step(dtype: torch.dtype, taps: int) -> None:
-    batch, length, channels = 3, 9, 37
-    x = torch.randn(batch, length, channels).to(dtype)
-    params = torch.float64 if dtype == torch.float64 else torch.float32
-    weight, bias = torch.randn(channels, 1, taps).to(params), torch.randn(channels).to(params)
-    tail = torch.randn(batch, taps - 1, channels).to(dtype)
-    padded = torch.cat([tail, x], 1)
-    wide = padded.double().transpose(1, 2)
-    want = F.silu(F.conv1d(wide, weight.double(), bias.double(), groups=channels)).transpose(1, 2)
-    for t in range(length):
-        y, tail = native.conv_step(x[:, t], weight, bias, tail)
-        assert torch.equal(tail, padded[:, t + 1 : t + taps])
-        limit = {torch.bfloat16: 3e-3, torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
-        assert y.dtype == dtype
-        assert relative_rms(y, want[:, t]) <= limit
 
 
 # ------------------------------------------------------------------------------ the machinery

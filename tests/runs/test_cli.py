@@ -359,44 +359,6 @@ def test_no_room_is_one_clear_line_and_leaves_no_file(run, text_file, tmp_path, 
     assert not list((out / "run" / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_task_keeps_the_seeds_that_ended_before_a_signal(name, tiny, monkeypatch, capsys):
-    import mambabyte.task
-
-    real, number = mambabyte.task.run_task, getattr(signal, name)
-    if name == "SIGINT":  # where tests run in the background of a script it is ignored
-        monkeypatch.setattr(os, "kill", signal.default_int_handler)
-    elif signal.getsignal(number) == signal.SIG_IGN:
-        pytest.skip("ignored here, as under nohup")
-
-    def second_is_interrupted(*args, seed, **kw):
-        if seed:
-            os.kill(os.getpid(), number)
-        return real(*args, seed=seed, **kw)
-
-    monkeypatch.setattr(mambabyte.task, "run_task", second_is_interrupted)
-    args = ["task", "run", "ngram", "--corpus", str(tiny), "--characters", "9", "--seeds", "3"]
-    before = signal.getsignal(number)
-    assert main([*args, "--json"]) == 130
-    assert signal.getsignal(number) == before
-    out, err = capsys.readouterr()
-    assert [row["seed"] for row in json.loads(out)["runs"]] == [0]
-    assert "1 of 3 seeds" in err
-
-
-@pytest.mark.parametrize(("code", "message"), [
-    ("raise ValueError('boom')", "line 1: importing it failed with ValueError: boom"),
-    ("def train(", "line 1: importing it failed with SyntaxError"),
-    ("def train(text): return 3", "train returned int, which is no CharModel"),
-    ("def train(): return 3", "failed with TypeError: train() takes 0 positional arguments"),
-    ("def train(text, valid=None):\n    return 1 / 0", "line 2: calling train"),
-])
-def test_a_submission_that_fails_is_named_with_its_line(code, message, tmp_path, capsys):
-    path = tmp_path / "submission.py"
-    path.write_text(code)
-    assert message in error_line(capsys, "task", "check", path)
-
-
 @pytest.mark.long
 def test_ctrl_c_keeps_what_was_done_and_resumes(text_file, tmp_path):
     folder = tmp_path / "run"
