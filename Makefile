@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Containers often set it, and then every process compiles torch, pandas and matplotlib anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: report test test-long cubins lab check lock clean help
 

@@ -6,6 +6,7 @@ import io
 import re
 
 import matplotlib as mpl
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from analysis.plots.phone import phone_layout
@@ -23,6 +24,7 @@ def svg(figure: Figure, salt: str) -> str:
     """No date, and ids salted by the figure's name."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        # savefig draws twice, the first time for its layout alone, which a drawing begins with.
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     # A hundredth of a point is finer than a screen; a map of many cells is half as large.
     return _PATH.sub(lambda path: _DIGITS.sub(r"\1", path[0]), buffer.getvalue())

@@ -6,7 +6,8 @@ import base64
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from analysis.report.html import tables
 from analysis.report.html.text import html, plain
 from analysis.report.parts.blocks import DATA, Blocks, about, data_path, ready_table
 from analysis.report.parts.comparisons import comparisons, lab_tables
+from analysis.report.parts.drawings import draw_ahead
 from analysis.report.parts.example import example_table, failure_table, repeat_table
 from analysis.report.parts.machines import Machines
 from analysis.report.parts.names import layer_patterns, scan_forms
@@ -29,11 +31,13 @@ from analysis.runs.folders import Run, Table
 from analysis.runs.frames import csv_text
 from analysis.runs.records import machine_name
 from analysis.studies import Study
+from analysis.studies.drawing import Figure
 from mambabyte.errors import UserError
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 HERE = "On your machine"  # what follows this heading of a section is folded
 WORDS_A_MINUTE = 230
+_PLACED = re.compile(r"\b(?:figure|finding)\('([\w.-]+)'")
 _HEADING = re.compile(r'<h2(?: class="finding")? id="([^"]+)">(.*?)</h2>', re.S)
 
 
@@ -78,6 +82,7 @@ class Pages:
 
     def render(self) -> dict[str, str]:
         """All pages, path -> HTML, links between them not yet led there."""
+        draw_ahead(self._drawings())
         found = {self._article: self._article_page()}
         for name in self._study_names():
             found[f"{self._evidence}/{name}.html"] = self._study_page(name)
@@ -180,10 +185,22 @@ class Pages:
 
     def _prose(self, base: str = "") -> Prose:
         selection = self._selection
-        blocks = Blocks(self._macros, selection.headline, self._records, self._registry, base,
-                        self._others, self._ready, self._config.quotations)
         return Prose(Sources(selection.headline, self._records, selection.problems, self._draft),
-                     blocks)
+                     self._blocks(base))
+
+    def _blocks(self, base: str = "") -> Blocks:
+        return Blocks(self._macros, self._selection.headline, self._records, self._registry, base,
+                      self._others, self._ready, self._config.quotations)
+
+    def _drawings(self) -> Iterator[tuple[Figure, Study | None, str]]:
+        """The figures that sections name. What is wrong with one is said where it is placed."""
+        names = [*self._config.article, *self._study_names(), *self._config.pages]
+        blocks, text = self._blocks(), "\n".join(self._read(name) or "" for name in names)
+        for path in dict.fromkeys(_PLACED.findall(text)):
+            with suppress(UserError):
+                found = blocks.drawing(path)
+                if found:
+                    yield found
 
     def _local(self, name: str, run: Run) -> dict[str, Any]:
         """What stands folded below the evidence: the run of this machine, and its variants."""

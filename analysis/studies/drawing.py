@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -110,7 +111,7 @@ def _figure(drawing: Drawing, arguments: list[Any], run: Run) -> Figure:
     data = drawing.data(*arguments) if drawing.data else arguments[0]
     return Figure(
         drawing.name, in_words(drawing.title, run), in_words(drawing.caption, run),
-        in_words(drawing.alt, run), data, drawing.of[0], lambda: drawing.draw(*arguments),
+        in_words(drawing.alt, run), data, drawing.of[0], partial(drawing.draw, *arguments),
         lambda: "\0".join(repr(a.to_dict("list") if isinstance(a, pd.DataFrame) else a)
                           for a in arguments))
 

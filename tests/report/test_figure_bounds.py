@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
+from analysis.plots import svg
+from analysis.plots.training import curves
 from analysis.report.html.svg import inline_svg
 from analysis.report.parts import drawings
 from mambabyte.errors import UserError
@@ -61,6 +65,28 @@ def test_an_appendix_passes_the_check_of_the_page(world: World):
     with pytest.raises(UserError, match="leads to #"):
         world.build()
     assert not world.out.exists()
+
+
+def test_drawings_made_ahead_by_other_processes_are_the_same(tmp_path, monkeypatch):
+    """What fails there is left to be said where it is drawn."""
+    monkeypatch.setattr(drawings, "FEWEST", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    run, shown = pd.DataFrame({"seconds": [1, 2], "loss": [2, 1]}), {"loss": "loss, nats"}
+    line, fails = (partial(curves, {"a run": frame}, shown) for frame in (run, pd.DataFrame()))
+    wanted = [(SimpleNamespace(key=partial(str, name), draw=draw), None, name)
+              for name, draw in (("one", line), ("two", fails), ("three", line))]
+    drawings.draw_ahead(wanted)
+    assert len(list((tmp_path / "mambabyte" / "drawings").iterdir())) == 2
+    with monkeypatch.context() as patch:  # found, not made
+        patch.setattr(drawings, "wide_and_narrow", None)
+        one, three = (drawings.drawn(*wanted[i]) for i in (0, 2))
+    assert one == svg.wide_and_narrow(line(), "one")
+    assert one != three
+    with pytest.raises(KeyError):
+        drawings.drawn(*wanted[1])
+    monkeypatch.setattr(drawings, "ProcessPoolExecutor", None)  # nor asked for again
+    drawings.draw_ahead([wanted[0], wanted[2]])
 
 
 def test_drawings_in_another_users_cache_are_not_shown(tmp_path, monkeypatch):

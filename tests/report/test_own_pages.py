@@ -3,6 +3,7 @@ early. Needs Chromium, as test_browser.py does."""
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def desk(tmp_path_factory) -> Path:
             return plots.svg(figure, name), nothing
 
         patch.setattr(drawings, "wide_and_narrow", wide_alone)
+        patch.setattr(drawings, "FEWEST", math.inf)  # other processes would draw both
         return projects_own(root)
 
 

@@ -20,6 +20,8 @@ _ODD = re.compile(f"[{_BIDI}\ufeff\u2028\u2029\ufff9-\ufffb]")
 
 def clean(text: str) -> str:
     """``text`` without control characters, direction marks and lone surrogates: made visible."""
+    if text.replace("\n", " ").isprintable():  # most of it is: no character by itself
+        return text
     text = text.encode("utf-8", "replace").decode("utf-8")
     text = _ODD.sub(lambda m: f"[U+{ord(m[0]):04X}]", text)
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cn", "Co")

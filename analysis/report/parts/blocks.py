@@ -56,20 +56,27 @@ class Blocks:
     def figure(self, path: str, finding: Markup | None = None) -> Markup | None:
         """A figure with its words and a link to its data; with a ``finding`` that is its heading.
         None where there is no such figure."""
-        name, _, key = path.partition(".")
-        figure = self.others.get(path)
-        if figure is None and name in self._all():
-            figure = figure_of(self._all()[name], key, self.registry)
-        if figure is None:
+        found = self.drawing(path)
+        if found is None:
             return None
-        anchor = f"{name}-figure-{key}"
-        study = self.registry.get(self._all()[name].study) if name in self._all() else None
-        wide, narrow = drawn(figure, study, anchor)
+        figure, _, anchor = found
+        wide, narrow = drawn(*found)
         return self.macros.figure(
             f"finding-{anchor}" if finding else anchor, figure, finding,
             inline_svg(wide, anchor, figure.title, figure.alt),
             inline_svg(narrow, f"{anchor}-narrow", figure.title, figure.alt),
-            self._data(figure) if not finding else "", len(figure.data), self.source(name, figure))
+            self._data(figure) if not finding else "", len(figure.data),
+            self.source(path.partition(".")[0], figure))
+
+    def drawing(self, path: str) -> tuple[Figure, Study | None, str] | None:
+        """A figure, whose drawing it is, and its anchor; None where there is no such figure."""
+        name, _, key = path.partition(".")
+        run = self._all().get(name)
+        figure = self.others.get(path)
+        if figure is None and run is not None:
+            figure = figure_of(run, key, self.registry)
+        study = self.registry.get(run.study) if run is not None else None
+        return (figure, study, f"{name}-figure-{key}") if figure else None
 
     def table(self, path: str) -> Markup | None:
         """A table with its caption; None where there is no such table."""
