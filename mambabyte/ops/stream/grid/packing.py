@@ -290,7 +290,8 @@ class _Packer:
             squares = embedding.double().square().mean(1, keepdim=True)
             embedding = (embedding * (squares + self.tiny).rsqrt()).float()
         return Packed(resident.contiguous(), torch.cat(self.tiles, 1).contiguous(), sizes_of,
-                      embedding.contiguous(), best, kind, norm.contiguous(), tuple(constants.items()))
+                      embedding.contiguous(), best, kind, norm.contiguous(),
+                      tuple(constants.items()))
 
 
 def _room(x: Tensor, size: int) -> Tensor:
