@@ -19,6 +19,7 @@ class Form:
     about: str
     chunk: int = 0  # the chunk used when none is given; 0 where the form has none
     study: bool = False  # wrong or fragile: a subject of study, refused for training
+    decays_input: bool = False  # h_t = a_t (h_{t-1} + b_t): another recurrence than the definition
 
 
 FORMS: dict[str, Form] = {
@@ -31,15 +32,15 @@ FORMS: dict[str, Form] = {
     ),
     "document_chunked": Form(
         "chunked log-cumsum as published: decays each input by its own step; overflows too",
-        chunk=32, study=True,
+        chunk=32, study=True, decays_input=True,
     ),
     "document_as_coded": Form(
         "the same in the order of the published script, (delta x B) u: keeps one tensor more",
-        chunk=32, study=True,
+        chunk=32, study=True, decays_input=True,
     ),
     "document_cumsum": Form(
         "log-cumsum over the whole sequence as published: overflows after some 50 bytes",
-        study=True,
+        study=True, decays_input=True,
     ),
     "clamped": Form(
         "log-cumsum with a clamped exponent: strong decay loses inputs and says nothing",
@@ -73,6 +74,12 @@ FormOrAuto = Annotated[str, one_of(lambda: ["auto", *FORMS], OLD_NAMES)]
 
 # What "auto" means.
 AUTO_ABOUT = "fused where its kernels run, else the stable chunks"
+
+
+def decays_input(name: str) -> bool:
+    """Whether the form ``name``, or "auto", is of the recurrence that the document writes."""
+    return name in FORMS and FORMS[name].decays_input
+
 
 # What two repairs of the trick add to it: the largest exponent, and a number in the denominator.
 CLAMP = 80.0

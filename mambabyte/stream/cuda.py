@@ -17,24 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambabyte.config.scan_forms import decays_input
 from mambabyte.model import ByteLM
 from mambabyte.model.families.mamba import MambaMixer, MambaState
 from mambabyte.ops.mamba.step import MAX_TAPS
 from mambabyte.ops.scan.operator import MAX_STATES, fused_available
-from mambabyte.ops.stream.cuda import (
-    CudaStreamer,
-    LayerWeights,
-    Shape,
-    StreamState,
-    cluster_blocks,
-)
-from mambabyte.ops.stream.feeding import VOCABULARY
+from mambabyte.ops.stream.cuda import CudaStreamer, LayerWeights, Shape, StreamState, cluster_blocks
+from mambabyte.ops.stream.feeding import VOCABULARY, nothing
 from mambabyte.ops.stream.hybrid import HybridState
 from mambabyte.ops.stream.server import Served
 from mambabyte.stream import cpu, hybrid
 from mambabyte.stream.cpu import NativeModel, foreign_layers, plain_parts, say_foreign, supports
 from mambabyte.stream.layout import is_known
-from mambabyte.stream.states import copy, kind, mapped, tensors_of
+from mambabyte.stream.states import copy, kept_in, kind, mapped, tensors_of
 
 _LOG = logging.getLogger(__name__)
 Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
@@ -59,7 +54,7 @@ def unsupported(model: nn.Module) -> str:
         return "the kernel needs compute capability 9.0 or later"
     if config.vocab_size != VOCABULARY:
         return f"the kernel takes {VOCABULARY} symbols"
-    if config.scan_form not in ("auto", "fused"):
+    if config.scan_form not in ("auto", "fused") and not decays_input(config.scan_form):
         return f"scan_form {config.scan_form!r} is not the kernel's"
     if torch.is_autocast_enabled("cuda") or any(p.dtype is torch.float64
                                                 for p in model.parameters()):
@@ -86,7 +81,7 @@ def shape_of(model: ByteLM) -> Shape:
     return Shape(
         c.n_layer, c.d_model, c.d_inner, c.d_state, c.dt_rank_value, c.d_conv, c.mlp_hidden,
         c.mlp_activation, c.norm == "layer", eps if isinstance(eps, float) else tiny,
-        tiny if c.embed_norm else None, c.logit_softcap,
+        tiny if c.embed_norm else None, c.logit_softcap, decays_input(c.scan_form),
     )
 
 
@@ -137,24 +132,33 @@ class CudaModel:
     also where the model's weights are not. States are values: none is ever written to.
     """
 
+    sees_nan = True  # of one byte; see ByteStream.feed
+
     def __init__(self, model: ByteLM, advance: Advance) -> None:
         self._parallel = advance
+        # Forms that decay a step's input overflow where the kernel does not: longer texts are
+        # the model's own to read.
+        self._most = 0 if decays_input(model.config.scan_form) else MOST_BYTES
         self._states = _States(model)
         self.streamer = self._states.streamer
         self.engine = self._states.engine
         self.from_model, self.for_model = self._states.from_model, self._states.for_model
 
-    def __call__(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
+    def __call__(
+        self, data: bytes, state: Any, meanwhile: Callable[[], None] = nothing
+    ) -> tuple[Tensor, Any]:
+        """Also calls ``meanwhile``, while the card has the last byte."""
         if len(data) > self.streamer.alone:
+            meanwhile()
             return self._several(data, state)
-        state = self.from_model(state)
-        for byte in data:  # nothing is recorded; inference mode would cost what a byte does
-            log_probs, state = self.streamer.feed_byte(byte, state)
-        return log_probs, state
+        feed, state = self.streamer.feed_byte, self.from_model(state)
+        for byte in data[:-1]:  # nothing is recorded; inference mode would cost what a byte does
+            state = feed(byte, state)[1]
+        return feed(data[-1], state, meanwhile)
 
     @torch.inference_mode()
     def _several(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
-        if len(data) > MOST_BYTES:
+        if len(data) > self._most:
             return self._parallel(data, self.for_model(state))
         log_probs, state = self.streamer.feed(self.streamer.text(data), self.from_model(state))
         return log_probs[0].cpu(), state
@@ -233,7 +237,7 @@ class HostModel:
     def for_model(self, state: Any) -> Any:
         """A state as the model on the card has it."""
         there = mapped(lambda t: t.to(self._device), [*(state or ())])
-        return [_kept_in(layer, self._dtype) for layer in there] or None
+        return [kept_in(layer, self._dtype) for layer in there] or None
 
     def _here(self, state: Any) -> Any:
         if state is None or isinstance(state, OnHost):
@@ -324,7 +328,7 @@ class CudaGuided(CudaHidden):
     ) -> tuple[Tensor, Any]:
         """As ``guided`` of one byte, whose hint ``fill`` writes to the addresses of log p (256
         float32), best byte and kind (uint8)."""
-        return self._states.streamer.guided_byte(data, self.from_model(state), fill)
+        return self._states.streamer.feed_byte(data[0], self.from_model(state), fill=fill)
 
 
 class _States:
@@ -361,21 +365,13 @@ class _States:
     def for_model(self, state: Any) -> Any:
         """The inverse of ``from_model``."""
         if isinstance(state, HybridState):
-            return [_kept_in(layer, self._dtype)
+            return [kept_in(layer, self._dtype)
                     for layer in hybrid.hybrid_layers(self.streamer, state)]
         if not isinstance(state, (StreamState, Served)):
             return state
         state = self.streamer.outside(state)
         return [MambaState(conv_state.to(self._dtype), ssm_state)
                 for conv_state, ssm_state in zip(state.tail, state.ssm, strict=True)]
-
-
-def _kept_in(layer: Any, dtype: torch.dtype) -> Any:
-    """A layer's state with what passes through its projections in the model's type; states of
-    recurrences stay float32."""
-    wide = {"ssm_state", "memory", "position", "others"}
-    return layer._replace(**{name: x.to(dtype) for name, x in layer._asdict().items()
-                             if name not in wide})
 
 
 def _norm(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:

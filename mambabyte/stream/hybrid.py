@@ -35,6 +35,8 @@ def unsupported(model: ByteLM) -> str:
     config, index = model.config, model.device.index
     if foreign := set(config.layers) - set(KINDS):
         return f"the kernel has no {', '.join(SPECS[letter].about for letter in sorted(foreign))}"
+    if config.scan_form not in ("auto", "fused"):
+        return f"scan_form {config.scan_form!r} has a kernel for Mamba layers alone"
     shapes = {name: p.to("meta") for name, p in model.named_parameters()}
     try:
         check_fit(config, shapes, *_epsilons(model), index)

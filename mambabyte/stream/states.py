@@ -62,6 +62,14 @@ def copy(state: Any) -> Any:
     return mapped(lambda t: t.detach().clone(memory_format=torch.contiguous_format), state)
 
 
+def kept_in(layer: Any, dtype: torch.dtype) -> Any:
+    """A layer's state with what passes through its projections in the model's type; states of
+    recurrences stay float32."""
+    wide = {"ssm_state", "memory", "position", "others"}
+    return layer._replace(**{name: x.to(dtype) for name, x in layer._asdict().items()
+                             if name not in wide})
+
+
 def select(state: Any, rows: Tensor | Sequence[int]) -> Any:
     """The texts ``rows`` (n,) of a state, in this order: reordered, repeated or left out.
 

@@ -26,7 +26,7 @@ from mambabyte.config import ModelConfig
 from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.model import ByteLM, embed
 from mambabyte.model.lm import symbols
-from mambabyte.stream.streams import Advance, Hidden, engine_name, guided_of
+from mambabyte.stream.streams import Advance, Hidden, engine_name, guided_of, numbers
 from mambabyte.task import ngram_native
 from mambabyte.task.ngram import NgramModel, V
 
@@ -34,6 +34,7 @@ _CLEAR = 4  # classes of how clear the longest context is
 _CHUNK = 1 << 22  # bytes of text looked up at a time
 _AT_ONCE = {"cpu": 4096, "cuda": 1 << 16}  # contexts looked up at a time
 _NODES = 1 << 20  # contexts tabulated at a time
+_ALONE = 4  # bytes that are fed sooner one by one than in one launch
 _FEW = 16  # bytes for which looking up on the CPU is the quicker way
 
 
@@ -245,16 +246,19 @@ class GuidedLM(nn.Module):
 
         def advance(data: bytes, state: Any) -> tuple[Tensor, Any]:
             guide = None if self.guide is None else self.guide.near
-            if guide is None or guided_byte is None or len(data) > 1 or not guide.looks_up_natively:
-                return several(data, with_tensor(state))
-            # A byte alone: no tensor is made of it. The last bytes are kept as bytes.
+            if (guide is None or guided_byte is None or len(data) > _ALONE
+                    or not guide.looks_up_natively):
+                log_p, state = several(data, with_tensor(state))
+                return numbers(log_p), state
+            # Bytes alone: no tensor is made of them. The last ones are kept as bytes.
             network, last = (None, bytes([START_BYTE]) * guide.width) if state is None else state
             if not isinstance(last, bytes):
                 last = bytes(last[0].tolist())
-            text = (last + data)[1:]
-            log_p, network = guided_byte(
-                data, network, functools.partial(guide.hint_into, text))
-            return log_p, (network, text)
+            for i in range(len(data)):
+                last = (last + data[i : i + 1])[1:]
+                log_p, network = guided_byte(
+                    data[i : i + 1], network, functools.partial(guide.hint_into, last))
+            return log_p, (network, last)
 
         @torch.inference_mode()
         def several(data: bytes, state: Any) -> tuple[Tensor, Any]:
@@ -282,6 +286,8 @@ class GuidedLM(nn.Module):
             return getattr(hidden, "for_model", lambda network: network)(network), last
 
         advance.for_model = for_model  # type: ignore[attr-defined]
+        # Of one byte, where the engine on the card has it.
+        advance.sees_nan = hasattr(hidden, "guided_byte")  # type: ignore[attr-defined]
         advance.engine = "model.c" if (  # type: ignore[attr-defined]
             hidden == self.lm.hidden and guided is not None) else engine_name(hidden)
         return advance

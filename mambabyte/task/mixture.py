@@ -13,6 +13,7 @@ from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.model.lm import symbols
 from mambabyte.stream import ByteModel, advance_of
+from mambabyte.stream.cuda import CudaModel
 from mambabyte.stream.streams import Advance, engine_name, own_form
 from mambabyte.task.ngram import NgramModel, V
 
@@ -107,12 +108,22 @@ class Mixture(nn.Module):
         """How a stream goes on: both as they do alone, and mixed."""
         neural, counted = advance_of(cast(ByteModel, self.model)), advance_of(self.ngram)
 
+        def on_card(data: bytes, state: Any) -> tuple[Tensor, Any]:
+            first, second = (None, None) if state is None else state
+            found: list[tuple[Tensor, Any]] = []
+            log_p, first = cast(CudaModel, neural)(
+                data, first, lambda: found.append(counted(data, second)))
+            counts, second = found[0]
+            return mix(log_p, counts, self.weight), (first, second)
+
         @torch.inference_mode()
-        def advance(data: bytes, state: Any) -> tuple[Tensor, Any]:
+        def in_turn(data: bytes, state: Any) -> tuple[Tensor, Any]:
             first, second = (None, None) if state is None else state
             log_p, first = neural(data, first)
             counts, second = counted(data, second)
             return mix(log_p, counts, self.weight), (first, second)
+
+        advance = on_card if isinstance(neural, CudaModel) else in_turn
 
         def for_model(state: tuple) -> tuple:
             return own_form(neural, state[0]), own_form(counted, state[1])

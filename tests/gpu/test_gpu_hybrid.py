@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import pickle
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 
 from mambabyte.config import PRESETS, ModelConfig
+from mambabyte.evaluate import byte_log_probs
+from mambabyte.model import ByteLM
+from mambabyte.ops.stream.grid.memory import ServedHybrid
+from mambabyte.ops.stream.hybrid import HybridState
 from mambabyte.stream import ByteStream, advance_of
 from mambabyte.stream import cuda as cuda_model
-from mambabyte.stream.cuda import CudaModel, hidden_shortcut
+from mambabyte.stream.cuda import CudaGuided, CudaModel, hidden_shortcut
+from mambabyte.task.guide import GuidedLM, Hint
 from tests.gpu.test_gpu_stream import exact, made, random_bytes, relative_rms
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -105,3 +113,108 @@ def test_passes_that_check_guesses_draw_the_same_bytes(name: str) -> None:
             assert relative_rms(guessing.log_probs, plain.log_probs.double()) < 1e-6
             # What follows is drawn from the states that the two have.
             assert list(guessing.fork().draw(9, **how)) == list(plain.fork().draw(9, **how))
+
+
+SERVED = replace(SMALL, layer_pattern="MALSDK", n_layer=6, norm="rms", norm_eps=1e-5)
+
+
+def test_a_kernel_that_stays_goes_on_from_any_state_and_leaves_by_itself() -> None:
+    model = made(SERVED)
+    data = bytes(random_bytes(1, 200)[0].tolist())
+    wanted, _ = exact(model, torch.tensor([list(data)]))
+    advance = advance_of(model)
+    assert advance.engine == "hybrid.cu"
+    state, states = None, []
+    for i in range(len(data)):
+        if i in (9, 150):
+            torch.cuda.synchronize()  # it has left: another one goes on
+        found, state = advance(data[i : i + 1], state)
+        states.append(state)
+        assert relative_rms(found, wanted[0, i]) < 1e-5
+    assert isinstance(state, ServedHybrid)
+    again, _ = advance(data[5:6], states[4])
+    assert relative_rms(again, wanted[0, 5]) < 1e-5
+    whole, _ = advance(data[5:], states[4])  # in one launch, from a copy
+    assert relative_rms(whole, wanted[0, -1]) < 1e-5
+    moved = pickle.loads(pickle.dumps(states[120]))
+    assert type(moved) is HybridState
+    found, _ = advance(data[121:122], moved)
+    assert relative_rms(found, wanted[0, 121]) < 1e-5
+    other = torch.cuda.Stream()
+    with torch.cuda.stream(other):  # where others' work is, makes no difference
+        found, _ = advance(data[31:32], states[30])
+        kept = advance.for_model(states[30])
+    torch.cuda.synchronize()
+    assert relative_rms(found, wanted[0, 31]) < 1e-5
+    _, known = exact(model, torch.tensor([list(data[:31])]))
+    for mine, theirs in zip(kept, known, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            if isinstance(a, torch.Tensor) and b.numel():
+                assert relative_rms(a, b) < 1e-5
+
+
+def test_models_in_turns_with_scores_and_drawing_between() -> None:
+    models = [made(SERVED), made(replace(SMALL, layer_pattern="AL", n_layer=2)),
+              made(PRESETS["smoke"].model)]
+    streams, texts = [ByteStream(model) for model in models], [b"", b"", b""]
+    for step in range(40):
+        for i, (model, stream) in enumerate(zip(models, streams, strict=True)):
+            stream.feed(bytes([65 + step]))
+            texts[i] += bytes([65 + step])
+            if step == 20 + i:
+                texts[i] += b"".join(stream.draw(30, seed=1))
+            if step == 30 + i:
+                byte_log_probs(models[i - 1], texts[i - 1])
+                torch.randn(2000, 2000, device="cuda").softmax(-1).sum().item()
+            if step % 13 == 12:
+                read = ByteStream(model)
+                assert read.read(texts[i]) is not None
+                assert relative_rms(stream.log_probs, read.log_probs.double()) < 1e-5
+
+
+def test_threads_feed_models_that_each_take_the_whole_device() -> None:
+    models = [made(SERVED), made(replace(SMALL, layer_pattern="AL", n_layer=2)),
+              made(PRESETS["smoke"].model)]
+    text = bytes(random_bytes(1, 150)[0].tolist())
+    alone = []
+    for model in models:
+        stream = ByteStream(model)
+        for byte in text:
+            stream.feed(bytes([byte]))
+        alone.append(stream.log_probs)
+    found = {}
+
+    def feed(i: int, model: ByteLM) -> None:
+        stream = ByteStream(model)
+        for byte in text:
+            stream.feed(bytes([byte]))
+        found[i] = stream.log_probs
+
+    threads = [threading.Thread(target=feed, args=(i, models[i % 3])) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert all(relative_rms(found[i], alone[i % 3].double()) < 1e-6 for i in range(6))
+
+
+def test_hints_of_a_guided_model_come_with_its_bytes() -> None:
+    torch.manual_seed(1)
+    model = GuidedLM(replace(SMALL, layer_pattern="MA"), n_kinds=7).cuda().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    hint = Hint(torch.log_softmax(3 * torch.randn(60, 256), -1),
+                *(torch.randint(7, (60,)).to(torch.uint8) for _ in range(2)))
+    engine, state, data = CudaGuided(model.lm, model), None, random_bytes(1, 60)
+    with torch.inference_mode():
+        whole = Hint(*(x[None].cuda() for x in (hint.log_p, hint.best, hint.kind)))
+        hidden, _ = model.lm.hidden(model.embedded(data.long(), whole))
+        wanted = torch.log_softmax(model.combined(hidden, whole).double(), -1)[0].cpu()
+    for i, byte in enumerate(data[0].tolist()):
+        def fill(*places: int, i: int = i) -> None:
+            for at, x in zip(places, (hint.log_p, hint.best, hint.kind), strict=True):
+                ctypes.memmove(at, x[i : i + 1].data_ptr(), x[:1].numel() * x.element_size())
+
+        found, state = engine.guided_byte(bytes([byte]), state, fill)
+        assert relative_rms(found, wanted[i]) < 2e-5

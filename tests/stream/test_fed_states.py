@@ -35,6 +35,7 @@ def streamer(monkeypatch: pytest.MonkeyPatch) -> cuda.CudaStreamer:
     stream = SimpleNamespace(cuda_stream=0, query=lambda: True, wait_stream=lambda other: None)
     monkeypatch.setattr(server, "_SERVERS", set())
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **more: stream)
+    monkeypatch.setattr(cuda, "raw_stream", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(cuda, "cluster_blocks", lambda shape, device: 8)
@@ -105,6 +106,7 @@ def test_a_kernel_that_stays_leaves_where_others_need_the_device(
 
     monkeypatch.setattr(kernel._stream, "query", query)
     server.make_room(torch.device("cuda", 7))  # not there
+    server.make_room(streamer.device, large=True)  # it takes up a part alone
     assert not asked
     server.make_room(streamer.device)
     assert len(asked) == 2

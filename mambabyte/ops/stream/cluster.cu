@@ -51,6 +51,30 @@ inline void cluster_barrier() {
                  ::: "memory");
 }
 
+// ------------------------------------------------------------------------------- from the host
+
+// Flags beside the byte of an order to a kernel that stays: the state before it is that of the byte
+// before; there is no byte, and the kernel is to leave.
+constexpr unsigned GO_ON = 1 << 8, LEAVE = 1 << 9;
+
+// A warp looks into the host's memory until each of `words` words there (at most 32) has the number
+// `ticket` beside it: lane i gets word i, or LEAVE where `patience` looks have been in vain.
+inline unsigned look_for_order(const uint2 *orders, int words, unsigned ticket, int patience) {
+    const int lane = threadIdx.x % 32;
+    unsigned word = 0, number = ticket;
+    for (int looks = 0;; looks++) {
+        if (lane < words)  // word and number are read as one
+            asm volatile("ld.volatile.global.v2.u32 {%0, %1}, [%2];"
+                         : "=r"(word), "=r"(number) : "l"(orders + lane) : "memory");
+        if (__all_sync(ALL, number == ticket)) return word;
+        if (looks == patience) return LEAVE;
+    }
+}
+
+inline unsigned next_ticket(unsigned ticket) { return ticket == 0xffffffffu ? 1 : ticket + 1; }
+
+// ------------------------------------------------------------------------------- in a block
+
 // The block's first T threads meet; whoever is behind them has other work.
 inline void meet() { asm volatile("bar.sync 1, %0;" ::"n"(T) : "memory"); }
 

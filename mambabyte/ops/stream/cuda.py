@@ -7,7 +7,7 @@ in the shared memory of its blocks as far as they fit. It needs compute capabili
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mambabyte.ops.build.kernel import Kernel, Program, raw_stream
 from mambabyte.ops.build.nvrtc import NvrtcError
-from mambabyte.ops.stream.feeding import VOCABULARY, ByteFeeder
-from mambabyte.ops.stream.server import PATIENCE, Served, Server
+from mambabyte.ops.stream.feeding import VOCABULARY, ByteFeeder, nothing
+from mambabyte.ops.stream.server import PATIENCE, Served, Server, lock_of, make_room
 
 THREADS = 384
 CLUSTERS = (16, 8)  # blocks of a cluster, best first; 16 is more than every card grants
@@ -43,6 +43,7 @@ class Shape:
     eps: float = 1e-5
     stem_eps: float | None = None  # of an RMS norm behind the embedding, if there is one
     cap: float = 0.0
+    decayed: bool = False  # a step's input decays by that step, as the document has it
 
 
 class LayerWeights(NamedTuple):
@@ -210,7 +211,8 @@ def _program(plan: Plan) -> Program:
         "CL": plan.blocks, "S": plan.streams, "T": THREADS, "LAYERS": s.layers, "DM": s.d_model,
         "DI": s.d_inner, "N": s.states, "R": s.rank, "K": s.taps, "H": s.hidden,
         "ACTIVATION": ACTIVATIONS.index(s.activation), "CENTERED": int(s.centered),
-        "RESIDENT": plan.resident, "BLOB": plan.floats, "WORK": plan.work,
+        "DECAYED": int(s.decayed), "RESIDENT": plan.resident,
+        "BLOB": plan.floats, "WORK": plan.work,
     }  # fmt: skip
     real = {"EPS": s.eps, "CAP": s.cap}
     # One macro: names such as T or N of their own would reach into the compiler's own headers.
@@ -274,6 +276,10 @@ def _plan_for(shape: Shape, blocks: int, batch: int, device: int) -> Plan:
 # ------------------------------------------------------------------------------------- launching
 
 
+class ServedState(Served, tuple[Tensor]):
+    """What ``StreamState`` is of one text, numbers (n,), with a kernel that stays."""
+
+
 class CudaStreamer(ByteFeeder):
     """Steps a model's streams on one device, with the weights as they are now.
 
@@ -297,7 +303,7 @@ class CudaStreamer(ByteFeeder):
         self._weights = self._blob.data_ptr(), self._table.data_ptr()
         self._plans: dict[int, tuple[Kernel, tuple[int, int, int], int]] = {}
         floats = shape.layers * shape.d_inner * (shape.states + shape.taps - 1)
-        self._server = Server(self.device, floats, self._stay, self._shaped)
+        self._server = Server(self.device, floats, self._stay, self._outside)
 
     def new_state(self, batch: int) -> StreamState:
         """The state before the first byte."""
@@ -308,23 +314,30 @@ class CudaStreamer(ByteFeeder):
             zeros(s.layers, batch, s.d_inner, s.states),
         )
 
-    def feed_byte(self, byte: int, state: StreamState | Served) -> tuple[Tensor, Served]:
-        """As ``ByteFeeder.feed_byte``, by a kernel that stays for the next one."""
+    def feed_byte(
+        self, byte: int, state: StreamState | Served, meanwhile: Callable[[], None] = nothing
+    ) -> tuple[Tensor, Served]:
+        """``feed`` of one byte of one text, by a kernel that stays for the next one:
+        log-probabilities (256,) on the CPU; NonFiniteError where they are nan. ``meanwhile`` is
+        called while the kernel has the byte."""
         server = self._server
-        if type(state) is not Served or state.server is not server:
-            given = self.outside(state)
-            with server.lock:
-                state = server.taken_in(given.ssm, given.tail)
         with server.lock:
-            new = server.order(byte, state)
+            if isinstance(state, Served) and state.server is server:
+                row = server.order(byte, state.words)
+            else:
+                given = self.outside(state)
+                row = server.order(byte, server.taken_in(given.ssm, given.tail).words)
+            new = ServedState((row.numbers,))
+            new.server, new.words = server, row.words
+            meanwhile()
             return server.read(), new
 
     def outside(self, state: StreamState | Served) -> StreamState:
         """A state as tensors that anybody may use."""
         return state.outside() if isinstance(state, Served) else state
 
-    def _shaped(self, numbers: Tensor) -> StreamState:
-        s = self.shape
+    def _outside(self, state: ServedState) -> StreamState:
+        s, (numbers,) = self.shape, self._server.copies(state[0])
         ssm, tail = numbers.split([s.layers * s.d_inner * n for n in (s.states, s.taps - 1)])
         return StreamState(tail.view(s.layers, 1, s.taps - 1, s.d_inner),
                            ssm.view(s.layers, 1, s.d_inner, s.states))
@@ -352,25 +365,28 @@ class CudaStreamer(ByteFeeder):
         self, state: StreamState | Served, log_probs: Tensor, batch: int, length: int, *,
         tokens: Tensor | None = None, first: Tensor | None = None, drawn: Tensor | None = None,
         every: bool = False, seed: int = 0, position: int = 0, temperature: float = 0.0,
-        top_k: int = 0, top_p: float = 1.0, told: tuple[int, int] = (0, 0),
+        top_k: int = 0, top_p: float = 1.0,
     ) -> StreamState:
         before = [x.float().contiguous() for x in self.outside(state)]
         new = StreamState(*(torch.empty_like(x) for x in before))
         kernel, grid, shared_bytes = self._planned(batch)
         pointers = [0 if t is None else t.data_ptr()
                     for t in (tokens, first, *before, *new, drawn, log_probs)]
-        kernel.launch(
-            grid, (THREADS, 1, 1), shared_bytes, raw_stream(self._index), *self._weights,
-            *pointers, *told, seed % 2**64, position, batch, length, int(every), temperature, top_k,
-            top_p, 0, 0)
+        with lock_of(self.device):
+            make_room(self.device, large=True)
+            kernel.launch(
+                grid, (THREADS, 1, 1), shared_bytes, raw_stream(self._index), *self._weights,
+                *pointers, 0, 0, seed % 2**64, position, batch, length, int(every), temperature,
+                top_k, top_p, 0, 0)
         return new
 
-    def _stay(self, stream: int, orders: int, log_probs: int, done: int, ticket: int) -> None:
+    def _stay(self, orders: int, log_probs: int, done: int, ticket: int) -> None:
         """Launch the kernel that takes orders; see ``Server``."""
         kernel, grid, shared_bytes = self._planned(1)
+        make_room(self.device, large=True)
         kernel.launch(
-            grid, (THREADS, 1, 1), shared_bytes, stream, *self._weights, *[0] * 7, log_probs, done,
-            ticket, 0, 0, 1, 1, 0, 0.0, 0, 1.0, orders, PATIENCE)
+            grid, (THREADS, 1, 1), shared_bytes, raw_stream(self._index), *self._weights, *[0] * 7,
+            log_probs, done, ticket, 0, 0, 1, 1, 0, 0.0, 0, 1.0, orders, PATIENCE)
 
     def _planned(self, batch: int) -> tuple[Kernel, tuple[int, int, int], int]:
         """The kernel for so many texts, its grid and its shared memory."""

@@ -17,6 +17,10 @@ VOCABULARY = 256
 NOT_NUMBERS = "the model's probabilities are not numbers: its weights have gone nan"
 
 
+def nothing() -> None:
+    """What is to be done while the card has a byte, where there is nothing."""
+
+
 def every_byte(device: torch.device) -> list[Tensor]:
     """Each byte as a text (1, 1): feeding one copies nothing to the device."""
     return list(torch.arange(256, device=device).to(torch.uint8)[:, None, None])
@@ -28,8 +32,8 @@ class Mailbox:
 
     spins = 10_000  # looks at the number between two at whether the kernel has failed
 
-    def __init__(self, device: torch.device) -> None:
-        self.lock = threading.Lock()  # one text at a time
+    def __init__(self, device: torch.device, lock: threading.RLock) -> None:
+        self.lock = lock  # one text at a time
         self.device, self._ticket = device, 0
         self._memory = torch.zeros(VOCABULARY + 1, pin_memory=device.type == "cuda")
         self.log_probs = self._memory[:VOCABULARY]
@@ -65,21 +69,20 @@ class Mailbox:
 
 
 class ByteFeeder:
-    """What the two engines share: a text is fed, and a byte of it, by ``_launch``."""
+    """What the two engines share: a text is fed, by ``_launch``."""
 
     device: torch.device
-    alone = 1  # as many bytes are fed sooner one by one than in one launch
     most_drawn = 256  # in one launch, so that bytes come steadily
 
     def _launch(
         self, state: Any, log_probs: Tensor, batch: int, length: int, *,
-        tokens: Tensor | None = None, every: bool = False, told: tuple[int, int] = (0, 0),
+        tokens: Tensor | None = None, every: bool = False,
     ) -> Any:
         raise NotImplementedError
 
     def _begin(self, device: torch.device) -> None:
         self.device, self._index = device, device.index
-        self._bytes, self._mailbox = every_byte(device), Mailbox(device)
+        self._bytes = every_byte(device)
 
     def feed(
         self, tokens: Tensor, state: Any, all_positions: bool = False
@@ -100,12 +103,3 @@ class ByteFeeder:
         if len(data) == 1:
             return self._bytes[data[0]]
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)[None].to(self.device)
-
-    def feed_byte(self, byte: int, state: Any) -> tuple[Tensor, Any]:
-        """``feed`` of one byte of one text: log-probabilities (256,) on the CPU, written there by
-        the kernel itself; NonFiniteError where they are nan."""
-        box = self._mailbox
-        with box.lock:
-            new = self._launch(
-                state, box.log_probs, 1, 1, tokens=self._bytes[byte], told=box.told())
-            return box.read(), new

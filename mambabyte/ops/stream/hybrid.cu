@@ -19,6 +19,12 @@
 // latest of the longest equal endings in the last PAST bytes (prompt lookup decoding; Yang et al. 2023,
 // arXiv:2304.04487). A byte without a guess is a pass of its own.
 //
+// With orders the kernel stays and reads one text whose bytes come one after another: the first block
+// looks into the host's memory for the next order, and hands it to all others in packets of a place of
+// their own, the byte's hint with it. It writes the next order there when all blocks have sent their
+// logits, so have read the one before. Weights that stay in shared memory are read once, the ring's tiles of the
+// next byte come in while it is waited for.
+//
 // SIZES (see cluster.cu) are given by packing.py, which packs the weights and so knows where they lie:
 //   CL, S = 1, T, LAYERS, DM (d_model), DI (d_inner), N, R (dt_rank, 0: from all channels), K (taps),
 //   H (hidden or 0), ACTIVATION, CENTERED, STEM (norm behind the embedding, done beforehand but where the kernel is given x or hints), EPS, TINY, SSD_EPS, CAP, HEADS, KVH,
@@ -99,6 +105,42 @@ template <int P> __forceinline__ void pass(
     b.used = 0, b.parity ^= 1;
 }
 
+// An order of the host, in shared memory.
+struct Order {
+    // Its words: a byte with a flag of cluster.cu, where the state before it lies and the one after it
+    // goes, the keys and values (and slots of a share, rows BEGIN to STORED), the byte's angles.
+    enum { WHAT, BEFORE, AFTER = BEFORE + 2, KEYS = AFTER + 2, ANGLES = KEYS + 2, SLOTS = ANGLES + 2, BEGIN, STORED, WORDS };
+    static_assert(parts(WORDS + (GUIDED ? HINT : 0), 3) == ORDER_PACKETS, "sizes.py counts an order otherwise");
+    const unsigned *word;  // the hint behind them
+
+    __forceinline__ float *pointer(int i) const {
+        return (float *)(word[i] | (unsigned long long)word[i + 1] << 32);
+    }
+    __forceinline__ const float *hint() const { return (const float *)(word + WORDS); }
+
+    // Whether there is one: all blocks know it and have it.
+    __forceinline__ bool take(
+        Block &b, const uint2 *orders, unsigned ticket, int patience, const volatile float *hint) const {
+        float *const to = (float *)word;
+        Packet *const place = b.packets + ORDERS;
+        if (b.rank == 0) {
+            if (b.warp == 0) {
+                const unsigned found = look_for_order(orders, WORDS, ticket, patience);
+                if (b.lane < WORDS) to[b.lane] = __uint_as_float(found);
+            }
+            meet();
+            for (int i = b.tid; GUIDED && i < HINT; i += T) to[WORDS + i] = hint[i];
+            meet();
+            for (int i = b.tid; i < ORDER_PACKETS; i += T)
+                put(place + i, to[3 * i], to[3 * i + 1], to[3 * i + 2], b.exchange);
+            b.exchange++;
+        } else {
+            b.take<ORDER_PACKETS>([&](int i) { return place + i; }, [](int i, int j) { return ORDER + 3 * i + j; });
+        }
+        return !(word[WHAT] & LEAVE);
+    }
+};
+
 // The last bytes of a text, byte i at i % PAST, and what may follow them.
 struct Past {
     unsigned char *bytes;
@@ -133,6 +175,10 @@ struct Past {
 // the best byte and its kind. Where bytes are drawn and PASS > 1, there is one text, of which `past`
 // (known) are the last bytes, the oldest first; `trail` (blocks, PASS, STATE) is scratch, and `passes` (2)
 // are how many it took and how many bytes were guessed.
+//
+// With `orders`, WORDS words of the host's memory, there is one text, whose bytes, states and keys these
+// tell, until there have been `steps` of them, or the kernel is told to leave, or has looked `patience`
+// times in vain; `hints` is then one byte's, in the host's memory too.
 extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
     Packet *packets, unsigned exchange, const float *resident, const float *tiles, const Tile *schedule,
     const float *embedding, const float *best, const float *kinds, const float *final_norm, const unsigned char *tokens, const float *inputs,
@@ -140,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
     int slots, int begin, int stored, unsigned char *drawn, float *log_probs, float *hidden,
     unsigned *done, unsigned ticket, unsigned long long seed, unsigned long long position, int streams,
     int steps, int all, float temperature, int top_k, float top_p,
-    const unsigned char *past, int known, float *trail, int *passes) {
+    const unsigned char *past, int known, float *trail, int *passes, const uint2 *orders, int patience) {
     extern __shared__ __align__(128) char shared[];
     float *const mem = (float *)shared + SPACE + RESIDENT;
     const int tid = threadIdx.x, rank = blockIdx.x;
@@ -159,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
         asm volatile("fence.proxy.async;" ::: "memory");
     }
     __syncthreads();
-    const bool drawing = !tokens && !inputs, guessing = PASS > 1 && drawing;
+    const bool drawing = !tokens && !inputs && !orders, guessing = PASS > 1 && drawing;
     const int64 total = (int64)streams * steps;
     if (tid >= T) {
         if (tid == T) b.supply(tiles, total, ended);
@@ -167,6 +213,7 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
     }
     const Draw how = {drawn, seed, position, temperature, top_p, top_k};
     int *byte = (int *)(mem + BYTE), laps = 0, guesses = 0;
+    const Order order = {(const unsigned *)(mem + ORDER)};
     for (int i = tid; i < RESIDENT; i += T)
         mem[i - RESIDENT] = resident[(int64)rank * RESIDENT + i];
 #pragma unroll 1
@@ -177,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
         const int64 state_at = ((int64)text * CL + rank) * STATE;
         Past seen = {(unsigned char *)(mem + SEEN), (int *)(mem + ENDINGS), known};
         meet();  // the text before is at its end in all threads
-        for (int i = tid; i < STATE; i += T) mem[STATES + i] = state_in ? state_in[state_at + i] : 0.f;
+        for (int i = tid; !orders && i < STATE; i += T) mem[STATES + i] = state_in ? state_in[state_at + i] : 0.f;
 #pragma unroll 1
         for (int i = tid; first && i < V; i += T) mem[LOGIT + i] = first[(int64)text * V + i];
         for (int i = tid; guessing && i < known; i += T) seen.bytes[i & (PAST - 1)] = past[i];
@@ -187,6 +234,11 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
 #pragma unroll 1
         for (int t = 0, count; t < steps; t += count, laps++) {
             const int64 step = (int64)text * steps + t;
+            if (orders) {
+                if (!order.take(b, orders, ticket, patience, hints)) break;
+                const float *const before = order.pointer(Order::BEFORE) + rank * STATE;
+                for (int i = tid; !(order.word[Order::WHAT] & GO_ON) && i < STATE; i += T) mem[STATES + i] = before[i];
+            }
             int from = 0;  // where the guesses are
             if (guessing) {
                 if (tid == 0) seen.bytes[seen.end & (PAST - 1)] = byte[0];
@@ -198,12 +250,14 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
             guesses += valid - 1;
             auto guess = [&](int p) { return (int)seen.at(from + (p - 1) % (seen.end - from)); };
             auto begin_with = [&](int p) {
-                return inputs ? inputs + step * DM
-                              : embedding + (int64)(!drawing ? tokens[step] : p ? guess(p) : byte[0]) * DM;
+                if (inputs) return inputs + step * DM;
+                const int fed = orders ? order.word[Order::WHAT] & 255 : !drawing ? tokens[step] : p ? guess(p) : byte[0];
+                return embedding + (int64)fed * DM;
             };
             const int width = from ? PASS : 1;
             const bool raw = GUIDED || (STEM && inputs);
-            const float turn = A && tid < width * HD ? rotary[(int64)t * HD + tid] : 0.f;
+            const float *const angles = orders ? order.pointer(Order::ANGLES) : rotary + (int64)t * HD;
+            const float turn = A && tid < width * HD ? angles[tid] : 0.f;
 #pragma unroll 1
             for (int p = 0; p < width; p++) {
                 constexpr int EACH = parts(DM, T);
@@ -222,11 +276,11 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
             }
             if (A && tid < width * HD) mem[TURN + tid] = turn;
 #pragma unroll 1
-            for (int i = tid + T; A && i < width * HD; i += T) mem[TURN + i] = rotary[(int64)t * HD + i];
+            for (int i = tid + T; A && i < width * HD; i += T) mem[TURN + i] = angles[i];
             meet();
             if constexpr (GUIDED) {  // the tile is passed by in any case
                 float *const local = mem + LOCAL, *const x = mem + X;
-                const float *hint = hints + step * HINT;
+                const float *hint = orders ? order.hint() : hints + step * HINT;
 #pragma unroll 1
                 for (int i = tid; hints && i < V; i += T) {  // once, as they may lie with the host
                     mem[HINTS + i] = hint[i];
@@ -247,12 +301,14 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
                 if (hints) b.give<RD, 1, RD>(), b.due = true, b.receive_x<1>();
                 meet();
             }
+            if (orders) cache = order.pointer(Order::KEYS), slots = order.word[Order::SLOTS], begin = order.word[Order::BEGIN];
             float *const cache_of = cache + (int64)text * CACHES * 2 * SHARES_OF * slots * HD;
             float *const to = hidden ? hidden + step * DM : nullptr;
+            const int now = orders ? order.word[Order::STORED] : stored + t;
             if (PASS > 1 && from)
-                pass<PASS>(b, raw, cache_of, slots, begin, stored + t, valid, final_norm, to);
+                pass<PASS>(b, raw, cache_of, slots, begin, now, valid, final_norm, to);
             else
-                pass<1>(b, raw, cache_of, slots, begin, stored + t, valid, final_norm, to);
+                pass<1>(b, raw, cache_of, slots, begin, now, valid, final_norm, to);
             if (GUIDED && hints) {
 #pragma unroll 1
                 for (int i = tid; i < V; i += T)
@@ -274,11 +330,16 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
                     for (int i = tid; i < STATE; i += T) mem[STATES + i] = b.trail[row * STATE + i];
                 meet();
             }
-            if (log_probs && (all || t + count >= steps))
+            if (log_probs && (all || orders || t + count >= steps))
                 write_log_probs(mem + LOGIT + row * LS, log_probs, text, streams, all ? steps : 1, all ? t : 0);
-            if (done && step + 1 == total && rank == 0 && b.warp == 0) tell(done, ticket);
+            if (done && (orders || step + 1 == total) && rank == 0 && b.warp == 0) tell(done, ticket);
+            if (orders) {  // the host has its answer
+                float *const after = order.pointer(Order::AFTER) + rank * STATE;
+                for (int i = tid; i < STATE; i += T) after[i] = mem[STATES + i];
+                ticket = next_ticket(ticket);
+            }
         }
-        for (int i = tid; i < STATE; i += T) state_out[state_at + i] = mem[STATES + i];
+        for (int i = tid; !orders && i < STATE; i += T) state_out[state_at + i] = mem[STATES + i];
     }
     if (tid == 0) {
         *ended = laps;

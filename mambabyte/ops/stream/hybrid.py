@@ -8,7 +8,6 @@ later.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,48 +19,22 @@ from mambabyte.config import ModelConfig
 from mambabyte.ops.build.kernel import Kernel, raw_stream
 from mambabyte.ops.build.nvrtc import NvrtcError
 from mambabyte.ops.stream.cuda import shared_limit
-from mambabyte.ops.stream.feeding import VOCABULARY, ByteFeeder
+from mambabyte.ops.stream.feeding import VOCABULARY, ByteFeeder, nothing
+from mambabyte.ops.stream.grid.memory import Exchange, Held, HybridState, Room, ServedHybrid, Taken
 from mambabyte.ops.stream.grid.numbers import from_numbers, to_numbers
 from mambabyte.ops.stream.grid.packing import Packed, pack
-from mambabyte.ops.stream.grid.sizes import PAST, THREADS, Built, program
+from mambabyte.ops.stream.grid.sizes import PAST, THREADS, WORDS, Built, program
 from mambabyte.ops.stream.grid.tiles import schedule
-from mambabyte.ops.stream.server import make_room
+from mambabyte.ops.stream.server import PATIENCE, Served, Server, halves, make_room
 
-_PARAMETERS = "PI" + 15 * "P" + "iiiPPPPIQQiiififPiPP"
+_PARAMETERS = "PI" + 15 * "P" + "iiiPPPPIQQiiififPiPPPi"
 _WIDTHS = (128, 64, 32, 16, 8)  # blocks, each alone on a multiprocessor, best first
 _TURNS = 4096  # positions whose rotary angles are computed at a time
-_MOST_EXCHANGES = 6  # a layer; two more a byte
+_MOST_EXCHANGES = 6  # a layer; three more a byte
 _LEAST_ROOM = 256  # bytes that a cache can grow by in place
+_STAY = 16384  # bytes after which a kernel that stays leaves: its exchanges are numbered beforehand
+_TABLES = 4  # of angles, that are kept for bytes fed one by one
 WIDTH = 3  # bytes of a pass that checks guesses; 2 and 4 win less (docs/log/streaming.md)
-
-# ---------------------------------------------------------------------------------------- states
-
-
-class HybridState(NamedTuple):
-    """What all layers remember of B texts: numbers of a fixed size, and keys and values."""
-
-    numbers: Tensor  # (B, blocks * floats)
-    cache: Tensor  # (B, layers of attention, 2, n_kv_head, chunks, slots, head_dim): row i of a
-    # layer's keys and values is slot i // chunks of chunk i % chunks
-    begin: int  # rows begin to stored of the cache are theirs
-    stored: int
-    position: int  # bytes seen before
-
-
-class _Room:
-    """A cache, and how many of its rows are taken."""
-
-    def __init__(self, rows: int, end: int) -> None:
-        self.rows, self._end = rows, end
-        self._lock = threading.Lock()
-
-    def extend(self, end: int, length: int) -> bool:
-        """Take ``length`` rows behind row ``end``, if they are there and nobody has them."""
-        with self._lock:
-            free = self._end == end and end + length <= self.rows
-            self._end += length * free
-            return free
-
 
 # ------------------------------------------------------------------------------------- launching
 
@@ -104,23 +77,6 @@ def check_fit(
     _packed(config, shapes, eps, tiny, device)
 
 
-class _Exchange:
-    """Where blocks exchange packets, each with the number of its exchange; one a CUDA stream, as
-    the launches on one come one after another."""
-
-    def __init__(self, packets: int, device: torch.device) -> None:
-        self.packets = torch.zeros(packets, 4, dtype=torch.int32, device=device)
-        self._next = 1
-
-    def take(self, count: int) -> int:
-        """The first of ``count`` exchanges that nobody else has."""
-        if self._next + count >= 1 << 32:
-            self.packets.zero_()
-            self._next = 1
-        self._next += count
-        return self._next - count
-
-
 class _Loaded(NamedTuple):
     """A kernel and what each of its launches takes."""
 
@@ -129,7 +85,10 @@ class _Loaded(NamedTuple):
     width: int  # bytes of a pass at most
     plan: Tensor  # where its tiles lie
     weights: list[int]  # addresses
-    exchanges: dict[int, _Exchange]  # by CUDA stream
+    exchanges: dict[int, Exchange]  # by CUDA stream
+
+
+_NO_ADDRESS = 0, 0
 
 
 class HybridStreamer(ByteFeeder):
@@ -140,6 +99,8 @@ class HybridStreamer(ByteFeeder):
     cosines and sines, each (length, head_dim / 2). Raises NvrtcError where the device cannot run
     it.
     """
+
+    alone = 4
 
     def __init__(
         self, config: ModelConfig, parameters: Mapping[str, Tensor], eps: float, tiny: float,
@@ -155,7 +116,14 @@ class HybridStreamer(ByteFeeder):
         self._chunks = max(1, self.blocks // config.n_kv_head)
         self._plain = self._loaded(1)
         self._hint = torch.zeros(VOCABULARY + 1, pin_memory=self.device.type == "cuda")
-        self._lock = threading.Lock()
+        at = self._hint.data_ptr()
+        self._hint_parts = at, at + 4 * VOCABULARY, at + 4 * VOCABULARY + 1
+        self._server = Server(
+            self.device, self.blocks * int(self._constants["STATE"]), self._stay, self._outside,
+            words=WORDS, large=True)
+        # Angles of _TURNS positions, of the server's stream, and where they lie.
+        self._tables: dict[int, tuple[Tensor, int]] = {}
+        self._angle_bytes = 4 * config.head_dim  # of a position
         self._windows = [{"A": config.attention_window, "L": config.local_window}[letter]
                          for letter in config.layers if letter in "AL"]
         self._turns: tuple[int, Tensor] = (-1, self.embedding)
@@ -186,7 +154,7 @@ class HybridStreamer(ByteFeeder):
         """The state before the first byte."""
         numbers = torch.zeros(batch, self.blocks * int(self._constants["STATE"]),
                               device=self.device)
-        return self._grown(HybridState(numbers, self._cache(batch, 0), 0, 0, 0), 0)[0]
+        return HybridState(numbers, self._cache(batch, 0), 0, 0, 0)
 
     def state_of(
         self, layers: list[list[Tensor]], caches: list[tuple[Tensor, Tensor]], position: int
@@ -209,7 +177,7 @@ class HybridStreamer(ByteFeeder):
         self, state: HybridState
     ) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
         """The inverse of ``state_of``, without the position."""
-        caches = []
+        caches, state = [], self.outside(state)
         for i, window in enumerate(self._windows):
             begin = max(state.begin, state.stored - (window - 1))
             k, v = (self._taken(state.cache[:, i, j], begin, state.stored) for j in range(2))
@@ -232,23 +200,93 @@ class HybridStreamer(ByteFeeder):
     def _taken(cache: Tensor, begin: int, end: int) -> Tensor:
         return cache.transpose(2, 3).flatten(2, 3)[:, :, begin:end]
 
-    def _grown(self, state: HybridState, length: int) -> tuple[HybridState, _Room]:
+    def outside(self, state: HybridState) -> HybridState:
+        """A state as tensors that anybody may use."""
+        return state.outside() if isinstance(state, Served) else state
+
+    def _outside(self, state: ServedHybrid) -> HybridState:
+        numbers, cache = self._server.copies(state.numbers, state.cache)
+        return HybridState(numbers[None], cache, *state[2:])
+
+    def _grown(self, state: HybridState, length: int) -> tuple[HybridState, Room, Taken]:
         """A state of the same numbers with room for ``length`` more rows behind its own that
         nobody else has: the same cache where it has that, else a copy."""
         room = getattr(state, "room", None)
-        if room is not None and room.extend(state.stored, length):
-            return state, room
+        taken = None if room is None else room.extend(state.stored, length)
+        if room is not None and taken is not None:
+            return state, room, taken
         kept = min(state.stored - state.begin, max([1, *self._windows]) - 1)
         # At least as many rows as are copied can follow: a copy costs a row each, in the mean.
         spare = max(_LEAST_ROOM, kept) if self._windows else 0
         # Whole slots are copied, all layers at once: row by row it took a millisecond of launches.
         slot = (state.stored - kept) // self._chunks
         begin, stored = (x - slot * self._chunks for x in (state.stored - kept, state.stored))
-        cache = self._cache(len(state.numbers), stored + length + spare)
+        cache = self._cache(state.cache.shape[0], stored + length + spare)
         old = state.cache[..., slot:, :][..., : cache.shape[5], :]
         cache[..., : old.shape[5], :] = old
-        room = _Room(cache.shape[4] * cache.shape[5] if self._windows else 1 << 62, stored + length)
-        return state._replace(cache=cache, begin=begin, stored=stored), room
+        room = Room(cache.shape[4] * cache.shape[5] if self._windows else None, stored, cache)
+        taken = room.extend(stored, length)
+        assert taken is not None
+        return HybridState(state.numbers, cache, begin, stored, state.position), room, taken
+
+    # ----------------------------------------------------------------- a kernel that stays
+
+    def feed_byte(
+        self, byte: int, state: HybridState, meanwhile: Callable[[], None] = nothing,
+        fill: Callable[[int, int, int], None] | None = None,
+    ) -> tuple[Tensor, ServedHybrid]:
+        """As ``CudaStreamer.feed_byte``. The hint of a guided model is in the host's memory, where
+        ``fill`` writes it: the addresses of its three parts."""
+        server = self._server
+        with server.lock:
+            state, words, room, taken = self._within(state)
+            angles = self._angles_at(state.position)
+            if fill is not None:
+                fill(*self._hint_parts)
+            _, cache, begin, stored, position = state
+            row = server.order(byte, words, *room.words, *angles, room.slots, begin, stored)
+            new = ServedHybrid(row.numbers, cache, begin, stored + 1, position + 1)
+            new.server, new.words, new.room, new.taken = server, row.words, room, taken
+            meanwhile()
+            return server.read(), new
+
+    def _within(
+        self, state: HybridState
+    ) -> tuple[HybridState, tuple[int, int], Room, Taken]:
+        """A state in memory of the server's stream with room for a byte's rows, and where its
+        numbers lie."""
+        server = self._server
+        if isinstance(state, ServedHybrid) and state.server is server:
+            words = state.words
+            taken = state.room.extend(state.stored, 1)
+            if taken is not None:
+                return state, words, state.room, taken
+        else:
+            state = self.outside(state)
+            words = server.taken_in(state.numbers).words
+        with server.between():
+            state, room, taken = self._grown(HybridState(*state), 1)  # a copy
+        return state, words, room, taken
+
+    def _angles_at(self, position: int) -> tuple[int, int]:
+        """Where the kernel that stays finds the angles of a position, in words of an order."""
+        if not self._windows:
+            return _NO_ADDRESS
+        which, row = divmod(position, _TURNS)
+        found = self._tables.get(which)
+        if found is None:
+            with self._server.between():
+                while len(self._tables) >= _TABLES:
+                    del self._tables[next(iter(self._tables))]
+                table = self._table(which * _TURNS, _TURNS)
+            found = self._tables[which] = table, table.data_ptr()
+        return halves(found[1] + self._angle_bytes * row)
+
+    def _stay(self, orders: int, log_probs: int, done: int, ticket: int) -> None:
+        """Launch the kernel that takes orders; see ``Server``."""
+        hint = self._hint.data_ptr() if self._constants["GUIDED"] else 0
+        self._start(self._plain, _STAY, 0, 0, hint, *[0] * 9, log_probs, 0, done, ticket, 0, 0, 1,
+                    _STAY, 0, 0.0, 0, 1.0, *[0] * 4, orders, PATIENCE)
 
     # ------------------------------------------------------------------------------- running
 
@@ -259,24 +297,9 @@ class HybridStreamer(ByteFeeder):
         byte after each, log-probabilities (256), and in the first bytes of the last number the best
         byte and its kind. Log-probabilities (256,) of the byte after the last one, on the CPU, and
         the new state."""
-        box = self._mailbox
-        with box.lock:
-            new = self._launch(state, box.log_probs, 1, len(data), tokens=self.text(data),
-                               hints=hints, told=box.told())
-            return box.read(), new
-
-    def guided_byte(
-        self, data: bytes, state: HybridState, fill: Callable[[int, int, int], None]
-    ) -> tuple[Tensor, HybridState]:
-        """As ``guided`` of one byte. The kernel reads its hint in the host's memory, where ``fill``
-        writes it: the addresses of its three parts."""
-        box = self._mailbox
-        with box.lock:
-            at = self._hint.data_ptr()
-            fill(at, at + 4 * VOCABULARY, at + 4 * VOCABULARY + 1)
-            new = self._launch(state, box.log_probs, 1, 1, tokens=self.text(data),
-                               hints=self._hint, told=box.told())
-            return box.read(), new
+        log_probs = torch.empty(1, VOCABULARY, device=self.device)
+        new = self._launch(state, log_probs, 1, len(data), tokens=self.text(data), hints=hints)
+        return log_probs[0].cpu(), new
 
     def hidden(self, x: Tensor, state: HybridState) -> tuple[Tensor, HybridState]:
         """Advance by embedded bytes x (B, L, d_model): what the head reads, of x's shape."""
@@ -327,51 +350,48 @@ class HybridStreamer(ByteFeeder):
             return self.embedding
         start, table = self._turns
         if not start <= position <= start + len(table) - length or start < 0:
-            start = position
-            table = torch.stack(self._rotary(start, max(length, _TURNS)), 1).float().contiguous()
-            self._turns = start, table
+            start, table = self._turns = position, self._table(position, max(length, _TURNS))
         return table[position - start :]
+
+    def _table(self, position: int, length: int) -> Tensor:
+        return torch.stack(self._rotary(position, length), 1).float().contiguous()
 
     def _launch(
         self, state: HybridState, log_probs: Tensor | None, batch: int, length: int, *,
-        tokens: Tensor | None = None, every: bool = False, told: tuple[int, int] = (0, 0),
-        inputs: Tensor | None = None, hints: Tensor | None = None, first: Tensor | None = None,
-        drawn: Tensor | None = None, hidden: Tensor | None = None, seed: int = 0,
-        position: int = 0, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-        loaded: _Loaded | None = None, past: tuple[Tensor | None, int] = (None, 0),
-        trail: Tensor | None = None, counts: Tensor | None = None,
+        tokens: Tensor | None = None, every: bool = False, inputs: Tensor | None = None,
+        hints: Tensor | None = None, first: Tensor | None = None, drawn: Tensor | None = None,
+        hidden: Tensor | None = None, seed: int = 0, position: int = 0, temperature: float = 0.0,
+        top_k: int = 0, top_p: float = 1.0, loaded: _Loaded | None = None,
+        past: tuple[Tensor | None, int] = (None, 0), trail: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> HybridState:
-        kernel, built, width, _, weights, exchanges = loaded or self._plain
-        state, room = self._grown(state, length)
+        loaded = loaded or self._plain
+        state, room, taken = self._grown(self.outside(state), length)
         numbers = torch.empty_like(state.numbers)
-        angles = self._angles(state.position, length + width - 1)
-        stream, shape = raw_stream(self._index), state.cache.shape
+        angles = self._angles(state.position, length + loaded.width - 1)
         pointers = [0 if t is None else t.data_ptr() for t in (
             tokens, inputs, hints, first, state.numbers, numbers, state.cache, angles)]
         results = [0 if t is None else t.data_ptr() for t in (drawn, log_probs, hidden)]
         guessed = [0 if t is None else t.data_ptr() for t in (past[0], trail, counts)]
-        with self._lock:  # of two threads on one stream the first to count is the first to launch
-            if stream not in exchanges:
-                exchanges[stream] = _Exchange(built.packets, self.device)
-            exchange = exchanges[stream]
-            number = exchange.take(batch * length * (_MOST_EXCHANGES * self.config.n_layer + 2))
-            make_room(self.device)
-            kernel.launch(
-                (self.blocks, 1, 1), (THREADS + 32, 1, 1), built.shared_bytes, stream,
-                exchange.packets.data_ptr(), number, *weights, *pointers,
-                shape[5], state.begin, state.stored, *results, *told, seed % 2**64,
-                position, batch, length, int(every), temperature, top_k, top_p, guessed[0], past[1],
-                *guessed[1:], together=True)
-        new = _Held(numbers, state.cache, state.begin, state.stored + length,
-                    state.position + length)
-        new.room = room
+        with self._server.lock:
+            self._start(
+                loaded, batch * length, *pointers, room.slots, state.begin, state.stored, *results,
+                0, 0, seed % 2**64, position, batch, length, int(every), temperature, top_k, top_p,
+                guessed[0], past[1], *guessed[1:], 0, 0)
+        new = Held(numbers, state.cache, state.begin, state.stored + length,
+                   state.position + length)
+        new.room, new.taken = room, taken
         return new
 
-
-class _Held(HybridState):
-    """A state whose cache may be added to in place; see ``_Room``."""
-
-    room: _Room | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return HybridState, tuple(self)
+    def _start(self, loaded: _Loaded, length: int, *arguments: Any) -> None:
+        """Launch for so many bytes. Under the device's lock: of two threads on one stream the first
+        to count exchanges is the first to launch."""
+        stream, exchanges = raw_stream(self._index), loaded.exchanges
+        make_room(self.device)
+        if stream not in exchanges:
+            exchanges[stream] = Exchange(loaded.built.packets, self.device)
+        exchange = exchanges[stream]
+        number = exchange.take(length * (_MOST_EXCHANGES * self.config.n_layer + 3))
+        loaded.kernel.launch(
+            (self.blocks, 1, 1), (THREADS + 32, 1, 1), loaded.built.shared_bytes, stream,
+            exchange.packets.data_ptr(), number, *loaded.weights, *arguments, together=True)

@@ -20,7 +20,8 @@
 //
 // SIZES (see cluster.cu) are given by cuda.py, which also packs the weights:
 //   CL, S, T (threads), LAYERS, DM (d_model), DI (d_inner), N (states), R (dt_rank), K (taps),
-//   H (hidden width of the MLP or 0), ACTIVATION, CENTERED (layer norm), EPS, CAP (of the logits or
+//   H (hidden width of the MLP or 0), ACTIVATION, DECAYED (a step's decay is its input's too),
+//   CENTERED (layer norm), EPS, CAP (of the logits or
 //   0), RESIDENT (floats of a block's weights kept in shared memory), and BLOB and WORK, its own idea
 //   of the sizes below.
 // All arithmetic is float32.
@@ -69,7 +70,6 @@ enum Exchange { PROJECTED, SCANNED, ADDED, ACTIVATED, LOGITS, ORDERED, EXCHANGES
 // What the host orders a kernel that stays, in words beside the number of the order: a byte with one
 // of the flags, and where the state before it lies and the state after it goes.
 constexpr int WORDS = 5;
-constexpr unsigned GO_ON = 1 << 8, LEAVE = 1 << 9;  // the state is that of the byte before; no byte
 
 // ------------------------------------------------------------------------------------ in a warp
 
@@ -256,17 +256,7 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
     auto take_order = [&]() {
         unsigned at = shared_address(mem + ORDER);
         if (rank == 0 && warp == 0) {
-            unsigned word = 0, number = ticket;
-            for (int looks = 0;; looks++) {
-                if (lane < WORDS)
-                    asm volatile("ld.volatile.global.v2.u32 {%0, %1}, [%2];"
-                                 : "=r"(word), "=r"(number) : "l"(orders + lane) : "memory");
-                if (__all_sync(ALL, number == ticket)) break;
-                if (looks == patience) {
-                    word = LEAVE;
-                    break;
-                }
-            }
+            const unsigned word = look_for_order(orders, WORDS, ticket, patience);
             if (lane < WORDS) send_all(at + 4 * lane, ORDERED, __uint_as_float(word), 0, 1);
         }
         expect_all(ORDERED, WORDS);
@@ -447,8 +437,8 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
                     for (int p = 0; p < PER; p++) {
                         int n = p * G + g;
                         if (n < N) {
-                            float next = fmaf(exp2f(dt * rate[p]), h[s][p],
-                                              dt * now[s] * from[R + n]);
+                            float keep = exp2f(dt * rate[p]), in = dt * now[s] * from[R + n];
+                            float next = DECAYED ? keep * (h[s][p] + in) : fmaf(keep, h[s][p], in);
                             if (there)
                                 mem[STATE + ((layer * S + s) * DC + c) * N + n] = next;
                             y = fmaf(from[R + N + n], next, y);
@@ -515,7 +505,7 @@ extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(T, 1) st
         }
         if (orders) {
             store_state();
-            ticket = ticket == 0xffffffffu ? 1 : ticket + 1;
+            ticket = next_ticket(ticket);
         }
         // x is written next, and was read by the slowest warp for the head.
         __syncthreads();

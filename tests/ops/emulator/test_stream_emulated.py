@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
 from mambabyte.ops.build.kernel import Program
 from mambabyte.ops.compare import relative_rms
-from mambabyte.ops.stream import cuda, hybrid
+from mambabyte.ops.stream import cuda, hybrid, server
 from mambabyte.ops.stream.grid import packing, sizes, tiles
 from mambabyte.stream import cuda as engines
 from mambabyte.stream.cuda import CudaGuided, CudaModel, _States
@@ -55,8 +55,73 @@ def emulated_blocks(program: Program, folder: Path, kept: Path) -> Emulator:
     return Emulator(source, folder, kept, cluster=BLOCKS)
 
 
+class Stream:
+    """A CUDA stream of the emulator: a thread that runs one kernel."""
+
+    running: threading.Thread | None = None
+    launched, failed = 0, False
+
+    def query(self) -> bool:
+        if self.running is not None and self.running.is_alive():
+            return False
+        assert not self.failed
+        return True
+
+    def wait_stream(self, other: Stream) -> None:
+        assert self.query()
+        assert other.query()
+
+
+class Streams(list[Stream]):
+    """All of them; the present one is last in ``entered``."""
+
+    def __init__(self) -> None:
+        super().__init__([Stream()])
+        self.entered = list(self)
+
+    def new(self, *_: object, **more: object) -> Stream:
+        self.append(Stream())
+        return self[-1]
+
+    @contextlib.contextmanager
+    def within(self, stream: Stream) -> Iterator[None]:
+        self.entered.append(stream)
+        yield
+        self.entered.pop()
+
+    def run(self, kernel: Callable[[], None], stays: bool, large: bool) -> None:
+        """Launch where one that stays or has all of the device would not wait for another."""
+        stream = self.entered[-1]
+        assert all(s.query() for s in (self if large else [stream]))
+        stream.launched += 1
+
+        def run() -> None:
+            stream.failed = True  # until it has ended well
+            kernel()
+            stream.failed = False
+
+        stream.running = threading.Thread(target=run)
+        stream.running.start()
+        if not stays:
+            stream.running.join()
+
+
 @pytest.fixture
-def emulated(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
+    """Kernels that stay do so until they are told to leave."""
+    streams = Streams()
+    monkeypatch.setattr(server, "_SERVERS", set())
+    for engine in (cuda, hybrid):
+        monkeypatch.setattr(engine, "PATIENCE", 1 << 30)
+    monkeypatch.setattr(torch.cuda, "Stream", streams.new)
+    monkeypatch.setattr(torch.cuda, "stream", streams.within)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams.entered[-1])
+    yield streams
+    server.make_room(torch.device("cpu"))
+
+
+@pytest.fixture
+def emulated(streams: Streams, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def kernel(constants: tuple, device: object) -> tuple[object, sizes.Built]:
         whole = sizes.program(constants, 1 << 17)
         # Room for two thirds of the matrices: some tiles stay, the others pass through the ring.
@@ -64,14 +129,17 @@ def emulated(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         emulator = emulated_blocks(built.program, tmp_path, kept)
 
         def launch(grid, block, shared, stream, *args, together: bool) -> None:
+            def run() -> None:
+                emulator.launch(device, "stream_hybrid", hybrid._PARAMETERS, grid[0], block[:2],
+                                shared, *args)
+
             assert together
-            emulator.launch(device, "stream_hybrid", hybrid._PARAMETERS, grid[0], block[:2],
-                            shared, *args)
+            streams.run(run, stays=args[-2] > 0, large=True)
 
         return SimpleNamespace(launch=launch), built
 
     monkeypatch.setattr(hybrid, "_kernel", kernel)
-    monkeypatch.setattr(hybrid, "raw_stream", lambda device: 0)
+    monkeypatch.setattr(hybrid, "raw_stream", lambda device: streams.index(streams.entered[-1]))
     monkeypatch.setattr(hybrid, "_multiprocessors", lambda device: BLOCKS)
     monkeypatch.setattr(hybrid, "_WIDTHS", (BLOCKS,))
     monkeypatch.setattr(hybrid, "THREADS", THREADS)
@@ -221,24 +289,8 @@ PLAIN = ModelConfig(d_model=12, n_layer=2, d_state=3, d_conv=3, dt_rank=3, embed
                     mlp_ratio=1.3, embed_norm=True, norm="rms")  # fmt: skip
 
 
-class Stream:
-    """A CUDA stream of the emulator: a thread that runs one kernel."""
-
-    cuda_stream = 0
-    running: threading.Thread | None = None
-    launched = 0
-
-    def query(self) -> bool:
-        return self.running is None or not self.running.is_alive()
-
-    def wait_stream(self, other: object) -> None:
-        assert self.query()
-
-
 @pytest.fixture
-def stream(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> Stream:
-    stream = Stream()
-
+def plain(streams: Streams, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def kernel(plan: cuda.Plan, device: object) -> object:
         emulator = emulated_blocks(plan.program(), tmp_path, kept)
 
@@ -247,11 +299,7 @@ def stream(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> Strea
                 emulator.launch(device, "stream_bytes", cuda._PARAMETERS, grid[0], block[:2],
                                 shared, *args)
 
-            stream.launched += 1
-            stream.running = threading.Thread(target=run)
-            stream.running.start()
-            if not args[-2]:  # takes no orders
-                stream.running.join()
+            streams.run(run, stays=args[-2] > 0, large=False)
 
         return SimpleNamespace(launch=launch)
 
@@ -260,10 +308,6 @@ def stream(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> Strea
     monkeypatch.setattr(cuda, "_kernel", kernel)
     monkeypatch.setattr(cuda, "_plan_for", lambda shape, *_: cuda.plan(shape, BLOCKS, 1, 1 << 17))
     monkeypatch.setattr(cuda, "raw_stream", lambda device: 0)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **more: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    return stream
 
 
 def _engine(model: ByteLM, monkeypatch: pytest.MonkeyPatch) -> CudaModel:
@@ -273,13 +317,15 @@ def _engine(model: ByteLM, monkeypatch: pytest.MonkeyPatch) -> CudaModel:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("plain")
 @torch.inference_mode()
 def test_bytes_fed_one_by_one_from_any_state(
-    stream: Stream, monkeypatch: pytest.MonkeyPatch
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = made(PLAIN)
     double = exact(model)
     engine = _engine(model, monkeypatch)
+    stream = streams[-1]
     text = b"abcabd"
     wanted = torch.log_softmax(double(torch.tensor([list(text)]))[0][0], -1)
     state, states = None, []
@@ -290,10 +336,13 @@ def test_bytes_fed_one_by_one_from_any_state(
     assert stream.launched == 1  # it stays
     again, _ = engine(text[1:2], states[0])  # an earlier state, which the kernel reads in
     assert relative_rms(again, wanted[1]) < 3e-6
-    stream.running.join()  # it leaves by itself
-    found, after = engine(text[4:5], states[3])
-    assert relative_rms(found, wanted[4]) < 3e-6
-    assert stream.launched == 2
+    server.make_room(model.device)
+    monkeypatch.setattr(cuda, "PATIENCE", 10)
+    for launched in (2, 3):
+        found, after = engine(text[4:5], states[3])
+        assert relative_rms(found, wanted[4]) < 3e-6
+        assert stream.launched == launched
+        stream.running.join()  # it leaves by itself
     # Out of its memory, which stops it; on by another launch; back in.
     kept = engine.for_model(after)
     assert stream.query()
@@ -304,3 +353,18 @@ def test_bytes_fed_one_by_one_from_any_state(
     assert relative_rms(rows, wanted[4:]) < 3e-6
     found, _ = engine(text[5:], engine.from_model(kept))
     assert relative_rms(found, wanted[5]) < 3e-6
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("plain")
+@torch.inference_mode()
+def test_a_form_of_the_scan_that_decays_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(PLAIN, scan_form="document_chunked")
+    model = made(config)
+    double, known = ByteLM(config).double().eval(), None
+    double.load_state_dict(model.state_dict())
+    engine, state = _engine(model, monkeypatch), None
+    for byte in b"abcab":
+        wanted, known = double(torch.tensor([[byte]]), known)
+        found, state = engine(bytes([byte]), state)
+        assert relative_rms(found, torch.log_softmax(wanted[0, -1], -1)) < 3e-6

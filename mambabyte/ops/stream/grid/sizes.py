@@ -16,6 +16,7 @@ from mambabyte.ops.stream.feeding import VOCABULARY
 THREADS = 256  # of a block that compute; a warp more asks for tiles
 PAST = 4096  # bytes in which a guess is looked for; a power of two
 COPIES = 2  # of a packet that is exchanged: so many fewer blocks look at each
+WORDS = 12  # of an order to a kernel that stays
 
 
 def pad(n: int) -> int:
@@ -71,6 +72,7 @@ def _strides(z: Mapping[str, Any]) -> dict[str, int]:
     return {
         "LOCALS": max(2 * channels + share(2 * z["SG"] * z["SN"]) + share(z["SH"]),
                       2 * rows + values + heads + max(heads + values, 2 * low)),
+        "ORDER_PACKETS": -(-(WORDS + z["GUIDED"] * (VOCABULARY + 1)) // 3),
         "YS": pad(z["CL"] * max(channels, rows, values)),
         "PACKETS": -(-z["PASS"] * _sent(z) // 3),  # of three numbers, of a block
         "DTS_STRIDE": z["CL"] * max(3 * share(z["SH"]) + share(z["SP"]), heads, rows),
@@ -114,6 +116,7 @@ def _regions(z: Mapping[str, Any]) -> dict[str, int]:
         "GROUP": z["A"] * held * warps * (z["HD"] + 2),
         "HINTS": z["GUIDED"] * VOCABULARY, "LIKELY": z["GUIDED"] * VOCABULARY,
         "PROB": VOCABULARY, "KEPT": VOCABULARY, "BYTE": 4, "ENDED": 4,
+        "ORDER": 3 * z["ORDER_PACKETS"],
         "SEEN": guesses * z["PAST"] // 4, "ENDINGS": guesses * warps,
         "SCHEDULE": 4 * z["TILES"], "BARS": 4 * z["TILES"] + 2,
     }  # fmt: skip
@@ -144,7 +147,8 @@ def program(constants: tuple[tuple[str, float], ...], shared_bytes: int) -> Buil
         at += up(size)
     packets = 2 * COPIES * z["CL"] * z["PACKETS"]  # and those of attention
     packets += z["A"] * _chunks(z) * z["PASS"] * z["HEADS"] * z["HD"]
-    places["COPIES"] = COPIES
+    places["COPIES"], places["ORDERS"] = COPIES, packets  # which lie behind all others
+    packets += z["ORDER_PACKETS"]
     space = min(z["BLOB"], (shared_bytes // 4 - z["RESIDENT"] - at) // 4 * 4)
     whole = {n: v for n, v in (z | places | {"SPACE": space}).items() if isinstance(v, int)}
     real = {n: v for n, v in z.items() if isinstance(v, float)}
