@@ -22,7 +22,7 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from mambabyte.config import ModelConfig
-from mambabyte.config.checks import from_plain
+from mambabyte.config.checks import from_plain, path_of
 from mambabyte.config.files import (
     MANIFEST,
     damaged,
@@ -63,7 +63,7 @@ def load_model(path: Path | str, device: str = "cpu") -> ByteLM:
     Raises UserError when there is none, when it is truncated, or when its tensors do not have
     the shapes its configuration says.
     """
-    folder = find_checkpoint(Path(path))
+    folder = find_checkpoint(path_of(path, "the checkpoint"))
     ours = (folder / MANIFEST).exists()
     if not ours and is_public(_load_object(folder / "config.json")):
         model = ByteLM.from_pretrained(folder, device)

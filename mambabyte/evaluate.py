@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mambabyte.config.checks import Some, fit
 from mambabyte.corpus.files import bytes_of
 from mambabyte.corpus.utf8 import START_BYTE, as_bytes, first_characters
 from mambabyte.errors import NonFiniteError, UserError
@@ -84,7 +85,8 @@ def byte_log_probs(
     result is what streaming gives, up to rounding. Of several documents, those of each in turn,
     given all before it in its own; L is their sum.
     """
-    was_training, device, documents = model.training, place_of(model), _documents(data)
+    device, documents, window = place_of(model), _documents(data), fit(window, Some, "window")
+    was_training = model.training
     model.eval()
     size, done, parts = sum(map(len, documents)), 0, []
     packs = isinstance(model, ByteLM)
@@ -144,6 +146,7 @@ def _begins(text: str) -> np.ndarray:
 
 def _before(model: ByteModel, context: bytes, cache: PrefixCache | None) -> tuple[Any, int]:
     """The state before the last byte that comes before a text, and that byte."""
+    context = as_bytes(context) if isinstance(context, str) else bytes_of(context)
     if not context:
         return None, START_BYTE
     stream, _ = begin(model, context[:-1], cache)
@@ -156,7 +159,7 @@ def _each(
 ) -> Score:
     """The score of the first ``characters`` characters of all documents, by ``run(document,
     characters, report)`` of each."""
-    documents = _documents(data)
+    documents, characters = _documents(data), fit(characters, Some, "characters")
     size, before, left = sum(map(len, documents)), 0, characters
     scores: list[Score] = []
     for document in documents:
@@ -204,7 +207,8 @@ def _score_windows(
     raw = np.frombuffer(as_bytes(text), np.uint8)
     if not len(raw):
         raise UserError("there is nothing to score: the text is empty")
-    was_training, device = model.training, place_of(model)
+    device, window = place_of(model), fit(window, Some | None, "window")
+    was_training = model.training
     model.eval()
     shared = getattr(model, "sequence_group", None)  # whose processes have a part of a window each
     window = window or _WINDOWS.get(device.type, _WINDOWS["cpu"]) * (shared.size if shared else 1)

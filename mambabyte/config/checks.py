@@ -94,6 +94,7 @@ Share = Annotated[float, between(0, 1)]
 Layers = Annotated[int, between(1, 10_000)]
 Threads = Annotated[int, between(0, 1024)]  # 0 leaves torch's own choice
 Workers = Annotated[int, between(1, 1024)]
+Some = Annotated[int, at_least(1)]
 
 
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
@@ -149,6 +150,16 @@ def fit(value: Any, hint: Any, name: str) -> Any:
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"{name} is {shown(value)}{_hint_at(value, hint)}: expected "
                         f"{words(hint)}") from None
+
+
+def path_of(value: Any, name: str) -> Path:
+    """``value`` as a path; UserError that begins with ``name`` for what is none, or is empty."""
+    try:
+        if not isinstance(value, str) or value:  # an empty one would be the working folder
+            return Path(value)
+    except TypeError:
+        pass
+    raise UserError(f"{name} is {shown(value)}: expected a path")
 
 
 def read(text: str | list[str], hint: Any, name: str) -> Any:

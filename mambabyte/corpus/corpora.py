@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mambabyte.config.checks import path_of
 from mambabyte.config.files import cache_dir, whole_dir, whole_file, write_json
 from mambabyte.corpus.files import (
     has_records,
@@ -76,12 +77,10 @@ def load_corpus(name: str = "stdlib", report: Callable[[str], None] = lambda lin
     A file that is no UTF-8 text is read as the bytes that it has, and a warning says what it is.
     Raises UserError when there is nothing there, when it is empty or when it is not a file.
     """
-    if name in OWN:
+    if isinstance(name, str) and name in OWN:
         about, make = OWN[name]
         return _open_own(make(report), name, about)
-    if not name:  # as a path it would be the working folder
-        raise UserError(f"corpus is '': give {', '.join(OWN)}, a folder or a file")
-    path = Path(name).expanduser()
+    path = path_of(name, f"corpus (give {', '.join(OWN)}, a folder or a file)").expanduser()
     if path.is_dir():
         if any((path / f"wiki.{split}.raw").exists() for split in SPLITS):
             return _open_folder(path, path.name, "wiki.{train,valid,test}.raw in a folder")

@@ -59,7 +59,10 @@ def as_characters(data: bytes) -> str:
 
 
 def as_bytes(text: str) -> bytes:
-    """The inverse of ``as_characters``; UserError for a lone surrogate that stands for no byte."""
+    """The inverse of ``as_characters``; UserError for what is no string, and for a lone surrogate
+    that stands for no byte."""
+    if not isinstance(text, str):
+        raise UserError(f"characters are of type {type(text).__name__}: expected a str")
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:

@@ -136,6 +136,9 @@ class ByteLM(nn.Module):
         self, config: ModelConfig, mixers: Mapping[str, type[Mixer]] | None = None
     ) -> None:
         super().__init__()
+        if not isinstance(config, ModelConfig):
+            raise UserError(f"config is of type {type(config).__name__}: expected a ModelConfig, "
+                            "such as get_preset('mamba_byte').model")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         # torch's default N(0, 1) through a tied head starts near a loss of 185, not ln(256).

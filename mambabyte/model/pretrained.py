@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mambabyte.config import ModelConfig
-from mambabyte.config.checks import from_plain, shown
+from mambabyte.config.checks import from_plain, path_of, shown
 from mambabyte.config.files import whole_dir, write_json, write_manifest
 from mambabyte.config.public import Layout, from_public, is_public, padded_vocabulary, to_public
 from mambabyte.errors import UserError
@@ -110,7 +110,7 @@ def open_pretrained(
     for pickles, with the way to convert them, for configurations that this package does not have,
     and for names and shapes that are not those of the model that config.json says.
     """
-    folder = Path(path)
+    folder = path_of(path, "the folder of weights")
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: expected one with config.json and {WEIGHTS} "
                         "on this machine; nothing is downloaded")
@@ -199,7 +199,7 @@ def save_pretrained(
     ``tensors`` are names of ours and tensors, of which no more than a shard is held. Raises
     UserError where ``layout``'s library has no such model.
     """
-    values, folder = to_public(config, layout), Path(folder)
+    values, folder = to_public(config, layout), path_of(folder, "the folder of weights")
     if shard_bytes < 1:
         raise UserError(f"shard_bytes is {shard_bytes}: expected at least 1")
     with whole_dir(folder, ours=_weights_in(folder)) as temporary:

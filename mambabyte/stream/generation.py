@@ -21,7 +21,7 @@ from torch import Tensor
 from mambabyte.corpus.files import bytes_of
 from mambabyte.corpus.utf8 import Utf8Stream, as_bytes
 from mambabyte.stream.prefixes import PrefixCache
-from mambabyte.stream.streams import ByteModel, ByteStream, sample_byte
+from mambabyte.stream.streams import ByteModel, ByteStream, check_draws, place_of, sample_byte
 
 MOST_GUESSED = 15  # bytes a pass, besides the one that is known
 _MOST_LAG = 32  # bytes drawn that the state may lack
@@ -117,6 +117,8 @@ class Speculation:
         if stream.guesses_itself:
             yield from self._by_engine(stream, max_bytes, temperature, top_k, top_p, seed)
             return
+        max_bytes, temperature, top_k, top_p, seed = check_draws(
+            max_bytes, temperature, top_k, top_p, seed)
         generator = torch.Generator().manual_seed(seed)
 
         def choose(log_probs: Tensor) -> int:
@@ -173,7 +175,8 @@ def generate(
     A prompt may be any bytes, UTF-8 or not: the model reads bytes. What ``cache`` has of it is not
     read again. ``guesser`` says what may come next, and changes no byte.
 
-    The same seed gives the same text on the same kind of device.
+    The same seed gives the same text on the same kind of device. Raises UserError, when the first
+    piece is asked for, for a model or a value that nothing can be drawn by.
     """
     stream, data = begin(model, prompt, cache)
     if guesser is None:
@@ -191,6 +194,7 @@ def begin(
     """A stream of ``model`` behind ``prompt``, and the prompt's bytes; ``report`` as in
     ``PrefixCache.read``."""
     data = as_bytes(prompt) if isinstance(prompt, str) else bytes_of(prompt)
+    place_of(model)
     model.eval()
     if cache is not None:
         return cache.read(model, data, report), data

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from mambabyte.config.checks import CountOrNone, fit, path_of
 from mambabyte.config.files import make_dir, private_dir
 from mambabyte.errors import UserError
 from mambabyte.stream.saved import VERSION, load_state, save_state
@@ -47,7 +48,8 @@ class PrefixCache:
     """
 
     def __init__(self, folder: Path | str, max_bytes: int = 1 << 30) -> None:
-        self.folder, self.max_bytes = Path(folder), max_bytes
+        self.folder = path_of(folder, "the folder of a cache")
+        self.max_bytes = fit(max_bytes, CountOrNone, "max_bytes")
         self.read_bytes = self.found_bytes = 0  # of all prompts: by the model, and in the folder
         self._writable = True
         if self.folder.exists() or not private_dir(self.folder):

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mambabyte.config.checks import path_of
 from mambabyte.config.files import to_json, whole_file
 from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.errors import UserError
@@ -40,7 +41,7 @@ def save_state(path: Path | str, model: Any, kept: Kept, of: str | None = None) 
     ``of`` is the digest that a reader must name: by default ``weights_digest(model)``. Raises
     UserError for a state that has nan or inf in it, or that has another form than the model's.
     """
-    path = Path(path)
+    path = path_of(path, "the file of a state")
     tensors, numbers = _named(kept.state)
     tensors["log_probs"] = kept.log_probs
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
@@ -57,7 +58,7 @@ def load_state(path: Path | str, model: Any, of: str | None = None) -> Kept:
     Raises UserError for what is no state, is of another version or of other weights, is not what
     was written, or has other shapes, types or layers than the model's states have.
     """
-    path = Path(path)
+    path = path_of(path, "the file of a state")
     tensors, about = _read(path)
     if about.get("version") != str(VERSION):
         raise UserError(f"{path} is a state of version {about.get('version')!r}, expected "

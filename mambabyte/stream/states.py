@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mambabyte.config.checks import shown
 from mambabyte.errors import UserError
+from mambabyte.ops.arguments import FLOATS
 
 # Of a model's configuration: how it computes, not what. A state goes from one form to another.
 _FORMS = {"scan_form", "scan_chunk"}
@@ -75,11 +77,19 @@ def select(state: Any, rows: Tensor | Sequence[int]) -> Any:
 
     As beam search needs it; gradients flow through. UserError for a row that is not there.
     """
-    which = torch.as_tensor(rows, dtype=torch.long)
+    try:
+        which = torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError):  # torch's own of what is no tensor
+        which = torch.zeros((), dtype=torch.bool)
+    if len(which.shape) == 1 and not len(which):
+        which = which.long()
+    if which.dtype in (torch.bool, *FLOATS) or which.ndim != 1 or which.is_complex():
+        raise UserError(f"rows of a state are {shown(rows)}: expected whole numbers, [2, 0, 0]")
+    which = which.long()
     if next(tensors_of(state), None) is None:
         return state  # before the first byte, of as many texts as there will be
     count = batch_of(state)
-    if which.ndim != 1 or ((which < 0) | (which >= count)).any():
+    if ((which < 0) | (which >= count)).any():
         raise UserError(f"rows {which.tolist()} of a state: it has {count}, from 0 on")
     return mapped(lambda t: t.index_select(0, which.to(t.device)), state)
 
@@ -89,8 +99,8 @@ def stack(states: Sequence[Any]) -> Any:
 
     Where a layer counts the bytes seen, as attention does, all must have seen equally many.
     """
-    if not states:
-        raise UserError("there is no state to stack")
+    if not isinstance(states, list | tuple) or not states:
+        raise UserError(f"states to stack are {shown(states)}: expected a list of one or more")
     if len(states) == 1:
         return states[0]
     if len(kinds := {kind(state) for state in states}) > 1:

@@ -6,11 +6,12 @@ import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Annotated, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from mambabyte.config.checks import CountOrNone, NotNegative, Seed, Share, above, fit, shown
 from mambabyte.corpus.files import bytes_of
 from mambabyte.corpus.utf8 import (
     START_BYTE,
@@ -47,11 +48,23 @@ class ByteModel(Protocol):
 
 
 def place_of(model: ByteModel) -> torch.device:
-    """The device of a model's weights; UserError where they have no numbers."""
+    """The device of a model's weights; UserError for what is no model, and where weights have no
+    numbers."""
+    if isinstance(model, type) or not callable(model) or not hasattr(model, "device"):
+        raise UserError(f"the model is {shown(model)}: expected one of bytes, such as a ByteLM")
     if model.device.type == "meta":
         raise UserError("the model is on the device meta, where weights have no numbers: load a "
                         "checkpoint, or make it on cpu or cuda")
     return model.device
+
+
+def check_draws(
+    max_bytes: int, temperature: float, top_k: int, top_p: float, seed: int
+) -> tuple[int, float, int, float, int]:
+    """How ``ByteStream.draw`` draws; UserError for what it cannot draw by."""
+    return (fit(max_bytes, CountOrNone, "max_bytes"), fit(temperature, NotNegative, "temperature"),
+            fit(top_k, CountOrNone, "top_k"), fit(top_p, Annotated[float, above(0, 1)], "top_p"),
+            fit(seed, Seed, "seed"))
 
 
 _ASCII = [chr(byte) for byte in range(0x80)]
@@ -181,6 +194,8 @@ class ByteStream:
         seed: int = 0,
     ) -> Iterator[bytes]:
         """Advance by bytes drawn from the model itself, yielded as they come; see ``generate``."""
+        max_bytes, temperature, top_k, top_p, seed = check_draws(
+            max_bytes, temperature, top_k, top_p, seed)
         if isinstance(self._advance, cuda_model.CudaModel):
             pieces = self._advance.draw(
                 self.log_probs, self._state, max_bytes, temperature, top_k, top_p, seed)
@@ -205,6 +220,8 @@ class ByteStream:
     ) -> Iterator[tuple[bytes, int, int]]:
         """As ``draw``, the same bytes, with guesses of what followed equal endings in the text so
         far, of which ``past`` are the last bytes: pieces, passes of each, bytes guessed."""
+        max_bytes, temperature, top_k, top_p, seed = check_draws(
+            max_bytes, temperature, top_k, top_p, seed)
         pieces = self._advance.guess_and_draw(  # type: ignore[attr-defined]
             self.log_probs, self._state, max_bytes, past, temperature, top_k, top_p, seed)
         for data, log_probs, state, passes, guessed in pieces:
@@ -269,8 +286,9 @@ class CharModel:
     """
 
     def __init__(self, model: ByteModel, detail: float = 0.01) -> None:
+        place_of(model)
         self.model = model.eval()
-        self.detail = detail
+        self.detail = fit(detail, Share, "detail")
         self.reset()
 
     def reset(self) -> None:

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import torch
 
+from mambabyte.config.checks import Some, fit, shown
 from mambabyte.corpus.files import bytes_of
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.stream.states import kind, select, split, stack
-from mambabyte.stream.streams import ByteModel, ByteStream, numbers
+from mambabyte.stream.streams import ByteModel, ByteStream, numbers, place_of
 
 
 @torch.inference_mode()
@@ -24,6 +25,10 @@ def feed_together(streams: Sequence[ByteStream], data: Sequence[bytes]) -> None:
     batches those that have seen equally many bytes. UserError for streams of different models, or
     one that is there twice.
     """
+    lists = isinstance(streams, list | tuple) and isinstance(data, list | tuple)
+    if not lists or not all(isinstance(stream, ByteStream) for stream in streams):
+        raise UserError(f"streams are {shown(streams)} and their texts {shown(data)}: expected a "
+                        "list of streams and as long a list of bytes")
     if len(streams) != len(data):
         raise UserError(f"{len(streams)} streams and {len(data)} pieces of text: expected one each")
     if len({id(stream) for stream in streams}) != len(streams):
@@ -67,8 +72,8 @@ def beam_search(
 
     All are one batch whose states are reordered each byte. UserError for fewer than one beam.
     """
-    if beams < 1 or max_bytes < 1:
-        raise UserError(f"{beams} beams of {max_bytes} bytes: both must be at least 1")
+    max_bytes, beams = fit(max_bytes, Some, "max_bytes"), fit(beams, Some, "beams")
+    place_of(model)
     stream = ByteStream(model.eval())
     stream.feed(prompt)
     state, log_probs = stream.kept

@@ -83,7 +83,7 @@ def test_what_cannot_be_one_batch_is_said():
     with pytest.raises(UserError, match="equally many bytes"):
         stack([longer, shorter])
     assert batch_of(stack([after(pure, text)[1] for text in (b"abcd", b"abc")])) == 2
-    with pytest.raises(UserError, match="no state"):
+    with pytest.raises(UserError, match="expected a list of one or more"):
         stack([])
     for rows in ([1], [-1], [[0]]):
         with pytest.raises(UserError, match="rows"):

@@ -89,5 +89,5 @@ def test_beams_find_what_trying_all_finds():
     stream.feed(b"ab")
     assert beam_search(model, b"ab", 12, 1)[0].data == b"".join(stream.draw(12, temperature=0))
     for wrong in ({"beams": 0}, {"max_bytes": 0}):
-        with pytest.raises(UserError, match="at least 1"):
+        with pytest.raises(UserError, match="expected a whole number 1 or more"):
             beam_search(model, **wrong)
