@@ -83,28 +83,24 @@ def drawings(study: Study) -> dict[str, Drawing]:
 def figures(run: Run, registry: Mapping[str, Study] = STUDIES) -> dict[str, Figure]:
     """The figures of a run; UserError where its study draws one no longer. What belongs to no study
     of the registry has none."""
-    if not run.figures or run.study not in registry:
-        return {}
-    known = drawings(registry[run.study])
-    found = {}
-    for name in run.figures:
-        arguments = known[name].arguments(run) if name in known else None
-        if arguments is None:
-            raise UserError(f"{run.run_id or run.folder}: the study {run.study} cannot draw its "
-                            f"figure {name!r}: run it again")
-        found[name] = _figure(known[name], arguments, run)
-    return found
+    made = {name: figure_of(run, name, registry) for name in run.figures}
+    return {name: figure for name, figure in made.items() if figure is not None}
 
 
 def figure_of(run: Run, name: str, registry: Mapping[str, Study] = STUDIES) -> Figure | None:
     """One figure of a run: of those that it names, or what its study has learned to draw since of
-    the same tables. None where it has no such figure."""
-    if name in run.figures:
-        return figures(run, registry).get(name)
-    drawing = drawings(registry[run.study]).get(name) if run.study in registry else None
-    if drawing is None or not drawing.is_in(run):
+    the same tables. None where it has no such figure; UserError as :func:`figures`."""
+    if run.study not in registry:
         return None
-    return _figure(drawing, drawing.arguments(run) or [], run)
+    drawing = drawings(registry[run.study]).get(name)
+    arguments = drawing.arguments(run) if drawing else None
+    if drawing is not None and arguments is not None and (
+            name in run.figures or drawing.is_in(run)):
+        return _figure(drawing, arguments, run)
+    if name in run.figures:
+        raise UserError(f"{run.run_id or run.folder}: the study {run.study} cannot draw its "
+                        f"figure {name!r}: run it again")
+    return None
 
 
 def _figure(drawing: Drawing, arguments: list[Any], run: Run) -> Figure:

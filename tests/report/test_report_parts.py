@@ -15,6 +15,8 @@ from analysis.report.html.check import check_page
 from analysis.report.html.markdown import formula, to_html
 from analysis.report.links import resolve
 from analysis.report.parts.example import A, first_lost, repeated, worked_example
+from analysis.runs.records import RECORDS, load_record
+from analysis.studies import drawing
 from mambabyte.errors import UserError
 from mambabyte.ops.scan.recurrent import recurrent_scan
 
@@ -126,6 +128,23 @@ def test_headings_fit_below_the_section():
 def test_page_check_can_fail(page, match):
     with pytest.raises(UserError, match=match):
         check_page(page, "page.html", [])
+
+
+def test_one_figure_is_made_where_one_is_asked_for(monkeypatch):
+    """A run has dozens, and each takes tables apart for its data and words."""
+    made, make = [], drawing._figure
+
+    def noted(one, *given):
+        made.append(one.name)
+        return make(one, *given)
+
+    monkeypatch.setattr(drawing, "_figure", noted)
+    run = load_record(RECORDS / "throughput" / "h200-throughput")
+    assert len(run.figures) > 1
+    for name in run.figures:
+        made.clear()
+        assert drawing.figure_of(run, name).name == name
+        assert made == [name]
 
 
 def luminance(colour: str) -> float:
