@@ -280,6 +280,13 @@ class ServedState(Served, tuple[Tensor]):
     """What ``StreamState`` is of one text, numbers (n,), with a kernel that stays."""
 
 
+def _outside(s: Shape, server: Server, state: ServedState) -> StreamState:
+    (numbers,) = server.copies(state[0])
+    ssm, tail = numbers.split([s.layers * s.d_inner * n for n in (s.states, s.taps - 1)])
+    return StreamState(tail.view(s.layers, 1, s.taps - 1, s.d_inner),
+                       ssm.view(s.layers, 1, s.d_inner, s.states))
+
+
 class CudaStreamer(ByteFeeder):
     """Steps a model's streams on one device, with the weights as they are now.
 
@@ -303,7 +310,7 @@ class CudaStreamer(ByteFeeder):
         self._weights = self._blob.data_ptr(), self._table.data_ptr()
         self._plans: dict[int, tuple[Kernel, tuple[int, int, int], int]] = {}
         floats = shape.layers * shape.d_inner * (shape.states + shape.taps - 1)
-        self._server = Server(self.device, floats, self._stay, self._outside)
+        self._server = Server(self.device, floats, self._stay, functools.partial(_outside, shape))
 
     def new_state(self, batch: int) -> StreamState:
         """The state before the first byte."""
@@ -335,12 +342,6 @@ class CudaStreamer(ByteFeeder):
     def outside(self, state: StreamState | Served) -> StreamState:
         """A state as tensors that anybody may use."""
         return state.outside() if isinstance(state, Served) else state
-
-    def _outside(self, state: ServedState) -> StreamState:
-        s, (numbers,) = self.shape, self._server.copies(state[0])
-        ssm, tail = numbers.split([s.layers * s.d_inner * n for n in (s.states, s.taps - 1)])
-        return StreamState(tail.view(s.layers, 1, s.taps - 1, s.d_inner),
-                           ssm.view(s.layers, 1, s.d_inner, s.states))
 
     def draw(
         self, log_probs: Tensor, state: StreamState | Served, length: int, temperature: float = 1.0,

@@ -20,7 +20,15 @@ from mambabyte.ops.build.kernel import Kernel, raw_stream
 from mambabyte.ops.build.nvrtc import NvrtcError
 from mambabyte.ops.stream.cuda import shared_limit
 from mambabyte.ops.stream.feeding import VOCABULARY, ByteFeeder, nothing
-from mambabyte.ops.stream.grid.memory import Exchange, Held, HybridState, Room, ServedHybrid, Taken
+from mambabyte.ops.stream.grid.memory import (
+    Exchange,
+    Held,
+    HybridState,
+    Room,
+    ServedHybrid,
+    Taken,
+    taken_out,
+)
 from mambabyte.ops.stream.grid.numbers import from_numbers, to_numbers
 from mambabyte.ops.stream.grid.packing import Packed, pack
 from mambabyte.ops.stream.grid.sizes import PAST, THREADS, WORDS, Built, program
@@ -88,9 +96,6 @@ class _Loaded(NamedTuple):
     exchanges: dict[int, Exchange]  # by CUDA stream
 
 
-_NO_ADDRESS = 0, 0
-
-
 class HybridStreamer(ByteFeeder):
     """Steps texts of a model of any layers on one device, with the weights as they are now.
 
@@ -119,7 +124,7 @@ class HybridStreamer(ByteFeeder):
         at = self._hint.data_ptr()
         self._hint_parts = at, at + 4 * VOCABULARY, at + 4 * VOCABULARY + 1
         self._server = Server(
-            self.device, self.blocks * int(self._constants["STATE"]), self._stay, self._outside,
+            self.device, self.blocks * int(self._constants["STATE"]), self._stay, taken_out,
             words=WORDS, large=True)
         # Angles of _TURNS positions, of the server's stream, and where they lie.
         self._tables: dict[int, tuple[Tensor, int]] = {}
@@ -204,10 +209,6 @@ class HybridStreamer(ByteFeeder):
         """A state as tensors that anybody may use."""
         return state.outside() if isinstance(state, Served) else state
 
-    def _outside(self, state: ServedHybrid) -> HybridState:
-        numbers, cache = self._server.copies(state.numbers, state.cache)
-        return HybridState(numbers[None], cache, *state[2:])
-
     def _grown(self, state: HybridState, length: int) -> tuple[HybridState, Room, Taken]:
         """A state of the same numbers with room for ``length`` more rows behind its own that
         nobody else has: the same cache where it has that, else a copy."""
@@ -271,7 +272,7 @@ class HybridStreamer(ByteFeeder):
     def _angles_at(self, position: int) -> tuple[int, int]:
         """Where the kernel that stays finds the angles of a position, in words of an order."""
         if not self._windows:
-            return _NO_ADDRESS
+            return 0, 0
         which, row = divmod(position, _TURNS)
         found = self._tables.get(which)
         if found is None:

@@ -70,7 +70,7 @@ class Served:
 
     def outside(self) -> Any:
         """The same in memory of the current stream, as tensors that anybody may use."""
-        return self.server.outside(self)
+        return self.server.outside(self.server, self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle and copy: elsewhere it lies elsewhere."""
@@ -81,18 +81,22 @@ class Served:
 class Server(Mailbox):
     """Feeds one kernel; ``launch(orders, log_probs, done, ticket)`` starts it on the current stream
     with these addresses and the number of its first order, which has ``words`` words. A state has
-    ``floats`` numbers; ``outside`` makes of a Served, by ``copies``, what others take. A ``large``
-    kernel takes up all of the device."""
+    ``floats`` numbers; ``outside(server, state)`` makes of a Served, by ``copies``, what others
+    take. A ``large`` kernel takes up all of the device.
+
+    Who has the method ``launch`` has the server, and is not kept by it: weights on the device would
+    otherwise stay until Python looks for circles.
+    """
 
     spins = 300  # about 30 us: then the kernel may have left
 
     def __init__(
         self, device: torch.device, floats: int, launch: Callable[[int, int, int, int], None],
-        outside: Callable[[Any], Any], *, words: int = 5, large: bool = False,
+        outside: Callable[[Server, Any], Any], *, words: int = 5, large: bool = False,
     ) -> None:
         super().__init__(device, lock_of(device))
         self.outside, self.large = outside, large
-        self._floats, self._launch = floats, launch
+        self._floats, self._launch = floats, weakref.WeakMethod(launch)
         self._stream = torch.cuda.Stream(device, priority=-1)
         # Each word before the number of the order.
         self._orders = torch.zeros(2 * words, dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -151,10 +155,10 @@ class Server(Mailbox):
             current.wait_stream(self._stream)
 
     def stop(self) -> None:
-        """Return when nothing runs on the stream. Under the lock."""
+        """Return when the kernel has left. Under the lock."""
         self._at_hand = None
         self._settle()
-        if not self._stream.query():
+        if not (self._stopped or self._stream.query()):
             self._write(self.told()[1], _LEAVE, *self._nowhere)
             while not self._stream.query():
                 pass
@@ -174,9 +178,11 @@ class Server(Mailbox):
         """Start the kernel if it is not there, and has not answered before it left."""
         if self._stream.query() and not self.is_told():
             self._write(self._ticket, *self._order)
+            launch = self._launch()
+            assert launch is not None
             with torch.cuda.stream(self._stream):
-                self._launch(self._orders.data_ptr(), self.log_probs.data_ptr(), self._at,
-                             self._ticket)
+                launch(self._orders.data_ptr(), self.log_probs.data_ptr(), self._at,
+                       self._ticket)
             self._stopped = False
 
     def _fresh(self) -> Row:

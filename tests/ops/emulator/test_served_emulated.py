@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import gc
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -212,3 +215,17 @@ def test_a_mixture_counts_while_the_card_has_the_byte(monkeypatch: pytest.Monkey
         wanted, _ = mixed(torch.tensor([list(b"a tex"[: i + 1])]))
         assert relative_rms(found, wanted[0, -1].double()) < 3e-6
     assert order == ["counted", "read"] * 5
+
+
+@torch.inference_mode()
+def test_weights_on_the_device_go_with_their_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(made(SMALL), monkeypatch)
+    gone = weakref.ref(engine.streamer)
+    _, state = fed(engine, b"ab", None)
+    gc.disable()
+    try:
+        del engine
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert copy.deepcopy(state).position == 2  # is there without

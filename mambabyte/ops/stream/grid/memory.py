@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mambabyte.ops.stream.server import Served, halves
+from mambabyte.ops.stream.server import Served, Server, halves
 
 
 class HybridState(NamedTuple):
@@ -71,6 +71,12 @@ class ServedHybrid(Served, HybridState):
 
     room: Room
     taken: Taken
+
+
+def taken_out(server: Server, state: ServedHybrid) -> HybridState:
+    """What is made of a ServedHybrid, in memory of the current stream."""
+    numbers, cache = server.copies(state.numbers, state.cache)
+    return HybridState(numbers[None], cache, *state[2:])
 
 
 class Exchange:
