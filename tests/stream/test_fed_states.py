@@ -14,6 +14,7 @@ import torch
 
 from mambabyte.errors import NonFiniteError
 from mambabyte.ops.stream import cuda, server
+from mambabyte.ops.stream.grid.memory import Room
 
 SHAPE = cuda.Shape(2, 4, 6, 3, 2, 4)
 FLOATS = 2 * 6 * (3 + 3)
@@ -116,3 +117,23 @@ def test_a_kernel_that_stays_leaves_where_others_need_the_device(
 def test_probabilities_that_are_no_numbers_are_said(streamer: cuda.CudaStreamer) -> None:
     with pytest.raises(NonFiniteError, match="weights have gone nan"):
         streamer.feed_byte(255, streamer.new_state(1))
+
+
+def test_rows_of_keys_are_free_again_when_their_state_is_gone() -> None:
+    room = Room(10, 4, torch.zeros(1, 1, 2, 1, 1, 10, 2), stream=7)
+    first = room.extend(4, 2, 7)
+    assert first is not None
+    assert room.extend(4, 1, 7) is None  # the first has them
+    second = room.extend(6, 3, 7)
+    assert second is not None
+    assert room.extend(9, 2, 7) is None  # there are no more
+    del first
+    assert room.extend(4, 1, 7) is None  # the second goes on from the first's
+    del second
+    again = room.extend(4, 6, 7)
+    assert again is not None
+    del again
+    # On another stream what wrote them may come later.
+    assert room.extend(4, 1, 8) is None
+    assert room.extend(4, 1, 7) is None
+    assert room.extend(10, 0, 8) is not None

@@ -212,8 +212,8 @@ class HybridStreamer(ByteFeeder):
     def _grown(self, state: HybridState, length: int) -> tuple[HybridState, Room, Taken]:
         """A state of the same numbers with room for ``length`` more rows behind its own that
         nobody else has: the same cache where it has that, else a copy."""
-        room = getattr(state, "room", None)
-        taken = None if room is None else room.extend(state.stored, length)
+        room, stream = getattr(state, "room", None), raw_stream(self._index)
+        taken = None if room is None else room.extend(state.stored, length, stream)
         if room is not None and taken is not None:
             return state, room, taken
         kept = min(state.stored - state.begin, max([1, *self._windows]) - 1)
@@ -225,8 +225,9 @@ class HybridStreamer(ByteFeeder):
         cache = self._cache(state.cache.shape[0], stored + length + spare)
         old = state.cache[..., slot:, :][..., : cache.shape[5], :]
         cache[..., : old.shape[5], :] = old
-        room = Room(cache.shape[4] * cache.shape[5] if self._windows else None, stored, cache)
-        taken = room.extend(stored, length)
+        room = Room(cache.shape[4] * cache.shape[5] if self._windows else None, stored, cache,
+                    stream)
+        taken = room.extend(stored, length, stream)
         assert taken is not None
         return HybridState(state.numbers, cache, begin, stored, state.position), room, taken
 
@@ -259,7 +260,7 @@ class HybridStreamer(ByteFeeder):
         server = self._server
         if isinstance(state, ServedHybrid) and state.server is server:
             words = state.words
-            taken = state.room.extend(state.stored, 1)
+            taken = state.room.extend(state.stored, 1, self._server.raw_stream)
             if taken is not None:
                 return state, words, state.room, taken
         else:

@@ -98,6 +98,7 @@ class Server(Mailbox):
         self.outside, self.large = outside, large
         self._floats, self._launch = floats, weakref.WeakMethod(launch)
         self._stream = torch.cuda.Stream(device, priority=-1)
+        self.raw_stream: int = self._stream.cuda_stream
         # Each word before the number of the order.
         self._orders = torch.zeros(2 * words, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._written = (ctypes.c_char * (8 * words)).from_address(self._orders.data_ptr())

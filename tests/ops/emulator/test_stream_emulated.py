@@ -58,6 +58,7 @@ def emulated_blocks(program: Program, folder: Path, kept: Path) -> Emulator:
 class Stream:
     """A CUDA stream of the emulator: a thread that runs one kernel."""
 
+    cuda_stream = 0
     running: threading.Thread | None = None
     launched, failed = 0, False
 
@@ -81,6 +82,7 @@ class Streams(list[Stream]):
 
     def new(self, *_: object, **more: object) -> Stream:
         self.append(Stream())
+        self[-1].cuda_stream = len(self) - 1
         return self[-1]
 
     @contextlib.contextmanager

@@ -34,20 +34,26 @@ class Room:
     """A cache, and how many of its rows are taken; ``words`` are for an order of a kernel that
     stays: where it lies, and slots of a share."""
 
-    def __init__(self, rows: int | None, end: int, cache: Tensor) -> None:  # None: has no rows
+    def __init__(self, rows: int | None, end: int, cache: Tensor, stream: int) -> None:
+        # No rows: None. The CUDA stream that all rows were added on; None after another.
         self.rows, self.words, self.slots = rows, halves(cache.data_ptr()), cache.shape[5]
+        self.stream: int | None = stream
         self._end = end  # of the rows that all states here share
         self._taken: list[tuple[int, weakref.ref[Taken]]] = []  # behind them, ends in order
         self._lock = threading.Lock()
 
-    def extend(self, end: int, length: int) -> Taken | None:
-        """Take ``length`` rows behind row ``end``; None where they are not there, or a state that
-        still is has them."""
+    def extend(self, end: int, length: int, stream: int) -> Taken | None:
+        """Take ``length`` rows behind row ``end`` for a launch on ``stream``; None where they are
+        not there, or a state that still is has them. Rows of one that is gone are free again where
+        what wrote them comes before: not on several streams."""
         taken = Taken()
         if self.rows is None:
             return taken
         with self._lock:
-            while self._taken and self._taken[-1][0] > end and self._taken[-1][1]() is None:
+            if stream != self.stream:
+                self.stream = None
+            while (self.stream is not None and self._taken and self._taken[-1][0] > end
+                   and self._taken[-1][1]() is None):
                 self._taken.pop()
             free = (self._taken[-1][0] if self._taken else self._end) == end
             if not free or end + length > self.rows:
