@@ -203,9 +203,14 @@ def _complete(temporary: Path, task: Task, seconds: float) -> None:
 def _clean(temporary: Path, task: Task) -> None:
     """Takes papermill's bookkeeping and this machine's paths out of notebook and log."""
     notebook = temporary / "notebook.ipynb"
+    content = None
     if notebook.is_file():
-        content = _strings(json.loads(notebook.read_text(encoding="utf-8")),
-                           lambda text: _scrub(text, task))
+        try:
+            content = _strings(json.loads(notebook.read_text(encoding="utf-8")),
+                               lambda text: _scrub(text, task))
+        except ValueError:  # cut by a full disk, which is the error to be told
+            notebook.unlink()
+    if content is not None:
         content["metadata"].pop("papermill", None)
         for cell in content["cells"]:
             for key in ("papermill", "execution"):

@@ -73,7 +73,9 @@ def run_task(task: Task, started: Callable[[subprocess.Popen[str]], None] | None
     _, errors = process.communicate(task.to_json())
     if process.returncode:
         words = errors.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
-        raise RuntimeError(f"the worker process ended early: {words[0]}")
+        user, found, words_of_it = words[0].rpartition(f"{UserError.__name__}: ")
+        raise RuntimeError(words_of_it if found and user == f"{UserError.__module__}." else
+                           f"the worker process ended early: {words[0]}")
 
 
 class LocalExecutor(Executor):

@@ -127,6 +127,17 @@ def test_a_compiler_that_hangs_is_waited_for_once(tmp_path: Path, folder, monkey
     assert not list(folder.iterdir())
 
 
+def test_a_linker_says_why(tmp_path: Path, folder, monkeypatch):
+    script = tmp_path / "cc"
+    script.write_text("#!/bin/sh\necho 'ld: final link failed: No space left on device' >&2\n"
+                      "echo 'collect2: error: ld returned 1 exit status' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    source = tmp_path / "x.c"
+    source.write_text("int x;")
+    assert c.load(source) == f"{script} failed: ld: final link failed: No space left on device"
+
+
 def test_a_library_cut_short_is_compiled_again(tmp_path: Path, folder):
     source = tmp_path / "seven.c"
     source.write_text("int seven(void) { return 7; }")

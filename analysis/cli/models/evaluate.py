@@ -9,7 +9,7 @@
 The task scores the first 60,000 characters of a split. Both modes give the same predictions:
 "parallel" runs windows with the state carried along, "streaming" goes byte by byte through the
 CharModel contract. The processes of torchrun share the length of each window.
-CharModel contract. Of a corpus of many documents each is scored from its own first byte on.
+Of a corpus of many documents each is scored from its own first byte on.
 """
 
 from __future__ import annotations

@@ -61,6 +61,18 @@ def test_a_notebook_that_keeps_no_run_has_failed(registry, tmp_path, monkeypatch
     assert "its last cell is save(run)" in failed.error
 
 
+def test_a_notebook_cut_by_a_full_disk_does_not_hide_why(registry, tmp_path, monkeypatch):
+    def full(task, log, errors) -> str:
+        (Path(task.temporary) / "notebook.ipynb").write_text("")
+        return "OSError: [Errno 28] No space left on device"
+
+    monkeypatch.setattr(execute, "_papermill", full)
+    (task,) = sweep.plan(list(registry.values()), "quick", {}, {}, tmp_path)
+    execute.execute(task)
+    (failed,) = list_runs(tmp_path)
+    assert failed.error == "OSError: [Errno 28] No space left on device"
+
+
 def test_failed_runs_are_visible_with_notebook_and_log(swept):
     root, rows, _ = swept
     runs = {run.parameters["mode"]: run for run in list_runs(root)}
