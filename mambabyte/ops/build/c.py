@@ -113,7 +113,7 @@ def _compile(compiler: str, source: Path, defines: Sequence[str], target: Path) 
                     process.communicate()
         if process.returncode == 0:
             return
-        # (A linker says why, "final link failed: No space left on device", before its driver's own.)
+        # (A linker says why, "final link failed: No space left", before the line of its driver.)
         errors = [line for line in said.splitlines() if "error" in line or "failed" in line]
         reason = (errors or said.splitlines() or ["no message"])[0].strip()
     if compiler in _hanging:
