@@ -59,7 +59,8 @@ template <int P> __forceinline__ void mamba3(Block &b, float *state) {
                 if (n >= SN) continue;
                 float sine = 0.f, cosine = 1.f;
                 if (pair < SP) {  // in half turns; whole turns are left out without a rounding
-                    const float rate = tanhf(gates[p * DTS_STRIDE + ANGLES + pair]), turns = rate * dt;
+                    const float angle = gates[p * DTS_STRIDE + ANGLES + pair];
+                    const float rate = 1.f - __fdividef(2.f, 1.f + __expf(2.f * angle)), turns = rate * dt;  // tanh
                     sincospif(turns - 2.f * rintf(0.5f * turns) + fmaf(rate, dt, -turns), &sine, &cosine);
                 }
                 const float x = fmaf(before, k[e][0], s[e][0]), y = fmaf(before, k[e][1], s[e][1]);
