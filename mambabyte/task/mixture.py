@@ -128,6 +128,8 @@ class Mixture(nn.Module):
         def for_model(state: tuple) -> tuple:
             return own_form(neural, state[0]), own_form(counted, state[1])
 
+        # A table's counts are numbers: it is the network whose may not be.
+        advance.sees_nan = getattr(neural, "sees_nan", False)  # type: ignore[attr-defined]
         advance.for_model = for_model  # type: ignore[attr-defined]
         advance.engine = f"{engine_name(neural)}; {engine_name(counted)}"  # type: ignore[attr-defined]
         return advance
