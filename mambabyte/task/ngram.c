@@ -178,6 +178,7 @@ void look_up(const Level *levels, int64_t order, const double *discounts, int64_
         const uint8_t *newest = contexts + (i + 1) * (order - 1);
         double p[256];
         for (int s = 0; s < 256; s++) p[s] = 1.0 / 256;
+        best[i] = kind[i] = 0;
         int64_t node = 0;
         for (int64_t m = 0; m < order; m++) {
             const Level *level = levels + m;

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ def library() -> ctypes.CDLL | None:
     if isinstance(loaded, str):
         return None
     loaded.shorten.restype = ctypes.c_int64
+    number, pointer = ctypes.c_int64, ctypes.c_void_p  # told once, as a byte is looked up often
+    loaded.look_up.argtypes = pointer, number, pointer, number, *[pointer] * 4
     return loaded
 
 
@@ -86,20 +89,23 @@ class Tables:
                         *[0] * (7 - len(level)))
             for level in self._held)
         self._others = torch.empty(2, dtype=torch.uint8)  # where nobody looks
+        loaded = library()
+        assert loaded is not None
+        self._look_up, self._given = loaded.look_up, discounts
         self._discounts = struct.pack(f"{3 * len(levels)}d", *chain(*discounts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copy and pickle: the addresses are of these tensors."""
+        return Tables, (self._held, self._given)
 
     def look_up(self, contexts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """After contexts (n, order - 1), the newest byte last: log p (n, 256) float32; and, with
         ``best`` in the tables, best byte and kind (n,) uint8 as in ``guide.Hint``."""
-        loaded = library()
-        assert loaded is not None
         contexts = contexts.to(torch.uint8).contiguous()
         log_p = torch.empty(len(contexts), 256)
-        best, kind = (torch.zeros(len(contexts), dtype=torch.uint8) for _ in range(2))
-        loaded.look_up(
-            ctypes.c_char_p(self._levels), ctypes.c_int64(len(self._held)),
-            ctypes.c_char_p(self._discounts), ctypes.c_int64(len(contexts)), _at(contexts),
-            _at(log_p), _at(best), _at(kind))
+        best, kind = (torch.empty(len(contexts), dtype=torch.uint8) for _ in range(2))
+        self._look_up(self._levels, len(self._held), self._discounts, len(contexts), _at(contexts),
+                      _at(log_p), _at(best), _at(kind))
         return log_p, best, kind
 
     def look_up_one(self, context: bytes) -> Tensor:
@@ -110,13 +116,7 @@ class Tables:
 
     def look_up_into(self, context: bytes, log_p: int, best: int, kind: int) -> None:
         """As ``look_up`` of one context, into memory at these addresses: 1 KiB, a byte, a byte."""
-        loaded = library()
-        assert loaded is not None
-        ctypes.memset(best, 0, 1)
-        ctypes.memset(kind, 0, 1)
-        loaded.look_up(
-            self._levels, ctypes.c_int64(len(self._held)), self._discounts, ctypes.c_int64(1),
-            context, *map(ctypes.c_void_p, (log_p, best, kind)))
+        self._look_up(self._levels, len(self._held), self._discounts, 1, context, log_p, best, kind)
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:

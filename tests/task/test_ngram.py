@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections import Counter, defaultdict
@@ -109,6 +110,15 @@ def test_both_ways_of_counting_agree(order, monkeypatch):
         for name, tensor in vars(a).items():
             assert torch.equal(tensor, getattr(b, name)), name
             assert tensor.dtype == getattr(b, name).dtype
+
+
+def test_a_copy_looks_up_in_tables_of_its_own():
+    model = count(DATA, 6)
+    wanted = model.after(UNSEEN[:5])
+    other = copy.deepcopy(model)
+    for level in model.levels:
+        level.count.zero_()
+    assert torch.equal(other.after(UNSEEN[:5]), wanted)
 
 
 def test_scores_by_order_match_models_of_that_context():
