@@ -27,11 +27,11 @@ def run_jobs(
         yield from (function(*job) for job in jobs)
         return
     # A forked child of a process that has used CUDA cannot use it: each is forked from a server
-    # that has used nothing, and reads torch and the function's module once for all.
+    # that has used nothing, and reads the function's module, torch with it, once for all.
     served = sys.platform == "linux"  # elsewhere what torch has loaded may not survive a fork
     context = get_context("forkserver" if served else "spawn")
     if served:
-        context.set_forkserver_preload(["torch", function.__module__])
+        context.set_forkserver_preload([function.__module__])
     pool = ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1)
     try:
         for future in [pool.submit(function, *job) for job in jobs]:
