@@ -90,10 +90,10 @@ def _shared(states: int, square: int, deep: int) -> int:
 
 
 def _angles_bytes(states: int) -> int:
-    """Of ``Angles``: float32 of each pair for 64 steps, eight warps, four blocks of rows, and the
-    parts that threads share a sum by."""
+    """Of ``Angles``: float32 of each pair for eight warps, four blocks of rows, and the parts that
+    threads share a sum by."""
     pairs = states // 2
-    return 4 * pairs * (CHUNK + 8 + 4 + _THREADS["angle_turn"] // pairs)
+    return 4 * pairs * (8 + 4 + _THREADS["ssd_gradients"] // pairs)
 
 
 def heads_of_a_block(per_group: int, blocks: int, least: int = GRADIENT_BLOCKS) -> int:

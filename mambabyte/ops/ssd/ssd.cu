@@ -450,7 +450,7 @@ inline void ssd_finish(
 }
 
 template <int N, bool TURNED>
-__global__ void __launch_bounds__(WIDE, N > 64 ? 1 : 2) ssd_gradients(
+__global__ void __launch_bounds__(WIDE, N > 64 && !TURNED ? 1 : 2) ssd_gradients(
     const bfloat16 *dy, const bfloat16 *x, const float *step, const float *log_decay,
     const bfloat16 *b, const bfloat16 *c, const float *skip, const bfloat16 *carries,
     const bfloat16 *dcarries, const float *own, bfloat16 *dx, float *dstep, float *dlog_decay,
@@ -466,6 +466,7 @@ __global__ void __launch_bounds__(WIDE, N > 64 ? 1 : 2) ssd_gradients(
     __shared__ Chunk chunks[2];
     __shared__ Found results[2];
     Angles<N> &angles = *(Angles<N> *)(of_heads + HEAD);
+    float(*points)[N / 2] = (float(*)[N / 2])of_heads;  // in the end, over what has been read by then
     Heads all(length, heads, per_group, together);
     const Place &here = all.here;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = warp / WARPS, block = block_of_warp();
@@ -694,7 +695,7 @@ __global__ void __launch_bounds__(WIDE, N > 64 ? 1 : 2) ssd_gradients(
 #pragma unroll
                 for (int n = 0; n < WIDTH / 8; n++) {
                     int column = left_column + 8 * n + t, at = i * N_ROW + column;
-                    angles.points[i][column / 2] =
+                    points[i][column / 2] =
                         along_turn(db_sum[n][2 * down], db_sum[n][2 * down + 1], tile_b + at)
                         + along_turn(dc_sum[n][2 * down], dc_sum[n][2 * down + 1], tile_c + at);
                 }
@@ -710,7 +711,7 @@ __global__ void __launch_bounds__(WIDE, N > 64 ? 1 : 2) ssd_gradients(
     }
     if (TURNED) {
         __syncthreads();
-        angles.finish(__expf(chunks[0].total), d_angle + (here.first * heads + all.first) * pairs,
+        angles.finish(points, __expf(chunks[0].total), d_angle + (here.first * heads + all.first) * pairs,
                       (int64)heads * pairs, pairs, here.rows);
     }
 }

@@ -48,6 +48,7 @@ INSTRUCTIONS = {
     r"ld\.shared\.v4": "ld_shared_v4",
     r"ld\.shared\.v2": "ld_shared_v2",
     r"st\.shared\.v4": "st_shared_v4",
+    r"st\.global\.v4": "st_global_v4",
     r"st\.shared\.v2": "st_shared_v2",
     r"st\.global\.b32": "st_global_if",
     r"st\.relaxed\.gpu\.global\.b128": "st_relaxed_b128",

@@ -261,6 +261,11 @@ static void ld_shared_v2(uint32_t &x, uint32_t &y, uint32_t address) {
 static void st_shared_v4(uint32_t address, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
     write_at(address, float4{bits<float>(x), bits<float>(y), bits<float>(z), bits<float>(w)});
 }
+static void st_global_v4(void *to, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+    if (size_t(to) % 16) fail("a misaligned write of 16 bytes");
+    const uint32_t all[4] = {x, y, z, w};
+    memcpy(to, all, 16);
+}
 static void st_shared_v2(uint32_t address, float x, float y) { write_at(address, float2{x, y}); }
 static void st_global_if(uint32_t valid, char *to, uint32_t x) {
     if (valid) memcpy(to, &x, 4);
