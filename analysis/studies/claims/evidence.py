@@ -140,11 +140,12 @@ def _task_of(run: Run, system: str) -> Source | None:
     if run.study == "throughput":
         return None  # what a bench starts or times is no whole run
     for table in run.tables.values():
-        frame = table.frame.rename(columns=_TASK_WORDS)
-        if not {"system", "seconds", "joules"} <= set(frame.columns):
+        words = {_TASK_WORDS.get(name, name) for name in table.frame.columns}
+        if not {"system", "seconds", "joules"} <= words:
             continue
         if run.study == "task" and "runs" in run.tables and table.name != "runs":
             continue  # means over seeds
+        frame = table.frame.rename(columns=_TASK_WORDS)
         rows = frame[frame["system"] == system]
         if "failure" in rows:
             rows = rows[~rows["failure"].fillna("").astype(str).str.startswith("crashed")]

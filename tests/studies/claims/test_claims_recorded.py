@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from analysis.runs.folders import ROOT
@@ -18,6 +19,18 @@ from analysis.studies.claims.ledger import CAVEAT, FAILS, HOLDS, INCONSISTENT, O
 from analysis.studies.drawing import drawings
 from analysis.studies.task.record import task_record
 from tests.helpers.claims_lab import BY_ID, OUR_FACTS, lab, on_gpu, run_of, task, training, verdict
+
+
+def test_only_tables_of_whole_runs_are_copied(monkeypatch):
+    """A verdict asks dozens of times, of every table of every record."""
+    asked, rename = [], pd.DataFrame.rename
+    monkeypatch.setattr(pd.DataFrame, "rename", lambda frame, **how: asked.append(
+        list(frame)) or rename(frame, **how))
+    whole = task({"system": "one"}).records[0]
+    other = run_of("gradients", tables={"rows": [{"system": "one", "seconds": 1.0}]})
+    found = Evidence((), (other, whole)).task("one")
+    assert found.name == "gpu-task"
+    assert asked == [list(whole.tables["runs"].frame)]
 
 
 @pytest.mark.parametrize(("claim", "tables", "after"), [
