@@ -78,7 +78,8 @@ def composed(
         late(state.k_state, _times(k, turn)), _times(c, decay * turn).to(dtype), state.ssm_state)
     itself = own * (k * c).sum(-1)
     y = y + x * (itself if D is None else itself + D)[..., None]
-    h = _times(decay[:, -1, ..., None] * g, turn[:, -1, :, None].conj())
+    # (conj_physical: in an operator that torch.compile calls, conj() is let fall without a word.)
+    h = _times(decay[:, -1, ..., None] * g, turn[:, -1, :, None].conj_physical())
     written = (own[:, -1, :, None] * x[:, -1])[..., None] * k[:, -1, :, None]
     return y.to(x.dtype), h + written
 
