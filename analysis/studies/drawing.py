@@ -92,15 +92,15 @@ def figure_of(run: Run, name: str, registry: Mapping[str, Study] = STUDIES) -> F
     the same tables. None where it has no such figure; UserError as :func:`figures`."""
     if run.study not in registry:
         return None
-    drawing = drawings(registry[run.study]).get(name)
-    arguments = drawing.arguments(run) if drawing else None
-    if drawing is not None and arguments is not None and (
-            name in run.figures or drawing.is_in(run)):
-        return _figure(drawing, arguments, run)
-    if name in run.figures:
-        raise UserError(f"{run.run_id or run.folder}: the study {run.study} cannot draw its "
-                        f"figure {name!r}: run it again")
-    return None
+    known = drawings(registry[run.study])
+    for one in run.figures if name in run.figures else ():  # a run is whole, or is not shown
+        if one not in known or known[one].arguments(run) is None:
+            raise UserError(f"{run.run_id or run.folder}: the study {run.study} cannot draw its "
+                            f"figure {one!r}: run it again")
+    drawing = known.get(name)
+    if drawing is None or not (name in run.figures or drawing.is_in(run)):
+        return None
+    return _figure(drawing, drawing.arguments(run) or [], run)
 
 
 def _figure(drawing: Drawing, arguments: list[Any], run: Run) -> Figure:
