@@ -74,6 +74,12 @@ def spec_of(letter: str) -> type[MixerSpec]:
     return SPECS[letter]
 
 
+def _instead(name: str, given: int, size: int) -> str:
+    """What to do, in a message about a part that does not divide ``size``: the next smaller one."""
+    fits = next((part for part in range(min(given, size), 0, -1) if size % part == 0), None)
+    return "" if fits is None else f"; give {name} {fits}, for one"
+
+
 def letters_in_words() -> str:
     """Every letter and what it stands for, for a message."""
     return ", ".join(f"{letter} ({spec.about})" for letter, spec in SPECS.items())
@@ -156,12 +162,15 @@ class AttentionSpec(MixerSpec):
     @classmethod
     def check(cls, config: Architecture) -> None:
         if config.d_model % config.n_head or config.head_dim % 2:
+            pairs = 0 if config.d_model % 2 else config.d_model // 2
             raise UserError(
                 f"d_model {config.d_model} does not split into {config.n_head} heads of even width"
-                ": rotary positions need d_model / n_head to be an even whole number")
+                ": rotary positions need d_model / n_head to be an even whole number"
+                + _instead("n_head", config.n_head, pairs))
         if config.n_head % config.n_kv_head:
             raise UserError(
-                f"n_head {config.n_head} is not a multiple of n_kv_head {config.n_kv_head}")
+                f"n_head {config.n_head} is not a multiple of n_kv_head {config.n_kv_head}"
+                + _instead("n_kv_head", config.n_kv_head, config.n_head))
 
     @classmethod
     def shapes(cls, config: Architecture) -> dict[str, Shape]:
@@ -196,11 +205,12 @@ def check_heads(about: str, config: Architecture) -> None:
     """Raise UserError where d_inner does not split into heads, and these into groups."""
     if config.d_inner % config.ssd_head_dim:
         raise UserError(f"d_inner {config.d_inner} does not split into heads of ssd_head_dim "
-                        f"{config.ssd_head_dim} channels")
+                        f"{config.ssd_head_dim} channels"
+                        + _instead("ssd_head_dim", config.ssd_head_dim, config.d_inner))
     heads = config.d_inner // config.ssd_head_dim
     if heads % config.ssd_groups:
         raise UserError(f"{heads} heads of {about} do not split into ssd_groups "
-                        f"{config.ssd_groups}")
+                        f"{config.ssd_groups}" + _instead("ssd_groups", config.ssd_groups, heads))
 
 
 class Mamba2Spec(MixerSpec):
@@ -285,7 +295,8 @@ class DeltaSpec(MixerSpec):
     def check(cls, config: Architecture) -> None:
         if config.d_model % config.delta_head_dim:
             raise UserError(f"d_model {config.d_model} does not split into heads of "
-                            f"delta_head_dim {config.delta_head_dim} channels")
+                            f"delta_head_dim {config.delta_head_dim} channels"
+                            + _instead("delta_head_dim", config.delta_head_dim, config.d_model))
 
     @classmethod
     def widths(cls, config: Architecture) -> tuple[int, int, int]:

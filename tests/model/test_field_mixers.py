@@ -259,6 +259,9 @@ def test_exponent_and_definition(letter):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"layer_pattern": "S", "ssd_head_dim": 24}, "d_inner 64 does not split into heads"),
+    ({"layer_pattern": "S", "ssd_head_dim": 24}, "give ssd_head_dim 16, for one"),
+    ({"layer_pattern": "A", "n_head": 2, "n_kv_head": 6}, "give n_kv_head 2, for one"),
+    ({"layer_pattern": "A", "n_head": 5}, "give n_head 4, for one"),
     ({"layer_pattern": "S", "ssd_groups": 3}, "4 heads of Mamba-2 do not split"),
     ({"layer_pattern": "R", "ssd_groups": 3}, "4 heads of Mamba-3 do not split"),
     ({"layer_pattern": "R", "ssd_d_state": 7}, "ssd_d_state 7 with ssd_rope_fraction 0.5 has 1"),

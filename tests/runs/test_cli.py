@@ -159,6 +159,8 @@ def test_generate_reads_standard_input_and_survives_a_closed_pipe(run):
         (["ngram", "--corpus", "{text}", "--order", "256"], "from 1 to 255"),
         (["ngram", "--corpus", "{text}", "--order", "2", "--save", "{tmp}"], "it is a folder"),
         (["report", "--out", "{tmp}"], "it is a folder"),
+        (["report", "--runs", "{tmp}/none"], "there is no such folder"),
+        (["runs", "list", "{tmp}/none"], "is no folder"),
         (["task", "run", "ngram", "--corpus", "{text}", "--idle-watts", "nan"],
          "--idle-watts is nan"),
         (["study", "overflow", "--set", "seed=-1", "--root", "{tmp}/r"], "seed is -1: expected"),

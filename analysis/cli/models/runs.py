@@ -87,6 +87,10 @@ def run(argv: list[str]) -> int:
 def _list(options: List) -> int:
     from analysis.runs.trainings import find_trainings, summary
 
+    for folder in options.folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder: expected one with runs of mambabyte train")
+        next(folder.iterdir(), None)  # one that cannot be read is not one without runs
     roots = options.folders or (Path("runs"),)
     rows = [summary(run) for root in roots for run in find_trainings(root)]
     print_result({"runs": rows}, options.json, table(rows) if rows else [

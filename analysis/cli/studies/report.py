@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.cli.options import parse
+from mambabyte.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ def run(argv: list[str]) -> int:
         for path in write_readme(options.readme):
             print(path.resolve())
         return 0
+
+    if options.runs != Options.runs and not options.runs.is_dir():
+        raise UserError(f"--runs {options.runs}: there is no such folder; mambabyte sweep makes "
+                        "run folders, in reports/runs unless --root says another")
 
     from analysis.report import build_report
 
