@@ -208,6 +208,18 @@ def test_bytes_given_drawn_and_embedded(name: str, texts: int, length: int) -> N
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.long
 @torch.inference_mode()
+def test_a_window_of_more_keys_than_a_block_takes_at_once() -> None:
+    model = made(replace(ODD, layer_pattern="A", n_layer=1, attention_window=40))
+    streamer = hybrid_streamer(model)
+    tokens = torch.randint(256, (1, 45)).to(torch.uint8)  # 8 keys of each of two blocks at once
+    found, _ = streamer.feed(tokens, streamer.new_state(1), all_positions=True)
+    wanted = torch.log_softmax(exact(model)(tokens)[0], -1)
+    assert relative_rms(found, wanted) < 3e-6
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.long
+@torch.inference_mode()
 def test_a_branch_copies_its_keys_in_few_operations() -> None:
     streamer = hybrid_streamer(made(replace(ODD, layer_pattern="AL")))
     tokens = torch.randint(256, (1, 12)).to(torch.uint8)
