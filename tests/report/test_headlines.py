@@ -120,6 +120,23 @@ def test_the_page_of_kernels_has_the_numbers_of_its_record(records: dict[str, Ru
     assert [number for row in rows for number in unfounded(row, found)] == []
 
 
+def test_the_page_of_kernels_has_the_numbers_of_streams_and_starts(
+    records: dict[str, Run]
+) -> None:
+    """Rows of the tables behind the two records' names; seconds are of 60,000 characters."""
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    for name, least in (("h200-stream-systems", 20), ("h200-start", 8)):
+        text = page[page.index(f"`{name}`"):]
+        lines = text.partition("\n## ")[0].splitlines()
+        rows = [line for line, below in zip(lines, [*lines[1:], ""], strict=True)
+                if line.startswith("|") and "---" not in line + below]
+        found = numbers_of(records[name])
+        found += [60_000 / number for number in found if number]
+        cells = [cell for row in rows for cell in row.strip("| ").split("|")[1:]]
+        assert len(rows) >= least, name
+        assert [number for cell in cells for number in unfounded(cell, found)] == [], name
+
+
 def test_the_readme_has_what_the_records_say(
     records: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
