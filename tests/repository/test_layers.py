@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Collection
 from functools import cache
 from graphlib import TopologicalSorter
@@ -115,6 +116,12 @@ def test_no_folder_is_crowded():
             entries = [p.name for p in folder.iterdir() if p.name not in (
                 "__init__.py", "__main__.py", "conftest.py", "__pycache__")]
             assert len(entries) <= MAX_ENTRIES, (folder, sorted(entries))
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """Two of one name are one module to pytest, which then runs neither."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, times in names.items() if times > 1] == []
 
 
 def test_core_imports_nothing_above_it():
