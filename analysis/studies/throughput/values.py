@@ -34,7 +34,8 @@ def values(r: Results, p: Parameters) -> dict[str, Value]:
     document, document_length = ratio("document_chunked", "fused")
     loop, loop_length = ratio(INDEXED, "fused")
     one = "SSM (auto)"
-    attention = r.mixers[(r.mixers["mixer"] == "attention") & (r.mixers["pass"] == PASSES[1])]
+    attention = r.mixers[(r.mixers["mixer"] == "attention") & (r.mixers["pass"] == PASSES[1])
+                         & (r.mixers["batch"] == batch)]  # one length has several
     beside = attention.set_index("length")["ms"].get(loop_length)
     loop_ms = ms.loc[INDEXED].get(loop_length) if INDEXED in ms.index else None
     wide = both[both["length"] == both[both["batch"] != batch]["length"].max()].pivot_table(
