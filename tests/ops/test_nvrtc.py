@@ -151,6 +151,14 @@ def test_a_kernel_has_its_mangled_name_and_ptx_can_be_had() -> None:
     assert b".target sm_80" in ptx.image
 
 
+def test_no_kernel_calls_what_fast_math_makes_coarse() -> None:
+    """Its tanhf has 11 bits, which no emulator shows: angles of Mamba-3 had that error."""
+    sources = [*Path(ops.__file__).parent.rglob("*.cu"), *Path(ops.__file__).parent.rglob("*.h")]
+    assert len(sources) > 20
+    for path in sources:
+        code = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(encoding="utf-8"), flags=re.S)
+        assert not re.search(r"\btanhf?\s*\(", code), path
+
 @needs_nvrtc
 def test_a_compile_error_is_one_line_with_the_log_attached() -> None:
     first = r"^bad.cu does not compile for sm_90: bad.cu\(1\)"
