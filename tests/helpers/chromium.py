@@ -90,8 +90,10 @@ class Browser:
             "Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded", DIALOG)]
 
     def requests(self) -> list[str]:
-        return [e["params"]["request"]["url"] for e in self.events
-                if e.get("method") == "Network.requestWillBeSent"]
+        """Addresses of what was asked for, but for images that a page holds itself."""
+        asked = [e["params"]["request"]["url"] for e in self.events
+                 if e.get("method") == "Network.requestWillBeSent"]
+        return [url for url in asked if not url.startswith("data:")]
 
     def close(self) -> None:
         os.close(self._write)  # the browser ends with its pipe

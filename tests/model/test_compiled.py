@@ -27,7 +27,7 @@ def test_the_scan_takes_what_it_kept_in_any_order_of_strides() -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = [(2, 20, 4), (2, 20, 4), (4, 3), (2, 20, 3), (2, 20, 3)]
     u, delta, A, B, C = (torch.randn(*s, generator=generator) for s in sizes)
-    inputs = (u, delta, -A.exp(), B, C, None, None, None, None)
+    inputs = (u, delta, -A.exp(), B, C, None, None, None, None, None)
     y, _, saved = scan(*inputs, True, True)
     permuted = saved.transpose(0, -1).contiguous().transpose(0, -1)
 
