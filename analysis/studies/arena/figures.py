@@ -88,7 +88,7 @@ def tasks(frame: pd.DataFrame) -> Figure:
     names = list(dict.fromkeys(shown["task"]))
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
-    figure, axes = new_figure(rows, columns, size=(max(7.2, 3.2 * columns), 3.6 * rows),
+    figure, axes = new_figure(rows, columns, size=(max(7.2, 3.0 * columns), 3.6 * rows),
                               squeeze=False, sharey=True)
     styles = _styles(shown["system"])
     for ax in axes.flat[len(names):]:
