@@ -114,7 +114,7 @@ def state(frame: pd.DataFrame) -> Figure:
     system's widths are joined."""
     some = frame[frame["task"] == "recall"]
     sizes = sorted(some["size"].unique())[-4:]
-    figure, axes = new_figure(1, len(sizes), size=(max(7.2, 3.3 * len(sizes)), 3.8),
+    figure, axes = new_figure(1, len(sizes), size=(max(7.2, 3.0 * len(sizes)), 3.8),
                               squeeze=False, sharey=True)
     styles = _styles(some["system"])
     for ax, size in zip(axes[0], sizes, strict=True):
