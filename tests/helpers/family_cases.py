@@ -1,5 +1,5 @@
 """Inputs of SSD, of Mamba-3's scan and of the gated delta rule, hard ones too, and their results
-with gradients."""
+with gradients; the gradients of a stand-in for FlashAttention."""
 
 from __future__ import annotations
 
@@ -117,3 +117,17 @@ def size_without_luck(family: str, inputs: Inputs, name: str, draws: int = 4) ->
 
 def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     return {name: t.to(dtype) for name, t in inputs.items()}
+
+
+def backward_of(forward: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    """The backward pass of ``forward``, which stands in for FlashAttention on a CPU: both take what
+    torch's operators take, and y is the first result."""
+    def backward(
+        dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, *rest: Any,
+        **window: int,
+    ) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            return torch.autograd.grad(forward(*leaves, *rest[:6], **window)[0], leaves, dy)
+
+    return backward

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from mambabyte.model.mixer import Step
 from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.fused import attention
 from mambabyte.ops.fused.attention import mean_keys, windowed_attention
+from tests.helpers.family_cases import backward_of
 
 CONFIG = ModelConfig(d_model=32, n_layer=1, layer_pattern="A", n_head=4, n_kv_head=2,
                      attention_window=8)
@@ -172,14 +172,6 @@ def flash_on_a_cpu(
     return dense(q, k, v, window_size_left + 1).transpose(1, 2), *torch.empty(4)
 
 
-def flash_backward_on_a_cpu(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, *rest: Any, **window: int
-) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        return torch.autograd.grad(flash_on_a_cpu(*leaves, *rest[:6], **window)[0], leaves, dy)
-
-
 @pytest.mark.parametrize(("window", "length", "before"), [(8, 33, 0), (8, 9, 3), (8, 5, 12)])
 def test_a_window_by_flash_attention(
     window: int, length: int, before: int, monkeypatch: pytest.MonkeyPatch
@@ -194,7 +186,7 @@ def test_a_window_by_flash_attention(
     assert asked is not None
     asked.sum().backward()  # torch's own operators take their arguments
     assert [x.grad.shape for x in metas if x.grad is not None] == [x.shape for x in heads]
-    for way, stand_in in (("forward", flash_on_a_cpu), ("backward", flash_backward_on_a_cpu)):
+    for way, stand_in in (("forward", flash_on_a_cpu), ("backward", backward_of(flash_on_a_cpu))):
         monkeypatch.setattr(torch.ops.aten, f"_flash_attention_{way}", stand_in)
     found, wanted = attention.flash_window(*heads, window), dense(*heads, window)
     assert found is not None

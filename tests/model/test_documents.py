@@ -29,7 +29,7 @@ from mambabyte.ops.fused.attention import (
     packed_attention,
     windowed_attention,
 )
-from tests.helpers.family_cases import make_inputs
+from tests.helpers.family_cases import backward_of, make_inputs
 
 LENGTH = 41  # odd, and beyond the 16 and 32 steps of tiles and chunks
 # Of each row: at 0, next to each other, at the last step; at edges of chunks, none at 0.
@@ -284,14 +284,6 @@ def flash_on_a_cpu(
     return torch.cat(each, 2)[0].transpose(0, 1), *torch.empty(4)
 
 
-def flash_backward_on_a_cpu(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, *rest: Any, **window: int
-) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        return torch.autograd.grad(flash_on_a_cpu(*leaves, *rest[:6], **window)[0], leaves, dy)
-
-
 @pytest.mark.parametrize("window", [6, LENGTH - 1, LENGTH, 1000])
 def test_documents_by_flash_attention(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """How rows, heads, lengths, window and gradients are handed to kernels that come with torch;
@@ -308,7 +300,7 @@ def test_documents_by_flash_attention(window: int, monkeypatch: pytest.MonkeyPat
     asked = packed_attention(*metas, window, lengths.to("meta"))
     asked.sum().backward()  # torch's own operators take their arguments
     assert [x.grad.shape for x in metas if x.grad is not None] == [x.shape for x in heads]
-    for way, stand_in in (("forward", flash_on_a_cpu), ("backward", flash_backward_on_a_cpu)):
+    for way, stand_in in (("forward", flash_on_a_cpu), ("backward", backward_of(flash_on_a_cpu))):
         monkeypatch.setattr(torch.ops.aten, f"_flash_attention_{way}", stand_in)
     attend = functools.partial(windowed_attention, window=window)
     wanted = each_document(attend, *heads, starts, torch.zeros(2, dtype=torch.int64))
