@@ -54,7 +54,7 @@ SMALL: dict[str, dict[str, Any]] = {
 # What no small run can change: the text, the device, what needs a package or minutes.
 FIXED = {"corpus", "device", "cuda", "preset", "workers", "threads", "pieces", "piece_train_bytes",
          "few_steps", "few_tokens", "few_presets", "runs_root", "max_seconds", "seed",
-         "parts", "work"}
+         "parts", "work", "continues"}
 
 
 def others(hint: Any, value: Any) -> Iterator[Any]:

@@ -108,6 +108,8 @@ class Parameters(Checked):
     """processes beside each other on a device"""
     work: str = ""
     """folder that keeps each training, so that the next run goes on; empty is none"""
+    continues: str = ""
+    """record whose trainings on text and costs are taken as done; empty is none"""
     max_seconds: NotNegative = 0.0
     """after which no training is begun; 0 is no limit"""
     parts: Annotated[tuple[Part, ...], entries()] = ("text", "long", "costs", "tasks")

@@ -34,9 +34,11 @@ from analysis.studies.arena.trainings.plan import (
     Done,
     clamp_cells,
     memory_cells,
+    name_of,
     plan,
     precision_cells,
 )
+from analysis.studies.arena.trainings.recorded import recorded
 from analysis.studies.arena.trainings.text import open_corpus, target_parameters, train
 from mambabyte.config.files import make_dir, write_json
 from mambabyte.errors import UserError
@@ -50,6 +52,8 @@ def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Res
     until = time.time() + p.max_seconds if p.max_seconds else float("inf")
     with ExitStack() as stack:
         folder = Path(p.work or stack.enter_context(tempfile.TemporaryDirectory()))
+        if p.continues:
+            take_over(Path(p.continues), folder)
         same_settings(p, folder)
         forget_failed(folder)
         done = Done(trainings(folder))
@@ -70,6 +74,17 @@ def same_settings(p: Parameters, folder: Path) -> None:
     if "tasks" in p.parts:  # whose parameters are matched as well
         mine["task_systems"] = sorted(p.task_systems)
     _go_on_with(folder, mine)
+
+
+def take_over(record: Path, folder: Path) -> None:
+    """Put the trainings of a record, and what they were made with, into a work folder that lacks
+    them. Which text was read is not in a record: its name alone is compared."""
+    p, rows = recorded(record)
+    same_settings(p, folder)
+    for row in rows:
+        path = folder / f"{name_of(row)}.json"
+        if not path.exists():
+            write_json(path, row)
 
 
 def _same_text(p: Parameters, folder: Path) -> None:
