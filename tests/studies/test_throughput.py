@@ -225,6 +225,32 @@ def test_quadratic_forms_show_in_the_count(found):
     assert table["allocated_bytes", "chunked"] == pytest.approx(1.0, abs=0.05)
 
 
+def test_attention_beside_the_loop_is_of_its_batch(found):
+    """Where the guard ended the loop at the length that several batches are timed at."""
+    scans, mixers = found.scans.copy(), found.mixers.copy()
+    loop = scans["form"] == scan_timing.INDEXED
+    scans["ms"] = scans["ms"].mask(loop, 3.0).mask(loop & (scans["length"] > TINY.batch_length))
+    scans.loc[scans["form"] == "chunked", "form"] = "fused"
+    for batch, ms in ((1, 2.0), (2, 5.0)):
+        mixers.loc[(mixers["mixer"] == "attention") & (mixers["batch"] == batch), "ms"] = ms
+    values = answers.values(replace(found, scans=scans, mixers=mixers), TINY)
+    assert values["loop_over_fused_length"].value == TINY.batch_length
+    assert values["loop_over_attention"].value == pytest.approx(3.0 / 2.0)
+
+
+def test_lengths_are_of_the_batch_that_was_asked_for(found):
+    """Also where they are fewer than the batches."""
+    few = replace(TINY, lengths=(16,), batch_size=2, batches=(1, 3))
+    scans = found.scans.assign(form=found.scans["form"].replace("chunked", "fused")).query(
+        "length == 8").assign(ms=1.0)
+    scans = pd.concat([scans[scans["batch"] == 1],
+                       scans[scans["batch"] == 1].assign(batch=3),
+                       scans[scans["batch"] == 1].assign(batch=2, length=16)])
+    values = answers.values(replace(found, scans=scans), few)
+    assert values["document_over_fused_length"].value == 16
+    assert values["document_over_fused_batch_size"].value == 3
+
+
 def test_energy_is_not_made_up(found):
     for row in found.training.to_dict("records"):
         if row["joules_per_megabyte"] is None:

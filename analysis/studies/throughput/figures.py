@@ -57,10 +57,9 @@ def _lines(axes: Axes, frame: pd.DataFrame, name: str, value: str, order: Sequen
         label_lines(axes, ends)
 
 
-def scan_time(scans: pd.DataFrame) -> Figure:
+def scan_time(scans: pd.DataFrame, batch_size: int) -> Figure:
     """Time a call of every form against length, forward and with backward."""
-    batch = scans["batch"].mode().iloc[0]
-    some = scans[scans["batch"] == batch]
+    some = scans[scans["batch"] == batch_size]
     figure, axes = new_figure(1, 2, size=(10.0, 4.4), sharey=True)
     for ax, direction in zip(axes, PASSES, strict=True):
         _lines(ax, some[some["pass"] == direction], "form", "ms", _present(FORMS, some["form"])[:7],
@@ -80,10 +79,10 @@ def allocations(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def mixer_time(mixers: pd.DataFrame, crossovers: pd.DataFrame) -> Figure:
+def mixer_time(mixers: pd.DataFrame, crossovers: pd.DataFrame, batch_size: int) -> Figure:
     """Mixers against length; the line marks where the first takes attention's operations."""
     order = _present(MIXERS, mixers["mixer"])
-    some = mixers[mixers["batch"] == mixers["batch"].mode().iloc[0]]
+    some = mixers[mixers["batch"] == batch_size]
     figure, axes = new_figure(1, 2, size=(10.0, 4.4), sharey=True)
     for ax, direction in zip(axes, PASSES, strict=True):
         _lines(ax, some[some["pass"] == direction], "mixer", "ms", order, named=False)
@@ -107,13 +106,12 @@ def batch_time(scans: pd.DataFrame, mixers: pd.DataFrame, length: int) -> Figure
     return figure
 
 
-def energy(mixers: pd.DataFrame, scans: pd.DataFrame) -> Figure:
+def energy(mixers: pd.DataFrame, scans: pd.DataFrame, batch_size: int) -> Figure:
     """Gross joules per megabyte against length, forward with backward: scan forms, and mixers."""
     figure, axes = new_figure(1, 2, size=(10.0, 4.4))
     panels = (("scan alone", scans, "form", FORMS), ("whole mixer", mixers, "mixer", MIXERS))
     for ax, (title, frame, name, order) in zip(axes, panels, strict=True):
-        some = frame[(frame["batch"] == frame["batch"].mode().iloc[0])
-                     & (frame["pass"] == PASSES[1])]
+        some = frame[(frame["batch"] == batch_size) & (frame["pass"] == PASSES[1])]
         _lines(ax, some, name, "joules_per_megabyte", _present(order, some[name])[:7])
         label_axes(ax, "length, bytes", "joules per megabyte (gross)", title)
     return figure
@@ -223,7 +221,8 @@ def _peers_caption(run: Run) -> str:
 
 FIGURES = (
     Drawing(
-        "scan_time", scan_time, ("scans",), "Time of every scan form against length",
+        "scan_time", scan_time, ("scans", "batch_size"),
+        "Time of every scan form against length",
         caption="Median of a call (on a GPU a captured graph), log-log, forward alone and with the "
                 "backward pass. Lines end where the guard ended the series. Seven forms are drawn; "
                 "the data have the others.",
@@ -244,7 +243,7 @@ FIGURES = (
         alt="Two panels of dots on a log axis of time, one row a shape: the fused scan, its "
             "variant that recomputes, mamba-ssm and attention, and a tick for the floor."),
     Drawing(
-        "mixers", mixer_time, ("mixers", "crossovers"), "Mixers against length",
+        "mixers", mixer_time, ("mixers", "crossovers", "batch_size"), "Mixers against length",
         caption="Median of a call (on a GPU a captured graph), log-log. 'auto' is the default form "
                 "of the scan; the dashed line is the length at which the first mixer and attention "
                 "take equal operations.",
@@ -263,12 +262,12 @@ FIGURES = (
         alt="Two panels against bytes seen: latency, and state in bytes on a log axis, one line a "
             "mixer; attention with a window and with all keys."),
     Drawing(
-        "energy", energy, ("mixers", "scans"), "Joules per megabyte against length",
+        "energy", energy, ("mixers", "scans", "batch_size"), "Joules per megabyte against length",
         caption="Gross joules per megabyte (1e6 bytes) of a call, forward and backward, log-log: "
                 "scan forms alone, and whole mixers. Flat is linear; a short call leaves most of "
                 "the device idle.",
         alt="Two log-log panels of joules per megabyte against length: scan forms, and mixers.",
-        when=lambda mixers, scans: bool(scans["joules_per_megabyte"].notna().any())),
+        when=lambda mixers, scans, _: bool(scans["joules_per_megabyte"].notna().any())),
     Drawing(
         "training", training, ("training",), "Training throughput at equal parameters",
         caption="Thousand bytes of text a second, by layer pattern and form of the scan. 'chunked' "

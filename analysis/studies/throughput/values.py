@@ -9,8 +9,7 @@ from analysis.studies.throughput import INDEXED, PASSES, Parameters, Results
 def values(r: Results, p: Parameters) -> dict[str, Value]:
     """The study's answer in named numbers; None: not measured."""
     both = r.scans[(r.scans["pass"] == PASSES[1])]
-    batch = both["batch"].mode().iloc[0]
-    ms = both[both["batch"] == batch].pivot(index="form", columns="length", values="ms")
+    ms = both[both["batch"] == p.batch_size].pivot(index="form", columns="length", values="ms")
     exponents = r.exponents.set_index(["what", "pass"])["exponent"]
     fills = r.allocation_exponents.set_index(["what", "form"])["exponent"]
     cross = r.crossovers.set_index(["mixer", "pass"])
@@ -35,11 +34,10 @@ def values(r: Results, p: Parameters) -> dict[str, Value]:
     loop, loop_length = ratio(INDEXED, "fused")
     one = "SSM (auto)"
     attention = r.mixers[(r.mixers["mixer"] == "attention") & (r.mixers["pass"] == PASSES[1])
-                         & (r.mixers["batch"] == batch)]  # one length has several
+                         & (r.mixers["batch"] == p.batch_size)]  # one length has several
     beside = attention.set_index("length")["ms"].get(loop_length)
     loop_ms = ms.loc[INDEXED].get(loop_length) if INDEXED in ms.index else None
-    wide = both[both["length"] == both[both["batch"] != batch]["length"].max()].pivot_table(
-        index="batch", columns="form", values="ms", aggfunc="first")
+    wide = both[both["length"] == p.batch_length].pivot(index="batch", columns="form", values="ms")
     batches = (wide.dropna(subset=["document_chunked", "fused"]).astype(float)
                if {"document_chunked", "fused"} <= set(wide) else wide.head(0))
     return {
