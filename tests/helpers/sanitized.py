@@ -11,6 +11,15 @@ import pytest
 from mambabyte.ops.build import c as native_build
 
 
+def compiles(driver: str, include: Path) -> None:
+    """Fails where the driver has gone out of step with the source of ``include`` that it includes:
+    names and types alone are looked at, in a fraction of a second."""
+    done = subprocess.run(
+        ["cc", "-fsyntax-only", *native_build.FLAGS, "-march=native", f"-I{include}",
+         f"-I{native_build.HEADERS}", "-x", "c", "-"], input=driver, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-2000:]
+
+
 def run_sanitized(folder: Path, driver: str, include: Path, checks: str, *flags: str) -> None:
     """Fails unless the driver, which includes a source of ``include``, compiles, prints "clean" and
     nothing is found; skips where the compiler has no such sanitizer. Leaks are the driver's own."""

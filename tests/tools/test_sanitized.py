@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.sanitized import run_sanitized
+from tests.helpers.sanitized import compiles, run_sanitized
+from tests.tools.test_sanitized_model import SANITIZED as MODEL
 
 PACKAGE = Path(__file__).resolve().parents[2] / "mambabyte"
 needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
@@ -79,9 +80,9 @@ static void *stream(void *unused) { /* states are each thread's own, the model i
   memory s = {0};
   call c = {BYTES, 0, data(V, 0), kept};
   for (int i = 0; i < 20; i++) {
-    s.first_out = data((K - 1) * D, 0), s.second_out = data(D * N, 0);
+    s.out[0] = data((K - 1) * D, 0), s.out[1] = data(D * N, 0);
     if (advance(&m, l, &s, &c, bytes)) abort();
-    s.first_in = s.first_out, s.second_in = s.second_out, c.position += BYTES;
+    s.in[0] = s.out[0], s.in[1] = s.out[1], c.position += BYTES;
   }
   return c.log_probs;
 }
@@ -90,10 +91,11 @@ int main(void) {
     .states = N, .taps = K, .rank = R, .norm_eps = 1e-5, .tiny_eps = 1e-7,
     .embedding = data(V * W, -.5), .norm = data(W, 0), .norm_bias = data(W, 0)};
   m.head = m.embedding;
-  l[0] = (layer){.norm = data(W, 0), .norm_bias = data(W, 0), .in_proj = data(2 * D * W, -.5),
-    .conv = data(D * K, -.5), .conv_bias = data(D, 0), .x_proj = data((R + 2 * N) * D, -.5),
-    .dt_proj = data(D * R, -.5), .dt_bias = data(D, -.5), .A_log = data(D * N, 0),
-    .D = data(D, 0), .out_proj = data(D * W, -.5)};
+  l[0] = (layer){.kind = MAMBA, .added = -1, .kept_as = -1, .norm = data(W, 0),
+    .norm_bias = data(W, 0), .own = {[IN_PROJ] = data(2 * D * W, -.5), [CONV] = data(D * K, -.5),
+    [CONV_BIAS] = data(D, 0), [X_PROJ] = data((R + 2 * N) * D, -.5), [DT_PROJ] = data(D * R, -.5),
+    [DT_BIAS] = data(D, -.5), [A_LOG] = data(D * N, 0), [SKIP] = data(D, 0),
+    [OUT_PROJ] = data(D * W, -.5)}};
   kept = malloc(kept_size(&m) * sizeof *kept);
   keep(&m, l, kept);
   pthread_t id[4];
@@ -143,18 +145,29 @@ int main(void) {
 """
 
 
+DRIVERS = {"conv": (CONV, "ops/conv"), "ngram": (NGRAM, "task"),
+           "experts": (EXPERTS, "task/experts"), "stream": (STREAM, "ops/stream")}
+
+
 @needs_compiler
 @pytest.mark.long
 @pytest.mark.parametrize("checks", ["address,undefined", "thread"])
-@pytest.mark.parametrize(("driver", "folder"), [
-    (CONV, "ops/conv"), (NGRAM, "task"), (EXPERTS, "task/experts"), (STREAM, "ops/stream")],
-    ids=["conv", "ngram", "experts", "stream"])
-def test_sanitizers(driver, folder, checks, tmp_path):
+@pytest.mark.parametrize("name", DRIVERS)
+def test_sanitizers(name, checks, tmp_path):
+    driver, folder = DRIVERS[name]
     run_sanitized(tmp_path, driver, PACKAGE / folder, checks)
+
+
+@needs_compiler
+@pytest.mark.parametrize("driver", [*DRIVERS, "model"])
+def test_drivers_are_in_step_with_their_sources(driver):
+    """What the long suite runs under the checkers still compiles."""
+    source, folder = {**DRIVERS, "model": (MODEL, "ops/stream")}[driver]
+    compiles(source, PACKAGE / folder)
 
 
 def test_no_source_is_left_out():
     scan = Path(__file__).parents[1] / "ops/test_native_build.py"
-    drivers = [CONV, NGRAM, EXPERTS, STREAM, scan.read_text()]
+    drivers = [*(driver for driver, _ in DRIVERS.values()), scan.read_text()]
     for source in PACKAGE.rglob("*.c"):
         assert any(f'#include "{source.name}"' in driver for driver in drivers), source
