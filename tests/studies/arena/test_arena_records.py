@@ -13,10 +13,20 @@ from analysis.studies.arena.values import slug, solved
 RECORDS = {name: run for name, run in load_records().items() if run.study == "arena"}
 
 
+def holding(table: str) -> list[str]:
+    """The records that have a table: some are of one part alone."""
+    return [name for name, run in RECORDS.items() if table in run.tables]
+
+
 def tuned_on(run: Run) -> int:
     """Bytes of text on which rates were tuned: the last but one budget, where none is named."""
     budgets = sorted(run.parameters["budgets"])
     return run.parameters.get("tuned_on") or budgets[max(0, len(budgets) - 2)]
+
+
+def sizes(run: Run) -> list[str]:
+    """Where systems were tuned."""
+    return [run.parameters["size"], *run.parameters["larger"]]
 
 
 def best(run: Run) -> pd.DataFrame:
@@ -30,7 +40,7 @@ def best(run: Run) -> pd.DataFrame:
     return at_best.groupby(["size", "budget", "system"])["valid_bits"].agg(["mean", "count"])
 
 
-@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("name", holding("cells"))
 def test_bits_are_those_of_the_trainings(name):
     run = RECORDS[name]
     found = best(run)
@@ -39,21 +49,25 @@ def test_bits_are_those_of_the_trainings(name):
         mine = found.loc[(row.size, row.budget, row.system)]
         assert row.bits_per_byte == pytest.approx(mine["mean"])
         assert row.seeds == mine["count"]
-    stem = f"at_{slug(run.parameters['size'])}"
-    mean = found["mean"].loc[run.parameters["size"], tuned_on(run)]
-    assert run.values[f"{stem}_best"].value == mean.idxmin()
-    assert run.values[f"{stem}_order"].value == ", ".join(mean.sort_values().index)
-    assert run.values[f"{stem}_range"].value == pytest.approx(mean.max() - mean.min())
-    for system, bits in mean.items():
-        assert run.values[f"{stem}_{slug(system)}"].value == pytest.approx(bits)
+    for size in sizes(run):
+        stem, mean = f"at_{slug(size)}", found["mean"].loc[size, tuned_on(run)]
+        assert run.values[f"{stem}_best"].value == mean.idxmin()
+        assert run.values[f"{stem}_order"].value == ", ".join(mean.sort_values().index)
+        assert run.values[f"{stem}_range"].value == pytest.approx(mean.max() - mean.min())
+        for system, bits in mean.items():
+            assert run.values[f"{stem}_{slug(system)}"].value == pytest.approx(bits)
 
 
-@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("name", holding("cells"))
 def test_hybrids_are_beside_pure_systems_seed_by_seed(name):
-    run = RECORDS[name]
+    for size in sizes(RECORDS[name]):
+        hybrids_beside_pure(RECORDS[name], size)
+
+
+def hybrids_beside_pure(run: Run, size: str) -> None:
     frame, cells = run.tables["best"].frame, run.tables["cells"].frame
-    stem, part = f"at_{slug(run.parameters['size'])}", {}
-    rows = frame[(frame["size"] == run.parameters["size"]) & (frame["budget"] == tuned_on(run))]
+    stem, part = f"at_{slug(size)}", {}
+    rows = frame[(frame["size"] == size) & (frame["budget"] == tuned_on(run))]
     for kind in ("hybrid", "pure"):
         row = rows.set_index("system").loc[run.values[f"{stem}_best_{kind}"].value]
         mine = cells[(cells["system"] == row.name) & (cells["size"] == row["size"])
@@ -68,7 +82,7 @@ def test_hybrids_are_beside_pure_systems_seed_by_seed(name):
     assert run.values[f"{stem}_hybrid_minus_pure_range"].value == f"{low:+.4f} to {high:+.4f}"
 
 
-@pytest.mark.parametrize("name", [n for n, run in RECORDS.items() if "clamp" in run.tables])
+@pytest.mark.parametrize("name", holding("clamp"))
 def test_the_price_of_the_bound_has_its_interval(name):
     run = RECORDS[name]
     bits = run.tables["clamp"].frame.pivot(index="seed", columns="system", values="valid_bits")
@@ -78,7 +92,7 @@ def test_the_price_of_the_bound_has_its_interval(name):
     assert run.values["clamp_price_range"].value == f"{low:+.4f} to {high:+.4f}"
 
 
-@pytest.mark.parametrize("name", [n for n, run in RECORDS.items() if "tasks" in run.tables])
+@pytest.mark.parametrize("name", holding("tasks"))
 def test_accuracies_are_those_of_the_trainings(name):
     run = RECORDS[name]
     answers = run.tables["answers"].frame
@@ -104,7 +118,7 @@ def test_a_size_is_solved_only_with_all_smaller_ones():
     assert solved(rows[rows["size"] > 8]) == 0
 
 
-@pytest.mark.parametrize("name", [n for n, run in RECORDS.items() if "context" in run.tables])
+@pytest.mark.parametrize("name", holding("context"))
 def test_what_is_remembered_is_what_the_tables_hold(name):
     run = RECORDS[name]
     frame = run.tables["context"].frame
@@ -114,7 +128,7 @@ def test_what_is_remembered_is_what_the_tables_hold(name):
         assert run.values[f"context_{slug(system)}"].value == enough
 
 
-@pytest.mark.parametrize("name", [n for n, run in RECORDS.items() if "precision" in run.tables])
+@pytest.mark.parametrize("name", holding("precision"))
 def test_bits_lost_are_those_of_the_table(name):
     """And are beside one stream in float32 for each system, whatever the format."""
     run = RECORDS[name]
@@ -126,7 +140,7 @@ def test_bits_lost_are_those_of_the_table(name):
     assert (plain.max() - plain.min()).max() < 1e-9
 
 
-@pytest.mark.parametrize("name", [n for n, run in RECORDS.items() if "units" in run.tables])
+@pytest.mark.parametrize("name", holding("units"))
 def test_bytes_and_pieces_are_those_of_the_table(name):
     run = RECORDS[name]
     frame = run.tables["units"].frame.set_index(["system", "units", "noise"])
@@ -137,7 +151,7 @@ def test_bytes_and_pieces_are_those_of_the_table(name):
         assert run.values[f"{stem}_accuracy"].value == pytest.approx(float(row["accuracy"]))
 
 
-@pytest.mark.parametrize("name", [n for n, run in RECORDS.items() if "points" in run.tables])
+@pytest.mark.parametrize("name", holding("points"))
 def test_laws_are_judged_by_the_points_that_were_held_back(name):
     run = RECORDS[name]
     points, cells = (run.tables[name].frame for name in ("points", "cells"))
@@ -157,7 +171,7 @@ def test_laws_are_judged_by_the_points_that_were_held_back(name):
         max(abs(r.by_the_law - r.valid_bits) for r in held))
 
 
-@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("name", holding("cells"))
 def test_rate_and_optimizer_are_told_apart_by_the_trainings(name):
     """From the trainings themselves; hybrids, which AdamW never saw, do not count."""
     run = RECORDS[name]
