@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Protocol, Self
+from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mambabyte.config.checks import CountOrNone, NotNegative, Seed, Share, above, fit, shown
+from mambabyte.config.checks import CountOrNone, NotNegative, Seed, Share, above, fit
 from mambabyte.corpus.files import bytes_of
 from mambabyte.corpus.utf8 import (
     START_BYTE,
@@ -22,40 +22,10 @@ from mambabyte.corpus.utf8 import (
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.model import ByteLM
 from mambabyte.ops.stream.feeding import NOT_NUMBERS
-from mambabyte.stream import cpu as native_model
-from mambabyte.stream import cuda as cuda_model
+from mambabyte.stream.engines import cpu, cuda
+from mambabyte.stream.engines.base import ByteModel, Engine, Network, TorchEngine, place_of
 from mambabyte.stream.saved import Kept, load_state, save_state
 from mambabyte.stream.states import n_bytes
-
-
-class ByteModel(Protocol):
-    """What is streamed and scored: ByteLM, an n-gram model, or a mixture of the two.
-
-    ``model(tokens (B, L), state) -> (logits (B, L, V), state)``; the state is a value, None before
-    the first byte, whose tensors have the batch first. Logits may be log-probabilities.
-    """
-
-    training: bool
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def __call__(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]: ...
-
-    def eval(self) -> Self: ...
-
-    def train(self, mode: bool = True) -> Self: ...
-
-
-def place_of(model: ByteModel) -> torch.device:
-    """The device of a model's weights; UserError for what is no model, and where weights have no
-    numbers."""
-    if isinstance(model, type) or not callable(model) or not hasattr(model, "device"):
-        raise UserError(f"the model is {shown(model)}: expected one of bytes, such as a ByteLM")
-    if model.device.type == "meta":
-        raise UserError("the model is on the device meta, where weights have no numbers: load a "
-                        "checkpoint, or make it on cpu or cuda")
-    return model.device
 
 
 def check_draws(
@@ -68,54 +38,22 @@ def check_draws(
 
 
 _ASCII = [chr(byte) for byte in range(0x80)]
-Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
-Hidden = Callable[[Tensor, Any], tuple[Tensor, Any]]
-Guided = Callable[[bytes, Any, Sequence[Tensor]], tuple[Tensor, Any]]
 
 
-def advance_of(model: ByteModel) -> Advance:
-    """How a stream of ``model`` goes on: ``(data, state) -> (log p of the next byte, state)``.
-
-    ``data`` has a byte or more; log p is (V,) float32 on the CPU. What is returned may take a
-    faster way than ``model`` itself for a few bytes; it gives the same up to rounding. A model made
-    of others has a method ``streamed()`` that returns the function made of theirs.
-    """
-
-    @torch.inference_mode()
-    def advance(data: bytes, state: Any) -> tuple[Tensor, Any]:
-        logits, state = model(torch.tensor([list(data)], device=device), state)
-        return torch.log_softmax(logits[0, -1].float(), -1).cpu(), state
-
-    device = place_of(model)
+def stream_engine(model: ByteModel) -> Engine:
+    """What a stream of ``model`` goes on by: the fastest way that there is, equal to the model
+    itself up to rounding."""
+    device = place_of(model).type
     streamed = getattr(model, "streamed", None)
     if streamed is not None:
-        return streamed()
-    shortcuts = {"cpu": native_model.shortcut, "cuda": cuda_model.shortcut}
-    shortcut = shortcuts.get(device.type)
-    return advance if shortcut is None else shortcut(model, advance)
+        return cast(Engine, streamed())
+    return {"cpu": cpu.engine_for, "cuda": cuda.engine_for}.get(device, TorchEngine)(model)
 
 
-def engine_name(advance: object) -> str:
-    """What goes on by ``advance``, in a line."""
-    return getattr(advance, "engine", "torch, a call a byte")
-
-
-def own_form(advance: Advance, state: Any) -> Any:
-    """A state that ``advance`` returned, as the model itself has it."""
-    own = getattr(advance, "for_model", None)
-    return state if own is None else own(state)
-
-
-def guided_of(guided: nn.Module, model: ByteLM) -> tuple[Hidden, Guided | None]:
-    """How the network ``model`` of a guided model (task/guide.py) goes on without gradients:
-    ``model.hidden``, x (B, L, d_model) and state in, the same out, by a faster way for a few bytes
-    of one text where there is one; and what an engine has for a few bytes with their hints, (data,
-    state, (log p, best, kind)) in, (log p of the next byte, state) out. Both up to rounding."""
-    if place_of(model).type == "cuda":
-        hidden = cuda_model.hidden_shortcut(model, guided)
-        return hidden, getattr(hidden, "guided", None)
-    native = native_model.guided_model(guided, model)
-    return model.hidden, None if native is None else native.guided
+def network_engine(model: ByteLM, guided: nn.Module) -> Network:
+    """What the network ``model`` of a guided model (task/guide.py) goes on by."""
+    found = cuda if place_of(model).type == "cuda" else cpu
+    return found.network_for(model, guided)
 
 
 class ByteStream:
@@ -125,26 +63,26 @@ class ByteStream:
     """
 
     def __init__(self, model: ByteModel) -> None:
-        self._model, self._advance = model, advance_of(model)
+        self._model, self._engine = model, stream_engine(model)
         self._state: Any = None
         self.log_probs = torch.empty(0)
         self.feed(bytes([START_BYTE]))
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the model and the place; how it goes on is found anew."""
-        return {name: value for name, value in self.__dict__.items() if name != "_advance"}
+        return {name: value for name, value in self.__dict__.items() if name != "_engine"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._advance = advance_of(self._model)
+        self._engine = stream_engine(self._model)
 
     def feed(self, data: bytes) -> None:
         """Advance by ``data`` in one call; nothing happens when it is empty."""
         if type(data) is not bytes:
             data = bytes_of(data)
         if data:
-            self.log_probs, self._state = self._advance(data, self._state)
-            if len(data) > 1 or not getattr(self._advance, "sees_nan", False):
+            self.log_probs, self._state = self._engine(data, self._state)
+            if len(data) > 1 or not self._engine.sees_nan:
                 numbers(self.log_probs)  # one byte's are looked at by some engines, at less cost
 
     def read(self, data: bytes) -> Tensor | None:
@@ -152,9 +90,10 @@ class ByteStream:
 
         None, and nothing happens, where the model has no quick way to do so.
         """
-        if not isinstance(self._advance, cuda_model.CudaModel) or not data:
+        found = self._engine.each(data, self._state) if data else None
+        if found is None:
             return None
-        each, self._state = self._advance.each(data, self._state)
+        each, self._state = found
         numbers(each)
         before = torch.cat([self.log_probs[None], each[:-1]])
         self.log_probs = each[-1]
@@ -163,20 +102,19 @@ class ByteStream:
     @property
     def engine(self) -> str:
         """What computes the next byte, in a line."""
-        return engine_name(self._advance)
+        return self._engine.name
 
     @property
     def draws_itself(self) -> bool:
         """Whether ``draw`` is the engine's own: bytes are drawn where they are computed."""
-        return hasattr(self._advance, "draw")
+        return self._engine.draws
 
     @torch.inference_mode()
     def ahead(self, data: bytes) -> tuple[Tensor, Callable[[int], Any]]:
         """One pass over ``data``, a byte or more, that moves nothing: log p (L, V) after each of
         its bytes, and what says the state after the first n of them, asked once; None where the
         engine has the last one alone."""
-        given = getattr(self._advance, "ahead", None)
-        found = None if given is None else given(data, self._state)
+        found = self._engine.ahead(data, self._state)
         if found is None:
             tokens = torch.tensor([list(data)], device=self._model.device)
             logits, last = self._model(tokens, self.kept.state)
@@ -196,8 +134,8 @@ class ByteStream:
         """Advance by bytes drawn from the model itself, yielded as they come; see ``generate``."""
         max_bytes, temperature, top_k, top_p, seed = check_draws(
             max_bytes, temperature, top_k, top_p, seed)
-        if isinstance(self._advance, cuda_model.CudaModel):
-            pieces = self._advance.draw(
+        if self._engine.draws:
+            pieces = self._engine.draw(
                 self.log_probs, self._state, max_bytes, temperature, top_k, top_p, seed)
             for data, log_probs, state in pieces:
                 self.log_probs, self._state = numbers(log_probs), state
@@ -212,7 +150,7 @@ class ByteStream:
     @property
     def guesses_itself(self) -> bool:
         """Whether ``guess_and_draw`` is there: the engine checks guesses where it draws."""
-        return getattr(self._advance, "guesses", False)
+        return self._engine.guesses
 
     def guess_and_draw(
         self, past: bytes, max_bytes: int, temperature: float = 1.0, top_k: int = 0,
@@ -222,7 +160,7 @@ class ByteStream:
         far, of which ``past`` are the last bytes: pieces, passes of each, bytes guessed."""
         max_bytes, temperature, top_k, top_p, seed = check_draws(
             max_bytes, temperature, top_k, top_p, seed)
-        pieces = self._advance.guess_and_draw(  # type: ignore[attr-defined]
+        pieces = self._engine.guess_and_draw(
             self.log_probs, self._state, max_bytes, past, temperature, top_k, top_p, seed)
         for data, log_probs, state, passes, guessed in pieces:
             self.log_probs, self._state = numbers(log_probs), state
@@ -241,7 +179,7 @@ class ByteStream:
             raise UserError(f"the state is of {len(kept.log_probs)} texts: a stream is one of them "
                             "(states.split)")
         stream = object.__new__(cls)
-        stream._model, stream._advance = model, advance_of(model)
+        stream._model, stream._engine = model, stream_engine(model)
         stream._state, stream.log_probs = kept.state, kept.log_probs[0]
         return stream
 
@@ -253,7 +191,7 @@ class ByteStream:
     @property
     def kept(self) -> Kept:
         """The present place as a value, in the model's own form whatever engine got here."""
-        return Kept(own_form(self._advance, self._state), self.log_probs[None])
+        return Kept(self._engine.for_model(self._state), self.log_probs[None])
 
     def save(self, path: Path | str) -> None:
         """Keep the present place in a file; see ``saved.save_state``."""

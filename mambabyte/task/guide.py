@@ -16,6 +16,7 @@ answer: one part of the training text is counted, the other trained on, and both
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,13 @@ from mambabyte.config import ModelConfig
 from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.model import ByteLM, embed
 from mambabyte.model.lm import symbols
-from mambabyte.stream.streams import Advance, Hidden, engine_name, guided_of, numbers
+from mambabyte.stream import Engine
+from mambabyte.stream.streams import network_engine, numbers
 from mambabyte.task import ngram_native
+from mambabyte.task.mixture import as_tensor, as_text
 from mambabyte.task.ngram import NgramModel, V
 
+Layers = Callable[[Tensor, Any], tuple[Tensor, Any]]
 _CLEAR = 4  # classes of how clear the longest context is
 _CHUNK = 1 << 22  # bytes of text looked up at a time
 _AT_ONCE = {"cpu": 4096, "cuda": 1 << 16}  # contexts looked up at a time
@@ -237,66 +241,18 @@ class GuidedLM(nn.Module):
     def forward(self, tokens: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
         """Logits (B, L, V) of the byte after each of ``tokens`` (B, L), and the state."""
         assert self.guide is not None, "a guided model needs its guide"
-        return self._through(symbols(tokens), state, self.guide, self.lm.hidden)
+        return self.through(symbols(tokens), state, self.guide, self.lm.hidden)
 
-    def streamed(self) -> Advance:
-        """How a stream goes on: the network in its engine, the hints from tables on the CPU."""
-        hidden, guided = guided_of(self, self.lm)
-        guided_byte = getattr(hidden, "guided_byte", None)
+    def streamed(self) -> Engine:
+        """What a stream goes on by: the network in its engine, the hints from tables on the CPU."""
+        return _GuidedEngine(self)
 
-        def advance(data: bytes, state: Any) -> tuple[Tensor, Any]:
-            guide = None if self.guide is None else self.guide.near
-            if (guide is None or guided_byte is None or len(data) > _ALONE
-                    or not guide.looks_up_natively):
-                log_p, state = several(data, with_tensor(state))
-                return numbers(log_p), state
-            # Bytes alone: no tensor is made of them. The last ones are kept as bytes.
-            network, last = (None, bytes([START_BYTE]) * guide.width) if state is None else state
-            if not isinstance(last, bytes):
-                last = bytes(last[0].tolist())
-            for i in range(len(data)):
-                last = (last + data[i : i + 1])[1:]
-                log_p, network = guided_byte(
-                    data[i : i + 1], network, functools.partial(guide.hint_into, last))
-            return log_p, (network, last)
-
-        @torch.inference_mode()
-        def several(data: bytes, state: Any) -> tuple[Tensor, Any]:
-            assert self.guide is not None, "a guided model needs its guide"
-            guide = self.guide.near if len(data) <= _FEW else self.guide
-            if guided is not None and len(data) <= _FEW:
-                network, last = (None, None) if state is None else state
-                if last is None:
-                    last = torch.full((1, guide.width), START_BYTE, dtype=torch.uint8)
-                text = torch.cat([last[0], torch.frombuffer(bytearray(data), dtype=torch.uint8)])
-                hint = guide.hint(text[1:].unfold(0, guide.width, 1))
-                log_p, network = guided(data, network, (hint.log_p, hint.best, hint.kind))
-                return log_p, (network, text[None, len(text) - guide.width :])
-            tokens = torch.tensor([list(data)], device=self.device)
-            logits, state = self._through(tokens, state, guide, hidden)
-            return torch.log_softmax(logits[0, -1], -1).cpu(), state
-
-        def with_tensor(state: tuple | None) -> tuple | None:
-            if state is None or not isinstance(state[1], bytes):
-                return state
-            return state[0], torch.frombuffer(bytearray(state[1]), dtype=torch.uint8)[None]
-
-        def for_model(state: tuple) -> tuple:  # whatever form the engine has
-            network, last = with_tensor(state) or (None, None)
-            return getattr(hidden, "for_model", lambda network: network)(network), last
-
-        advance.for_model = for_model  # type: ignore[attr-defined]
-        # Of one byte, where the engine on the card has it.
-        advance.sees_nan = hasattr(hidden, "guided_byte")  # type: ignore[attr-defined]
-        advance.engine = "model.c" if (  # type: ignore[attr-defined]
-            hidden == self.lm.hidden and guided is not None) else engine_name(hidden)
-        return advance
-
-    def _through(
-        self, tokens: Tensor, state: tuple | None, guide: Guide, through_layers: Hidden
+    def through(
+        self, tokens: Tensor, state: tuple | None, guide: Guide, network: Layers
     ) -> tuple[Tensor, tuple]:
+        """As ``forward``, with the hints of ``guide``, ``network`` for the layers."""
         width = guide.width
-        network, last = (None, None) if state is None else state
+        inner, last = (None, None) if state is None else state
         if last is None:
             last = torch.full((len(tokens), width), START_BYTE, dtype=torch.uint8)
         text = torch.cat([last.to(tokens.device), tokens.to(torch.uint8)], 1)
@@ -306,8 +262,55 @@ class GuidedLM(nn.Module):
             torch.cat([getattr(p, name) for p in parts]).to(tokens.device)
             .unflatten(0, tokens.shape) for name in ("log_p", "best", "kind"))
         hint = Hint(log_p, best, kind)
-        hidden, network = through_layers(self.embedded(tokens, hint), network)
-        return self.combined(hidden, hint), (network, text[:, text.shape[1] - width :].cpu())
+        hidden, inner = network(self.embedded(tokens, hint), inner)
+        return self.combined(hidden, hint), (inner, text[:, text.shape[1] - width :].cpu())
+
+
+class _GuidedEngine(Engine):
+    """The network in its engine, the hints from tables on the CPU; the last bytes are kept as such
+    where bytes are fed alone."""
+
+    sees_nan = True
+
+    def __init__(self, model: GuidedLM) -> None:
+        self._model, self._network = model, network_engine(model.lm, model)
+        self.name = self._network.name
+
+    def __call__(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
+        assert self._model.guide is not None, "a guided model needs its guide"
+        guide, network = self._model.guide.near, self._network
+        if not (network.fills and guide.looks_up_natively and len(data) <= _ALONE):
+            log_p, state = self._several(data, state)
+            return numbers(log_p), state
+        # Bytes alone: no tensor is made of them.
+        inner, last = (None, bytes([START_BYTE]) * guide.width) if state is None else state
+        last = as_text(last)
+        for i in range(len(data)):
+            last = (last + data[i : i + 1])[1:]
+            log_p, inner = network.guided_byte(
+                data[i : i + 1], inner, functools.partial(guide.hint_into, last))
+        return log_p, (inner, last)
+
+    @torch.inference_mode()
+    def _several(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
+        guide, few = self._model.guide, len(data) <= _FEW
+        assert guide is not None
+        if few:
+            guide = guide.near
+        inner, last = (None, bytes([START_BYTE]) * guide.width) if state is None else state
+        last = as_tensor(last)
+        if few and self._network.hints:
+            text = torch.cat([last[0], torch.frombuffer(bytearray(data), dtype=torch.uint8)])
+            hint = guide.hint(text[1:].unfold(0, guide.width, 1))
+            log_p, inner = self._network.guided(data, inner, (hint.log_p, hint.best, hint.kind))
+            return log_p, (inner, text[None, len(text) - guide.width :])
+        tokens = torch.tensor([list(data)], device=self._model.device)
+        logits, state = self._model.through(tokens, (inner, last), guide, self._network)
+        return torch.log_softmax(logits[0, -1], -1).cpu(), state
+
+    def for_model(self, state: tuple) -> tuple:
+        inner, last = state
+        return self._network.for_model(inner), as_tensor(last)
 
 
 class GuidedWindows:

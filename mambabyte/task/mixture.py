@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.model.lm import symbols
-from mambabyte.stream import ByteModel, advance_of
-from mambabyte.stream.cuda import CudaModel
-from mambabyte.stream.streams import Advance, engine_name, own_form
+from mambabyte.stream import ByteModel, Engine, stream_engine
 from mambabyte.task.ngram import NgramModel, V
 
 
@@ -58,19 +56,9 @@ class NgramLM(nn.Module):
         """For ``weights_digest``: its tables are no parameters."""
         return self.ngram.digest()
 
-    def streamed(self) -> Advance:
-        """How a stream goes on: look-ups in tables on the CPU; the last bytes are kept as such."""
-        ngram, width = self.ngram, self.ngram.order - 1
-        start = bytes([START_BYTE]) * width
-
-        def advance(data: bytes, state: Any) -> tuple[Tensor, Any]:
-            last = start if state is None else as_text(state)
-            last = (last + data)[len(last + data) - width :]
-            return ngram.after(last), last
-
-        advance.for_model = as_tensor  # type: ignore[attr-defined]
-        advance.engine = "tables on the host"  # type: ignore[attr-defined]
-        return advance
+    def streamed(self) -> Engine:
+        """What a stream goes on by."""
+        return _Tables(self.ngram)
 
     def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """tokens (B, L); returns log p of the byte after each, (B, L, V), and the state."""
@@ -82,6 +70,24 @@ class NgramLM(nn.Module):
         contexts = text[:, 1:].unfold(1, width, 1) if width else text[:, :, None][:, :, :0]
         log_p = self.ngram.log_probs_after(contexts.flatten(0, 1)).unflatten(0, (batch, -1))
         return log_p.to(tokens.device), text[:, text.shape[1] - width :].cpu()
+
+
+class _Tables(Engine):
+    """Look-ups in tables on the CPU; the last bytes are kept as such."""
+
+    name = "tables on the host"
+
+    def __init__(self, ngram: NgramModel) -> None:
+        self._ngram, self._width = ngram, ngram.order - 1
+        self._start = bytes([START_BYTE]) * self._width
+
+    def __call__(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
+        last = (self._start if state is None else as_text(state)) + data
+        last = last[len(last) - self._width :]
+        return self._ngram.after(last), last
+
+    def for_model(self, state: Any) -> Any:
+        return as_tensor(state)
 
 
 class Mixture(nn.Module):
@@ -104,35 +110,10 @@ class Mixture(nn.Module):
         """For ``weights_digest``: the n-gram's weight is no parameter."""
         return repr(self.weight)
 
-    def streamed(self) -> Advance:
-        """How a stream goes on: both as they do alone, and mixed."""
-        neural, counted = advance_of(cast(ByteModel, self.model)), advance_of(self.ngram)
-
-        def on_card(data: bytes, state: Any) -> tuple[Tensor, Any]:
-            first, second = (None, None) if state is None else state
-            found: list[tuple[Tensor, Any]] = []
-            log_p, first = cast(CudaModel, neural)(
-                data, first, lambda: found.append(counted(data, second)))
-            counts, second = found[0]
-            return mix(log_p, counts, self.weight), (first, second)
-
-        @torch.inference_mode()
-        def in_turn(data: bytes, state: Any) -> tuple[Tensor, Any]:
-            first, second = (None, None) if state is None else state
-            log_p, first = neural(data, first)
-            counts, second = counted(data, second)
-            return mix(log_p, counts, self.weight), (first, second)
-
-        advance = on_card if isinstance(neural, CudaModel) else in_turn
-
-        def for_model(state: tuple) -> tuple:
-            return own_form(neural, state[0]), own_form(counted, state[1])
-
-        # A table's counts are numbers: it is the network whose may not be.
-        advance.sees_nan = getattr(neural, "sees_nan", False)  # type: ignore[attr-defined]
-        advance.for_model = for_model  # type: ignore[attr-defined]
-        advance.engine = f"{engine_name(neural)}; {engine_name(counted)}"  # type: ignore[attr-defined]
-        return advance
+    def streamed(self) -> Engine:
+        """What a stream goes on by: both as they do alone, and mixed."""
+        return _Mixed(stream_engine(cast(ByteModel, self.model)), stream_engine(self.ngram),
+                      self.weight)
 
     def forward(self, tokens: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
         neural, ngram = (None, None) if state is None else state
@@ -140,6 +121,26 @@ class Mixture(nn.Module):
         counted, ngram = self.ngram(tokens, ngram)
         log_p = mix(torch.log_softmax(logits.float(), -1), counted, self.weight)
         return log_p, (neural, ngram)
+
+
+class _Mixed(Engine):
+    """Two engines, and their probabilities mixed; the table is read while a card has the byte."""
+
+    def __init__(self, neural: Engine, counted: Engine, weight: float) -> None:
+        self._neural, self._counted, self._weight = neural, counted, weight
+        self.name = f"{neural.name}; {counted.name}"
+        self.sees_nan = neural.sees_nan  # a table's counts are numbers
+
+    def __call__(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
+        first, second = (None, None) if state is None else state
+        found: list[tuple[Tensor, Any]] = []
+        log_p, first = self._neural.beside(
+            data, first, lambda: found.append(self._counted(data, second)))
+        counts, second = found[0]
+        return mix(log_p, counts, self._weight), (first, second)
+
+    def for_model(self, state: tuple) -> tuple:
+        return self._neural.for_model(state[0]), self._counted.for_model(state[1])
 
 
 def mix(neural: Tensor, counted: Tensor, weight: float) -> Tensor:

@@ -15,9 +15,9 @@ from mambabyte.evaluate import byte_log_probs
 from mambabyte.model import ByteLM
 from mambabyte.ops.stream.grid.memory import ServedHybrid
 from mambabyte.ops.stream.hybrid import HybridState
-from mambabyte.stream import ByteStream, advance_of
-from mambabyte.stream import cuda as cuda_model
-from mambabyte.stream.cuda import CudaGuided, CudaModel, hidden_shortcut
+from mambabyte.stream import ByteStream, stream_engine
+from mambabyte.stream.engines import cuda as cuda_model
+from mambabyte.stream.engines.cuda import CudaEngine, CudaGuided, CudaNetwork
 from mambabyte.task.guide import GuidedLM, Hint
 from tests.gpu.test_gpu_stream import exact, made, random_bytes, relative_rms
 
@@ -45,8 +45,8 @@ CONFIGS = {
 def test_fed_drawn_embedded_and_handed_over(name: str) -> None:
     model = made(CONFIGS[name])
     assert cuda_model.unsupported(model) == ""
-    advance = advance_of(model)
-    assert isinstance(advance, CudaModel)
+    advance = stream_engine(model)
+    assert isinstance(advance, CudaEngine)
     streamer, tokens = advance.streamer, random_bytes(3, 90)
     wanted, states = exact(model, tokens)
     found, state = streamer.feed(tokens[:, :50], streamer.new_state(3), all_positions=True)
@@ -74,7 +74,7 @@ def test_fed_drawn_embedded_and_handed_over(name: str) -> None:
     with torch.inference_mode():
         x = model.embedding(tokens[:1, 40:48].long())
         theirs, _ = model.hidden(x, hidden_state)
-        mine, _ = hidden_shortcut(model)(x, hidden_state)
+        mine, _ = CudaNetwork(model)(x, hidden_state)
     assert relative_rms(mine, theirs.double().cpu()) < 1e-5
 
 
@@ -122,8 +122,8 @@ def test_a_kernel_that_stays_goes_on_from_any_state_and_leaves_by_itself() -> No
     model = made(SERVED)
     data = bytes(random_bytes(1, 200)[0].tolist())
     wanted, _ = exact(model, torch.tensor([list(data)]))
-    advance = advance_of(model)
-    assert advance.engine == "hybrid.cu"
+    advance = stream_engine(model)
+    assert advance.name == "hybrid.cu"
     state, states = None, []
     for i in range(len(data)):
         if i in (9, 150):

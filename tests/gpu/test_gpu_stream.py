@@ -15,9 +15,9 @@ from mambabyte.evaluate import byte_log_probs, score, score_streaming
 from mambabyte.model import ByteLM
 from mambabyte.ops.stream.cuda import StreamState
 from mambabyte.ops.stream.server import Served
-from mambabyte.stream import ByteStream, CharModel, advance_of, generate, sample_byte
-from mambabyte.stream import cuda as cuda_model
-from mambabyte.stream.cuda import CudaModel
+from mambabyte.stream import ByteStream, CharModel, generate, sample_byte, stream_engine
+from mambabyte.stream.engines import cuda as cuda_model
+from mambabyte.stream.engines.cuda import CudaEngine
 
 # What torch itself warns of depends on the machine.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -69,8 +69,8 @@ def relative_rms(got: Tensor, wanted: Tensor) -> float:
 
 def streamer_of(model: ByteLM):
     assert cuda_model.unsupported(model) == ""
-    advance = advance_of(model)
-    assert isinstance(advance, CudaModel)
+    advance = stream_engine(model)
+    assert isinstance(advance, CudaEngine)
     return advance.streamer
 
 
@@ -171,8 +171,8 @@ def test_draws_are_seeded_and_may_be_made_in_pieces() -> None:
 
 def test_goes_on_from_a_parallel_scan_and_back() -> None:
     model = made(BYTE)
-    advance = advance_of(model)
-    assert isinstance(advance, CudaModel)
+    advance = stream_engine(model)
+    assert isinstance(advance, CudaEngine)
     data = bytes(random_bytes(1, 700)[0].tolist())
     wanted, _ = exact(model, torch.tensor([list(data)]))
     _, scanned = advance(data[:500], None)  # long: in parallel
@@ -207,7 +207,7 @@ def test_a_kernel_that_stays_goes_on_from_any_state_and_leaves_by_itself() -> No
     model = made(BYTE)
     data = b"the quick brown fox jumps over the lazy dog"
     wanted, _ = exact(model, torch.tensor([list(data)]))
-    advance = advance_of(model)
+    advance = stream_engine(model)
     state, states = None, []
     for i in range(len(data)):
         if i == 9:
@@ -309,7 +309,7 @@ def test_a_letter_that_no_kernel_has(
         stream = before.fork()
         for byte in data:
             stream.feed(bytes([byte]))
-    assert most or stream._advance._kind is not None
+    assert most or stream._engine._kind is not None
     whole = before.fork()
     whole.feed(data)
     assert relative_rms(stream.log_probs, whole.log_probs.double()) < 1e-5
@@ -321,7 +321,7 @@ def test_a_letter_that_no_kernel_has(
     grows = ByteStream(made(replace(BYTE, layer_pattern="RA", n_layer=2)))
     grows.feed(b"a")
     grows.feed(b"b")
-    assert most or grows._advance._kind is None
+    assert most or grows._engine._kind is None
 
 
 @pytest.mark.parametrize("change", [

@@ -20,11 +20,11 @@ from mambabyte.stream import (
     ByteStream,
     CharModel,
     PrefixCache,
-    advance_of,
     beam_search,
     feed_together,
     generate,
     states,
+    stream_engine,
 )
 from mambabyte.stream.generation import Repetitions
 
@@ -35,7 +35,7 @@ WEIRD: list[Any] = [None, -1, 1.5, math.nan, math.inf, "abc", b"abc", [1.5], tor
 CALLS: dict[str, tuple[Callable[[Any], Any], tuple[type, ...]]] = {
     "a model": (ByteStream, ()), "to score by": (lambda v: bits_per_byte(v, b"abc"), ()),
     "to draw by": (lambda v: "".join(generate(v, b"a", 3)), ()), "of characters": (CharModel, ()),
-    "to go on by": (advance_of, ()), "a configuration": (ByteLM, ()),
+    "to go on by": (stream_engine, ()), "a configuration": (ByteLM, ()),
     "weights": (ByteLM.from_pretrained, ()), "characters": (CharModel(MODEL).observe, (str,)),
     "max_bytes": (lambda v: "".join(generate(MODEL, b"a", v)), ()),
     "bytes with guesses": (

@@ -19,9 +19,10 @@ from mambabyte.config import ModelConfig, get_preset
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.ops.build import c as native_build
-from mambabyte.stream import ByteStream, generate, hybrid
-from mambabyte.stream import cpu as native_model
-from mambabyte.stream.cpu import NativeModel, supports
+from mambabyte.stream import ByteStream, generate
+from mambabyte.stream.engines import cpu as native_model
+from mambabyte.stream.engines import hybrid
+from mambabyte.stream.engines.cpu import NativeModel, supports
 from mambabyte.stream.states import tensors_of
 
 pytestmark = pytest.mark.skipif(native_model._library() is None, reason="no native model here")

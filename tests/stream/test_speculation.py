@@ -9,9 +9,10 @@ import torch
 
 from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
-from mambabyte.stream import ByteStream, advance_of, streams
+from mambabyte.stream import ByteStream, stream_engine, streams
+from mambabyte.stream.engines.base import Engine, TorchEngine
+from mambabyte.stream.engines.layout import KINDS
 from mambabyte.stream.generation import FirstOf, Repetitions, Speculation
-from mambabyte.stream.layout import KINDS
 from tests.conftest import TEXT
 
 CONFIG = ModelConfig(d_model=16, n_layer=2, d_state=3, n_head=2, n_kv_head=1, attention_window=12,
@@ -65,14 +66,15 @@ HOW = [{"temperature": 0.0}, {"temperature": 1.0, "seed": 3}, {"top_k": 3, "top_
 @pytest.fixture(params=["engine", "torch"])
 def engine(request, monkeypatch):
     if request.param == "torch":  # as where nothing but the model itself goes on
-        monkeypatch.setattr(streams.native_model, "supports", lambda model: False)
+        monkeypatch.setattr(streams.cpu, "supports", lambda model: False)
     return request.param
 
 
 @pytest.mark.parametrize("letters", ["MA", "".join(kind.letter for kind in KINDS)])
 def test_the_text_is_that_of_plain_generation(letters, engine):
     model = lm(letters)
-    assert hasattr(advance_of(model), "ahead") == (engine == "engine")  # else both are one case
+    by_torch = isinstance(stream_engine(model), TorchEngine)
+    assert by_torch == (engine == "torch")  # else both are one case
     # Of seven layers that have learned nothing one byte is far ahead: drawn hot, it is not alone.
     for how in HOW if letters == "MA" else [{"temperature": 8.0, "seed": 3}]:
         wanted = plain(model, **how)
@@ -147,7 +149,7 @@ def test_repetitions():
 
 
 def test_an_engine_that_guesses_is_given_the_text_so_far_and_counted():
-    class Engine:
+    class Guessing(Engine):
         guesses = True
 
         def __init__(self):
@@ -163,7 +165,7 @@ def test_an_engine_that_guesses_is_given_the_text_so_far_and_counted():
                 yield piece, torch.zeros(256), state, passes, guessed
 
     stream = ByteStream(lm("M"))
-    stream._advance = engine = Engine()
+    stream._engine = engine = Guessing()
     guesser = FirstOf(Repetitions())
     guesser.read(b"before")
     draws = Speculation(guesser)

@@ -11,10 +11,11 @@ from torch import nn
 from mambabyte.config import PRESETS, ModelConfig
 from mambabyte.model import ByteLM
 from mambabyte.model.families.mamba import MambaMixer
-from mambabyte.stream import ByteModel, ByteStream, advance_of
-from mambabyte.stream import cpu as native_model
-from mambabyte.stream import cuda as cuda_model
-from mambabyte.stream.layout import is_known
+from mambabyte.stream import ByteModel, ByteStream, stream_engine
+from mambabyte.stream.engines import cpu as native_model
+from mambabyte.stream.engines import cuda as cuda_model
+from mambabyte.stream.engines.base import TorchEngine
+from mambabyte.stream.engines.layout import is_known
 from mambabyte.task import ngram_native
 from mambabyte.task.guide import Guide, GuidedLM
 from mambabyte.task.mixture import Mixture, NgramLM
@@ -51,7 +52,7 @@ def test_streams_as_it_scores_in_parallel(name: str, monkeypatch: pytest.MonkeyP
     with torch.inference_mode():
         wanted = torch.log_softmax(model(torch.tensor([list(TEXT)]))[0][0].float(), -1)
         _, state = model(torch.tensor([list(TEXT[:20])]))
-    advance, rows = advance_of(model), []
+    advance, rows = stream_engine(model), []
     for byte in TEXT[20:]:  # from a state of the parallel model on
         row, state = advance(bytes([byte]), state)
         rows.append(row)
@@ -129,19 +130,17 @@ def test_a_stream_says_what_computes_it(name: str, engine: str) -> None:
 
 @pytest.mark.skipif(native_model._library() is None, reason="no C compiler")
 @pytest.mark.parametrize("pattern", ["R", "RA"])
-def test_what_no_kernel_of_a_card_has_streams_on_the_host(pattern: str) -> None:
+def test_what_no_kernel_of_a_card_has_streams_on_the_host(
+    pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     model = ByteLM(replace(SMALL, layer_pattern=pattern, ssd_head_dim=8, ssd_d_state=8)).eval()
     longer: list[int] = []
-
-    @torch.inference_mode()
-    def advance(data: bytes, state: list | None) -> tuple[torch.Tensor, list]:
-        longer.append(len(data))
-        logits, state = model(torch.tensor([list(data)]), state)
-        return torch.log_softmax(logits[0, -1].float(), -1), state
-
-    host = cuda_model._without_kernel(model, advance, "no kernel")
-    assert host.engine == "model.c, on the host: no kernel"
+    advance, call = TorchEngine(model), TorchEngine.__call__
+    monkeypatch.setattr(TorchEngine, "__call__", lambda self, data, state: longer.append(
+        len(data)) or call(self, data, state))
+    host = cuda_model._without_kernel(model, "no kernel")
+    assert host.name == "model.c, on the host: no kernel"
     state, wanted = None, None
     for data in (b"a", b"bc", TEXT[:40], b"d", b"e"):  # a long one goes in parallel, on the card
         log_p, state = host(data, state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mambabyte.stream import cpu as native_model
+from mambabyte.stream.engines import cpu as native_model
 from tests.helpers.sanitized import run_sanitized
 
 SANITIZED = """

@@ -21,8 +21,8 @@ from mambabyte.energy import EnergyMeter
 from mambabyte.errors import UserError
 from mambabyte.evaluate import score, score_streaming
 from mambabyte.model import ByteLM
-from mambabyte.stream import ByteStream, CharModel, advance_of
-from mambabyte.stream.cuda import CudaModel
+from mambabyte.stream import ByteStream, CharModel, stream_engine
+from mambabyte.stream.engines.cuda import CudaEngine
 from mambabyte.stream.generation import Repetitions, Speculation
 
 TORCH, BYTE, DRAW, KERNEL, PLAIN, GUESSED = (
@@ -79,9 +79,9 @@ def run_bench(
 
     for count in streams:
         case(TORCH, count, 1, functools.partial(_by_calls, model, count))
-        advance = advance_of(model)
-        if isinstance(advance, CudaModel):
-            case(KERNEL, count, 1, functools.partial(_by_kernel, advance, count))
+        engine = stream_engine(model)
+        if isinstance(engine, CudaEngine):
+            case(KERNEL, count, 1, functools.partial(_by_kernel, engine, count))
     stream = ByteStream(model)
     done = 1
     for before in sorted(seen):
@@ -164,8 +164,8 @@ def _by_calls(model: ByteLM, count: int, length: int) -> None:
 
 
 @torch.inference_mode()
-def _by_kernel(model: CudaModel, count: int, length: int) -> None:
-    streamer = model.streamer
+def _by_kernel(engine: CudaEngine, count: int, length: int) -> None:
+    streamer = engine.streamer
     log_probs = torch.zeros(count, 256, device=streamer.device)
     streamer.draw(log_probs, streamer.new_state(count), length, temperature=0.0)
 

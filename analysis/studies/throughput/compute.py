@@ -41,7 +41,7 @@ from mambabyte.errors import UserError
 from mambabyte.model import AttentionMixer, ByteLM, LayerState, MambaMixer
 from mambabyte.model.mixer import mixer_of
 from mambabyte.ops import FORMS
-from mambabyte.stream import advance_of
+from mambabyte.stream import stream_engine
 from mambabyte.train import autocast
 
 # The scan against its peers on a GPU, by ``mambabyte bench scan`` on that machine.
@@ -199,11 +199,11 @@ def time_streaming(p: Parameters) -> pd.DataFrame:
             states[name, position] = (model, state)
 
     def make(model: ByteLM, state: list[LayerState]) -> Callable[[], None]:
-        advance = advance_of(model)  # as generating and scoring byte by byte do
+        engine = stream_engine(model)  # as generating and scoring byte by byte do
 
         def call() -> None:
             nonlocal state
-            state = advance(b"\0", state)[1]
+            state = engine(b"\0", state)[1]
 
         return call
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -10,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mambabyte.corpus.utf8 import START_BYTE
-from mambabyte.stream import ByteModel, advance_of
-from mambabyte.stream.streams import engine_name, own_form
+from mambabyte.stream import ByteModel, Engine, stream_engine
+from mambabyte.task.experts import engine
 from mambabyte.task.experts.contexts import PADDING
-from mambabyte.task.experts.engine import Engine
 from mambabyte.task.experts.gate import Experts, Gate, engine_of, mixed
 from mambabyte.task.mixture import as_tensor, as_text, only_bytes
 from mambabyte.task.ngram import digest
@@ -33,7 +31,7 @@ class ExpertLM(nn.Module):
         super().__init__()
         self.experts, self.gate = experts, gate
         self.network = cast("nn.Module | None", network)
-        self._engine: Engine | None = None
+        self._engine: engine.Engine | None = None
         self._ready = False
 
     @property
@@ -82,25 +80,30 @@ class ExpertLM(nn.Module):
                  for i, row in enumerate(text)]
         return torch.stack(log_p).to(tokens.device), (inner, text[:, -self.reach :])
 
-    def streamed(self) -> Callable[[bytes, Any], tuple[Tensor, Any]]:
-        """How a stream goes on (``stream.advance_of``), the network by its own fast way."""
-        network = None if self.network is None else advance_of(cast(ByteModel, self.network))
+    def streamed(self) -> Engine:
+        """What a stream goes on by, the network by its own fast way."""
+        network = self.network
+        return _Experts(self, None if network is None else stream_engine(cast(ByteModel, network)))
 
-        def advance(data: bytes, state: Any) -> tuple[Tensor, Any]:
-            inner, last = state or (None, b"")
-            last = as_text(last)
-            others = None
-            if network is not None:
-                log_p, inner = network(data, inner)
-                others = torch.exp(log_p)[None, None]
-            last = (last + data)[-self.reach :]
-            return self.after(np.frombuffer(last, np.uint8), 1, others)[0], (inner, last)
 
-        def for_model(state: tuple) -> tuple:
-            inner, last = state
-            return (None if network is None else own_form(network, inner)), as_tensor(last)
+class _Experts(Engine):
+    """The experts on the host, beside the engine of their network; the last bytes are kept as
+    such."""
 
-        advance.for_model = for_model  # type: ignore[attr-defined]
-        advance.engine = "experts on the host" + (  # type: ignore[attr-defined]
-            "" if network is None else f"; {engine_name(network)}")
-        return advance
+    def __init__(self, model: ExpertLM, network: Engine | None) -> None:
+        self._model, self._network = model, network
+        self.name = "experts on the host" + ("" if network is None else f"; {network.name}")
+
+    def __call__(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
+        inner, last = state or (None, b"")
+        others = None
+        if self._network is not None:
+            log_p, inner = self._network(data, inner)
+            others = torch.exp(log_p)[None, None]
+        last = (as_text(last) + data)[-self._model.reach :]
+        return self._model.after(np.frombuffer(last, np.uint8), 1, others)[0], (inner, last)
+
+    def for_model(self, state: tuple) -> tuple:
+        inner, last = state
+        return (None if self._network is None else self._network.for_model(inner),
+                as_tensor(last))

@@ -27,8 +27,8 @@ from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.stream import hybrid
 from mambabyte.ops.stream.server import make_room
 from mambabyte.stream import ByteStream
-from mambabyte.stream import cuda as engines
-from mambabyte.stream.cuda import CudaGuided, CudaModel
+from mambabyte.stream.engines import cuda as engines
+from mambabyte.stream.engines.cuda import CudaEngine, CudaGuided
 from mambabyte.task import mixture
 from mambabyte.task.guide import GuidedLM, Hint
 from mambabyte.task.ngram import count
@@ -41,9 +41,9 @@ pytestmark = [
 SMALL = replace(ODD, layer_pattern="MLS", n_layer=3)
 
 
-def engine_of(model: ByteLM, monkeypatch: pytest.MonkeyPatch) -> CudaModel:
+def engine_of(model: ByteLM, monkeypatch: pytest.MonkeyPatch) -> CudaEngine:
     monkeypatch.setattr(engines, "_is_plain", lambda model: False)
-    return CudaModel(model, None)
+    return CudaEngine(model)
 
 
 def wanted_of(model: ByteLM) -> Callable[[bytes], torch.Tensor]:
@@ -51,7 +51,7 @@ def wanted_of(model: ByteLM) -> Callable[[bytes], torch.Tensor]:
     return lambda text: torch.log_softmax(double(torch.tensor([list(text)]))[0][0, -1], -1)
 
 
-def fed(engine: CudaModel, text: bytes, state: object) -> tuple[torch.Tensor, object]:
+def fed(engine: CudaEngine, text: bytes, state: object) -> tuple[torch.Tensor, object]:
     for byte in text:
         found, state = engine(bytes([byte]), state)
     return found, state
@@ -108,10 +108,10 @@ def test_drawing_between_bytes_and_two_models_in_turns(
     models = [made(SMALL), made(replace(SMALL, layer_pattern="AD", n_layer=2))]
     texts, all_wanted, streamed = [b"\0", b"\0"], [wanted_of(m) for m in models], []
     for model in models:
-        monkeypatch.setattr(engines, "shortcut", lambda model, _: engine_of(model, monkeypatch))
+        monkeypatch.setattr(engines, "engine_for", lambda model: engine_of(model, monkeypatch))
         monkeypatch.setattr(ByteLM, "device", torch.device("cpu"))
         stream = ByteStream.__new__(ByteStream)
-        stream._model, stream._advance = model, engine_of(model, monkeypatch)
+        stream._model, stream._engine = model, engine_of(model, monkeypatch)
         stream._state = None
         stream.feed(b"\0")
         streamed.append(stream)
@@ -201,8 +201,8 @@ def test_it_leaves_when_its_exchanges_have_no_more_numbers(
 def test_a_mixture_counts_while_the_card_has_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(SMALL)
     engine, order = engine_of(model, monkeypatch), []
-    streamed, served = mixture.advance_of, engine.streamer._server
-    monkeypatch.setattr(mixture, "advance_of",
+    streamed, served = mixture.stream_engine, engine.streamer._server
+    monkeypatch.setattr(mixture, "stream_engine",
                         lambda part: engine if part is model else streamed(part))
     mixed = mixture.Mixture(model, count(b"a text, and another text", 4), 0.3)
     after, read = mixed.ngram.ngram.after, served.read

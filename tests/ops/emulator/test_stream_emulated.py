@@ -23,9 +23,9 @@ from mambabyte.ops.build.kernel import Program
 from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.stream import cuda, hybrid, server
 from mambabyte.ops.stream.grid import packing, sizes, tiles
-from mambabyte.stream import cuda as engines
-from mambabyte.stream.cuda import CudaGuided, CudaModel, _States
-from mambabyte.stream.hybrid import hybrid_layers, hybrid_state, hybrid_streamer
+from mambabyte.stream.engines import cuda as engines
+from mambabyte.stream.engines.cuda import CudaEngine, CudaGuided, _States
+from mambabyte.stream.engines.hybrid import hybrid_layers, hybrid_state, hybrid_streamer
 from mambabyte.task.guide import GuidedLM, Hint
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -324,10 +324,10 @@ def plain(streams: Streams, tmp_path: Path, kept: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(cuda, "raw_stream", lambda device: 0)
 
 
-def _engine(model: ByteLM, monkeypatch: pytest.MonkeyPatch) -> CudaModel:
+def _engine(model: ByteLM, monkeypatch: pytest.MonkeyPatch) -> CudaEngine:
     monkeypatch.setattr(engines, "_is_plain", lambda model: True)
     assert isinstance(_States(model).streamer, cuda.CudaStreamer)
-    return CudaModel(model, None)
+    return CudaEngine(model)
 
 
 @pytest.mark.long

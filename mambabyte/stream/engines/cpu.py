@@ -25,7 +25,8 @@ from mambabyte.model.families.attention import AttentionState
 from mambabyte.model.mixer import LayerState, Mixer, mixers
 from mambabyte.ops.build import c as native_build
 from mambabyte.ops.scan import cpu as native_scan
-from mambabyte.stream.layout import (
+from mambabyte.stream.engines.base import Engine, Network, TorchEngine
+from mambabyte.stream.engines.layout import (
     BLOCK,
     KINDS,
     MODEL,
@@ -37,11 +38,10 @@ from mambabyte.stream.layout import (
     pack_model,
     parameter_names,
 )
-from mambabyte.stream.rows import Cache, Room
+from mambabyte.stream.engines.rows import Cache, Room
 
 _LOG = logging.getLogger(__name__)
-SOURCE = Path(__file__).parent.parent / "ops/stream/model.c"
-Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
+SOURCE = Path(__file__).parents[2] / "ops/stream/model.c"
 MOST_BYTES = 16  # in one call; longer texts are faster in parallel
 _STALE = 2
 _LEAST_ROOM = 64  # bytes that a cache of attention can grow by in place
@@ -96,22 +96,20 @@ def foreign_layers(model: Any) -> str:
     return ", ".join(sorted(found - {kind.__name__ for kind in KINDS}))
 
 
-def shortcut(model: Any, advance: Advance) -> Advance:
-    """``advance``, but in C for up to MOST_BYTES bytes where ``supports(model)``."""
+def engine_for(model: Any) -> Engine:
+    """What a model on the CPU streams by."""
     if names := foreign_layers(model):
         say_foreign(names)
-    if not supports(model):
-        return advance
-    return NativeAdvance(NativeModel(model), advance)
+    return NativeEngine(model) if supports(model) else TorchEngine(model)
 
 
-class NativeAdvance:
-    """An ``Advance`` that takes up to MOST_BYTES bytes in C, and more by ``parallel``."""
+class NativeEngine(Engine):
+    """Up to MOST_BYTES bytes in C, of a model that ``supports`` accepts; more through torch."""
 
-    engine = "model.c"
+    name = "model.c"
 
-    def __init__(self, native: NativeModel, parallel: Advance) -> None:
-        self._native, self._parallel = native, parallel
+    def __init__(self, model: ByteLM) -> None:
+        self._native, self._parallel = NativeModel(model), TorchEngine(model)
 
     def __call__(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
         few = len(data) <= MOST_BYTES
@@ -122,11 +120,24 @@ class NativeAdvance:
         return self._native.ahead(data, state) if len(data) <= MOST_BYTES else None
 
 
-def guided_model(guided: nn.Module, model: ByteLM) -> NativeModel | None:
-    """The network ``model`` of a guided model with the parts ``prior``, ``best``, ``kind`` and
-    ``gate`` around it (task/guide.py); None where C does not compute what it does."""
+def network_for(model: ByteLM, guided: nn.Module) -> Network:
+    """What the network ``model`` of ``guided`` (task/guide.py) goes on by on the CPU."""
     readable = plain_parts(guided) and all(map(_readable, guided.parameters()))
-    return NativeModel(model, guided) if readable and supports(model) else None
+    return NativeNetwork(model, guided) if readable and supports(model) else Network(model)
+
+
+class NativeNetwork(Network):
+    """A network in C, with the parts ``prior``, ``best``, ``kind`` and ``gate`` around it."""
+
+    name = NativeEngine.name
+    hints = True
+
+    def __init__(self, model: ByteLM, guided: nn.Module) -> None:
+        super().__init__(model)
+        self._native = NativeModel(model, guided)
+
+    def guided(self, data: bytes, state: Any, hint: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        return self._native.guided(data, state, hint)
 
 
 def plain_parts(guided: nn.Module) -> bool:
@@ -213,8 +224,7 @@ class NativeModel:
     def guided(
         self, data: bytes, state: list[LayerState] | None, hint: Sequence[Tensor]
     ) -> tuple[Tensor, list[LayerState]]:
-        """As the call, of a model that ``guided_model`` took: ``hint`` is what is said of the byte
-        after each of ``data``, log p (L, 256) float32, best byte and kind (L,) uint8."""
+        """As ``Network.guided``, of a model with ``guided`` around it."""
         log_probs = _new(self.config.vocab_size)
         hint = [x.contiguous() for x in hint]
         return log_probs, self._run(len(data), data, state, log_probs=log_probs, hint=hint)

@@ -26,14 +26,19 @@ from mambabyte.ops.stream.cuda import CudaStreamer, LayerWeights, Shape, StreamS
 from mambabyte.ops.stream.feeding import VOCABULARY, nothing
 from mambabyte.ops.stream.hybrid import HybridState
 from mambabyte.ops.stream.server import Served
-from mambabyte.stream import cpu, hybrid
-from mambabyte.stream.cpu import NativeModel, foreign_layers, plain_parts, say_foreign, supports
-from mambabyte.stream.layout import is_known
+from mambabyte.stream.engines import cpu, hybrid
+from mambabyte.stream.engines.base import Engine, Network, TorchEngine
+from mambabyte.stream.engines.cpu import (
+    NativeModel,
+    foreign_layers,
+    plain_parts,
+    say_foreign,
+    supports,
+)
+from mambabyte.stream.engines.layout import is_known
 from mambabyte.stream.states import copy, kept_in, kind, mapped, tensors_of
 
 _LOG = logging.getLogger(__name__)
-Advance = Callable[[bytes, Any], tuple[Tensor, Any]]
-Hidden = Callable[[Tensor, Any], tuple[Tensor, Any]]
 HOST_PARAMETERS = 4_000_000  # as many are sooner read on the host than launched through torch
 MOST_BYTES = 256  # fed in one call; longer texts are faster in parallel
 PIECE = 4096  # bytes whose log-probabilities are fetched at a time
@@ -41,7 +46,7 @@ FIRST_DRAW = 16  # bytes of the first launch that draws: they come soon
 
 
 def unsupported(model: nn.Module) -> str:
-    """Why :class:`CudaModel` cannot stream ``model``, in one line; empty where it can."""
+    """Why :class:`CudaEngine` cannot stream ``model``, in one line; empty where it can."""
     if type(model) is not ByteLM:
         return "only a ByteLM runs in one kernel"
     config, device = model.config, model.device
@@ -85,64 +90,62 @@ def shape_of(model: ByteLM) -> Shape:
     )
 
 
-def shortcut(model: Any, advance: Advance) -> Advance:
-    """``advance``, but in one kernel for up to MOST_BYTES bytes where the model is supported."""
+def engine_for(model: Any) -> Engine:
+    """What a model on a GPU streams by."""
     if names := foreign_layers(model):
         say_foreign(names)
     why = unsupported(model)
     if not why:
-        return CudaModel(model, advance)
-    found: Any = advance
-    found.engine = f"torch, a call a byte: {why}"
-    if type(model) is ByteLM:
-        if is_known(model) and not torch.is_autocast_enabled("cuda"):
-            found = _without_kernel(model, advance, why)
-        say_slow(found.engine)
+        return CudaEngine(model)
+    if type(model) is not ByteLM:
+        return TorchEngine(model, why)
+    known = is_known(model) and not torch.is_autocast_enabled("cuda")
+    found = _without_kernel(model, why) if known else TorchEngine(model, why)
+    say_slow(found.name)
     return found
 
 
-def _without_kernel(model: ByteLM, advance: Advance, why: str) -> Advance:
+def _without_kernel(model: ByteLM, why: str) -> Engine:
     """The best there is for a model of known parts that no kernel has."""
     few = sum(p.numel() for p in model.parameters()) <= HOST_PARAMETERS
     if few and supports(on_host := deepcopy(model).cpu().float()):
-        return HostModel(model, on_host, advance, why)
-    return CapturedModel(model, advance, why)
+        return HostEngine(model, on_host, why)
+    return CapturedEngine(model, why)
 
 
 @functools.cache
-def say_slow(engine: str) -> None:
+def say_slow(name: str) -> None:
     """Say once how a model streams that no kernel on the card has."""
-    _LOG.warning("note: a model streams by %s", engine)
+    _LOG.warning("note: a model streams by %s", name)
 
 
-def hidden_shortcut(model: ByteLM, guided: nn.Module | None = None) -> Hidden:
-    """``model.hidden``, but in one kernel for up to MOST_BYTES embedded bytes of one text; with
-    ``guided``, the guided model that it is the network of, a CudaGuided where that is supported."""
+def network_for(model: ByteLM, guided: nn.Module) -> Network:
+    """What the network ``model`` of ``guided`` (task/guide.py) goes on by on a GPU."""
     if unsupported(model) or hybrid.unsupported(model):
-        return model.hidden
-    if guided is None or not plain_parts(guided):
-        return CudaHidden(model)
-    return CudaGuided(model, guided)
+        return Network(model)
+    return CudaGuided(model, guided) if plain_parts(guided) else CudaNetwork(model)
 
 
-class CudaModel:
-    """``(data, state) -> (log p of the next byte, state)`` of a model that is not ``unsupported``.
+class CudaEngine(Engine):
+    """Up to MOST_BYTES bytes of a model that is not ``unsupported`` in one kernel; more by torch.
 
     The weights are the model's at the time of construction. Arithmetic and states are float32,
-    also where the model's weights are not. States are values: none is ever written to.
+    also where the model's weights are not.
     """
 
-    sees_nan = True  # of one byte; see ByteStream.feed
+    sees_nan = draws = True
 
-    def __init__(self, model: ByteLM, advance: Advance) -> None:
-        self._parallel = advance
+    def __init__(self, model: ByteLM) -> None:
+        self._parallel = TorchEngine(model)
         # Forms that decay a step's input overflow where the kernel does not: longer texts are
         # the model's own to read.
         self._most = 0 if decays_input(model.config.scan_form) else MOST_BYTES
         self._states = _States(model)
-        self.streamer = self._states.streamer
-        self.engine = self._states.engine
-        self.from_model, self.for_model = self._states.from_model, self._states.for_model
+        self.streamer, self.name = self._states.streamer, self._states.name
+        self.guesses = hasattr(self.streamer, "guess_and_draw")
+
+    def for_model(self, state: Any) -> Any:
+        return self._states.for_model(state)
 
     def __call__(
         self, data: bytes, state: Any, meanwhile: Callable[[], None] = nothing
@@ -151,22 +154,24 @@ class CudaModel:
         if len(data) > self.streamer.alone:
             meanwhile()
             return self._several(data, state)
-        feed, state = self.streamer.feed_byte, self.from_model(state)
+        feed, state = self.streamer.feed_byte, self._states.from_model(state)
         for byte in data[:-1]:  # nothing is recorded; inference mode would cost what a byte does
             state = feed(byte, state)[1]
         return feed(data[-1], state, meanwhile)
+
+    beside = __call__
 
     @torch.inference_mode()
     def _several(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
         if len(data) > self._most:
             return self._parallel(data, self.for_model(state))
-        log_probs, state = self.streamer.feed(self.streamer.text(data), self.from_model(state))
+        log_probs, state = self.streamer.feed(
+            self.streamer.text(data), self._states.from_model(state))
         return log_probs[0].cpu(), state
 
     @torch.inference_mode()
     def each(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
-        """Log p (L, 256) after each byte, on the CPU, and the state; strictly byte after byte."""
-        parts, state = [], self.from_model(state)
+        parts, state = [], self._states.from_model(state)
         for start in range(0, len(data), PIECE):
             tokens = self.streamer.text(data[start : start + PIECE])
             log_probs, state = self.streamer.feed(tokens, state, all_positions=True)
@@ -178,8 +183,7 @@ class CudaModel:
         self, log_probs: Tensor, state: Any, length: int, temperature: float, top_k: int,
         top_p: float, seed: int,
     ) -> Iterator[tuple[bytes, Tensor, Any]]:
-        """Draw ``length`` bytes in pieces: each with the log p (256,) and the state after it."""
-        state, done, piece = self.from_model(state), 0, FIRST_DRAW
+        state, done, piece = self._states.from_model(state), 0, FIRST_DRAW
         after = log_probs.to(self.streamer.device)[None]
         while done < length:
             piece = min(piece, length - done)
@@ -188,19 +192,12 @@ class CudaModel:
             done, piece = done + piece, min(2 * piece, self.streamer.most_drawn)
             yield bytes(drawn[0].tolist()), after[0].cpu(), state
 
-    @property
-    def guesses(self) -> bool:
-        """Whether its kernel checks guesses of its own while it draws."""
-        return hasattr(self.streamer, "guess_and_draw")
-
     @torch.inference_mode()
     def guess_and_draw(
         self, log_probs: Tensor, state: Any, length: int, past: bytes, temperature: float,
         top_k: int, top_p: float, seed: int,
     ) -> Iterator[tuple[bytes, Tensor, Any, int, int]]:
-        """As ``draw``, with guesses of what followed equal endings in the text so far, of which
-        ``past`` are the last bytes: also the passes that a piece took and the bytes guessed."""
-        state, done, piece = self.from_model(state), 0, FIRST_DRAW
+        state, done, piece = self._states.from_model(state), 0, FIRST_DRAW
         after = log_probs.to(self.streamer.device)[None]
         while done < length:
             piece = min(piece, length - done)
@@ -215,14 +212,14 @@ class OnHost(list[Any]):  # states of layers, float32
     pass
 
 
-class HostModel:
-    """``advance`` of a small model that no kernel has: in C on the host, by the weights of now;
-    there a byte takes less time than its launches through torch."""
+class HostEngine(Engine):
+    """A small model that no kernel has, in C on the host by the weights of now: there a byte takes
+    less time than its launches through torch."""
 
-    def __init__(self, model: ByteLM, on_host: ByteLM, advance: Advance, why: str) -> None:
-        self._parallel, self._native = advance, NativeModel(on_host)
+    def __init__(self, model: ByteLM, on_host: ByteLM, why: str) -> None:
+        self._parallel, self._native = TorchEngine(model), NativeModel(on_host)
         self._device, self._dtype = model.device, model.embedding.weight.dtype
-        self.engine = f"model.c, on the host: {why}"
+        self.name = f"model.c, on the host: {why}"
 
     def __call__(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
         if len(data) > cpu.MOST_BYTES:
@@ -235,7 +232,6 @@ class HostModel:
         return self._native.ahead(data, self._here(state)) if len(data) <= cpu.MOST_BYTES else None
 
     def for_model(self, state: Any) -> Any:
-        """A state as the model on the card has it."""
         there = mapped(lambda t: t.to(self._device), [*(state or ())])
         return [kept_in(layer, self._dtype) for layer in there] or None
 
@@ -245,12 +241,13 @@ class HostModel:
         return OnHost(mapped(lambda t: t.float().cpu().contiguous(), [*state]))
 
 
-class CapturedModel:
-    """``advance`` of a model that no kernel has: the launches of one byte are captured once as a
-    CUDA graph, where a state is as large after a byte as before it (without attention)."""
+class CapturedEngine(Engine):
+    """A model that no kernel has: the launches of one byte are captured once as a CUDA graph, where
+    a state is as large after a byte as before it (without attention)."""
 
-    def __init__(self, model: ByteLM, advance: Advance, why: str) -> None:
-        self._model, self._parallel, self.engine = model, advance, f"torch, captured: {why}"
+    def __init__(self, model: ByteLM, why: str) -> None:
+        self._model, self._parallel = model, TorchEngine(model)
+        self.name = f"torch, captured: {why}"
         self._lock = threading.Lock()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._kind: Hashable = None  # of the states that the graph takes
@@ -293,42 +290,44 @@ class CapturedModel:
         return graph
 
 
-class CudaHidden:
-    """``(x (1, L, d_model), state) -> (hidden, state)`` as ``ByteLM.hidden``, in one kernel where
-    the bytes are few."""
+class CudaNetwork(Network):
+    """The layers in one kernel where the bytes are those of one text, and few; the weights are
+    those at the time of construction."""
 
     def __init__(self, model: ByteLM, guided: nn.Module | None = None) -> None:
-        self._model, self._states = model, _States(model, False, guided)
-        self.engine = self._states.engine
-        self.from_model, self.for_model = self._states.from_model, self._states.for_model
+        super().__init__(model)
+        self._states = _States(model, False, guided)
+        self.name = self._states.name
+
+    def for_model(self, state: Any) -> Any:
+        return self._states.for_model(state)
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         if len(x) != 1 or x.shape[1] > MOST_BYTES:
             return self._model.hidden(x, self.for_model(state))
-        hidden, state = self._states.streamer.hidden(x, self.from_model(state))
+        hidden, state = self._states.streamer.hidden(x, self._states.from_model(state))
         return hidden.to(x.dtype), state
 
 
-class CudaGuided(CudaHidden):
-    """The network of a guided model (task/guide.py), with what embeds its hints and its gate, in
-    one kernel; the weights are those at the time of construction."""
+class CudaGuided(CudaNetwork):
+    """The same with what embeds the hints, and the gate, in that kernel."""
+
+    hints = fills = True
 
     def guided(self, data: bytes, state: Any, hint: Sequence[Tensor]) -> tuple[Tensor, Any]:
-        """As ``NativeModel.guided``."""
         log_p, best, kind = hint
         # A row a byte, and one copy to the card; the two small numbers in the bytes of a float.
         small = F.pad(torch.stack([best, kind], 1), (0, 2)).view(torch.float32)
         rows = torch.cat([log_p, small], 1)
         streamer = self._states.streamer
-        return streamer.guided(data, rows[None].to(streamer.device), self.from_model(state))
+        return streamer.guided(data, rows[None].to(streamer.device),
+                               self._states.from_model(state))
 
     def guided_byte(
         self, data: bytes, state: Any, fill: Callable[[int, int, int], None]
     ) -> tuple[Tensor, Any]:
-        """As ``guided`` of one byte, whose hint ``fill`` writes to the addresses of log p (256
-        float32), best byte and kind (uint8)."""
-        return self._states.streamer.feed_byte(data[0], self.from_model(state), fill=fill)
+        return self._states.streamer.feed_byte(data[0], self._states.from_model(state), fill=fill)
 
 
 class _States:
@@ -339,8 +338,8 @@ class _States:
     ) -> None:
         self._dtype = model.embedding.weight.dtype
         self.streamer: Any
-        self.engine = "stream.cu" if plain and _is_plain(model) else "hybrid.cu"
-        if self.engine == "stream.cu":
+        self.name = "stream.cu" if plain and _is_plain(model) else "hybrid.cu"
+        if self.name == "stream.cu":
             head = model.embedding if model.head is None else model.head
             with torch.no_grad():
                 self.streamer = CudaStreamer(

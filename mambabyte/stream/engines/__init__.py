@@ -1,0 +1,1 @@
+"""What streams go on by: one interface, and the engines of CPU and GPU behind it."""
