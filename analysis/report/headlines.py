@@ -8,6 +8,7 @@ it in which the rival leads are counted. So no headline stands without its losin
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,7 @@ def _headline(row: Mapping[str, Any], records: Mapping[str, Run]) -> Headline:
     if untold:
         raise UserError(f"headline {row['id']!r} leaves out what {name} has of both sides: "
                         f"{', '.join(untold)}")
-    more = ". ".join(filter(None, (_beside(row, run), row.get("elsewhere"))))
+    more = ". ".join(filter(None, (_beside(row, run), _elsewhere(row, records))))
     return Headline(row["id"], row["short"], row["claim"], row["ours"], row["theirs"], name,
                     job_of(run), row["n"], tuple(_side(row, side, run) for side in row["sides"]),
                     more)
@@ -164,6 +165,20 @@ def _beside(row: Mapping[str, Any], run: Run) -> str:
         return ""
     words = ", ".join(f"{what.partition(',')[0]} in {n}" for what, n in behind.items() if n)
     return f"in this record's {len(pairs)} other pairs of the two: {words}"
+
+
+def _elsewhere(row: Mapping[str, Any], records: Mapping[str, Run]) -> str:
+    """What other records say, ``{record.value:format}`` read from them."""
+    found = ""
+    for words, name, form, _ in string.Formatter().parse(row.get("elsewhere", "")):
+        found += words
+        if name is not None:
+            record, _, value = name.partition(".")
+            if record not in records or value not in records[record].values:
+                raise UserError(f"headline {row['id']!r}: there is no {value!r} of a record "
+                                f"{record!r}")
+            found += format(records[record].values[value].value, form or "")
+    return found
 
 
 def _side(row: Mapping[str, Any], side: Mapping[str, str], run: Run) -> Side:

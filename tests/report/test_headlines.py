@@ -36,6 +36,7 @@ def test_a_losing_side_cannot_be_left_out(records: dict[str, Run], tmp_path: Pat
     shorter = tmp_path / "headlines.toml"
     for line in ('    { what = "peak, MiB", ours = "peak (MiB)" },\n',
                  '    { what = "at equal joules", ours = "ssm_joules" },\n',
+                 '    { what = "peak, MiB", ours = "peak_m", theirs = "peak_m_by_mamba-ssm" },\n',
                  '    { what = "joules a megabyte", ours = "joules_m", theirs = "joules_a" },\n',
                  '    { what = "joules a megabyte against both", ours = "joules_m", '
                  'theirs = "joules_a_half_the_layers_window_1024" },\n'):
@@ -50,6 +51,32 @@ def test_ahead_and_behind_are_computed(records: dict[str, Run]) -> None:
     slower = replace(run, values={**run.values, "ms_m": Value(99.0, "ms")})
     found = {h.id: h for h in load_headlines({**records, "h200-step-1024": slower})}
     assert "time, ms" in {s.what for s in found["step-1m"].sides_that_are(BEHIND)}
+
+
+def test_numbers_of_steps_are_those_of_their_table(records: dict[str, Run]) -> None:
+    """Time, joules and peak of every system: a peak that is a cell alone would be no side."""
+    columns = {"ms": "step, median (ms)", "joules": "gross (J/MB)", "peak": "peak (MiB)"}
+    checked = 0
+    for name, run in records.items():
+        if name.startswith("h200-step-"):
+            for row in run.tables["steps"].frame.to_dict("records"):
+                system = re.sub("[ ,]+", "_", row["layers"].lower())
+                for cost, column in columns.items():
+                    value = run.values[f"{cost}_{system}"].value
+                    assert value == pytest.approx(row[column], abs=0.06), (name, system, cost)
+                    checked += 1
+    assert checked > 60
+
+
+def test_a_number_of_another_record_is_read_from_it(
+    records: dict[str, Run], tmp_path: Path
+) -> None:
+    text, path = FILE.read_text(encoding="utf-8"), tmp_path / "headlines.toml"
+    found = {h.id: h for h in load_headlines(records)}["quality-1m"]
+    assert f"{records['h200-arena-16mib'].values['at_1m_a'].value:.3f}" in found.behind
+    path.write_text(text.replace("{h200-arena-16mib.at_1m_a:", "{h200-arena-16mib.at_1m_z:"))
+    with pytest.raises(UserError, match="there is no 'at_1m_z' of a record 'h200-arena-16mib'"):
+        load_headlines(records, path)
 
 
 @pytest.mark.parametrize(("ours", "theirs", "outcome"), [

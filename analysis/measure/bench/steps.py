@@ -228,7 +228,8 @@ def time_steps(
 
 
 def step_values(frame: pd.DataFrame) -> dict[str, tuple[float, str, str]]:
-    """Milliseconds a step and joules per megabyte of every system: name -> (value, unit, about)."""
+    """Milliseconds a step, joules per megabyte and peak memory of every system: name -> (value,
+    unit, about)."""
     values = {}
     for row in frame.to_dict("records"):
         name = re.sub(r"[ ,]+", "_", row["system"].lower())
@@ -236,6 +237,9 @@ def step_values(frame: pd.DataFrame) -> dict[str, tuple[float, str, str]]:
         if row["joules_per_megabyte"] == row["joules_per_megabyte"]:  # not nan
             values[f"joules_{name}"] = (
                 row["joules_per_megabyte"], "J/MB", f"training {row['system']}, gross")
+        if row["peak_bytes"] == row["peak_bytes"]:
+            values[f"peak_{name}"] = (
+                round(row["peak_bytes"] / 2**20), "MiB", f"most memory of {row['system']}")
     return values
 
 
