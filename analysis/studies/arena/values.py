@@ -320,8 +320,11 @@ def _state(r: Results) -> Values:
         found[f"horizon_{slug(str(system))}"] = Value(
             int(within.min()), "bytes", f"{system}: up to where {HORIZON:.0%} of the gradient lies")
     for row in r.precision.itertuples() if len(r.precision) else ():
-        found[f"lost_{slug(str(row.system))}_{row.kept}_{row.way}"] = Value(
-            float(row.bits_lost), "bits/byte", f"{row.system}: state in {row.kept}, {row.way}")
+        name, about = f"{slug(str(row.system))}_{row.kept}_{row.way}", f"{row.system}: state in "
+        about += f"{row.kept}, {row.way}"
+        found |= {f"lost_{name}": Value(float(row.bits_lost), "bits/byte", about),
+                  f"lost_{name}_late": Value(float(row.bits_lost_last_quarter), "bits/byte",
+                                             f"{about}, last quarter of the stream")}
     if len(r.precision):
         found["streamed_bytes"] = Value(int(r.precision["streamed_bytes"].max()), "bytes",
                                         "read with each rounded state, over all streams")

@@ -58,6 +58,25 @@ def test_bits_are_those_of_the_trainings(name):
             assert run.values[f"{stem}_{slug(system)}"].value == pytest.approx(bits)
 
 
+def test_which_hybrids_are_ahead_is_what_the_decision_says():
+    """Its words name the mixers, and those whose intervals overlap."""
+    frame = RECORDS["h200-arena-16mib"].tables["best"].frame
+    rows = frame[frame["budget"] == 16 << 20].set_index("system")
+    ahead = {m for m in "MSDK" if rows.loc[m * 3 + "A", "bits_per_byte"]
+             < rows.loc[m, "bits_per_byte"]}
+    assert ahead == set("SDK")
+    cells = RECORDS["h200-arena-16mib"].tables["cells"].frame
+    means = {}
+    for row in rows.itertuples():
+        mine = cells[(cells["system"] == row.Index) & (cells["budget"] == row.budget)
+                     & (cells["optimizer"] == row.optimizer) & (cells["rate"] == row.rate)]
+        bits = mine["valid_bits"].astype(float)
+        means[row.Index] = stats.t.interval(0.95, len(bits) - 1, bits.mean(), stats.sem(bits))
+    apart = {m for m in "MSDK" if not (means[m][0] < means[m * 3 + "A"][1]
+                                       and means[m * 3 + "A"][0] < means[m][1])}
+    assert apart == set("DK")
+
+
 @pytest.mark.parametrize("name", holding("cells"))
 def test_hybrids_are_beside_pure_systems_seed_by_seed(name):
     for size in sizes(RECORDS[name]):
@@ -134,8 +153,9 @@ def test_bits_lost_are_those_of_the_table(name):
     run = RECORDS[name]
     frame = run.tables["precision"].frame
     for row in frame.itertuples():
-        lost = run.values[f"lost_{slug(row.system)}_{row.kept}_{row.way}"].value
-        assert lost == pytest.approx(row.bits_lost)
+        name = f"lost_{slug(row.system)}_{row.kept}_{row.way}"
+        assert run.values[name].value == pytest.approx(row.bits_lost)
+        assert run.values[f"{name}_late"].value == pytest.approx(row.bits_lost_last_quarter)
     plain = (frame["bits_per_byte"] - frame["bits_lost"]).groupby(frame["system"])
     assert (plain.max() - plain.min()).max() < 1e-9
 
