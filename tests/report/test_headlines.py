@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from analysis.plots.comparisons import AHEAD, BEHIND, LEVEL
-from analysis.report.headlines import FILE, Side, load_headlines
+from analysis.report.headlines import FILE, Headline, Side, load_headlines
 from analysis.report.picture import words, write_readme
 from analysis.runs.folders import ROOT, Run, Table, Value
 from analysis.runs.records import load_records
@@ -46,11 +47,16 @@ def test_a_losing_side_cannot_be_left_out(records: dict[str, Run], tmp_path: Pat
             load_headlines(records, shorter)
 
 
+def _of(name: str, records: Mapping[str, Run]) -> Headline:
+    return {h.id: h for h in load_headlines(records)}[name]
+
+
 def test_ahead_and_behind_are_computed(records: dict[str, Run]) -> None:
-    run = records["h200-step-1024"]
+    run = records["h200-step-8192"]
     slower = replace(run, values={**run.values, "ms_m": Value(99.0, "ms")})
-    found = {h.id: h for h in load_headlines({**records, "h200-step-1024": slower})}
-    assert "time, ms" in {s.what for s in found["step-1m"].sides_that_are(BEHIND)}
+    assert "time, ms" in {s.what for s in _of("step-1m-long", records).sides_that_are(AHEAD)}
+    assert "time, ms" in {s.what for s in _of("step-1m-long", {
+        **records, "h200-step-8192": slower}).sides_that_are(BEHIND)}
 
 
 def test_numbers_of_steps_are_those_of_their_table(records: dict[str, Run]) -> None:
@@ -99,69 +105,6 @@ def test_the_rows_beside_a_headline_are_counted(records: dict[str, Run]) -> None
     assert f"record's {theirs.sum() - 1} other pairs of the two: time in {lost.sum()}" in found[
         "ssd"].behind
     assert "time in" not in found["scan"].behind  # ahead in all: nothing to say
-
-
-NUMBER = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?")
-SCALES = (1.0, 2.0, 100.0, 1e3, 1e-3, 1e-6)  # of two cards, percent, and units
-
-
-def numbers_of(run: Run) -> list[float]:
-    """Every number that a record holds, those in its words too."""
-    cells = [v.value for v in run.values.values()]
-    cells += [c for t in run.tables.values() for column in t.frame for c in t.frame[column]]
-    cells += list(run.parameters.values())
-    found = [float(n.replace(",", "")) for c in cells if isinstance(c, str)
-             for n in NUMBER.findall(c)]
-    return found + [float(c) for c in cells if isinstance(c, (int, float)) and c == c]
-
-
-def unfounded(cell: str, found: list[float]) -> list[str]:
-    """The numbers of a cell that no number gives, rounded to as many decimals."""
-    texts = NUMBER.findall(cell)
-    return [text for text in texts if not any(
-        round(scale * one, len(text.partition(".")[2])) == float(text.replace(",", ""))
-        for one in found for scale in SCALES)]
-
-
-def test_numbers_without_a_rival_are_those_of_their_records() -> None:
-    every = load_records()
-    page = (ROOT / "docs" / "records.md").read_text(encoding="utf-8")
-    text = page.split("## Without a rival")[1]
-    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 7
-    checked = 0
-    for _, measured, names in rows:
-        found = [n for name in re.findall("`([^`]+)`", names) for n in numbers_of(every[name])]
-        assert unfounded(measured, found) == [], measured
-        checked += len(NUMBER.findall(measured))
-    assert checked > 15
-    assert unfounded("0.123 of 4,567", [0.124, 4568.0]) == ["0.123", "4,567"]
-
-
-def test_the_page_of_kernels_has_the_numbers_of_its_record(records: dict[str, Run]) -> None:
-    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
-    text = page.partition("| batch x length x heads |")[2].partition("\n\n")[0]
-    rows = [line.split("|", 2)[2] for line in text.splitlines()[2:]]
-    found = numbers_of(records["h200-mixers"])
-    assert len(rows) == 4
-    assert [number for row in rows for number in unfounded(row, found)] == []
-
-
-def test_the_page_of_kernels_has_the_numbers_of_streams_and_starts(
-    records: dict[str, Run]
-) -> None:
-    """Rows of the tables behind the two records' names; seconds are of 60,000 characters."""
-    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
-    for name, least in (("h200-stream-systems", 20), ("h200-start", 8)):
-        text = page[page.index(f"`{name}`"):]
-        lines = text.partition("\n## ")[0].splitlines()
-        rows = [line for line, below in zip(lines, [*lines[1:], ""], strict=True)
-                if line.startswith("|") and "---" not in line + below]
-        found = numbers_of(records[name])
-        found += [60_000 / number for number in found if number]
-        cells = [cell for row in rows for cell in row.strip("| ").split("|")[1:]]
-        assert len(rows) >= least, name
-        assert [number for cell in cells for number in unfounded(cell, found)] == [], name
 
 
 def test_the_readme_has_what_the_records_say(
