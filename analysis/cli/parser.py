@@ -10,6 +10,7 @@ list that takes one word each time it is given.
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import textwrap
 import typing
@@ -188,8 +189,8 @@ def subcommand(actions: Mapping[str, Action], argv: Sequence[str], command: str,
         wrong = f"has no action {name!r}" if name else "needs an action"
         raise UserError(f"{command} {wrong}{nearest(name, actions)}: one of {', '.join(actions)}")
     action = actions[name]
-    shown = [line for line in (about or "").splitlines()
-             if line.split()[:3] == ["mambabyte", command, name]]
+    own = re.compile(rf" +(mambabyte|torchrun .*-m analysis\.cli) {command} {name}( |$)")
+    shown = [line for line in (about or "").splitlines() if own.match(line)]
     return action.run(parse(action.options, rest, f"{command} {name}",
                             "\n".join([f"{action.about}.", "", *shown])))
 

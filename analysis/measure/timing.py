@@ -68,7 +68,7 @@ def measure(
     """
     if rounds < 1:
         raise UserError(f"rounds is {rounds}: it must be at least 1")
-    said = _Said(report)
+    said = Said(report)
     first = _warm_up(cases, guard_seconds, device, capture, said)  # seconds of a first call
     metered = energy_seconds > 0 and EnergyMeter(device).read().joules is not None
     inner = {i: max(1, min(50, int(least_seconds / max(took, 1e-7)))) for i, took in first.items()}
@@ -102,7 +102,7 @@ def measure(
     return pd.DataFrame([_row(case) for case in cases])
 
 
-class _Said:
+class Said:
     """Passes a line on where the last one is SAY_SECONDS old."""
 
     def __init__(self, report: Callable[[str], None]) -> None:
@@ -115,7 +115,7 @@ class _Said:
 
 
 def _warm_up(
-    cases: Sequence[Case], guard_seconds: float, device: str, capture: bool, said: _Said
+    cases: Sequence[Case], guard_seconds: float, device: str, capture: bool, said: Said
 ) -> dict[int, float]:
     """Call every case once or twice; seconds of those that are to be timed, by their index."""
     history: dict[tuple[Any, ...], list[tuple[int, float]]] = {}

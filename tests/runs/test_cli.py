@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -60,6 +62,16 @@ def test_every_command_has_help_with_an_example(command, capsys):
     assert stop.value.code == 0
     assert f"mambabyte {command}" in capsys.readouterr().out.replace("usage: ", "", 1).split(
         "\noptions:", 1)[0].split("\n", 1)[1]
+
+
+@pytest.mark.parametrize(("command", "action"), [
+    (command, action) for command, (module, _) in COMMANDS.items()
+    for action in getattr(importlib.import_module(module), "ACTIONS", ())])
+def test_every_action_has_help_with_an_example(command, action, capsys):
+    with pytest.raises(SystemExit):
+        main([command, action, "--help"])
+    above = capsys.readouterr().out.partition("\noptions:")[0].splitlines()[1:]
+    assert any(re.match(f"    .* {command} {action}", f"{line} ") for line in above)
 
 
 def test_usage_and_version(capsys):

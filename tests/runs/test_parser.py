@@ -122,6 +122,11 @@ def test_help_of_an_action_shows_its_options_and_examples_alone(capsys):
         assert f"mambabyte {argv[0]} {argv[1]}" in out.split("options:")[0].split("\n", 1)[1]
 
 
+def test_a_seed_is_refused_before_the_prompt_is_shown(capsys):
+    assert main(["generate", "x", "--seed", "-1"]) == 2
+    assert capsys.readouterr().err.startswith("error: --seed is -1: expected a whole number")
+
+
 @pytest.mark.parametrize("argv", [
     ["bench"], ["bench", "scna"], ["bench", "scan", "--streams", "2"], ["bench", "--json"],
     ["task", "list", "--seeds", "3"], ["task", "export", "x", "--characters", "2"], ["evla"],

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated
 from analysis.cli.console import Bar, escaped, say
 from analysis.cli.models.origin import corpus_of
 from analysis.cli.options import POSITIONAL, parse, pick_device
-from mambabyte.config.checks import CountOrNone, DeviceOrAuto, NotNegative, above, between
+from mambabyte.config.checks import CountOrNone, DeviceOrAuto, NotNegative, Seed, above
 from mambabyte.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Options:
     """Keep the k most probable bytes; 0 keeps all."""
     top_p: Annotated[float, above(0, 1)] = 1.0
     """Keep the smallest set of bytes with this probability."""
-    seed: Annotated[int, between(-2**63, 2**64 - 1)] = 0
+    seed: Seed = 0
     """Of the draws; the same seed gives the same text."""
     state: Path | None = None
     """Go on where this file was saved, before --prompt, if any."""

@@ -106,7 +106,7 @@ class Mixers(Common):
     shapes: Annotated[tuple[Shape, ...], REPEATED] = ()
     """batch,length,heads; repeat for more. A grid that suits the device when none is given."""
     peers: tuple[str, ...] = ()
-    """Families, "SSD, 64 states", "KDA", ...; all when none is named."""
+    """Families in quotes, 'SSD, 64 states', KDA, ...; all when none is named."""
     repeats: Count = 30
     """Timings of each, in turns; the median is shown."""
 
@@ -221,7 +221,7 @@ def bench_mixers(options: Mixers) -> int:
 
 def describe_mixer(row: dict) -> str:
     """One line of the table on the screen."""
-    name = f"  {row['family']:<18}{row['peer']:<11}{row['direction']:<18}"
+    name = f"  {row['family']:<20}{row['peer']:<11}{row['direction']:<18}"
     if row["median_seconds"] != row["median_seconds"]:
         return name + row["note"]
     line = f"{name}{row['median_seconds'] * 1e6:>12,.1f} us"

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.measure.bench import peers as engine
-from analysis.measure.bench.peers import Peer, Shape, bench_peers
+from analysis.measure.bench.peers import Peer, Shape, bench_peers, kept_when_interrupted
 from analysis.measure.bench.scan import make_inputs, torch_form
 from analysis.measure.bench.tuning import carry_tuning, chosen_settings
 from mambabyte.errors import UserError
@@ -207,7 +207,8 @@ def run_bench(
     progress: Callable[[str], None] | None = None, seconds_per_peer: float = 10.0,
 ) -> pd.DataFrame:
     """Time every peer of the families on each shape; columns as in COLUMNS. The frame's
-    ``attrs["settings"]`` are what peers that tune themselves chose, rows as in SETTINGS.
+    ``attrs["settings"]`` are what peers that tune themselves chose, rows as in SETTINGS. An
+    interruption keeps what was timed before it; KeyboardInterrupt where that is nothing.
 
     Raises UserError for a family that is unknown.
     """
@@ -216,40 +217,35 @@ def run_bench(
     say = progress or (lambda line: None)
     unknown = [name for name in families if name not in FAMILIES]
     if unknown:
-        raise UserError(f"family {unknown[0]!r} is unknown: choose from {', '.join(FAMILIES)}")
+        raise UserError(f"family {unknown[0]!r} is unknown: choose from "
+                        + ", ".join(map(repr, FAMILIES)))
     rows: list[dict[str, Any]] = []
     shapes = shapes or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)
-    try:
+    with kept_when_interrupted(rows, say):
         for shape in shapes:
             for name in families:
-                found = _bench_family(name, shape, dtype, device, repeats, seconds_per_peer, say)
-                for row in found:
-                    tunes_itself = FAMILIES[name].peers[row["peer"]].needs
-                    if shape != shapes[0] and tunes_itself and not row["note"]:
-                        row["note"] = f"tuned at {shapes[0]}"
-                rows += found
+                _bench_family(rows, name, shape, dtype, device, repeats, seconds_per_peer, say)
             if shape == shapes[0]:
                 carry_tuning()
-    except KeyboardInterrupt:
-        if not rows:
-            raise
-        say(f"interrupted: the {len(rows)} rows of before are kept")
+    for row in rows:
+        tunes_itself = FAMILIES[row["family"]].peers[row["peer"]].needs
+        if (row["batch"], row["length"], row["heads"]) != tuple(shapes[0]) and tunes_itself:
+            row["note"] = row["note"] or f"tuned at {shapes[0]}"
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     frame.attrs["settings"] = chosen_settings()
     return frame
 
 
 def _bench_family(
-    name: str, shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int,
-    seconds_per_peer: float, say: Callable[[str], None],
-) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]], name: str, shape: Shape, dtype: torch.dtype, device: torch.device,
+    repeats: int, seconds_per_peer: float, say: Callable[[str], None],
+) -> None:
     # The heads stay: many kernels are compiled anew for another number of them.
     family, reduced = FAMILIES[name], (min(shape[0], 2), min(shape[1], 200), shape[2])
-    found = bench_peers(
-        family.peers, lambda small: family.make(reduced if small else shape, dtype, device),
+    bench_peers(
+        rows, family.peers, lambda small: family.make(reduced if small else shape, dtype, device),
         family.exact, device, repeats, seconds_per_peer,
         lambda line: say(f"{shape} {name}, {line}"),
         batch=shape[0], length=shape[1], heads=shape[2], family=name)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return found

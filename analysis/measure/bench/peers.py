@@ -6,7 +6,8 @@ import functools
 import importlib.util
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from analysis.measure.bench.tuning import bounded_tuning, carry_tuning
-from analysis.measure.timing import captured, device_seconds_of, in_turns, quartiles
+from analysis.measure.timing import Said, captured, device_seconds_of, in_turns, quartiles
 from mambabyte.ops.compare import relative_rms
 
 Shape = tuple[int, int, int]
@@ -86,13 +87,25 @@ def peer_installed(peer: Peer, device: torch.device) -> str:
     return ""
 
 
+@contextmanager
+def kept_when_interrupted(rows: list[dict[str, Any]], say: Callable[[str], None]) -> Iterator[None]:
+    """An interruption ends what is within, and is said, where there are rows to show."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        say(f"interrupted: the {len(rows)} rows of before are kept")
+
+
 def bench_peers(
-    peers: Mapping[str, Peer], make: Callable[[bool], Inputs], exact: Callable[..., Tensor] | None,
-    device: torch.device, repeats: int, seconds_per_peer: float, say: Callable[[str], None], *,
+    found: list[dict[str, Any]], peers: Mapping[str, Peer], make: Callable[[bool], Inputs],
+    exact: Callable[..., Tensor] | None, device: torch.device, repeats: int,
+    seconds_per_peer: float, say: Callable[[str], None], *,
     refuse: Callable[[str], str] = lambda name: "", **labels: object,
-) -> list[dict[str, Any]]:
-    """Time every peer on one set of inputs; a row a (peer, direction), with ``labels``, "peer" and
-    COLUMNS.
+) -> None:
+    """Time every peer on one set of inputs, and add a row a (peer, direction) to ``found``, with
+    ``labels``, "peer" and COLUMNS; on an interruption those that were timed.
 
     ``make(reduced)`` gives the inputs, or few of them for the comparison with ``exact``, the
     definition (None: there is none). ``refuse(name)`` says why a peer is left out, "" if it is not.
@@ -135,14 +148,19 @@ def bench_peers(
                 torch.cuda.empty_cache()
         if note:
             say(f"{name}: {note}")
-    for direction in DIRECTIONS:
-        found = _interleaved(cases, direction, device, repeats, seconds_per_peer)
-        for name, (samples, timing) in found.items():
-            low, median, high = quartiles(samples)
-            rows[name, direction].update(median_seconds=median, low_seconds=low, high_seconds=high,
-                                         repeats=len(samples), timing=timing)
-            say(f"{name} {direction}: {median * 1e6:.1f} us")
-    return list(rows.values())
+    done = False
+    try:
+        for direction in DIRECTIONS:
+            timed = _interleaved(cases, direction, device, repeats, seconds_per_peer, say)
+            for name, (samples, timing) in timed.items():
+                low, median, high = quartiles(samples)
+                rows[name, direction].update(
+                    median_seconds=median, low_seconds=low, high_seconds=high,
+                    repeats=len(samples), timing=timing)
+                say(f"{name} {direction}: {median * 1e6:.1f} us")
+        done = True
+    finally:
+        found += [row for row in rows.values() if done or "median_seconds" in row]
 
 
 def _errors(peer: Peer, exact: Callable[..., Tensor], inputs: Inputs) -> tuple[float, float]:
@@ -186,19 +204,23 @@ def _longest_kernel(case: PeerCase, direction: str, device: torch.device) -> str
 
 def _interleaved(
     cases: Mapping[str, PeerCase], direction: str, device: torch.device, repeats: int,
-    seconds_per_peer: float,
+    seconds_per_peer: float, say: Callable[[str], None],
 ) -> dict[str, tuple[list[float], str]]:
     """Samples of each peer, taken in turns so that drift of the machine meets all alike."""
     flush = None
     if device.type == "cuda":
         size = torch.cuda.get_device_properties(device).L2_cache_size
         flush = torch.empty(2 * max(size, 1 << 25), dtype=torch.uint8, device=device)
+    said = Said(say)
     timers, wanted = {}, {}
     for name, case in cases.items():
+        said(f"{direction}: trying {name}")
         timers[name] = run, _ = captured(functools.partial(case.run, direction), device)
         device_seconds_of(run, flush)
         once = statistics.median(device_seconds_of(run, flush) for _ in range(2))
         wanted[name] = max(3, min(repeats, int(seconds_per_peer / max(once, 1e-9))))
-    samples = in_turns({name: functools.partial(device_seconds_of, run, flush)
-                        for name, (run, _) in timers.items()}, wanted)
+    calls = {name: functools.partial(device_seconds_of, run, flush)
+             for name, (run, _) in timers.items()}
+    samples = in_turns(calls, wanted, round_done=lambda number: said(
+        f"{direction}: round {number} of {max(wanted.values())}"))
     return {name: (samples[name], how) for name, (_, how) in timers.items() if samples[name]}

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -26,7 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.measure.bench import peers as engine
-from analysis.measure.bench.peers import Peer, Shape, bench_peers, peer_installed
+from analysis.measure.bench.peers import (
+    Peer,
+    Shape,
+    bench_peers,
+    kept_when_interrupted,
+    peer_installed,
+)
 from analysis.measure.ceilings import describe_machine
 from mambabyte.errors import UserError
 from mambabyte.ops import selective_scan
@@ -181,7 +188,8 @@ def run_bench(
     ``dtype`` is bfloat16 on a GPU and float32 on a CPU unless given. A peer gets at most about
     ``seconds_per_peer`` a direction, so slow ones are repeated less often. ``progress`` is called
     with one line a measurement; ``machine`` is what describe_machine returned (else it is called).
-    The frame's ``attrs["machine"]`` holds it.
+    The frame's ``attrs["machine"]`` holds it. An interruption keeps what was timed before it;
+    KeyboardInterrupt where that is nothing.
 
     Raises UserError for a peer or dtype that is unknown.
     """
@@ -192,19 +200,23 @@ def run_bench(
         raise UserError(f"dtype {dtype!r} is unknown: choose bfloat16, float16 or float32")
     unknown = [name for name in peers if name not in PEERS]
     if unknown:
-        raise UserError(f"peer {unknown[0]!r} is unknown: choose from {', '.join(PEERS)}")
+        raise UserError(f"peer {unknown[0]!r} is unknown: choose from "
+                        + ", ".join(map(repr, PEERS)))
     say = progress or (lambda line: None)
     if machine is None:
         say("measuring the machine's ceilings")
         machine = describe_machine(device)
     kind = getattr(torch, dtype)
-    rows = []
-    for shape in shapes or (GPU_SHAPES if on_gpu else CPU_SHAPES):
-        for row in _bench_shape(shape, kind, peers, device, repeats, states, seconds_per_peer, say):
-            if PEERS[row["peer"]].is_scan:
-                row["floor_seconds"] = floor_seconds(
-                    shape, states, kind.itemsize, machine, row["direction"])
-            rows.append({**row, "dtype": dtype})
+    rows: list[dict[str, Any]] = []
+    with kept_when_interrupted(rows, say):
+        for shape in shapes or (GPU_SHAPES if on_gpu else CPU_SHAPES):
+            _bench_shape(rows, shape, kind, peers, device, repeats, states, seconds_per_peer, say)
+    for row in rows:
+        row["dtype"] = dtype
+        if PEERS[row["peer"]].is_scan:
+            row["floor_seconds"] = floor_seconds(
+                (row["batch"], row["length"], row["channels"]), states, kind.itemsize, machine,
+                row["direction"])
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     frame["fraction_of_floor"] = frame["floor_seconds"] / frame["median_seconds"]
     keys = ["batch", "length", "channels", "direction"]
@@ -216,9 +228,10 @@ def run_bench(
 
 
 def _bench_shape(
-    shape: Shape, dtype: torch.dtype, peers: Sequence[str], device: torch.device, repeats: int,
-    states: int, seconds_per_peer: float, say: Callable[[str], None],
-) -> list[dict]:
+    rows: list[dict[str, Any]], shape: Shape, dtype: torch.dtype, peers: Sequence[str],
+    device: torch.device, repeats: int, states: int, seconds_per_peer: float,
+    say: Callable[[str], None],
+) -> None:
     batch, length, channels = shape
     elements = batch * length * channels * states
 
@@ -231,7 +244,7 @@ def _bench_shape(
         size = (min(batch, 2), min(length, 200), min(channels, 64)) if reduced else shape
         return make_inputs(size, states, dtype, device)
 
-    return bench_peers(
-        {name: PEERS[name] for name in peers}, make, torch_form("recurrent"), device, repeats,
+    bench_peers(
+        rows, {name: PEERS[name] for name in peers}, make, torch_form("recurrent"), device, repeats,
         seconds_per_peer, lambda line: say(f"{shape} {line}"), refuse=refuse,
         batch=batch, length=length, channels=channels, states=states)

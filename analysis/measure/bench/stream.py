@@ -16,7 +16,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from analysis.measure.timing import in_turns, quartiles, seconds_of
+from analysis.measure.bench.peers import kept_when_interrupted
+from analysis.measure.timing import Said, in_turns, quartiles, seconds_of
 from mambabyte.energy import EnergyMeter
 from mambabyte.errors import UserError
 from mambabyte.evaluate import score, score_streaming
@@ -66,52 +67,56 @@ def run_bench(
     ``seen``, and scoring the first ``characters`` characters of ``text``, unless that is 0.
 
     What a machine does not count is nan. The speed of scoring depends on the model: each place
-    where it thinks of a character of several bytes is asked about again.
+    where it thinks of a character of several bytes is asked about again. An interruption keeps
+    what was timed before it; KeyboardInterrupt where that is nothing.
     """
     if not text:
         raise UserError("there is no text to stream: give a corpus with a validation split")
     device = str(model.device)
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     def case(way: str, count: int, before: int, step: Callable[[int], object]) -> None:
         rows.append({"way": way, "streams": count, "seen": before, **_time(step, count, device)})
         say(f"{way}, {count} streams, {before} bytes seen: {rows[-1]['microseconds']:.1f} us")
 
-    for count in streams:
-        case(TORCH, count, 1, functools.partial(_by_calls, model, count))
-        engine = stream_engine(model)
-        if isinstance(engine, CudaEngine):
-            case(KERNEL, count, 1, functools.partial(_by_kernel, engine, count))
-    stream = ByteStream(model)
-    done = 1
-    for before in sorted(seen):
-        say(f"{BYTE}: reading on to {before:,} bytes")
-        while done < before:
-            piece = text[: min(len(text), 1 << 16, before - done)]
-            stream.feed(piece)
-            done += len(piece)
-        case(BYTE, 1, before, functools.partial(_by_feeding, stream))
-        case(DRAW, 1, before, functools.partial(_by_drawing, stream))
+    said, scored = Said(say), dict[str, float]()
     guessed: list[Speculation] = []
-    if seen and (stream.guesses_itself or not stream.draws_itself):
-        places = []
-        for i in range(PROMPTS):
-            begin = (done + i * PROMPT) % len(text)
-            prompt = (text[begin:] + text)[:PROMPT]
-            stream.feed(prompt)
-            places.append((stream.fork(), prompt))
-        case(PLAIN, 1, max(seen), functools.partial(_by_drawing_short, places))
-        case(GUESSED, 1, max(seen), functools.partial(_by_guessing, places, guessed))
-    last = {row["way"]: float(row["bytes_per_second"]) for row in rows}  # type: ignore[arg-type]
+    with kept_when_interrupted(rows, say):
+        for count in streams:
+            case(TORCH, count, 1, functools.partial(_by_calls, model, count))
+            engine = stream_engine(model)
+            if isinstance(engine, CudaEngine):
+                case(KERNEL, count, 1, functools.partial(_by_kernel, engine, count))
+        stream = ByteStream(model)
+        done = 1
+        for before in sorted(seen):
+            say(f"{BYTE}: reading on to {before:,} bytes")
+            while done < before:
+                piece = text[: min(len(text), 1 << 16, before - done)]
+                stream.feed(piece)
+                done += len(piece)
+                said(f"{BYTE}: {done:,} of {before:,} bytes")
+            case(BYTE, 1, before, functools.partial(_by_feeding, stream))
+            case(DRAW, 1, before, functools.partial(_by_drawing, stream))
+        if seen and (stream.guesses_itself or not stream.draws_itself):
+            places = []
+            for i in range(PROMPTS):
+                begin = (done + i * PROMPT) % len(text)
+                prompt = (text[begin:] + text)[:PROMPT]
+                stream.feed(prompt)
+                places.append((stream.fork(), prompt))
+            case(PLAIN, 1, max(seen), functools.partial(_by_drawing_short, places))
+            case(GUESSED, 1, max(seen), functools.partial(_by_guessing, places, guessed))
+        if characters:
+            scored = _scoring(model, text, characters, say)
+    last = {row["way"]: float(row["bytes_per_second"]) for row in rows}
     values = {name: last[way] for name, way in (
         ("generation_bytes_per_second", DRAW), ("streaming_bytes_per_second", BYTE),
         ("plain_bytes_per_second", PLAIN), ("speculative_bytes_per_second", GUESSED))
         if way in last}
     if guessed:
         values["bytes_a_pass"] = sum(g.drawn for g in guessed) / sum(g.passes for g in guessed)
-    if characters:
-        values |= _scoring(model, text, characters, say)
-    return pd.DataFrame(rows, columns=list(COLUMNS)), values
+    return pd.DataFrame(rows, columns=list(COLUMNS)), values | scored
 
 
 def _scoring(

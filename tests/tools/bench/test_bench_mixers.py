@@ -47,7 +47,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_unknown_families_are_refused() -> None:
-    with pytest.raises(UserError, match="family 'none' is unknown: choose from SSD"):
+    with pytest.raises(UserError, match="family 'none' is unknown: choose from 'SSD, 64 st"):
         run_bench(families=("none",), device="cpu")
 
 
@@ -75,10 +75,10 @@ def test_a_peer_of_mamba3_is_asked_for_the_same(monkeypatch: pytest.MonkeyPatch)
 def test_what_was_timed_before_an_interruption_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = mixers._bench_family
 
-    def interrupted(name: str, *more: Any) -> list[dict[str, Any]]:
+    def interrupted(rows: list[dict[str, Any]], name: str, *more: Any) -> None:
         if name == "KDA":
             raise KeyboardInterrupt
-        return whole(name, *more)
+        whole(rows, name, *more)
 
     monkeypatch.setattr(mixers, "_bench_family", interrupted)
     lines: list[str] = []

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from analysis.cli import main
+from analysis.measure.bench import peers
 from analysis.measure.bench import scan as bench_scan
 from analysis.measure.bench.peers import Peer
 from analysis.measure.bench.scan import COLUMNS, PEERS, floor_seconds, peer_available, run_bench
@@ -76,8 +78,39 @@ def test_peers_that_store_every_state_are_left_out_when_large(
     assert frame["ratio_to_fused"].map(math.isnan).all()
 
 
+def test_what_was_timed_before_an_interruption_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A direction of a shape, too: a slow peer takes a minute for each."""
+    whole = peers._interleaved
+
+    def interrupted(cases: object, direction: str, *more: Any) -> dict[str, Any]:
+        if direction == stop:
+            raise KeyboardInterrupt
+        return whole(cases, direction, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(peers, "_interleaved", interrupted)
+    lines: list[str] = []
+    stop = "forward+backward"
+    frame = run_bench([(1, 4, 4), (1, 5, 4)], peers=("chunked", "mamba_ssm"), device="cpu",
+                      repeats=2, machine=MACHINE, progress=lines.append)
+    assert frame[["length", "peer", "direction"]].to_numpy().tolist() == [[4, "chunked", "forward"]]
+    assert (frame["floor_seconds"] > 0).all()
+    assert lines[-1] == "interrupted: the 1 rows of before are kept"
+    stop = "forward"
+    with pytest.raises(KeyboardInterrupt):
+        run_bench([(1, 4, 4)], peers=("chunked",), device="cpu", repeats=2, machine=MACHINE)
+
+
+def test_a_long_round_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("analysis.measure.timing.SAY_SECONDS", 0.0)
+    lines: list[str] = []
+    run_bench([(1, 4, 4)], peers=("chunked",), device="cpu", repeats=3, machine=MACHINE,
+              progress=lines.append)
+    assert "(1, 4, 4) forward: trying chunked" in lines
+    assert "(1, 4, 4) forward+backward: round 3 of 3" in lines
+
+
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(UserError, match="peer 'nobody' is unknown: choose from fused"):
+    with pytest.raises(UserError, match="peer 'nobody' is unknown: choose from 'fused', 'fu"):
         run_bench(peers=("nobody",), device="cpu")
     with pytest.raises(UserError, match="dtype 'int8' is unknown"):
         run_bench(dtype="int8", device="cpu")

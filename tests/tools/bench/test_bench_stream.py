@@ -44,6 +44,22 @@ def test_rows_and_values() -> None:
     assert values["bytes_a_pass"] >= 1
 
 
+def test_what_was_timed_before_an_interruption_is_kept(monkeypatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_stream, "_scoring", stop)
+    lines: list[str] = []
+    frame, values = bench_stream.run_bench(
+        ByteLM(PRESETS["smoke"].model).eval(), b"a text. " * 5, [1], [5], 30, lines.append)
+    assert lines[-1] == f"interrupted: the {len(frame)} rows of before are kept"
+    assert set(values) == set(bench_stream.VALUES) - {
+        "scoring_seconds", "window_seconds", "different_hits", "accuracy", "scored_characters"}
+    monkeypatch.setattr(bench_stream, "_time", stop)
+    with pytest.raises(KeyboardInterrupt):
+        bench_stream.run_bench(ByteLM(PRESETS["smoke"].model).eval(), b"a text. ", [1], [5], 0)
+
+
 def test_the_command_writes_a_record(tmp_path, capsys) -> None:
     record = tmp_path / "throughput" / "streaming"
     arguments = ["bench", "stream", "--preset", "smoke", "--streams", "1", "--seen", "4",
