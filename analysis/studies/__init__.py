@@ -139,6 +139,19 @@ def validate(
     return plain(make_parameters(study, parameters))
 
 
+def check_device(study: Study, device: Any) -> None:
+    """UserError where a study is asked to run on a GPU that is not here."""
+    if not str(device).startswith("cuda"):
+        return
+    import torch
+
+    known = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(str(device).partition(":")[2] or 0) >= known:
+        there = f"there are {known}, from cuda:0 on" if known else "no CUDA device is available"
+        raise UserError(f"{study.name} parameter device is {shown(device)}, and {there}: set "
+                        "device=cpu, or use the quick profile")
+
+
 def check_names(study: Study, names: Iterable[str]) -> None:
     """UserError for a name that is no parameter of the study: the nearest, and all there are."""
     types = hints(study.module().Parameters)

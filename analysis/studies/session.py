@@ -23,6 +23,7 @@ from analysis.runs.folders import INTERACTIVE, RUNS, Run, Table, sweeps, tables_
 from analysis.runs.records import check_record_folder, keep, write_record_folder
 from analysis.studies import (
     Study,
+    check_device,
     check_names,
     command,
     get_study,
@@ -61,6 +62,7 @@ def measure(
     p = settle(given) if settle else given
     folder = chosen if scope.get("run_dir") else RUNS / str(
         known.get("run_id", f"{INTERACTIVE}/{study.name}"))
+    check_device(study, getattr(p, "device", "cpu"))
     if study.reads_runs and not p.runs_root and scope.get("run_dir"):  # the runs beside this one
         p = dataclasses.replace(p, runs_root=str(folder.parent))
     found = compute.run(p, report)

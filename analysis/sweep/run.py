@@ -21,6 +21,7 @@ from analysis.studies import (
     DEFAULT_PROFILE,
     STUDIES,
     Study,
+    check_device,
     command,
     get_study,
     profile_of,
@@ -70,7 +71,11 @@ def run_sweep(
     stages = [[s for s in studies if (s.reads_runs, s.timed) == kind]
               for kind in ((False, False), (False, True), (True, False), (True, True))]
     point = (profile, overrides or {}, grid or {}, root)
-    total = len(plan(studies, *point))  # every mistake in the input is found here
+    tasks = plan(studies, *point)  # every mistake in the input is found here
+    if executor in ("serial", "local"):  # another machine may have the GPU that this one lacks
+        for task in tasks:
+            check_device(get_study(task.study, registry), task.parameters.get("device"))
+    total = len(tasks)
     pool = make_executor(executor, workers, address)
     alone = LocalExecutor(1) if executor == "local" else pool
     progress = progress or make_progress()

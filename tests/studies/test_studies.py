@@ -19,6 +19,7 @@ from analysis.studies import (
     COMPUTING,
     STUDIES,
     Study,
+    check_device,
     command,
     get_study,
     profile_of,
@@ -26,6 +27,7 @@ from analysis.studies import (
     validate,
 )
 from analysis.studies.session import measure
+from analysis.sweep.run import run_sweep
 from mambabyte.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -263,3 +265,26 @@ def test_papermill_gives_values_not_words(given):
     name, value = next(iter(given.items()))
     with pytest.raises(UserError, match=f"memory parameter {name} is '{value}': expected"):
         measure("memory", by_papermill("memory", **given))
+
+
+@pytest.mark.parametrize("name", [
+    name for name, study in STUDIES.items() if hasattr(study.module().Parameters(), "device")])
+def test_a_gpu_that_is_not_here_is_said_before_anything_runs(name, monkeypatch, tmp_path):
+    """In a record as in a sweep, whose notebooks take their time to begin."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    study = get_study(name)
+    monkeypatch.setattr(study.module("compute"), "run", lambda *_: pytest.fail("it ran"))
+    said = f"{name} parameter device is 'cuda', and no CUDA device is available: set device=cpu"
+    with pytest.raises(UserError, match=said):
+        measure(study, validate(study, {"device": "cuda"}))
+    with pytest.raises(UserError, match=said):
+        run_sweep([name], overrides={"device": "cuda"}, root=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_card_beyond_the_last_is_said(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    check_device(get_study("ablation"), "cuda:1")
+    with pytest.raises(UserError, match="is 'cuda:2', and there are 2, from cuda:0 on"):
+        check_device(get_study("ablation"), "cuda:2")

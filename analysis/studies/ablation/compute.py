@@ -47,7 +47,6 @@ from analysis.theory.matching import GPU_WIDTHS, Matched, match_patterns, system
 from analysis.theory.sizes import at_size
 from mambabyte.config import ModelConfig, TrainConfig, get_preset
 from mambabyte.corpus import Corpus, load_corpus
-from mambabyte.errors import UserError
 from mambabyte.evaluate import score
 from mambabyte.train import text_batches
 from mambabyte.train.schedule import schedule
@@ -55,8 +54,6 @@ from mambabyte.train.schedule import schedule
 
 def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Results:
     """The whole study. Nothing is drawn and nothing is written."""
-    if p.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("no CUDA device is available: set device to cpu, or use the quick profile")
     with threads(p.threads):
         return _run(p, report)
 

@@ -129,9 +129,6 @@ def _share(
     """Do what is wanted: here, or by workers."""
     places = [p.device]
     if p.device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise UserError("no CUDA device is available: set device to cpu, or use the quick "
-                            "profile")
         if p.device == "cuda":
             places = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     elif p.workers == 1:

@@ -72,8 +72,6 @@ def run(
 ) -> Results:
     """Judges every claim by the runs under ``p.runs_root``."""
     p = settle(p)
-    if p.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is available: set device to cpu")
     evidence = gather(p.runs_root)
     ledger = load_ledger()
     settings = Settings(p.seed, p.device, p.initial_seeds, p.fox_batch, p.tied_steps,

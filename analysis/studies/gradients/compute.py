@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-
 from analysis.measure.scans import runnable
 from analysis.measure.threads import threads
 from analysis.studies.gradients import Parameters, Results
@@ -20,7 +18,6 @@ from analysis.studies.gradients.boundary import boundary_frame, distance_frame, 
 from analysis.studies.gradients.mixers import mixer_frame
 from analysis.studies.gradients.scan_against_step import scan_against_step
 from analysis.studies.gradients.truncation import learning_frame, recall_frame
-from mambabyte.errors import UserError
 
 
 def run(p: Parameters, report: Callable[[str], None]) -> Results:
@@ -28,8 +25,6 @@ def run(p: Parameters, report: Callable[[str], None]) -> Results:
 
     The gradients at boundaries and by distance are those of ``p.device``; the rest is the CPU's.
     """
-    if p.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("no CUDA device is available: set device to cpu")
     p = replace(p, forms=runnable(p.forms))
     with threads(1):
         report("gradients at every boundary")

@@ -42,7 +42,6 @@ from analysis.studies.overflow.error_tables import (
 from analysis.studies.overflow.mixers import mixer_frame
 from analysis.theory.bounds import first_overflow, log_max
 from mambabyte.config import PRESETS
-from mambabyte.errors import UserError
 
 STEPS = {"auto": 4000, "corrected_cumsum": 1200}  # on a GPU; the cumulated sums are slow
 # What trains where: the document's own configuration on a GPU, a small model elsewhere.
@@ -88,8 +87,6 @@ def follow_forms(
     p: Parameters, report: Callable[[str], None]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The same model trained with each form in turn: exponents, and one row a form how it ended."""
-    if p.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is available: give device=cpu")
     model = replace(PRESETS["mamba_byte"].model, d_model=p.d_model, n_layer=p.n_layer)
     train = replace(PRESETS["mamba_byte"].train, batch_size=p.batch, context=p.context,
                     n_steps=p.schedule_steps, seed=p.seed, allow_study_form=True)

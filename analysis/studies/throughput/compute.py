@@ -37,7 +37,6 @@ from analysis.theory.sizes import at_size
 from mambabyte.config import SPECS, ModelConfig, TrainConfig, get_preset
 from mambabyte.config.mixers import kind_of, spec_of
 from mambabyte.energy import EnergyMeter
-from mambabyte.errors import UserError
 from mambabyte.model import AttentionMixer, ByteLM, LayerState, MambaMixer
 from mambabyte.model.mixer import mixer_of
 from mambabyte.ops import FORMS
@@ -56,8 +55,6 @@ def recorded_scan() -> tuple[pd.DataFrame, str]:
 
 def run(p: Parameters, report: Callable[[str], None] = lambda line: None) -> Results:
     """The whole study. Nothing is drawn and nothing is written."""
-    if p.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("no CUDA device is available: set device to cpu, or use the quick profile")
     with threads(p.threads):
         return _run(p, p.forms or (*FORMS, INDEXED), report)
 
