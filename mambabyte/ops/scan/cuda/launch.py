@@ -25,7 +25,7 @@ def program(name: str) -> Program:
 
 def trained(hopper: bool) -> list[str]:
     """The kernels that training launches in bf16: gated, from no state, of one document, as a plan
-    may cut it."""
+    may cut it; and those of the smoke preset, which has 8 states a channel."""
     flags, both = "true, true", (False, True)
     return [
         *(f"tile_forward<{flags}, {warps}, {resident}, {true(fold)}, false>"
@@ -36,6 +36,7 @@ def trained(hopper: bool) -> list[str]:
         *(f"tile_carry<{true(adjoint)}, {true(adjoint)}, true, {CARRY_WARPS}, false>"
           for adjoint in both),
         "tile_sums",
+        "any_forward<bf16, 8, true, FULL>", "any_backward<bf16, 8, true>", "any_sums<bf16, 8>",
     ]  # fmt: skip
 
 
