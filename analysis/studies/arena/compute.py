@@ -149,7 +149,8 @@ def _work(
 
 def measure(p: Parameters, device: str, cell: Cell) -> dict[str, Any]:
     """The row of one cell."""
-    gc.collect()  # a captured graph keeps its memory as long as anything refers to it
+    if device.startswith("cuda"):
+        gc.collect()  # a captured graph keeps its memory as long as anything refers to it
     if cell.kind == "clamp":
         return train_followed(p, cell, device)
     if cell.kind == "costs":
