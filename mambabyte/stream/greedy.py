@@ -81,7 +81,9 @@ class Windows:
                 for begin in range(0, length - spacing, spacing):
                     _, state = self.model(tokens[:, begin : begin + spacing], state)
                     starts += list(first + begin + spacing)
-                    states += split(state)
+                    # (The text's first window has no state yet, and its next may be one that
+                    # we cannot look into: a single row needs no splitting.)
+                    states += split(state) if len(part) > 1 else [state]
         order = np.argsort(starts, kind="stable")
         self._set(np.array(starts)[order], [states[i] for i in order])
 

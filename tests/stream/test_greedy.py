@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -109,6 +109,7 @@ class Table(nn.Module):
 
 
 @settings(max_examples=40)
+@example(text="bé𐀀a߿€€€  éa", seed=22, cut=25, opaque=True)  # one window, opaque after its start
 @given(text=TEXTS, seed=st.integers(0, 30), cut=st.integers(1, 40), opaque=st.booleans())
 def test_every_character_is_that_of_the_search(
     text: str, seed: int, cut: int, opaque: bool
