@@ -59,7 +59,7 @@ def model_of(experts, network=None, engine=True):
     assert bits < 6
     model = ExpertLM(experts, fitted, network).eval()
     if not engine:
-        model._engine, model._ready = None, True
+        model._native, model._ready = None, True
     return model
 
 
@@ -128,7 +128,7 @@ def test_the_engine_is_the_definition(experts, networks):
         with torch.no_grad():
             assert torch.allclose(fast(tokens)[0], slow(tokens)[0], atol=1e-4)
     text = padded(tensor(OTHER))
-    engine = gate.engine_of(experts, 0)
+    engine = gate.native_experts(experts, 0)
     if engine is None:
         pytest.skip("no C compiler")
     for a, b in zip(engine.read(text.numpy(), PADDING), gate.read(experts, text, PADDING, None),

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from mambabyte.config import TrainConfig
 from mambabyte.task.experts.contexts import PADDING, Context, ContextTable, hashes
-from mambabyte.task.experts.engine import FEATURES, MOST, MOST_HIDDEN, Engine, library
 from mambabyte.task.experts.matches import MATCH_DISCOUNT, Found, Matches, find_matches
+from mambabyte.task.experts.native import FEATURES, MOST, MOST_HIDDEN, NativeExperts, library
 from mambabyte.task.ngram import NgramModel, blend
 from mambabyte.train.captured import CapturedStep
 from mambabyte.train.optim import MuonAdamW
@@ -163,15 +163,16 @@ def with_others(p: Tensor, evidence: Tensor, others: Tensor | None) -> tuple[Ten
             torch.cat([evidence, evidence.new_zeros((*others.shape[:2], 2))], 1))
 
 
-def engine_of(experts: Experts, others: int, gate: Gate | None = None) -> Engine | None:
+def native_experts(experts: Experts, others: int, gate: Gate | None = None) -> NativeExperts | None:
     """The same in C, of tables on the CPU; None without a compiler, or where it has no room."""
     n_experts = len(experts.names) + others
     if library() is None or n_experts > MOST or experts.ngram.order > PADDING or (
             gate is not None and gate.inner.out_features > MOST_HIDDEN):
         return None
-    return Engine(experts.ngram, experts.orders, experts.tables, experts.matches, others,
-                  [] if gate is None else [gate.inner.weight, gate.inner.bias, gate.outer.weight,
-                                           gate.outer.bias])
+    weights = [] if gate is None else [
+        gate.inner.weight, gate.inner.bias, gate.outer.weight, gate.outer.bias]
+    return NativeExperts(experts.ngram, experts.orders, experts.tables, experts.matches, others,
+                         weights)
 
 
 def mixed(
@@ -215,11 +216,11 @@ def fit_gate(
     rate falling to 0, on batches drawn anew, one captured step on a card; deterministic.
     """
     device = experts.ngram.device
-    engine = None
+    native = None
     if device.type == "cpu":
-        engine = engine_of(experts, 0 if others is None else others.shape[1])
-    if engine is not None:
-        picked, seen = engine.read(text.numpy(), begin, others)
+        native = native_experts(experts, 0 if others is None else others.shape[1])
+    if native is not None:
+        picked, seen = native.read(text.numpy(), begin, others)
     else:
         picked, seen = read(experts, text.to(device), begin, others)
     return fitted(picked, seen, hidden=hidden, steps=steps, lr=lr, seed=seed)

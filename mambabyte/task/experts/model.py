@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.stream import ByteModel, Engine, stream_engine
-from mambabyte.task.experts import engine
 from mambabyte.task.experts.contexts import PADDING
-from mambabyte.task.experts.gate import Experts, Gate, engine_of, mixed
+from mambabyte.task.experts.gate import Experts, Gate, mixed, native_experts
+from mambabyte.task.experts.native import NativeExperts
 from mambabyte.task.mixture import as_tensor, as_text, only_bytes
 from mambabyte.task.ngram import digest
 
@@ -31,7 +31,7 @@ class ExpertLM(nn.Module):
         super().__init__()
         self.experts, self.gate = experts, gate
         self.network = cast("nn.Module | None", network)
-        self._engine: engine.Engine | None = None
+        self._native: NativeExperts | None = None
         self._ready = False
 
     @property
@@ -58,12 +58,12 @@ class ExpertLM(nn.Module):
         others (last, 1, V) are the network's probabilities there."""
         if not self._ready:
             self.experts, self.gate = self.experts.to("cpu"), self.gate.cpu()
-            self._engine = engine_of(self.experts, int(self.network is not None), self.gate)
+            self._native = native_experts(self.experts, int(self.network is not None), self.gate)
             self._ready = True
         whole = np.concatenate([_PADDING, text])
         begin, end = len(whole) - last + 1, len(whole) + 1
-        if self._engine is not None:
-            return self._engine.log_p(whole, begin, end, others)
+        if self._native is not None:
+            return self._native.log_p(whole, begin, end, others)
         return mixed(self.experts, self.gate, torch.from_numpy(whole), begin, others)
 
     def forward(self, tokens: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:

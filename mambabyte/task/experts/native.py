@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL | None:
     return None if isinstance(loaded, str) else loaded
 
 
-class Engine:
+class NativeExperts:
     """Counted experts whose tables are on the CPU, ``others`` that are not counted, and a gate.
 
     ``gate``: weight and bias of its hidden layer, then of its softmax; without one only ``read``
