@@ -52,11 +52,11 @@ def _of(name: str, records: Mapping[str, Run]) -> Headline:
 
 
 def test_ahead_and_behind_are_computed(records: dict[str, Run]) -> None:
-    run = records["h200-step-8192"]
+    run = records["h200-step-8192-fused"]
     slower = replace(run, values={**run.values, "ms_m": Value(99.0, "ms")})
     assert "time, ms" in {s.what for s in _of("step-1m-long", records).sides_that_are(AHEAD)}
     assert "time, ms" in {s.what for s in _of("step-1m-long", {
-        **records, "h200-step-8192": slower}).sides_that_are(BEHIND)}
+        **records, "h200-step-8192-fused": slower}).sides_that_are(BEHIND)}
 
 
 def test_numbers_of_steps_are_those_of_their_table(records: dict[str, Run]) -> None:

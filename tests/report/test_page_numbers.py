@@ -135,12 +135,12 @@ def test_steps_of_attention():
         return [f"{values[theirs].value / values['ms_m'].value:.2f}"  # type: ignore[operator]
                 for theirs in ("ms_a", "ms_a_half_the_layers")]
 
-    whole, half = times("h200-step-families")
-    assert (f"attention of as many layers takes {whole} times as long at 1,024 bytes, half the "
-            f"layers with wider MLPs {half} (") in text
-    short, long = times("h200-step-1024"), times("h200-step-8192")
-    assert (f"Compiled they take {short[0]} and {short[1]} times (`h200-step-1024`), and at 8,192 "
-            f"bytes {long[0]} and {long[1]} (") in text
+    short, long = times("h200-step-1024-fused"), times("h200-step-8192-fused")
+    assert (f"attention of as many layers takes {short[0]} times as long at 1,024 bytes and "
+            f"{long[0]} times at 8,192, half the layers with wider MLPs {short[1]} and {long[1]} "
+            "times (") in text
+    whole, half = times("h200-step-1024")
+    assert f"Compiled by torch, {whole} and {half} times at 1,024 bytes (" in text
 
 
 # ------------------------------------------------------------------------------------- records.md
