@@ -13,6 +13,7 @@ closed forms of parameters, operations and memory ask the class, and nothing els
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,6 +158,11 @@ class Mixer(nn.Module, MixerSpec):
     def state_shapes(cls, config: ModelConfig, seen: int) -> dict[str, Shape]:
         """Shapes of the tensors of one stream's state after ``seen`` bytes, all float32."""
         raise NotImplementedError(f"{cls.__name__} does not say the shapes of its state")
+
+    @classmethod
+    def knows_documents(cls) -> bool:
+        """Whether ``forward`` takes ``ages``."""
+        return "ages" in inspect.signature(cls.forward).parameters
 
     @classmethod
     def state_bytes(cls, config: ModelConfig, seen: int) -> int:

@@ -14,6 +14,7 @@ from mambabyte.config.checks import from_plain
 from mambabyte.corpus import Corpus, sample_windows
 from mambabyte.errors import UserError
 from mambabyte.model import distributed
+from mambabyte.model.mixer import mixer_of
 from mambabyte.ops import FORMS
 from mambabyte.ops.scan import cpu as native_scan
 from mambabyte.train.schedule import schedule, stage_at, stages
@@ -81,6 +82,12 @@ def refuse_what_cannot_run(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("no CUDA device is available: use --device cpu")
     sample_windows(corpus.train, config.context, 1, 0, 0)  # does a window fit?
+    without = [letter for letter in dict.fromkeys(model_config.layers)
+               if not mixer_of(letter).knows_documents()]
+    if len(corpus.begins.get("train", ())) > 1 and without:
+        raise UserError(f"{corpus.name} has documents one behind another, and layers of "
+                        f"{', '.join(without)} know none: let forward take ages "
+                        "(docs/contributing.md), or give one text")
     if model_config.vocab_size < 256:
         raise UserError(f"vocab_size is {model_config.vocab_size}: text has bytes up to 255, so it "
                         "must be at least 256")

@@ -35,6 +35,7 @@ from mambabyte.train import train
 from mambabyte.train.optim import roles
 from mambabyte.train.smoke import smoke_check
 
+E = next(letter for letter in "EFGHIJNOPQTUVWXYZ" if letter not in SPECS)
 KEEP = 0.9  # of the average at every byte
 
 
@@ -86,17 +87,17 @@ CONFIG = ModelConfig(d_model=16, n_layer=3, layer_pattern="M", n_head=2, n_kv_he
 @pytest.fixture(autouse=True)
 def letter() -> Iterator[None]:
     before = dict(MIXERS), dict(SPECS)
-    register("E")(MovingAverage)
+    register(E)(MovingAverage)
     yield
-    unregister("E")
+    unregister(E)
     assert before == (MIXERS, SPECS)
     with pytest.raises(UserError, match="one letter a layer"):
-        replace(CONFIG, layer_pattern="ME")
+        replace(CONFIG, layer_pattern="M" + E)
 
 
 @pytest.fixture
 def config() -> ModelConfig:
-    return replace(CONFIG, layer_pattern="MEA")
+    return replace(CONFIG, layer_pattern=f"M{E}A")
 
 
 def test_it_is_counted(config: ModelConfig) -> None:
@@ -120,6 +121,21 @@ def test_it_trains_scores_and_is_kept(config: ModelConfig, text_file: Path, tmp_
     again = train(config, recipe, corpus, tmp_path / "run", resume=True)
     assert again["valid_bits_per_byte"] == result["valid_bits_per_byte"]
     assert smoke_check(ByteLM(config), corpus.train)["streaming_error"] < 1e-5
+
+
+def test_documents_are_refused_by_what_knows_none(
+    config: ModelConfig, text_file: Path, tmp_path: Path
+) -> None:
+    """Before a step: a state would go over from one to the next, or the call would break."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.txt").write_bytes(text_file.read_bytes())
+    corpus, recipe = load_corpus(str(folder)), TrainConfig(context=24, batch_size=2, n_steps=1)
+    with pytest.raises(UserError, match=f"one behind another, and layers of {E} know none: let"):
+        train(config, recipe, corpus, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert all(mixer_of(letter).knows_documents() for letter in "MALSRDK")
 
 
 def test_it_streams(config: ModelConfig) -> None:
@@ -155,14 +171,14 @@ def test_its_operations_equal_the_counter(config: ModelConfig) -> None:
 
 def test_it_goes_into_the_ablation(text_file: Path) -> None:
     found = ablation.run(ablation.Parameters(
-        corpus=str(text_file), patterns=("E", "M", "ME"), reference="E", d_model=16, n_layer=2,
+        corpus=str(text_file), patterns=(E, "M", "M" + E), reference=E, d_model=16, n_layer=2,
         context=16, batch_size=2, steps=4, seeds=(0,), heldout_windows=2, characters=10,
         streams=1, stream_bytes=32, tasks=(), variants=(), max_seconds=0.0))
-    assert found.systems["pattern"].tolist() == ["E", "M", "ME"]
+    assert found.systems["pattern"].tolist() == [E, "M", "M" + E]
     assert (found.systems["state_bytes"] == found.systems["state_bytes_counted"]).all()
     equal = found.comparisons[found.comparisons["comparison"] == "steps"]
     assert equal["bits_per_byte"].notna().all()
-    assert set(equal["pattern"]) == {"E", "M", "ME"}
+    assert set(equal["pattern"]) == {E, "M", "M" + E}
 
 
 def test_it_goes_into_every_study() -> None:
@@ -174,8 +190,8 @@ def test_it_goes_into_every_study() -> None:
     assert (cut["inputs before the boundary"] == 1).all()
     assert ((cut["weights"] > 0.01) & (cut["weights"] < 1)).all()
     state = state_frame()
-    assert {"E", "K", "MMMA"} <= set(state["pattern"])
-    p = throughput.Parameters(mixers=("E",), d_model=8, n_head=2, n_layer=1, lengths=(4, 8),
+    assert {E, "K", "MMMA"} <= set(state["pattern"])
+    p = throughput.Parameters(mixers=(E,), d_model=8, n_head=2, n_layer=1, lengths=(4, 8),
                               batches=(1,), rounds=1, stream_positions=(0,), stream_steps=1)
     timed = throughput_study.time_mixers(p, lambda line: None)
     assert set(timed["mixer"]) == {"moving average", "attention"}
