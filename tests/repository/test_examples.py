@@ -112,7 +112,7 @@ def smallest(example: str, text: Path) -> list[str]:
         for name in [w for w in words if w in STUDIES] or STUDIES:
             extra += [["--set", f"{key}=" + (",".join(map(str, value)) if isinstance(value, list)
                                              else str(value))]
-                      for key, value in SMALL[name].items() if key not in given]
+                      for key, value in SMALL.get(name, {}).items() if key not in given]
     return words + [w for part in extra if part and (part[0] == "--set" or part[0] not in words)
                     for w in part]
 

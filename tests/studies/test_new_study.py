@@ -60,7 +60,7 @@ def mambabyte(house: Path, *arguments: str) -> str:
 
 @pytest.mark.long
 def test_a_study_is_a_folder_and_a_notebook(house):
-    assert mambabyte(house, "study", "tiny", "--parameters") == "n = 3\n"
+    assert mambabyte(house, "study", "tiny", "--parameters") == "n = 3  # How many lengths.\n"
     swept = json.loads(mambabyte(house, "sweep", "tiny", "--grid", "n=3,4", "--json"))["runs"]
     assert [row["status"] for row in swept] == ["done", "done"]
     mambabyte(house, "study", "tiny", "--set", "n=5", "--record", "data/records/tiny/box")

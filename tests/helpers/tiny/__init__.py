@@ -14,6 +14,7 @@ NOTEBOOK = "08_tiny.ipynb"
 @dataclass(frozen=True)
 class Parameters:
     n: int = 3
+    """How many lengths."""
 
 
 PROFILES = {"quick": Parameters()}
