@@ -30,9 +30,13 @@ inline void load_tile(bfloat16 *tile, const bfloat16 *from, int64 stride, int ro
     }
 }
 
+// The number of a thread's warp, so that the compiler knows that all lanes have the same.
+inline int warp_of_thread() { return __shfl_sync(ALL, threadIdx.x / 32, 0); }
+
 // Which 16 of a chunk's 64 rows a warp has. Where the rows of a triangle differ in length, the warps of
 // a multiprocessor's blocks that share an issue slot have different ones.
-inline int block_of_warp() { return (threadIdx.x / 32 + (blockIdx.x * 0x9e3779b9u >> 30)) % WARPS; }
+inline int block_of_warp(int warp) { return (warp + (blockIdx.x * 0x9e3779b9u >> 30)) % WARPS; }
+inline int block_of_warp() { return block_of_warp(threadIdx.x / 32); }
 
 // The sum over lanes up to and with this one.
 inline float cumulated(float x) {
@@ -49,6 +53,26 @@ inline float sum_of_warp(float x) {
 #pragma unroll
     for (int far = 16; far; far /= 2) x += __shfl_xor_sync(ALL, x, far);
     return x;
+}
+
+// Sums of COUNT numbers over the lanes that differ in the bits from FAR on: a lane gives one half of what it
+// has for the other half, as long as there are two. The first of x are then sums of COUNT FAR / 32 numbers, of
+// one at least, from that on which comes back; the lanes below COUNT FAR have all of them.
+template <int FAR, int COUNT> inline int sums_in_turn(float (&x)[COUNT]) {
+    int lane = threadIdx.x % 32, left = COUNT, from = 0;
+#pragma unroll
+    for (int far = FAR; far < 32; far *= 2) {
+        bool halves = left > 1, high = halves && lane & far;
+        left = halves ? left / 2 : 1;
+#pragma unroll
+        for (int e = 0; e < (COUNT + 1) / 2; e++) {
+            if (e >= left) break;
+            float kept = high ? x[e + left] : x[e], given = halves && !high ? x[e + left] : x[e];
+            x[e] = kept + __shfl_xor_sync(ALL, given, far);
+        }
+        from += high ? left : 0;
+    }
+    return from;
 }
 
 // Over the four lanes that hold one row of a product's sums.
@@ -95,5 +119,18 @@ inline void copy_tile(bfloat16 *tile, const bfloat16 *from, int64 stride, int ro
         if (T * PACKS % COUNT && k >= T * PACKS) break;
         copy_async(tile + row * (COLUMNS + 8) + column, from + (row < rows ? row : 0) * stride + column,
                    row < rows);
+    }
+}
+
+// A tile in shared memory, behind a barrier, to rows of device memory, 16 bytes at a time.
+template <int COLUMNS, int COUNT>
+inline void store_tile(bfloat16 *to, const bfloat16 *tile, int64 stride, int rows) {
+    constexpr int PACKS = COLUMNS / 8, APART = COUNT / PACKS;
+    int row = threadIdx.x / PACKS, column = threadIdx.x % PACKS * 8;
+    to += row * stride + column;
+#pragma unroll
+    for (int first = 0; first < T; first += APART) {
+        if (first + row < rows) *(float4 *)to = *(const float4 *)(tile + (first + row) * (COLUMNS + 8) + column);
+        to += APART * stride;
     }
 }

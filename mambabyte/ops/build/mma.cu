@@ -13,6 +13,12 @@ inline u32 pack(float low, float high) {
 inline float low_of(u32 pair) { return __uint_as_float(pair << 16); }
 inline float high_of(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
+// Two neighbours, the first at an even place, in one read.
+inline float2 pair_at(const bfloat16 *at) {
+    u32 pair = *(const u32 *)at;
+    return make_float2(low_of(pair), high_of(pair));
+}
+
 // d (16 x 8) += a (16 x 16) b (16 x 8). Lane 4 g + t holds d[g][2t], d[g][2t + 1], d[g + 8][2t] and
 // d[g + 8][2t + 1].
 inline void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {

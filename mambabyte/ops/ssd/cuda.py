@@ -19,15 +19,15 @@ CHUNK = 64  # steps, and rows of a tile
 _THREADS = {"ssd_walk": 128, "ssd_states": 128, "ssd_pass": 128, "ssd_output": 128,
             "ssd_gradients": 256, "ssd_groups": 128, "angle_turn": 256, "angle_back": 256}
 _PARAMETERS = {
-    "ssd_walk": "8P6q4i", "ssd_states": "6P6q3i", "ssd_pass": "6Pq6i", "ssd_output": "9P9q4i",
+    "ssd_walk": "8P6q5i", "ssd_states": "6P6q3i", "ssd_pass": "6Pq6i", "ssd_output": "9P9q4i",
     "ssd_gradients": "18P12q5i", "ssd_groups": "4Pqi",
-    "angle_turn": "13P6q4i", "angle_back": "15Pq4i"}
+    "angle_turn": "13P6q5i", "angle_back": "15Pq5i"}
 # Heads of a block share products, blocks fill the card: so many heads, and so many blocks at least.
 MOST_TOGETHER, OUTPUT_BLOCKS, GRADIENT_BLOCKS = 8, 512, 256
-# A block that walks over all chunks has so many columns of a head's state, and copies of so many
-# chunks; it is used from so many blocks on, two a multiprocessor: with fewer all chunks at once
-# fill the card better.
-WALK_COLUMNS, WALK_STAGES, WALK_BLOCKS = 32, 3, 256
+# A block that walks over all chunks has so many columns of a head's state; it is used from so many
+# blocks on, two a multiprocessor: with fewer all chunks at once fill the card better. Beyond four a
+# multiprocessor it has copies of two chunks instead of three, so that six find room.
+WALK_COLUMNS, WALK_BLOCKS, MANY_BLOCKS = 32, 256, 512
 
 
 class Kind(NamedTuple):
@@ -77,10 +77,12 @@ def _launch(device: int, name: str, kind: Kind, blocks: int, shared: int, *args:
     kernel.launch((blocks, 1, 1), (threads, 1, 1), shared, raw_stream(device), *args)
 
 
-def launch(like: Tensor, name: str, kind: Kind, blocks: int, *args: Tensor | int | None) -> None:
-    """Launch a kernel that takes no dynamic shared memory, where ``like`` is; a tensor is passed by
+def launch(
+    like: Tensor, name: str, kind: Kind, blocks: int, *args: Tensor | int | None, shared: int = 0,
+) -> None:
+    """Launch a kernel where ``like`` is, with so much dynamic shared memory; a tensor is passed by
     its address, None as 0."""
-    _launch(like.device.index, name, kind, blocks, 0, *(
+    _launch(like.device.index, name, kind, blocks, shared, *(
         pointer(a) if a is None or isinstance(a, Tensor) else a for a in args))
 
 
@@ -90,10 +92,10 @@ def _shared(states: int, square: int, deep: int) -> int:
 
 
 def _angles_bytes(states: int) -> int:
-    """Of ``Angles``: float32 of each pair for eight warps, four blocks of rows, and the parts that
+    """Of ``Angles``: float32 of each pair for four warps, four blocks of rows, and the parts that
     threads share a sum by."""
     pairs = states // 2
-    return 4 * pairs * (8 + 4 + _THREADS["ssd_gradients"] // pairs)
+    return 4 * pairs * (4 + 4 + _THREADS["ssd_gradients"] // pairs)
 
 
 def heads_of_a_block(per_group: int, blocks: int, least: int = GRADIENT_BLOCKS) -> int:
@@ -153,12 +155,14 @@ class _Problem:
             return self.passed_on(*self.chunk_states(x, B, backward), initial, backward)
         carries = x.new_empty(self.batch, self.chunks, self.heads, CHANNELS, self.states)
         last = self.step.new_empty(self.batch, self.heads, CHANNELS, self.states)
+        stages = 3 if blocks <= MANY_BLOCKS else 2
         _launch(
             self.device, f"ssd_walk<{self.states}, {str(backward).lower()}>", self.kind, blocks,
-            WALK_STAGES * 2 * CHUNK * (CHANNELS + 8 + columns + 8),
+            2 * CHUNK * (stages * (CHANNELS + 8 + columns + 8) + columns + 8),
             x.data_ptr(), self.step.data_ptr(), self.log_decay.data_ptr(), B.data_ptr(),
             pointer(initial), pointer(self.angles), carries.data_ptr(), last.data_ptr(),
             *x.stride()[:3], *B.stride()[:3], *self.sizes, self.pairs,
+            stages,
         )  # fmt: skip
         return carries, last
 

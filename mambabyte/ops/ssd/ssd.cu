@@ -35,7 +35,7 @@ template <int COLUMNS> inline void scale_rows(bfloat16 *tile, const float *by) {
     }
 }
 
-struct Chunk {
+struct __align__(8) Chunk {
     float step[T];  // d
     float upto[T];  // u: log-decay from before the chunk up to and with the step
     float total;
@@ -163,15 +163,16 @@ template <int LEFT> inline void wait_for_groups() {
 }
 
 // What ssd_states and ssd_pass do, without states in memory between them. A block has all chunks of
-// COLUMNS columns of a head's state, and copies what is two chunks ahead; a warp has 16 of its rows.
+// COLUMNS columns of a head's state, and room for `stages` chunks, two or three, of which all but one are
+// copied ahead; a warp has 16 of its rows.
 template <int N, bool BACKWARD>
-__global__ void __launch_bounds__(THREADS) ssd_walk(
+__global__ void __launch_bounds__(THREADS, 6) ssd_walk(
     const bfloat16 *x, const float *step, const float *log_decay, const bfloat16 *b,
     const float *initial, const u32 *angles, bfloat16 *carries, float *last, int64 x_batch,
     int64 x_time, int64 x_head, int64 b_batch, int64 b_time, int64 b_group, int length, int heads,
-    int per_group, int pairs) {
+    int per_group, int pairs, int stages) {
     constexpr int COLUMNS = N < 32 ? N : 32, SLICES = N / COLUMNS, ROW = COLUMNS + 8, TILES = COLUMNS / 8;
-    constexpr int STAGES = 3, STAGE = T * (P_ROW + ROW);
+    constexpr int STAGE = T * (P_ROW + ROW), PACKS = COLUMNS / 8;
     extern __shared__ __align__(128) char shared[];
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16, chunks = (length + T - 1) / T;
     int64 unit = blockIdx.x / SLICES, batch = unit / heads;
@@ -179,10 +180,13 @@ __global__ void __launch_bounds__(THREADS) ssd_walk(
     x += batch * x_batch + head * x_head, b += batch * b_batch + head / per_group * b_group + slice;
     step += batch * length * heads + head, log_decay += batch * length * heads + head;
     auto first_of = [&](int k) { return (BACKWARD ? chunks - 1 - k : k) * T; };
+    bfloat16 *stage = (bfloat16 *)shared, *next = stage, *end = stage + stages * STAGE;
+    bfloat16 *out = end + row * ROW;  // of the state: a warp's rows, on their way
     auto fetch = [&](int k) {
         if (k < chunks) {
             int first = first_of(k), rows = min(T, length - first);
-            bfloat16 *to = (bfloat16 *)shared + k % STAGES * STAGE;
+            bfloat16 *to = next;
+            next = next + STAGE == end ? stage : next + STAGE;
             copy_tile<P, THREADS>(to, x + first * x_time, x_time, rows);
             copy_tile<COLUMNS, THREADS>(to + T * P_ROW, b + first * b_time, b_time, rows);
         }
@@ -230,8 +234,8 @@ __global__ void __launch_bounds__(THREADS) ssd_walk(
             }
         }
     };
-#pragma unroll
-    for (int k = 0; k < STAGES - 1; k++) fetch(k);
+    const bfloat16 *tile_x = stage;
+    for (int k = 0; k < stages - 1; k++) fetch(k);
     gates(0);
     for (int k = 0; k < chunks; k++) {
         float sum = cumulated(g[0] + g[1]), before = __shfl_sync(ALL, sum, lane - 1);
@@ -244,16 +248,22 @@ __global__ void __launch_bounds__(THREADS) ssd_walk(
         for (int n = 0; n < TILES; n++) angle[n] = next_angle[n];
         if (k + 1 < chunks) gates(k + 1);
         if (BACKWARD && angles) turn(angle);
-        bfloat16 *to = carries + ((batch * chunks + first_of(k) / T) * heads + head) * P * N + place;
 #pragma unroll
         for (int n = 0; n < TILES; n++) {
-            *(u32 *)(to + 8 * n) = pack(h[n][0], h[n][1]);
-            *(u32 *)(to + 8 * n + 8 * N) = pack(h[n][2], h[n][3]);
+            bfloat16 *to = out + lane / 4 * ROW + 8 * n + lane % 4 * 2;
+            *(u32 *)to = pack(h[n][0], h[n][1]);
+            *(u32 *)(to + 8 * ROW) = pack(h[n][2], h[n][3]);
         }
-        wait_for_groups<STAGES - 2>();
+        __syncwarp();
+        bfloat16 *to = carries + ((batch * chunks + first_of(k) / T) * heads + head) * P * N + row * N + slice;
+#pragma unroll
+        for (int i = lane; i < 16 * PACKS; i += 32)
+            *(float4 *)(to + i / PACKS * N + i % PACKS * 8) = *(const float4 *)(out + i / PACKS * ROW + i % PACKS * 8);
+        if (stages == 2) wait_for_groups<0>();
+        else wait_for_groups<1>();
         __syncthreads();  // all have read what is overwritten now
-        fetch(k + STAGES - 1);
-        const bfloat16 *tile_x = (bfloat16 *)shared + k % STAGES * STAGE, *tile_b = tile_x + T * P_ROW;
+        fetch(k + stages - 1);
+        const bfloat16 *tile_b = tile_x + T * P_ROW;
         float added[TILES][4] = {};
 #pragma unroll
         for (int s = 0; s < T / 16; s++) {
@@ -277,6 +287,7 @@ __global__ void __launch_bounds__(THREADS) ssd_walk(
             for (int e = 0; e < 4; e++) h[n][e] = decay * h[n][e] + added[n][e];
         }
         if (!BACKWARD && angles) turn(angle);
+        tile_x = tile_x + STAGE == end ? stage : tile_x + STAGE;
     }
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
@@ -313,9 +324,10 @@ __global__ void __launch_bounds__(THREADS) ssd_output(
     bfloat16 *tile_c = (bfloat16 *)shared, *of_heads = tile_c + T * N_ROW;
     bfloat16 *tile_b = of_heads + HEAD;  // where the second head will be
     __shared__ Chunk chunks[2];
+    if (TURNED) together = 1;
     Heads all(length, heads, per_group, together);
     const Place &here = all.here;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = block_of_warp(), row = 16 * block;
+    int lane = threadIdx.x % 32, warp = warp_of_thread(), block = block_of_warp(warp), row = 16 * block;
     int g = row + lane / 4, t = lane % 4 * 2;
     auto fetch = [&](int k) {
         bfloat16 *to = of_heads + k % 2 * HEAD;
@@ -340,7 +352,8 @@ __global__ void __launch_bounds__(THREADS) ssd_output(
         const Chunk &chunk = chunks[k % 2];
         float sum[P / 8][4] = {};
         multiply<false, true, N / 16>(sum, tile_c, N_ROW, row, tile_h, N_ROW);
-        float decay[2] = {__expf(chunk.upto[g]), __expf(chunk.upto[g + 8])}, alone[2];
+        float upto[2] = {chunk.upto[g], chunk.upto[g + 8]}, alone[2];
+        float decay[2] = {__expf(upto[0]), __expf(upto[1])};
         if (TURNED) load_own(alone, own + here.first * heads + all.first + k, heads, g, here.rows);
 #pragma unroll
         for (int n = 0; n < P / 8; n++) {
@@ -354,10 +367,12 @@ __global__ void __launch_bounds__(THREADS) ssd_output(
             u32 left[1][4];
 #pragma unroll
             for (int n = 0; n < 2; n++) {
+                int first = 16 * column + 8 * n + t;
+                float2 u = *(const float2 *)&chunk.upto[first], step = *(const float2 *)&chunk.step[first];
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    int i = g + e / 2 * 8, j = 16 * column + 8 * n + t + e % 2;
-                    float weight = __expf(chunk.upto[i] - chunk.upto[j]) * chunk.step[j];
+                    int i = g + e / 2 * 8, j = first + e % 2;
+                    float weight = __expf(upto[e / 2] - (e % 2 ? u.y : u.x)) * (e % 2 ? step.y : step.x);
                     if (TURNED && i == j) weight = alone[e / 2];
                     weighted[n][e] = i >= j ? scores[2 * column + n][e] * weight : 0.f;
                 }
@@ -367,17 +382,27 @@ __global__ void __launch_bounds__(THREADS) ssd_output(
         }
         float d = skip ? skip[all.first + k] : 0.f;
         int64 of_head = here.first * heads + all.first + k;
+        // By way of its rows of C, which are as long and not needed any more.
+        constexpr bool BY_C = TURNED && N == P;
+        bfloat16 *out = BY_C ? tile_c + row * N_ROW : y + (of_head + (int64)row * heads) * P;
+        int64 apart = BY_C ? N_ROW : (int64)heads * P;
 #pragma unroll
         for (int down = 0; down < 2; down++) {
-            int i = g + 8 * down;
-            if (i >= here.rows) continue;
-            bfloat16 *to = y + (of_head + (int64)i * heads) * P + t;
+            if (!BY_C && g + 8 * down >= here.rows) continue;
+            bfloat16 *to = out + (lane / 4 + 8 * down) * apart + t;
 #pragma unroll
             for (int n = 0; n < P / 8; n++) {
-                const bfloat16 *at = tile_x + i * P_ROW + 8 * n + t;
-                *(u32 *)(to + 8 * n) = pack(sum[n][2 * down] + d * load(at[0]),
-                                            sum[n][2 * down + 1] + d * load(at[1]));
+                float2 z = pair_at(tile_x + (g + 8 * down) * P_ROW + 8 * n + t);
+                *(u32 *)(to + 8 * n) = pack(sum[n][2 * down] + d * z.x, sum[n][2 * down + 1] + d * z.y);
             }
+        }
+        if (!BY_C) continue;
+        __syncwarp();
+#pragma unroll
+        for (int i = lane / 8; i < 16; i += 4) {
+            if (row + i < here.rows)
+                *(float4 *)(y + (of_head + (int64)(row + i) * heads) * P + lane % 8 * 8) =
+                    *(const float4 *)(out + i * N_ROW + lane % 8 * 8);
         }
     }
 }
@@ -413,20 +438,22 @@ struct Found {
 inline void ssd_finish(
     const Found &found, const Chunk &chunk, float *dstep, float *dlog_decay, float *dskip, int heads,
     int rows) {
-    int lane = threadIdx.x % 32;
-    float of_u[2], ahead[2];
+    int lane = threadIdx.x % 32, s = 2 * lane;
+    auto both = [&](const float(&of)[2][T]) {
+        float2 one = *(const float2 *)&of[0][s], other = *(const float2 *)&of[1][s];
+        return make_float2(one.x + other.x, one.y + other.y);
+    };
+    float2 written = both(found.written), direct = both(found.direct), decayed = both(found.decayed);
+    float2 carried = both(found.carried), step = *(const float2 *)&chunk.step[s];
+    float2 of_u = make_float2(carried.x - decayed.x, carried.y - decayed.y);
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
-        int s = 2 * lane + k;
-        float sum = 0.f, written = found.written[0][s] + found.written[1][s];
-        for (int w = 0; w <= s / 16; w++) sum += found.column[w][s];
-        of_u[k] = sum - (found.decayed[0][s] + found.decayed[1][s])
-                  + (found.carried[0][s] + found.carried[1][s]);
-        ahead[k] = written * chunk.step[s];
-        if (s < rows) dstep[(int64)s * heads] = found.direct[0][s] + found.direct[1][s] + written;
+    for (int w = 0; w < WARPS; w++) {
+        float2 reached = *(const float2 *)&found.column[w][s];
+        if (w <= lane / 8) of_u.x += reached.x, of_u.y += reached.y;
     }
+    float2 ahead = make_float2(written.x * step.x, written.y * step.y);
     // Of u_i for i >= s, counted from the end; of what was written before s.
-    float later = of_u[0] + of_u[1];
+    float later = of_u.x + of_u.y;
 #pragma unroll
     for (int far = 1; far < 32; far *= 2) {
         float other = __shfl_sync(ALL, later, lane + far);
@@ -434,23 +461,24 @@ inline void ssd_finish(
     }
     float rest = __shfl_sync(ALL, later, lane + 1);
     if (lane == 31) rest = 0.f;
-    float before = __shfl_sync(ALL, cumulated(ahead[0] + ahead[1]), lane - 1);
+    float before = __shfl_sync(ALL, cumulated(ahead.x + ahead.y), lane - 1);
     if (lane == 0) before = 0.f;
     float total = 0.f, of_skip = 0.f;
 #pragma unroll
     for (int w = 0; w < 2 * WARPS; w++) total += found.with_state[w], of_skip += found.with_skip[w];
     total *= __expf(chunk.total);
-    float of_step[2] = {later + before + total, rest + of_u[1] + before + ahead[0] + total};
+    float of_step[2] = {later + before + total, rest + of_u.y + before + ahead.x + total};
+    float of_size[2] = {direct.x + written.x, direct.y + written.y};
+    dstep += (int64)s * heads, dlog_decay += (int64)s * heads;
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-        int s = 2 * lane + k;
-        if (s < rows) dlog_decay[(int64)s * heads] = of_step[k];
+        if (s + k < rows) dstep[k * heads] = of_size[k], dlog_decay[k * heads] = of_step[k];
     }
     if (lane == 0) *dskip = of_skip;
 }
 
 template <int N, bool TURNED>
-__global__ void __launch_bounds__(WIDE, N > 64 && !TURNED ? 1 : 2) ssd_gradients(
+__global__ void __launch_bounds__(WIDE, TURNED ? (N > 64 ? 2 : 3) : (N > 64 ? 1 : 2)) ssd_gradients(
     const bfloat16 *dy, const bfloat16 *x, const float *step, const float *log_decay,
     const bfloat16 *b, const bfloat16 *c, const float *skip, const bfloat16 *carries,
     const bfloat16 *dcarries, const float *own, bfloat16 *dx, float *dstep, float *dlog_decay,
@@ -460,25 +488,37 @@ __global__ void __launch_bounds__(WIDE, N > 64 && !TURNED ? 1 : 2) ssd_gradients
     int per_group, int together, int pairs) {
     constexpr int N_ROW = N + 8, X = T * P_ROW, H = P * N_ROW, HEAD = 2 * (X + H);
     constexpr int WIDTH = N < 32 ? 16 : N / 2;  // columns of B and C that a warp has
+    if (TURNED) together = 1;
     extern __shared__ __align__(128) char shared[];
     bfloat16 *tile_b = (bfloat16 *)shared, *tile_c = tile_b + T * N_ROW;
     bfloat16 *tile_m = tile_c + T * N_ROW, *of_heads = tile_m + X;
     __shared__ Chunk chunks[2];
     __shared__ Found results[2];
     Angles<N> &angles = *(Angles<N> *)(of_heads + HEAD);
-    float(*points)[N / 2] = (float(*)[N / 2])of_heads;  // in the end, over what has been read by then
+    // In the end, over what has been read by then:
+    auto points = (float(*)[Angles<N>::ROW])of_heads;
+    bfloat16 *out_b = of_heads + 2 * T * Angles<N>::ROW;  // and dc behind it
     Heads all(length, heads, per_group, together);
     const Place &here = all.here;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = warp / WARPS, block = block_of_warp();
+    int lane = threadIdx.x % 32, warp = warp_of_thread(), half = warp / WARPS, block = block_of_warp(warp);
     int row = 16 * block, g = row + lane / 4, t = lane % 4 * 2, left_column = half * WIDTH;
     bool has_columns = left_column < N;  // of B and C
+    int first_pair = (left_column + t) / 2;
+    bool turns = TURNED && has_columns && left_column / 2 < pairs;
+    // Two groups of copies: x and dy; the states around the chunk.
     auto fetch = [&](int k) {
-        bfloat16 *to = of_heads + k % 2 * HEAD;
-        int head = all.first + k;
-        copy_tile<P, WIDE>(to, x + here.at({x_batch, x_time, x_head}, head), x_time, here.rows);
-        copy_tile<P, WIDE>(to + X, dy + here.at({dy_batch, dy_time, dy_head}, head), dy_time, here.rows);
-        copy_tile<N, WIDE>(to + 2 * X, carries + (all.unit + k) * P * N, N, P);
-        copy_tile<N, WIDE>(to + 2 * X + H, dcarries + (all.unit + k) * P * N, N, P);
+        if (k < together) {
+            bfloat16 *to = of_heads + k % 2 * HEAD;
+            int head = all.first + k;
+            copy_tile<P, WIDE>(to, x + here.at({x_batch, x_time, x_head}, head), x_time, here.rows);
+            copy_tile<P, WIDE>(to + X, dy + here.at({dy_batch, dy_time, dy_head}, head), dy_time, here.rows);
+            close_group();
+            copy_tile<N, WIDE>(to + 2 * X, carries + (all.unit + k) * P * N, N, P);
+            copy_tile<N, WIDE>(to + 2 * X + H, dcarries + (all.unit + k) * P * N, N, P);
+        } else {
+            close_group();
+        }
+        close_group();
     };
     auto finish = [&](int k) {
         int64 at = here.first * heads + all.first + k;
@@ -493,106 +533,118 @@ __global__ void __launch_bounds__(WIDE, N > 64 && !TURNED ? 1 : 2) ssd_gradients
     copy_tile<N, WIDE>(tile_c, c + here.at({c_batch, c_time, c_group}, all.group), c_time, here.rows);
     fetch(0);
     if (warp == 0) steps(0);
-    wait_for_copies();
-    __syncthreads();
 
     // S and the sum over heads of W d Q: blocks `half` and `half` + 2 of 16 columns.
     float s[2][2][4] = {}, ds[2][2][4] = {}, db_sum[WIDTH / 8][4] = {}, dc_sum[WIDTH / 8][4] = {};
-#pragma unroll
-    for (int c = 0; c < 2; c++) {
-        int column = half + 2 * c;
-        if (column >= block)
-            multiply<false, true, N / 16>(s[c], tile_b, N_ROW, row, tile_c + 16 * column * N_ROW, N_ROW);
-    }
-
     for (int k = 0; k < together; k++) {
-        wait_for_copies();
+        wait_for_groups<1>();
         __syncthreads();
         if (k + 1 < together) fetch(k + 1);
-        if (warp == k % (2 * WARPS)) {
+        else close_group(), close_group();
+        if (!TURNED && warp == k % (2 * WARPS)) {
             if (k) finish(k - 1);
             if (k + 1 < together) steps(k + 1);
+        }
+        if (k == 0) {
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                int column = half + 2 * c;
+                if (column >= block)
+                    multiply<false, true, N / 16>(s[c], tile_b, N_ROW, row, tile_c + 16 * column * N_ROW, N_ROW);
+            }
         }
         const bfloat16 *tile_x = of_heads + k % 2 * HEAD, *tile_dy = tile_x + X;
         const bfloat16 *tile_h = tile_dy + X, *tile_dh = tile_h + H;
         const Chunk &chunk = chunks[k % 2];
         Found &found = results[k % 2];
-        float alone[2], crossing[4] = {};
         int64 of_head = here.first * heads + all.first + k;
+        float alone[2], of_own[2] = {0.f, 0.f};
         if (TURNED) load_own(alone, own + of_head, heads, g, here.rows);
-        float states = 0.f, skipped = 0.f, direct[2] = {0.f, 0.f}, decayed[2] = {0.f, 0.f};
-        for (int p = threadIdx.x; p < P * N / 8; p += WIDE) {  // dh' . h
-            int at = p / (N / 8) * N_ROW + p % (N / 8) * 8;
-            Pack<bfloat16, 8> one = *(const Pack<bfloat16, 8> *)(tile_h + at);
-            Pack<bfloat16, 8> other = *(const Pack<bfloat16, 8> *)(tile_dh + at);
-#pragma unroll
-            for (int e = 0; e < 8; e++) states += load(one.at[e]) * load(other.at[e]);
-            if (TURNED) {  // against that way: what it writes turns ahead
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    crossing[e] -= along_turn(load(other.at[2 * e]), load(other.at[2 * e + 1]), one.at + 2 * e);
-            }
-        }
-        if (TURNED) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                // A thread's columns are the same every time.
-#pragma unroll
-                for (int far = N / 8; far < 32; far *= 2) crossing[e] += __shfl_xor_sync(ALL, crossing[e], far);
-                if (lane < N / 8) angles.crossing[warp][4 * lane + e] = crossing[e];
-            }
-        }
+        float skipped = 0.f, direct[2] = {0.f, 0.f}, decayed[2] = {0.f, 0.f};
+        float upto[2] = {chunk.upto[g], chunk.upto[g + 8]}, d[2] = {chunk.step[g], chunk.step[g + 8]};
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             int column = half + 2 * c;
             if (column < block) continue;
-            float q[2][4] = {}, sums[2][2] = {};
+            float q[2][4] = {}, sums[4] = {};  // sums: of the columns, two of each n
             multiply<false, true, P / 16>(q, tile_x, P_ROW, row, tile_dy + 16 * column * P_ROW, P_ROW);
 #pragma unroll
             for (int n = 0; n < 2; n++) {
+                int first = 16 * column + 8 * n + t;
+                float2 u = *(const float2 *)&chunk.upto[first];
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    int j = g + e / 2 * 8, i = 16 * column + 8 * n + t + e % 2;
-                    float weight = i >= j ? __expf(chunk.upto[i] - chunk.upto[j]) : 0.f;
-                    float both = weight * s[c][n][e] * q[n][e], d = chunk.step[j];
-                    if (TURNED && i == j) {
-                        d = alone[e / 2];
-                        if (j < here.rows) d_own[of_head + (int64)j * heads] = both;
-                    } else {
-                        direct[e / 2] += both;
-                    }
-                    float off_diagonal = i > j ? both * d : 0.f;
-                    decayed[e / 2] += off_diagonal;
-                    sums[n][e % 2] += off_diagonal;
+                    int down = e / 2, j = g + 8 * down, i = first + e % 2;
+                    float weight = i >= j ? __expf((e % 2 ? u.y : u.x) - upto[down]) : 0.f;
+                    float both = weight * s[c][n][e] * q[n][e];
+                    float by = weight * (TURNED && i == j ? alone[down] : d[down]);
+                    if (TURNED) of_own[down] += i == j ? both : 0.f;
+                    direct[down] += TURNED && i == j ? 0.f : both;
+                    float off_diagonal = i > j ? both * d[down] : 0.f;
+                    decayed[down] += off_diagonal;
+                    sums[2 * n + e % 2] += off_diagonal;
                     skipped += i == j ? q[n][e] : 0.f;  // dy . x
-                    ds[c][n][e] += q[n][e] * weight * d;
-                    q[n][e] = s[c][n][e] * weight * d;  // M
+                    ds[c][n][e] = TURNED ? q[n][e] * by : ds[c][n][e] + q[n][e] * by;
+                    q[n][e] = s[c][n][e] * by;  // M
                 }
-                bfloat16 *to = tile_m + g * P_ROW + 16 * column + 8 * n + t;
+                bfloat16 *to = tile_m + g * P_ROW + first;
                 *(u32 *)to = pack(q[n][0], q[n][1]);
                 *(u32 *)(to + 8 * P_ROW) = pack(q[n][2], q[n][3]);
+            }
+            int from = sums_in_turn<4>(sums);
+            if (lane < 16) found.column[block][16 * column + from / 2 * 8 + t + from % 2] = sums[0];
+        }
+        // The lane with the diagonal of its rows.
+        if (TURNED && half == block % 2 && lane % 4 == lane / 8) {
 #pragma unroll
-                for (int right = 0; right < 2; right++) {
-                    float sum = sums[n][right];
-#pragma unroll
-                    for (int far = 4; far < 32; far *= 2) sum += __shfl_xor_sync(ALL, sum, far);
-                    if (lane < 4) found.column[block][16 * column + 8 * n + t + right] = sum;
-                }
+            for (int down = 0; down < 2; down++) {
+                int j = g + 8 * down;
+                if (j < here.rows) d_own[of_head + (int64)j * heads] = of_own[down];
             }
         }
-        states = sum_of_warp(states), skipped = sum_of_warp(skipped);
-        if (lane == 0) found.with_state[warp] = states, found.with_skip[warp] = skipped;
-        float end[2], d[2], start[2];
+        skipped = sum_of_warp(skipped);
+        if (lane == 0) found.with_skip[warp] = skipped;
+        float end[2], start[2];
 #pragma unroll
         for (int down = 0; down < 2; down++) {
             int j = g + 8 * down;
-            start[down] = __expf(chunk.upto[j]);
-            end[down] = __expf(chunk.total - chunk.upto[j]);
-            d[down] = chunk.step[j];
+            start[down] = __expf(upto[down]);
+            end[down] = __expf(chunk.total - upto[down]);
             direct[down] = sum_of_row(direct[down]), decayed[down] = sum_of_row(decayed[down]);
             if (t == 0) found.direct[half][j] = direct[down], found.decayed[half][j] = decayed[down];
         }
-        __syncthreads();  // all of tile_m is there
+        wait_for_groups<2>();
+        __syncthreads();  // all of tile_m is there, and the states
+
+        // dh' . h: a half of the warps has a half of the columns.
+        constexpr int PACKS = N / 16, APART = THREADS / PACKS;
+        float states = 0.f, crossing[4] = {};
+        int of_half = threadIdx.x % THREADS, pack_column = (half * PACKS + of_half % PACKS) * 8;
+#pragma unroll
+        for (int first = 0; first < P; first += APART) {
+            int r = first + of_half / PACKS;
+            if (APART > P && r >= P) break;
+            int at = r * N_ROW + pack_column;
+            Pack<u32, 4> one = *(const Pack<u32, 4> *)(tile_h + at), other = *(const Pack<u32, 4> *)(tile_dh + at);
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                float2 z = make_float2(low_of(one.at[e]), high_of(one.at[e]));
+                float2 dz = make_float2(low_of(other.at[e]), high_of(other.at[e]));
+                states += z.x * dz.x, states += z.y * dz.y;
+                // Against that way: what it writes turns ahead.
+                if (TURNED) crossing[e] += dz.x * z.y, crossing[e] -= dz.y * z.x;
+            }
+        }
+        if (TURNED && half * PACKS * 4 < pairs) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+#pragma unroll
+                for (int far = PACKS; far < 32; far *= 2) crossing[e] += __shfl_xor_sync(ALL, crossing[e], far);
+                if (lane < PACKS) angles.crossing[warp % WARPS][pack_column / 2 + e] = crossing[e];
+            }
+        }
+        states = sum_of_warp(states);
+        if (lane == 0) found.with_state[warp] = states;
 
         {
             float sum[P / 16][4] = {}, read[2] = {0.f, 0.f};
@@ -601,10 +653,10 @@ __global__ void __launch_bounds__(WIDE, N > 64 && !TURNED ? 1 : 2) ssd_gradients
 #pragma unroll
             for (int n = 0; n < P / 16; n++) {
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    int down = e / 2;
-                    read[down] += load(tile_x[(g + 8 * down) * P_ROW + left + 8 * n + t + e % 2]) * sum[n][e];
-                    sum[n][e] *= end[down] * d[down];
+                for (int down = 0; down < 2; down++) {
+                    float2 z = pair_at(tile_x + (g + 8 * down) * P_ROW + left + 8 * n + t);
+                    read[down] += z.x * sum[n][2 * down], read[down] += z.y * sum[n][2 * down + 1];
+                    sum[n][2 * down] *= end[down] * d[down], sum[n][2 * down + 1] *= end[down] * d[down];
                 }
             }
             for (int c = block; c < T / 16; c++)
@@ -620,45 +672,48 @@ __global__ void __launch_bounds__(WIDE, N > 64 && !TURNED ? 1 : 2) ssd_gradients
                 bfloat16 *to = dx + (of_head + (int64)j * heads) * P + left + t;
                 const bfloat16 *from = tile_dy + j * P_ROW + left + t;
 #pragma unroll
-                for (int n = 0; n < P / 16; n++)
-                    *(u32 *)(to + 8 * n) = pack(sum[n][2 * down] + factor * load(from[8 * n]),
-                                                sum[n][2 * down + 1] + factor * load(from[8 * n + 1]));
+                for (int n = 0; n < P / 16; n++) {
+                    float2 z = pair_at(from + 8 * n);
+                    *(u32 *)(to + 8 * n) = pack(sum[n][2 * down] + factor * z.x, sum[n][2 * down + 1] + factor * z.y);
+                }
             }
         }
         float read[2] = {0.f, 0.f};
         if (has_columns) {
+            // TURNED, what is added up over heads is of one head.
             float sum[WIDTH / 8][4] = {};
-            multiply<false, false, P / 16>(sum, tile_x, P_ROW, row, tile_dh + left_column, N_ROW);
+            float(&of_b)[WIDTH / 8][4] = TURNED ? db_sum : sum, (&of_c)[WIDTH / 8][4] = TURNED ? dc_sum : sum;
+            multiply<false, false, P / 16>(of_b, tile_x, P_ROW, row, tile_dh + left_column, N_ROW);
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; n++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    db_sum[n][e] += end[e / 2] * d[e / 2] * sum[n][e];
+                    float found = end[e / 2] * d[e / 2] * of_b[n][e];
                     sum[n][e] = 0.f;
+                    db_sum[n][e] = TURNED ? found : db_sum[n][e] + found;
                 }
             }
-            if (TURNED) {
+            if (turns) {
+                float written[WIDTH / 8];
 #pragma unroll
                 for (int n = 0; n < WIDTH / 8; n++) {
-                    int column = left_column + 8 * n + t;
-                    const bfloat16 *z = tile_b + g * N_ROW + column;
-                    float written = along_turn(db_sum[n][0], db_sum[n][1], z)
-                                    + along_turn(db_sum[n][2], db_sum[n][3], z + 8 * N_ROW);
-#pragma unroll
-                    for (int far = 4; far < 32; far *= 2) written += __shfl_xor_sync(ALL, written, far);
-                    if (lane < 4) angles.written[block][column / 2] = written;
+                    const bfloat16 *z = tile_b + g * N_ROW + left_column + t + 8 * n;
+                    written[n] = along_turn(db_sum[n][0], db_sum[n][1], pair_at(z))
+                                 + along_turn(db_sum[n][2], db_sum[n][3], pair_at(z + 8 * N_ROW));
                 }
+                int from = sums_in_turn<4>(written);
+                if (lane < WIDTH / 2) angles.written[block][first_pair + 4 * from] = written[0];
             }
-            multiply<false, false, P / 16>(sum, tile_dy, P_ROW, row, tile_h + left_column, N_ROW);
+            multiply<false, false, P / 16>(of_c, tile_dy, P_ROW, row, tile_h + left_column, N_ROW);
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; n++) {
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    int down = e / 2;
-                    float carried = start[down] * sum[n][e];
-                    dc_sum[n][e] += carried;
-                    read[down] += carried * load(
-                        tile_c[(g + 8 * down) * N_ROW + left_column + 8 * n + t + e % 2]);
+                for (int down = 0; down < 2; down++) {
+                    float2 z = pair_at(tile_c + (g + 8 * down) * N_ROW + left_column + 8 * n + t);
+                    float one = start[down] * of_c[n][2 * down], other = start[down] * of_c[n][2 * down + 1];
+                    dc_sum[n][2 * down] = TURNED ? one : dc_sum[n][2 * down] + one;
+                    dc_sum[n][2 * down + 1] = TURNED ? other : dc_sum[n][2 * down + 1] + other;
+                    read[down] += one * z.x, read[down] += other * z.y;
                 }
             }
         }
@@ -679,7 +734,6 @@ __global__ void __launch_bounds__(WIDE, N > 64 && !TURNED ? 1 : 2) ssd_gradients
             *(u32 *)(to + 8 * P_ROW) = pack(ds[c][n][2], ds[c][n][3]);
         }
     }
-    if (warp == together % (2 * WARPS)) finish(together - 1);
     __syncthreads();
     if (has_columns) {
         for (int c = block; c < T / 16; c++)
@@ -691,29 +745,33 @@ __global__ void __launch_bounds__(WIDE, N > 64 && !TURNED ? 1 : 2) ssd_gradients
 #pragma unroll
         for (int down = 0; down < 2; down++) {
             int i = g + 8 * down;
-            if (TURNED) {
+            if (turns) {
 #pragma unroll
                 for (int n = 0; n < WIDTH / 8; n++) {
-                    int column = left_column + 8 * n + t, at = i * N_ROW + column;
-                    points[i][column / 2] =
-                        along_turn(db_sum[n][2 * down], db_sum[n][2 * down + 1], tile_b + at)
-                        + along_turn(dc_sum[n][2 * down], dc_sum[n][2 * down + 1], tile_c + at);
+                    int at = i * N_ROW + left_column + t + 8 * n;
+                    points[i][first_pair + 4 * n] =
+                        along_turn(db_sum[n][2 * down], db_sum[n][2 * down + 1], pair_at(tile_b + at))
+                        + along_turn(dc_sum[n][2 * down], dc_sum[n][2 * down + 1], pair_at(tile_c + at));
                 }
             }
-            if (i >= here.rows) continue;
-            int64 to = ((here.first + i) * (heads / together) + here.head) * N + left_column + t;
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; n++) {
-                *(u32 *)(db + to + 8 * n) = pack(db_sum[n][2 * down], db_sum[n][2 * down + 1]);
-                *(u32 *)(dc + to + 8 * n) = pack(dc_sum[n][2 * down], dc_sum[n][2 * down + 1]);
+                bfloat16 *to = out_b + i * N_ROW + left_column + t + 8 * n;
+                *(u32 *)to = pack(db_sum[n][2 * down], db_sum[n][2 * down + 1]);
+                *(u32 *)(to + T * N_ROW) = pack(dc_sum[n][2 * down], dc_sum[n][2 * down + 1]);
             }
         }
     }
+    __syncthreads();
+    int64 of_block = (here.first * (heads / together) + here.head) * N, apart = (int64)(heads / together) * N;
+    store_tile<N, WIDE>(db + of_block, out_b, apart, here.rows);
+    store_tile<N, WIDE>(dc + of_block, out_b + T * N_ROW, apart, here.rows);
     if (TURNED) {
-        __syncthreads();
         angles.finish(points, __expf(chunks[0].total), d_angle + (here.first * heads + all.first) * pairs,
                       (int64)heads * pairs, pairs, here.rows);
     }
+    // Behind all that others wait for.
+    if (warp == 2 * WARPS - 1) finish(together - 1);
 }
 
 // Adds up what the blocks of each group have: db, dc (B, L, G, parts, N) -> sum_b, sum_c (B, L, G, N). A

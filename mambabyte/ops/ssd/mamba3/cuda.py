@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from mambabyte.ops.ssd import cuda as ssd
-from mambabyte.ops.ssd.cuda import CHUNK, Kind, Turns, aligned_rows, launch
+from mambabyte.ops.ssd.cuda import CHUNK, Kind, Turns, aligned_rows, heads_of_a_block, launch
 from mambabyte.ops.ssd.recompute import gradients_again
 
 _THREADS = 256  # of a block of angle_back
+_ROUND_BYTES = 80  # of a thread: what it adds up over heads
+MOST_ROUNDS, BACK_BLOCKS = 4, 256  # its blocks fill the card, with more rounds their sums are fewer
+
+
+def rounds_of_a_block(rounds: int) -> int:
+    """How many of all rounds a block of angle_back has."""
+    return max(n for n in (1, 2, MOST_ROUNDS) if n == 1 or rounds // n >= BACK_BLOCKS)
 
 
 def forward(
@@ -51,16 +58,19 @@ def backward(
 
     (batch, length, heads, _), (_, _, groups, n) = x.shape, B.shape
     found_B, found_C = (torch.empty(B.shape, dtype=B.dtype, device=B.device) for _ in range(2))
-    blocks = -(-batch * length * n // (8 * _THREADS))  # a thread has eight numbers of a step
+    rows = batch * length
+    per_round = 8 * _THREADS // n  # rows: a thread has eight numbers of one
+    rounds = rounds_of_a_block(-(-rows // per_round))
+    blocks = -(-rows // (per_round * rounds))
     biases = None
     if B_bias is not None or C_bias is not None:
-        biases = dt.new_empty(2, heads, n, blocks)
+        biases = dt.new_empty(blocks, 2, heads, n)
     ddt, dtheta, dmix = torch.empty_like(dt), torch.empty_like(theta), torch.empty_like(dt)
     kind = Kind(n, True)
     launch(x, kind.of("angle_back"), kind, blocks, dB, dC, d_angle, each, dt, theta, mix, dstep,
-           d_own, found_B, found_C, biases, ddt, dtheta, dmix, batch * length, length, heads,
-           heads // groups, theta.shape[2])
-    of_B, of_C = (None, None) if biases is None else biases.sum(-1).unbind()
+           d_own, found_B, found_C, biases, ddt, dtheta, dmix, rows, length, heads,
+           heads // groups, theta.shape[2], rounds, shared=rounds * _THREADS * _ROUND_BYTES)
+    of_B, of_C = (None, None) if biases is None else biases.sum(0).unbind()
     of_states: Sequence[Tensor | None] = (None, None, None)
     if entered:
         of_dt, of_mix, *of_states = gradients_again(_entering, (dinitial,), first)
@@ -85,9 +95,11 @@ def _turn(
     chunks, kind = -(-length // CHUNK), Kind(n, True)
     angles = dt.new_empty(batch, chunks, heads, pairs, dtype=torch.int32)
     each_angle = angles.new_empty(batch, length, heads, pairs) if each else None
-    launch(B, kind.of("angle_turn"), kind, batch * chunks * heads, B, C, B_bias, C_bias, dt, theta,
+    blocks, per_group = batch * chunks * heads, heads // groups
+    together = heads_of_a_block(per_group, blocks, ssd.OUTPUT_BLOCKS)
+    launch(B, kind.of("angle_turn"), kind, blocks // together, B, C, B_bias, C_bias, dt, theta,
            mix, turned_B, turned_C, step, own, angles, each_angle, *B.stride()[:3],
-           *C.stride()[:3], length, heads, heads // groups, pairs)
+           *C.stride()[:3], length, heads, per_group, pairs, together)
     return turned_B, turned_C, step, own, angles, each_angle
 
 

@@ -54,6 +54,7 @@ static void sincospif(float x, float *sine, float *cosine) {
     *sine = (float)sin(M_PI * x), *cosine = (float)cos(M_PI * x);
 }
 static void __threadfence_system() {}
+static long long __double_as_longlong(double x) { return bits<long long>(x); }
 static float __uint_as_float(uint32_t x) { return bits<float>(x); }
 static uint32_t __float_as_uint(float x) { return bits<uint32_t>(x); }
 static uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
