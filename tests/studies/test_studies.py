@@ -225,8 +225,7 @@ MEASURING = {
 @pytest.mark.long
 def test_a_study_depends_on_what_it_measures(name):
     study = STUDIES[name]
-    if not study.notebook.exists():
-        pytest.skip(f"{study.notebook.name} is not there yet")
+    assert study.notebook.exists()
     names = {p.relative_to(ROOT).as_posix()
              for p in sources.source_files([f"{study.package}.{part}" for part in COMPUTING])}
     assert f"analysis/studies/{name}/compute.py" in names

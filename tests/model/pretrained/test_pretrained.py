@@ -260,7 +260,8 @@ def test_a_model_too_large_says_so_before_it_loads(public: Path, monkeypatch) ->
 
 def test_free_memory_is_known_here() -> None:
     found = pretrained.free_bytes("cpu")
-    assert found is None or 2**20 < found < 2**50
+    assert found is not None
+    assert 2**20 < found < 2**50
 
 
 # ------------------------------------------------------------------------------ the command
