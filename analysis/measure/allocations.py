@@ -130,13 +130,15 @@ def allocated_bytes(work: Callable[[], object]) -> int:
 
 def _memory_events(work: Callable[[], object]) -> list[int]:
     """Bytes of each allocation (positive) and release (negative) on the CPU, in order."""
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity
+
+    from analysis.measure.timing import profiling
 
     # Cycles that ``work`` leaves are collected here: in a later profile, which knows their bytes,
     # they would count as released. What was there before is frozen, which makes that quick.
     gc.freeze()
     try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with profiling(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             work()
     finally:
         gc.collect()

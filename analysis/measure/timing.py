@@ -9,6 +9,7 @@ reported, and ``measure`` is all of that for cases of growing length.
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.profiler import profile
 
 from mambabyte.energy import EnergyMeter
 from mambabyte.errors import UserError
@@ -175,6 +177,13 @@ def in_turns(
                 samples[key].append(once())
         round_done(number + 1)
     return samples
+
+
+def profiling(**options: Any) -> profile:
+    """torch's profiler, which in torch 2.13 else writes a line on stderr at each start and end."""
+    if os.environ.get("KINETO_LOG_LEVEL", "5") == "5":  # torch sets it; read at first use
+        os.environ["KINETO_LOG_LEVEL"] = "6"
+    return profile(**options)
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,14 @@ def refuse_taken(run: Path, resume: bool) -> None:
         goes_on = ("to continue it" if checkpoint.saved(run)
                    else "to start it over, since it has no checkpoint yet")
         raise UserError(f"{run} holds a run already: give --resume {goes_on}, or another folder")
+
+
+def refuse_full_disk(run: Path, model_config: ModelConfig) -> None:
+    """UserError where not even the weights and one moment of the optimizer would find room."""
+    free, needed = shutil.disk_usage(run).free, 2 * 4 * model_config.n_parameters
+    if free < needed:
+        raise UserError(f"{run} has room for {free / 1e6:,.1f} MB, and a checkpoint takes "
+                        f"{needed / 1e6:,.1f} MB or more: make room, or choose another place")
 
 
 def refuse_study_form(model_config: ModelConfig, config: TrainConfig) -> None:

@@ -44,6 +44,7 @@ from mambabyte.train.metrics import Progress, drop_after
 from mambabyte.train.optim import make_optimizer
 from mambabyte.train.refusals import (
     machine,
+    refuse_full_disk,
     refuse_other_recipe,
     refuse_taken,
     refuse_what_cannot_run,
@@ -79,6 +80,7 @@ def train(
     refuse_what_cannot_run(model_config, config, corpus, device)
     with _locked(run):
         refuse_taken(run, resume)
+        refuse_full_disk(run, model_config)
         ahead.begin(model_config, config, device)
         training = _Training(model_config, config, corpus, run, device, report, watch)
         if resume and checkpoint.saved(run):

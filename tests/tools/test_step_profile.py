@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -151,3 +152,12 @@ def test_a_peer_takes_the_place_of_the_mixers(
     rows = json.loads(capsys.readouterr().out)["steps"]
     assert [row["system"] for row in rows] == ["M", "M by mamba-ssm"]
     assert len(built) == 3
+
+
+def test_the_profiler_writes_nothing_on_the_terminal():
+    """In a process of its own: its library reads at first use what it is to say."""
+    source = ("import torch\nfrom analysis.measure.timing import profiling\n"
+              "with profiling() as found:\n    torch.ones(3).sum()\nassert found.key_averages()")
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

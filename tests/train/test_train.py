@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 from dataclasses import asdict, replace
@@ -379,6 +380,19 @@ def test_a_failing_write_leaves_the_old_checkpoint(corpus, tmp_path, monkeypatch
         checkpoint.save_training(run / "checkpoints", model, optimizer, {"step": 9})
     assert same(before, weights(run))
     assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_a_step(corpus, tmp_path, monkeypatch):
+    def has_free(n: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=n))
+
+    has_free(8 * MODEL.n_parameters - 1)
+    with pytest.raises(UserError, match=r"a checkpoint takes 0\.1 MB or more: make room"):
+        train(MODEL, RECIPE, corpus, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+    has_free(8 * MODEL.n_parameters)
+    train(MODEL, RECIPE, corpus, tmp_path / "run")
+    assert checkpoint.saved(tmp_path / "run")
 
 
 def test_tied_head_is_stored_once(corpus, tmp_path):

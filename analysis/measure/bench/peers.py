@@ -15,10 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity
 
 from analysis.measure.bench.tuning import bounded_tuning, carry_tuning
-from analysis.measure.timing import Said, captured, device_seconds_of, in_turns, quartiles
+from analysis.measure.timing import (
+    Said,
+    captured,
+    device_seconds_of,
+    in_turns,
+    profiling,
+    quartiles,
+)
 from mambabyte.ops.compare import relative_rms
 
 Shape = tuple[int, int, int]
@@ -194,7 +201,7 @@ def kernel_name(kernel: str) -> str:
 def _longest_kernel(case: PeerCase, direction: str, device: torch.device) -> str:
     if device.type != "cuda":
         return ""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profiling(activities=[ProfilerActivity.CUDA]) as profiler:
         case.run(direction)
         torch.cuda.synchronize(device)
     spent = [(event.self_device_time_total, event.key) for event in profiler.key_averages()

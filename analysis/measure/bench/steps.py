@@ -20,10 +20,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity
 
 from analysis.measure.bench.peers import kernel_name
-from analysis.measure.timing import in_turns, quartiles, release, seconds_of
+from analysis.measure.timing import in_turns, profiling, quartiles, release, seconds_of
 from analysis.theory.matching import GPU_WIDTHS, match_parameters, match_patterns
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.config.mixers import MambaSpec, Role, spec_of, uses_window
@@ -290,7 +290,7 @@ def _parts(
 ) -> list[dict[str, Any]]:
     cuda = device.startswith("cuda")
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiler:
+    with profiling(activities=[activity]) as profiler:
         seconds_of(step, device, steps)
     spent: dict[str, float] = defaultdict(float)
     longest: dict[str, tuple[float, str]] = {}
