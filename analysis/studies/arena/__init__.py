@@ -91,6 +91,7 @@ SizeName = Annotated[str, one_of(lambda: SIZES)]
 Part = Literal["text", "long", "costs", "tasks", "memory", "precision", "clamp", "scaling",
                "pieces"]
 Rates = Annotated[tuple[Positive, ...], entries(rising=True)]
+RatesOrNone = Annotated[tuple[Positive, ...], entries(0, rising=True)]
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,9 @@ class Parameters(Checked):
     """bytes of training text"""
     tuned_on: CountOrNone = 0
     """the one of budgets on which rates are tuned; 0 is the last but one"""
-    adamw_rates: Rates = (1.6e-2, 3.2e-2, 6.4e-2)
-    """learning rates of AdamW, each twice the one before"""
-    muon_rates: Annotated[tuple[Positive, ...], entries(0, rising=True)] = ()
+    adamw_rates: RatesOrNone = (1.6e-2, 3.2e-2, 6.4e-2)
+    """learning rates of AdamW, each twice the one before; empty is Muon alone"""
+    muon_rates: RatesOrNone = ()
     """of Muon; AdamW has a tenth for the rest; may be empty"""
     seeds: Count = 1
     """trainings of every system at its best rate"""
@@ -162,6 +163,8 @@ class Parameters(Checked):
         if self.reference not in self.systems:
             raise UserError(f"reference is {self.reference!r}: expected one of the systems, "
                             f"{', '.join(self.systems)}")
+        if not (self.adamw_rates or self.muon_rates):
+            raise UserError("adamw_rates and muon_rates are empty: give the rates of one optimizer")
         if self.budgets[0] < self.context * self.batch_size:
             raise UserError(f"budgets begin with {self.budgets[0]:,} bytes: expected a step or "
                             f"more, {self.context * self.batch_size:,} bytes")

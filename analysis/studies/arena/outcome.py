@@ -78,7 +78,7 @@ def best_cells(p: Parameters, done: Done, size: str, budget: int) -> dict[str, l
 
 def tuning_table(p: Parameters, done: Done) -> pd.DataFrame:
     """What the search of each system cost, what it gave, and what one rate for all gives."""
-    middle = p.adamw_rates[len(p.adamw_rates) // 2]
+    middle = p.adamw_rates[len(p.adamw_rates) // 2] if p.adamw_rates else None
     found = []
     for size in (p.size, *p.larger):
         for system in p.systems:
@@ -87,7 +87,7 @@ def tuning_table(p: Parameters, done: Done) -> pd.DataFrame:
             best = chosen(p, done, system, size)
             if best is None:
                 continue
-            single = done.rows.get(
+            single = {} if middle is None else done.rows.get(
                 Cell("text", system, size, "adamw", middle, 0, p.tuning_budget).name, {})
             rates = [c.rate for c in cells if c.optimizer == best.optimizer]
             found.append({

@@ -35,7 +35,8 @@ def values(r: Results, p: Parameters) -> Values:
                                   if len(trained) else None, "s", "of one device, all trainings"),
     }
     for size in (p.size, *p.larger):
-        for budget, end in ((p.tuning_budget, ""), (p.long_budget, "_long")):
+        for budget in dict.fromkeys((p.tuning_budget, p.long_budget)):
+            end = "" if budget == p.tuning_budget else "_long"
             found |= _best(r, p, size, budget, f"at_{slug(size)}{end}")
     return found | _tuning(r, p) | _equal(r) | _tasks(r) | _laws(r, p) | _units(r) | _state(r)
 

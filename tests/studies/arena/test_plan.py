@@ -100,6 +100,18 @@ def test_validation_text_chooses_nothing():
     assert table["seeds"].tolist() == [2] * 6
 
 
+def test_one_optimizer_alone_may_be_tried():
+    muon = replace(P, adamw_rates=(), parts=("text",), muon_rates=(1e-3, 2e-3, 4e-3))
+    rows = list(finished(muon).values())
+    found = tables(muon, rows)
+    assert {row["optimizer"] for row in rows} == {"muon"}
+    assert set(found.best["system"]) == {"M", "A", "MMMA"}
+    assert found.tuning["single_rate_valid_bits"].isna().all()
+    said = values(found, muon)
+    assert said["muon_best"].value == 3
+    assert not {"single_rate", "muon_gain_least"} & said.keys()
+
+
 def test_a_diverged_training_is_never_the_best_and_is_counted():
     def diverge(cell):
         return {"status": "diverged", "chosen_by": None} if cell.rate == 2e-3 else {}
@@ -211,7 +223,8 @@ def test_every_wanted_cell_has_a_name_of_its_own():
 
 @pytest.mark.parametrize(("given", "words"), [
     ({"systems": ("A", "DDDA")}, "hybrids of D and not these"), ({"reference": "M"}, "reference"),
-    ({"systems": ("A", "X/2")}, "systems"), ({"budgets": (1,)}, "expected a step or more"),
+    ({"systems": ("A", "X/2")}, "systems"),
+    ({"adamw_rates": ()}, "rates of one optimizer"), ({"budgets": (1,)}, "expected a step or more"),
     ({"tasks": ("recal 4",)}, "tasks"),
 ])
 def test_parameters_that_do_not_fit_are_refused(given, words):
