@@ -56,8 +56,8 @@ CHECK_MODULES = (
     rivals, speed)
 EXPERIMENT_MODULES = (choices, experiments, streamed, trainings)
 # The experiments that take the longest, so ordered that a half of them takes half of the time.
-TRAININGS = ("streamed", "gating", "artefact", "tying", "fox_published", "second_steps",
-             "fox_no_scan", "fox", "fox_fast")
+TRAININGS = ("gating", "streamed", "fox_published", "second_steps", "artefact", "fox_no_scan",
+             "tying", "fox", "fox_fast")
 
 
 def settle(p: Parameters) -> Parameters:
