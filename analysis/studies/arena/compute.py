@@ -39,7 +39,7 @@ from analysis.studies.arena.trainings.plan import (
     precision_cells,
 )
 from analysis.studies.arena.trainings.recorded import recorded
-from analysis.studies.arena.trainings.text import open_corpus, target_parameters, train
+from analysis.studies.arena.trainings.text import open_corpus, target_parameters, text_id, train
 from mambabyte.config.files import make_dir, write_json
 from mambabyte.errors import UserError
 
@@ -78,9 +78,11 @@ def same_settings(p: Parameters, folder: Path) -> None:
 
 def take_over(record: Path, folder: Path) -> None:
     """Put the trainings of a record, and what they were made with, into a work folder that lacks
-    them. Which text was read is not in a record: its name alone is compared."""
+    them. Where a record does not say which text was read, its name alone is compared."""
     p, rows = recorded(record)
     same_settings(p, folder)
+    for text in {row["text"] for row in rows if row.get("text")}:
+        _go_on_with(folder, {"text": text})
     for row in rows:
         path = folder / f"{name_of(row)}.json"
         if not path.exists():
@@ -90,8 +92,7 @@ def take_over(record: Path, folder: Path) -> None:
 def _same_text(p: Parameters, folder: Path) -> None:
     """UserError where a sweep's trainings read another text of the same name."""
     if set(p.parts) - {"costs", "tasks"}:
-        sums = open_corpus(p.corpus)[0].digest()
-        _go_on_with(folder, {f"{name} text": sums[name] for name in ("train", "valid")})
+        _go_on_with(folder, {"text": text_id(p.corpus)})
 
 
 def _go_on_with(folder: Path, mine: dict[str, Any]) -> None:

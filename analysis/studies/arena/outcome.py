@@ -26,7 +26,8 @@ from analysis.studies.arena.trainings.plan import (
 MEASURES = {"bytes": "bytes", "time": "seconds", "operations": "FLOPs", "joules": "joules"}
 _COLUMNS = ("system", "size", "optimizer", "rate", "seed", "budget", "status", "n_parameters",
             "chosen_by", "valid_bits", "trained_bytes", "steps", "ms_per_step", "seconds",
-            "joules", "alone", "train_flops", "state_bytes", "job", "commit", "error")
+            "joules", "alone", "train_flops", "state_bytes", "text", "job", "commit",
+            "error")
 
 _COSTS = ("ms_per_step", "low", "high", "seconds_per_byte", "joules_per_byte")
 

@@ -24,7 +24,8 @@ def test_what_is_taken_over_gives_the_records_own_tables(tmp_path):
     assert len(found) == len(rows)
     tables = arena.tables(p, found)
     for name, table in load_record(RECORD).tables.items():
-        pd.testing.assert_frame_equal(getattr(tables, name), table.frame, check_dtype=False)
+        mine = getattr(tables, name)[list(table.frame)]  # records before it do not say the text
+        pd.testing.assert_frame_equal(mine, table.frame, check_dtype=False)
     first = [cell for cell in plan(p, found) if cell.kind == "text" and not cell.seed
              and cell.budget == p.tuning_budget]
     names = {arena.name_of(row) for row in found}
@@ -38,6 +39,16 @@ def test_a_row_of_the_folders_own_stays(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"valid_bits": 7.0}))
     arena.take_over(RECORD, tmp_path)
     assert json.loads(path.read_text())["valid_bits"] == 7.0
+
+
+def test_another_text_of_the_same_name_is_refused(tmp_path, monkeypatch):
+    """As a folder with a validation text, and the same training text as a file, once were."""
+    p, rows = recorded(RECORD)
+    rows = [row | {"text": "one-text"} for row in rows]
+    monkeypatch.setattr(arena, "recorded", lambda folder: (p, rows))
+    monkeypatch.setattr(arena, "text_id", lambda name: "another-text")
+    with pytest.raises(UserError, match="trainings with text='one-text', and this run 'another"):
+        arena.run(replace(p, work=str(tmp_path), continues=str(RECORD), seeds=4, max_seconds=60))
 
 
 @pytest.mark.parametrize(("change", "words"), [

@@ -17,7 +17,7 @@ from analysis.studies.arena.trainings.clamp import BoundedMixer, exponents, onse
 from analysis.studies.arena.trainings.learning import learn_task
 from analysis.studies.arena.trainings.pieces import NOISES, scores
 from analysis.studies.arena.trainings.plan import Cell
-from analysis.studies.arena.trainings.text import config_of, open_corpus, recipe_of
+from analysis.studies.arena.trainings.text import config_of, open_corpus, recipe_of, text_id
 from analysis.theory.bounds import log_max
 from mambabyte.config import ModelConfig
 from mambabyte.errors import UserError
@@ -71,8 +71,9 @@ def test_another_text_of_the_same_name_is_refused(corpus_file, tmp_path):
     first = arena.run(p)
     text.write_bytes(text.read_bytes()[:-4000])
     open_corpus.cache_clear()
+    text_id.cache_clear()
     assert len(arena.run(p).cells) == len(first.cells)  # nothing is trained, so nothing is read
-    with pytest.raises(UserError, match="trainings with train text="):
+    with pytest.raises(UserError, match="trainings with text="):
         arena.run(replace(p, seeds=2))
 
 

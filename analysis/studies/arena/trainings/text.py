@@ -77,6 +77,13 @@ def open_corpus(name: str) -> tuple[Corpus, np.ndarray, np.ndarray]:
     return corpus, corpus.train[:-held], corpus.train[-held:]
 
 
+@cache
+def text_id(name: str) -> str:
+    """Which text a corpus is: digests of what is trained on, its end held out, and validated."""
+    sums = open_corpus(name)[0].digest()
+    return "-".join(sums[split][:12] for split in ("train", "valid"))
+
+
 def train(p: Parameters, cell: Cell, device: str) -> tuple[Learned, dict[str, Any]]:
     """The model of a cell, and its row: cost, and bits per byte of both held-out texts."""
     corpus, text, held = open_corpus(p.corpus)
@@ -99,6 +106,6 @@ def train(p: Parameters, cell: Cell, device: str) -> tuple[Learned, dict[str, An
         "joules": done.joules, "alone": p.workers == 1,  # on its device, or time and joules are not
         "train_flops": flops * trained,
         "state_bytes": sum(state_bytes(config, p.context).values()),
-        "commit": commit(), "job": job()["id"],
+        "text": text_id(p.corpus), "commit": commit(), "job": job()["id"],
     }
 
