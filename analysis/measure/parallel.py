@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
@@ -16,15 +16,21 @@ T = TypeVar("T")
 
 
 def run_jobs(
-    function: Callable[..., T], jobs: Iterable[tuple[Any, ...]], workers: int = 1
+    function: Callable[..., T], jobs: Iterable[tuple[Any, ...]], workers: int = 1,
+    ended: Callable[[int, int], None] = lambda done, of: None,
 ) -> Iterator[T]:
     """``function(*job)`` of every job, in the order of the jobs; each as soon as it is there.
 
     With more than one of ``workers`` every job runs in a new process, so function, arguments and
-    result must pickle. What a job raises is raised here.
+    result must pickle. What a job raises is raised here. ``ended`` is told how many jobs have
+    ended, of how many, in whatever order they do.
     """
     if workers <= 1:
-        yield from (function(*job) for job in jobs)
+        given = list(jobs)
+        for done, job in enumerate(given, start=1):
+            found = function(*job)
+            ended(done, len(given))
+            yield found
         return
     # A forked child of a process that has used CUDA cannot use it: each is forked from a server
     # that has used nothing, and reads the function's module, torch with it, once for all.
@@ -34,7 +40,12 @@ def run_jobs(
         context.set_forkserver_preload([function.__module__])
     pool = ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1)
     try:
-        for future in [pool.submit(function, *job) for job in jobs]:
+        futures = [pool.submit(function, *job) for job in jobs]
+        pending = set(futures)
+        for future in futures:
+            while future in pending:
+                _, pending = wait(pending, return_when=FIRST_COMPLETED)
+                ended(len(futures) - len(pending), len(futures))
             yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -28,6 +28,15 @@ def test_results_come_in_the_order_of_the_jobs() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+def test_the_end_of_each_job_is_told(workers: int) -> None:
+    told: list[tuple[int, int]] = []
+    list(run_jobs(_square, [(x,) for x in range(4)], workers, lambda *n: told.append(n)))
+    assert told[-1] == (4, 4)
+    assert told == sorted(set(told))
+    assert len(told) == 4 or workers > 1  # two may end between two looks
+
+
+@pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_in_a_job_is_raised(workers: int) -> None:
     with pytest.raises(ValueError, match="-1 is negative"):
         list(run_jobs(_square, [(1,), (-1,)], workers=workers))

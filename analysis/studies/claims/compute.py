@@ -87,12 +87,13 @@ def run(
 def trained_ahead(
     settings: Settings, workers: int, report: Callable[[str], None] = lambda line: None
 ) -> dict[str, float]:
-    """The quantities of TRAININGS by name, as a Lab is given them; each of ``workers`` processes
-    does some of the experiments. They have seeds of their own, so the numbers are the same."""
-    parts = [part for i in range(workers) if (part := TRAININGS[i::workers])]
-    report(f"experiments {', '.join(TRAININGS)}, in {len(parts)} processes")
+    """The quantities of TRAININGS by name, as a Lab is given them; ``workers`` processes do an
+    experiment at a time. They have seeds of their own, so the numbers are the same."""
+    report(f"experiments {', '.join(TRAININGS)}, in {min(workers, len(TRAININGS))} processes")
     found: dict[str, float] = {}
-    for quantities in run_jobs(_measured, [(part, settings) for part in parts], workers):
+    for quantities in run_jobs(
+            _measured, [((name,), settings) for name in TRAININGS], workers,
+            lambda done, of: report(f"experiments: {done} of {of} done")):
         found |= quantities
     return found
 

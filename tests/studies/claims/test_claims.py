@@ -310,7 +310,8 @@ def test_every_claim_can_be_judged_by_the_projects_records(tmp_path):
 @pytest.mark.parametrize("workers", [2, 3, 100])
 def test_each_training_is_done_by_one_of_the_processes(workers, monkeypatch):
     done = []
-    monkeypatch.setattr(claims, "run_jobs", lambda function, jobs, _: (function(*j) for j in jobs))
+    monkeypatch.setattr(claims, "run_jobs",
+                        lambda function, jobs, *_: (function(*j) for j in jobs))
     for name in claims.TRAININGS:
         monkeypatch.setitem(EXPERIMENTS, name, lambda settings, name=name: done.append(name) or {
             "seed": settings.seed})
