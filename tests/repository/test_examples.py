@@ -12,12 +12,19 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from analysis.cli import COMMANDS, main
 from analysis.cli.parser import parse
 from analysis.studies import STUDIES, validate
+from mambabyte.config import ModelConfig
+from mambabyte.evaluate import bits_per_byte
+from mambabyte.model import ByteLM
+from mambabyte.ops import selective_scan
+from mambabyte.ops.compat import selective_scan_fn
 from tests.studies.test_other_values import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +122,29 @@ def smallest(example: str, text: Path) -> list[str]:
                       for key, value in SMALL.get(name, {}).items() if key not in given]
     return words + [w for part in extra if part and (part[0] == "--set" or part[0] not in words)
                     for w in part]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/packing.md", "docs/state.md"])
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    """README's by itself; in the others a model and its inputs are there already."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    source, = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    exec(source, {} if page == "README.md" else given_to_pages(page))
+
+
+def given_to_pages(page: str) -> dict[str, Any]:
+    """What the text around the pages' Python speaks of, one row of 41 bytes for places in it."""
+    torch.manual_seed(0)
+    starts = torch.zeros(1, 41, dtype=torch.bool)
+    starts[0, [0, 17]] = True
+    scan = {"u": torch.randn(1, 41, 4), "delta": torch.rand(1, 41, 4), "A": -torch.rand(4, 2),
+            "B": torch.randn(1, 41, 2), "C": torch.randn(1, 41, 2)}
+    rows = 1 if page == "docs/packing.md" else 3
+    return {"model": ByteLM(ModelConfig(d_model=16, n_layer=2, d_state=4)).eval(),
+            "tokens": torch.randint(0, 256, (rows, 41)), "starts": starts, "torch": torch,
+            "bits_per_byte": bits_per_byte, "selective_scan": selective_scan,
+            "selective_scan_fn": selective_scan_fn, "seq_idx": starts.cumsum(1).int(), **scan}
 
 
 @pytest.mark.long
