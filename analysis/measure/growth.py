@@ -34,8 +34,8 @@ class Exponent:
         return "slower than linear" if self.high < 1 else "linear"
 
 
-def fit_exponent(lengths: Sequence[float], costs: Sequence[float], level: float = 0.95) -> Exponent:
-    """Least squares of log cost on log length; the interval needs three points or more.
+def fit_exponent(lengths: Sequence[float], costs: Sequence[float]) -> Exponent:
+    """Least squares of log cost on log length; the 95 % interval needs three points or more.
 
     The residuals are taken as independent with one spread, which timings are only roughly; the
     interval also holds the curvature of an overhead that has not died out.
@@ -51,7 +51,7 @@ def fit_exponent(lengths: Sequence[float], costs: Sequence[float], level: float 
     fit = stats.linregress(x_log, y_log)
     low = high = None
     if len(x) > 2:
-        half = float(stats.t.ppf((1 + level) / 2, len(x) - 2) * fit.stderr)
+        half = float(stats.t.ppf(0.975, len(x) - 2) * fit.stderr)
         low, high = float(fit.slope) - half, float(fit.slope) + half
     return Exponent(float(fit.slope), low, high, len(x), int(x.min()), int(x.max()))
 

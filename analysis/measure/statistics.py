@@ -88,9 +88,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def text_error(
-    losses: np.ndarray, block: int = BLOCK_BYTES, resamples: int = 1999
-) -> float:
+def text_error(losses: np.ndarray, block: int = BLOCK_BYTES) -> float:
     """Standard error of the mean of a text's per-byte losses (bytes,), by blocks.
 
     Blocks of ``block`` bytes are drawn with replacement (Kuensch 1989, without overlap), so that
@@ -101,7 +99,7 @@ def text_error(
     if whole < 2:
         return float("nan")
     means = np.asarray(losses[: whole * block], float).reshape(whole, block).mean(1)
-    drawn = np.random.default_rng(0).integers(whole, size=(resamples, whole))
+    drawn = np.random.default_rng(0).integers(whole, size=(1999, whole))
     return float(means[drawn].mean(1).std(ddof=1))
 
 

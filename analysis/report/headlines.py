@@ -103,9 +103,9 @@ def load_headlines(records: Mapping[str, Run], path: Path = FILE) -> tuple[Headl
     return tuple(found)
 
 
-def headline_records(path: Path = FILE) -> list[str]:
+def headline_records() -> list[str]:
     """Names of the records that the rows read, each once."""
-    return list(dict.fromkeys(row["record"] for row in _rows(path)))
+    return list(dict.fromkeys(row["record"] for row in _rows(FILE)))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

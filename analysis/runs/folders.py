@@ -204,12 +204,6 @@ def _lines(value: Any, levels: int) -> str:
     return f"{{\n{inside}\n{indent[2:]}}}"
 
 
-def update_record(folder: Path, **entries: Any) -> None:
-    """Adds entries to a run.json: what the sweep knows and the study does not."""
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    write_record(folder, {**record, **entries})
-
-
 def load_run(folder: Path | str) -> Run:
     """Reads a run folder; UserError where it is none, was damaged or is of an older version."""
     folder = Path(folder)

@@ -98,21 +98,3 @@ def check_ratio(a: Any, b: Any) -> None:
 def ratio(a: Quantity, b: Quantity) -> float:
     """a / b; UserError unless both were measured in one job."""
     return a / b
-
-
-def same_quality(a: Run, b: Run) -> bool:
-    """Whether bits and accuracies of two jobs may be compared: commit, digests of the data,
-    precision and card agree, and each is known."""
-    return all(x and x == y for x, y in zip(_conditions(a), _conditions(b), strict=True))
-
-
-def _conditions(run: Run) -> tuple[str, str, str, str]:
-    machine = run.provenance.get("machine")
-    gpus = machine.get("gpus", []) if isinstance(machine, Mapping) else []
-    card = str(gpus[0].get("name", "")) if gpus else str(
-        machine.get("cpu", "") if isinstance(machine, Mapping) else "")
-    commit = str(run.provenance.get("commit", ""))
-    data = run.provenance.get("data") or run.parameters.get("corpus_sha256") or ""
-    # No commit names a tree with changes that are not committed.
-    return ("" if "dirty" in commit else commit, str(data),
-            str(run.parameters.get("precision", "")), card)

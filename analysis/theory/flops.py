@@ -91,9 +91,9 @@ def _elementwise(config: ModelConfig) -> Operations:
         sum(exp for _, exp in mixers) + config.vocab_size, FORMULA)
 
 
-def flops_per_byte(config: ModelConfig, length: int, *, causal: bool = True) -> float:
+def flops_per_byte(config: ModelConfig, length: int) -> float:
     """Forward and backward operations of one byte of training on windows of ``length`` bytes."""
-    table = flops_table(config, length, causal=causal)
+    table = flops_table(config, length)
     return float(table["forward_flops_per_byte"].sum() + table["backward_flops_per_byte"].sum())
 
 
@@ -134,9 +134,9 @@ def count_flops(config: ModelConfig, length: int, batch: int = 1) -> pd.DataFram
 
 
 def layer_flops_crossover(
-    config: ModelConfig, mixer: type[Mixer] = MambaMixer, other: type[Mixer] = AttentionMixer
+    config: ModelConfig, mixer: type[Mixer] = MambaMixer
 ) -> int | None:
-    """The least length at which ``mixer`` trains with fewer operations than ``other``, attention.
+    """The least length at which ``mixer`` trains with fewer operations than attention.
 
     Both are bare mixers of ``config``'s width, attention causal over the whole length. None for a
     mixer whose cost a byte grows with the length as attention's does.
@@ -148,11 +148,14 @@ def layer_flops_crossover(
                    for part in kind.operations(wide, length))
 
     low, high = 0, 1
-    while cost(other, high) <= cost(mixer, high):
+    while cost(AttentionMixer, high) <= cost(mixer, high):
         low, high = high, 2 * high
         if high > wide.attention_window:
             return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if cost(other, middle) <= cost(mixer, middle) else (low, middle)
+        if cost(AttentionMixer, middle) <= cost(mixer, middle):
+            low = middle
+        else:
+            high = middle
     return high

@@ -10,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.report import build_report
-from analysis.runs.folders import Run, Value, load_run, tables_of, update_record
+from analysis.runs.folders import RECORD, Run, Value, load_run, tables_of
+from analysis.runs.folders import write_record as write_record_json
 from analysis.runs.folders import write_run as write_run_folder
 from analysis.runs.records import write_record_folder
 from analysis.studies import Study
@@ -24,6 +25,12 @@ PROVENANCE = {
     "versions": {"python": "3.11", "torch": "2.13"},
     "machine": {"cpu": "Test CPU", "cpu_count": 2, "memory_bytes": 2**34, "gpus": []},
 }
+
+
+def update_record(folder: Path, **entries) -> None:
+    """Entries of a run.json as they are not written by us."""
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    write_record_json(folder, {**record, **entries})
 
 
 def write_run(root: Path, name: str, study: str = "tiny", **changes) -> Path:

@@ -15,9 +15,10 @@ import pandas as pd
 import pytest
 
 from analysis.report import build_report
-from analysis.runs.folders import Run, Value, tables_of, update_record, write_run
+from analysis.runs.folders import Run, Value, tables_of, write_run
 from analysis.studies import Study
 from tests.helpers.chromium import NEEDED, OPEN_ALL, accessibility
+from tests.helpers.report_world import update_record
 from tests.report.test_report_hostile import HOSTILE, harmless_pages, hostile_pages
 
 pytestmark = NEEDED

@@ -15,10 +15,9 @@ from analysis import plots
 from analysis.report.appendix import notebook_html, safe_html
 from analysis.report.html.check import check_page
 from analysis.report.html.svg import THEME, inline_svg
-from analysis.runs.folders import update_record
 from analysis.runs.frames import write_frame
 from mambabyte.errors import UserError
-from tests.helpers.report_world import PROVENANCE, SVG, write_record, write_run
+from tests.helpers.report_world import PROVENANCE, SVG, update_record, write_record, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = (

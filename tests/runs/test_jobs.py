@@ -10,7 +10,7 @@ import pytest
 
 from analysis.report.prose import Prose, Sources
 from analysis.runs.folders import Run, Value
-from analysis.runs.jobs import Job, Quantity, is_cost, job_of, quantity, ratio, same_quality
+from analysis.runs.jobs import Job, Quantity, is_cost, job_of, quantity, ratio
 from mambabyte.config import provenance
 from mambabyte.errors import UserError
 
@@ -66,20 +66,6 @@ def test_a_page_cannot_print_a_ratio_of_two_jobs() -> None:
     assert "3.0" in same
     with pytest.raises(UserError, match=r"page: a\.t over b\.t"):
         prose.render("{{ (record('a.t') / record('b.t')) | times(1) }}", "page", prefix="p")
-
-
-def test_quality_may_span_jobs_under_the_same_conditions() -> None:
-    def run(**changes: str) -> Run:
-        known = {"commit": "abc", "data": "sha", "precision": "bf16", "card": "H200", **changes}
-        return Run(folder=Path("r"), study="task", parameters={"precision": known["precision"]},
-                   provenance={"commit": known["commit"], "data": known["data"],
-                               "machine": {"gpus": [{"name": known["card"]}]}})
-
-    assert same_quality(run(), run())
-    for change in ({"commit": "abd"}, {"data": "other"}, {"precision": "fp32"}, {"card": "A100"},
-                   {"commit": ""}):
-        assert not same_quality(run(), run(**change))
-    assert not same_quality(run(commit="abc-dirty"), run(commit="abc-dirty"))
 
 
 def test_every_command_is_a_job_of_its_own() -> None:

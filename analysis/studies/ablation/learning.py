@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -148,9 +147,9 @@ def captured_text_step(model: ByteLM, train: np.ndarray, recipe: TrainConfig) ->
 
 
 @torch.no_grad()
-def heldout_bits(model: ByteLM, windows: Tensor, batch: int = 32) -> float:
+def heldout_bits(model: ByteLM, windows: Tensor) -> float:
     """Mean bits per byte of windows (n, context + 1), each scored from an empty state."""
-    return float(window_bits(model, windows, batch).mean())
+    return float(window_bits(model, windows).mean())
 
 
 @torch.no_grad()
@@ -184,7 +183,7 @@ def bits_at(curve: list[tuple[int, float]], step: float) -> float:
 @torch.inference_mode()
 def position_bits(
     model: ByteLM, streams: Tensor, context: int, *, piece: int = 4096,
-    unbounded: bool = False, report: Callable[[str], None] = lambda line: None,
+    unbounded: bool = False,
 ) -> pd.DataFrame:
     """Bits per byte by position in a long stream, beside fresh windows over the same bytes.
 
@@ -214,7 +213,6 @@ def position_bits(
         part = streams[:, start : start + piece + 1]
         logits, state = model(part[:, :-1].to(device), state)
         stream.append(_nats(logits, part[:, 1:]))
-        report(f"position {min(start + piece, length):,} of {length:,}")
 
     nats = torch.cat(stream, 1)
     edges = [0, context // 4]

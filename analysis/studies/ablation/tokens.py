@@ -203,10 +203,11 @@ def score_stream(model: ByteLM, held: np.ndarray, raw_bytes: int, device: str = 
 def few_steps(
     systems: dict[str, ModelConfig], pieces: Pieces, corpus: Corpus, *, steps: int,
     tokens_per_step: int, context: int = 1024, micro_batch: int = 16, train_bytes: int,
-    valid_bytes: int = 100_000, seed: int = 0, device: str = "cpu", variant: str = "published",
+    valid_bytes: int = 100_000, device: str = "cpu",
     report: Callable[[str], None] = lambda line: None,
 ) -> pd.DataFrame:
-    """Bits per raw byte before and after each of ``steps`` steps, one row a system and step.
+    """Bits per raw byte before and after each of ``steps`` steps, one row a system and step, with
+    the second document's choices.
 
     A step is ``tokens_per_step`` tokens in windows of ``context``, rounded down to whole
     micro-batches, and at least one. Raises UserError for fewer than one step, and
@@ -216,7 +217,7 @@ def few_steps(
         raise UserError(f"{steps} steps: give at least 1")
     text = encode_corpus(pieces, corpus, train_bytes, valid_bytes)
     micro = max(1, tokens_per_step // (micro_batch * context))
-    choices = get_variant(variant)
+    choices, seed = get_variant("published"), 0
     recipe = TrainConfig(context=context, batch_size=micro * micro_batch,
                          micro_batches=micro, seed=seed)
 

@@ -166,8 +166,8 @@ def memory_half_life(model: ByteLM, tokens: Tensor) -> float:
     return float(torch.cat(lives).median()) if lives else float("nan")
 
 
-def published_state_dtypes(steps: int = 2) -> pd.DataFrame:
-    """The dtype of the script's state before and after each step, by the same promotions.
+def published_state_dtypes() -> pd.DataFrame:
+    """The dtype of the script's state before and after each of two steps, by the same promotions.
 
     The state starts in the activations' dtype (bfloat16), the decay comes from float32 ``A``, and
     bfloat16 times float32 is float32: from the first step on the state is float32, so what looks
@@ -177,7 +177,7 @@ def published_state_dtypes(steps: int = 2) -> pd.DataFrame:
     A = -torch.exp(torch.zeros(1, dtype=torch.bfloat16).float())
     h = torch.zeros(1, dtype=activations.dtype)
     rows = [{"after_step": 0, "decay": "", "state": str(h.dtype).removeprefix("torch.")}]
-    for step in range(1, steps + 1):
+    for step in (1, 2):
         decay = torch.exp(A * activations)
         h = decay * h + activations * activations
         rows.append({"after_step": step, "decay": str(decay.dtype).removeprefix("torch."),
@@ -204,12 +204,12 @@ def warmdown_multiplier(
 
 
 def effective_steps(
-    step_seconds: float, *, iterations: int, cap_seconds: float = 0.0, warmdown: int = 1200
+    step_seconds: float, *, iterations: int, cap_seconds: float = 0.0
 ) -> tuple[int, float]:
     """Steps taken at a constant pace, and the sum of their learning-rate factors."""
     total, step = 0.0, 0
     while step < iterations and (not cap_seconds or step * step_seconds < cap_seconds):
         total += warmdown_multiplier(step, step * step_seconds, iterations=iterations,
-                                     cap_seconds=cap_seconds, warmdown=warmdown)
+                                     cap_seconds=cap_seconds)
         step += 1
     return step, total

@@ -46,13 +46,12 @@ def full_tensors_frame(length: int = LENGTH) -> pd.DataFrame:
     return not_measured(pd.DataFrame(rows), "counted, full tensors")
 
 
-def five_to_seven_frame(
-    length: int = LENGTH, channels: int = 32, states: int = 32
-) -> pd.DataFrame:
+def five_to_seven_frame() -> pd.DataFrame:
     """Full tensors of the document's scan alive at each moment: the way from 5 to 7 and above.
 
     With many channels and states the rest is small: y, and the gradients of the inputs.
     """
+    length, channels, states = LENGTH, 32, 32
     full = length * channels * states * FLOAT32
     inputs = _scan_inputs(length, channels, states)
     forward, backward = (n / full for n in scan_workspace(
@@ -75,10 +74,10 @@ def five_to_seven_frame(
         "moment", "closed form, full tensors", "measured, full tensors"]))
 
 
-def kept_without_concatenation(form: str = "document_chunked", length: int = 256) -> float:
+def kept_without_concatenation(form: str) -> float:
     """Full tensors that the document's scan keeps when nothing is joined, relative to when it is.
     """
-    inputs = _scan_inputs(length)
+    inputs = _scan_inputs(256)
     joined = _wide_bytes(lambda: _scan_loss(form, inputs))
     return _wide_bytes(lambda: _loss_without_concatenation(form, inputs)) / joined
 
