@@ -101,6 +101,10 @@ def test_streams():
         assert seconds == f"{60_000 / a_second:.1f} s"
         checked += 1
     assert checked >= 20
+    large, small = (1e6 / row_of(run, "systems", system=name)["generation (bytes/s)"]
+                    for name in ("hybrid_3_1", "nano_plus_ngram"))
+    assert f"drawn takes {large:.0f} us of `hybrid_3_1` (30 M) and {small:.0f} us of" in page(
+        "kernels")
     assert f"{len(run.tables['systems'].frame)} rows" in page("kernels")
 
 
