@@ -217,6 +217,25 @@ def test_a_tiny_study_end_to_end(found):
     assert values["crossover_operations"].value > 0
 
 
+def test_a_streamed_byte_is_timed_behind_one_that_takes_the_state_over(monkeypatch, clock):
+    made: list = []
+
+    class Slow:
+        """An engine that takes a second for a state that is not its own."""
+
+        def __init__(self, model):
+            made.append(model)
+
+        def __call__(self, data, state):
+            clock.sleep(0.001 if state == "own" else 1.0)
+            return None, "own"
+
+    monkeypatch.setattr(throughput, "stream_engine", Slow)
+    table = throughput.time_streaming(TINY)
+    assert table["ms"].tolist() == pytest.approx([1.0] * len(table))
+    assert len(made) == table["system"].nunique()
+
+
 def test_quadratic_forms_show_in_the_count(found):
     table = found.allocation_exponents.set_index(["what", "form"])["exponent"]
     assert table["zero_fill_bytes", scan_timing.INDEXED] == pytest.approx(2.0, abs=0.01)
