@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(WIDE, N > 64 ? 2 : 3) angle_turn(
 // (B, L, H, S) is each step's own. A thread has eight numbers of a step, `rounds` times, and what these add
 // up over heads in shared memory, which is nobody else's; the next ones are asked for while some are worked on.
 template <int N>
-__global__ void __launch_bounds__(WIDE, 3) angle_back(
+__global__ void __launch_bounds__(WIDE) angle_back(
     const bfloat16 *turned_db, const bfloat16 *turned_dc, const float *d_angle, const u32 *each_angle,
     const float *dt, const float *theta, const float *mix, const float *dstep, const float *d_own,
     bfloat16 *db, bfloat16 *dc, float *biases, float *d_dt, float *d_theta, float *d_mix, int64 rows,
@@ -194,10 +194,10 @@ __global__ void __launch_bounds__(WIDE, 3) angle_back(
     int row = threadIdx.x / PACKS, count = (int)min((int64)(rounds * ROWS), rows - before), groups = heads / per_group;
     bool whole = pairs % 4 == 0, leads = column == 0;
     int turns = max(0, min(4, pairs - column / 2));  // of this thread's pairs, the first so many
-    // What is added is the same for all threads, and what each adds to it has 32 bits: fewer registers.
-    turned_db += before * heads * N, turned_dc += before * heads * N;
-    each_angle += before * heads * pairs, d_angle += before * heads * pairs;
-    theta += before * pairs, d_theta += before * pairs, db += before * groups * N, dc += before * groups * N;
+    turned_db += before * heads * N + column, turned_dc += before * heads * N + column;
+    each_angle += before * heads * pairs + column / 2, d_angle += before * heads * pairs + column / 2;
+    theta += before * pairs + column / 2, d_theta += before * pairs + column / 2;
+    db += before * groups * N + column, dc += before * groups * N + column;
     dt += before * heads, mix += before * heads, dstep += before * heads, d_own += before * heads;
     d_dt += before * heads, d_mix += before * heads;
     u32 begins = 0;  // a bit a round: of a row that is the first of its sequence
@@ -210,36 +210,35 @@ __global__ void __launch_bounds__(WIDE, 3) angle_back(
     auto fetch = [&](int head, int round) {
         // Beyond the last row that one is read: behind a branch the compiler would widen, and so wait
         // for, each pack.
-        u32 from = min(row + round * ROWS, count - 1), at = from * heads + head;
-        u32 of_pairs = at * pairs + column / 2, of_rates = from * pairs + column / 2;
-        one = *(const Pack<u32, 4> *)(turned_db + (at * N + column));
-        other = *(const Pack<u32, 4> *)(turned_dc + (at * N + column));
+        int from = min(row + round * ROWS, count - 1), at = from * heads + head;
+        one = *(const Pack<u32, 4> *)(turned_db + at * N);
+        other = *(const Pack<u32, 4> *)(turned_dc + at * N);
         time = dt[at];
         if (whole && turns) {
-            Pack<u32, 4> each = *(const Pack<u32, 4> *)(each_angle + of_pairs);
-            Pack<float, 4> of_each = *(const Pack<float, 4> *)(d_angle + of_pairs);
-            Pack<float, 4> rates = *(const Pack<float, 4> *)(theta + of_rates);
+            Pack<u32, 4> each = *(const Pack<u32, 4> *)(each_angle + at * pairs);
+            Pack<float, 4> of_each = *(const Pack<float, 4> *)(d_angle + at * pairs);
+            Pack<float, 4> rates = *(const Pack<float, 4> *)(theta + from * pairs);
 #pragma unroll
             for (int k = 0; k < 4; k++) angle[k] = each.at[k], of_angle[k] = of_each.at[k], rate[k] = rates.at[k];
         } else {
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 if (k >= turns) continue;
-                angle[k] = each_angle[of_pairs + k], of_angle[k] = d_angle[of_pairs + k];
-                rate[k] = theta[of_rates + k];
+                angle[k] = each_angle[at * pairs + k], of_angle[k] = d_angle[at * pairs + k];
+                rate[k] = theta[from * pairs + k];
             }
         }
         if (leads) {
             share = mix[at], of_own = dstep[at] + d_own[at];
-            of_last = begins >> round & 1 ? 0.f : dstep[(int64)at - heads];
+            of_last = begins >> round & 1 ? 0.f : dstep[at - heads];
         }
     };
     fetch(0, 0);
     for (int head = 0, group = 0, of_group = 0; head < heads; head++) {  // of_group: its place among its heads
         float of_bias[16] = {};
         for (int round = 0; round < rounds; round++) {
-            u32 at = row + round * ROWS, of_this = at * heads + head;
-            bool there = (int)at < count;
+            int at = row + round * ROWS;
+            bool there = at < count;
             float of_head[16];  // eight numbers of B's gradient, eight of C's
 #pragma unroll
             for (int e = 0; e < 4; e++) {
@@ -258,8 +257,8 @@ __global__ void __launch_bounds__(WIDE, 3) angle_back(
 #pragma unroll
             for (int far = 1; far < PACKS; far *= 2) of_time += __shfl_xor_sync(ALL, of_time, far);
             if (there && leads) {
-                d_dt[of_this] = of_time + share * of_own + (1.f - share) * of_last;
-                d_mix[of_this] = time * (of_own - of_last);
+                d_dt[at * heads + head] = of_time + share * of_own + (1.f - share) * of_last;
+                d_mix[at * heads + head] = time * (of_own - of_last);
             }
             bool more = round + 1 < rounds;
             if (more || head + 1 < heads) fetch(more ? head : head + 1, more ? round + 1 : 0);
@@ -282,8 +281,7 @@ __global__ void __launch_bounds__(WIDE, 3) angle_back(
                 float2 all[8];
 #pragma unroll
                 for (int e = 0; e < 8; e++) all[e] = make_float2(of_head[2 * e], of_head[2 * e + 1]);
-                u32 to = (at * groups + group) * N + column;
-                store_pairs(db + to, all), store_pairs(dc + to, all + 4);
+                store_pairs(db + (at * groups + group) * N, all), store_pairs(dc + (at * groups + group) * N, all + 4);
             }
             if (head + 1 < heads) {
                 here[4 * WIDE] = of_theta;
@@ -291,7 +289,7 @@ __global__ void __launch_bounds__(WIDE, 3) angle_back(
                 float last[4] = {of_theta.x, of_theta.y, of_theta.z, of_theta.w};
 #pragma unroll
                 for (int k = 0; k < 4; k++)
-                    if (k < turns) d_theta[at * pairs + column / 2 + k] = last[k];
+                    if (k < turns) d_theta[at * pairs + k] = last[k];
             }
         }
         if (++of_group == per_group) group++, of_group = 0;

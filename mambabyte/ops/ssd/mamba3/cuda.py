@@ -13,12 +13,12 @@ from mambabyte.ops.ssd.recompute import gradients_again
 
 _THREADS = 256  # of a block of angle_back
 _ROUND_BYTES = 80  # of a thread: what it adds up over heads
-MOST_ROUNDS, BACK_BLOCKS = 3, 256  # its blocks fill the card, with more rounds their sums are fewer
+MOST_ROUNDS, BACK_BLOCKS = 4, 256  # its blocks fill the card, with more rounds their sums are fewer
 
 
 def rounds_of_a_block(rounds: int) -> int:
     """How many of all rounds a block of angle_back has."""
-    return max(n for n in range(1, MOST_ROUNDS + 1) if n == 1 or rounds // n >= BACK_BLOCKS)
+    return max(n for n in (1, 2, MOST_ROUNDS) if n == 1 or rounds // n >= BACK_BLOCKS)
 
 
 def forward(
