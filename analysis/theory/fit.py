@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ def fit(
     autocast, parts = autocast_of(train_config, device), train_config.micro_batches
 
     def step_of(batch: int, context: int) -> Budget:
-        return budget(model_config, batch // parts, context, autocast, device, checkpointing,
-                      train_config.optimizer, parts)
+        return _budget(model_config, batch // parts, context, autocast, device, checkpointing,
+                       train_config.optimizer, parts)
 
     allowance = ALLOWANCE_BYTES if device == "cuda" else 0
 
@@ -71,6 +72,10 @@ def fit(
         parts * _largest(lambda n: required(parts * n, context) <= room),
         _largest(lambda n: required(batch, n) <= room),
     )
+
+
+# Searches for several devices begin with the same steps.
+_budget = functools.lru_cache(1024)(budget)
 
 
 def _largest(fits: Callable[[int], bool]) -> int:
