@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# How torch says it on a CPU and on a GPU; its exceptions are RuntimeErrors.
+_NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory|out of memory", re.I)
+
+
+def means_no_memory(words: str) -> bool:
+    """Whether an error's words are those of an allocation that failed."""
+    return bool(_NO_MEMORY.search(words))
 
 
 class UserError(Exception):

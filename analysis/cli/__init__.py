@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mambabyte import __version__
-from mambabyte.errors import UserError, nearest
+from mambabyte.errors import UserError, means_no_memory, nearest
 
 # command -> (module, what it does); a module is imported when its command runs, not before.
 COMMANDS = {
@@ -51,8 +51,6 @@ complete -o default -F _mambabyte mambabyte"""
 # What the system says of a path that the user gave and that cannot be what it should be.
 _PATHS = {errno.ENOENT, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR,
           errno.ENOTDIR, errno.ELOOP}
-# How torch says it on a CPU and on a GPU; its exceptions are RuntimeErrors.
-_NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory|out of memory", re.I)
 # A card that is lost, and a kernel that broke: after either no call to the driver succeeds.
 _GPU_FAILED = re.compile(r"^CUDA (error|driver)(?!.*out of memory)")
 
@@ -96,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(f"the GPU failed ({str(error).splitlines()[0]}): nothing that was on it "
                          "can be read; what was saved before is kept: run it again, with --resume "
                          "where it has it")
-        if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
+        if not (isinstance(error, MemoryError) or means_no_memory(str(error))):
             raise
         return _fail("out of memory: give smaller sizes; mambabyte memory says what a training "
                      "step needs and what would fit")

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from analysis.runs.folders import RECORD, made, seal, write_record
 from mambabyte.config.files import make_dir, put_in_place, scratch_dir, to_json, write_json
 from mambabyte.config.owners import end_with
-from mambabyte.errors import UserError
+from mambabyte.errors import UserError, means_no_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT_PATH = 90  # a UNIX socket's path has room for 107 bytes
@@ -123,7 +123,7 @@ def _papermill(task: Task, log: TextIO, errors: TextIO) -> str:
                 config=Config({"KernelManager": manager}),
             )
         except PapermillExecutionError as error:
-            return f"{error.ename}: {_first_line(error.evalue)}"
+            return why(error.ename, error.evalue)
         except DeadKernelError:
             return (f"the kernel died ({_last_words(errors) or 'out of memory, or killed'}); see "
                     "stderr.txt")
@@ -132,6 +132,12 @@ def _papermill(task: Task, log: TextIO, errors: TextIO) -> str:
             return f"{type(error).__name__}: {_first_line(str(error))}" + (
                 f" ({words}; see stderr.txt)" if words else "")
     return ""
+
+
+def why(kind: str, words: str) -> str:
+    """A run's error in one line."""
+    line = f"{kind}: {_first_line(words)}"
+    return f"out of memory: give smaller parameters ({line})" if means_no_memory(words) else line
 
 
 @contextmanager

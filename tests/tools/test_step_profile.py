@@ -154,6 +154,14 @@ def test_a_peer_takes_the_place_of_the_mixers(
     assert len(built) == 3
 
 
+def test_a_step_may_have_more_bytes_than_the_text_has_else(monkeypatch, capsys):
+    """It ended in torch's error of a view."""
+    monkeypatch.setattr(steps, "TEXT_BYTES", 16)
+    assert main(["bench", "step", "--preset", "smoke", "--device", "cpu", "--n-layer", "1",
+                 "--d-model", "8", "--context", "8", "--batch-size", "4", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["steps"]) == 1
+
+
 def test_the_profiler_writes_nothing_on_the_terminal():
     """In a process of its own: its library reads at first use what it is to say."""
     source = ("import torch\nfrom analysis.measure.timing import profiling\n"

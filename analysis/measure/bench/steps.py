@@ -58,6 +58,7 @@ PARTS: tuple[tuple[str, str], ...] = (
     ("copies", r"copy|cat$|contiguous|_to_copy|clone|fill_|zero|Memset|Memcpy|FillFunctor"),
 )
 OTHER, GAPS = "everything else", "between kernels"
+TEXT_BYTES = 1 << 20  # of which windows are drawn; more where a step has more
 PUBLISHED = "{} by mamba-ssm"  # a system with that project's modules
 
 
@@ -263,7 +264,8 @@ def training_step(
     model.to(device).train()
     recipe = replace(recipe, step=way, n_steps=_STEPS, first_context=0, first_batch_size=0)
     optimizer = make_optimizer(model, recipe, on_device=way != "eager")
-    text = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8)
+    size = max(TEXT_BYTES, recipe.batch_size * (recipe.context + 1))
+    text = torch.randint(0, 256, (size,), dtype=torch.uint8)
     if way == "eager":
         tokens = text[: recipe.batch_size * (recipe.context + 1)].long()
         tokens = tokens.view(recipe.batch_size, -1).to(device)

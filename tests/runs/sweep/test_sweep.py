@@ -61,6 +61,13 @@ def test_a_notebook_that_keeps_no_run_has_failed(registry, tmp_path, monkeypatch
     assert "its last cell is save(run)" in failed.error
 
 
+def test_a_run_without_memory_says_what_to_do():
+    assert execute.why("RuntimeError", "[enforce fail] can't allocate memory: 4 bytes\nmore") == (
+        "out of memory: give smaller parameters "
+        "(RuntimeError: [enforce fail] can't allocate memory: 4 bytes)")
+    assert execute.why("ValueError", "no\nmore") == "ValueError: no"
+
+
 def test_a_notebook_cut_by_a_full_disk_does_not_hide_why(registry, tmp_path, monkeypatch):
     def full(task, log, errors) -> str:
         (Path(task.temporary) / "notebook.ipynb").write_text("")
