@@ -10,11 +10,12 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+import pandas as pd
 import pytest
 
-from analysis.runs.folders import load_run
+from analysis.runs.folders import Run, load_run, tables_of
 from analysis.studies import STUDIES, get_study, profiles, validate
-from analysis.studies.drawing import figures
+from analysis.studies.drawing import drawings, figures
 from analysis.studies.session import measure, save
 from mambabyte.config.checks import hints
 from mambabyte.errors import UserError
@@ -124,3 +125,16 @@ def test_a_map_whose_chunks_are_shorter_than_the_scan(tmp_path):
     # ... and no form of the figure of the gradient of A is in this run
     noise = next(d for d in drawn.FIGURES if d.name == "gradient_noise")
     assert not noise.when(gradient_noise(errors).assign(form="recurrent"))
+
+
+def test_a_figure_of_nothing_is_not_drawn():
+    """The recurrence is what maps compare with, the field's choices what variants do."""
+    errors = pd.DataFrame({"form": ["recurrent"], "of": ["y"], "precision": ["float32"],
+                           "kind": ["constant"], "chunk": [8], "0.1": [0.0]})
+    some = {"variant": ["zero out_proj"]}
+    for study, name, frame in (
+            ("overflow", "map", errors), ("ablation", "variants", pd.DataFrame(some)),
+            ("ablation", "variants", pd.DataFrame({"variant": ["field"],
+                                                   "difference_to_field": [0.0]}))):
+        drawing = drawings(get_study(study))[name]
+        assert not drawing.is_in(Run(study, {}, {}, tables_of({drawing.of[0]: ("", frame)})))

@@ -302,7 +302,7 @@ def _map_drawing(precision: str, kind: str) -> Drawing:
         alt="Maps of chunk size against decay, one a form, coloured and hatched by "
             "outcome, with the analytic bound as a dashed curve. The table counts the cells.",
         data=lambda errors: outcome_counts(outcomes_of(errors, precision, kind)),
-        when=lambda errors: len(_part(errors, precision, kind)) > 0)
+        when=lambda errors: len(outcomes_of(errors, precision, kind)) > 0)
 
 
 FIGURES = (

@@ -46,7 +46,7 @@ def pareto(points: pd.DataFrame, systems: pd.DataFrame, target: float) -> Figure
         axes.set_xticks([t for t in _TICKS if low <= t <= high])
         axes.xaxis.set_minor_locator(plots.mpl.ticker.NullLocator())
         plots.tick_with(axes.xaxis, lambda joules: f"{joules:,.0f}")
-        plots.mark_line(axes, y=target, text=f"{target:.2f}")
+        plots.mark_line(axes, y=max(target, FLOOR), text=f"{target:.2f}")
         plots.label_axes(axes, "energy, J (idle subtracted)", "accuracy of the next character",
                          title)
     left.set_ylim(FLOOR, None)
