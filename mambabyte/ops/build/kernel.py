@@ -254,8 +254,11 @@ class Program:
         options: Sequence[str] = (),
         *,
         filename: str = "kernel.cu",
+        own: bool = False,
     ) -> None:
+        """``own``: with what an architecture has and later ones lack, ``sm_90a`` for ``sm_90``."""
         self.source, self.names, self.options = source, tuple(names), tuple(options)
+        self._own = own
         self.filename = filename
         self._lock = threading.Lock()
         self._kernels: dict[tuple[str, int, str], Kernel] = {}
@@ -263,14 +266,14 @@ class Program:
 
     @classmethod
     def from_file(
-        cls, *filenames: str, names: Sequence[str], options: Sequence[str] = ()
+        cls, *filenames: str, names: Sequence[str], options: Sequence[str] = (), own: bool = False
     ) -> Program:
         """Source files of ``mambabyte/ops``, named from there, one after another."""
         texts = [
             f'#line 1 "{name}"\n' + (_OPS / name).read_text(encoding="utf-8")
             for name in filenames
         ]
-        return cls("\n".join(texts), names, options, filename=filenames[-1])
+        return cls("\n".join(texts), names, options, filename=filenames[-1], own=own)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -279,6 +282,8 @@ class Program:
 
     def compile(self, arch: str) -> Cubin:
         """Machine code for ``arch``, from the disk cache where it is there. Needs no GPU."""
+        if self._own and arch.startswith("sm_"):
+            arch += "a"
         return compile_cubin(self.source, self.options, arch, self.names, filename=self.filename)
 
     def kernel(self, name: str, device: int, parameters: str) -> Kernel:

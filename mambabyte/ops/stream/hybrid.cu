@@ -108,8 +108,10 @@ template <int P> __forceinline__ void pass(
 // An order of the host, in shared memory.
 struct Order {
     // Its words: a byte with a flag of cluster.cu, where the state before it lies and the one after it
-    // goes, the keys and values (and slots of a share, rows BEGIN to STORED), the byte's angles.
-    enum { WHAT, BEFORE, AFTER = BEFORE + 2, KEYS = AFTER + 2, ANGLES = KEYS + 2, SLOTS = ANGLES + 2, BEGIN, STORED, WORDS };
+    // goes, the keys and values (and slots of a share, rows BEGIN to STORED), the byte's angles; where the
+    // rows so far lie, from which slot on of how many, if they are to be copied to KEYS first.
+    enum { WHAT, BEFORE, AFTER = BEFORE + 2, KEYS = AFTER + 2, ANGLES = KEYS + 2, SLOTS = ANGLES + 2, BEGIN, STORED,
+           FROM, FROM_SLOT = FROM + 2, FROM_SLOTS, WORDS };
     static_assert(parts(WORDS + (GUIDED ? HINT : 0), 3) == ORDER_PACKETS, "sizes.py counts an order otherwise");
     const unsigned *word;  // the hint behind them
 
@@ -168,7 +170,7 @@ struct Past {
     }
 };
 
-// Grid CL blocks of T threads and a warp that asks for tiles. Through `packets` numbers are exchanged,
+// Grid CL blocks of T threads and BESIDE more, of which one asks for tiles. Through `packets` numbers are exchanged,
 // from exchange number `exchange` on; for the rest see stream.cu. `inputs` (streams, steps, DM) are embedded bytes, in
 // place of tokens; `hints` (streams, steps, HINT) what a guided model embeds beside tokens:
 // log-probabilities, which it also adds to its logits, times its gate, and in the bytes of one number more
@@ -179,7 +181,7 @@ struct Past {
 // With `orders`, WORDS words of the host's memory, there is one text, whose bytes, states and keys these
 // tell, until there have been `steps` of them, or the kernel is told to leave, or has looked `patience`
 // times in vain; `hints` is then one byte's, in the host's memory too.
-extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
+extern "C" __global__ void __launch_bounds__(T + BESIDE, 1) stream_hybrid(
     Packet *packets, unsigned exchange, const float *resident, const float *tiles, const Tile *schedule,
     const float *embedding, const float *best, const float *kinds, const float *final_norm, const unsigned char *tokens, const float *inputs,
     const float *hints, const float *first, const float *state_in, float *state_out, float *cache, const float *rotary,
@@ -193,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
     Block b = {mem, mem - RESIDENT, nullptr, nullptr, tid, tid % 32, tid / 32, rank,
                max(0, min(RD, DM - rank * RD)), mem + OUT, packets, exchange, 0, trail + (int64)rank * PASS * STATE, false, 0, 0};
     volatile int *const ended = (int *)(mem + ENDED);
-    for (int i = tid; i < 4 * TILES; i += T + 32) ((int *)b.plan())[i] = ((const int *)schedule)[i];
+    for (int i = tid; i < 4 * TILES; i += T + BESIDE) ((int *)b.plan())[i] = ((const int *)schedule)[i];
     if (tid == 0) {
         for (int i = 0; i < TILES; i++) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(b.full(i)), "r"(1) : "memory");
@@ -208,9 +210,11 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
     const bool drawing = !tokens && !inputs && !orders, guessing = PASS > 1 && drawing;
     const int64 total = (int64)streams * steps;
     if (tid >= T) {
+        keep_registers<24>();
         if (tid == T) b.supply(tiles, total, ended);
         return;
     }
+    take_registers<240>();
     const Draw how = {drawn, seed, position, temperature, top_p, top_k};
     int *byte = (int *)(mem + BYTE), laps = 0, guesses = 0;
     const Order order = {(const unsigned *)(mem + ORDER)};
@@ -230,21 +234,25 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
         for (int i = tid; guessing && i < known; i += T) seen.bytes[i & (PAST - 1)] = past[i];
         meet();
         if (drawing) choose(how, mem + LOGIT, mem + PROB, mem + KEPT, byte, text, streams, steps, 0);
-        int row = 0;  // of the logits, the last
+        int row = 0;   // of the logits, the last
+        int from = 0;  // where the guesses are; 0: none
 #pragma unroll 1
-        for (int t = 0, count; t < steps; t += count, laps++) {
+        for (int t = 0, count = 0; t < steps; t += count, laps++) {
             const int64 step = (int64)text * steps + t;
             if (orders) {
                 if (!order.take(b, orders, ticket, patience, hints)) break;
                 const float *const before = order.pointer(Order::BEFORE) + rank * STATE;
                 for (int i = tid; !(order.word[Order::WHAT] & GO_ON) && i < STATE; i += T) mem[STATES + i] = before[i];
             }
-            int from = 0;  // where the guesses are
             if (guessing) {
                 if (tid == 0) seen.bytes[seen.end & (PAST - 1)] = byte[0];
                 seen.end++;
                 meet();
-                if (t + 1 < steps) from = seen.same_before();
+                if (from && seen.at(from + count - 1) == seen.at(seen.end - 1))
+                    from += count;  // the byte drawn was foreseen as well
+                else
+                    from = seen.same_before();
+                if (t + 1 == steps) from = 0;
             }
             const int valid = from ? min(PASS, steps - t) : 1;
             guesses += valid - 1;
@@ -258,21 +266,28 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
             const bool raw = GUIDED || (STEM && inputs);
             const float *const angles = orders ? order.pointer(Order::ANGLES) : rotary + (int64)t * HD;
             const float turn = A && tid < width * HD ? angles[tid] : 0.f;
+            constexpr int EACH = parts(DM, T), EMBEDDED_AT_ONCE = least(PASS, 4);
 #pragma unroll 1
-            for (int p = 0; p < width; p++) {
-                constexpr int EACH = parts(DM, T);
-                const float *embedded = begin_with(p);
-                float found[EACH];  // asked for all at once
+            for (int first = 0; first < width; first += EMBEDDED_AT_ONCE) {
+                float found[EMBEDDED_AT_ONCE][EACH];  // asked for all at once
 #pragma unroll
-                for (int k = 0; k < EACH; k++) found[k] = tid + k * T < DM ? embedded[tid + k * T] : 0.f;
+                for (int j = 0; j < EMBEDDED_AT_ONCE; j++)
+                    if (j == 0 || first + j < width) {
+                        const float *embedded = begin_with(first + j);
 #pragma unroll
-                for (int k = 0; k < EACH; k++)
-                    if (tid + k * T < DM) {
-                        if (raw)
-                            mem[X + p * XS + tid + k * T] = found[k];
-                        else
-                            start(b, p, tid + k * T, found[k]);
+                        for (int k = 0; k < EACH; k++)
+                            found[j][k] = tid + k * T < DM ? embedded[tid + k * T] : 0.f;
                     }
+#pragma unroll
+                for (int j = 0; j < EMBEDDED_AT_ONCE; j++)
+#pragma unroll
+                    for (int k = 0; k < EACH; k++)
+                        if ((j == 0 || first + j < width) && tid + k * T < DM) {
+                            if (raw)
+                                mem[X + (first + j) * XS + tid + k * T] = found[j][k];
+                            else
+                                start(b, first + j, tid + k * T, found[j][k]);
+                        }
             }
             if (A && tid < width * HD) mem[TURN + tid] = turn;
 #pragma unroll 1
@@ -301,7 +316,12 @@ extern "C" __global__ void __launch_bounds__(T + 32, 1) stream_hybrid(
                 if (hints) b.give<RD, 1, RD>(), b.due = true, b.receive_x<1>();
                 meet();
             }
-            if (orders) cache = order.pointer(Order::KEYS), slots = order.word[Order::SLOTS], begin = order.word[Order::BEGIN];
+            if (orders) {
+                cache = order.pointer(Order::KEYS), slots = order.word[Order::SLOTS], begin = order.word[Order::BEGIN];
+                if (A && order.pointer(Order::FROM) != cache)
+                    copy_rows(b, order.pointer(Order::FROM), order.word[Order::FROM_SLOT], order.word[Order::FROM_SLOTS],
+                              cache, slots);
+            }
             float *const cache_of = cache + (int64)text * CACHES * 2 * SHARES_OF * slots * HD;
             float *const to = hidden ? hidden + step * DM : nullptr;
             const int now = orders ? order.word[Order::STORED] : stored + t;

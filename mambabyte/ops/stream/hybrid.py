@@ -31,7 +31,7 @@ from mambabyte.ops.stream.grid.memory import (
 )
 from mambabyte.ops.stream.grid.numbers import from_numbers, to_numbers
 from mambabyte.ops.stream.grid.packing import Packed, pack
-from mambabyte.ops.stream.grid.sizes import PAST, THREADS, WORDS, Built, program
+from mambabyte.ops.stream.grid.sizes import BESIDE, PAST, THREADS, WORDS, Built, program
 from mambabyte.ops.stream.grid.tiles import schedule
 from mambabyte.ops.stream.server import PATIENCE, Served, Server, halves, make_room
 
@@ -190,8 +190,9 @@ class HybridStreamer(ByteFeeder):
         return from_numbers(self.config, state.numbers, self.blocks), caches
 
     def _cache(self, batch: int, rows: int) -> Tensor:
+        """Room for so many rows, whose numbers nobody reads before they are written."""
         c = self.config
-        return torch.zeros(batch, len(self._windows), 2, c.n_kv_head, self._chunks,
+        return torch.empty(batch, len(self._windows), 2, c.n_kv_head, self._chunks,
                            -(-rows // self._chunks), c.head_dim, device=self.device)
 
     def _place(self, cache: Tensor, rows: Tensor) -> None:
@@ -216,20 +217,27 @@ class HybridStreamer(ByteFeeder):
         taken = None if room is None else room.extend(state.stored, length, stream)
         if room is not None and taken is not None:
             return state, room, taken
+        copied, room, taken, slot = self._roomier(state, length, stream)
+        old = state.cache[..., slot:, :][..., : copied.cache.shape[5], :]
+        copied.cache[..., : old.shape[5], :] = old  # all layers at once: by rows it took 1 ms
+        return copied, room, taken
+
+    def _roomier(
+        self, state: HybridState, length: int, stream: int
+    ) -> tuple[HybridState, Room, Taken, int]:
+        """A state of the same numbers with a cache of its own, to which the rows from that slot on
+        are to be copied, and room for ``length`` more behind them."""
         kept = min(state.stored - state.begin, max([1, *self._windows]) - 1)
         # At least as many rows as are copied can follow: a copy costs a row each, in the mean.
         spare = max(_LEAST_ROOM, kept) if self._windows else 0
-        # Whole slots are copied, all layers at once: row by row it took a millisecond of launches.
-        slot = (state.stored - kept) // self._chunks
+        slot = (state.stored - kept) // self._chunks  # whole slots are copied
         begin, stored = (x - slot * self._chunks for x in (state.stored - kept, state.stored))
         cache = self._cache(state.cache.shape[0], stored + length + spare)
-        old = state.cache[..., slot:, :][..., : cache.shape[5], :]
-        cache[..., : old.shape[5], :] = old
         room = Room(cache.shape[4] * cache.shape[5] if self._windows else None, stored, cache,
                     stream)
         taken = room.extend(stored, length, stream)
         assert taken is not None
-        return HybridState(state.numbers, cache, begin, stored, state.position), room, taken
+        return HybridState(state.numbers, cache, begin, stored, state.position), room, taken, slot
 
     # ----------------------------------------------------------------- a kernel that stays
 
@@ -241,12 +249,13 @@ class HybridStreamer(ByteFeeder):
         ``fill`` writes it: the addresses of its three parts."""
         server = self._server
         with server.lock:
-            state, words, room, taken = self._within(state)
+            state, words, room, taken, source = self._within(state)
             angles = self._angles_at(state.position)
             if fill is not None:
                 fill(*self._hint_parts)
             _, cache, begin, stored, position = state
-            row = server.order(byte, words, *room.words, *angles, room.slots, begin, stored)
+            row = server.order(
+                byte, words, *room.words, *angles, room.slots, begin, stored, *source)
             new = ServedHybrid(row.numbers, cache, begin, stored + 1, position + 1)
             new.server, new.words, new.room, new.taken = server, row.words, room, taken
             meanwhile()
@@ -254,21 +263,24 @@ class HybridStreamer(ByteFeeder):
 
     def _within(
         self, state: HybridState
-    ) -> tuple[HybridState, tuple[int, int], Room, Taken]:
-        """A state in memory of the server's stream with room for a byte's rows, and where its
-        numbers lie."""
+    ) -> tuple[HybridState, tuple[int, int], Room, Taken, tuple[int, int, int, int]]:
+        """A state in memory of the server's stream with room for a byte's rows, where its numbers
+        lie, and the words of where the kernel copies its rows from."""
         server = self._server
         if isinstance(state, ServedHybrid) and state.server is server:
-            words = state.words
-            taken = state.room.extend(state.stored, 1, self._server.raw_stream)
+            words, room = state.words, state.room
+            taken = room.extend(state.stored, 1, server.raw_stream)
             if taken is not None:
-                return state, words, state.room, taken
-        else:
-            state = self.outside(state)
-            words = server.taken_in(state.numbers).words
+                return state, words, room, taken, (*room.words, 0, 0)
+            # Another has the rows behind it, or there are none: the kernel copies, and stays.
+            with server.memory():
+                moved, room, taken, slot = self._roomier(state, 1, server.raw_stream)
+            return moved, words, room, taken, (*state.room.words, slot, state.room.slots)
+        state = self.outside(state)
+        words = server.taken_in(state.numbers).words
         with server.between():
             state, room, taken = self._grown(HybridState(*state), 1)  # a copy
-        return state, words, room, taken
+        return state, words, room, taken, (*room.words, 0, 0)
 
     def _angles_at(self, position: int) -> tuple[int, int]:
         """Where the kernel that stays finds the angles of a position, in words of an order."""
@@ -395,5 +407,5 @@ class HybridStreamer(ByteFeeder):
         exchange = exchanges[stream]
         number = exchange.take(length * (_MOST_EXCHANGES * self.config.n_layer + 3))
         loaded.kernel.launch(
-            (self.blocks, 1, 1), (THREADS + 32, 1, 1), loaded.built.shared_bytes, stream,
+            (self.blocks, 1, 1), (THREADS + BESIDE, 1, 1), loaded.built.shared_bytes, stream,
             exchange.packets.data_ptr(), number, *loaded.weights, *arguments, together=True)

@@ -155,6 +155,13 @@ class Server(Mailbox):
                 yield
             current.wait_stream(self._stream)
 
+    @contextlib.contextmanager
+    def memory(self) -> Iterator[None]:
+        """What is allocated within is of the server's stream: for what the kernel, and no other,
+        writes first."""
+        with torch.cuda.stream(self._stream), torch.inference_mode(False):
+            yield
+
     def stop(self) -> None:
         """Return when the kernel has left. Under the lock."""
         self._at_hand = None
@@ -192,7 +199,7 @@ class Server(Mailbox):
         return self._made.pop()
 
     def _make(self) -> None:
-        with torch.cuda.stream(self._stream), torch.inference_mode(False):
+        with self.memory():
             rows = torch.empty(_MADE, self._floats, device=self.device)
         at = rows.data_ptr()
         self._made = [Row(row, halves(at + 4 * self._floats * i))

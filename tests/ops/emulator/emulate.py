@@ -19,6 +19,7 @@ TAPS = 4  # of the emulated convolution
 INSTRUCTIONS = {
     r"^$": "nothing",
     r"griddepcontrol": "nothing",
+    r"setmaxnreg": "nothing",
     r"fence\.mbarrier_init": "nothing",
     r"barrier\.cluster": "cluster_barrier",
     r"bar\.sync": "bar_sync",

@@ -365,7 +365,7 @@ def test_bytes_fed_one_by_one_from_any_state(
         assert relative_rms(mine.conv_state, theirs.conv_state) < 3e-6
     rows, _ = engine.each(text[4:], states[3])
     assert relative_rms(rows, wanted[4:]) < 3e-6
-    found, _ = engine(text[5:], engine.from_model(kept))
+    found, _ = engine(text[5:], engine._states.from_model(kept))
     assert relative_rms(found, wanted[5]) < 3e-6
 
 

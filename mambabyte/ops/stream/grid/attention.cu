@@ -8,6 +8,24 @@ constexpr int CHUNKS = most(1, CL / KVH), SHARES_OF = KVH * CHUNKS;
 constexpr float NOTHING = -3e38f;  // below every score
 constexpr int QS = CL * RD, KS = CL * RK, HE = parts(HD, 8);  // 8 threads a key: channels of each
 
+// This block's keys and values of all layers, from slot `first` on of `from_slots`, to a cache of `slots`.
+__forceinline__ void copy_rows(Block &b, const float *from, int first, int from_slots, float *to, int slots) {
+    constexpr int WIDE = HD % 4 ? 1 : 4;
+    const int count = least(from_slots - first, slots) * HD / WIDE;  // of a layer's keys, or values
+    for (int share = b.rank; share < SHARES_OF; share += CL)
+#pragma unroll 4
+        for (int i = b.tid; i < 2 * CACHES * count; i += T) {
+            const int64 at = i / count * SHARES_OF + share;
+            const float *const source = from + (at * from_slots + first) * HD + i % count * WIDE;
+            float *const target = to + at * slots * HD + i % count * WIDE;
+            if constexpr (WIDE == 4)
+                *(float4 *)target = *(const float4 *)source;
+            else
+                *target = *source;
+        }
+    meet();
+}
+
 template <int P> __forceinline__ void attention(
     Block &b, float *cache, int slots, int begin, int now, int valid) {
     // Queries of all bytes and heads to one of k, so many at a time in a warp's registers. Which thread looks
@@ -22,53 +40,55 @@ template <int P> __forceinline__ void attention(
     };
     // Of the share (head, chunk): rows chunk, chunk + CHUNKS, ... of the cache; the slots to look at.
     const int64 size = (int64)slots * HD;  // of a share's keys; all values are behind all keys
-    float ks[HE], vs[HE];
+    struct Row { float k[HE], v[HE]; };
     auto first_slot = [&](int chunk) { return max(0, parts(max(begin, now - window + 1) - chunk, CHUNKS)); };
+    auto row_of = [&](int share, int slot) { return slot * CHUNKS + share % CHUNKS; };
     auto fetch_row = [&](int share, int slot) {  // what was stored before this pass
-        const int chunk = share % CHUNKS, row = slot * CHUNKS + chunk;
-        const bool before = row < now;
+        const bool before = row_of(share, slot) < now;
         const float *k = cache + share * size + (int64)(before ? slot : 0) * HD, *v = k + SHARES_OF * size;
+        Row row;
 #pragma unroll
         for (int e = 0; e < HE; e++) {
             bool in = before && channel(e) < HD;
-            ks[e] = in ? k[channel(e)] : 0.f, vs[e] = in ? v[channel(e)] : 0.f;
+            row.k[e] = in ? k[channel(e)] : 0.f, row.v[e] = in ? v[channel(e)] : 0.f;
         }
         return row;
     };
     auto mine = [&](int start) { return start + (4 * warp + lane / 8 - start & ROWS - 1); };  // the first
-    int row = 0, fetched = b.rank, at_slot = first_slot(b.rank % CHUNKS);  // the share and slot in ks and vs
-    if (b.rank < SHARES_OF) row = fetch_row(b.rank, mine(at_slot));  // while q comes to be
+    // The first rows that a thread looks at are fetched ahead: two of them, or one of a pass of several
+    // bytes, which has no registers left.
+    constexpr int AHEAD = P > 1 ? 1 : 2;
+    Row rows[AHEAD] = {};
+    auto fetch_first = [&](int share) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) rows[i] = fetch_row(share, mine(first_slot(share % CHUNKS)) + i * ROWS);
+    };
+    if (b.rank < SHARES_OF) fetch_first(b.rank);  // while q comes to be
     b.rows_normed<RD + 2 * RK, P>([&](int r, int p, float v) { b.out[p * (RD + 2 * RK) + r] = v + own[OWN + r]; });
     b.give<RD + 2 * RK, P, (RD + 2 * RK) * P>();
     b.receive<RD + 2 * RK, P>([](int p, int block, int r) {
         return r < RD ? Q + p * QS + block * RD + r : r < RD + RK ? KEY + p * KS + block * RK + r - RD
                       : VALUE + p * KS + block * RK + r - RD - RK;
     });
-#pragma unroll 1
-    for (int unit = warp; unit < P * (HEADS + KVH); unit += WARPS) {
-        const int p = unit / (HEADS + KVH), head = unit % (HEADS + KVH);
-        float *v = head < HEADS ? q + p * QS + head * HD : key + p * KS + (head - HEADS) * HD, square = 0.f;
-        for (int c = lane; c < HD; c += 32) square = fmaf(v[c], v[c], square);
-        float scale = QKNORM ? rsqrtf(sum_over<32>(square) * (1.f / HD) + TINY) : 1.f;
-        if (head < HEADS) scale *= own[A_GAIN + head];
-        for (int c = lane; c < HD / 2; c += 32) {
-            float x = v[c] * scale, z = v[c + HD / 2] * scale;
-            float cosine = b.mem[TURN + p * HD + c], sine = b.mem[TURN + p * HD + HD / 2 + c];
-            v[c] = x * cosine - z * sine, v[c + HD / 2] = x * sine + z * cosine;
-        }
-    }
-    meet();
     for (int share = b.rank; share < SHARES_OF; share += CL) {
-        const int chunk = share % CHUNKS, at = share / CHUNKS * HD, start = first_slot(chunk);
+        const int chunk = share % CHUNKS, head_of = share / CHUNKS, at = head_of * HD, start = first_slot(chunk);
         const int end = parts(now + P - chunk, CHUNKS);
+        // Queries to this head's keys and its own key, normed and turned, by the blocks that use them.
 #pragma unroll 1
-        for (int i = b.tid; i < P * HD; i += T) {
-            const int p = i / HD, c = i % HD, there = now + p;
-            if (p < valid && there % CHUNKS == chunk) {
-                float *to = cache + share * size + (int64)(there / CHUNKS) * HD + c;
-                to[0] = key[p * KS + at + c], to[SHARES_OF * size] = value[p * KS + at + c];
+        for (int unit = warp; unit < P * (GROUP_OF + 1); unit += WARPS) {
+            const int p = unit / (GROUP_OF + 1), i = unit % (GROUP_OF + 1), head = head_of * GROUP_OF + i;
+            float *v = i < GROUP_OF ? q + p * QS + head * HD : key + p * KS + at, square = 0.f;
+            for (int c = lane; c < HD; c += 32) square = fmaf(v[c], v[c], square);
+            float scale = QKNORM ? rsqrtf(sum_over<32>(square) * (1.f / HD) + TINY) : 1.f;
+            if (i < GROUP_OF) scale *= own[A_GAIN + head];
+            for (int c = lane; c < HD / 2; c += 32) {
+                float x = v[c] * scale, z = v[c + HD / 2] * scale;
+                float cosine = b.mem[TURN + p * HD + c], sine = b.mem[TURN + p * HD + HD / 2 + c];
+                v[c] = x * cosine - z * sine, v[c + HD / 2] = x * sine + z * cosine;
             }
         }
+        meet();
+        if (share != b.rank) fetch_first(share);
 #pragma unroll 1
         for (int set = 0; set * HELD < QUERIES; set++) {
             float qs[HELD][HE], o[HELD][HE], peak[HELD], sum[HELD];
@@ -85,9 +105,12 @@ template <int P> __forceinline__ void attention(
             }
 #pragma unroll 1
             for (int s = start; s < end; s += ROWS) {
-                const int slot = mine(start) + s - start;
-                if (s != at_slot || share != fetched) row = fetch_row(share, slot);
-                at_slot = s, fetched = share;
+                const int slot = mine(start) + s - start, row = row_of(share, slot);
+                float ks[HE], vs[HE];
+#pragma unroll
+                for (int e = 0; e < HE; e++) ks[e] = rows[0].k[e], vs[e] = rows[0].v[e];
+                if (AHEAD > 1) rows[0] = rows[AHEAD - 1];
+                if (s + AHEAD * ROWS < end) rows[AHEAD - 1] = fetch_row(share, slot + AHEAD * ROWS);
                 if (row >= now && row < now + P)
 #pragma unroll
                     for (int e = 0; e < HE; e++)
@@ -110,6 +133,7 @@ template <int P> __forceinline__ void attention(
                     }
                 }
             }
+            if ((set + 1) * HELD < QUERIES) fetch_first(share);
 #pragma unroll
             for (int i = 0; i < HELD; i++) {
 #pragma unroll
@@ -146,6 +170,15 @@ template <int P> __forceinline__ void attention(
                 put(shares + (share * QUERIES + query) * HD + i % HD, out, peak, sum, b.exchange);
             }
             if (SHARES_OF > CL || QUERIES > HELD) meet();
+        }
+        // For later passes; behind what others wait for.
+#pragma unroll 1
+        for (int i = b.tid; i < P * HD; i += T) {
+            const int p = i / HD, c = i % HD, there = now + p;
+            if (p < valid && there % CHUNKS == chunk) {
+                float *to = cache + share * size + (int64)(there / CHUNKS) * HD + c;
+                to[0] = key[p * KS + at + c], to[SHARES_OF * size] = value[p * KS + at + c];
+            }
         }
     }
     b.take<P * RD * CHUNKS>([&](int i) {

@@ -32,7 +32,7 @@ template <int ROWS_, int COLUMNS_> struct Weights {
     static constexpr int R = parts(ROWS, GROUPS);  // rows of a warp
     // A lane's weights are in registers before their use where there are registers: a product of 32 or 40
     // numbers a lane takes 0.15 us then, and 0.7 to 1.0 us where they are read at their use.
-    static constexpr bool EARLY = R * U <= (PASS > 1 ? 24 : 40);
+    static constexpr bool EARLY = R * U <= (PASS > 1 && !MANY_REGISTERS ? 24 : 40);
     float held[EARLY ? R : 1][EARLY ? U : 1] = {};
     int at = -1, freed;  // of the tiles: the present one, the first that is not yet free
     const float *tile = nullptr;
@@ -169,11 +169,11 @@ struct Block {
         }
     stopped:
         // Nothing may come in when the block has ended: what was asked for and is not used is waited for.
-        wait(over(), 0);
+        wait_for(over(), 0);
         const int over_laps = *ended;
         number -= (int64)over_laps * of_ring;
         for (int i = 0, round = over_laps; number > 0; i + 1 < TILES ? i++ : (i = 0, round++))
-            if (plan()[i].gap) wait(full(i), round & 1), number--;
+            if (plan()[i].gap) wait_for(full(i), round & 1), number--;
     }
 
     // ------------------------------------------------------------------- products
@@ -221,7 +221,7 @@ struct Block {
                 m.at = used + r / Matrix::FIT;
                 let_go(m, m.at);
                 const Tile here = plan()[m.at];
-                wait(full(m.at), here.gap ? parity : 0);
+                wait_for(full(m.at), here.gap ? parity : 0);
                 m.tile = small - SPACE + here.place;
             }
 #pragma unroll
@@ -378,22 +378,33 @@ struct Block {
 
     // A number of a layer's state after byte p of the pass.
     template <int P> __forceinline__ void keep(float *at, float value, int p) {
-        *at = value;
+        if (p == P - 1) *at = value;
         if (P > 1) trail[p * STATE + (int)(at - (mem + STATES))] = value;
     }
 
-    // Causal convolution and SiLU of one channel of byte p; tail (K - 1, width), w (K).
-    template <int P>
-    __forceinline__ float convolve(const float *w, float bias, float *tail, int width, float value, int p) {
-        float sum = fmaf(w[K - 1], value, bias), old[K];
+    // Causal convolution and SiLU of one channel: of *value(p) for each byte p of the pass, to done(p, result).
+    // tail (K - 1, width), w (K). All is read before anything is written.
+    template <int P, class Value, class Done>
+    __forceinline__ void convolve(const float *w, float bias, float *tail, int width, Value value, Done done) {
+        float of[K], x[K - 1 + P], sum[P];
 #pragma unroll
-        for (int k = 0; k < K - 1; k++) {
-            old[k] = tail[k * width];
-            sum = fmaf(w[k], old[k], sum);
+        for (int k = 0; k < K; k++) of[k] = w[k];
+#pragma unroll
+        for (int k = 0; k < K - 1; k++) x[k] = tail[k * width];
+#pragma unroll
+        for (int p = 0; p < P; p++) x[K - 1 + p] = *value(p);
+#pragma unroll
+        for (int p = 0; p < P; p++) {
+            sum[p] = fmaf(of[K - 1], x[K - 1 + p], bias);
+#pragma unroll
+            for (int k = 0; k < K - 1; k++) sum[p] = fmaf(of[k], x[p + k], sum[p]);
+            sum[p] *= sigmoid(sum[p]);
         }
 #pragma unroll
-        for (int k = 1; k < K - 1; k++) keep<P>(tail + (k - 1) * width, old[k], p);
-        if (K > 1) keep<P>(tail + (K > 1 ? K - 2 : 0) * width, value, p);
-        return sum * sigmoid(sum);
+        for (int p = 0; p < P; p++) {
+            done(p, sum[p]);
+#pragma unroll
+            for (int k = 0; k < K - 1; k++) keep<P>(tail + k * width, x[p + 1 + k], p);
+        }
     }
 };

@@ -18,12 +18,10 @@ template <int P, bool KIMI_RULE> __forceinline__ void delta(Block &b, float *sta
     meet();
 #pragma unroll 1
     for (int c = b.tid; c < TAPS; c += T)
-#pragma unroll 1
-        for (int p = 0; p < P; p++) {
-            float *const at = local + p * LOCALS + c;
-            const float out = b.convolve<P>(own + D_CONV + c * K, 0.f, state + VC * DK + c, TAPS, *at, p);
-            *(c < 2 * RD ? b.out + p * SENT + c : at) = out;
-        }
+        b.convolve<P>(
+            own + D_CONV + c * K, 0.f, state + VC * DK + c, TAPS,
+            [&](int p) { return local + p * LOCALS + c; },
+            [&](int p, float v) { (c < 2 * RD ? b.out + p * SENT : local + p * LOCALS)[c] = v; });
 #pragma unroll 1
     for (int i = b.tid; i < P * (SENT - 2 * RD); i += T) {
         const int p = i / (SENT - 2 * RD), r = i % (SENT - 2 * RD);

@@ -3,19 +3,24 @@
 constexpr int XR = R + 2 * N, RX = parts(XR, CL), G = power(N) < 16 ? power(N) : 16;
 constexpr int US = pad(CL * DC), WS = CL * RX, NE = parts(N, G);  // states of a thread
 
+// Bytes of a pass of P whose steps a thread's registers hold: a divisor of P.
+constexpr int together(int P) { return P * NE <= 16 ? P : 1; }
+
 template <int P> __forceinline__ void mamba(Block &b, float *state) {
     float *const all_u = b.mem + ALL_U, *const low = b.mem + LOW, *const local = b.mem + LOCAL;
     const float *own = b.own;
+    constexpr int BYTES = together(P);
     b.rows_normed<2 * DC, P>([&](int r, int p, float v) { local[p * LOCALS + r] = v + own[OWN + r]; });
     b.settle<2 * DC * P>();
 #pragma unroll 1
     for (int c = b.tid; c < DC; c += T)
-#pragma unroll 1
-        for (int p = 0; p < P; p++) {
-            float *const at = local + p * LOCALS + c;
-            const float u = b.convolve<P>(own + M_CONV + c * K, own[M_CONV_BIAS + c], state + DC * N + c, DC, *at, p);
-            b.out[p * DC + c] = *at = u, at[DC] *= sigmoid(at[DC]);
-        }
+        b.convolve<P>(
+            own + M_CONV + c * K, own[M_CONV_BIAS + c], state + DC * N + c, DC,
+            [&](int p) { return local + p * LOCALS + c; },
+            [&](int p, float u) {
+                float *const at = local + p * LOCALS + c;
+                b.out[p * DC + c] = at[0] = u, at[DC] *= sigmoid(at[DC]);
+            });
     b.give<DC, P, DC>();
     Weights<RX + (R ? 0 : DC), CL * DC> projections;
     b.fetch(projections);
@@ -29,27 +34,52 @@ template <int P> __forceinline__ void mamba(Block &b, float *state) {
     for (int start = 32 * b.warp; start < DC * G; start += T) {
         const int g = b.lane % G, c = min((start + b.lane) / G, DC - 1);
         const bool there = start + b.lane < DC * G;
-        float h[NE];
+        float h[NE], rate[NE];
 #pragma unroll
-        for (int e = 0; e < NE; e++) h[e] = g + e * G < N ? state[c * N + g + e * G] : 0.f;
+        for (int e = 0; e < NE; e++) {
+            const int n = g + e * G;
+            h[e] = n < N ? state[c * N + n] : 0.f, rate[e] = n < N ? own[M_RATE + c * N + n] : 0.f;
+        }
 #pragma unroll 1
-        for (int p = 0; p < P; p++) {
-            const float *in = low + p * WS;
-            const float u = local[p * LOCALS + c];
-            float sum = 0.f, out = 0.f;
-            for (int r = g; r < R; r += G) sum = fmaf(own[M_DT + c * R + r], in[r], sum);
-            sum = R ? sum_over<G>(sum) : b.mem[STEP + p * DC + c];
-            const float dt = softplus(sum + own[M_DT_BIAS + c]);
+        for (int first = 0; first < P; first += BYTES) {
+            // What does not depend on the state, of all bytes; the states one after another; their sums.
+            float dt[BYTES], u[BYTES], out[BYTES], decay[BYTES][NE], add[BYTES][NE], read[BYTES][NE];
 #pragma unroll
-            for (int e = 0; e < NE; e++) {
-                const int n = g + e * G;
-                if (n >= N) continue;
-                h[e] = fmaf(exp2f(dt * own[M_RATE + c * N + n]), h[e], dt * u * in[R + n]);
-                if (there) b.keep<P>(state + c * N + n, h[e], p);
-                out = fmaf(in[R + N + n], h[e], out);
+            for (int i = 0; i < BYTES; i++) {
+                const float *in = low + (first + i) * WS;
+                float sum = 0.f;
+                for (int r = g; r < R; r += G) sum = fmaf(own[M_DT + c * R + r], in[r], sum);
+                sum = R ? sum_over<G>(sum) : b.mem[STEP + (first + i) * DC + c];
+                dt[i] = softplus(sum + own[M_DT_BIAS + c]), u[i] = local[(first + i) * LOCALS + c];
+#pragma unroll
+                for (int e = 0; e < NE; e++) {
+                    const int n = g + e * G;
+                    decay[i][e] = exp2f(dt[i] * rate[e]);
+                    add[i][e] = n < N ? dt[i] * u[i] * in[R + n] : 0.f, read[i][e] = n < N ? in[R + N + n] : 0.f;
+                }
             }
-            out = fmaf(own[M_SKIP + c], u, sum_over<G>(out)) * local[p * LOCALS + DC + c];
-            if (there && g == 0) b.out[p * DC + c] = out;
+#pragma unroll
+            for (int i = 0; i < BYTES; i++) {
+                float sum = 0.f;
+#pragma unroll
+                for (int e = 0; e < NE; e++) {
+                    h[e] = fmaf(decay[i][e], h[e], add[i][e]);
+                    sum = fmaf(read[i][e], h[e], sum);
+                    if (P > 1) add[i][e] = h[e];  // what is kept
+                }
+                out[i] = sum;
+            }
+#pragma unroll
+            for (int i = 0; i < BYTES; i++)
+                out[i] = fmaf(own[M_SKIP + c], u[i], sum_over<G>(out[i])) * local[(first + i) * LOCALS + DC + c];
+#pragma unroll
+            for (int i = 0; i < BYTES; i++) {
+#pragma unroll
+                for (int e = 0; e < NE; e++)
+                    if (there && g + e * G < N)
+                        b.keep<P>(state + c * N + g + e * G, P > 1 ? add[i][e] : h[e], first + i);
+                if (there && g == 0) b.out[(first + i) * DC + c] = out[i];
+            }
         }
     }
     b.give<DC, P, DC * G>();

@@ -11,13 +11,12 @@ template <int P> __forceinline__ void mamba2(Block &b, float *state) {
     meet();
 #pragma unroll 1
     for (int c = b.tid; c < DC + RB; c += T)
-#pragma unroll 1
-        for (int p = 0; p < P; p++) {
-            float *const at = local + p * LOCALS + (c < DC ? c : c + DC);
-            const float out = b.convolve<P>(own + S_CONV + c * K, own[S_CONV_BIAS + c], state + DC * SN + c,
-                                            DC + RB, *at, p);
-            *(c < DC ? at : b.out + p * (RB + RH) + c - DC) = out;
-        }
+        b.convolve<P>(
+            own + S_CONV + c * K, own[S_CONV_BIAS + c], state + DC * SN + c, DC + RB,
+            [&](int p) { return local + p * LOCALS + (c < DC ? c : c + DC); },
+            [&](int p, float v) {
+                *(c < DC ? local + p * LOCALS + c : b.out + p * (RB + RH) + c - DC) = v;
+            });
 #pragma unroll 1
     for (int i = b.tid; i < P * RH; i += T)
         b.out[i / RH * (RB + RH) + RB + i % RH] = local[i / RH * LOCALS + 2 * DC + RB + i % RH];

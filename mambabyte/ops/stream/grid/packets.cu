@@ -1,4 +1,4 @@
-// Packets that blocks exchange through L2, and barriers in shared memory.
+// Packets that blocks exchange through L2, barriers in shared memory, and who has which registers.
 
 struct Packet { float a, b, c; unsigned exchange; };  // three numbers and the number of their exchange
 
@@ -28,6 +28,31 @@ __forceinline__ bool is_there(unsigned bar, unsigned parity) {
     return done;
 }
 
+// Until a barrier of this block alone has that phase. `wait` acquires for a cluster, which throws away
+// what the multiprocessor has cached.
+__forceinline__ void wait_for(unsigned bar, unsigned parity) {
+    while (!is_there(bar, parity)) {
+    }
+}
+
 __forceinline__ void arrive_at(unsigned bar) {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+
+// Four warps (as many hand over registers together) are beside those that compute. Twelve warps begin with
+// 168 registers a thread; those beside keep 24, so that the others have 240 and passes of several bytes spill
+// little. Only machine code of an architecture's own, such as sm_90a, can do that.
+constexpr int BESIDE = 128;
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool MANY_REGISTERS = true;
+#else
+constexpr bool MANY_REGISTERS = false;
+#endif
+
+template <int COUNT> __forceinline__ void keep_registers() {
+    if constexpr (MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT> __forceinline__ void take_registers() {
+    if constexpr (MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }

@@ -13,10 +13,11 @@ from mambabyte.ops.build.kernel import Program
 from mambabyte.ops.stream.cuda import ACTIVATIONS
 from mambabyte.ops.stream.feeding import VOCABULARY
 
-THREADS = 256  # of a block that compute; a warp more asks for tiles
+THREADS = 256  # of a block that compute
+BESIDE = 128  # one of which asks for tiles; see packets.cu
 PAST = 4096  # bytes in which a guess is looked for; a power of two
 COPIES = 2  # of a packet that is exchanged: so many fewer blocks look at each
-WORDS = 12  # of an order to a kernel that stays
+WORDS = 16  # of an order to a kernel that stays
 
 
 def pad(n: int) -> int:
@@ -159,7 +160,7 @@ def program(constants: tuple[tuple[str, float], ...], shared_bytes: int) -> Buil
         *(f"stream/grid/{name}.cu" for name in (
             "packets", "block", "mamba", "attention", "mamba2", "mamba3", "delta")),
         "stream/hybrid.cu", names=("stream_hybrid",),
-        options=(f"-DSIZES={sizes}",))
+        options=(f"-DSIZES={sizes}",), own=True)
     return Built(made, space, 4 * (space + z["RESIDENT"] + at), packets)
 
 
