@@ -39,7 +39,8 @@ COMMANDS = {
 # These read and write beside the sources: notebooks/, data/ and reports/ are in no wheel.
 IN_CHECKOUT = ("study", "sweep", "report")
 ROOT = Path(__file__).resolve().parents[2]
-INTERRUPTED = "interrupted; what was finished is kept"
+INTERRUPTED = "interrupted"
+KEEPING = ("train", "study", "sweep")  # these leave what was finished in their folders
 
 
 # For bash, and for zsh after `autoload bashcompinit && bashcompinit`.
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        _say(INTERRUPTED)
+        _say(INTERRUPTED + "; what was finished is kept" * any(args[:1] == [name] for name in KEEPING))
         return 130
     except BrokenPipeError:  # the reader went away, as in `mambabyte generate | head`
         _discard(sys.stdout)

@@ -74,6 +74,18 @@ def test_every_action_has_help_with_an_example(command, action, capsys):
     assert any(re.match(f"    .* {command} {action}", f"{line} ") for line in above)
 
 
+@pytest.mark.parametrize(("command", "kept"), [("corpus", False), ("ngram", False),
+                                               ("study", True), ("train", True)])
+def test_an_interruption_says_what_is_kept_where_something_is(command, kept, capsys, monkeypatch):
+    """A count, a score or a table of timings is gone, and was said to be kept."""
+    def stop(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module(COMMANDS[command][0]), "run", stop)
+    assert main([command]) == 130
+    assert capsys.readouterr().err == "interrupted" + "; what was finished is kept" * kept + "\n"
+
+
 def test_usage_and_version(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from analysis.cli.console import escaped, one_line
+from analysis.cli.console import escaped, one_line, say
 from analysis.cli.options import POSITIONAL, cell, print_result, subcommand
 from analysis.cli.parser import Action
 from mambabyte.config.checks import CountOrNone, entries
@@ -176,6 +176,7 @@ def sample(run: Training, count: int) -> str:
 
     if not saved(run.folder):
         return ""
+    say(f"drawing {count:,} bytes from {run.folder}")
     return escaped(
         "".join(generate(load_model(run.folder), b"", count, temperature=0.8, seed=0)))
 

@@ -71,6 +71,7 @@ def start_in(
     UserError where the child fails."""
     folder.mkdir(exist_ok=True)
     (folder / "text.txt").write_bytes(data)
+    say(f"{name}, {way}, {caches}: starting")
     marks = _child(name, way, device, folder)
     said = ", ".join(f"{mark['mark']} {mark['seconds']:.2f} s" for mark in marks)
     say(f"{name}, {way}, {caches}: {said}")

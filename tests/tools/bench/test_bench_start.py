@@ -74,7 +74,9 @@ def test_cold_starts_come_first_and_warm_ones_find_what_they_left(
     command = ["bench", "start", "--device", "cpu", "--corpus", __file__, "--json", "--systems"]
     assert main([*command, "smoke", "mamba_byte"]) == 0
     assert seen == [("smoke", False), ("mamba_byte", False), ("smoke", True), ("mamba_byte", True)]
-    rows = json.loads(capsys.readouterr().out)["starts"]
+    out, err = capsys.readouterr()
+    rows = json.loads(out)["starts"]
+    assert "smoke, eager, cold: starting" in err  # a start takes a while
     assert [row["caches"] for row in rows[:: len(MARKS)]] == ["cold", "cold", "warm", "warm"]
     assert main([*command, "smoke", "--caches", "warm"]) == 0
     assert {row["caches"] for row in json.loads(capsys.readouterr().out)["starts"]} == {"warm"}
