@@ -40,7 +40,7 @@ COMMANDS = {
 IN_CHECKOUT = ("study", "sweep", "report")
 ROOT = Path(__file__).resolve().parents[2]
 INTERRUPTED = "interrupted"
-KEEPING = ("train", "study", "sweep")  # these leave what was finished in their folders
+KEEPING = {"train", "study", "sweep"}  # these leave what was finished in their folders
 
 
 # For bash, and for zsh after `autoload bashcompinit && bashcompinit`.
@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        _say(INTERRUPTED + "; what was finished is kept" * any(args[:1] == [name] for name in KEEPING))
+        kept = "; what was finished is kept" if KEEPING & {*args[:1]} else ""
+        _say(f"{INTERRUPTED}{kept}")
         return 130
     except BrokenPipeError:  # the reader went away, as in `mambabyte generate | head`
         _discard(sys.stdout)
