@@ -177,6 +177,22 @@ def whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def chosen_form(operator: str, form: str, forms: Iterable[str], length: int) -> str:
+    """``form``, or what "auto" stands for: "fused", and for a single step "recurrent". UserError
+    where the ``operator`` has no such form."""
+    if form not in ("auto", *forms):
+        raise UserError(f"{operator} form {form!r} is unknown: choose auto, {', '.join(forms)}")
+    if form == "auto":
+        return "recurrent" if length == 1 else "fused"
+    return form
+
+
+def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What to compute in: float32, or float64 where any of the tensors is."""
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
 def check_chunk_size(chunk_size: int | None) -> None:
     """Raise UserError for what is no chunk size; None, a form's own, is one."""
     if chunk_size is not None and (not whole(chunk_size) or chunk_size < 1):

@@ -13,13 +13,14 @@ from mambabyte.ops.arguments import (
     ages_of,
     check_chunk_size,
     check_tensors,
+    chosen_form,
+    wide_dtype,
     without_autocast,
 )
 from mambabyte.ops.delta.chunked import CHUNK, chunked_delta
 from mambabyte.ops.delta.operator import fused_delta
 from mambabyte.ops.delta.recurrent import recurrent_delta
 from mambabyte.ops.ssd.decay import without_past
-from mambabyte.ops.ssd.dispatch import wide_dtype
 
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "recurrent": recurrent_delta, "chunked": chunked_delta}
@@ -64,9 +65,6 @@ def gated_delta_rule(
 
     Raises UserError for shapes that do not agree, an unknown form, or a chunk size below 1.
     """
-    if form not in ("auto", "fused", *FORMS):
-        raise UserError(
-            f"delta rule form {form!r} is unknown: choose auto, fused, {', '.join(FORMS)}")
     for name, tensor in (("k", k), ("v", v), ("log_decay", log_decay)):
         check_tensors(name, tensor, None, FLOATS)
     if k.ndim != 4 or k.shape[1] < 1:
@@ -83,8 +81,7 @@ def gated_delta_rule(
         ("log_decay", log_decay, gates if log_decay.ndim == 3 else tuple(k.shape), None),
         ("initial_state?", initial_state, (batch, heads, keys, v.shape[3]), None)))
     check_chunk_size(chunk_size)
-    if form == "auto":
-        form = "recurrent" if length == 1 else "fused"
+    form = chosen_form("delta rule", form, ("fused", *FORMS), length)
 
     wide = wide_dtype(q, k, v, log_decay, beta, initial_state)
     ages = ages_of(document_starts, ages, v)

@@ -14,6 +14,8 @@ from mambabyte.ops.arguments import (
     check_chunk_size,
     check_flag,
     check_tensors,
+    chosen_form,
+    wide_dtype,
     without_autocast,
 )
 from mambabyte.ops.ssd.chunked import CHUNK, chunked_ssd
@@ -77,8 +79,6 @@ def ssd_scan(
 
     Raises UserError for shapes that do not agree, an unknown form, or a chunk size below 1.
     """
-    if form not in ("auto", "fused", *FORMS):
-        raise UserError(f"SSD form {form!r} is unknown: choose auto, fused, {', '.join(FORMS)}")
     check_tensors("x", x, None, FLOATS)
     check_tensors("B", B, None, FLOATS)
     check_heads(x, B)
@@ -90,8 +90,7 @@ def ssd_scan(
         ("initial_state?", initial_state, (batch, heads, channels, B.shape[3]), None)))
     check_chunk_size(chunk_size)
     check_flag("dt_softplus", dt_softplus)
-    if form == "auto":
-        form = "recurrent" if length == 1 else "fused"
+    form = chosen_form("SSD", form, ("fused", *FORMS), length)
 
     # Autocast would take the products to bf16; the state accumulates in float32 or better.
     with without_autocast(x.device):
@@ -117,9 +116,3 @@ def ssd_scan(
         if skip is not None:
             y = y + skip[:, None] * u
         return y.to(x.dtype), state
-
-
-def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """What to compute in: float32, or float64 where any of the tensors is."""
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if wide else torch.float32

@@ -13,11 +13,13 @@ from mambabyte.ops.arguments import (
     ages_of,
     check_chunk_size,
     check_tensors,
+    chosen_form,
+    wide_dtype,
     without_autocast,
 )
 from mambabyte.ops.ssd.chunked import CHUNK, chunked_ssd
 from mambabyte.ops.ssd.decay import without_past
-from mambabyte.ops.ssd.dispatch import check_heads, wide_dtype
+from mambabyte.ops.ssd.dispatch import check_heads
 from mambabyte.ops.ssd.mamba3.operator import (
     check_shapes,
     composed,
@@ -69,9 +71,8 @@ def mamba3_scan(
     be of any size. Raises UserError for shapes that do not agree, an unknown form, or a chunk size
     below 1.
     """
-    _check(x, dt, log_decay, B, C, theta, mix, D, B_bias, C_bias, initial_state, form, chunk_size)
-    if form == "auto":
-        form = "recurrent" if x.shape[1] == 1 else "fused"
+    _check(x, dt, log_decay, B, C, theta, mix, D, B_bias, C_bias, initial_state, chunk_size)
+    form = chosen_form("Mamba-3", form, FORMS, x.shape[1])
     with without_autocast(x.device):
         wide = wide_dtype(x, dt, log_decay, B, C, theta, mix, *(initial_state or ()))
         ages = ages_of(document_starts, ages, x)
@@ -97,11 +98,9 @@ def mamba3_scan(
 def _check(
     x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, theta: Tensor, mix: Tensor,
     D: Tensor | None, B_bias: Tensor | None, C_bias: Tensor | None, state: Mamba3State | None,
-    form: str, chunk_size: int | None,
+    chunk_size: int | None,
 ) -> None:  # fmt: skip
     """Raise UserError for what :func:`mamba3_scan` does not take."""
-    if form not in ("auto", *FORMS):
-        raise UserError(f"Mamba-3 form {form!r} is unknown: choose auto, {', '.join(FORMS)}")
     check_tensors("x", x, None, FLOATS)
     check_tensors("B", B, None, FLOATS)
     check_tensors("theta", theta, None, FLOATS)
