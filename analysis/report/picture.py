@@ -9,6 +9,7 @@ from pathlib import Path
 
 from analysis.plots.svg import svg
 from analysis.report import decisions, headlines
+from analysis.report.parts import page_tables
 from analysis.report.parts.comparisons import comparisons
 from analysis.runs.folders import Run
 from analysis.runs.records import RECORDS, load_records
@@ -19,9 +20,10 @@ NAME = "comparisons.sides"
 _WORDS = re.compile(r"<text[^>]*>(.*?)</text>", re.S)
 
 
-def write_readme(readme: Path, records_root: Path | str = RECORDS) -> tuple[Path, Path]:
-    """Puts the records' tables into a README in place of those it has, and the picture into its
-    docs/headlines.svg. UserError where a record is missing, or the README has no such table."""
+def write_readme(readme: Path, records_root: Path | str = RECORDS) -> list[Path]:
+    """Puts the records' tables into a README in place of those it has, the picture into its
+    docs/headlines.svg, and the records' numbers into the tables of docs/. UserError where a record
+    is missing, or a page has no such table."""
     records = load_records(records_root)
     text = readme.read_text(encoding="utf-8")
     for new in (headlines.table(headlines.load_headlines(records)),
@@ -35,7 +37,7 @@ def write_readme(readme: Path, records_root: Path | str = RECORDS) -> tuple[Path
     for path, content in ((drawn, picture(records)), (readme, text)):
         with whole_file(path) as temporary:
             temporary.write_text(content, encoding="utf-8")
-    return readme, drawn
+    return [readme, drawn, *page_tables.write_pages(drawn.parent, records)]
 
 
 def picture(records: Mapping[str, Run]) -> str:

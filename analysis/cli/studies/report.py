@@ -6,7 +6,7 @@
 
 A number of the prose that is missing, not measured or older than its sources stops the build with
 the command that would mend it; --draft marks such places instead. --readme writes the tables and
-the picture of the README from the records, and nothing else.
+the picture of the README, and the tables of docs/ beside it, from the records, and nothing else.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Options:
     draft: bool = False
     """Build although numbers are missing or stale, and mark them."""
     readme: Path | None = None
-    """Write the tables of the records into this README, and their picture into docs/headlines.svg
-    beside it; build no report."""
+    """Write the tables of the records into this README, their picture into docs/headlines.svg
+    beside it, and their numbers into the tables of its docs/; build no report."""
 
 
 def run(argv: list[str]) -> int:
