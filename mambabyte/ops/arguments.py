@@ -177,6 +177,11 @@ def whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def address(x: Tensor | None) -> int:
+    """Where the numbers of a tensor begin, for native code; None is a null pointer."""
+    return 0 if x is None else x.data_ptr()
+
+
 def chosen_form(operator: str, form: str, forms: Iterable[str], length: int) -> str:
     """``form``, or what "auto" stands for: "fused", and for a single step "recurrent". UserError
     where the ``operator`` has no such form."""

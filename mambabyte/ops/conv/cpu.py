@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mambabyte.errors import UserError
+from mambabyte.ops.arguments import address
 from mambabyte.ops.build import c as native_build
 from mambabyte.ops.library import constant_in_graphs
 
@@ -59,8 +60,8 @@ def _call(function: str, x: Tensor, weight: Tensor, bias: Tensor | None, tail: T
     getattr(library, function)(_pack(
         batch, length, channels, weight.shape[1], silu, torch.get_num_threads(),
         *x.stride()[:2], *strides,
-        *(0 if t is None else t.data_ptr() for t in (x, tail, weight, bias, y, dy, *outputs)),
-        *(0,) * (4 - len(outputs)), 0 if ages is None else ages.data_ptr()))
+        *(address(t) for t in (x, tail, weight, bias, y, dy, *outputs)),
+        *(0,) * (4 - len(outputs)), address(ages)))
 
 
 def _unit(x: Tensor) -> Tensor:

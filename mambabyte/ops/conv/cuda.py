@@ -10,6 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
+from mambabyte.ops.arguments import address
 from mambabyte.ops.build.kernel import Kernel, Program, raw_stream
 
 ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float"}
@@ -77,6 +78,12 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool,
     ages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """The causal depthwise convolution of x (B, L, D) on a GPU, with SiLU behind it where ``silu``.
+
+    weight (D, K) and bias (D,) in float32, tail (B, K - 1, D) what came before x, None where
+    nothing did, and ages (B, L) uint8 as of ``document_ages``. Returns y (B, L, D) and the last
+    K - 1 inputs, both in x's dtype.
+    """
     batch, length, channels = x.shape
     taps, device = weight.shape[1], x.device.index
     x, weight = _rows(x), weight.contiguous()
@@ -89,7 +96,7 @@ def forward(
     kernel = _kernel("conv_forward", x.dtype, taps, width, device)
     kernel.launch(
         (-(-threads // _THREADS), 1, 1), (_THREADS, 1, 1), 0, raw_stream(device),
-        x.data_ptr(), weight.data_ptr(), _pointer(bias), _pointer(tail), _pointer(ages),
+        x.data_ptr(), weight.data_ptr(), address(bias), address(tail), address(ages),
         y.data_ptr(), last.data_ptr(), x.stride(0), x.stride(1), threads, length, channels, steps,
         silu,
     )  # fmt: skip
@@ -120,8 +127,8 @@ def backward(
     kernel = _kernel("conv_backward", x.dtype, taps, width, device)
     kernel.launch(
         (-(-threads // _THREADS), 1, 1), (_THREADS, 1, 1), 0, raw_stream(device),
-        dy.data_ptr(), _pointer(dlast), x.data_ptr(), weight.data_ptr(), _pointer(bias),
-        _pointer(tail), _pointer(ages), dx.data_ptr(), 0 if tail is None else dtail.data_ptr(),
+        dy.data_ptr(), address(dlast), x.data_ptr(), weight.data_ptr(), address(bias),
+        address(tail), address(ages), dx.data_ptr(), 0 if tail is None else dtail.data_ptr(),
         partial.data_ptr(),
         dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), dx.stride(0), dx.stride(1), threads,
         length, channels, steps, silu,
@@ -134,7 +141,3 @@ def backward(
         (taps + 1) * channels,
     )  # fmt: skip
     return dx, dweight, weight.new_empty(0) if bias is None else dbias, dtail
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

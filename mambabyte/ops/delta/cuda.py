@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mambabyte.ops.arguments import address
 from mambabyte.ops.build.kernel import Kernel, Program, raw_stream
-from mambabyte.ops.ssd.cuda import aligned_rows, pointer
+from mambabyte.ops.ssd.cuda import aligned_rows
 
 CHANNELS = 64  # key and value channels of a head, the one number there is a kernel for
 CHUNK = 64  # steps, and rows of a tile
@@ -114,15 +115,15 @@ def forward(
     p.launch(
         "delta_pairs", p.blocks, (5 if p.by_channel else 4) * _TILE,
         p.q.data_ptr(), p.k.data_ptr(), p.log_decay.data_ptr(), p.beta.data_ptr(),
-        pointer(p.ages), *kept.of_chunks(), *p.steps)
+        address(p.ages), *kept.of_chunks(), *p.steps)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     last = p.state()
     initial = None if initial_state is None else initial_state.contiguous()
     p.launch(
         "delta_forward", p.batch * p.heads, p.pass_shared(),
         p.q.data_ptr(), p.k.data_ptr(), v.data_ptr(), *kept.of_chunks(),
-        pointer(initial), o.data_ptr(), pointer(kept.missing if save else None),
-        pointer(kept.carries if save else None), last.data_ptr(), *p.steps, *v.stride()[:3])
+        address(initial), o.data_ptr(), address(kept.missing if save else None),
+        address(kept.carries if save else None), last.data_ptr(), *p.steps, *v.stride()[:3])
     return o, last, *(kept if save else Kept.nothing(q))
 
 
@@ -142,14 +143,14 @@ def backward(
     p.launch(
         "delta_backward", p.batch * p.heads, p.pass_shared(),
         p.q.data_ptr(), p.k.data_ptr(), do.data_ptr(), *saved.of_chunks(),
-        pointer(dlast), dv.data_ptr(), dcarries.data_ptr(), dinitial.data_ptr(), *p.steps,
+        address(dlast), dv.data_ptr(), dcarries.data_ptr(), dinitial.data_ptr(), *p.steps,
         *do.stride()[:3])
     dq, dk = (torch.empty(v.shape, dtype=q.dtype, device=q.device) for _ in range(2))
     dlog_decay, dbeta = torch.empty_like(p.log_decay), torch.empty_like(p.beta)
     p.launch(
         "delta_gradients", p.blocks, (11 if p.by_channel else 7) * _TILE,
         p.q.data_ptr(), p.k.data_ptr(), do.data_ptr(), dv.data_ptr(), p.log_decay.data_ptr(),
-        p.beta.data_ptr(), pointer(p.ages), saved.missing.data_ptr(), saved.carries.data_ptr(),
+        p.beta.data_ptr(), address(p.ages), saved.missing.data_ptr(), saved.carries.data_ptr(),
         dcarries.data_ptr(), dq.data_ptr(), dk.data_ptr(), dlog_decay.data_ptr(),
         dbeta.data_ptr(), *p.steps, *do.stride()[:3])
     return dq, dk, dv, dlog_decay, dbeta, None if initial_state is None else dinitial

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambabyte.ops.arguments import address
 from mambabyte.ops.build.kernel import Kernel, Program, raw_stream
 from mambabyte.ops.conv.cuda import ELEMENTS
 
@@ -53,15 +54,18 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def mamba_step(
     x: Tensor, z: Tensor, tail: Tensor, state: Tensor, conv_weight: Tensor,
     conv_bias: Tensor | None, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor,
     D: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One time step of Mamba between its projections, on a GPU: two kernels.
+
+    x and z (B, D), halves of in_proj's output; tail (B, K - 1, D) and state (B, D, N) of before;
+    conv_weight (D, K), conv_bias (D,), x_proj (R + 2N, D), dt_proj (D, R), dt_bias and D (D,), and
+    A (D, N). Returns out_proj's input (B, D) in x's dtype, the new tail, and the new state in
+    float32.
+    """
     (batch, channels), device = x.shape, x.device.index
     (states, rank), taps = (A.shape[1], dt_proj.shape[1]), conv_weight.shape[1]
     many = batch * x_proj.numel() > MOST_READS
@@ -84,7 +88,7 @@ def mamba_step(
     first, second = _step_kernels(x.dtype, x_proj.dtype, states, device)
     first.launch(
         (slices, batch, 1), (256, 1, 1), 0, stream,
-        x.data_ptr(), tail.data_ptr(), conv_weight.data_ptr(), _pointer(conv_bias),
+        x.data_ptr(), tail.data_ptr(), conv_weight.data_ptr(), address(conv_bias),
         x_proj.data_ptr(), new_tail.data_ptr(), u, parts,
         x.stride(0), channels, rows, taps, aligned,
     )  # fmt: skip
@@ -122,6 +126,9 @@ def scan_step(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     z: Tensor | None, delta_bias: Tensor | None, state: Tensor, delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One time step of the selective scan on a GPU, arguments as of ``selective_scan_step``: u,
+    delta and z (B, D), B and C (B, N), A (D, N), D and delta_bias (D,), state (B, D, N). Returns y
+    in u's dtype and the new state in float32."""
     (batch, channels), states, device = u.shape, A.shape[1], u.device.index
     u, delta, B, C = (_rows(t.to(u.dtype)) for t in (u, delta, B, C))
     z = None if z is None else _rows(z.to(u.dtype))
@@ -131,8 +138,8 @@ def scan_step(
     new_state = torch.empty_like(state)
     _scan_kernel(u.dtype, device).launch(
         (-(-batch * channels * _LANES // 128), 1, 1), (128, 1, 1), 0, raw_stream(device),
-        u.data_ptr(), delta.data_ptr(), A.data_ptr(), B.data_ptr(), C.data_ptr(), _pointer(D),
-        _pointer(z), _pointer(delta_bias), state.data_ptr(), y.data_ptr(), new_state.data_ptr(),
+        u.data_ptr(), delta.data_ptr(), A.data_ptr(), B.data_ptr(), C.data_ptr(), address(D),
+        address(z), address(delta_bias), state.data_ptr(), y.data_ptr(), new_state.data_ptr(),
         u.stride(0), delta.stride(0), B.stride(0), C.stride(0), 0 if z is None else z.stride(0),
         batch * channels, channels, states, delta_softplus,
     )  # fmt: skip

@@ -72,6 +72,7 @@ def check(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor | None,
     dt_bias: Tensor, A: Tensor, D: Tensor, ages: Tensor | None,
 ) -> None:  # fmt: skip
+    """Raise UserError for shapes, dtypes or devices that :func:`fused_mixer` does not take."""
     if xz.ndim != 3 or not xz.shape[1] * xz.shape[2] or xz.shape[2] % 2:
         raise UserError(f"xz has shape {tuple(xz.shape)}: expected (batch, length, 2 channels), "
                         "the last two at least 1")
@@ -147,6 +148,7 @@ def forward(
 
 
 def backward(*args: Any) -> Tensors:
+    """:func:`gradients` of a sequence that begins without a state: those of the inputs alone."""
     return gradients(*args)[:-1]
 
 

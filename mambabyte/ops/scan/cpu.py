@@ -21,6 +21,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from mambabyte.ops.arguments import address
 from mambabyte.ops.build import c as native_build
 
 __all__ = ["available", "backward", "conv_step", "forward", "saved_shape", "scan_step"]
@@ -112,10 +113,6 @@ def _plain(x: Tensor | None, real: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(real).contiguous()
 
 
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def _stream_dtype(x: Tensor, real: torch.dtype) -> torch.dtype:
     """The type in which the C code writes what the caller sees in ``x.dtype``."""
     return x.dtype if x.dtype == torch.bfloat16 and real == torch.float32 else real
@@ -150,9 +147,9 @@ def forward(
     words = _pack(
         *(batch, length, channels, d_state, delta_softplus, torch.get_num_threads()),
         *(word for x in (*inputs, y) for word in _words(x)),
-        *(_pointer(x) for x in (*params, last)),
+        *(address(x) for x in (*params, last)),
         saved.data_ptr() if save else 0,
-        _pointer(ages),
+        address(ages),
         *(0,) * (_BACKWARD_WORDS - _FORWARD_WORDS),
     )
     if _library(real == torch.float64).forward(words):
@@ -205,9 +202,9 @@ def backward(
         words = _pack(
             *(batch, length, channels, d_state, delta_softplus, torch.get_num_threads()),
             *(word for x in (*inputs, None) for word in _words(x)),
-            *(_pointer(x) for x in (*params, None, None, saved, ages)),
+            *(address(x) for x in (*params, None, None, saved, ages)),
             *(word for x in (dout, du, ddelta, dz, dB, dC) for word in _words(x)),
-            *(_pointer(x) for x in (dA, dD, dbias, dh0, dlast, part_bc, part_a)),
+            *(address(x) for x in (dA, dD, dbias, dh0, dlast, part_bc, part_a)),
         )
         if _library(real == torch.float64).backward(words):
             raise MemoryError("native selective scan: no scratch memory")
@@ -259,9 +256,8 @@ def scan_step(
         batch, channels, d_state, delta_softplus, torch.get_num_threads() if batch > 1 else 1,
         u.dtype is half, delta.dtype is half, B.dtype is half, C.dtype is half,
         z is not None and z.dtype is half, u.data_ptr(), delta.data_ptr(), B.data_ptr(),
-        C.data_ptr(), 0 if z is None else z.data_ptr(), y.data_ptr(), A.data_ptr(),
-        0 if D is None else D.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        0 if h0 is None else h0.data_ptr(), last.data_ptr(),
+        C.data_ptr(), address(z), y.data_ptr(), A.data_ptr(), address(D), address(bias),
+        address(h0), last.data_ptr(),
     )
     if _library(real is torch.float64).scan_step(words):
         raise MemoryError("native selective scan: no scratch memory")
@@ -287,7 +283,7 @@ def conv_step(
     words = _pack_conv(
         x.shape[0], x.shape[-1], weight.shape[-1], x.dtype is torch.bfloat16, x.data_ptr(),
         tail.data_ptr(), y.data_ptr(), tail_out.data_ptr(), weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        address(bias),
     )
     _library(real is torch.float64).conv_step(words)
     return (y, tail_out) if y.dtype is dtype else (y.to(dtype), tail_out.to(dtype))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mambabyte.ops.arguments import address
 from mambabyte.ops.build.kernel import Kernel, Program, raw_stream
 
 CHANNELS = 64  # of a head, the one number there is a kernel for
@@ -83,7 +84,7 @@ def launch(
     """Launch a kernel where ``like`` is, with so much dynamic shared memory; a tensor is passed by
     its address, None as 0."""
     _launch(like.device.index, name, kind, blocks, shared, *(
-        pointer(a) if a is None or isinstance(a, Tensor) else a for a in args))
+        address(a) if a is None or isinstance(a, Tensor) else a for a in args))
 
 
 def _shared(states: int, square: int, deep: int) -> int:
@@ -160,7 +161,7 @@ class _Problem:
             self.device, f"ssd_walk<{self.states}, {str(backward).lower()}>", self.kind, blocks,
             2 * CHUNK * (stages * (CHANNELS + 8 + columns + 8) + columns + 8),
             x.data_ptr(), self.step.data_ptr(), self.log_decay.data_ptr(), B.data_ptr(),
-            pointer(initial), pointer(self.angles), carries.data_ptr(), last.data_ptr(),
+            address(initial), address(self.angles), carries.data_ptr(), last.data_ptr(),
             *x.stride()[:3], *B.stride()[:3], *self.sizes, self.pairs,
             stages,
         )  # fmt: skip
@@ -212,7 +213,7 @@ def forward(
         p.device, p.kind.of("ssd_output"), p.kind, p.blocks // together,
         _shared(p.states, min(together, 2), 3),
         p.x.data_ptr(), p.step.data_ptr(), p.log_decay.data_ptr(), p.B.data_ptr(), p.C.data_ptr(),
-        pointer(D), carries.data_ptr(), pointer(None if turns is None else turns.own), y.data_ptr(),
+        address(D), carries.data_ptr(), address(None if turns is None else turns.own), y.data_ptr(),
         *p.x.stride()[:3], *p.B.stride()[:3],
         *p.C.stride()[:3], *p.sizes, together,
     )  # fmt: skip
@@ -248,9 +249,9 @@ def backward(
     _launch(
         p.device, p.kind.of("ssd_gradients"), p.kind, p.blocks // together, shared,
         dy.data_ptr(), p.x.data_ptr(), p.step.data_ptr(), p.log_decay.data_ptr(), p.B.data_ptr(),
-        p.C.data_ptr(), pointer(D), carries.data_ptr(), dcarries.data_ptr(), pointer(own),
+        p.C.data_ptr(), address(D), carries.data_ptr(), dcarries.data_ptr(), address(own),
         dx.data_ptr(), dstep.data_ptr(), dlog_decay.data_ptr(), dB.data_ptr(), dC.data_ptr(),
-        dD.data_ptr(), pointer(d_own), pointer(d_angle),
+        dD.data_ptr(), address(d_own), address(d_angle),
         *dy.stride()[:3], *p.x.stride()[:3], *p.B.stride()[:3], *p.C.stride()[:3], *p.sizes,
         together, p.pairs,
     )  # fmt: skip
@@ -264,7 +265,3 @@ def backward(
     found = (dx, dstep, dlog_decay, dB, dC,
              None if D is None else dD.sum(0), None if initial_state is None else dinitial)
     return found if turns is None else (*found, d_own, d_angle)
-
-
-def pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambabyte.ops.arguments import check_tensors
+from mambabyte.ops.arguments import address, check_tensors
 from mambabyte.ops.build.kernel import Kernel, Program, raw_stream
 from mambabyte.ops.library import Tensors, define
 from mambabyte.ops.scan.operator import fused_available
@@ -75,10 +75,6 @@ def _launch(device: int, name: str, blocks: int, *args: int) -> None:
     _kernel(name, device).launch((blocks, 1, 1), (_THREADS, 1, 1), 0, raw_stream(device), *args)
 
 
-def _pointers(*tensors: Tensor | None) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
-
-
 def _forward(
     dt: Tensor, A: Tensor, dt_bias: Tensor | None, ages: Tensor | None, softplus: bool
 ) -> Tensors:
@@ -86,7 +82,7 @@ def _forward(
     step, log_decay = (torch.empty(dt.shape, dtype=A.dtype, device=dt.device) for _ in range(2))
     _launch(
         dt.device.index, f"gates<{DTYPES[dt.dtype]}>", -(-dt.numel() // _THREADS),
-        *_pointers(dt, *given, step, log_decay), *dt.stride(), dt.numel(), *dt.shape[1:],
+        *map(address, (dt, *given, step, log_decay)), *dt.stride(), dt.numel(), *dt.shape[1:],
         softplus)
     return step, log_decay
 
@@ -102,7 +98,7 @@ def _backward(
     sums = torch.empty(blocks, 2, heads, device=dt.device)
     _launch(
         dt.device.index, f"gates_backward<{DTYPES[dt.dtype]}>", blocks * heads,
-        *_pointers(dt, *rows, ddt, sums), *dt.stride(), batch * length,
+        *map(address, (dt, *rows, ddt, sums)), *dt.stride(), batch * length,
         length, heads, softplus)
     dA, dbias = sums.sum(0).unbind()
     return ddt, dA, None if dt_bias is None else dbias.clone(), None

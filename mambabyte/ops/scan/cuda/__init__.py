@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import torch
 
+from mambabyte.ops.arguments import address
 from mambabyte.ops.scan.cuda import launch
 from mambabyte.ops.scan.cuda.call import Scan, continuous, rows_of, weights
-from mambabyte.ops.scan.cuda.launch import PROBLEM, UPSTREAM, address, true
+from mambabyte.ops.scan.cuda.launch import PROBLEM, UPSTREAM, true
 from mambabyte.ops.scan.plan import (
     ANY_WARPS,
     CHUNK,

@@ -6,9 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mambabyte.ops.arguments import address
 from mambabyte.ops.scan import plan as cuda_plan
 from mambabyte.ops.scan.cuda import launch
-from mambabyte.ops.scan.cuda.launch import address, true
+from mambabyte.ops.scan.cuda.launch import true
 from mambabyte.ops.scan.plan import (
     CARRY_WARPS,
     CHUNK,

@@ -6,7 +6,6 @@ import ctypes
 import functools
 
 import torch
-from torch import Tensor
 
 from mambabyte.ops.build.kernel import Kernel, Program, encode_tiled, places_parameters, raw_stream
 from mambabyte.ops.scan.plan import BACKWARD_SHAPES, CARRY_WARPS, FORWARD_SHAPES
@@ -84,10 +83,6 @@ def encode(
     taken = encode_tiled(
         device, to, 9, 4, ctypes.c_void_p(address), sizes, steps, box, ones, 0, 0, 2, 0)
     return ctypes.string_at(to, MAP) if taken else b""
-
-
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def true(flag: bool) -> str:

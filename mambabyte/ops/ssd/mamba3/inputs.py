@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambabyte.ops.arguments import check_tensors, without_autocast
+from mambabyte.ops.arguments import address, check_tensors, without_autocast
 from mambabyte.ops.build.kernel import Kernel, Program, raw_stream
 from mambabyte.ops.library import Tensors, define
 from mambabyte.ops.scan.operator import fused_available
@@ -114,10 +114,6 @@ def _sizes(tail: Tensor, parts: list[int], groups: int) -> tuple[float, ...]:
             parts[5], NORM_EPS, LEAST_RATE)
 
 
-def _pointers(*tensors: Tensor | None) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
-
-
 def _forward(
     tail: Tensor, dt_bias: Tensor, B_weight: Tensor, C_weight: Tensor, groups: int
 ) -> Tensors:
@@ -126,7 +122,7 @@ def _forward(
     found = _shapes(tail, dt_bias, B_weight, C_weight, groups)
     _launch(
         tail.device.index, f"inputs_forward<{DTYPES[tail.dtype]}>",
-        -(-tail.shape[0] * tail.shape[1] // _WARPS), 0, *_pointers(tail, *weights, *found),
+        -(-tail.shape[0] * tail.shape[1] // _WARPS), 0, *map(address, (tail, *weights, *found)),
         *_sizes(tail, _parts(tail, dt_bias, B_weight, groups), groups))
     return found
 
@@ -147,7 +143,7 @@ def _backward(
     sums = dt_bias.new_empty(blocks, 2 * states + heads)
     _launch(
         tail.device.index, f"inputs_backward<{DTYPES[tail.dtype]}>", blocks,
-        4 * _WARPS * sums.shape[1], *_pointers(*given, d_tail, sums),
+        4 * _WARPS * sums.shape[1], *map(address, (*given, d_tail, sums)),
         *_sizes(tail, parts, groups))
     of_B, of_C, of_bias = sums.sum(0).split([states, states, heads])
     return d_tail, of_bias.clone(), of_B.clone(), of_C.clone()
