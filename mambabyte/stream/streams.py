@@ -250,8 +250,10 @@ class CharModel:
         if max(leads) <= min(best, self.detail):  # nearly always, in English
             return result
         # Longer characters by best-first search: a prefix's probability bounds what is under it,
-        # so once the bound falls below the best character found, no argmax is missed.
-        frontier = [(-p, bytes([byte])) for byte, p in enumerate(leads, 0xC2)]
+        # so once the bound falls below the best character found, no argmax is missed. What is below
+        # it already is not looked at.
+        frontier = [(-p, bytes([byte])) for byte, p in enumerate(leads, 0xC2)
+                    if p > best or p > self.detail]
         heapq.heapify(frontier)
         while frontier:
             negative, prefix = heapq.heappop(frontier)
@@ -264,7 +266,9 @@ class CharModel:
                 continue
             following = self._run_ahead(prefix).log_probs.exp().tolist()
             for byte in continuation_range(prefix):
-                heapq.heappush(frontier, (-probability * following[byte], prefix + bytes([byte])))
+                bound = probability * following[byte]
+                if bound > best or bound > self.detail:
+                    heapq.heappush(frontier, (-bound, prefix + bytes([byte])))
         return result
 
     def observe(self, char: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import heapq
 import math
 import pickle
 from dataclasses import replace
@@ -187,6 +188,20 @@ def test_predict_equals_brute_force(trained):
         assert all(0 <= p <= 1 for p in got.values())
         # Everything of weight is there.
         assert all(c in got for c, p in expected.items() if p > 0.0101)
+
+
+def test_search_of_longer_characters_keeps_only_what_may_still_win(trained, monkeypatch):
+    kept = []
+    push = heapq.heappush
+    monkeypatch.setattr(heapq, "heappush", lambda heap, item: kept.append(item) or push(heap, item))
+    model, bounds = CharModel(trained), []
+    for char in MULTIBYTE[:40]:
+        best_ascii = max(list(model.predict().values())[:128])
+        bounds += [(-negative, best_ascii) for negative, _ in kept]
+        kept.clear()
+        model.observe(char)
+    assert 0 < len(bounds) < 1000  # 64 would be kept of each prefix that is asked about
+    assert all(bound > min(best, model.detail) for bound, best in bounds)
 
 
 def test_contract_predict_does_not_advance_and_reset_forgets(trained):
