@@ -381,7 +381,9 @@ def describe(row: dict) -> str:
     if row["peak_bytes"] == row["peak_bytes"]:
         text += f", {row['peak_bytes'] / 2**20:.0f} MiB"
     if row["error_output"] == row["error_output"]:
-        text += f", error {row['error_output']:.1e} / {row['error_gradient']:.1e}"
+        text += f", error {row['error_output']:.1e}"
+        if row["error_gradient"] == row["error_gradient"]:  # of a backward pass
+            text += f" / {row['error_gradient']:.1e}"
     return text
 
 

@@ -100,6 +100,12 @@ def test_what_was_timed_before_an_interruption_is_kept(monkeypatch: pytest.Monke
         run_bench([(1, 4, 4)], peers=("chunked",), device="cpu", repeats=2, machine=MACHINE)
 
 
+def test_what_was_not_measured_is_no_nan_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "scan", "--device", "cpu", "--shapes", "1,8,4", "--repeats", "1",
+                 "--peers", "chunked", "mamba_ssm"]) == 0
+    assert "nan" not in capsys.readouterr().out
+
+
 def test_a_long_round_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("analysis.measure.timing.SAY_SECONDS", 0.0)
     lines: list[str] = []
