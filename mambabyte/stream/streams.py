@@ -6,12 +6,12 @@ import heapq
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from mambabyte.config.checks import CountOrNone, NotNegative, Seed, Share, above, fit
+from mambabyte.config.checks import CountOrNone, NotNegative, Seed, Share, above, fit, shown
 from mambabyte.corpus.files import bytes_of
 from mambabyte.corpus.utf8 import (
     START_BYTE,
@@ -42,11 +42,15 @@ _ASCII = [chr(byte) for byte in range(0x80)]
 
 def stream_engine(model: ByteModel) -> Engine:
     """What a stream of ``model`` goes on by: the fastest way that there is, equal to the model
-    itself up to rounding."""
+    itself up to rounding. UserError for what is no model, or whose ``streamed`` is no Engine."""
     device = place_of(model).type
     streamed = getattr(model, "streamed", None)
     if streamed is not None:
-        return cast(Engine, streamed())
+        found = streamed()
+        if not isinstance(found, Engine):
+            raise UserError(f"streamed() of {type(model).__name__} returned {shown(found)}: "
+                            "expected an Engine (mambabyte.stream.Engine)")
+        return found
     return {"cpu": cpu.engine_for, "cuda": cuda.engine_for}.get(device, TorchEngine)(model)
 
 

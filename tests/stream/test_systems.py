@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mambabyte.config import PRESETS, ModelConfig
+from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.model.families.mamba import MambaMixer
 from mambabyte.stream import ByteModel, ByteStream, stream_engine
@@ -66,6 +67,45 @@ def test_streams_as_it_scores_in_parallel(name: str, monkeypatch: pytest.MonkeyP
                                atol=1e-4)
     last, _ = advance(TEXT[20:], model(torch.tensor([list(TEXT[:20])]))[1])  # and in one piece
     torch.testing.assert_close(last, wanted[-1], rtol=1e-4, atol=1e-4)
+
+
+class Wrapped(nn.Module):
+    """A model of somebody else around a ByteLM, whose engine counts what it is given."""
+
+    def __init__(self, inner: ByteLM, engine: object) -> None:
+        super().__init__()
+        self.inner, self.engine = inner, engine
+        self.device = torch.device("cpu")
+
+    def forward(self, tokens: torch.Tensor, state: object = None) -> tuple:
+        return self.inner(tokens, state)
+
+    def streamed(self) -> object:
+        return self.engine
+
+
+class Counting(TorchEngine):
+    fed = 0
+
+    def __call__(self, data: bytes, state: object) -> tuple:
+        self.fed += len(data)
+        return super().__call__(data, state)
+
+
+def test_an_engine_of_somebody_else() -> None:
+    torch.manual_seed(0)
+    inner = ByteLM(SMALL).eval()
+    engine = Counting(inner)
+    stream, plain = ByteStream(Wrapped(inner, engine)), ByteStream(inner)
+    for s in (stream, plain):
+        s.feed(b"abc")
+    torch.testing.assert_close(stream.log_probs, plain.log_probs, rtol=1e-4, atol=1e-5)
+    assert engine.fed == 4  # and the byte before the first
+    assert b"".join(stream.draw(5, temperature=0)) == b"".join(plain.draw(5, temperature=0))
+    assert not stream.draws_itself
+    assert not stream.guesses_itself
+    with pytest.raises(UserError, match=r"streamed\(\) of Wrapped returned .*expected an Engine"):
+        ByteStream(Wrapped(inner, lambda data, state: (torch.zeros(256), None)))
 
 
 def test_a_branch_of_a_guided_stream_does_not_change_the_other() -> None:
