@@ -42,7 +42,9 @@ _MOST_EXCHANGES = 6  # a layer; three more a byte
 _LEAST_ROOM = 256  # bytes that a cache can grow by in place
 _STAY = 16384  # bytes after which a kernel that stays leaves: its exchanges are numbered beforehand
 _TABLES = 4  # of angles, that are kept for bytes fed one by one
-WIDTH = 3  # bytes of a pass that checks guesses; 2 and 4 win less (docs/log/streaming.md)
+# Bytes of a pass that checks guesses. Beside layers that keep a state one of four spills registers,
+# and wins less, as one of two does; of attention alone it wins more (docs/log/streaming.md).
+WIDTH, ATTENTION_WIDTH = 3, 4
 
 # ------------------------------------------------------------------------------------- launching
 
@@ -149,7 +151,7 @@ class HybridStreamer(ByteFeeder):
     def _guessing(self) -> _Loaded | None:
         """What draws with guesses; None where a pass of several bytes does not fit."""
         try:
-            return self._loaded(WIDTH)
+            return self._loaded(WIDTH if set(self.config.layers) - set("AL") else ATTENTION_WIDTH)
         except NvrtcError:
             return None
 

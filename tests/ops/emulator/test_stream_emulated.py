@@ -43,6 +43,7 @@ CONFIGS = {
     "full step size, heads of whole vectors": replace(
         ODD, layer_pattern="MA", dt_rank="full", norm="rms", rope_fraction=0.5, d_model=96,
         n_head=3, n_kv_head=1, attention_window=11),  # more heads than warps, keys than at a time
+    "attention alone": replace(ODD, layer_pattern="AL"),
 }  # fmt: skip
 
 
@@ -239,10 +240,8 @@ def test_a_branch_copies_its_keys_in_few_operations() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.inference_mode()
-def test_passes_of_several_bytes_draw_what_single_ones_do(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hybrid, "WIDTH", 3)
+def test_passes_of_several_bytes_draw_what_single_ones_do(name: str) -> None:
+    width = 4 if name == "attention alone" else 3
     model = made(CONFIGS[name])
     streamer = hybrid_streamer(model)
     start = torch.randint(256, (1, 4)).to(torch.uint8)
@@ -266,7 +265,7 @@ def test_passes_of_several_bytes_draw_what_single_ones_do(
             passes, guessed = counts.tolist()
             assert length - guessed <= passes <= length
             if text in past:
-                assert passes == -(-length // 3)
+                assert passes == -(-length // width)
 
 
 @pytest.mark.usefixtures("emulated")
