@@ -54,8 +54,9 @@ def run(argv):
 def test_every_recipe_names_the_test_that_follows_it():
     recipes = re.split(r"^## ", RECIPES, flags=re.M)[1:]
     assert [recipe.splitlines()[0] for recipe in recipes] == [
-        "A mixer", "A scan form", "A study", "A report section", "A command", "A bench",
-        "A corpus", "A system of the task, an expert", "A record, and what is said of it"]
+        "A mixer", "An engine of streams", "A scan form", "A study", "A report section",
+        "A command", "A bench", "A corpus", "A system of the task, an expert",
+        "A record, and what is said of it"]
     for recipe in recipes:
         followed = re.search(r"^Followed by (.*)\.$", recipe, re.M)
         assert followed
