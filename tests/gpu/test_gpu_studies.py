@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from analysis.measure.timing import Case, measure
 from analysis.studies.ablation.learning import heldout_windows, learn_text
+from analysis.studies.arena import Parameters
+from analysis.studies.arena.trainings.learning import learn_task
+from analysis.studies.arena.trainings.plan import Cell
 from analysis.studies.claims.experiments import choices
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus
@@ -17,6 +22,7 @@ from mambabyte.task.experts.contexts import PADDING, padded
 from mambabyte.task.ngram import count
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+TASK_SYSTEMS = ("A", "M", "S", "D", "R")
 
 
 def test_a_captured_call_is_timed_without_the_host_and_has_its_energy():
@@ -86,3 +92,14 @@ def test_experts_on_a_card_are_those_of_the_cpu():
 
     for here, there in zip(read("cpu"), read("cuda"), strict=True):
         assert torch.allclose(here, there.cpu(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["parity 4", "selective copy 4"])
+@pytest.mark.parametrize("system", TASK_SYSTEMS)
+def test_a_task_is_learned_on_a_card(kind: str, system: str) -> None:
+    """Samples are drawn within the captured step, and short: 4 and 20 tokens, 3 and 18 symbols. On
+    a CPU all of these have 0.97 or more after as many steps."""
+    p = replace(Parameters(), device="cuda", task_batch=512, task_systems=TASK_SYSTEMS,
+                task_layers=2)
+    row = learn_task(p, Cell(kind, system, "128", "adamw", 0.001, 0, 400), "cuda")
+    assert row["accuracies"][0]["accuracy"] > 0.9
