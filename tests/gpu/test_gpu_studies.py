@@ -98,7 +98,7 @@ def test_experts_on_a_card_are_those_of_the_cpu():
 @pytest.mark.parametrize("system", TASK_SYSTEMS)
 def test_a_task_is_learned_on_a_card(kind: str, system: str) -> None:
     """Samples are drawn within the captured step, and short: 4 and 20 tokens, 3 and 18 symbols. On
-    a CPU all of these have 0.97 or more after as many steps."""
+    a CPU nine of these have 0.97 or more after as many steps, the tenth was not run."""
     p = replace(Parameters(), device="cuda", task_batch=512, task_systems=TASK_SYSTEMS,
                 task_layers=2)
     row = learn_task(p, Cell(kind, system, "128", "adamw", 0.001, 0, 400), "cuda")
