@@ -22,6 +22,8 @@ from mambabyte.ops.build import catalogue, kernel, nvrtc, shipped
 from mambabyte.ops.conv import cuda as cuda_conv
 from mambabyte.ops.delta import cuda as cuda_delta
 from mambabyte.ops.fused import cuda as cuda_fused
+from mambabyte.ops.fused import linear as fused_linear
+from mambabyte.ops.fused import norm as fused_norm
 from mambabyte.ops.mamba import cuda as cuda_step
 from mambabyte.ops.mamba import fused as mixer
 from mambabyte.ops.scan import cuda as cuda_scan
@@ -331,9 +333,8 @@ def test_every_program_of_a_training_step_is_shipped(
     for module in (cuda_conv, scan_launch, cuda_fused):
         monkeypatch.setattr(module, "_kernel", module._kernel.__wrapped__)  # nothing is kept
         monkeypatch.setattr(module, "raw_stream", lambda device: 0)
-    for module, count in ((cuda_conv, "_multiprocessors"), (cuda_fused, "multiprocessors"),
-                          (cuda_plan, "multiprocessors")):
-        monkeypatch.setattr(module, count, lambda device: 132)
+    for module in (cuda_conv, fused_linear, fused_norm, cuda_plan):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(cuda_plan, "block_shared", lambda device: 227 << 10)
     monkeypatch.setattr(scan_launch, "is_hopper", lambda device: True)
     monkeypatch.setattr(scan_launch, "takes_boxes", lambda device: True)

@@ -104,6 +104,12 @@ _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """How many the GPU of that number has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 class Kernel:
     """One kernel loaded on one device, with its parameter list fixed as a ``struct`` format."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mambabyte.ops.arguments import address
-from mambabyte.ops.build.kernel import Kernel, Program, raw_stream
+from mambabyte.ops.build.kernel import Kernel, Program, multiprocessors, raw_stream
 
 ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float"}
 _THREADS = 128
@@ -44,11 +44,6 @@ def _kernel(name: str, dtype: torch.dtype, taps: int, width: int, device: int) -
     return program(dtype, taps).kernel(full_name, device, _PARAMETERS[name])
 
 
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
@@ -66,7 +61,7 @@ def _plan(tensors: tuple[Tensor, ...], backward: bool) -> tuple[int, int, int]:
     lanes = batch * (channels // width)
     # Long enough that the K - 1 positions read twice do not count, short enough to fill the GPU.
     # The backward walks longer, for each thread leaves partial sums to be added up.
-    spare = lanes * length // (_multiprocessors(x.device.index) * 1024)
+    spare = lanes * length // (multiprocessors(x.device.index) * 1024)
     if backward:
         steps = 16 if spare < 4 else 32 if spare < 32 else 64 if spare < 64 else 128
     else:

@@ -81,11 +81,6 @@ def refuse_second_derivative() -> None:
                         "or graph for it")
 
 
-@functools.cache
-def multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def aligned(width: int, *tensors: Tensor | None) -> bool:
     """Whether ``width`` elements of each lie on a multiple of their size."""
     return all(t is None or t.data_ptr() % (width * t.element_size()) == 0 for t in tensors)

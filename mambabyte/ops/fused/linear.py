@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.ops.arguments import autocasts
+from mambabyte.ops.build.kernel import multiprocessors
 from mambabyte.ops.conv.cuda import ELEMENTS
 from mambabyte.ops.fused import cuda
 
@@ -55,7 +56,7 @@ def bias_gradient(rows: Tensor) -> Tensor:
     """Sums over the rows of (N, O), a contiguous tensor on a GPU, in its dtype."""
     count, columns = rows.shape
     threads = -(-columns // (32 * _WIDTH)) * 32
-    wanted = max(1, _RESIDENT // threads) * cuda.multiprocessors(rows.device.index)
+    wanted = max(1, _RESIDENT // threads) * multiprocessors(rows.device.index)
     steps = max(8, -(-count // wanted))
     blocks = -(-count // steps)
     partial, sums = (torch.empty(n, columns, device=rows.device) for n in (blocks, 1))

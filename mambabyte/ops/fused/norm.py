@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambabyte.ops.build.kernel import multiprocessors
 from mambabyte.ops.conv.cuda import ELEMENTS
 from mambabyte.ops.fused import cuda
 
@@ -122,7 +123,7 @@ class _MixNorm(torch.autograd.Function):
         stats = torch.empty(rows if kind else 0, 2, dtype=torch.float32, device=x.device)
         mixed = "false" if all(t is None for t in tensors[2:8]) else "true"
         types = f"{ELEMENTS[x.dtype]}, {ELEMENTS[dtype]}, {width}, {mixed}"
-        blocks = min(-(-rows // 2), 16 * cuda.multiprocessors(x.device.index))
+        blocks = min(-(-rows // 2), 16 * multiprocessors(x.device.index))
         cuda.launch(x.device, "norm_forward", types, blocks, threads, *tensors, out,
                     part if first else None, normed, stats, blocks, rows, channels, kind, eps)
         if out is None:
@@ -155,7 +156,7 @@ class _MixNorm(torch.autograd.Function):
         rows = shape.numel() // channels
         threads = _plan(channels)[1]
         blocks = min(-(-rows // 2),
-                     max(1, ctx.resident // threads) * cuda.multiprocessors(device.index))
+                     max(1, ctx.resident // threads) * multiprocessors(device.index))
         wanted = [n and (kind > 0 or i < 4) for i, n in enumerate(needs[4:])]
         partial = torch.empty(sum(wanted), blocks, channels, device=device)
         parts = iter(partial)

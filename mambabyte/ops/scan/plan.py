@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mambabyte.ops.build.kernel import multiprocessors
+
 CHUNK = 8  # steps between checkpoints, as in scan.cu
 ANY_WARPS = 4  # warps a block
 # Warps a block and blocks a multiprocessor: what the register files hold at 80, 80, 128 and 96
@@ -63,11 +65,6 @@ def partial_sums_shape(
     else:
         width = 128 // padded * ANY_WARPS
     return (ceil_div(channels, width), batch, CHUNK * ceil_div(length, CHUNK), 2 * padded)
-
-
-@functools.cache
-def multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def forward_shared(warps: int) -> int:

@@ -21,6 +21,8 @@ from emulate import TAPS, Emulator
 from mambabyte.ops.conv import cuda as cuda_conv
 from mambabyte.ops.delta import cuda as cuda_delta
 from mambabyte.ops.fused import cuda as cuda_fused
+from mambabyte.ops.fused import linear as fused_linear
+from mambabyte.ops.fused import norm as fused_norm
 from mambabyte.ops.scan import plan as cuda_plan
 from mambabyte.ops.scan.cuda import launch as scan_launch
 from mambabyte.ops.ssd import cuda as cuda_ssd
@@ -72,7 +74,7 @@ def convolution(built_convolution: Emulator, monkeypatch: pytest.MonkeyPatch) ->
         return SimpleNamespace(launch=launch)
 
     monkeypatch.setattr(cuda_conv, "_kernel", kernel)
-    monkeypatch.setattr(cuda_conv, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(cuda_conv, "multiprocessors", lambda device: 1)
     monkeypatch.setattr(cuda_conv, "raw_stream", lambda device: 0)
 
 
@@ -165,7 +167,8 @@ def fused(built_fused: dict[str, Emulator], monkeypatch: pytest.MonkeyPatch) -> 
             device, name, cuda_fused.PARAMETERS[kernel], blocks, (threads, 1), 0, *args)
 
     monkeypatch.setattr(cuda_fused, "_launch", launch)
-    monkeypatch.setattr(cuda_fused, "multiprocessors", lambda device: 1)
+    for module in (fused_linear, fused_norm):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
     monkeypatch.setattr(cuda_fused, "takes", lambda *tensors: True)
 
 
