@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mambabyte.config import ModelConfig
-from mambabyte.ops.build.kernel import Kernel, raw_stream
+from mambabyte.ops.build.kernel import raw_stream
 from mambabyte.ops.build.nvrtc import NvrtcError
-from mambabyte.ops.stream.cuda import shared_limit
+from mambabyte.ops.stream import fitting
 from mambabyte.ops.stream.feeding import VOCABULARY, ByteFeeder, nothing
+from mambabyte.ops.stream.fitting import Loaded
 from mambabyte.ops.stream.grid.memory import (
     Exchange,
     Held,
@@ -30,13 +31,10 @@ from mambabyte.ops.stream.grid.memory import (
     taken_out,
 )
 from mambabyte.ops.stream.grid.numbers import from_numbers, to_numbers
-from mambabyte.ops.stream.grid.packing import Packed, pack
-from mambabyte.ops.stream.grid.sizes import BESIDE, PAST, THREADS, WORDS, Built, program
+from mambabyte.ops.stream.grid.sizes import BESIDE, PAST, THREADS, WORDS
 from mambabyte.ops.stream.grid.tiles import schedule
 from mambabyte.ops.stream.server import PATIENCE, Served, Server, halves, make_room
 
-_PARAMETERS = "PI" + 15 * "P" + "iiiPPPPIQQiiififPiPPPi"
-_WIDTHS = (128, 64, 32, 16, 8)  # blocks, each alone on a multiprocessor, best first
 _TURNS = 4096  # positions whose rotary angles are computed at a time
 _MOST_EXCHANGES = 6  # a layer; three more a byte
 _LEAST_ROOM = 256  # bytes that a cache can grow by in place
@@ -45,58 +43,6 @@ _TABLES = 4  # of angles, that are kept for bytes fed one by one
 # Bytes of a pass that checks guesses. Beside layers that keep a state one of four spills registers,
 # and wins less, as one of two does; of attention alone it wins more (docs/log/streaming.md).
 WIDTH, ATTENTION_WIDTH = 3, 4
-
-# ------------------------------------------------------------------------------------- launching
-
-
-@functools.cache
-def _kernel(constants: tuple[tuple[str, float], ...], device: int) -> tuple[Kernel, Built]:
-    """The kernel on a device, and what a launch needs to know of it."""
-    built = program(constants, shared_limit(device))
-    if built.space < 0:
-        raise NvrtcError("the model's states and small weights take more shared memory than a "
-                         "block has")
-    kernel = built.program.kernel("stream_hybrid", device, _PARAMETERS)
-    kernel.allow_shared(built.shared_bytes)
-    return kernel, built
-
-
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _packed(
-    config: ModelConfig, parameters: Mapping[str, Tensor], eps: float, tiny: float, device: int
-) -> Packed:
-    """The parameters, packed for as many blocks as the device runs at a time; NvrtcError where
-    they do not fit."""
-    blocks = next((n for n in _WIDTHS if n <= _multiprocessors(device)), 0)
-    if not blocks:
-        raise NvrtcError(f"the kernel needs {_WIDTHS[-1]} multiprocessors")
-    packed = pack(config, parameters, eps, tiny, blocks)
-    schedule(packed.sizes, _kernel(packed.constants, device)[1].space)
-    return packed
-
-
-def check_fit(
-    config: ModelConfig, parameters: Mapping[str, Tensor], eps: float, tiny: float, device: int
-) -> None:
-    """NvrtcError where the device cannot run a model with these parameters, of which the shapes
-    count."""
-    shapes = {name: p.to("meta") for name, p in parameters.items()}
-    _packed(config, shapes, eps, tiny, device)
-
-
-class _Loaded(NamedTuple):
-    """A kernel and what each of its launches takes."""
-
-    kernel: Kernel
-    built: Built
-    width: int  # bytes of a pass at most
-    plan: Tensor  # where its tiles lie
-    weights: list[int]  # addresses
-    exchanges: dict[int, Exchange]  # by CUDA stream
-
 
 class HybridStreamer(ByteFeeder):
     """Steps texts of a model of any layers on one device, with the weights as they are now.
@@ -117,7 +63,7 @@ class HybridStreamer(ByteFeeder):
         self.embedding = parameters["embedding.weight"].float().contiguous()
         self._begin(self.embedding.device)
         self._rotary = rotary
-        self._packed = _packed(config, parameters, eps, tiny, self._index)
+        self._packed = fitting.packed_for(config, parameters, eps, tiny, self._index)
         self._constants = dict(self._packed.constants)
         self.blocks = int(self._constants["CL"])
         self._chunks = max(1, self.blocks // config.n_kv_head)
@@ -135,20 +81,20 @@ class HybridStreamer(ByteFeeder):
                          for letter in config.layers if letter in "AL"]
         self._turns: tuple[int, Tensor] = (-1, self.embedding)
 
-    def _loaded(self, width: int) -> _Loaded:
+    def _loaded(self, width: int) -> Loaded:
         """The kernel for passes of up to ``width`` bytes; NvrtcError where that does not fit."""
         packed = self._packed
         constants = tuple((self._constants | {"PASS": width}).items())
-        kernel, built = _kernel(constants, self._index)
+        kernel, built = fitting.kernel_for(constants, self._index)
         plan = torch.tensor(schedule(packed.sizes, built.space), dtype=torch.int32,
                             device=self.device)
         weights = [t.data_ptr() for t in (
             packed.resident, packed.tiles, plan, packed.embedding, packed.best, packed.kind,
             packed.final_norm)]
-        return _Loaded(kernel, built, width, plan, weights, {})
+        return Loaded(kernel, built, width, plan, weights, {})
 
     @functools.cached_property
-    def _guessing(self) -> _Loaded | None:
+    def _guessing(self) -> Loaded | None:
         """What draws with guesses; None where a pass of several bytes does not fit."""
         try:
             return self._loaded(WIDTH if set(self.config.layers) - set("AL") else ATTENTION_WIDTH)
@@ -377,7 +323,7 @@ class HybridStreamer(ByteFeeder):
         tokens: Tensor | None = None, every: bool = False, inputs: Tensor | None = None,
         hints: Tensor | None = None, first: Tensor | None = None, drawn: Tensor | None = None,
         hidden: Tensor | None = None, seed: int = 0, position: int = 0, temperature: float = 0.0,
-        top_k: int = 0, top_p: float = 1.0, loaded: _Loaded | None = None,
+        top_k: int = 0, top_p: float = 1.0, loaded: Loaded | None = None,
         past: tuple[Tensor | None, int] = (None, 0), trail: Tensor | None = None,
         counts: Tensor | None = None,
     ) -> HybridState:
@@ -399,7 +345,7 @@ class HybridStreamer(ByteFeeder):
         new.room, new.taken = room, taken
         return new
 
-    def _start(self, loaded: _Loaded, length: int, *arguments: Any) -> None:
+    def _start(self, loaded: Loaded, length: int, *arguments: Any) -> None:
         """Launch for so many bytes. Under the device's lock: of two threads on one stream the first
         to count exchanges is the first to launch."""
         stream, exchanges = raw_stream(self._index), loaded.exchanges

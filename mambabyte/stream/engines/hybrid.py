@@ -18,8 +18,9 @@ from mambabyte.model.families.mamba2 import Mamba2State
 from mambabyte.model.mixer import LayerState
 from mambabyte.ops import Mamba3State
 from mambabyte.ops.build.nvrtc import NvrtcError
+from mambabyte.ops.stream.fitting import check_fit
 from mambabyte.ops.stream.grid.packing import GUIDED, KINDS
-from mambabyte.ops.stream.hybrid import HybridState, HybridStreamer, check_fit
+from mambabyte.ops.stream.hybrid import HybridState, HybridStreamer
 
 
 def _epsilons(model: ByteLM) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
 from mambabyte.ops.build.kernel import Program
 from mambabyte.ops.compare import relative_rms
-from mambabyte.ops.stream import cuda, hybrid, server
+from mambabyte.ops.stream import cuda, fitting, hybrid, server
 from mambabyte.ops.stream.grid import packing, sizes, tiles
 from mambabyte.stream.engines import cuda as engines
 from mambabyte.stream.engines.cuda import CudaEngine, CudaGuided, _States
@@ -133,7 +133,7 @@ def emulated(streams: Streams, tmp_path: Path, kept: Path, monkeypatch: pytest.M
 
         def launch(grid, block, shared, stream, *args, together: bool) -> None:
             def run() -> None:
-                emulator.launch(device, "stream_hybrid", hybrid._PARAMETERS, grid[0], block[:2],
+                emulator.launch(device, "stream_hybrid", fitting.PARAMETERS, grid[0], block[:2],
                                 shared, *args)
 
             assert together
@@ -141,10 +141,10 @@ def emulated(streams: Streams, tmp_path: Path, kept: Path, monkeypatch: pytest.M
 
         return SimpleNamespace(launch=launch), built
 
-    monkeypatch.setattr(hybrid, "_kernel", kernel)
+    monkeypatch.setattr(fitting, "kernel_for", kernel)
     monkeypatch.setattr(hybrid, "raw_stream", lambda device: streams.index(streams.entered[-1]))
-    monkeypatch.setattr(hybrid, "_multiprocessors", lambda device: BLOCKS)
-    monkeypatch.setattr(hybrid, "_WIDTHS", (BLOCKS,))
+    monkeypatch.setattr(fitting, "multiprocessors", lambda device: BLOCKS)
+    monkeypatch.setattr(fitting, "WIDTHS", (BLOCKS,))
     monkeypatch.setattr(hybrid, "THREADS", THREADS)
     monkeypatch.setattr(packing, "THREADS", THREADS)
     monkeypatch.setattr(sizes, "THREADS", THREADS)
