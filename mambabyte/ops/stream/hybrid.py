@@ -44,6 +44,7 @@ _TABLES = 4  # of angles, that are kept for bytes fed one by one
 # and wins less, as one of two does; of attention alone it wins more (docs/log/streaming.md).
 WIDTH, ATTENTION_WIDTH = 3, 4
 
+
 class HybridStreamer(ByteFeeder):
     """Steps texts of a model of any layers on one device, with the weights as they are now.
 
