@@ -191,34 +191,24 @@ class Parameters(Checked):
         return self.longer_budgets[0]
 
 
-_FULL = Parameters(
-    corpus="wikitext103", device="cuda", threads=0,
-    parts=("text", "long", "costs", "tasks", "memory", "precision", "clamp", "scaling", "pieces"),
-    systems=("M", "S", "D", "K", "A", "A/2", "L", "MMMA", "SSSA", "DDDA", "KKKA", "MA", "SA", "DA",
-             "KA", "R"),
-    size="1M", larger=("10M",), scaling=("0.25M", "1M", "10M", "30M"),
-    budgets=(4_194_304, 16_777_216, 67_108_864),
-    adamw_rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), muon_rates=(5e-3, 1e-2, 2e-2, 4e-2, 8e-2), seeds=3,
-    context=1024, batch_size=16, heldout_windows=256,
-    tasks=("recall 256", "noisy recall 64", "selective copy 64", "induction 256", "parity 64",
-           "permutations 64", "memorisation 4096"),
-    task_systems=("A", "M", "S", "D", "K", "R", "L", "MA", "SA", "DA", "KA", "RA"),
-    task_widths=(64, 128),
-    task_rates=(1e-3, 2e-3, 4e-3), task_steps=3000, task_batch=64, stream_bytes=1_048_576,
-)
 PROFILES = {
     "quick": Parameters(),
-    "full": _FULL,
-    # What some forty minutes of one H200 answer, three trainings beside each other.
-    "short": replace(
-        _FULL, systems=tuple(s for s in _FULL.systems if s != "R"), workers=3,
-        budgets=(4_194_304, 16_777_216, 67_108_864), tuned_on=4_194_304,
-        adamw_rates=(2e-3, 4e-3, 8e-3), muon_rates=(1e-2, 2e-2, 4e-2), heldout_windows=128,
+    # Some seventy minutes of one H200, six trainings beside each other, but for ``costs``, which
+    # asks for workers=1, and for ``precision``: an hour of streams.
+    "full": Parameters(
+        corpus="wikitext103", device="cuda", threads=0, workers=6,
+        parts=("text", "long", "scaling", "clamp", "pieces", "tasks", "memory", "costs"),
+        systems=("M", "S", "D", "K", "R", "A", "A/2", "L", "MMMA", "SSSA", "DDDA", "KKKA", "RRRA",
+                 "MA", "SA", "DA", "KA", "RA"),
+        size="1M", larger=("10M",), scaling=("0.25M", "1M", "10M", "30M"),
+        budgets=(4_194_304, 16_777_216, 67_108_864), tuned_on=16_777_216,
+        adamw_rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), muon_rates=(5e-3, 1e-2, 2e-2, 4e-2, 8e-2),
+        seeds=3, context=1024, batch_size=16, heldout_windows=256,
         tasks=("recall 256", "selective copy 32", "noisy recall 64", "induction 128", "parity 32",
                "permutations 32", "memorisation 4096"),
-        task_systems=("A", "M", "S", "D", "K", "R", "MA", "SA", "DA", "KA", "RA"),
-        task_widths=(64, 128),
-        task_rates=(1e-3, 2e-3), task_steps=1000, task_batch=64),
+        task_systems=("A", "M", "S", "D", "K", "R", "L", "MA", "SA", "DA", "KA", "RA"),
+        task_widths=(64, 128), task_rates=(5e-4, 1e-3, 2e-3, 4e-3), task_steps=1000, task_batch=64,
+        stream_bytes=1_048_576),
     # Trained in a minute on a CPU, to look at what it remembers.
     "memory": replace(Parameters(), parts=("text", "memory"), systems=("M", "A"),
                       budgets=(65_536, 131_072), adamw_rates=(8e-3,), stream_bytes=16_384),

@@ -21,7 +21,7 @@ from analysis.plots import (
 from analysis.studies.drawing import Drawing
 
 ORDER = ("M", "S", "D", "K", "A", "A/2", "L", "MMMA", "SSSA", "DDDA", "KKKA", "MA", "SA", "DA",
-         "KA")
+         "KA", "R", "RRRA", "RA")
 
 
 def _styles(systems: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -70,6 +70,12 @@ def test_more_seeds_and_the_longer_budget_are_at_the_best_rate_alone():
         assert more == {(best, 1, 1000), (best, 0, 4000), (best, 1, 4000)}
 
 
+def test_the_longer_budget_is_of_the_smallest_tuned_size_alone():
+    rows = finished(replace(P, larger=("0.25M",), parts=("text", "long"))).values()
+    assert {(r["size"], r["budget"]) for r in rows} == {
+        ("tiny", 1000), ("tiny", 4000), ("0.25M", 1000)}
+
+
 def test_rates_are_tuned_on_the_budget_that_is_named_and_laws_take_all():
     three = replace(P, budgets=(1000, 4000, 9000), tuned_on=1000, scaling=("tiny",),
                     parts=("text", "long", "scaling", "pieces"))

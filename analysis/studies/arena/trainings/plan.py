@@ -168,9 +168,9 @@ def _text(p: Parameters, done: Done) -> list[Cell]:
 
 
 def _long(p: Parameters, done: Done) -> list[Cell]:
-    """Every system of every tuned size at its best rate, with more text than it was tuned on."""
-    best = [c for size in (p.size, *p.larger) for system in compared(p, size)
-            if (c := chosen(p, done, system, size)) is not None]
+    """Every system at its best rate, with more text than it was tuned on."""
+    best = [c for system in compared(p, p.size)
+            if (c := chosen(p, done, system, p.size)) is not None]
     return [at(c, budget=p.long_budget, seed=seed) for seed in range(p.seeds) for c in best]
 
 
@@ -223,14 +223,14 @@ def memory_cells(p: Parameters, done: Done) -> list[Cell]:
 
 def precision_cells(p: Parameters, done: Done) -> list[Cell]:
     """Every system of a single mixer with a state that decays, on the long budget."""
-    best = [chosen(p, done, s, p.size) for s in p.systems if s in ("M", "S", "D", "K")]
+    best = [chosen(p, done, s, p.size) for s in p.systems if s in ("M", "S", "D", "K", "R")]
     return [at(c, kind="precision", budget=p.long_budget) for c in best if c is not None]
 
 
 def scaling_systems(p: Parameters, done: Done) -> list[str]:
     """Mamba-1, attention, the best of the newer mixers and its 3:1 hybrid, as far as they are
     among the systems."""
-    newer = [c for s in ("S", "D", "K") if s in p.systems
+    newer = [c for s in ("S", "D", "K", "R") if s in p.systems
              and (c := chosen(p, done, s, p.size)) is not None]
     best = min(newer, key=lambda c: done.bits(c) or math.inf).system if newer else ""
     return [s for s in ("M", best, f"{best * 3}A", "A") if s in p.systems and s]
