@@ -57,12 +57,12 @@ def fit_exponent(lengths: Sequence[float], costs: Sequence[float]) -> Exponent:
 
 
 def exponent_table(
-    frame: pd.DataFrame, by: Sequence[str], cost: str = "ms", longest: int = 4
+    frame: pd.DataFrame, by: Sequence[str], cost: str = "ms"
 ) -> pd.DataFrame:
-    """An exponent a group, fitted to its ``longest`` lengths: shorter ones are mostly overhead."""
+    """An exponent a group, fitted to its four longest lengths: shorter ones are mostly overhead."""
     rows = []
     for key, group in frame[frame[cost].notna()].groupby(list(by), sort=False):
-        tail = group.sort_values("length").tail(longest)
+        tail = group.sort_values("length").tail(4)
         fit = fit_exponent(tail["length"].tolist(), tail[cost].astype(float).tolist())
         rows.append({**dict(zip(by, key, strict=True)), **vars(fit), "reading": fit.reading})
     return not_measured(pd.DataFrame(rows))

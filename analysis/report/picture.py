@@ -20,11 +20,11 @@ NAME = "comparisons.sides"
 _WORDS = re.compile(r"<text[^>]*>(.*?)</text>", re.S)
 
 
-def write_readme(readme: Path, records_root: Path | str = RECORDS) -> list[Path]:
+def write_readme(readme: Path) -> list[Path]:
     """Puts the records' tables into a README in place of those it has, the picture into its
     docs/headlines.svg, and the records' numbers into the tables of docs/. UserError where a record
     is missing, or a page has no such table."""
-    records = load_records(records_root)
+    records = load_records(RECORDS)
     text = readme.read_text(encoding="utf-8")
     for new in (headlines.table(headlines.load_headlines(records)),
                 decisions.table(decisions.load_decisions(records))):

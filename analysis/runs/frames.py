@@ -27,16 +27,14 @@ def not_measured(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
     return frame.assign(**changed)
 
 
-def in_words(
-    frame: pd.DataFrame, column: str, none: str | pd.Series, form: str = "{:,.0f}"
-) -> pd.DataFrame:
+def in_words(frame: pd.DataFrame, column: str, none: str | pd.Series) -> pd.DataFrame:
     """A copy in which None of a column reads as what it means there, the rest as written numbers.
 
     For what was looked for and did not happen, which "not measured" would deny. ``none`` is a word
     for all rows, or one a row.
     """
     words = none if isinstance(none, pd.Series) else pd.Series(none, index=frame.index)
-    said = [word if pd.isna(value) else form.format(value)
+    said = [word if pd.isna(value) else f"{value:,.0f}"
             for value, word in zip(frame[column], words, strict=True)]
     return frame.assign(**{column: pd.Series(said, index=frame.index, dtype=object)})
 

@@ -75,12 +75,12 @@ class Study:
             raise UserError(f"the study {self.name!r} has no module {path}") from None
 
 
-def discover(folder: Path = Path(__file__).parent, package: str = __name__) -> dict[str, Study]:
+def discover() -> dict[str, Study]:
     """Every folder of studies by name, in the order of their notebooks, judges last."""
     found = []
-    for path in folder.glob("*/__init__.py"):
+    for path in Path(__file__).parent.glob("*/__init__.py"):
         name = path.parent.name
-        module = importlib.import_module(f"{package}.{name}")
+        module = importlib.import_module(f"{__name__}.{name}")
         found.append(Study(name, module.TITLE, module.QUESTION,
                            ROOT / "notebooks" / module.NOTEBOOK, module.__name__,
                            reads_runs=getattr(module, "READS_RUNS", False),

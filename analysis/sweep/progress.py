@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Protocol, TextIO
+from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -28,9 +28,6 @@ class Progress(Protocol):
 class PlainProgress:
     """One line an event on standard error: for logs, pipes and CI."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-
     def started(self, run: str, position: int, total: int) -> None:
         self._say(f"[{position}/{total}] {run} started")
 
@@ -44,7 +41,7 @@ class PlainProgress:
         pass
 
     def _say(self, text: str) -> None:
-        print(printable(text), file=self._stream, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 class LiveProgress:

@@ -20,6 +20,7 @@ from mambabyte.errors import UserError
 
 NAMES = ("E", "A", "alpha", "B", "beta")
 DRAWS = 100
+LEVEL = 0.95  # of every interval
 _LOW = np.array([0.0, 0.0, 0.02, 0.0, 0.02])
 _HIGH = np.array([4.0, 20.0, 2.0, 20.0, 2.0])
 _STARTS = ((1.0, 0.3, 0.3, 1.0, 0.3), (0.2, 1.0, 0.15, 1.0, 0.15), (1.5, 0.1, 0.5, 0.5, 0.7))
@@ -37,21 +38,21 @@ class Law:
         """At N parameters and D bytes."""
         return _bits(self.theta, _scaled(parameters, data))
 
-    def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
+    def interval(self, name: str) -> tuple[float, float]:
         i = NAMES.index(name)
-        low, high = self._around(self.theta[i], self.draws[:, i], level)
+        low, high = self._around(self.theta[i], self.draws[:, i])
         return max(low, float(_LOW[i])), min(high, float(_HIGH[i]))
 
-    def predict(self, parameters: float, data: float, level: float = 0.95) -> tuple[float, float]:
+    def predict(self, parameters: float, data: float) -> tuple[float, float]:
         """Interval of a new point: that of the law, and a residual on it."""
         at = _scaled(np.array([parameters]), np.array([data]))
         fits = np.array([_bits(theta, at)[0] for theta in self.draws])
         noise = np.random.default_rng(1).choice(self.residuals, len(fits))
-        return self._around(_bits(self.theta, at)[0], fits * np.exp(noise), level)
+        return self._around(_bits(self.theta, at)[0], fits * np.exp(noise))
 
-    def _around(self, value: float, draws: np.ndarray, level: float) -> tuple[float, float]:
+    def _around(self, value: float, draws: np.ndarray) -> tuple[float, float]:
         """The interval of draws around a fitted value, stretched for few residuals."""
-        tails = np.array([(1 - level) / 2, (1 + level) / 2])
+        tails = np.array([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         stretch = stats.t.ppf(tails, len(self.residuals) - len(NAMES)) / stats.norm.ppf(tails)
         low, high = value + stretch * (np.quantile(draws, tails) - value)
         return float(low), float(high)

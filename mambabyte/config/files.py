@@ -258,9 +258,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not TOML in UTF-8: {error}") from None
 
 
-def write_json(path: Path, value: Any, indent: int = 2) -> None:
+def write_json(path: Path, value: Any) -> None:
     with whole_file(path) as temporary:
-        temporary.write_text(to_json(value, indent=indent, sort_keys=True) + "\n")
+        temporary.write_text(to_json(value, indent=2, sort_keys=True) + "\n")
 
 
 def check_file(path: Path) -> None:

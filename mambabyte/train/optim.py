@@ -103,13 +103,12 @@ class MuonAdamW:
     has in "done" how many there were.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float],
-                 eps: float = 1e-8) -> None:
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
         self.param_groups = [{"muon": False, **group} for group in groups if group["params"]]
         for group in self.param_groups:
             if group.get("momentum_steps"):  # counted there, so that a captured step counts too
                 group["done"] = torch.zeros((), device=group["params"][0].device)
-        self.betas, self.eps = betas, eps
+        self.betas = betas
         self.state: dict[Tensor, dict[str, Tensor]] = {}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -155,7 +154,7 @@ class MuonAdamW:
             parameters, [p.grad for p in parameters if p.grad is not None], means, squares, [],
             steps, lr=group["lr"],
             beta1=self.betas[0], beta2=self.betas[1], weight_decay=group["weight_decay"],
-            eps=self.eps, amsgrad=False, maximize=False)
+            eps=1e-8, amsgrad=False, maximize=False)
 
     def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         buffers = []
@@ -202,12 +201,12 @@ def _momentum(group: dict[str, Any]) -> Any:
     return group["first_momentum"] + share * (group["momentum"] - group["first_momentum"])
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(matrices: Tensor) -> Tensor:
     """Near-orthogonal matrices (n, rows, columns) with the singular vectors of the given ones.
 
-    A quintic Newton-Schulz iteration, in bf16 on a GPU and in float32 on a CPU, where products of
-    bf16 can take tens of times as long, whose coefficients are chosen for its slope at 0: it
-    brings singular values into about [0.7, 1.2], and not to 1 (Jordan 2024).
+    Five steps of a quintic Newton-Schulz iteration, in bf16 on a GPU and in float32 on a CPU, where
+    products of bf16 can take tens of times as long. Its coefficients are chosen for its slope at 0:
+    it brings singular values into about [0.7, 1.2], and not to 1 (Jordan 2024).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
@@ -215,7 +214,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     wide = x.shape[-2] <= x.shape[-1]
     if not wide:
         x = x.mT
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.mT
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, poly, x, beta=a)

@@ -45,9 +45,9 @@ def warmup_steps(config: TrainConfig) -> int:
     return max(1, int(config.warmup_fraction * config.n_steps)) if config.warmup_fraction else 0
 
 
-def learning_rate(step: int, config: TrainConfig, elapsed_seconds: float = 0.0) -> float:
+def learning_rate(step: int, config: TrainConfig) -> float:
     """AdamW's rate at ``step``; Muon's is in the same proportion to its peak."""
-    return config.lr * schedule(step, config, elapsed_seconds)
+    return config.lr * schedule(step, config)
 
 
 @dataclass(frozen=True)

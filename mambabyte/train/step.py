@@ -193,14 +193,13 @@ def text_step(model: ByteLM, data: np.ndarray, config: TrainConfig) -> EagerStep
 
 def train_step(
     model: ByteLM, optimizer: Optimizer, tokens: Tensor, config: TrainConfig, step: int,
-    measure: bool = False, elapsed_seconds: float = 0.0,
 ) -> Reading:
     """One eager step on tokens (batch, context + 1) at the rate that ``config`` has at ``step``.
 
     Raises NonFiniteError, with the weights as they were, for a loss or gradient that is not finite.
     """
     one = EagerStep(model, optimizer, lambda _: (tokens,), config, first_step=step)
-    one(schedule(step, config, elapsed_seconds), measure)
+    one(schedule(step, config))
     return one.read()
 
 

@@ -116,10 +116,10 @@ def compare(
                            "" if grads[leaf] is not None else "it is None")
 
 
-def _everything(target: Target, x: Inputs, documents: tuple[int, ...] = ()) -> dict[str, Tensor]:
+def _everything(target: Target, x: Inputs) -> dict[str, Tensor]:
     """Output, state and gradients of a call, by name."""
     mine = leaves(x)
-    y, state = target(mine, documents)
+    y, state = target(mine, ())
     total = {"output": y} | ({} if state is None else {"state": state})
     for name, out in list(total.items()):
         grads = gradients(out, mine) or {}

@@ -40,7 +40,7 @@ WAYS = ("alone", "split", "stretch")
 
 def bench_context(
     model: ModelConfig, patterns: Sequence[str], lengths: Sequence[int], world: World, device: str,
-    rounds: int = 7, ways: Sequence[str] = WAYS, say: Callable[[str], None] = lambda line: None,
+    rounds: int = 7, say: Callable[[str], None] = lambda line: None,
 ) -> pd.DataFrame:
     """A row a pattern, length and way, with the COLUMNS; all processes call together, and the first
     one's table is whole. What does not fit alone is a row that says so. UserError for one process.
@@ -53,13 +53,13 @@ def bench_context(
         torch.manual_seed(0)
         built = ByteLM(ModelConfig(**vars(model) | {"layer_pattern": pattern})).to(device)
         for length in lengths:
-            rows += _of_length(built, length, world, device, rounds, ways, say)
+            rows += _of_length(built, length, world, device, rounds, say)
         del built
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def _of_length(
-    model: ByteLM, length: int, world: World, device: str, rounds: int, ways: Sequence[str],
+    model: ByteLM, length: int, world: World, device: str, rounds: int,
     say: Callable[[str], None],
 ) -> list[dict[str, object]]:
     config = TrainConfig(context=length, batch_size=1)
@@ -85,7 +85,7 @@ def _of_length(
         return seconds_of(partial(step, way), device)
 
     rows: dict[str, dict[str, object]] = {}
-    for way in ways:  # warms up as well
+    for way in WAYS:  # warms up as well
         row = rows[way] = {
             "layers": model.config.layer_pattern, "length": length, "way": way, "note": "",
             "processes": world.size if way == "split" else 1}

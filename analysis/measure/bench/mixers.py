@@ -204,7 +204,7 @@ FAMILIES: dict[str, Family] = {
 def run_bench(
     shapes: Sequence[Shape] | None = None, families: Sequence[str] = tuple(FAMILIES),
     device: str | torch.device | None = None, repeats: int = 30,
-    progress: Callable[[str], None] | None = None, seconds_per_peer: float = 10.0,
+    progress: Callable[[str], None] | None = None,
 ) -> pd.DataFrame:
     """Time every peer of the families on each shape; columns as in COLUMNS. The frame's
     ``attrs["settings"]`` are what peers that tune themselves chose, rows as in SETTINGS. An
@@ -224,7 +224,7 @@ def run_bench(
     with kept_when_interrupted(rows, say):
         for shape in shapes:
             for name in families:
-                _bench_family(rows, name, shape, dtype, device, repeats, seconds_per_peer, say)
+                _bench_family(rows, name, shape, dtype, device, repeats, say)
             if shape == shapes[0]:
                 carry_tuning()
     for row in rows:
@@ -238,14 +238,13 @@ def run_bench(
 
 def _bench_family(
     rows: list[dict[str, Any]], name: str, shape: Shape, dtype: torch.dtype, device: torch.device,
-    repeats: int, seconds_per_peer: float, say: Callable[[str], None],
+    repeats: int, say: Callable[[str], None],
 ) -> None:
     # The heads stay: many kernels are compiled anew for another number of them.
     family, reduced = FAMILIES[name], (min(shape[0], 2), min(shape[1], 200), shape[2])
     bench_peers(
         rows, family.peers, lambda small: family.make(reduced if small else shape, dtype, device),
-        family.exact, device, repeats, seconds_per_peer,
-        lambda line: say(f"{shape} {name}, {line}"),
+        family.exact, device, repeats, lambda line: say(f"{shape} {name}, {line}"),
         batch=shape[0], length=shape[1], heads=shape[2], family=name)
     if device.type == "cuda":
         torch.cuda.empty_cache()

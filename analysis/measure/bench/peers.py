@@ -32,6 +32,7 @@ Shape = tuple[int, int, int]
 Inputs = dict[str, Tensor]
 GPU_ONLY = ("mamba_ssm", "fla")
 TUNING_SECONDS = 90.0  # of compiling for each peer; some would take ten minutes
+SECONDS_PER_PEER = 10.0  # of timing a direction, about: slow peers are repeated less often
 DIRECTIONS = ("forward", "forward+backward")
 COLUMNS = {
     "direction": "forward (no gradients) or forward+backward (through autograd)",
@@ -108,7 +109,7 @@ def kept_when_interrupted(rows: list[dict[str, Any]], say: Callable[[str], None]
 def bench_peers(
     found: list[dict[str, Any]], peers: Mapping[str, Peer], make: Callable[[bool], Inputs],
     exact: Callable[..., Tensor] | None, device: torch.device, repeats: int,
-    seconds_per_peer: float, say: Callable[[str], None], *,
+    say: Callable[[str], None], *,
     refuse: Callable[[str], str] = lambda name: "", **labels: object,
 ) -> None:
     """Time every peer on one set of inputs, and add a row a (peer, direction) to ``found``, with
@@ -158,7 +159,7 @@ def bench_peers(
     done = False
     try:
         for direction in DIRECTIONS:
-            timed = _interleaved(cases, direction, device, repeats, seconds_per_peer, say)
+            timed = _interleaved(cases, direction, device, repeats, say)
             for name, (samples, timing) in timed.items():
                 low, median, high = quartiles(samples)
                 rows[name, direction].update(
@@ -211,7 +212,7 @@ def _longest_kernel(case: PeerCase, direction: str, device: torch.device) -> str
 
 def _interleaved(
     cases: Mapping[str, PeerCase], direction: str, device: torch.device, repeats: int,
-    seconds_per_peer: float, say: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> dict[str, tuple[list[float], str]]:
     """Samples of each peer, taken in turns so that drift of the machine meets all alike."""
     flush = None
@@ -225,7 +226,7 @@ def _interleaved(
         timers[name] = run, _ = captured(functools.partial(case.run, direction), device)
         device_seconds_of(run, flush)
         once = statistics.median(device_seconds_of(run, flush) for _ in range(2))
-        wanted[name] = max(3, min(repeats, int(seconds_per_peer / max(once, 1e-9))))
+        wanted[name] = max(3, min(repeats, int(SECONDS_PER_PEER / max(once, 1e-9))))
     calls = {name: functools.partial(device_seconds_of, run, flush)
              for name, (run, _) in timers.items()}
     samples = in_turns(calls, wanted, round_done=lambda number: said(

@@ -181,12 +181,11 @@ def run_bench(
     shapes: Sequence[Shape] | None = None, dtype: str | None = None,
     peers: Sequence[str] = DEFAULT_PEERS, device: str | torch.device | None = None,
     repeats: int = 30, progress: Callable[[str], None] | None = None, *, states: int = 16,
-    seconds_per_peer: float = 10.0, machine: dict[str, object] | None = None,
+    machine: dict[str, object] | None = None,
 ) -> pd.DataFrame:
     """Time the peers on each shape; one row a (shape, peer, direction), columns as in COLUMNS.
 
-    ``dtype`` is bfloat16 on a GPU and float32 on a CPU unless given. A peer gets at most about
-    ``seconds_per_peer`` a direction, so slow ones are repeated less often. ``progress`` is called
+    ``dtype`` is bfloat16 on a GPU and float32 on a CPU unless given. ``progress`` is called
     with one line a measurement; ``machine`` is what describe_machine returned (else it is called).
     The frame's ``attrs["machine"]`` holds it. An interruption keeps what was timed before it;
     KeyboardInterrupt where that is nothing.
@@ -210,7 +209,7 @@ def run_bench(
     rows: list[dict[str, Any]] = []
     with kept_when_interrupted(rows, say):
         for shape in shapes or (GPU_SHAPES if on_gpu else CPU_SHAPES):
-            _bench_shape(rows, shape, kind, peers, device, repeats, states, seconds_per_peer, say)
+            _bench_shape(rows, shape, kind, peers, device, repeats, states, say)
     for row in rows:
         row["dtype"] = dtype
         if PEERS[row["peer"]].is_scan:
@@ -229,7 +228,7 @@ def run_bench(
 
 def _bench_shape(
     rows: list[dict[str, Any]], shape: Shape, dtype: torch.dtype, peers: Sequence[str],
-    device: torch.device, repeats: int, states: int, seconds_per_peer: float,
+    device: torch.device, repeats: int, states: int,
     say: Callable[[str], None],
 ) -> None:
     batch, length, channels = shape
@@ -246,5 +245,5 @@ def _bench_shape(
 
     bench_peers(
         rows, {name: PEERS[name] for name in peers}, make, torch_form("recurrent"), device, repeats,
-        seconds_per_peer, lambda line: say(f"{shape} {line}"), refuse=refuse,
+        lambda line: say(f"{shape} {line}"), refuse=refuse,
         batch=batch, length=length, channels=channels, states=states)

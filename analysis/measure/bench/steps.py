@@ -58,6 +58,7 @@ PARTS: tuple[tuple[str, str], ...] = (
     ("copies", r"copy|cat$|contiguous|_to_copy|clone|fill_|zero|Memset|Memcpy|FillFunctor"),
 )
 OTHER, GAPS = "everything else", "between kernels"
+PROFILED_STEPS = 3
 TEXT_BYTES = 1 << 20  # of which windows are drawn; more where a step has more
 PUBLISHED = "{} by mamba-ssm"  # a system with that project's modules
 
@@ -288,12 +289,12 @@ def training_step(
 
 
 def _parts(
-    system: str, step: Callable[[], Any], device: str, ms: float, steps: int = 3
+    system: str, step: Callable[[], Any], device: str, ms: float
 ) -> list[dict[str, Any]]:
     cuda = device.startswith("cuda")
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     with profiling(activities=[activity]) as profiler:
-        seconds_of(step, device, steps)
+        seconds_of(step, device, PROFILED_STEPS)
     spent: dict[str, float] = defaultdict(float)
     longest: dict[str, tuple[float, str]] = {}
     for event in profiler.key_averages():
@@ -302,7 +303,7 @@ def _parts(
         micro = event.self_device_time_total if cuda else event.self_cpu_time_total
         if micro:
             part = part_of(event.key)
-            spent[part] += micro / 1e3 / steps
+            spent[part] += micro / 1e3 / PROFILED_STEPS
             longest[part] = max(longest.get(part, (0.0, "")), (micro, event.key))
     total = sum(spent.values())
     if cuda:

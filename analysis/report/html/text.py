@@ -75,11 +75,11 @@ def plain(value: Any, digits: int = 4) -> str:
     return clean(str(value))
 
 
-def binary_bytes(value: float, digits: int = 3) -> str:
+def binary_bytes(value: float) -> str:
     """1.5e9 -> "1.4 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(value) < 1024 or unit == "TiB":
-            return f"{number(float(f'{value:.{digits}g}'), digits)} {unit}"
+            return f"{number(float(f'{value:.3g}'))} {unit}"
         value /= 1024
     raise AssertionError("not reached")
 

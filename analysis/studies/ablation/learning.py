@@ -153,14 +153,14 @@ def heldout_bits(model: ByteLM, windows: Tensor) -> float:
 
 
 @torch.no_grad()
-def window_bits(model: ByteLM, windows: Tensor, batch: int = 32) -> np.ndarray:
+def window_bits(model: ByteLM, windows: Tensor) -> np.ndarray:
     """Bits per byte of each window (n,), scored from an empty state.
 
     By the model as it is written: what training compiled is for its own shapes.
     """
     bits = []
     with autocast(model.device, "auto"):
-        for part in windows.split(batch):
+        for part in windows.split(32):
             tokens = part.to(model.device)
             nats = F.cross_entropy(model(tokens[:, :-1])[0].float().flatten(0, 1),
                                    tokens[:, 1:].flatten(), reduction="none")

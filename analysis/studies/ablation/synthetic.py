@@ -29,6 +29,7 @@ from mambabyte.train.schedule import schedule
 
 IGNORE = -100  # positions that neither loss nor accuracy counts
 LEARNED = 0.999  # accuracy at which a training ends early
+SAMPLES = 256  # that an accuracy is measured on
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def accuracy(model: ByteLM, task: Task, samples: int, seed: int) -> float:
 
 def learn_task(
     config: ModelConfig, task: Task, *, steps: int, batch: int = 32, lr: float = 3e-3,
-    seed: int = 0, device: str = "cpu", samples: int = 256, check_every: int = 0,
+    seed: int = 0, device: str = "cpu", check_every: int = 0,
 ) -> list[tuple[int, float]]:
     """Train a model of ``config`` on ``task``; returns (step, accuracy) pairs, the last at the end.
 
@@ -177,7 +178,7 @@ def learn_task(
 
     def look(done: int) -> None:
         if done == steps or (check_every and done % check_every == 0):
-            curve.append((done, accuracy(model, task, samples, seed)))
+            curve.append((done, accuracy(model, task, SAMPLES, seed)))
 
     optimise(EagerStep(model, make_optimizer(model, recipe), batches, recipe, loss=loss),
              partial(schedule, config=recipe), steps, after=look,

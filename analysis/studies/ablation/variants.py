@@ -67,6 +67,7 @@ class _RoundedStateMixer(MambaMixer):
         return self.out_proj((y * nn.functional.silu(z)).to(u.dtype)), MambaState(conv_state, h)
 
 
+WARMDOWN = 1200  # steps over which the script's rate falls to zero
 BF16_STORED = ("embedding.weight", "dt_proj.weight", "x_proj.weight", "conv1d.weight", "A_log")
 
 
@@ -186,19 +187,19 @@ def published_state_dtypes() -> pd.DataFrame:
 
 
 def warmdown_multiplier(
-    step: int, elapsed_seconds: float, *, iterations: int, cap_seconds: float, warmdown: int = 1200,
+    step: int, elapsed_seconds: float, *, iterations: int, cap_seconds: float
 ) -> float:
     """Learning-rate factor of the script's schedule before step ``step`` (from 0).
 
-    The last ``warmdown`` steps fall linearly to zero; with a wall-clock cap the steps that are
+    The last WARMDOWN steps fall linearly to zero; with a wall-clock cap the steps that are
     left are those that fit into it at the mean pace so far. A run of fewer steps than
-    ``warmdown`` is all warm-down: it never reaches its rate. Before the first step no pace is
+    WARMDOWN is all warm-down: it never reaches its rate. Before the first step no pace is
     known, so under a cap that step alone has factor 1.
     """
     if not cap_seconds:
-        start = max(iterations - warmdown, 0)
-        return max((iterations - step) / warmdown, 0.0) if step >= start else 1.0
-    needed = warmdown * elapsed_seconds / max(step, 1)
+        start = max(iterations - WARMDOWN, 0)
+        return max((iterations - step) / WARMDOWN, 0.0) if step >= start else 1.0
+    needed = WARMDOWN * elapsed_seconds / max(step, 1)
     left = max(cap_seconds - elapsed_seconds, 0.0)
     return left / max(needed, 1e-9) if left <= needed else 1.0
 

@@ -170,7 +170,6 @@ def compile_cubin(
     names: Sequence[str] = (),
     *,
     filename: str = "kernel.cu",
-    cache: bool = True,
 ) -> Cubin:
     """Compile CUDA C++ for ``arch``. Needs NVRTC but no GPU.
 
@@ -181,12 +180,9 @@ def compile_cubin(
     options = (*_DEFAULT_OPTIONS, *options)
     key = [_CACHE_FORMAT, nvrtc_version(), arch, options, sorted(names), filename, source]
     digest = hashlib.sha256(to_json(key).encode()).hexdigest()
-    if cache:
-        cached = _read_cache(digest, arch)
-        if cached is not None:
-            return cached
-    cubin = _compile(source, options, arch, names, filename)
-    if cache:
+    cubin = _read_cache(digest, arch)
+    if cubin is None:
+        cubin = _compile(source, options, arch, names, filename)
         _write_cache(digest, cubin)
     return cubin
 
