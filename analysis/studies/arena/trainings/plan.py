@@ -150,7 +150,8 @@ def plan(p: Parameters, rows: Sequence[Row]) -> list[Cell]:
     done = Done(rows)
     parts = {"text": _text, "long": _long, "costs": costs_cells, "tasks": _tasks,
              "memory": memory_cells, "precision": precision_cells, "clamp": clamp_cells,
-             "scaling": scaling_cells, "pieces": _pieces}
+             # The longest first: a law waits for all of them.
+             "scaling": lambda p, done: scaling_cells(p, done)[::-1], "pieces": _pieces}
     cells = dict.fromkeys(cell for part in p.parts for cell in parts[part](p, done))
     return sorted(cells, key=lambda cell: cell.seed > 0)
 
