@@ -1,4 +1,4 @@
-"""A small run of every kernel, for CUDA's memory and race checker (a minute a tool)::
+"""A small run of every kernel, for CUDA's memory and race checker (a minute or two a tool)::
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     for tool in memcheck racecheck; do
@@ -17,9 +17,19 @@ import pytest
 import torch
 from scan_cases import make_inputs, results
 
+from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.model.fused import cast_together
 from mambabyte.ops.conv.operator import fused_causal_conv
 from mambabyte.ops.mamba.fused import fused_mixer
 from mambabyte.ops.mamba.step import mamba_step, scan_step
+from mambabyte.ops.ssd import cuda as ssd_kernels
+from mambabyte.ops.ssd.mamba3 import cuda as mamba3_kernels
+from mambabyte.stream import ByteStream, stream_engine
+from mambabyte.train.captured import prepare
+from tests.gpu import test_gpu_hybrid, test_gpu_stream
+from tests.gpu.test_gpu_stream import made, random_bytes
+from tests.helpers.family_cases import make_inputs as family_inputs
+from tests.helpers.family_cases import results as family_results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
@@ -68,3 +78,67 @@ def test_step(channels: int) -> None:
     B, C = random(2, 3, 16)
     for tensor in scan_step(x, z, A, B, C, None, None, None, state, True):
         assert tensor.isfinite().all()
+
+
+@pytest.mark.parametrize(("walk_blocks", "many_blocks"), [(1 << 30, 0), (0, 1 << 30), (0, 0)],
+                         ids=["all chunks at once", "three in flight", "two in flight"])
+@pytest.mark.parametrize(("states", "length"), [(16, 1), (32, 70), (64, 130), (128, 65)])
+@pytest.mark.parametrize("family", ["ssd", "mamba3"])
+def test_ssd(family: str, states: int, length: int, walk_blocks: int, many_blocks: int,
+             monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two heads of a group in a block, as where there are blocks enough."""
+    monkeypatch.setattr(ssd_kernels, "WALK_BLOCKS", walk_blocks)
+    monkeypatch.setattr(ssd_kernels, "MANY_BLOCKS", many_blocks)
+    monkeypatch.setattr(ssd_kernels, "OUTPUT_BLOCKS", 1)
+    monkeypatch.setattr(ssd_kernels.heads_of_a_block, "__defaults__", (1,))
+    monkeypatch.setattr(mamba3_kernels, "BACK_BLOCKS", 1)
+    inputs = family_inputs(family, 2, length, heads=4, keys=states, values=64, groups=2,
+                           dtype=torch.bfloat16, device="cuda")
+    for name, tensor in family_results(family, inputs, "fused").items():
+        assert tensor.isfinite().all(), name
+
+
+@pytest.mark.parametrize("length", [1, 130])
+@pytest.mark.parametrize("family", ["gated delta", "channel gates"])
+def test_delta_rule(family: str, length: int) -> None:
+    inputs = family_inputs(family, 2, length, heads=3, keys=64, values=64, dtype=torch.bfloat16,
+                           device="cuda")
+    for name, tensor in family_results(family, inputs, "fused").items():
+        assert tensor.isfinite().all(), name
+
+
+@pytest.mark.parametrize("letters", ["MA", "S", "R", "DK"])
+def test_training_step(letters: str) -> None:
+    """What makes a mixer's inputs, and what is joined around it."""
+    model = made(ModelConfig(d_model=128, n_layer=len(letters), layer_pattern=letters, n_head=2,
+                             n_kv_head=2, mlp_ratio=2.0, qk_norm=True)).train()
+    prepare(model, TrainConfig(context=70, step="fused", precision="bf16"))
+    with torch.autocast("cuda", torch.bfloat16):
+        cast_together(model, model.loss)(random_bytes(2, 71).long()).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("config", [
+    test_gpu_stream.CONFIGS["sizes that divide nothing"],
+    test_gpu_hybrid.CONFIGS["all letters and extras"],
+], ids=["stream.cu", "hybrid.cu"])
+def test_stream(config: ModelConfig) -> None:
+    """Fed many bytes and one at a time, drawn from, and with guesses."""
+    model = made(config)
+    advance = stream_engine(model)
+    assert advance.name.endswith(".cu")
+    streamer = advance.streamer
+    found, state = streamer.feed(random_bytes(3, 9), streamer.new_state(3), all_positions=True)
+    assert streamer.draw(found[:, -1], state, 5, temperature=0.0)[1].isfinite().all()
+    stream, past = ByteStream(model), b"abcabcab"
+    for byte in past:
+        stream.feed(bytes([byte]))
+    fork = stream.fork()
+    fork.feed(b"x")
+    assert fork.log_probs.isfinite().all()
+    text = b"".join(fork.draw(6, temperature=0.0))
+    if advance.guesses:
+        text = b"".join(piece for piece, *_ in stream.guess_and_draw(past, 6, temperature=0.0))
+    assert len(text) == 6
