@@ -24,7 +24,7 @@ MULTIBYTE = "naïve café – “déjà vu” costs 5 €, 日本語 🙂 and pl
 LONGEST = (
     "test_own_pages.py", "test_browser.py", "test_sweep.py", "test_distributed.py",
     "test_scan_emulated.py", "test_field_mixers.py", "test_ssd_emulated.py",
-    "test_mixer_emulated.py", "test_families.py", "test_context_parallel.py", "test_clusters.py",
+    "test_mixer_emulated.py", "test_families.py", "test_context_parallel.py",
     "test_memory.py", "test_gradients.py", "test_overflow.py", "test_throughput.py",
     "test_claims.py", "test_report.py", "test_cli.py", "test_report_hostile.py",
     "test_fused_emulated.py", "test_delta_emulated.py", "test_step_profile.py",

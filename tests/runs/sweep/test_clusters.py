@@ -25,6 +25,9 @@ def cluster(request, monkeypatch, tmp_path):
     """An executor with two workers of dask, or with submitit's processes on this machine."""
     pytest.importorskip("distributed" if request.param == "dask" else "submitit")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if request.param == "slurm":
+        # Submitit waits so long for a killed job's result, which a shared disk may show late.
+        monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 1, raising=False)
     pool = DaskExecutor(2) if request.param == "dask" else SlurmExecutor(
         poll_seconds=0.05, cluster="local")
     yield pool
