@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from analysis.theory.kept_tensors import (
     STREAM_DTYPE,
     Autocast,
+    Term,
     saved_terms,
     squares_in_float32,
 )
@@ -26,6 +27,10 @@ from mambabyte.model.mixer import FLOAT32, Around, Step, mixer_of
 # forward pass and one for that of the backward pass (torch's default on Hopper; 8 MiB each on
 # earlier cards). The rest has no explanation yet.
 LIBRARY_BYTES = 92 * 10**6
+
+# By moment, bytes of activations and workspace, and of the gradients of weights: these appear from
+# the head down, and all of them exist at the end.
+Moments = dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -65,55 +70,17 @@ def budget(
     Layers after the one at hand are not yet there (forward) or no longer (backward). A
     checkpointed layer goes forward a second time, in the backward pass.
     """
-    step = Step(batch, length, STREAM_DTYPE[autocast], device)
-    tokens, itemsize, d = step.tokens, step.itemsize, config.d_model
     n_bytes = config.n_parameters * FLOAT32
     terms = saved_terms(config, batch, length, autocast, device, checkpointing)
-    kept = sum(t.bytes for t in terms)
     whole = terms if not checkpointing else saved_terms(config, batch, length, autocast, device)
-    per_layer = [sum(t.bytes for t in whole if t.layer == i) for i in range(config.n_layer)]
-    mlp = [sum(t.bytes for t in whole if t.layer == i and t.part == "mlp")
-           for i in range(config.n_layer)]
-    stays = [sum(t.bytes for t in terms if t.layer == i) for i in range(config.n_layer)]
-
-    # A tied table has two gradients, of the head and of the rows looked up, until they are added.
-    rows = config.vocab_size * d * FLOAT32
-    table = rows if config.tied_head else 0
-
-    # Bytes of activations and workspace, and of the gradients of weights: these appear from the
-    # head down, and all of them exist at the end.
-    moments: dict[str, tuple[int, int]] = {
-        "loss, forward": (kept + tokens * config.vocab_size * FLOAT32 + (
-            0 if itemsize == FLOAT32 else
-            tokens * (d * FLOAT32 + config.vocab_size * itemsize)), 0),
-        "loss, backward": (kept + 2 * tokens * config.vocab_size * FLOAT32, 0),
-        "head, backward": (kept + tokens * d * FLOAT32, rows),
-        "embedding, backward": (tokens * d * FLOAT32, n_bytes + table),
-        "optimizer step": (_muon_workspace(config, device) if optimizer == "muon" else 0, n_bytes),
-    }
-    if config.tied_head and itemsize == FLOAT32:
-        # The head's gradient is a transposed product, into which autograd does not add in place.
-        moments["embedding, sum of its gradients"] = (0, n_bytes + 2 * table)
-    above = _gradients_above(config)
-    for i, letter in enumerate(config.layers):
-        # What lies below, and this layer whole: under checkpointing it is there for a while, made
-        # again from its input, which its norm keeps in any case.
-        held = sum(stays[:i]) + per_layer[i]
-        residual = tokens * d * FLOAT32
-        done = above[i]  # and of this layer what lies behind the moment
-        if config.mlp_hidden:
-            done += 2 * d * config.mlp_hidden * FLOAT32
-            # d(x^2) = grad * (2 * x^1): the gradient, both factors and the product, all at once.
-            wide = squares_in_float32(config, itemsize, device)
-            hidden = tokens * config.mlp_hidden
-            moments[f"layer {i}, MLP backward"] = (held + residual + hidden * (
-                4 * (FLOAT32 if wide else itemsize) - itemsize), done)
-        around = Around(held, mlp[i], residual, done, above[i], checkpointing)
-        moments |= {f"layer {i}, {name}": taken for name, taken
-                    in mixer_of(letter).moments(config, step, around).items()}
+    kept = sum(t.bytes for t in terms)
+    step = Step(batch, length, STREAM_DTYPE[autocast], device)
+    moments = _moments_around(config, step, kept, optimizer) | _moments_of_layers(
+        config, step, terms, whole, checkpointing)
     if micro_batches > 1:
         # The parts before left every gradient. A new one is freed as soon as it is added to theirs,
         # but for a tied head's, which waits for that of the rows.
+        rows, table = _table_gradients(config)
         new = {"loss,": 0, "head,": rows, "layer": table, "optimizer": 0}
         moments = {name: (taken, n_bytes + new.get(name.split()[0], gradients - n_bytes + rows))
                    for name, (taken, gradients) in moments.items()}
@@ -124,6 +91,65 @@ def budget(
     return Budget(
         resolve_form(config, device), autocast, n_bytes, gradients,
         _optimizer_bytes(config, optimizer), left, taken - left, libraries, moment)
+
+
+def _table_gradients(config: ModelConfig) -> tuple[int, int]:
+    """Bytes of the gradient of the head, and of the second that a tied table has: of the head and
+    of the rows looked up, until they are added."""
+    rows = config.vocab_size * config.d_model * FLOAT32
+    return rows, rows if config.tied_head else 0
+
+
+def _moments_around(config: ModelConfig, step: Step, kept: int, optimizer: str) -> Moments:
+    """The moments of the loss, the embedding and the optimizer; ``kept`` for the backward pass."""
+    tokens, itemsize, d = step.tokens, step.itemsize, config.d_model
+    n_bytes = config.n_parameters * FLOAT32
+    rows, table = _table_gradients(config)
+    moments = {
+        "loss, forward": (kept + tokens * config.vocab_size * FLOAT32 + (
+            0 if itemsize == FLOAT32 else
+            tokens * (d * FLOAT32 + config.vocab_size * itemsize)), 0),
+        "loss, backward": (kept + 2 * tokens * config.vocab_size * FLOAT32, 0),
+        "head, backward": (kept + tokens * d * FLOAT32, rows),
+        "embedding, backward": (tokens * d * FLOAT32, n_bytes + table),
+        "optimizer step": (
+            _muon_workspace(config, step.device) if optimizer == "muon" else 0, n_bytes),
+    }
+    if config.tied_head and itemsize == FLOAT32:
+        # The head's gradient is a transposed product, into which autograd does not add in place.
+        moments["embedding, sum of its gradients"] = (0, n_bytes + 2 * table)
+    return moments
+
+
+def _moments_of_layers(
+    config: ModelConfig, step: Step, terms: list[Term], whole: list[Term],
+    checkpointing: bool,
+) -> Moments:
+    """The moments of each layer's backward pass: ``terms`` are kept until then, ``whole`` is what
+    a layer has that is made again."""
+    per_layer = [sum(t.bytes for t in whole if t.layer == i) for i in range(config.n_layer)]
+    mlp = [sum(t.bytes for t in whole if t.layer == i and t.part == "mlp")
+           for i in range(config.n_layer)]
+    stays = [sum(t.bytes for t in terms if t.layer == i) for i in range(config.n_layer)]
+    residual = step.tokens * config.d_model * FLOAT32
+    above = _gradients_above(config)
+    moments: Moments = {}
+    for i, letter in enumerate(config.layers):
+        # What lies below, and this layer whole: under checkpointing it is there for a while, made
+        # again from its input, which its norm keeps in any case.
+        held = sum(stays[:i]) + per_layer[i]
+        done = above[i]  # and of this layer what lies behind the moment
+        if config.mlp_hidden:
+            done += 2 * config.d_model * config.mlp_hidden * FLOAT32
+            # d(x^2) = grad * (2 * x^1): the gradient, both factors and the product, all at once.
+            wide = squares_in_float32(config, step.itemsize, step.device)
+            hidden = step.tokens * config.mlp_hidden
+            moments[f"layer {i}, MLP backward"] = (held + residual + hidden * (
+                4 * (FLOAT32 if wide else step.itemsize) - step.itemsize), done)
+        around = Around(held, mlp[i], residual, done, above[i], checkpointing)
+        moments |= {f"layer {i}, {name}": taken for name, taken
+                    in mixer_of(letter).moments(config, step, around).items()}
+    return moments
 
 
 def _gradients_above(config: ModelConfig) -> list[int]:
