@@ -171,9 +171,8 @@ class NgramModel:
     def contexts(self, data: bytes | np.ndarray, history: bytes = b"") -> Tensor:
         """The ``order - 1`` bytes before each byte of ``data``, a view (L, order - 1)."""
         width = self.order - 1
-        text = _padded(np.frombuffer(history, np.uint8), width)[len(history):]
-        whole = np.concatenate([text, np.asarray(bytearray(data), dtype=np.uint8)])
-        tokens = torch.from_numpy(whole).to(self.device)
+        text = (bytes([START_BYTE]) * width + history)[len(history):] + bytes(data)
+        tokens = torch.from_numpy(np.frombuffer(bytearray(text), np.uint8)).to(self.device)
         return tokens[: len(tokens) - 1].unfold(0, width, 1) if width else tokens[:, None][:, :0]
 
     def scores_by_order(
@@ -246,12 +245,33 @@ def count(
         data = torch.from_numpy(np.frombuffer(bytes_of(data), np.uint8).copy())
     if not len(data):
         raise UserError("there is nothing to count: the text is empty")
-    pad = torch.full((order - 1,), START_BYTE, dtype=torch.uint8)
     data = data.to(data.device if device is None else device)
-    text = torch.cat([pad.to(data.device), data])
+    text = torch.nn.functional.pad(data, (order - 1, 0), value=START_BYTE)
 
     native = (text.device.type == "cpu" and order <= ngram_native.MAX_ORDER
               and ngram_native.library() is not None)
+    keys, pair, counts = _distinct(text, order, native, report)
+    levels = [_level(keys[-1], pair, counts)]
+    if native:  # a level is enough for the next
+        del pair, counts
+    for m in range(order - 1, 0, -1):
+        report((3 * order - m) / (3 * order))
+        if native:
+            longer = levels[-1]
+            levels.append(Level(keys[m - 1], *ngram_native.shorten(
+                keys[m], len(keys[m - 1]), longer.start, longer.symbol, longer.count,
+                continuation)))
+        else:
+            pair, counts = _shortened(keys[m], pair, counts, continuation)
+            levels.append(_level(keys[m - 1], pair, counts))
+    return NgramModel(levels[::-1], discount, len(data))
+
+
+def _distinct(
+    text: Tensor, order: int, native: bool, report: Callable[[float], None]
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The keys of the contexts of every length below ``order``, and the distinct n-grams of
+    ``order`` bytes, as context and symbol, with their counts."""
     common, symbol, older = _sorted_contexts(text, order, native)
     keys = [torch.zeros(1, dtype=torch.int64, device=text.device)]
     node = torch.zeros(len(common), dtype=torch.int32, device=text.device)  # of every position
@@ -263,34 +283,23 @@ def count(
         torch.cumsum(new, 0, dtype=torch.int32, out=node)
         node -= 1
     at = (common < order).nonzero()[:, 0]  # one position of each distinct n-gram
-    end = torch.cat([at[1:], at.new_tensor([len(common)])])
-    pair, counts = node[at].long() * V + symbol[at], (end - at).int()
-    del common, symbol, older, node, at, end
+    counts = at.diff(append=at.new_tensor([len(common)])).int()
+    return keys, node[at].long() * V + symbol[at], counts
 
-    levels = [_level(keys[-1], pair, counts)]
-    if native:
-        del pair, counts
-        for m in range(order - 1, 0, -1):
-            report((3 * order - m) / (3 * order))
-            longer = levels[-1]
-            start, total, symbols, counts = ngram_native.shorten(
-                keys[m], len(keys[m - 1]), longer.start, longer.symbol, longer.count, continuation)
-            levels.append(Level(keys[m - 1], start, total, symbols, counts))
-        return NgramModel(levels[::-1], discount, len(data))
-    for m in range(order - 1, -1, -1):
-        report((3 * order - m) / (3 * order))
-        if m < order - 1:
-            levels.append(_level(keys[m], pair, counts))
-        if m:  # each distinct pair, seen from the context without its oldest byte, counts once
-            shorter = ((keys[m][pair >> 8] >> 8) << 8) | (pair & 255)
-            shorter, moved = shorter.sort()
-            pair, sizes = torch.unique_consecutive(shorter, return_counts=True)
-            if not continuation:
-                running = torch.cat([sizes.new_zeros(1), counts[moved].cumsum(0)])
-                ends = sizes.cumsum(0)
-                sizes = running[ends] - running[ends - sizes]
-            counts = sizes.int()
-    return NgramModel(levels[::-1], discount, len(data))
+
+def _shortened(
+    keys: Tensor, pair: Tensor, counts: Tensor, continuation: bool
+) -> tuple[Tensor, Tensor]:
+    """Pairs of context and symbol, and their counts, where each context has lost its oldest byte:
+    with ``continuation`` each distinct pair counts once, else its counts are added."""
+    shorter = ((keys[pair >> 8] >> 8) << 8) | (pair & 255)
+    shorter, moved = shorter.sort()
+    pair, sizes = torch.unique_consecutive(shorter, return_counts=True)
+    if not continuation:
+        running = torch.cat([sizes.new_zeros(1), counts[moved].cumsum(0)])
+        ends = sizes.cumsum(0)
+        sizes = running[ends] - running[ends - sizes]
+    return pair, sizes.int()
 
 
 def _sorted_contexts(
@@ -388,8 +397,3 @@ def ragged(begin: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
     owner = torch.repeat_interleave(torch.arange(len(begin), device=begin.device), length)
     shift = begin - (length.cumsum(0) - length)
     return torch.arange(len(owner), device=begin.device) + shift[owner], owner
-
-
-def _padded(history: np.ndarray, width: int) -> np.ndarray:
-    """``width`` start bytes before ``history``."""
-    return np.concatenate([np.full(width, START_BYTE, np.uint8), history])

@@ -71,13 +71,26 @@ def run_task(
         return row
     row |= {"steps": fitted.steps, "bytes_seen": fitted.bytes_seen,
             "n_parameters": fitted.n_parameters, "ngram_bytes": fitted.ngram_bytes, **fitted.notes}
-    began = time.perf_counter()
     texts: dict[str, bytes | np.ndarray] = {}
     if system.mixing or system.ngram is None or system.ngram.guide_share:  # else it was counted
         held = len(train_data) - min(HELD_OUT_BYTES, len(train_data) // 10)
         texts["held_out"] = train_data[next_begin(train_data, held) :]
+    _score_each(row, fitted, {**texts, **splits}, characters, report)
+    del fitted
+    gc.collect()
+    if on_cuda:
+        torch.cuda.empty_cache()
+    return row
+
+
+def _score_each(
+    row: dict[str, Any], fitted: Fit, texts: dict[str, bytes | np.ndarray], characters: int,
+    report: Report,
+) -> None:
+    """Add to the row what the model scores on each text, up to one where it is not finite."""
+    began = time.perf_counter()
     try:
-        for name, data in (texts | splits).items():
+        for name, data in texts.items():
             report(f"scoring {name}")
             result = score(fitted.model, data, characters)
             row |= {f"{name}_accuracy": result.char_accuracy,
@@ -89,11 +102,6 @@ def run_task(
     except NonFiniteError as error:
         row["failure"] = str(error)
     row["scoring_seconds"] = time.perf_counter() - began
-    del fitted
-    gc.collect()
-    if on_cuda:
-        torch.cuda.empty_cache()
-    return row
 
 
 class _Parts:
