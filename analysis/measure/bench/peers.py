@@ -127,28 +127,8 @@ def bench_peers(
         rows |= {(name, d): row for d, row in mine.items()}
         try:
             if not note:
-                # Before the reduced size, on which a peer that tunes itself would choose badly.
-                with bounded_tuning(TUNING_SECONDS) as settings:
-                    cases[name] = PeerCase(peer, make(False))
-                    cases[name].forward_backward()
-                met, late = settings()
-                for row in mine.values():
-                    row["note"] = f"tuned without {late} of {met} settings" * (late > 0)
-                end = carry_tuning()
-                errors = _errors(peer, exact, make(True)) if exact and peer.is_scan else None
-                end()
-                for direction, row in mine.items():
-                    row["peak_bytes"] = _peak_bytes(cases[name], direction, device)
-                    row["kernel"] = _longest_kernel(cases[name], direction, device)
-                    if errors:
-                        row["error_output"] = errors[0]
-                        if not math.isfinite(sum(errors)):
-                            note = row["note"] = ("wrong: its results are not finite at the "
-                                                  "reduced size")
-                if errors:
-                    mine[DIRECTIONS[1]]["error_gradient"] = errors[1]
+                cases[name], note = _prepared(mine, peer, make, exact, device)
         except Exception as failure:
-            cases.pop(name, None)
             note = f"{type(failure).__name__}: {failure}".splitlines()[0]
             for row in mine.values():
                 row["note"] = note
@@ -169,6 +149,36 @@ def bench_peers(
         done = True
     finally:
         found += [row for row in rows.values() if done or "median_seconds" in row]
+
+
+def _prepared(
+    rows: Mapping[str, dict[str, Any]], peer: Peer, make: Callable[[bool], Inputs],
+    exact: Callable[..., Tensor] | None, device: torch.device,
+) -> tuple[PeerCase, str]:
+    """A peer that is tuned, and what is wrong with it; its ``rows``, by direction, have all but
+    times."""
+    # Before the reduced size, on which a peer that tunes itself would choose badly.
+    with bounded_tuning(TUNING_SECONDS) as settings:
+        case = PeerCase(peer, make(False))
+        case.forward_backward()
+    met, late = settings()
+    for row in rows.values():
+        row["note"] = f"tuned without {late} of {met} settings" * (late > 0)
+    end = carry_tuning()
+    errors = _errors(peer, exact, make(True)) if exact and peer.is_scan else None
+    end()
+    for direction, row in rows.items():
+        row["peak_bytes"] = _peak_bytes(case, direction, device)
+        row["kernel"] = _longest_kernel(case, direction, device)
+    if errors is None:
+        return case, ""
+    wrong = "" if math.isfinite(sum(errors)) else (
+        "wrong: its results are not finite at the reduced size")
+    for row in rows.values():
+        row["error_output"] = errors[0]
+        row["note"] = wrong or row["note"]
+    rows[DIRECTIONS[1]]["error_gradient"] = errors[1]
+    return case, wrong
 
 
 def _errors(peer: Peer, exact: Callable[..., Tensor], inputs: Inputs) -> tuple[float, float]:
