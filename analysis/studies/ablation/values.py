@@ -13,15 +13,21 @@ Values = dict[str, Value]
 
 def values(r: Results, p: Parameters) -> Values:
     """The study's answer in named numbers; None: not measured."""
+    reference = str(r.paired["reference"].iloc[0])
+    return {
+        **_system_values(r, reference), **_text_values(r), **_lead_values(r.accuracy, reference),
+        **_size_values(r, reference), **_difference_values(r, reference),
+        **_drift_values(r.positions), **_task_values(r.tasks), **_variant_values(r.variants),
+        **_token_values(r.tokens), **_piece_values(r.tokens), **_few_step_values(r.few_steps),
+    }
+
+
+def _system_values(r: Results, reference: str) -> Values:
+    """What was compared, the best and the reference at equal steps."""
     bits = r.systems.set_index("pattern")["bits_per_byte"]
     best = str(bits.idxmin())
-    reference = str(r.paired["reference"].iloc[0])
-    hybrids = [p for p in bits.index if len(set(p)) > 1]
-    state = r.systems.set_index("pattern")["state_bytes"]
     accuracy = r.runs.dropna(subset=["char_accuracy"]).groupby("pattern")["char_accuracy"].mean()
-    products = r.flop_check[r.flop_check["counted"] == MATMUL]["formula_over_counter"]
-    documents = r.documents.set_index("key")["ours"]
-    values: Values = {
+    return {
         "n_parameters": Value(
             int(r.systems["n_parameters"].iloc[0]), "", "of every system, nearly"),
         "worst_mismatch_percent": Value(float(r.systems["mismatch_percent"].abs().max()), "%",
@@ -31,6 +37,15 @@ def values(r: Results, p: Parameters) -> Values:
         "best_bits": Value(float(bits[best]), "bits/byte", "its held-out bits per byte"),
         "reference": Value(reference, "", "pattern that the others are compared with"),
         "reference_bits": Value(float(bits[reference]), "bits/byte", "its held-out bits per byte"),
+        "ssm_char_accuracy": Value(_get(accuracy, "M"), "", "greedy next-character accuracy, M"),
+        "reference_char_accuracy": Value(
+            _get(accuracy, reference), "", "the same of the reference"),
+    }
+
+
+def _text_values(r: Results) -> Values:
+    """The held-out text, and how well it tells systems apart."""
+    return {
         "heldout_bytes": Value(int(r.text["held-out bytes"].iloc[0]), "bytes",
                                "held-out text that every system was scored on"),
         "text_error": Value(float(r.text["error over the text"].max()), "bits/byte",
@@ -40,10 +55,15 @@ def values(r: Results, p: Parameters) -> Values:
             "the same of a difference to the reference on the same windows"),
         "unigram_bits": Value(r.unigram_bits, "bits/byte",
                               "of byte frequencies alone: what is reached without any context"),
-        "ssm_char_accuracy": Value(_get(accuracy, "M"), "", "greedy next-character accuracy, M"),
-        "reference_char_accuracy": Value(
-            _get(accuracy, reference), "", "the same of the reference"),
-        **_lead_values(r.accuracy, reference),
+    }
+
+
+def _size_values(r: Results, reference: str) -> Values:
+    """States, operations, and what the documents' own sizes come to."""
+    state = r.systems.set_index("pattern")["state_bytes"]
+    products = r.flop_check[r.flop_check["counted"] == MATMUL]["formula_over_counter"]
+    documents = r.documents.set_index("key")["ours"]
+    return {
         "state_ratio": Value(float(state[reference] / state.min()), "times",
                              "state of the reference over the smallest, after one context"),
         "flop_ratio_low": Value(float(products.min()), "", "closed form over counter, smallest"),
@@ -56,34 +76,48 @@ def values(r: Results, p: Parameters) -> Values:
         "published_state": Value(str(r.state_dtypes["state"].iloc[-1]), "",
                                  "dtype of the second document's state after its first steps"),
     }
+
+
+def _difference_values(r: Results, reference: str) -> Values:
+    """The SSM, and the best hybrid, minus the reference in each comparison."""
+    values: Values = {}
+    hybrids = [pattern for pattern in r.systems["pattern"] if len(set(pattern)) > 1]
     for comparison in COMPARISONS:
         name = comparison.replace("-", "_").lower()
         rows = r.paired[r.paired["comparison"] == comparison].set_index("pattern")["mean"]
         values[f"ssm_{name}"] = Value(_get(rows, "M"), "bits/byte",
                                       f"M minus {reference} at equal {comparison}")
-        hybrid = [_get(rows, h) for h in hybrids if _get(rows, h) is not None]
+        hybrid = [bits for pattern in hybrids if (bits := _get(rows, pattern)) is not None]
         values[f"hybrid_{name}"] = Value(
-            min(hybrid, default=None), "bits/byte",  # type: ignore[type-var]
+            min(hybrid, default=None), "bits/byte",
             f"best hybrid minus {reference} at equal {comparison}")
-    values |= _drift_values(r.positions) | _task_values(r.tasks) | _variant_values(r.variants)
-    one = r.tokens.iloc[0] if len(r.tokens) else {}
-    last = (r.few_steps[r.few_steps["step"] == r.few_steps["step"].max()]
-            if len(r.few_steps) else None)
-    values |= {
+    return values
+
+
+def _token_values(tokens: pd.DataFrame) -> Values:
+    """The text in pieces, and the runs on them."""
+    one = tokens.iloc[0] if len(tokens) else {}
+    return {
         "bytes_per_piece": Value(one.get("bytes_per_token"), "bytes", "held-out text, sp1024"),
         "pieces_uniform_bits": Value(one.get("uniform_bits_per_raw_byte"), "bits/byte",
                                      "on pieces, of a model that knows nothing"),
         **{f"pieces_{kind}_bits": Value(one.get(f"{kind}_bits_per_raw_byte"), "bits/byte",
                                         f"of held-out text by counting {what}")
            for kind, what in (("unigram", "pieces"), ("bigram", "pairs of pieces"))},
-        "pieces_bits": Value(float(r.tokens["bits_per_raw_byte"].min()) if len(r.tokens) else None,
+        "pieces_bits": Value(float(tokens["bits_per_raw_byte"].min()) if len(tokens) else None,
                              "bits/byte", "best run on pieces, per raw byte"),
         "pieces_raw_bytes": Value(one.get("raw_bytes"), "bytes", "held-out text that both read"),
         "pieces_tokens": Value(one.get("tokens"), "pieces", "that text in pieces"),
         "pieces_steps": Value(one.get("steps"), "steps", "of a run on pieces"),
         "pieces_trained_bytes": Value(one.get("trained_raw_bytes"), "bytes",
                                       "raw bytes that a run on pieces was trained on"),
-        **_piece_values(r.tokens),
+    }
+
+
+def _few_step_values(few_steps: pd.DataFrame) -> Values:
+    """The few large steps of the second document."""
+    last = few_steps[few_steps["step"] == few_steps["step"].max()] if len(few_steps) else None
+    return {
         "few_steps": Value(None if last is None else int(last["step"].iloc[0]), "steps",
                            "large steps with the second document's choices"),
         "few_steps_tokens": Value(None if last is None else
@@ -93,7 +127,6 @@ def values(r: Results, p: Parameters) -> Values:
             None if last is None else float(last["bits_per_raw_byte"].min()), "bits/byte",
             "best system after them, at full learning rate"),
     }
-    return values
 
 
 def _piece_values(tokens: pd.DataFrame) -> Values:
