@@ -44,26 +44,10 @@ def selective_scan_fn(
 
     Raises UserError for a complex A and for shapes that do not agree.
     """
-    if any(isinstance(t, Tensor) and t.is_complex() for t in (A, B, C)):
-        raise UserError("A, B and C must be real: the complex (S4D-Lin) form is not supported")
     check_flag("delta_softplus", delta_softplus)
     check_flag("return_last_state", return_last_state)
-    optional = {name: t for name, t in (("z", z), ("D", D), ("delta_bias", delta_bias))
-                if t is not None}
-    for name, t in {"u": u, "delta": delta, "A": A, "B": B, "C": C, **optional}.items():
-        check_tensors(name, t, None, FLOATS)
-    if u.ndim != 3 or A.ndim != 2 or A.shape[0] != u.shape[1]:
-        raise UserError(
-            f"u has shape {tuple(u.shape)} and A {tuple(A.shape)}: expected (batch, channels, "
-            "length) and (channels, states)"
-        )
-    for name, tensor in (("delta", delta), ("z", z)):
-        if tensor is not None and tensor.shape != u.shape:
-            raise UserError(f"{name} has shape {tuple(tensor.shape)}: expected {tuple(u.shape)}")
-    check_tensors("u", u, None, FLOATS, (
-        ("D?", D, A.shape[:1], None), ("delta_bias?", delta_bias, A.shape[:1], None)))
+    _check(u, delta, A, B, C, D, z, delta_bias)
     B, C = _grouped("B", B, u, A), _grouped("C", C, u, A)
-
     ages = _ages(u, seq_idx, cu_seqlens)
     # As in the reference, whatever is not in one dtype is computed in the widest.
     common = u.dtype
@@ -91,6 +75,30 @@ def selective_scan_fn(
         out, last_state = _scan_by_group(*inputs, skip, gate, bias, delta_softplus, ages)
     out = out.to(u.dtype).transpose(1, 2)
     return (out, last_state) if return_last_state else out
+
+
+def _check(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> None:
+    """Raise UserError for what is no real tensor, and for shapes that do not agree but those of B
+    and C."""
+    if any(isinstance(t, Tensor) and t.is_complex() for t in (A, B, C)):
+        raise UserError("A, B and C must be real: the complex (S4D-Lin) form is not supported")
+    optional = {name: t for name, t in (("z", z), ("D", D), ("delta_bias", delta_bias))
+                if t is not None}
+    for name, t in {"u": u, "delta": delta, "A": A, "B": B, "C": C, **optional}.items():
+        check_tensors(name, t, None, FLOATS)
+    if u.ndim != 3 or A.ndim != 2 or A.shape[0] != u.shape[1]:
+        raise UserError(
+            f"u has shape {tuple(u.shape)} and A {tuple(A.shape)}: expected (batch, channels, "
+            "length) and (channels, states)"
+        )
+    for name, tensor in (("delta", delta), ("z", z)):
+        if tensor is not None and tensor.shape != u.shape:
+            raise UserError(f"{name} has shape {tuple(tensor.shape)}: expected {tuple(u.shape)}")
+    check_tensors("u", u, None, FLOATS, (
+        ("D?", D, A.shape[:1], None), ("delta_bias?", delta_bias, A.shape[:1], None)))
 
 
 def _ages(u: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
