@@ -27,6 +27,7 @@ from mambabyte.config import ModelConfig
 from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.model import ByteLM, embed
 from mambabyte.model.lm import symbols
+from mambabyte.ops.stream.feeding import nothing
 from mambabyte.stream import Engine
 from mambabyte.stream.streams import network_engine, numbers
 from mambabyte.task import ngram_native
@@ -70,7 +71,7 @@ class Guide:
         if self.ngram.device.type == "cpu":
             return self
         other = object.__new__(Guide)
-        other.ngram = self.ngram.to("cpu")
+        other.ngram = self.ngram.near
         other._keep = [keep.cpu() for keep in self._keep]
         other._best = [(symbol.cpu(), top.cpu()) for symbol, top in self._best]
         return other
@@ -276,10 +277,14 @@ class _GuidedEngine(Engine):
         self._model, self._network = model, network_engine(model.lm, model)
         self.name = self._network.name
 
-    def __call__(self, data: bytes, state: Any) -> tuple[Tensor, Any]:
+    def __call__(
+        self, data: bytes, state: Any, meanwhile: Callable[[], None] = nothing
+    ) -> tuple[Tensor, Any]:
+        """Also calls ``meanwhile``, while the card has the last byte."""
         assert self._model.guide is not None, "a guided model needs its guide"
         guide, network = self._model.guide.near, self._network
         if not (network.fills and guide.looks_up_natively and len(data) <= _ALONE):
+            meanwhile()
             log_p, state = self._several(data, state)
             return numbers(log_p), state
         # Bytes alone: no tensor is made of them.
@@ -288,8 +293,11 @@ class _GuidedEngine(Engine):
         for i in range(len(data)):
             last = (last + data[i : i + 1])[1:]
             log_p, inner = network.guided_byte(
-                data[i : i + 1], inner, functools.partial(guide.hint_into, last))
+                data[i : i + 1], inner, functools.partial(guide.hint_into, last),
+                meanwhile if i == len(data) - 1 else nothing)
         return log_p, (inner, last)
+
+    beside = __call__
 
     @torch.inference_mode()
     def _several(self, data: bytes, state: Any) -> tuple[Tensor, Any]:

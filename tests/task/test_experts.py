@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from mambabyte.config import get_preset
-from mambabyte.errors import UserError
+from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.evaluate import score, score_streaming
 from mambabyte.model import ByteLM
-from mambabyte.stream import ByteStream, CharModel
+from mambabyte.stream import ByteStream, CharModel, Engine, stream_engine
 from mambabyte.task.experts import (
     Context,
     ExpertLM,
@@ -24,6 +25,7 @@ from mambabyte.task.experts import (
     gate,
 )
 from mambabyte.task.experts.contexts import PADDING, hashes, padded
+from mambabyte.task.guide import Guide
 from mambabyte.task.ngram import count
 from mambabyte.train.smoke import smoke_configs
 from tests.conftest import MULTIBYTE, TEXT
@@ -32,6 +34,7 @@ COUNTED = (TEXT[:900] + MULTIBYTE).encode()
 OTHER = ("The lazy dog jumps naïve over the café. Over the café! " * 8).encode()
 CONTEXTS = (Context(words=1), Context(words=2), Context(4, skip=2), Context(3, fold=True),
             Context(9))
+SMOKE = smoke_configs(get_preset("mamba_byte").model, 64)[0]
 
 
 def tensor(data: bytes) -> torch.Tensor:
@@ -47,9 +50,8 @@ def experts():
 
 @pytest.fixture(scope="module")
 def networks():
-    preset = get_preset("mamba_byte")
     torch.manual_seed(0)
-    return ByteLM(smoke_configs(preset.model, 64)[0]).eval()
+    return ByteLM(SMOKE).eval()
 
 
 def model_of(experts, network=None, engine=True):
@@ -134,6 +136,76 @@ def test_the_engine_is_the_definition(experts, networks):
     for a, b in zip(engine.read(text.numpy(), PADDING), gate.read(experts, text, PADDING, None),
                     strict=True):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_looking_up_and_mixing_are_a_pass_in_two_halves(experts):
+    engine = model_of(experts, ByteLM(SMOKE)).on_host()
+    if engine is None:
+        pytest.skip("no C compiler")
+    text = padded(tensor(OTHER)).numpy()
+    others = torch.softmax(torch.randn(len(OTHER) + 1, 1, 256), -1)
+    whole = engine.log_p(text, PADDING, len(text) + 1, others)
+    for i in range(len(OTHER) + 1):
+        found = engine.look_up(text[: PADDING + i].tobytes())
+        assert torch.equal(engine.mix(found, others[i]), whole[i])
+
+
+def test_a_stream_looks_up_while_the_card_has_the_byte(experts, networks, monkeypatch):
+    model, order = model_of(experts, networks), []
+    native, network = model.on_host(), stream_engine(networks)
+    if native is None:
+        pytest.skip("no C compiler")
+
+    class Card(Engine):
+        def __call__(self, data, state):
+            order.append("waited for")
+            return network(data, state)
+
+        def beside(self, data, state, meanwhile):
+            order.append("sent")
+            meanwhile()
+            order.append("answered")
+            return network(data, state)
+
+    monkeypatch.setattr("mambabyte.task.experts.model.stream_engine", lambda _: Card())
+    look_up = native.look_up
+    monkeypatch.setattr(native, "look_up", lambda text: order.append("looked up") or look_up(text))
+    stream = ByteStream(model)
+    stream.feed(b"a")
+    assert order == ["sent", "looked up", "answered"] * 2
+
+
+def test_what_is_out_of_reach_is_cut_off_now_and_then(experts, monkeypatch):
+    model, found = model_of(experts), []
+    for spare in (4096, 7, 0):
+        monkeypatch.setattr("mambabyte.task.experts.model._SPARE", spare)
+        stream = ByteStream(model)
+        found.append([])
+        for byte in OTHER:
+            stream.feed(bytes([byte]))
+            found[-1].append(stream.log_probs)
+        assert stream.state_bytes() <= PADDING + model.reach + spare or spare == 4096
+        _, last = stream.kept.state
+        assert bytes(last[0].tolist()) == (b"\n" + OTHER)[-model.reach :]
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+def test_a_guide_and_experts_have_one_n_gram_model_on_the_host(experts, monkeypatch):
+    ngram = count(tensor(COUNTED), 5, None)
+    guide, counted = Guide(ngram), replace(experts, ngram=ngram)
+    monkeypatch.setattr(type(ngram), "device", torch.device("cuda"))
+    assert guide.near.ngram is counted.near.ngram is not ngram
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_a_gate_that_is_nan_is_said(experts, engine):
+    model = model_of(experts, engine=False)
+    with torch.no_grad():
+        model.gate.outer.bias[1] = torch.nan
+    model._ready = not engine
+    with pytest.raises(NonFiniteError, match="gone nan"):
+        ByteStream(model)
 
 
 def test_experts_are_distributions_and_say_how_often(experts):

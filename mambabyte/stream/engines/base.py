@@ -11,6 +11,7 @@ from torch import Tensor
 from mambabyte.config.checks import shown
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
+from mambabyte.ops.stream.feeding import nothing
 
 
 class ByteModel(Protocol):
@@ -138,8 +139,9 @@ class Network:
         raise NotImplementedError
 
     def guided_byte(
-        self, data: bytes, state: Any, fill: Callable[[int, int, int], None]
+        self, data: bytes, state: Any, fill: Callable[[int, int, int], None],
+        meanwhile: Callable[[], None] = nothing,
     ) -> tuple[Tensor, Any]:
         """As ``guided`` of one byte, whose hint ``fill`` writes to the addresses of log p (256
-        float32), best byte and kind (uint8)."""
+        float32), best byte and kind (uint8); ``meanwhile`` is called while a card has the byte."""
         raise NotImplementedError

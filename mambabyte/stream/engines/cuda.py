@@ -325,9 +325,11 @@ class CudaGuided(CudaNetwork):
                                self._states.from_model(state))
 
     def guided_byte(
-        self, data: bytes, state: Any, fill: Callable[[int, int, int], None]
+        self, data: bytes, state: Any, fill: Callable[[int, int, int], None],
+        meanwhile: Callable[[], None] = nothing,
     ) -> tuple[Tensor, Any]:
-        return self._states.streamer.feed_byte(data[0], self._states.from_model(state), fill=fill)
+        return self._states.streamer.feed_byte(
+            data[0], self._states.from_model(state), meanwhile, fill)
 
 
 class _States:

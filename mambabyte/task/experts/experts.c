@@ -3,6 +3,7 @@
 
 #include <math.h>
 #include <pthread.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,6 +13,8 @@
 #define MOST_HIDDEN 256 /* units of the gate */
 #define BLOCK 256 /* places compared at a time */
 #define SHORTEST 3 /* bytes of context that a match has at least */
+#define TOGETHER 8 /* experts whose sums are added up in turn */
+#define LANES 16
 
 typedef struct { /* one length of context of an n-gram model */
     int64_t contexts;
@@ -37,7 +40,7 @@ typedef struct {
     const Table *table;
     const int64_t *match; /* bytes of context, ascending */
     double match_discount;
-    const float *weight_in, *bias_in, *weight_out, *bias_out;
+    const float *weight_in, *bias_in, *weight_out, *bias_out; /* a row an input, a number an output */
 } Mixture;
 
 typedef struct {
@@ -57,7 +60,7 @@ static void matched(const uint8_t *text, int64_t low, int64_t at, const int64_t 
     uint8_t a = text[at - 1], b = text[at - 2], c = text[at - 3];
     for (int64_t high = at; high > low + SHORTEST && found[kinds - 1] < newest;) {
         uint8_t same[BLOCK];
-        uint64_t any[BLOCK / 8], all = 0;
+        uint64_t words[BLOCK / 8], all = 0;
         int64_t from = high - BLOCK < low + SHORTEST ? low + SHORTEST : high - BLOCK;
         const uint8_t *p = text + from;
         int n = (int)(high - from);
@@ -67,29 +70,34 @@ static void matched(const uint8_t *text, int64_t low, int64_t at, const int64_t 
             memset(same, 0, sizeof same);
             for (int i = 0; i < n; i++) same[i] = (p[i - 1] == a) & (p[i - 2] == b) & (p[i - 3] == c);
         }
-        memcpy(any, same, sizeof any);
-        for (int i = 0; i < BLOCK / 8; i++) all |= any[i];
-        for (int i = n - 1; all && i >= 0; i--) {
-            if (!same[i]) continue;
-            int64_t place = from + i, length = SHORTEST;
-            while (length < longest && place - length > low && text[place - length - 1] == text[at - length - 1])
-                length++;
-            for (int k = 0; k < kinds && length >= match[k]; k++)
-                if (found[k] < newest) {
-                    counts[k][text[place]]++;
-                    found[k]++;
-                }
-        }
+        memcpy(words, same, sizeof words);
+        for (int i = 0; i < BLOCK / 8; i++) all |= words[i];
+        for (int i = BLOCK / 8 - 1; all && i >= 0; i--)
+            while (words[i]) { /* the latest place first, which is in the top bits */
+                int last = (63 - __builtin_clzll(words[i])) / 8;
+                int64_t place = from + 8 * i + last, length = SHORTEST;
+                words[i] &= ~(1ull << 8 * last);
+                while (length < longest && place - length > low && text[place - length - 1] == text[at - length - 1])
+                    length++;
+                for (int k = 0; k < kinds && length >= match[k]; k++)
+                    if (found[k] < newest) {
+                        counts[k][text[place]]++;
+                        found[k]++;
+                    }
+            }
         high = from;
     }
 }
 
 /* ------------------------------------------------------------------------------------- the mixture */
 
+/* Of two places one is looked at next: both are fetched before that is known. */
 static int64_t lower_bound(const int64_t *key, int64_t n, int64_t wanted) {
     int64_t from = 0;
     while (n > 0) {
         int64_t half = n >> 1;
+        __builtin_prefetch(&key[from + (half >> 1)]);
+        __builtin_prefetch(&key[from + half + 1 + ((n - half - 1) >> 1)]);
         if (key[from + half] < wanted) from += half + 1, n -= half + 1;
         else n = half;
     }
@@ -141,8 +149,7 @@ static void counted(Expert *out, const float *base, int64_t n, const uint8_t *sy
     }
 }
 
-static int experts(const Mixture *m, const uint8_t *text, int64_t first, int64_t at,
-                   const float *others, Expert *out) {
+static int experts(const Mixture *m, const uint8_t *text, int64_t first, int64_t at, Expert *out) {
     int made = 0;
     Expert step[2];
     int64_t node = 0;
@@ -185,46 +192,96 @@ static int experts(const Mixture *m, const uint8_t *text, int64_t first, int64_t
             base = out[made - 1].p;
         }
     }
-    for (int64_t i = 0; i < m->others; i++) {
-        memcpy(out[made].p, others + i * V, sizeof out->p);
-        out[made].total = out[made].distinct = 0;
-        made++;
-    }
     return made;
 }
 
-/* What the gate reads of n experts: FEATURES numbers of each. */
-static void read_features(const Expert *expert, int n, float *feature) {
-    for (int e = 0; e < n; e++) {
-        float best = 0, square = 0;
-        for (int w = 0; w < V; w++) {
-            best = expert[e].p[w] > best ? expert[e].p[w] : best;
-            square += expert[e].p[w] * expert[e].p[w];
+/* What the gate reads of the experts from .. to: FEATURES numbers of each. Several experts in turn, as
+   a sum alone waits for each of its additions. */
+static void read_features(const Expert *expert, int from, int to, float *feature) {
+    for (int e = from; e < to; e += TOGETHER) {
+        int n = to - e < TOGETHER ? to - e : TOGETHER;
+        float square[TOGETHER] = {0};
+        for (int w = 0; w < V; w++)
+            for (int i = 0; i < TOGETHER; i++) {
+                float p = expert[e + (i < n ? i : 0)].p[w];
+                square[i] += p * p;
+            }
+        for (int i = 0; i < n; i++) {
+            const Expert *one = &expert[e + i];
+            float *f = feature + 4 * (e + i), best[LANES] = {0};
+            for (int w = 0; w < V; w += LANES)
+                for (int j = 0; j < LANES; j++) best[j] = one->p[w + j] > best[j] ? one->p[w + j] : best[j];
+            for (int j = 1; j < LANES; j++) best[0] = best[j] > best[0] ? best[j] : best[0];
+            f[0] = best[0], f[1] = square[i];
+            f[2] = (float)(log2(1 + one->total) / 8);
+            f[3] = (float)(one->distinct / (1 + one->total));
         }
-        feature[4 * e] = best, feature[4 * e + 1] = square;
-        feature[4 * e + 2] = (float)(log2(1 + expert[e].total) / 8);
-        feature[4 * e + 3] = (float)(expert[e].distinct / (1 + expert[e].total));
     }
 }
 
-static void mix(const Mixture *m, const Expert *expert, int n, float *log_p) {
-    float feature[4 * MOST], hidden[MOST_HIDDEN], weight[MOST], top = -INFINITY, sum = 0, p[V];
-    read_features(expert, n, feature);
+/* Add to the hidden units what features from .. to give them; in that order, whoever adds them. */
+static void excite(const Mixture *m, const float *feature, int from, int to, float *restrict hidden) {
+    for (int i = from; i < to; i++) {
+        const float *weight = m->weight_in + i * m->hidden;
+        for (int64_t h = 0; h < m->hidden; h++) hidden[h] += weight[h] * feature[i];
+    }
+}
+
+/* What is known of a place before the experts that are not counted are. */
+typedef struct {
+    float feature[4 * MOST], hidden[MOST_HIDDEN];
+    Expert expert[MOST]; /* the others last; there is memory for those that there are */
+} Found;
+
+static int counted_experts(const Mixture *m) {
+    int n = (int)(m->tables + m->matches);
+    for (int64_t i = 0; i < m->levels; i++) n += m->level[i].is_expert != 0;
+    return n;
+}
+
+int64_t found_bytes(const Mixture *m) {
+    return (int64_t)(offsetof(Found, expert) + (counted_experts(m) + m->others) * sizeof(Expert));
+}
+
+/* The counted experts at the place ``at`` of text, of which all before ``first`` is padding. */
+void look_up(const Mixture *m, const uint8_t *text, int64_t first, int64_t at, Found *found) {
+    int n = experts(m, text, first, at, found->expert);
+    read_features(found->expert, 0, n, found->feature);
+    if (m->hidden) memcpy(found->hidden, m->bias_in, (size_t)m->hidden * sizeof(float));
+    excite(m, found->feature, 0, 4 * n, found->hidden);
+}
+
+/* Add the others, (m->others, V): probabilities of experts that are not counted. Returns how many
+   experts there are. */
+static int join(const Mixture *m, const float *others, Found *found) {
+    int n = counted_experts(m), all = n + (int)m->others;
+    for (int e = n; e < all; e++, others += V) {
+        memcpy(found->expert[e].p, others, sizeof found->expert[e].p);
+        found->expert[e].total = found->expert[e].distinct = 0;
+    }
+    read_features(found->expert, n, all, found->feature);
+    excite(m, found->feature, 4 * n, 4 * all, found->hidden);
+    return all;
+}
+
+/* Log p of the mixture at a place where ``look_up`` has been, to be asked once; returns whether it is
+   nan. */
+int mix(const Mixture *m, const float *others, Found *found, float *log_p) {
+    float weight[MOST], top = -INFINITY, sum = 0, p[V];
+    const Expert *expert = found->expert;
+    int n = join(m, others, found);
+    memcpy(weight, m->bias_out, (size_t)n * sizeof(float));
     for (int64_t h = 0; h < m->hidden; h++) {
-        float x = m->bias_in[h];
-        for (int i = 0; i < 4 * n; i++) x += m->weight_in[h * 4 * n + i] * feature[i];
-        hidden[h] = tanhf(x);
+        float x = tanhf(found->hidden[h]);
+        for (int e = 0; e < n; e++) weight[e] += m->weight_out[h * n + e] * x;
     }
-    for (int e = 0; e < n; e++) {
-        weight[e] = m->bias_out[e];
-        for (int64_t h = 0; h < m->hidden; h++) weight[e] += m->weight_out[e * m->hidden + h] * hidden[h];
-        top = weight[e] > top ? weight[e] : top;
-    }
+    for (int e = 0; e < n; e++) top = weight[e] > top ? weight[e] : top;
     for (int e = 0; e < n; e++) sum += weight[e] = expf(weight[e] - top);
     memset(p, 0, sizeof p);
     for (int e = 0; e < n; e++)
         for (int w = 0; w < V; w++) p[w] += weight[e] / sum * expert[e].p[w];
     for (int w = 0; w < V; w++) log_p[w] = logf(p[w]);
+    return isnan(log_p[0]); /* of a weight or a probability that is nan all are */
 }
 
 typedef struct {
@@ -238,18 +295,19 @@ typedef struct {
 
 static void *do_piece(void *argument) {
     Piece *piece = argument;
-    Expert expert[MOST];
+    Found place;
     for (int64_t at = piece->begin; at < piece->end; at++) {
-        int n = experts(piece->m, piece->text, piece->first, at, piece->others, expert);
-        if (piece->others) piece->others += piece->m->others * V;
+        look_up(piece->m, piece->text, piece->first, at, &place);
         if (piece->gated) {
-            mix(piece->m, expert, n, piece->out);
+            mix(piece->m, piece->others, &place, piece->out);
             piece->out += V;
-            continue;
+        } else {
+            int n = join(piece->m, piece->others, &place);
+            memcpy(piece->feature, place.feature, (size_t)(4 * n) * sizeof(float));
+            piece->feature += 4 * n;
+            for (int e = 0; e < n; e++) *piece->out++ = place.expert[e].p[piece->text[at]];
         }
-        read_features(expert, n, piece->feature);
-        piece->feature += 4 * n;
-        for (int e = 0; e < n; e++) *piece->out++ = expert[e].p[piece->text[at]];
+        if (piece->others) piece->others += piece->m->others * V;
     }
     return NULL;
 }
@@ -263,9 +321,7 @@ void mixture(const Mixture *m, const uint8_t *text, int64_t first, int64_t begin
     Piece piece[64];
     pthread_t thread[64];
     int running[64] = {0};
-    int64_t share = (end - begin + threads - 1) / threads, n = 0;
-    for (int64_t i = 0; i < m->levels; i++) n += m->level[i].is_expert;
-    n += m->tables + m->matches + m->others;
+    int64_t share = (end - begin + threads - 1) / threads, n = counted_experts(m) + m->others;
     for (int i = 0; i < threads; i++) {
         int64_t from = begin + i * share < end ? begin + i * share : end;
         int64_t to = from + share < end ? from + share : end, done = from - begin;

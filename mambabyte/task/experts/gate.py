@@ -78,9 +78,11 @@ class Experts:
     def n_bytes(self) -> int:
         return self.ngram.n_bytes + sum(table.n_bytes for table in self.tables)
 
-    def to(self, device: torch.device | str) -> Experts:
-        return replace(self, ngram=self.ngram.to(device),
-                       tables=[table.to(device) for table in self.tables])
+    @property
+    def near(self) -> Experts:
+        """The same on the CPU; the n-gram's tables are those that all have there."""
+        return replace(self, ngram=self.ngram.near,
+                       tables=[table.to("cpu") for table in self.tables])
 
     def distributions(
         self, text: Tensor, begin: int, rows: int = 0

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mambabyte.errors import NonFiniteError
 from mambabyte.ops.build import c as native_build
+from mambabyte.ops.stream.feeding import NOT_NUMBERS
 from mambabyte.task.experts.contexts import PADDING, ContextTable
 from mambabyte.task.experts.matches import MATCH_DISCOUNT, Matches
 from mambabyte.task.ngram import NgramModel, V
@@ -46,7 +48,13 @@ class _Mixture(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """The compiled functions, None without a C compiler or a place to keep what it makes."""
     loaded = native_build.load(SOURCE)
-    return None if isinstance(loaded, str) else loaded
+    if isinstance(loaded, str):
+        return None
+    loaded.found_bytes.restype = _int
+    # Told once, as a byte is looked up often.
+    loaded.look_up.argtypes = _pointer, _pointer, _int, _int, _pointer
+    loaded.mix.argtypes = _pointer, _pointer, _pointer, _pointer
+    return loaded
 
 
 class NativeExperts:
@@ -80,12 +88,34 @@ class NativeExperts:
                    t.context.length, t.context.words, t.context.skip, t.context.fold)
             for t in tables))
         lengths = (_int * len(matches.lengths))(*matches.lengths)
-        weights = [p.detach().float().contiguous() for p in gate]
+        weights = [p.detach().float().t().contiguous() for p in gate]
         self._kept = ngram, tables, levels, counts, lengths, weights
         self._mixture = _Mixture(
             len(levels), len(counts), len(lengths), others, len(weights[1]) if gate else 0,
             matches.reach, matches.newest, ctypes.addressof(levels), ctypes.addressof(counts),
             ctypes.addressof(lengths), MATCH_DISCOUNT[0], *(_at(w) for w in weights))
+        self._at = ctypes.addressof(self._mixture)
+        self._found_bytes = loaded.found_bytes(ctypes.byref(self._mixture))
+
+    def look_up(self, text: bytes) -> Tensor:
+        """What the counted experts say of the byte after ``text``, whose first PADDING bytes are no
+        history: for ``mix``, once."""
+        found = torch.empty(self._found_bytes, dtype=torch.uint8)
+        self._library.look_up(self._at, text, PADDING, len(text), found.data_ptr())
+        return found
+
+    def mix(self, found: Tensor, others: Tensor | None = None) -> Tensor:
+        """Log p (V,) float32 of the byte that ``look_up`` was asked for; others (n, V), or (V,) if
+        there is one. NonFiniteError where it is nan."""
+        log_p = torch.empty(V)
+        if self._others:
+            assert others is not None
+            assert others.numel() == self._others * V
+            others = others.float().contiguous()
+        if self._library.mix(self._at, None if others is None else others.data_ptr(),
+                             found.data_ptr(), log_p.data_ptr()):
+            raise NonFiniteError(NOT_NUMBERS)
+        return log_p
 
     def log_p(
         self, text: np.ndarray, begin: int, end: int, others: Tensor | None = None

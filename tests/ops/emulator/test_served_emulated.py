@@ -29,8 +29,8 @@ from mambabyte.ops.stream.server import make_room
 from mambabyte.stream import ByteStream
 from mambabyte.stream.engines import cuda as engines
 from mambabyte.stream.engines.cuda import CudaEngine, CudaGuided
-from mambabyte.task import mixture
-from mambabyte.task.guide import GuidedLM, Hint
+from mambabyte.task import guide, mixture
+from mambabyte.task.guide import Guide, GuidedLM, Hint
 from mambabyte.task.ngram import count
 
 pytestmark = [
@@ -203,6 +203,28 @@ def test_a_guided_models_hints_come_with_the_order() -> None:
 
         found, state = engine.guided_byte(data[i : i + 1], state, fill)
         assert relative_rms(found, wanted[i]) < 1e-5
+
+
+@torch.inference_mode()
+def test_what_is_around_a_guided_model_works_while_the_card_has_the_byte(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = Guide(count(b"a text, and another text", 3))
+    torch.manual_seed(1)
+    model = GuidedLM(replace(ODD, layer_pattern="MA"), counts.n_kinds).eval()
+    model.guide, order = counts, []
+    network = CudaGuided(model.lm, model)
+    monkeypatch.setattr(guide, "network_engine", lambda lm, guided: network)
+    served = network._states.streamer._server
+    send, read = served.order, served.read
+    monkeypatch.setattr(served, "order", lambda *words: order.append("order") or send(*words))
+    monkeypatch.setattr(served, "read", lambda: order.append("read") or read())
+    engine, state = model.streamed(), None
+    for data in (b"a", b"tex"):
+        found, state = engine.beside(data, state, lambda: order.append("beside"))
+    assert order == ["order", "beside", "read", *["order", "read"] * 2, "order", "beside", "read"]
+    wanted, _ = model(torch.tensor([list(b"atex")]))
+    assert relative_rms(found, torch.log_softmax(wanted[0, -1].double(), -1)) < 1e-5
 
 
 @torch.inference_mode()
