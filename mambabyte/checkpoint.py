@@ -241,7 +241,8 @@ def _load_state(
     try:
         for name, tensor in _load_tensors(path).items():
             index, _, key = name.partition(".")
-            own = torch.zeros(()) if key == "step" else parameters[int(index)][0]
+            own = parameters[int(index)][0] if key != "step" else torch.zeros(
+                (), dtype=torch.float32, device="cpu")
             shape, dtype = own.shape, own.dtype
             if tensor.shape != shape or tensor.dtype != dtype:
                 raise UserError(f"{path} has {name} as {tensor.dtype} {tuple(tensor.shape)}, "

@@ -117,8 +117,13 @@ def bits_per_byte(
     """Mean -log2 p over the bytes of ``data``, each given all before it in its document."""
     raw = b"".join(documents := _documents(data))
     log_probs = byte_log_probs(model, documents, window, report)
-    picked = log_probs[torch.arange(len(raw)), torch.tensor(list(raw))]
-    return _bits(float(-picked.double().sum()), len(raw))
+    return _bits(float(-_of_each(log_probs, raw).double().sum()), len(raw))
+
+
+def _of_each(log_probs: torch.Tensor, raw: bytes) -> torch.Tensor:
+    """Log p (L,) of the bytes of ``raw`` themselves, out of (L, V) on the CPU."""
+    codes = torch.from_numpy(np.frombuffer(raw, np.uint8).astype(np.int64))
+    return log_probs.gather(1, codes[:, None])[:, 0]
 
 
 def _bits(nats: float, size: int) -> float:
@@ -287,11 +292,11 @@ def _score_read(
 ) -> Score:
     """The streaming score from log-probabilities (bytes, V), each given all bytes before; those
     before the text, ``stream`` has."""
-    nats = -log_probs[torch.arange(len(raw)), torch.tensor(list(raw))].double().sum()
+    nats = -_of_each(log_probs, raw).double().sum()
     begins = _begins(text)
     before = log_probs[torch.from_numpy(begins)]  # (characters, V)
     ascii_best, code = before[:, :0x80].max(-1)
-    hits = (torch.tensor([ord(c) for c in text]) == code).numpy()
+    hits = (torch.tensor([ord(c) for c in text], device="cpu") == code).numpy()
     open_places = (before[:, 0xC2:0xF5].amax(-1) >= ascii_best).nonzero()[:, 0].tolist()
     done = 0
     for i in open_places:

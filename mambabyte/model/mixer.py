@@ -301,7 +301,8 @@ def operator_against_definition(
     exact = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
     y, h = operator(**mine, **options)
     y_ref, h_ref = operator(**exact, **options | {"form": "recurrent"})
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.device)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32,
+                         device="cpu").to(y.device)
     grads = torch.autograd.grad((y * weight).sum() + h.sum(), list(mine.values()))
     grads_ref = torch.autograd.grad(
         (y_ref * weight.double()).sum() + h_ref.sum(), list(exact.values()))

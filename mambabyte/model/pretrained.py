@@ -164,7 +164,8 @@ def _fitting(
     if without_bias:  # a convolution without biases is one whose biases are 0
         for name, shape in expected.items():
             if name.endswith("conv1d.bias") and name not in found:
-                found[name] = Entry(shape, lambda shape=shape: torch.zeros(shape))  # type: ignore[misc]
+                found[name] = Entry(shape, lambda shape=shape: torch.zeros(  # type: ignore[misc]
+                    shape, dtype=torch.float32, device="cpu"))
     if tied and "head.weight" in found and "embedding.weight" in found:
         _check_tied(found.pop("head.weight"), found["embedding.weight"], folder)
     missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()

@@ -78,9 +78,9 @@ def select(state: Any, rows: Tensor | Sequence[int]) -> Any:
     As beam search needs it; gradients flow through. UserError for a row that is not there.
     """
     try:
-        which = torch.as_tensor(rows)
+        which = rows if isinstance(rows, Tensor) else torch.as_tensor(rows, device="cpu")
     except (TypeError, ValueError, RuntimeError):  # torch's own of what is no tensor
-        which = torch.zeros((), dtype=torch.bool)
+        which = torch.zeros((), dtype=torch.bool, device="cpu")
     if len(which.shape) == 1 and not len(which):
         which = which.long()
     if which.dtype in (torch.bool, *FLOATS) or which.ndim != 1 or which.is_complex():

@@ -69,7 +69,7 @@ class ByteStream:
     def __init__(self, model: ByteModel) -> None:
         self._model, self._engine = model, stream_engine(model)
         self._state: Any = None
-        self.log_probs = torch.empty(0)
+        self.log_probs = torch.empty(0, device="cpu")
         self.feed(bytes([START_BYTE]))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -329,5 +329,6 @@ def sample_byte(
     if top_p < 1:  # the smallest set that reaches top_p, the most probable one in any case
         kept = max(1, min(kept, int((total - ordered < top_p).sum())))
     # The inverse of the distribution function: a third of multinomial's time.
-    drawn = float(torch.rand(1, generator=generator)) * float(total[kept - 1])
+    uniform = torch.rand(1, generator=generator, dtype=torch.float32, device="cpu")
+    drawn = float(uniform) * float(total[kept - 1])
     return int(order[min(int(torch.searchsorted(total[:kept], drawn, right=True)), kept - 1)])

@@ -77,8 +77,8 @@ def beam_search(
     stream = ByteStream(model.eval())
     stream.feed(prompt)
     state, log_probs = stream.kept
-    total = torch.zeros(1)
-    found = torch.empty(1, 0, dtype=torch.long)
+    total = torch.zeros(1, dtype=torch.float32, device="cpu")
+    found = torch.empty(1, 0, dtype=torch.long, device="cpu")
     for done in range(max_bytes):
         each = total[:, None] + log_probs[:, :256]  # (beams, 256)
         total, best = each.flatten().topk(min(beams, each.numel()))

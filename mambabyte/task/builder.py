@@ -294,7 +294,7 @@ class _Log:
 
 
 def _weight_on(model: ByteModel, counted: NgramLM, held: bytes) -> float:
-    picked = torch.tensor(bytearray(held)).long()
-    rows = torch.arange(len(held))
+    picked = torch.tensor(bytearray(held), device="cpu").long()
+    rows = torch.arange(len(held), device="cpu")
     return best_weight(byte_log_probs(model, held)[rows, picked],
                        byte_log_probs(counted, held)[rows, picked])

@@ -30,7 +30,7 @@ class NgramGuesses:
         begin = len(text)
         while len(text) < begin + most:
             context = torch.frombuffer(text[len(text) - width :], dtype=torch.uint8) \
-                if width else torch.empty(0, dtype=torch.uint8)
+                if width else torch.empty(0, dtype=torch.uint8, device="cpu")
             log_p, best = self.ngram.log_probs_after(context[None])[0].max(0)
             chance += float(log_p)
             if chance < self._least:

@@ -255,7 +255,7 @@ class GuidedLM(nn.Module):
         width = guide.width
         inner, last = (None, None) if state is None else state
         if last is None:
-            last = torch.full((len(tokens), width), START_BYTE, dtype=torch.uint8)
+            last = torch.full((len(tokens), width), START_BYTE, dtype=torch.uint8, device="cpu")
         text = torch.cat([last.to(tokens.device), tokens.to(torch.uint8)], 1)
         contexts = text[:, 1:].unfold(1, width, 1).flatten(0, 1)
         parts = [guide.hint(c) for c in contexts.split(_AT_ONCE.get(tokens.device.type, 4096))]

@@ -35,7 +35,7 @@ def as_tensor(state: Tensor | bytes) -> Tensor:
     if not isinstance(state, bytes):
         return state
     return torch.frombuffer(bytearray(state), dtype=torch.uint8)[None] if state else torch.empty(
-        1, 0, dtype=torch.uint8)
+        1, 0, dtype=torch.uint8, device="cpu")
 
 
 class NgramLM(nn.Module):
@@ -65,7 +65,7 @@ class NgramLM(nn.Module):
         tokens = only_bytes(tokens)
         batch, width = len(tokens), self.ngram.order - 1
         if state is None:
-            state = torch.full((batch, width), START_BYTE, dtype=torch.uint8)
+            state = torch.full((batch, width), START_BYTE, dtype=torch.uint8, device="cpu")
         text = torch.cat([state.to(tokens.device), tokens.to(torch.uint8)], 1)
         contexts = text[:, 1:].unfold(1, width, 1) if width else text[:, :, None][:, :, :0]
         log_p = self.ngram.log_probs_after(contexts.flatten(0, 1)).unflatten(0, (batch, -1))

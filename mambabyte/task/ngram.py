@@ -100,7 +100,8 @@ class NgramModel:
         """Log-probabilities (V,) float32 on the CPU after ``context``, ``order - 1`` bytes."""
         if (tables := self.near._native) is not None:
             return tables.look_up_one(context)
-        return self.near.log_probs_after(torch.tensor([list(context)], dtype=torch.int64))[0]
+        return self.near.log_probs_after(
+            torch.tensor([list(context)], dtype=torch.int64, device="cpu"))[0]
 
     def to(self, device: torch.device | str) -> NgramModel:
         levels = [Level(**{k: t.to(device) for k, t in vars(lv).items()}) for lv in self.levels]

@@ -84,7 +84,7 @@ def _sums_agree(level: Level, sums: set[int]) -> bool:
     """Whether ``total`` is the sum of counts, and bytes ascend within each context."""
     running = torch.cat([level.count.new_zeros(1, dtype=torch.int64), level.count.cumsum(0)])
     totals = running[level.start[1:].long()] - running[level.start[:-1].long()]
-    first = torch.zeros(len(level.symbol), dtype=torch.bool)
+    first = torch.zeros(len(level.symbol), dtype=torch.bool, device="cpu")
     first[level.start[:-1].long()] = True
     ascend = (level.symbol[1:] > level.symbol[:-1]) | first[1:]
     return bool((totals == level.total).all() and ascend.all()) and int(running[-1]) in sums

@@ -41,8 +41,8 @@ def sort_contexts(text: Tensor, order: int) -> tuple[Tensor, Tensor]:
     loaded = library()
     assert loaded is not None
     length = len(text) - order + 1
-    place = torch.empty(length, dtype=torch.int32)
-    common = torch.empty(length, dtype=torch.uint8)
+    place = torch.empty(length, dtype=torch.int32, device="cpu")
+    common = torch.empty(length, dtype=torch.uint8, device="cpu")
     text = text.contiguous()
     failed = loaded.sort_contexts(_at(text), ctypes.c_int64(length), order,
                                   torch.get_num_threads(), _at(place), _at(common))
@@ -58,9 +58,9 @@ def shorten(
     given, whose ``key`` says which each belongs to."""
     loaded = library()
     assert loaded is not None
-    child = torch.searchsorted(key, torch.arange(contexts + 1) * 256)
-    starts = torch.empty(contexts + 1, dtype=torch.int32)
-    totals = torch.empty(contexts, dtype=torch.int32)
+    child = torch.searchsorted(key, torch.arange(contexts + 1, device="cpu") * 256)
+    starts = torch.empty(contexts + 1, dtype=torch.int32, device="cpu")
+    totals = torch.empty(contexts, dtype=torch.int32, device="cpu")
     symbols, counts = torch.empty_like(symbol), torch.empty_like(count)
     made = loaded.shorten(
         ctypes.c_int64(contexts), _at(child), _at(start), _at(symbol), _at(count),
@@ -88,7 +88,7 @@ class Tables:
             struct.pack("8q", len(level[0]), *[t.data_ptr() for t in level],
                         *[0] * (7 - len(level)))
             for level in self._held)
-        self._others = torch.empty(2, dtype=torch.uint8)  # where nobody looks
+        self._others = torch.empty(2, dtype=torch.uint8, device="cpu")  # where nobody looks
         loaded = library()
         assert loaded is not None
         self._look_up, self._given = loaded.look_up, discounts
@@ -102,15 +102,16 @@ class Tables:
         """After contexts (n, order - 1), the newest byte last: log p (n, 256) float32; and, with
         ``best`` in the tables, best byte and kind (n,) uint8 as in ``guide.Hint``."""
         contexts = contexts.to(torch.uint8).contiguous()
-        log_p = torch.empty(len(contexts), 256)
-        best, kind = (torch.empty(len(contexts), dtype=torch.uint8) for _ in range(2))
+        log_p = torch.empty(len(contexts), 256, dtype=torch.float32, device="cpu")
+        best, kind = (torch.empty(len(contexts), dtype=torch.uint8, device="cpu") for _ in range(2))
         self._look_up(self._levels, len(self._held), self._discounts, len(contexts), _at(contexts),
                       _at(log_p), _at(best), _at(kind))
         return log_p, best, kind
 
     def look_up_one(self, context: bytes) -> Tensor:
         """Log p (256,) float32 after one context."""
-        log_p, others = torch.empty(256), self._others.data_ptr()
+        log_p = torch.empty(256, dtype=torch.float32, device="cpu")
+        others = self._others.data_ptr()
         self.look_up_into(context, log_p.data_ptr(), others, others + 1)
         return log_p
 

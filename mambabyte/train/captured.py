@@ -130,8 +130,8 @@ class CapturedStep:
         self._starts = starts.to(self.device)
         self._index = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._first_step, self._done = first_step, 0
-        self._loss = torch.zeros((), device=self.device)
-        self._norm = torch.zeros((), device=self.device)
+        self._loss = torch.zeros((), dtype=torch.float32, device=self.device)
+        self._norm = torch.zeros((), dtype=torch.float32, device=self.device)
         self._bad = torch.full((1,), -1, dtype=torch.int64, device=self.device)
         self._capture = self.device.type == "cuda" if capture is None else capture
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -55,7 +55,8 @@ def make_optimizer(
     of = roles(model)
 
     def group(parameters: list[Tensor], decay: float, lr: float, **more: Any) -> dict[str, Any]:
-        rate = torch.tensor(lr, device=named[0][1].device) if on_device else lr
+        rate = torch.tensor(
+            lr, dtype=torch.float32, device=named[0][1].device) if on_device else lr
         return {"params": parameters, "weight_decay": decay, "lr": rate, "peak_lr": lr, **more}
 
     muon = config.optimizer == "muon"
@@ -107,7 +108,8 @@ class MuonAdamW:
         self.param_groups = [{"muon": False, **group} for group in groups if group["params"]]
         for group in self.param_groups:
             if group.get("momentum_steps"):  # counted there, so that a captured step counts too
-                group["done"] = torch.zeros((), device=group["params"][0].device)
+                group["done"] = torch.zeros(
+                    (), dtype=torch.float32, device=group["params"][0].device)
         self.betas = betas
         self.state: dict[Tensor, dict[str, Tensor]] = {}
 

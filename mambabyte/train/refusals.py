@@ -76,7 +76,7 @@ def refuse_what_cannot_run(
     for stage in stages(config):
         if shared is not None:
             shared.pieces(stage.context)
-        rows = len(distributed.current().share(torch.empty(stage.batch_size), each))
+        rows = len(distributed.current().share(torch.arange(stage.batch_size, device="cpu"), each))
         if rows % config.micro_batches:
             raise UserError(f"micro_batches {config.micro_batches} does not divide the {rows} "
                             "windows that a process has in a step: choose a divisor of them")

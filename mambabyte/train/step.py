@@ -178,7 +178,8 @@ def text_batches(
             starts = sample_starts(len(data), stage.context, len(tokens), config.seed, step)
             first = documents_in(begins, starts, stage.context)
             mean = max(1, (~first[:, 1:]).sum()) / len(first)
-            found += torch.from_numpy(first), torch.full((len(first),), mean)
+            found += torch.from_numpy(first), torch.full(
+                (len(first),), mean, dtype=torch.float32, device="cpu")
         return tuple(world.share(t.to(device, non_blocking=True), config.context_parallel)
                      for t in found)
 

@@ -59,7 +59,8 @@ def bias_gradient(rows: Tensor) -> Tensor:
     wanted = max(1, _RESIDENT // threads) * multiprocessors(rows.device.index)
     steps = max(8, -(-count // wanted))
     blocks = -(-count // steps)
-    partial, sums = (torch.empty(n, columns, device=rows.device) for n in (blocks, 1))
+    partial, sums = (torch.empty(n, columns, dtype=torch.float32, device=rows.device)
+                     for n in (blocks, 1))
     cuda.launch(rows.device, "linear_bias", f"{ELEMENTS[rows.dtype]}, {_WIDTH}", blocks, threads,
                 rows, partial, count, columns, steps)
     cuda.launch(rows.device, "column_sums", "", -(-columns // 32), 1024, partial, sums, blocks,

@@ -58,8 +58,9 @@ class _CrossEntropy(torch.autograd.Function):
         logits, targets = logits.contiguous(), targets.contiguous()
         gate, offset = (None if t is None else t.contiguous() for t in (gate, offset))
         rows, symbols = logits.shape
-        losses, normaliser = torch.empty(2, rows, device=logits.device)
-        mean = torch.empty((), device=logits.device)
+        losses, normaliser = torch.empty(
+            2, rows, dtype=torch.float32, device=logits.device)
+        mean = torch.empty((), dtype=torch.float32, device=logits.device)
         of_gate = logits.dtype if gate is None else gate.dtype
         ctx.types = f"{ELEMENTS[logits.dtype]}, {ELEMENTS[of_gate]}"
         cuda.launch(logits.device, "loss_forward", ctx.types, -(-rows * 32 // _THREADS), _THREADS,

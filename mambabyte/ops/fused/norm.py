@@ -158,13 +158,14 @@ class _MixNorm(torch.autograd.Function):
         blocks = min(-(-rows // 2),
                      max(1, ctx.resident // threads) * multiprocessors(device.index))
         wanted = [n and (kind > 0 or i < 4) for i, n in enumerate(needs[4:])]
-        partial = torch.empty(sum(wanted), blocks, channels, device=device)
+        partial = torch.empty(
+            sum(wanted), blocks, channels, dtype=torch.float32, device=device)
         parts = iter(partial)
         partials = [next(parts) if n else None for n in wanted]
         cuda.launch(device, "norm_backward", ctx.types, blocks, threads, *given,
                     out, stats, x, y, z, e, *gains, weight, *streams, *partials, blocks, rows,
                     channels, kind)
-        sums = torch.empty(sum(wanted), channels, device=device)
+        sums = torch.empty(sum(wanted), channels, dtype=torch.float32, device=device)
         if len(sums):
             cuda.launch(device, "column_sums", "", -(-channels // 32) * len(sums), 1024, partial,
                         sums, blocks, channels)

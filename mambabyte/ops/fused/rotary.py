@@ -107,7 +107,8 @@ class _RotateQkv(torch.autograd.Function):
         (batch, length, _), (queries, keys) = qkv.shape, ctx.heads
         half = cos.shape[1]
         d_qkv = torch.empty_like(qkv)
-        dots = torch.empty(batch * length, queries, device=qkv.device) if ctx.gain else None
+        dots = None if not ctx.gain else torch.empty(
+            batch * length, queries, dtype=torch.float32, device=qkv.device)
         types, blocks = _plan(qkv.dtype, half, qkv.numel() // (2 * half))
         upstream: list[Any] = []
         for grad in (_rows(grad, _width(half)) for grad in grads):

@@ -81,7 +81,8 @@ def mamba_step(
     aligned = x_proj.data_ptr() % 32 == 0 and channels % 8 == 0
     y = torch.empty((batch, channels), dtype=x.dtype, device=x.device)
     new_tail, new_state = torch.empty_like(tail), torch.empty_like(state)
-    scratch = torch.empty(batch * (channels + slices * rows), device=x.device)
+    scratch = torch.empty(
+        batch * (channels + slices * rows), dtype=torch.float32, device=x.device)
     u = scratch.data_ptr()
     parts = u + 4 * batch * channels
     stream = raw_stream(device)

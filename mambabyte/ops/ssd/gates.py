@@ -95,7 +95,7 @@ def _backward(
     blocks = -(-batch * length // _ROWS)
     rows = [None if t is None else t.contiguous() for t in (A, dt_bias, ages, dstep, dlog_decay)]
     ddt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
-    sums = torch.empty(blocks, 2, heads, device=dt.device)
+    sums = torch.empty(blocks, 2, heads, dtype=torch.float32, device=dt.device)
     _launch(
         dt.device.index, f"gates_backward<{DTYPES[dt.dtype]}>", blocks * heads,
         *map(address, (dt, *rows, ddt, sums)), *dt.stride(), batch * length,

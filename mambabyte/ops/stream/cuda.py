@@ -356,7 +356,7 @@ class CudaStreamer(ByteFeeder):
         """
         batch = log_probs.shape[0]
         drawn = torch.empty((batch, length), dtype=torch.uint8, device=self.device)
-        after = torch.empty((batch, VOCABULARY), device=self.device)
+        after = torch.empty((batch, VOCABULARY), dtype=torch.float32, device=self.device)
         new = self._launch(
             state, after, batch, length, first=log_probs.float().contiguous(), drawn=drawn,
             seed=seed, position=position, temperature=temperature, top_k=top_k, top_p=top_p)

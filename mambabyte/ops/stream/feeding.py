@@ -35,7 +35,8 @@ class Mailbox:
     def __init__(self, device: torch.device, lock: threading.RLock) -> None:
         self.lock = lock  # one text at a time
         self.device, self._ticket = device, 0
-        self._memory = torch.zeros(VOCABULARY + 1, pin_memory=device.type == "cuda")
+        self._memory = torch.zeros(VOCABULARY + 1, dtype=torch.float32, device="cpu",
+                                   pin_memory=device.type == "cuda")
         self.log_probs = self._memory[:VOCABULARY]
         self._at = self._memory.data_ptr() + 4 * VOCABULARY
         self._number = ctypes.c_uint32.from_address(self._at)
@@ -94,7 +95,7 @@ class ByteFeeder:
         """
         batch, length = tokens.shape
         shape = (batch, length, VOCABULARY) if all_positions else (batch, VOCABULARY)
-        log_probs = torch.empty(shape, device=self.device)
+        log_probs = torch.empty(shape, dtype=torch.float32, device=self.device)
         return log_probs, self._launch(state, log_probs, batch, length,
                                        tokens=tokens.contiguous(), every=all_positions)
 

@@ -69,7 +69,8 @@ class HybridStreamer(ByteFeeder):
         self.blocks = int(self._constants["CL"])
         self._chunks = max(1, self.blocks // config.n_kv_head)
         self._plain = self._loaded(1)
-        self._hint = torch.zeros(VOCABULARY + 1, pin_memory=self.device.type == "cuda")
+        self._hint = torch.zeros(VOCABULARY + 1, dtype=torch.float32, device="cpu",
+                                 pin_memory=self.device.type == "cuda")
         at = self._hint.data_ptr()
         self._hint_parts = at, at + 4 * VOCABULARY, at + 4 * VOCABULARY + 1
         self._server = Server(
@@ -107,7 +108,7 @@ class HybridStreamer(ByteFeeder):
     def new_state(self, batch: int) -> HybridState:
         """The state before the first byte."""
         numbers = torch.zeros(batch, self.blocks * int(self._constants["STATE"]),
-                              device=self.device)
+                              dtype=torch.float32, device=self.device)
         return HybridState(numbers, self._cache(batch, 0), 0, 0, 0)
 
     def state_of(
@@ -142,7 +143,8 @@ class HybridStreamer(ByteFeeder):
         """Room for so many rows, whose numbers nobody reads before they are written."""
         c = self.config
         return torch.empty(batch, len(self._windows), 2, c.n_kv_head, self._chunks,
-                           -(-rows // self._chunks), c.head_dim, device=self.device)
+                           -(-rows // self._chunks), c.head_dim, dtype=torch.float32,
+                           device=self.device)
 
     def _place(self, cache: Tensor, rows: Tensor) -> None:
         """rows (B, n_kv_head, S, head_dim) to the first rows of a cache (B, n_kv_head, chunks,
@@ -260,7 +262,7 @@ class HybridStreamer(ByteFeeder):
         byte after each, log-probabilities (256), and in the first bytes of the last number the best
         byte and its kind. Log-probabilities (256,) of the byte after the last one, on the CPU, and
         the new state."""
-        log_probs = torch.empty(1, VOCABULARY, device=self.device)
+        log_probs = torch.empty(1, VOCABULARY, dtype=torch.float32, device=self.device)
         new = self._launch(state, log_probs, 1, len(data), tokens=self.text(data), hints=hints)
         return log_probs[0].cpu(), new
 
@@ -277,7 +279,7 @@ class HybridStreamer(ByteFeeder):
         """As ``CudaStreamer.draw``."""
         batch = log_probs.shape[0]
         drawn = torch.empty((batch, length), dtype=torch.uint8, device=self.device)
-        after = torch.empty((batch, VOCABULARY), device=self.device)
+        after = torch.empty((batch, VOCABULARY), dtype=torch.float32, device=self.device)
         new = self._launch(
             state, after, batch, length, first=log_probs.float().contiguous(), drawn=drawn,
             seed=seed, position=position, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -299,8 +301,9 @@ class HybridStreamer(ByteFeeder):
             return *self.draw(log_probs, state, length, temperature, top_k, top_p, seed,
                               position), counts
         drawn = torch.empty((1, length), dtype=torch.uint8, device=self.device)
-        after = torch.empty((1, VOCABULARY), device=self.device)
-        trail = torch.empty(loaded.width * state.numbers.shape[1], device=self.device)
+        after = torch.empty((1, VOCABULARY), dtype=torch.float32, device=self.device)
+        trail = torch.empty(loaded.width * state.numbers.shape[1], dtype=torch.float32,
+                            device=self.device)
         new = self._launch(
             state, after, 1, length, first=log_probs.float().contiguous(), drawn=drawn, seed=seed,
             position=position, temperature=temperature, top_k=top_k, top_p=top_p, loaded=loaded,

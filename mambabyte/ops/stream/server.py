@@ -100,7 +100,8 @@ class Server(Mailbox):
         self._stream = torch.cuda.Stream(device, priority=-1)
         self.raw_stream: int = self._stream.cuda_stream
         # Each word before the number of the order.
-        self._orders = torch.zeros(2 * words, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._orders = torch.zeros(2 * words, dtype=torch.int32, device="cpu",
+                                   pin_memory=device.type == "cuda")
         self._written = (ctypes.c_char * (8 * words)).from_address(self._orders.data_ptr())
         self._pairs, self._nowhere = struct.Struct(f"@{2 * words}I"), (0,) * (words - 1)
         self._made: list[Row] = []
@@ -200,7 +201,7 @@ class Server(Mailbox):
 
     def _make(self) -> None:
         with self.memory():
-            rows = torch.empty(_MADE, self._floats, device=self.device)
+            rows = torch.empty(_MADE, self._floats, dtype=torch.float32, device=self.device)
         at = rows.data_ptr()
         self._made = [Row(row, halves(at + 4 * self._floats * i))
                       for i, row in enumerate(rows.unbind())]

@@ -195,7 +195,7 @@ class NativeModel:
                         for m in mixers(model, Mixer)]
         self._pack_states = struct.Struct(f"{13 * config.n_layer}q").pack
         self._shapes = [_shape(slot.get(name)) for slot, name in self._slots]
-        self._weights = _Weights([], [], b"", b"", torch.empty(0))
+        self._weights = _Weights([], [], b"", b"", torch.empty(0, device="cpu"))
 
     def __call__(
         self, data: bytes, state: list[LayerState] | None

@@ -106,7 +106,7 @@ class Experts:
         self, contexts: Tensor, hashed: list[Tensor], found: Found
     ) -> tuple[Tensor, Tensor]:
         every: list[tuple[Tensor, Tensor, Tensor]] = []
-        p = torch.empty(0)
+        p = torch.empty(0, device="cpu")
         for m, (p, node) in enumerate(self.ngram.chain(contexts, self.ngram.find(contexts))):
             if m + 1 in self.orders:
                 level, at = self.ngram.levels[m], node.clamp(min=0)
@@ -246,8 +246,8 @@ def fitted(
         torch.manual_seed(seed)
         gate = Gate(log_p.shape[1], hidden).to(device)
     order = torch.randint(
-        len(log_p), (steps, min(_BATCH, len(log_p))), generator=generator)
-    rate = torch.tensor(lr, device=device)
+        len(log_p), (steps, min(_BATCH, len(log_p))), generator=generator, device="cpu")
+    rate = torch.tensor(lr, dtype=torch.float32, device=device)
     optimizer = MuonAdamW([{"params": [*gate.parameters()], "weight_decay": 0.0, "lr": rate,
                             "peak_lr": lr}], betas=(0.9, 0.999))
     step = CapturedStep(

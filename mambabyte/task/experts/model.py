@@ -75,7 +75,8 @@ class ExpertLM(nn.Module):
     def forward(self, tokens: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
         """tokens (B, L); returns log p of the byte after each, (B, L, V), and the state."""
         tokens = only_bytes(tokens)
-        inner, last = state or (None, torch.zeros((len(tokens), 0), dtype=torch.uint8))
+        inner, last = state or (
+            None, torch.zeros((len(tokens), 0), dtype=torch.uint8, device="cpu"))
         others = None
         if self.network is not None:
             logits, inner = self.network(tokens, inner)

@@ -122,7 +122,7 @@ class NativeExperts:
     ) -> Tensor:
         """Log p (end - begin, V) float32 of the byte at these places of text (L,) uint8, whose
         first PADDING bytes are no history; others (end - begin, n, V)."""
-        made = torch.empty(end - begin, V)
+        made = torch.empty(end - begin, V, dtype=torch.float32, device="cpu")
         self._call(text, begin, end, others, made, None)
         return made
 
@@ -132,8 +132,9 @@ class NativeExperts:
         """What each expert gives the bytes text[begin:], (L, E), and what a gate reads there,
         (L, FEATURES * E), both float32; arguments as in ``log_p``."""
         size = len(text) - begin
-        picked = torch.empty(size, self.n_experts)
-        seen = torch.empty(size, FEATURES * self.n_experts)
+        picked = torch.empty(size, self.n_experts, dtype=torch.float32, device="cpu")
+        seen = torch.empty(
+            size, FEATURES * self.n_experts, dtype=torch.float32, device="cpu")
         self._call(text, begin, len(text), others, picked, seen)
         return picked, seen
 

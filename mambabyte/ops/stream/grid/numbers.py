@@ -47,7 +47,7 @@ def to_numbers(c: ModelConfig, layers: list[list[Tensor]], blocks: int) -> Tenso
                       for piece in x.split(part.widths, part.dim)]
             found.append(torch.cat(shares, part.dim + 1).flatten(2))
     if not found:
-        return torch.zeros(1, 0)
+        return torch.zeros(1, 0, dtype=torch.float32, device="cpu")
     whole = torch.cat(found, 2)  # (blocks, B, floats)
     return F.pad(whole, (0, -whole.shape[2] % 4)).transpose(0, 1).flatten(1).contiguous()
 

@@ -270,7 +270,8 @@ class _Packer:
             at += small.shape[1]
             states += state_floats(c, letter, self.blocks)
             caches += letter in "AL"
-        numbers = torch.tensor(tables, dtype=torch.int32).view(torch.float32).to(self.like.device)
+        numbers = torch.tensor(
+            tables, dtype=torch.int32, device=self.like.device).view(torch.float32)
         model = torch.cat([self.every(numbers), self.every(stem), self.every(first), head_bias], 1)
         resident = torch.cat([F.pad(model, (0, -model.shape[1] % 4)), *layers], 1)
         sizes_of = tuple(t.shape[1] for t in self.tiles)
