@@ -84,9 +84,11 @@ def _writing(path: Path) -> Iterator[None]:
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that replaces it when the block ends without an error.
 
-    Raises UserError where it cannot be written: a folder of that name, no right, no room.
+    A link stays one: what it leads to is replaced. Raises UserError where it cannot be written: a
+    folder or a device of that name, a file that is to be read only, no right, no room.
     """
     check_file(path)
+    path = _behind(path)
     with _writing(path):
         _tidy(path.parent)
         handle, name = tempfile.mkstemp(_suffix(), f".{path.name[:40]}.", path.parent)
@@ -108,9 +110,10 @@ def whole_dir(path: Path, ours: Collection[str] = ()) -> Iterator[Path]:
     """A temporary folder beside ``path`` that becomes it when the block ends without an error.
 
     If there is a folder already, what is in it stays, but for the names that are written again and
-    those in ``ours``: what we are known to have made.
+    those in ``ours``: what we are known to have made. A link to a folder stays one.
     """
-    make_dir(path.parent)
+    path = _behind(path)
+    make_dir(path if path.exists() else path.parent)
     with _writing(path):
         _tidy(path.parent)
         temporary = Path(tempfile.mkdtemp(_suffix(), f".{path.name}.", path.parent))
@@ -185,6 +188,11 @@ def scratch_dir() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _behind(path: Path) -> Path:
+    """Where a link leads to, to be replaced in its place; any other path as it is."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path
 
 
 def _suffix() -> str:
@@ -265,12 +273,19 @@ def write_json(path: Path, value: Any) -> None:
 
 def check_file(path: Path) -> None:
     """Make the folder of ``path``; UserError where a file cannot be written there. Worth asking
-    before a long computation whose result goes there."""
-    make_dir(path.parent)
+    before a long computation whose result goes there.
+
+    A file that is replaced by renaming needs no right of its own, and a device is a name as any
+    other to root: both are refused, as writing into them would be, or worse.
+    """
+    make_dir(_behind(path).parent)
     with _writing(path):
-        if not path.is_dir():
-            return
-    raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+        there, folder, file = path.exists(), path.is_dir(), path.is_file()
+    if there and not file:
+        what = "folder" if folder else "device or a pipe"
+        raise UserError(f"cannot write {path}: it is a {what}; give the name of a file")
+    if there and not os.access(path, os.W_OK):
+        raise UserError(f"cannot write {path}: the file there is read-only; give another name")
 
 
 def make_dir(path: Path) -> None:

@@ -11,6 +11,7 @@ import itertools
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 from analysis.cli import COMMANDS, main
 from analysis.cli.parser import parse
 from analysis.studies import STUDIES, validate
-from mambabyte.config import ModelConfig
+from mambabyte.config import ModelConfig, get_preset
+from mambabyte.config.files import write_json
 from mambabyte.evaluate import bits_per_byte
 from mambabyte.model import ByteLM
 from mambabyte.ops import selective_scan
@@ -90,6 +92,16 @@ QUICK = [line for line in examples() if re.match(
 def test_a_quick_example_runs(example, folder, capsys):
     assert main(shlex.split(example)) == 0
     assert capsys.readouterr().out or (folder / "ours.py").stat().st_size
+
+
+@pytest.mark.parametrize("example", [x for x in examples() if x.startswith("memory runs/")])
+def test_a_forecast_of_the_first_run_is_made(example, folder):
+    """Of what ``mambabyte train --out runs/first`` is on a CPU, whose batch is the smallest."""
+    recipe = get_preset("quick_start")
+    for name in ("first", "it"):
+        write_json(folder / "runs" / name / "config.json",
+                   {"model": asdict(recipe.model), "train": asdict(recipe.train)})
+    assert main(shlex.split(example)) == 0
 
 
 MORE = {  # what makes a command small

@@ -130,6 +130,52 @@ def test_names_as_long_as_the_system_takes(tmp_path: Path):
         pass
 
 
+def test_what_a_link_leads_to_is_replaced_and_not_the_link(tmp_path: Path):
+    """A user's link into a larger disk stays one, whether or not anything is there yet."""
+    (tmp_path / "disk").mkdir()
+    for name in ("file", "folder", "new", "new_folder"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    (tmp_path / "disk" / "file").write_text("old")
+    (tmp_path / "disk" / "folder").mkdir()
+    (tmp_path / "disk" / "folder" / "user.txt").write_text("kept")
+    for name in ("file", "new"):
+        with whole_file(tmp_path / name) as temporary:
+            temporary.write_text("a")
+        assert (tmp_path / "disk" / name).read_text() == "a"
+    for name in ("folder", "new_folder"):
+        with whole_dir(tmp_path / name) as temporary:
+            (temporary / "a.txt").write_text("a")
+        assert (tmp_path / "disk" / name / "a.txt").read_text() == "a"
+    assert (tmp_path / "folder" / "user.txt").read_text() == "kept"
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_symlink()) == [
+        "file", "folder", "new", "new_folder"]
+    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list((tmp_path / "disk").iterdir())) == 4
+
+
+def test_devices_pipes_and_what_is_read_only_are_not_replaced(tmp_path: Path, monkeypatch):
+    """Renaming asks for no right to the file, and root may put a file in the place of /dev/null."""
+    pipe, kept, folder = tmp_path / "pipe", tmp_path / "kept.txt", tmp_path / "record"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    for path in (pipe, tmp_path / "link"):
+        with pytest.raises(UserError, match="it is a device or a pipe"), whole_file(path):
+            pass
+        with pytest.raises(UserError, match="File exists"), whole_dir(path):
+            pass
+    assert pipe.is_fifo()
+    kept.write_text("measured")
+    folder.mkdir()
+    can = os.access
+    monkeypatch.setattr(os, "access", lambda path, how: Path(path) not in (kept, folder) and can(
+        path, how))  # for root every file is writable
+    with pytest.raises(UserError, match="the file there is read-only"), whole_file(kept):
+        pass
+    with pytest.raises(UserError, match="record: permission denied"), whole_dir(folder):
+        pass
+    assert kept.read_text() == "measured"
+
+
 def test_a_scratch_folder_of_a_killed_process_goes_at_the_next_start(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with monkeypatch.context() as patch:

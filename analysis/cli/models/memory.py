@@ -2,7 +2,7 @@
 
     mambabyte memory --preset mamba_byte --batch-size 64 --context 2048 --device-memory 40GB
     mambabyte memory --preset hybrid_3_1 --device-memory 16GiB --json
-    mambabyte memory runs/first --train.micro-batches 4 --device cpu
+    mambabyte memory runs/first --train.micro-batches 2 --device cpu
     mambabyte memory path/to/mamba-130m-hf/config.json --device-memory 24GB
     mambabyte memory --model.d-model 512 --model.n-layer 12 --train.precision fp32
     mambabyte memory --preset mamba_byte_original --scan-form document_chunked --device-memory 40GB
