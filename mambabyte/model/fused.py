@@ -46,8 +46,9 @@ def fused_layer(
     layer: nn.Module, x: Tensor | Stream, embedded: Tensor | None = None,
     skip: Tensor | Stream | None = None, ages: Tensor | None = None,
 ) -> Stream:
-    """What ``without_state`` does. A layer with a norm of another class, as an adapter makes it, is
-    called as it is."""
+    """What :func:`mambabyte.model.lm.without_state` does, shapes as there, with the last sum of the
+    residual stream left to what reads it. A layer with a norm of another class, as an adapter makes
+    it, is called as it is."""
     stream = x if isinstance(x, Stream) else Stream(x)
     skipped = skip.summed() if isinstance(skip, Stream) else skip
     if not isinstance(layer, Block) or not is_plain(layer, Block) or not _known(
@@ -75,7 +76,8 @@ def fused_head_loss(
     model: ByteLM, x: Tensor | Stream, targets: Tensor, gate: nn.Module | None = None,
     offset: Tensor | None = None, predictions: Tensor | None = None,
 ) -> Tensor:
-    """What ``head_loss`` does, without logits in float32."""
+    """What :func:`mambabyte.model.lm.head_loss` does, arguments as there, without logits in
+    float32."""
     stream = x if isinstance(x, Stream) else Stream(x)
     if not _known(model.norm_f):
         return head_loss(model, stream.summed(), targets, gate, offset, predictions)

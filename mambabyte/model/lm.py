@@ -105,7 +105,8 @@ def without_state(
     layer: nn.Module, x: Tensor, embedded: Tensor | None = None, skip: Tensor | None = None,
     ages: Tensor | None = None,
 ) -> Tensor:
-    """A layer from the first byte on; the state it ends in is not kept."""
+    """A layer from the first byte on: ages (B, L), the rest (B, L, d_model). The state it ends in
+    is not kept."""
     return layer(x, None, embedded, skip, ages)[0]
 
 

@@ -92,12 +92,14 @@ class Piece:
 
     def before(self, x: Tensor, rows: int, dim: int) -> Tensor:
         """The last ``rows`` positions before the own ones, or as many as there are, along ``dim``
-        of the whole sequence whose own positions are ``x``."""
+        of the whole sequence whose own positions are ``x`` (any shape; its size along ``dim`` is
+        that of ``own``). Gradients flow back to the processes that gave them."""
         sent, received = self._reached(rows)
         return self._exchanged(x, dim, sent, received)
 
     def given_back(self, gradient: Tensor, rows: int, dim: int) -> Tensor:
-        """Of the gradient of :meth:`before`, what belongs to the last own positions."""
+        """Of the gradient of :meth:`before`, in its shape, what belongs to the last own positions:
+        as many as the furthest process was given."""
         sent, received = self._reached(rows)
         back = _taken_back(gradient.movedim(dim, 0), sent, received, self.shared.group)
         return back.movedim(0, dim)
@@ -115,7 +117,8 @@ class Piece:
         return [reach(me, r) for r in others], [reach(r, me) for r in others]
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
-        """The whole sequence along ``dim``, of which every process gives its own positions."""
+        """The whole sequence along ``dim``, of which every process gives its own positions ``x``;
+        gradients flow back to them."""
         sizes = [b - a for a, b in pairwise(self.bounds)]
         return self._exchanged(x, dim, [x.shape[dim]] * self.shared.size, sizes)
 
@@ -128,7 +131,8 @@ class Piece:
         return found.movedim(0, dim)
 
     def enter(self, decay: Tensor, end: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """:meth:`arriving` from zero and without gradients; and all decays, for :meth:`leave`."""
+        """:meth:`arriving` from zero and without gradients, shapes as there; and the decays of all
+        processes, for :meth:`leave`."""
         decays, ends = (_all_gather(t, self.shared) for t in (decay, end))
         return _state_before(self.shared.rank, decays, ends, None, False), decays
 
@@ -206,7 +210,8 @@ def own(x: Tensor) -> Tensor:
 
 
 def own_ages(ages: Tensor | None) -> Tensor | None:
-    """Those of a mixer's own positions: a document from an earlier stretch has begun before."""
+    """Of ages (B, L) those of a mixer's own positions: a document from an earlier stretch has begun
+    before."""
     if _piece is None or ages is None:
         return ages
     here = own(ages)

@@ -48,6 +48,7 @@ class Repetitions:
         self._after: dict[bytes, int] = {}  # where the text goes on after so many bytes
 
     def read(self, data: bytes) -> None:
+        """Add to the text: where each ``match`` bytes of it end is known from then on."""
         text, match = self._text, self._match
         begin = len(text)
         text += data[-self._memory :]
@@ -65,6 +66,7 @@ class Repetitions:
         return bytes(self._text)
 
     def guess(self, last: int, most: int) -> bytes:
+        """``most`` bytes that may follow the text and ``last``; none where it was never met."""
         text = self._text
         tail = bytes(text[len(text) - self._match + 1 :]) + bytes([last])
         at = self._after.get(tail)

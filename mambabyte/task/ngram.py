@@ -394,7 +394,7 @@ def blend(
 
 
 def ragged(begin: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices begin[i] ... begin[i] + length[i] - 1 of all i in a row, and the i of each."""
+    """Indices begin[i] ... begin[i] + length[i] - 1, all i of (n,) in a row, and the i of each."""
     owner = torch.repeat_interleave(torch.arange(len(begin), device=begin.device), length)
     shift = begin - (length.cumsum(0) - length)
     return torch.arange(len(owner), device=begin.device) + shift[owner], owner

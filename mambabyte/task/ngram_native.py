@@ -54,8 +54,8 @@ def sort_contexts(text: Tensor, order: int) -> tuple[Tensor, Tensor]:
 def shorten(
     key: Tensor, contexts: int, start: Tensor, symbol: Tensor, count: Tensor, continuation: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """start, total, symbol and count of the ``contexts`` contexts one byte shorter than those
-    given, whose ``key`` says which each belongs to."""
+    """start, total, symbol and count, as in ``ngram.Level``, of the ``contexts`` contexts one byte
+    shorter than those given, whose ``key`` says which each belongs to."""
     loaded = library()
     assert loaded is not None
     child = torch.searchsorted(key, torch.arange(contexts + 1, device="cpu") * 256)

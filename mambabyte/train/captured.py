@@ -105,6 +105,7 @@ class Windows:
                 starts[:, 1].float() / self.batch_size)
 
     def positions(self, starts: Tensor) -> Tensor:
+        """Where in the text the bytes of windows are that begin at ``starts`` (B,): (B, bytes)."""
         return starts[:, None] + self._offsets
 
 

@@ -55,7 +55,9 @@ def later_loss_gradients(
     scan: Scan, tensors: list[Tensor], chunk: int, boundary: int, weight: Tensor,
     detach: bool = False,
 ) -> dict[str, Tensor]:
-    """Gradients of a loss on the steps from ``boundary`` on, one name to each.
+    """Gradients of a loss on the steps from ``boundary`` on, one name to each of ``tensors``: u,
+    delta, A, B, C and the initial state, shapes as in mambabyte.ops.selective_scan. The loss is the
+    sum of y times ``weight`` (B, L, D).
 
     "h" is the gradient of the state at the boundary. With ``detach`` the carry is cut there, as in
     truncated training. The scan runs in two calls that meet at the boundary, the first ending in

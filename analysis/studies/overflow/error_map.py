@@ -111,7 +111,8 @@ def _value_and_gradients(
 
 
 def relative_errors(value: Tensor, reference: Tensor) -> Tensor:
-    """max |value - reference| / max |reference| of each row; inf or nan where the value has one.
+    """max |value - reference| / max |reference| of each row, (n,) of (n, ...); inf or nan where the
+    value has one.
     """
     value, reference = value.flatten(1), reference.flatten(1)
     scale = reference.abs().amax(1).clamp_min(1e-300)

@@ -107,7 +107,8 @@ def backward(
     dy: Tensor, dlast: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None,
     tail: Tensor | None, silu: bool, ages: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of x, weight, bias and tail, None for one that is None."""
+    """Gradients of :func:`forward`'s x, weight, bias and tail, None for one that is None; ``dy`` is
+    y's (B, L, D), ``dlast`` that of the tail it returned, or None."""
     x, dx = _unit(x), _empty_like(x)
     weight, bias, tail, ages = _packed(weight, bias, tail, ages)  # type: ignore[assignment]
     dweight = torch.zeros_like(weight)

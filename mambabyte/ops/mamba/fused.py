@@ -130,8 +130,11 @@ def forward(
     dt_bias: Tensor, A: Tensor, D: Tensor, ages: Tensor | None, save: bool, *,
     before: Tensor | None = None, arrive: Arrive | None = None,
 ) -> Tensors:  # fmt: skip
-    """``before`` is the convolution's tail from before the sequence, ``arrive`` that of
-    :func:`mambabyte.ops.scan.cuda.forward`: for a stretch of a longer one."""
+    """Results of :func:`fused_mixer`, and with ``save`` what :func:`gradients` takes, else empty.
+
+    For a stretch of a longer sequence ``before`` (B, K - 1, D) is the convolution's tail from
+    before it, and ``arrive`` that of :func:`mambabyte.ops.scan.cuda.forward`.
+    """
     x, z = xz.chunk(2, dim=-1)
     rank, states = _rank(xz, dt_proj), A.shape[1]
     u, tail = cuda_conv.forward(x, conv_weight, conv_bias, before, True, ages)
@@ -158,8 +161,9 @@ def gradients(
     D: Tensor, ages: Tensor | None, u: Tensor, parts: Tensor, delta: Tensor, saved: Tensor, *,
     before: Tensor | None = None, entered: Tensor | None = None, leave: Leave | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Of all inputs and of ``before``; ``entered`` is the state that ``arrive`` gave, and
-    ``leave`` that of :func:`mambabyte.ops.scan.cuda.backward`."""
+    """Of the inputs of :func:`forward`, in their order, and of ``before``: None or empty for what
+    is absent. ``dy``, ``dtail`` and ``dstate`` are those of its results, ``entered`` is the state
+    that ``arrive`` gave, ``leave`` that of :func:`mambabyte.ops.scan.cuda.backward`."""
     # Gradients are left between those of ``parts``, so that its rows must lie one behind another.
     u, parts, delta = u.contiguous(), parts.contiguous(), delta.contiguous()
     x, z = xz.chunk(2, dim=-1)

@@ -44,7 +44,7 @@ def selective_scan_step(
 def scan_step(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """:func:`selective_scan_step` of what fits together."""
+    """:func:`selective_scan_step`, shapes and results as there, of what was checked."""
     decay = torch.exp(delta[:, :, None] * A)  # (B, D, N)
     state = decay * state + (delta * u)[:, :, None] * B[:, None, :]
     return (state * C[:, None, :]).sum(-1), state
