@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
 import signal
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from analysis.cli import main
 from analysis.cli.console import Bar, say
 from mambabyte import checkpoint
+from mambabyte.checkpoint import load_model
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.config.files import to_json
 from mambabyte.corpus import Corpus
+from mambabyte.errors import UserError
 from mambabyte.train import Progress, read_metrics, train
 from mambabyte.train import metrics as metrics_module
 from mambabyte.train.metrics import drop_after
+from mambabyte.train.optim import make_optimizer
 from mambabyte.train.signals import ASKED
 from mambabyte.train.step import EagerStep
 
@@ -163,3 +169,76 @@ def test_a_card_that_is_lost_costs_the_steps_since_the_checkpoint(tmp_path, monk
     assert "--resume" in line
     assert [path.name for path in checkpoint.saved(tmp_path / "run")] == ["step_00000002"]
     assert main([*words, "--resume"]) == 0
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def test_broken_checkpoints(tmp_path):
+    run = tmp_path / "run"
+    train(MODEL, RECIPE, CORPUS, run)
+    folder = checkpoint.find_checkpoint(run)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_model(tmp_path)
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="missing, truncated or damaged"):
+        load_model(run)
+    (folder / "model.safetensors").write_bytes(data)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"d_state": 5}))
+    with pytest.raises(UserError, match="another shape"):
+        load_model(run)
+    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
+    with pytest.raises(UserError, match="another model"):
+        load_model(run)
+    (folder / "config.json").write_text(json.dumps(config | {"colour": 1}))
+    with pytest.raises(UserError, match="unknown field 'colour'"):
+        load_model(run)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_model(run)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    train(MODEL, replace(RECIPE, checkpoint_every=1), CORPUS, tmp_path / "run")
+    names = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["step_00000003", "step_00000004"]
+
+
+def test_a_failing_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train(MODEL, RECIPE, CORPUS, run)
+    model = load_model(run)
+    optimizer = make_optimizer(model, RECIPE)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(UserError, match="No space left on device; nothing of it was left"):
+        checkpoint.save_training(run / "checkpoints", model, optimizer, {"step": 9})
+    for name, weight in load_model(run).state_dict().items():
+        assert weight.equal(model.state_dict()[name])
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_a_step(tmp_path, monkeypatch):
+    def has_free(n: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=n))
+
+    has_free(8 * MODEL.n_parameters - 1)
+    with pytest.raises(UserError, match="a checkpoint takes .* or more: make room"):
+        train(MODEL, RECIPE, CORPUS, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+    has_free(8 * MODEL.n_parameters)
+    train(MODEL, RECIPE, CORPUS, tmp_path / "run")
+    assert checkpoint.saved(tmp_path / "run")
+
+
+def test_tied_head_is_stored_once(tmp_path):
+    train(MODEL, RECIPE, CORPUS, tmp_path / "run")
+    folder = checkpoint.find_checkpoint(tmp_path / "run")
+    stored = load_file(folder / "model.safetensors")
+    assert sum(weight.numel() for weight in stored.values()) == MODEL.n_parameters
+    assert asdict(load_model(folder).config) == asdict(MODEL)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import threading
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mambabyte import checkpoint, energy
+from mambabyte import energy
 from mambabyte.checkpoint import load_model
 from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.corpus import load_corpus
@@ -330,77 +329,7 @@ def test_smoke_fails_on_subtler_faults(corpus, fault, monkeypatch):
         smoke_check(ByteLM(model), corpus.train)
 
 
-# --- checkpoints ---------------------------------------------------------------------------------
-
-
-def test_broken_checkpoints(corpus, tmp_path):
-    run = tmp_path / "run"
-    train(MODEL, RECIPE, corpus, run)
-    folder = checkpoint.find_checkpoint(run)
-    with pytest.raises(UserError, match="holds no checkpoint"):
-        load_model(tmp_path)
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match="missing, truncated or damaged"):
-        load_model(run)
-    (folder / "model.safetensors").write_bytes(data)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"d_state": 5}))
-    with pytest.raises(UserError, match="another shape"):
-        load_model(run)
-    (folder / "config.json").write_text(json.dumps(config | {"layer_pattern": "M"}))
-    with pytest.raises(UserError, match="another model"):
-        load_model(run)
-    (folder / "config.json").write_text(json.dumps(config | {"colour": 1}))
-    with pytest.raises(UserError, match="unknown field 'colour'"):
-        load_model(run)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_model(run)
-
-
-def test_only_the_newest_checkpoints_are_kept(corpus, tmp_path):
-    train(MODEL, replace(RECIPE, checkpoint_every=1), corpus, tmp_path / "run")
-    names = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
-    assert names == ["step_00000007", "step_00000008"]
-
-
-def test_a_failing_write_leaves_the_old_checkpoint(corpus, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    train(MODEL, RECIPE, corpus, run)
-    before = weights(run)
-    model = load_model(run)
-    optimizer = make_optimizer(model, RECIPE)
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "write_json", full)
-    with pytest.raises(UserError, match="No space left on device; nothing of it was left"):
-        checkpoint.save_training(run / "checkpoints", model, optimizer, {"step": 9})
-    assert same(before, weights(run))
-    assert not list((run / "checkpoints").glob(".*"))
-
-
-def test_a_disk_without_room_for_a_checkpoint_is_told_before_a_step(corpus, tmp_path, monkeypatch):
-    def has_free(n: int) -> None:
-        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=n))
-
-    has_free(8 * MODEL.n_parameters - 1)
-    with pytest.raises(UserError, match=r"a checkpoint takes 0\.1 MB or more: make room"):
-        train(MODEL, RECIPE, corpus, tmp_path / "run")
-    assert not (tmp_path / "run" / "config.json").exists()
-    has_free(8 * MODEL.n_parameters)
-    train(MODEL, RECIPE, corpus, tmp_path / "run")
-    assert checkpoint.saved(tmp_path / "run")
-
-
-def test_tied_head_is_stored_once(corpus, tmp_path):
-    train(MODEL, RECIPE, corpus, tmp_path / "run")
-    folder = checkpoint.find_checkpoint(tmp_path / "run")
-    size = (folder / "model.safetensors").stat().st_size
-    assert size < 4 * MODEL.n_parameters + 20_000
-    assert asdict(load_model(folder).config) == asdict(MODEL)
+# --- devices ------------------------------------------------------------------------------------
 
 
 def test_cuda_without_a_gpu_is_refused(corpus, tmp_path, monkeypatch):
