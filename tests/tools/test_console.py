@@ -47,7 +47,7 @@ def test_it_ends_with_an_error() -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("command", [
-    "--version", "--help", "memory --help", "memory --preset smoke --json", "task list", "nope"])
+    "--version", "--help", "memory --help", "runs list --json", "runs list", "nope"])
 def test_a_full_disk_loses_no_result_and_is_said(command: str, tmp_path: Path) -> None:
     ask = [sys.executable, "-m", "mambabyte", *command.split()]
     with open("/dev/full", "w") as full:
