@@ -1,13 +1,17 @@
-"""The layer rule: the folder says the layer, imports point down only, in functions too."""
+"""The layer rule: the folder says the layer, imports point down only, in functions too; and what
+a folder and a file may hold."""
 
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections import Counter
 from collections.abc import Collection
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,7 +27,10 @@ NOT_IN_FIGURES = {"torch", "mambabyte.model", "mambabyte.train", "mambabyte.ops"
                   "analysis.report"}
 NOT_IN_REPORT = {"torch", "mambabyte.model", "mambabyte.train", "mambabyte.ops"}
 NOT_IN_COMPUTING = {"matplotlib", "papermill", "jinja2", "analysis.plots"}
+# What a study takes of another one: the claims are about all of them.
+BETWEEN_STUDIES = {"arena": {"ablation"}, "claims": {"ablation", "task"}}
 MAX_ENTRIES = 12
+MAX_LINES = 400  # of Python; a kernel's source is one program
 FILES = sorted([*ROOT.glob("mambabyte/**/*.py"), *ROOT.glob("analysis/**/*.py")])
 
 
@@ -118,6 +125,25 @@ def test_no_folder_is_crowded():
             assert len(entries) <= MAX_ENTRIES, (folder, sorted(entries))
 
 
+def test_no_file_is_long():
+    for top in ("mambabyte", "analysis", "tests"):
+        lengths = {path: len(path.read_text(encoding="utf-8").splitlines())
+                   for path in (ROOT / top).rglob("*.py")}
+        assert not {path: n for path, n in lengths.items() if n > MAX_LINES}
+
+
+@pytest.mark.parametrize("package", ["mambabyte", "analysis"])
+def test_what_is_no_python_is_in_a_wheel(package):
+    """Sources of kernels, templates and tables are found beside the code that reads them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folder = ROOT / package
+    taken = {path for pattern in project["package-data"][package] for path in folder.glob(pattern)}
+    there = {path for path in folder.rglob("*")
+             if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert there
+    assert there == taken
+
+
 def test_files_of_tests_have_names_of_their_own():
     """Two of one name are one module to pytest, which then runs neither."""
     names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
@@ -127,6 +153,25 @@ def test_files_of_tests_have_names_of_their_own():
 def test_core_imports_nothing_above_it():
     for path in ROOT.glob("mambabyte/**/*.py"):
         assert not offending(path, NOT_IN_CORE), path
+
+
+def test_configurations_need_no_torch():
+    """What a command knows before it loads torch, and a form without a model."""
+    paths = [*ROOT.glob("mambabyte/config/*.py"), ROOT / "mambabyte" / "errors.py",
+             *ROOT.glob("analysis/studies/*/__init__.py")]
+    assert len(paths) > 15
+    for path in paths:
+        assert not offending(path, {"torch", "matplotlib"}), path
+
+
+def test_studies_stand_alone():
+    studies = [path.parent for path in ROOT.glob("analysis/studies/*/__init__.py")]
+    assert len(studies) >= 8
+    for folder in studies:
+        others = {f"analysis.studies.{other.name}" for other in studies
+                  if other != folder and other.name not in BETWEEN_STUDIES.get(folder.name, ())}
+        for path in folder.rglob("*.py"):
+            assert not offending(path, others), path
 
 
 def test_figures_only_plot():

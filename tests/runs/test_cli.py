@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from analysis.cli import COMMANDS, main
+from mambabyte.checkpoint import find_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 600  # seconds: ends what hangs, says nothing about speed
@@ -227,10 +229,6 @@ def test_bytes_that_are_no_utf8_are_scored_and_said(run, tmp_path, capsys):
 
 
 def test_weights_that_are_no_numbers_are_one_clear_line(run, tiny, capsys):
-    from safetensors.torch import load_file, save_file
-
-    from mambabyte.checkpoint import find_checkpoint
-
     path = find_checkpoint(run) / "model.safetensors"
     weights = load_file(path)
     weights["norm_f.weight"][0] = float("nan")
@@ -284,10 +282,9 @@ def test_memory_answers_for_a_run_and_for_the_options_of_train(run, capsys):
     own = asked(run, "--device", "cpu")
     assert (own["model"], own["train"]) == (kept["model"], kept["train"])
     assert own == asked(run / "config.json", "--device", "cpu") | {"run": str(run)}
-    one = asked(run, "--train.batch-size", 1, "--device", "cpu")
-    assert one["required_bytes"] < own["required_bytes"]
-    assert one["required_bytes"] == asked(run, "--batch-size", 1, "--device", "cpu")[
-        "required_bytes"]
+    one, short = (asked(run, option, 1, "--device", "cpu")["required_bytes"]
+                  for option in ("--train.batch-size", "--batch-size"))
+    assert one == short < own["required_bytes"]
     wide = asked("--preset", "smoke", "--model.vocab-size", 9000, "--model.no-tied-head")
     assert wide["model"]["vocab_size"] == 9000
     assert not wide["model"]["tied_head"]
@@ -295,8 +292,6 @@ def test_memory_answers_for_a_run_and_for_the_options_of_train(run, capsys):
 
 
 def test_checkpoint_faults_are_one_clear_line(run, capsys):
-    from mambabyte.checkpoint import find_checkpoint
-
     weights = find_checkpoint(run) / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-100])
@@ -309,8 +304,6 @@ def test_checkpoint_faults_are_one_clear_line(run, capsys):
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[1, 2]", b"", b'{"d_model": 3.5}'])
 def test_a_damaged_configuration_is_one_clear_line(content, run, capsys):
-    from mambabyte.checkpoint import find_checkpoint
-
     path = find_checkpoint(run) / "config.json"
     path.write_bytes(content)
     line = error_line(capsys, "eval", run)
@@ -320,12 +313,9 @@ def test_a_damaged_configuration_is_one_clear_line(content, run, capsys):
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[1, 2]", b"{}", b'{"step": "x"}'])
 def test_damaged_progress_is_one_clear_line(content, run, tiny, capsys):
-    from mambabyte.checkpoint import find_checkpoint
-
     path = find_checkpoint(run) / "progress.json"
     path.write_bytes(content)
-    line = error_line(capsys, "train", "--corpus", tiny, "--out", run, "--resume")
-    assert str(path) in line
+    assert str(path) in error_line(capsys, "train", "--corpus", tiny, "--out", run, "--resume")
 
 
 def test_damaged_metrics_do_not_stop_a_resumed_run(run, tiny, capsys):

@@ -228,7 +228,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_a_step(tmp_path, mo
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=n))
 
     has_free(8 * MODEL.n_parameters - 1)
-    with pytest.raises(UserError, match="a checkpoint takes .* or more: make room"):
+    with pytest.raises(UserError, match=r"a checkpoint takes .* or more: make room"):
         train(MODEL, RECIPE, CORPUS, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
     has_free(8 * MODEL.n_parameters)
