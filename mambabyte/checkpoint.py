@@ -94,8 +94,10 @@ def saved(run: Path) -> list[Path]:
 
     Only folders of our own naming with all of our files, and of this run and step where they say
     of which they are: not what a user put beside them, a copy of another run's or one renamed.
+    OSError where the folder cannot be read: a run that has some must not begin anew.
     """
-    return sorted(p for p in (run / "checkpoints").glob("step_*")
+    folder = run / "checkpoints"
+    return sorted(p for p in (folder.iterdir() if folder.is_dir() else ())
                   if _NAME.fullmatch(p.name) and all((p / name).is_file() for name in _FILES)
                   and _belongs(p, run_id(run)))
 

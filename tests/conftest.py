@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 from pathlib import Path
 
@@ -68,3 +70,24 @@ def world(tmp_path: Path):
     from tests.helpers.report_world import World
 
     return World(tmp_path)
+
+
+@pytest.fixture
+def forbid(monkeypatch):
+    """``forbid(path)``: what reads this file or lists this folder is told as one who has no right
+    to; root, as whom tests may run, has every right."""
+    forbidden = []
+
+    def guard(module, name):
+        function = getattr(module, name)
+
+        def guarded(path=".", *args, **options):
+            if isinstance(path, str | Path) and Path(path) in forbidden:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return function(path, *args, **options)
+
+        monkeypatch.setattr(module, name, guarded)
+
+    for module, name in ((os, "listdir"), (os, "scandir"), (io, "open")):
+        guard(module, name)
+    return forbidden.append

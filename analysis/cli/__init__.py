@@ -52,6 +52,7 @@ complete -o default -F _mambabyte mambabyte"""
 # What the system says of a path that the user gave and that cannot be what it should be.
 _PATHS = {errno.ENOENT, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR,
           errno.ENOTDIR, errno.ELOOP}
+_DISK = {errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT}  # it has failed
 # A card that is lost, and a kernel that broke: after either no call to the driver succeeds.
 _GPU_FAILED = re.compile(r"^CUDA (error|driver)(?!.*out of memory)")
 
@@ -86,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in _PATHS and error.filename is not None:
             return _fail(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
+        if error.errno in _DISK:  # reading on does not say in which file
+            where = os.fsdecode(error.filename) if error.filename is not None else "a file"
+            return _fail(f"{where} could not be read or written to its end: {error.strerror}")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _discard(sys.stdout)

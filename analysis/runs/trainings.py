@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,9 @@ from mambabyte.errors import UserError
 CURVES = {"bits_per_byte": "training loss, bits/byte", "bytes_per_second": "speed, bytes/s",
           "lr": "learning rate (AdamW)", "grad_norm": "gradient norm (before clipping)",
           "exponent": "exponent of 32 steps, nats", "joules": "energy, J"}
+
+
+_DEPTH = 2  # folders below the one that is searched
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,10 @@ class Training:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is none that can be read."""
+    """The object in a file; empty where there is none, OSError where it may not be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -61,15 +66,24 @@ def read_training(folder: Path) -> Training:
 
 
 def find_trainings(root: Path) -> list[Training]:
-    """Every run in ``root`` or up to two folders below it, by name."""
+    """Every run in ``root`` or up to two folders below it, by name. A warning says what may not be
+    read."""
     found = []
-    for pattern in ("config.json", "*/config.json", "*/*/config.json"):
-        for path in sorted(root.glob(pattern)):
-            try:
-                found.append(read_training(path.parent))
-            except UserError:  # another program's config.json
-                continue
-    return found
+
+    def left_out(error: OSError) -> None:
+        warnings.warn(f"{error.filename} is left out: {error.strerror}", stacklevel=3)
+
+    for here, folders, _ in os.walk(root, onerror=left_out, followlinks=True):
+        folder, depth = Path(here), len(Path(here).relative_to(root).parts)
+        if depth == _DEPTH:
+            folders.clear()
+        try:
+            found.append((depth, folder, read_training(folder)))
+        except UserError:  # no run, or another program's config.json
+            continue
+        except OSError as error:
+            left_out(error)
+    return [run for _, _, run in sorted(found, key=lambda each: each[:2])]
 
 
 def summary(run: Training) -> dict[str, Any]:

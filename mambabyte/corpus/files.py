@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import os
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,6 +80,17 @@ def open_text(path: Path) -> tuple[np.ndarray, str]:
     return data, what
 
 
+def _below(folder: Path) -> Iterator[Path]:
+    """What is no folder under one, without what is hidden; UserError where a folder cannot be
+    read, as half of a text is another text."""
+    def stop(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}")
+
+    for here, folders, names in os.walk(folder, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(here, name) for name in names if not name.startswith("."))
+
+
 def open_texts(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """All text files under a folder, sorted by path, one behind another, and the places (n,) at
     which documents begin: each file is one, of a file of records (:func:`has_records`) each record.
@@ -87,8 +99,7 @@ def open_texts(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     Hidden files are not looked at. A warning says which others are no UTF-8 text and were left
     out. Raises UserError where no file is left.
     """
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not any(
-        part.startswith(".") for part in p.relative_to(folder).parts))
+    files = sorted(p for p in _below(folder) if p.is_file())
     texts: list[Path] = []
     other: list[str] = []
     for path in files:

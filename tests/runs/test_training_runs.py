@@ -120,6 +120,25 @@ def test_a_run_that_goes_on_or_is_damaged_is_still_shown(root, capsys, tmp_path)
     assert "choose one of bits_per_byte" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_run_that_may_not_be_read_is_named_and_the_others_shown(root, forbid, capsys):
+    names = [run.folder for run in find_trainings(root)]
+    assert len(names) > 1
+    forbid(names[0] / "metrics.jsonl")
+    assert main(["runs", "list", str(root)]) == 0
+    out, err = capsys.readouterr()
+    assert f"{names[0] / 'metrics.jsonl'} is left out: Permission denied" in err
+    assert str(names[0]) not in out
+    assert str(names[1]) in out
+    forbid(names[1] / "config.json")
+    assert main(["runs", "show", str(names[1])]) == 2
+    assert capsys.readouterr().err == (
+        f"error: cannot use {names[1] / 'config.json'}: Permission denied\n")
+    forbid(names[1])
+    assert main(["runs", "list", str(root)]) == 0
+    assert f"{names[1]} is left out" in capsys.readouterr().err
+
+
 def test_a_chart_in_characters_has_its_ends_where_they_belong():
     frame = pd.DataFrame({"seconds": [0.0, 5.0, 10.0], "loss": [8.0, float("nan"), 2.0]})
     lines = chart({"a": frame, "b": frame + 1}, "loss", width=30, height=5)

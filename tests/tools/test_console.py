@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import subprocess
 import sys
@@ -71,6 +72,18 @@ def test_files_are_kept_though_stdout_is_full(monkeypatch, capsys) -> None:
             print_result({"bits": 2}, True, [], lambda: kept.append(1))
     assert kept
     assert '{"bits": 2}' in capsys.readouterr().err
+
+
+def test_a_disk_that_fails_is_one_line(monkeypatch, capsys, tmp_path) -> None:
+    """Reading on from an open file says neither its name nor what to do."""
+    def fails(*_: object, **__: object) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    (tmp_path / "README.md").write_text("a page")
+    monkeypatch.setattr(Path, "read_text", fails)
+    assert main(["report", "--readme", str(tmp_path / "README.md")]) == 2
+    assert capsys.readouterr().err == (
+        "error: a file could not be read or written to its end: Input/output error\n")
 
 
 def test_a_result_is_printed_though_no_file_takes_it(capsys) -> None:

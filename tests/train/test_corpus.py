@@ -151,6 +151,17 @@ def test_a_folder_of_text_files_is_one_text(tmp_path, monkeypatch):
         load_corpus(str(folder))
 
 
+def test_half_of_a_folder_is_no_corpus(tmp_path, forbid):
+    for name in ("a", "b", ".hidden"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text("some words " * 90)
+    forbid(tmp_path / ".hidden")
+    assert len(load_corpus(str(tmp_path)).train) > 990
+    forbid(tmp_path / "b")
+    with pytest.raises(UserError, match=f"cannot read {tmp_path / 'b'}: Permission denied"):
+        load_corpus(str(tmp_path))
+
+
 @pytest.mark.parametrize(("data", "what"), [
     ("text é\n" * 50, "UTF-16 text"), (b"caf\xe9 au lait, " * 90, "Latin-1 or another encoding"),
     ("text\n".encode("utf-16-le") * 50, "zero bytes"), (bytes(range(1, 256)) * 9, "a binary file"),

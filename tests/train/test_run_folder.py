@@ -114,6 +114,18 @@ def test_only_complete_checkpoints_of_ours_are_read_or_pruned(tmp_path):
         "step_00000004", "step_00000600.bak", "step_00000900"}
 
 
+def test_a_run_whose_checkpoints_cannot_be_read_does_not_begin_anew(tmp_path, forbid):
+    run = tmp_path / "run"
+    train(MODEL, RECIPE, CORPUS, run)
+    before = (run / "metrics.jsonl").read_text()
+    forbid(run / "checkpoints")
+    with pytest.raises(PermissionError, match="checkpoints"):
+        train(MODEL, RECIPE, CORPUS, run, resume=True)
+    assert (run / "metrics.jsonl").read_text() == before
+    with pytest.raises(PermissionError, match="checkpoints"):
+        checkpoint.find_checkpoint(run)
+
+
 def test_a_kill_while_metrics_are_cut_loses_no_record(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     shutil.copy(OLD_RUN / "metrics.jsonl", path)

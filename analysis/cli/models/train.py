@@ -84,6 +84,7 @@ def _usual(argv: list[str]) -> str:
 def _train(options: Options, device: str, first: bool) -> int:
     """Train on ``device``; of several processes only the first one talks."""
     from mambabyte import train as training
+    from mambabyte.checkpoint import saved
     from mambabyte.config.files import write_json
     from mambabyte.config.provenance import provenance
     from mambabyte.corpus import load_corpus
@@ -110,7 +111,7 @@ def _train(options: Options, device: str, first: bool) -> int:
         return 130 if record["stopped_by"] == "interrupt" else 0
     say(f"{describe(model, recipe)} on {device}, {corpus.name}, commit {provenance()['commit']}")
     say(_forecast(model, recipe, device))
-    if options.resume and not any((options.out / "checkpoints").glob("step_*")):
+    if options.resume and not saved(options.out):
         say(f"{options.out} has no checkpoint to resume from: starting at the first step")
     form = default_form(device) if model.scan_form == "auto" else model.scan_form
     story = Story(model, recipe, form)

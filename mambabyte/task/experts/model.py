@@ -70,7 +70,7 @@ class ExpertLM(nn.Module):
         begin, end = len(whole) - last + 1, len(whole) + 1
         if native is not None:
             return native.log_p(whole, begin, end, others)
-        return mixed(self.experts, self.gate, torch.tensor(whole), begin, others)
+        return mixed(self.experts, self.gate, torch.tensor(whole, device="cpu"), begin, others)
 
     def forward(self, tokens: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
         """tokens (B, L); returns log p of the byte after each, (B, L, V), and the state."""

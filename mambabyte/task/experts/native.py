@@ -100,14 +100,14 @@ class NativeExperts:
     def look_up(self, text: bytes) -> Tensor:
         """What the counted experts say of the byte after ``text``, whose first PADDING bytes are no
         history: for ``mix``, once."""
-        found = torch.empty(self._found_bytes, dtype=torch.uint8)
+        found = torch.empty(self._found_bytes, dtype=torch.uint8, device="cpu")
         self._library.look_up(self._at, text, PADDING, len(text), found.data_ptr())
         return found
 
     def mix(self, found: Tensor, others: Tensor | None = None) -> Tensor:
         """Log p (V,) float32 of the byte that ``look_up`` was asked for; others (n, V), or (V,) if
         there is one. NonFiniteError where it is nan."""
-        log_p = torch.empty(V)
+        log_p = torch.empty(V, dtype=torch.float32, device="cpu")
         if self._others:
             assert others is not None
             assert others.numel() == self._others * V
