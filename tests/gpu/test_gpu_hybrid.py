@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import pickle
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,13 @@ from mambabyte.evaluate import byte_log_probs
 from mambabyte.model import ByteLM
 from mambabyte.ops.stream.grid.memory import ServedHybrid
 from mambabyte.ops.stream.hybrid import HybridState
+from mambabyte.ops.stream.server import Server
 from mambabyte.stream import ByteStream, stream_engine
 from mambabyte.stream.engines import cuda as cuda_model
 from mambabyte.stream.engines.cuda import CudaEngine, CudaGuided, CudaNetwork
-from mambabyte.task.guide import GuidedLM, Hint
+from mambabyte.task.experts import Context, ExpertLM, Experts, Gate, Matches, count_contexts
+from mambabyte.task.guide import Guide, GuidedLM, Hint
+from mambabyte.task.ngram import count
 from tests.gpu.test_gpu_stream import exact, made, random_bytes, relative_rms
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -34,10 +39,12 @@ CONFIGS = {
         logit_softcap=15.0),
     "Mamba-2 and the delta rule": ModelConfig(
         d_model=128, n_layer=3, layer_pattern="SDK", norm="rms", norm_eps=1e-5, mlp_ratio=2.0),
+    "attention alone": replace(  # whose passes have four bytes
+        SMALL, layer_pattern="ALA", n_layer=3, unet_skips=True, qk_norm=True, mlp_ratio=1.3),
     "full step size": replace(SMALL, layer_pattern="MA", dt_rank="full", rope_fraction=0.5),
     # float64 has another epsilon in norms without one: small embeddings would differ by that
     **{name: replace(PRESETS[name].model, embed_std=1.0)
-       for name in ("nano_ssm_1_1", "hybrid_3_1")},
+       for name in ("nano_ssm_1_1", "hybrid_3_1", "modded_nanogpt")},
 }  # fmt: skip
 
 
@@ -207,6 +214,7 @@ def test_hints_of_a_guided_model_come_with_its_bytes() -> None:
     hint = Hint(torch.log_softmax(3 * torch.randn(60, 256), -1),
                 *(torch.randint(7, (60,)).to(torch.uint8) for _ in range(2)))
     engine, state, data = CudaGuided(model.lm, model), None, random_bytes(1, 60)
+    beside: list[int] = []
     with torch.inference_mode():
         whole = Hint(*(x[None].cuda() for x in (hint.log_p, hint.best, hint.kind)))
         hidden, _ = model.lm.hidden(model.embedded(data.long(), whole))
@@ -216,5 +224,35 @@ def test_hints_of_a_guided_model_come_with_its_bytes() -> None:
             for at, x in zip(places, (hint.log_p, hint.best, hint.kind), strict=True):
                 ctypes.memmove(at, x[i : i + 1].data_ptr(), x[:1].numel() * x.element_size())
 
-        found, state = engine.guided_byte(bytes([byte]), state, fill)
+        found, state = engine.guided_byte(
+            bytes([byte]), state, fill, functools.partial(beside.append, byte))
         assert relative_rms(found, wanted[i]) < 2e-5
+    assert beside == data[0].tolist()
+
+
+def test_experts_are_looked_up_beside_a_guided_models_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = b"a text, and another text: then one more text, and no other. " * 3
+    text = torch.tensor(list(data), dtype=torch.uint8, device="cuda")
+    torch.manual_seed(1)
+    guide = Guide(count(text, 4, None))
+    network = GuidedLM(replace(SMALL, layer_pattern="MA"), guide.n_kinds).cuda()
+    network.guide = guide
+    experts = Experts(guide.ngram, (2, 4), [count_contexts(text, Context(words=1))], Matches())
+    model = ExpertLM(experts, Gate(len(experts.names) + 1).cuda(), network).eval()
+    with torch.inference_mode():
+        wanted, _ = model(text[None].long())
+    native, order = model.on_host(), []
+    assert native is not None
+    for place, name in ((native, "look_up"), (Server, "order"), (Server, "read")):
+        of = getattr(place, name)
+
+        def told(*given: Any, name: str = name, of: Any = of) -> Any:
+            order.append(name)
+            return of(*given)
+
+        monkeypatch.setattr(place, name, told)
+    engine, state = stream_engine(model), None
+    for i in range(len(data)):
+        found, state = engine(data[i : i + 1], state)
+        assert relative_rms(found, wanted[0, i].double().cpu()) < 2e-5
+    assert order == ["order", "look_up", "read"] * len(data)
