@@ -30,10 +30,11 @@ UNSEEN = b"the quick abraham naive caf\xc3\xa9 zzz"
 
 
 class Dictionary:
-    """Interpolated Kneser-Ney by the book: sets and dictionaries of tuples."""
+    """Interpolated Kneser-Ney by the book: sets and dictionaries of tuples; ``discounts`` for
+    counts of 1, 2, and 3 or more at each length of context."""
 
-    def __init__(self, data: bytes, order: int, discount: float, continuation: bool) -> None:
-        self.order, self.discount = order, discount
+    def __init__(self, data: bytes, order: int, discounts: list, continuation: bool) -> None:
+        self.discounts = discounts
         text = bytes([START_BYTE] * (order - 1)) + data
         grams = Counter(text[i : i + order] for i in range(len(data)))
         self.counts: list[dict[bytes, Counter]] = []
@@ -55,8 +56,9 @@ class Dictionary:
         if not seen:
             return shorter
         total = sum(seen.values())
-        return (max(seen[byte] - self.discount, 0) / total
-                + self.discount * len(seen) / total * shorter)
+        off = {other: self.discounts[m][min(times, 3) - 1] for other, times in seen.items()}
+        return ((seen[byte] - off[byte] if byte in off else 0) / total
+                + sum(off.values()) / total * shorter)
 
 
 @pytest.fixture(params=[True, False], ids=["native", "torch"])
@@ -71,10 +73,11 @@ def either(request, monkeypatch):
 
 @pytest.mark.parametrize("continuation", [True, False])
 @pytest.mark.parametrize(("order", "discount"), [(1, 0.5), (2, 0.5), (5, 0.75), (9, 0.5),
-                                                  (16, 0.3)])
+                                                  (16, 0.3), (5, None)])
 def test_equals_a_dictionary(either, order, discount, continuation):
-    slow = Dictionary(DATA, order, discount, continuation)
     fast = count(DATA, order, discount, continuation=continuation)
+    discounts = fast.discounts if discount is None else [(discount,) * 3] * order
+    slow = Dictionary(DATA, order, discounts, continuation)
     history = bytes([START_BYTE] * (order - 1))
     for data in (DATA[:40], UNSEEN):
         got = fast.log_probs(data).exp()
@@ -92,6 +95,16 @@ def test_hand_worked_bigram():
     assert float(p[ord("a")]) == pytest.approx(0.5 / 2 + 0.5 * p1["a"])
     assert float(p[ord("b")]) == pytest.approx(0.5 / 2 + 0.5 * p1["b"])
     assert float(p.sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("counts", "expected"), [
+    ([1] * 8 + [2] * 4 + [3] * 2 + [4] + [9], (0.5, 1.25, 2.0)),
+    ([1] * 8 + [2] * 4, (0.5, 0.5, 0.5)),  # none to tell the others by: that of the one before
+    ([2] * 4 + [3] * 2, (0.5, 0.5, 0.5)),
+    ([1] * 2 + [2] * 30 + [3] * 900 + [4] * 9, (1 / 31, 0.01, 2.99))])  # bounded
+def test_modified_discounts_by_hand(counts, expected):
+    found = ngram.modified_discounts(torch.tensor(counts, dtype=torch.int32))
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_distributions_sum_to_one_at_every_order():
