@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from analysis.cli.console import Bar, say
 from analysis.cli.options import parse, pick_device, print_result
@@ -30,6 +30,9 @@ from mambabyte.config import PRESETS, ModelConfig, TrainConfig
 from mambabyte.config.checks import DeviceOrAuto
 from mambabyte.config.presets import PresetOrAuto
 from mambabyte.errors import UserError
+
+if TYPE_CHECKING:
+    from mambabyte.corpus import Corpus
 
 
 @dataclass(frozen=True)
@@ -89,22 +92,17 @@ def _train(options: Options, device: str, first: bool) -> int:
     from mambabyte.config.provenance import provenance
     from mambabyte.corpus import load_corpus
     from mambabyte.ops import default_form
-    from mambabyte.train.smoke import is_smoke, smoke_check, smoke_configs
+    from mambabyte.train.smoke import is_smoke, smoke_configs
 
     corpus = load_corpus(options.corpus, say)
     model, recipe = options.model, options.train
     smoke = is_smoke(len(corpus.train))
     record: dict[str, Any] = {}
     if smoke:
-        import torch
-
-        from mambabyte.model import ByteLM
-
         model, recipe = smoke_configs(model, len(corpus.train))
         say(f"SMOKE mode (train={len(corpus.train)} bytes) ctx={recipe.context}")
         say(replaced(options.model, options.train, model, recipe))
-        torch.manual_seed(recipe.seed)
-        record["smoke"] = smoke_check(ByteLM(model).to(device), corpus.train)
+        record["smoke"] = _smoke(model, recipe, corpus, device)
     if not first:
         record |= training.train(
             model, recipe, corpus, options.out, device=device, resume=options.resume)
@@ -130,7 +128,24 @@ def _train(options: Options, device: str, first: bool) -> int:
             report=lambda p: show(p, line=True), watch=show, report_scoring=scoring)
     if smoke and record["stopped_by"] != "interrupt":  # the run folder says so as well
         write_json(options.out / "result.json", record)
-    record["run"] = options.out
+    last = ["SMOKE PASS"] if smoke else story.advice(record, options.out)
+    _print(record | {"run": options.out}, options, last)
+    return 130 if record["stopped_by"] == "interrupt" else 0
+
+
+def _smoke(model: ModelConfig, recipe: TrainConfig, corpus: Corpus, device: str) -> dict[str, Any]:
+    """What checks of the parts have found, in a model of smoke mode."""
+    import torch
+
+    from mambabyte.model import ByteLM
+    from mambabyte.train.smoke import smoke_check
+
+    torch.manual_seed(recipe.seed)
+    return smoke_check(ByteLM(model).to(device), corpus.train)
+
+
+def _print(record: dict[str, Any], options: Options, last: list[str]) -> None:
+    """The result of a run, and lines behind it."""
     bits = record.get("valid_bits_per_byte")
     energy = record["energy_source"]  # says "not measured" and why, where it was not
     if record["joules"] is not None:
@@ -141,9 +156,8 @@ def _train(options: Options, device: str, first: bool) -> int:
         f"{record['valid_bytes']} bytes of {record['valid_split_bytes']}",
         f"energy: {energy}",
         f"run folder: {options.out}",
-        *(["SMOKE PASS"] if smoke else story.advice(record, options.out)),
+        *last,
     ])
-    return 130 if record["stopped_by"] == "interrupt" else 0
 
 
 def _forecast(model: ModelConfig, recipe: TrainConfig, device: str) -> str:
