@@ -99,16 +99,28 @@ def run_bench(
             case(BYTE, 1, before, functools.partial(_by_feeding, stream))
             case(DRAW, 1, before, functools.partial(_by_drawing, stream))
         if seen and (stream.guesses_itself or not stream.draws_itself):
-            places = []
-            for i in range(PROMPTS):
-                begin = (done + i * PROMPT) % len(text)
-                prompt = (text[begin:] + text)[:PROMPT]
-                stream.feed(prompt)
-                places.append((stream.fork(), prompt))
+            places = _places(stream, text, done)
             case(PLAIN, 1, max(seen), functools.partial(_by_drawing_short, places))
             case(GUESSED, 1, max(seen), functools.partial(_by_guessing, places, guessed))
         if characters:
             scored = _scoring(model, text, characters, say)
+    return pd.DataFrame(rows, columns=list(COLUMNS)), _values(rows, guessed) | scored
+
+
+def _places(stream: ByteStream, text: bytes, done: int) -> list[tuple[ByteStream, bytes]]:
+    """Streams behind PROMPTS short texts, each read on from the one before, and those texts;
+    ``done`` bytes of ``text``, which goes round, were read already."""
+    places = []
+    for i in range(PROMPTS):
+        begin = (done + i * PROMPT) % len(text)
+        prompt = (text[begin:] + text)[:PROMPT]
+        stream.feed(prompt)
+        places.append((stream.fork(), prompt))
+    return places
+
+
+def _values(rows: Sequence[dict[str, Any]], guessed: Sequence[Speculation]) -> dict[str, float]:
+    """Speeds after the most bytes, of the ways that were timed."""
     last = {row["way"]: float(row["bytes_per_second"]) for row in rows}
     values = {name: last[way] for name, way in (
         ("generation_bytes_per_second", DRAW), ("streaming_bytes_per_second", BYTE),
@@ -116,7 +128,7 @@ def run_bench(
         if way in last}
     if guessed:
         values["bytes_a_pass"] = sum(g.drawn for g in guessed) / sum(g.passes for g in guessed)
-    return pd.DataFrame(rows, columns=list(COLUMNS)), values | scored
+    return values
 
 
 def _scoring(
