@@ -226,11 +226,20 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs, leave=None):
         *map(address, (saved, states, dts, du, ddelta, dz, dh0, partial_BC, *partials)),
         overlap=s.tile and segments > 1 and leave is None,
     )  # fmt: skip
+    _add_up(s, warps, partial_BC, (dB, dC), partials, sums)
+    return sums
+
+
+def _add_up(s, warps, partial_BC, outputs, partials, sums):
+    """Fill ``outputs`` (dB, dC) from those of each block of channels, and ``sums`` (dA, dD, dbias)
+    from those of each sequence and segment, in one launch."""
+    dB, dC = outputs
     if s.tile:
-        name, values = "tile_sums", s.batch * padded_length * 8
+        name, values = "tile_sums", s.batch * partial_BC.shape[2] * 8
         sizes = (s.groups(warps), s.batch, s.length)
     else:
-        name, values = f"any_sums<{typed}>", s.batch * s.length * 2 * s.padded
+        name = f"any_sums<{_C_TYPE[s.dtype]}, {s.padded}>"
+        values = s.batch * s.length * 2 * s.padded
         sizes = (s.groups(warps), s.batch * s.length, s.d_state)
     width = s.channels * s.d_state
     blocks = ceil_div(values, 256)  # for dB and dC; the rest of the blocks add up dA, dD and dbias
@@ -238,7 +247,6 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs, leave=None):
     launch.launch(
         s.device, name, "P3q2P2q" + "3P3q3P", blocks + more_blocks, (256, 1), 0,
         address(partial_BC), *sizes, address(dB), address(dC), dB.stride(1), blocks,
-        *map(address, partials), count, width, s.channels, *map(address, sums),
+        *map(address, partials), len(partials[0]), width, s.channels, *map(address, sums),
         overlap=s.tile,
     )  # fmt: skip
-    return sums
