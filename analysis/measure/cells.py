@@ -29,6 +29,8 @@ SAY_EVERY = 20  # cells between two lines of progress, where workers do not say 
 
 
 class Cell(Protocol):
+    """One measurement, which pickles; ``name`` is that of its file."""
+
     @property
     def name(self) -> str: ...
 

@@ -25,6 +25,8 @@ _KEYS = ("question", "record", "answer", "details", "n", "limits")
 
 @dataclass(frozen=True)
 class Decision:
+    """A row of the table of decisions, its numbers filled in; ``n`` says how many runs they are."""
+
     question: str
     answer: str
     details: str  # more numbers, "" where the answer has all

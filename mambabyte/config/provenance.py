@@ -19,6 +19,7 @@ PACKAGES = ("mambabyte", "torch", "triton", "numpy", "safetensors", "sentencepie
 
 @cache
 def cpu_name() -> str:
+    """The processor's name as Linux has it, elsewhere what Python knows of it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -56,6 +57,8 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
+    """Versions of Python and of PACKAGES that are installed, and of torch's CUDA once it is loaded.
+    """
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

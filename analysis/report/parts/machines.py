@@ -25,6 +25,7 @@ class Machine:
     served: list[tuple[str, str]] = field(default_factory=list)
 
     def rows(self) -> list[tuple[str, Any]]:
+        """Facts for a reader, in order: name, and text or Markup; None where no run said it."""
         gpus: dict[str, None] = {}
         for about in self.about:
             for line in _gpus(about):

@@ -43,6 +43,7 @@ def _name(cell: str) -> str:
 
 
 def scans(cells: Cells, records: Records) -> Cells:
+    """Our scan in microseconds, forward with backward, and mamba-ssm's in times of it."""
     shape = cells[0].strip("()").replace(", ", " x ")
     ours, theirs = (row_of(records, "h200-scan", "bench", **{
         "batch x length x channels": shape, "of": of, "pass": BOTH})["median (us)"]
@@ -51,6 +52,7 @@ def scans(cells: Cells, records: Records) -> Cells:
 
 
 def mixers(cells: Cells, records: Records) -> Cells:
+    """A family's microseconds, forward and with backward, and how many times as long its peer's."""
     def microseconds(family: str, of: str) -> list[Any]:
         return [row_of(records, "h200-mixers", "bench", **{
             "batch x length x heads": cells[0], "family": family, "of": of, "pass": way}
@@ -66,6 +68,7 @@ def mixers(cells: Cells, records: Records) -> Cells:
 
 
 def streams(cells: Cells, records: Records) -> Cells:
+    """A system's engine, size, speeds of generating and streaming, and of scoring the task."""
     row = row_of(records, "h200-stream-systems", "systems", system=_name(cells[0]))
     million = row["parameters"] / 1e6  # a gate's some thousands are not shown
     characters = row["predict and observe (characters/s)"]
@@ -76,6 +79,7 @@ def streams(cells: Cells, records: Records) -> Cells:
 
 
 def starts(cells: Cells, records: Records) -> Cells:
+    """Seconds to the first step and joules to the fiftieth, with caches cold and warm."""
     found = [cells[0]]
     for caches in ("cold", "warm"):
         for way in ("fused", "compile"):
@@ -88,6 +92,7 @@ def starts(cells: Cells, records: Records) -> Cells:
 
 
 def paces(cells: Cells, records: Records) -> Cells:
+    """Milliseconds a step, by our kernels and compiled by torch."""
     found = [cells[0]]
     for way in ("fused", "compile"):
         row = row_of(records, "h200-start", "pace", system=_name(cells[0]), way=way)
@@ -102,6 +107,8 @@ def _bold(words: str, way: str) -> str:
 
 
 def task_systems(cells: Cells, records: Records) -> Cells:
+    """Runs, energy, time and accuracy of a system; each run's where they are alike but for these.
+    """
     system, joules = _name(cells[0]), "energy (J, idle subtracted)"
     row = row_of(records, "h200-task-mixed", "systems", system=system)
     frame = records["h200-task-mixed"].tables["runs"].frame
