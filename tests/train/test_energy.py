@@ -145,6 +145,15 @@ def test_nvml_millijoules_and_idle_subtraction(monkeypatch, uuid):
     assert "10 W idle subtracted" in str(reading)
 
 
+@pytest.mark.parametrize(("properties", "name"), [
+    (SimpleNamespace(uuid="12-34"), "GPU-12-34"), (SimpleNamespace(), None)])
+def test_a_gpu_is_named_to_nvml_as_cuda_numbers_it(properties, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    for there, found in ((True, name), (False, None)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert energy._cuda_uuid(1) == found
+
+
 def test_a_device_without_a_number_is_torchs_current_one(monkeypatch):
     asked = []
     monkeypatch.setattr(energy, "NvmlCounter", asked.append)
