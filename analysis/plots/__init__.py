@@ -176,7 +176,7 @@ def binary_bytes(value: float, _position: int | None = None) -> str:
     """1536 -> "1.5 KiB"; usable as a tick formatter."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(value) < 1024 or unit == "TiB":
-            return f"{value:.3g} {unit}"
+            return f"{float(f'{value:.3g}'):g} {unit}"  # 1000 MiB, and not 1e+03 MiB
         value /= 1024
     raise AssertionError("not reached")
 

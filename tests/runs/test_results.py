@@ -239,6 +239,11 @@ def test_missing_floats_can_be_said_to_be_unmeasured(tmp_path):
     assert math.isnan(back["error, relative"][1])
 
 
+def test_bytes_of_an_axis_are_in_binary_units():
+    said = [plots.binary_bytes(n) for n in (0, 1023, 1536, 1000 * 2**20, 5 * 2**50)]
+    assert said == ["0 B", "1020 B", "1.5 KiB", "1000 MiB", "5120 TiB"]
+
+
 def test_powers_of_two_stay_short():
     assert [plots._power_of_two(v) for v in (0.5, 32, 4096, 65536, 2**20, 3 * 2**20)] == \
         ["0.5", "32", "4,096", "64 Ki", "1 Mi", "3 Mi"]
