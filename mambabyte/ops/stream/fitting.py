@@ -17,7 +17,17 @@ from mambabyte.ops.stream.grid.packing import Packed, pack
 from mambabyte.ops.stream.grid.sizes import Built, program
 from mambabyte.ops.stream.grid.tiles import schedule
 
-PARAMETERS = "PI" + 15 * "P" + "iiiPPPPIQQiiififPiPPPi"
+# The fields of `Launch` in hybrid.cu, in its order, by letters of ``struct``.
+LAUNCH = {
+    **dict.fromkeys((
+        "packets", "resident", "tiles", "schedule", "embedding", "best", "kinds", "final_norm",
+        "tokens", "inputs", "hints", "first", "state_in", "state_out", "cache", "rotary", "drawn",
+        "log_probs", "hidden", "done", "past", "trail", "passes", "orders"), "P"),
+    "seed": "Q", "position": "Q", "exchange": "I", "slots": "i", "begin": "i", "stored": "i",
+    "ticket": "I", "streams": "i", "steps": "i", "all": "i", "temperature": "f", "top_k": "i",
+    "top_p": "f", "known": "i", "patience": "i",
+}  # fmt: skip
+PARAMETERS = "".join(LAUNCH.values()) + "0P"  # as long as the structure
 WIDTHS = (128, 64, 32, 16, 8)  # blocks, each alone on a multiprocessor, best first
 
 
@@ -55,6 +65,13 @@ def check_fit(
     packed_for(config, shapes, eps, tiny, device)
 
 
+def packed_launch(**given: float) -> list[float]:
+    """Values of a launch by their names in the order of LAUNCH, what is not given 0."""
+    if foreign := given.keys() - LAUNCH.keys():
+        raise KeyError(f"a launch of hybrid.cu has no {', '.join(sorted(foreign))}")
+    return [given.get(name, 0) for name in LAUNCH]
+
+
 class Loaded(NamedTuple):
     """A kernel and what each of its launches takes."""
 
@@ -62,5 +79,5 @@ class Loaded(NamedTuple):
     built: Built
     width: int  # bytes of a pass at most
     plan: Tensor  # where its tiles lie
-    weights: list[int]  # addresses
+    weights: dict[str, int]  # addresses, by their names in LAUNCH
     exchanges: dict[int, Exchange]  # by CUDA stream

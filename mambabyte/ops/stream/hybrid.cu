@@ -170,32 +170,57 @@ struct Past {
     }
 };
 
-// Grid CL blocks of T threads and BESIDE more, of which one asks for tiles. Through `packets` numbers are exchanged,
-// from exchange number `exchange` on; for the rest see stream.cu. `inputs` (streams, steps, DM) are embedded bytes, in
-// place of tokens; `hints` (streams, steps, HINT) what a guided model embeds beside tokens:
-// log-probabilities, which it also adds to its logits, times its gate, and in the bytes of one number more
-// the best byte and its kind. Where bytes are drawn and PASS > 1, there is one text, of which `past`
-// (known) are the last bytes, the oldest first; `trail` (blocks, PASS, STATE) is scratch, and `passes` (2)
-// are how many it took and how many bytes were guessed.
+// What a launch is given: LAUNCH of fitting.py has the same names in the same order.
 //
-// With `orders`, WORDS words of the host's memory, there is one text, whose bytes, states and keys these
-// tell, until there have been `steps` of them, or the kernel is told to leave, or has looked `patience`
-// times in vain; `hints` is then one byte's, in the host's memory too.
-extern "C" __global__ void __launch_bounds__(T + BESIDE, 1) stream_hybrid(
-    Packet *packets, unsigned exchange, const float *resident, const float *tiles, const Tile *schedule,
-    const float *embedding, const float *best, const float *kinds, const float *final_norm, const unsigned char *tokens, const float *inputs,
-    const float *hints, const float *first, const float *state_in, float *state_out, float *cache, const float *rotary,
-    int slots, int begin, int stored, unsigned char *drawn, float *log_probs, float *hidden,
-    unsigned *done, unsigned ticket, unsigned long long seed, unsigned long long position, int streams,
-    int steps, int all, float temperature, int top_k, float top_p,
-    const unsigned char *past, int known, float *trail, int *passes, const uint2 *orders, int patience) {
+// Where bytes are drawn and PASS > 1, there is one text. With `orders` there is one text too, whose bytes,
+// states and keys these tell, until there have been `steps` of them, or the kernel is told to leave, or has
+// looked `patience` times in vain.
+struct Launch {
+    Packet *packets;  // through which blocks exchange numbers
+    const float *resident, *tiles;
+    const Tile *schedule;
+    const float *embedding, *best, *kinds, *final_norm;
+    const unsigned char *tokens;
+    const float *inputs;  // (streams, steps, DM): embedded bytes, in place of tokens
+    // (streams, steps, HINT): what a guided model embeds beside tokens: log-probabilities, which it also
+    // adds to its logits, times its gate, and in the bytes of one number more the best byte and its kind.
+    // With orders: of one byte, in the host's memory.
+    const float *hints;
+    const float *first, *state_in;
+    float *state_out, *cache;
+    const float *rotary;
+    unsigned char *drawn;
+    float *log_probs, *hidden;
+    unsigned *done;
+    const unsigned char *past;  // the last bytes of the text, the oldest first
+    float *trail;               // (blocks, PASS, STATE): scratch
+    int *passes;                // (2): how many it took, how many bytes were guessed
+    const uint2 *orders;        // WORDS words of the host's memory
+    unsigned long long seed, position;
+    unsigned exchange;  // number of the first
+    int slots, begin, stored;
+    unsigned ticket;
+    int streams, steps, all;
+    float temperature;
+    int top_k;
+    float top_p;
+    int known;  // bytes of `past`
+    int patience;
+};
+
+// Grid CL blocks of T threads and BESIDE more, of which one asks for tiles. For what is not said above see
+// stream.cu.
+extern "C" __global__ void __launch_bounds__(T + BESIDE, 1) stream_hybrid(const __grid_constant__ Launch given) {
     extern __shared__ __align__(128) char shared[];
     float *const mem = (float *)shared + SPACE + RESIDENT;
     const int tid = threadIdx.x, rank = blockIdx.x;
     Block b = {mem, mem - RESIDENT, nullptr, nullptr, tid, tid % 32, tid / 32, rank,
-               max(0, min(RD, DM - rank * RD)), mem + OUT, packets, exchange, 0, trail + (int64)rank * PASS * STATE, false, 0, 0};
+               max(0, min(RD, DM - rank * RD)), mem + OUT, given.packets, given.exchange, 0, given.trail + (int64)rank * PASS * STATE, false, 0, 0};
+    float *cache = given.cache;
+    int slots = given.slots, begin = given.begin;  // orders have others
+    unsigned ticket = given.ticket;
     volatile int *const ended = (int *)(mem + ENDED);
-    for (int i = tid; i < 4 * TILES; i += T + BESIDE) ((int *)b.plan())[i] = ((const int *)schedule)[i];
+    for (int i = tid; i < 4 * TILES; i += T + BESIDE) ((int *)b.plan())[i] = ((const int *)given.schedule)[i];
     if (tid == 0) {
         for (int i = 0; i < TILES; i++) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(b.full(i)), "r"(1) : "memory");
@@ -207,40 +232,40 @@ extern "C" __global__ void __launch_bounds__(T + BESIDE, 1) stream_hybrid(
         asm volatile("fence.proxy.async;" ::: "memory");
     }
     __syncthreads();
-    const bool drawing = !tokens && !inputs && !orders, guessing = PASS > 1 && drawing;
-    const int64 total = (int64)streams * steps;
+    const bool drawing = !given.tokens && !given.inputs && !given.orders, guessing = PASS > 1 && drawing;
+    const int64 total = (int64)given.streams * given.steps;
     if (tid >= T) {
         keep_registers<24>();
-        if (tid == T) b.supply(tiles, total, ended);
+        if (tid == T) b.supply(given.tiles, total, ended);
         return;
     }
     take_registers<240>();
-    const Draw how = {drawn, seed, position, temperature, top_p, top_k};
+    const Draw how = {given.drawn, given.seed, given.position, given.temperature, given.top_p, given.top_k};
     int *byte = (int *)(mem + BYTE), laps = 0, guesses = 0;
     const Order order = {(const unsigned *)(mem + ORDER)};
     for (int i = tid; i < RESIDENT; i += T)
-        mem[i - RESIDENT] = resident[(int64)rank * RESIDENT + i];
+        mem[i - RESIDENT] = given.resident[(int64)rank * RESIDENT + i];
 #pragma unroll 1
     for (int i = tid; i < LOGIT - X; i += T) mem[X + i] = 0.f;
 
 #pragma unroll 1
-    for (int text = 0; text < streams; text++) {
+    for (int text = 0; text < given.streams; text++) {
         const int64 state_at = ((int64)text * CL + rank) * STATE;
-        Past seen = {(unsigned char *)(mem + SEEN), (int *)(mem + ENDINGS), known};
+        Past seen = {(unsigned char *)(mem + SEEN), (int *)(mem + ENDINGS), given.known};
         meet();  // the text before is at its end in all threads
-        for (int i = tid; !orders && i < STATE; i += T) mem[STATES + i] = state_in ? state_in[state_at + i] : 0.f;
+        for (int i = tid; !given.orders && i < STATE; i += T) mem[STATES + i] = given.state_in ? given.state_in[state_at + i] : 0.f;
 #pragma unroll 1
-        for (int i = tid; first && i < V; i += T) mem[LOGIT + i] = first[(int64)text * V + i];
-        for (int i = tid; guessing && i < known; i += T) seen.bytes[i & (PAST - 1)] = past[i];
+        for (int i = tid; given.first && i < V; i += T) mem[LOGIT + i] = given.first[(int64)text * V + i];
+        for (int i = tid; guessing && i < given.known; i += T) seen.bytes[i & (PAST - 1)] = given.past[i];
         meet();
-        if (drawing) choose(how, mem + LOGIT, mem + PROB, mem + KEPT, byte, text, streams, steps, 0);
+        if (drawing) choose(how, mem + LOGIT, mem + PROB, mem + KEPT, byte, text, given.streams, given.steps, 0);
         int row = 0;   // of the logits, the last
         int from = 0;  // where the guesses are; 0: none
 #pragma unroll 1
-        for (int t = 0, count = 0; t < steps; t += count, laps++) {
-            const int64 step = (int64)text * steps + t;
-            if (orders) {
-                if (!order.take(b, orders, ticket, patience, hints)) break;
+        for (int t = 0, count = 0; t < given.steps; t += count, laps++) {
+            const int64 step = (int64)text * given.steps + t;
+            if (given.orders) {
+                if (!order.take(b, given.orders, ticket, given.patience, given.hints)) break;
                 const float *const before = order.pointer(Order::BEFORE) + rank * STATE;
                 for (int i = tid; !(order.word[Order::WHAT] & GO_ON) && i < STATE; i += T) mem[STATES + i] = before[i];
             }
@@ -252,19 +277,19 @@ extern "C" __global__ void __launch_bounds__(T + BESIDE, 1) stream_hybrid(
                     from += count;  // the byte drawn was foreseen as well
                 else
                     from = seen.same_before();
-                if (t + 1 == steps) from = 0;
+                if (t + 1 == given.steps) from = 0;
             }
-            const int valid = from ? min(PASS, steps - t) : 1;
+            const int valid = from ? min(PASS, given.steps - t) : 1;
             guesses += valid - 1;
             auto guess = [&](int p) { return (int)seen.at(from + (p - 1) % (seen.end - from)); };
             auto begin_with = [&](int p) {
-                if (inputs) return inputs + step * DM;
-                const int fed = orders ? order.word[Order::WHAT] & 255 : !drawing ? tokens[step] : p ? guess(p) : byte[0];
-                return embedding + (int64)fed * DM;
+                if (given.inputs) return given.inputs + step * DM;
+                const int fed = given.orders ? order.word[Order::WHAT] & 255 : !drawing ? given.tokens[step] : p ? guess(p) : byte[0];
+                return given.embedding + (int64)fed * DM;
             };
             const int width = from ? PASS : 1;
-            const bool raw = GUIDED || (STEM && inputs);
-            const float *const angles = orders ? order.pointer(Order::ANGLES) : rotary + (int64)t * HD;
+            const bool raw = GUIDED || (STEM && given.inputs);
+            const float *const angles = given.orders ? order.pointer(Order::ANGLES) : given.rotary + (int64)t * HD;
             const float turn = A && tid < width * HD ? angles[tid] : 0.f;
             constexpr int EACH = parts(DM, T), EMBEDDED_AT_ONCE = least(PASS, 4);
 #pragma unroll 1
@@ -295,17 +320,17 @@ extern "C" __global__ void __launch_bounds__(T + BESIDE, 1) stream_hybrid(
             meet();
             if constexpr (GUIDED) {  // the tile is passed by in any case
                 float *const local = mem + LOCAL, *const x = mem + X;
-                const float *hint = orders ? order.hint() : hints + step * HINT;
+                const float *hint = given.orders ? order.hint() : given.hints + step * HINT;
 #pragma unroll 1
-                for (int i = tid; hints && i < V; i += T) {  // once, as they may lie with the host
+                for (int i = tid; given.hints && i < V; i += T) {  // once, as they may lie with the host
                     mem[HINTS + i] = hint[i];
                     mem[LIKELY + i] = __expf(0.5f * mem[HINTS + i]);
                 }
-                const unsigned which = hints && tid < b.mine ? __float_as_uint(hint[V]) : 0;
+                const unsigned which = given.hints && tid < b.mine ? __float_as_uint(hint[V]) : 0;
 #pragma unroll 1
-                for (int r = tid; hints && r < b.mine; r += T) {
+                for (int r = tid; given.hints && r < b.mine; r += T) {
                     const int c = rank * RD + r;
-                    local[r] = x[c] + best[(which & 255) * DM + c] + kinds[(which >> 8 & 255) * DM + c];
+                    local[r] = x[c] + given.best[(which & 255) * DM + c] + given.kinds[(which >> 8 & 255) * DM + c];
                 }
                 meet();
                 Weights<RD, V> prior;
@@ -313,31 +338,31 @@ extern "C" __global__ void __launch_bounds__(T + BESIDE, 1) stream_hybrid(
                 b.rows<false, 1>(prior, mem + LIKELY, 0, [&](int r, int, float v) {
                     b.out[r] = r < b.mine ? v + local[r] : 0.f;
                 });
-                if (hints) b.give<RD, 1, RD>(), b.due = true, b.receive_x<1>();
+                if (given.hints) b.give<RD, 1, RD>(), b.due = true, b.receive_x<1>();
                 meet();
             }
-            if (orders) {
+            if (given.orders) {
                 cache = order.pointer(Order::KEYS), slots = order.word[Order::SLOTS], begin = order.word[Order::BEGIN];
                 if (A && order.pointer(Order::FROM) != cache)
                     copy_rows(b, order.pointer(Order::FROM), order.word[Order::FROM_SLOT], order.word[Order::FROM_SLOTS],
                               cache, slots);
             }
             float *const cache_of = cache + (int64)text * CACHES * 2 * SHARES_OF * slots * HD;
-            float *const to = hidden ? hidden + step * DM : nullptr;
-            const int now = orders ? order.word[Order::STORED] : stored + t;
+            float *const to = given.hidden ? given.hidden + step * DM : nullptr;
+            const int now = given.orders ? order.word[Order::STORED] : given.stored + t;
             if (PASS > 1 && from)
-                pass<PASS>(b, raw, cache_of, slots, begin, now, valid, final_norm, to);
+                pass<PASS>(b, raw, cache_of, slots, begin, now, valid, given.final_norm, to);
             else
-                pass<1>(b, raw, cache_of, slots, begin, now, valid, final_norm, to);
-            if (GUIDED && hints) {
+                pass<1>(b, raw, cache_of, slots, begin, now, valid, given.final_norm, to);
+            if (GUIDED && given.hints) {
 #pragma unroll 1
                 for (int i = tid; i < V; i += T)
                     mem[LOGIT + i] = fmaf(mem[LOGIT + V], mem[HINTS + i], mem[LOGIT + i]);
                 meet();
             }
             // The bytes behind are drawn one after another as long as they are what was guessed.
-            for (count = 1; drawing && t + count < steps; count++) {
-                choose(how, mem + LOGIT + (count - 1) * LS, mem + PROB, mem + KEPT, byte, text, streams, steps,
+            for (count = 1; drawing && t + count < given.steps; count++) {
+                choose(how, mem + LOGIT + (count - 1) * LS, mem + PROB, mem + KEPT, byte, text, given.streams, given.steps,
                        t + count);
                 if (count >= valid || byte[0] != guess(count)) break;
                 if (tid == 0) seen.bytes[seen.end + count - 1 & (PAST - 1)] = byte[0];
@@ -350,20 +375,20 @@ extern "C" __global__ void __launch_bounds__(T + BESIDE, 1) stream_hybrid(
                     for (int i = tid; i < STATE; i += T) mem[STATES + i] = b.trail[row * STATE + i];
                 meet();
             }
-            if (log_probs && (all || orders || t + count >= steps))
-                write_log_probs(mem + LOGIT + row * LS, log_probs, text, streams, all ? steps : 1, all ? t : 0);
-            if (done && (orders || step + 1 == total) && rank == 0 && b.warp == 0) tell(done, ticket);
-            if (orders) {  // the host has its answer
+            if (given.log_probs && (given.all || given.orders || t + count >= given.steps))
+                write_log_probs(mem + LOGIT + row * LS, given.log_probs, text, given.streams, given.all ? given.steps : 1, given.all ? t : 0);
+            if (given.done && (given.orders || step + 1 == total) && rank == 0 && b.warp == 0) tell(given.done, ticket);
+            if (given.orders) {  // the host has its answer
                 float *const after = order.pointer(Order::AFTER) + rank * STATE;
                 for (int i = tid; i < STATE; i += T) after[i] = mem[STATES + i];
                 ticket = next_ticket(ticket);
             }
         }
-        for (int i = tid; !orders && i < STATE; i += T) state_out[state_at + i] = mem[STATES + i];
+        for (int i = tid; !given.orders && i < STATE; i += T) given.state_out[state_at + i] = mem[STATES + i];
     }
     if (tid == 0) {
         *ended = laps;
         arrive_at(b.over());
-        if (passes && rank == 0) passes[0] = laps, passes[1] = guesses;
+        if (given.passes && rank == 0) given.passes[0] = laps, given.passes[1] = guesses;
     }
 }

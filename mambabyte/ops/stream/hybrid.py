@@ -20,7 +20,7 @@ from mambabyte.ops.build.kernel import raw_stream
 from mambabyte.ops.build.nvrtc import NvrtcError
 from mambabyte.ops.stream import fitting
 from mambabyte.ops.stream.feeding import VOCABULARY, ByteFeeder, nothing
-from mambabyte.ops.stream.fitting import Loaded
+from mambabyte.ops.stream.fitting import Loaded, packed_launch
 from mambabyte.ops.stream.grid.memory import (
     Exchange,
     Held,
@@ -90,9 +90,10 @@ class HybridStreamer(ByteFeeder):
         kernel, built = fitting.kernel_for(constants, self._index)
         plan = torch.tensor(schedule(packed.sizes, built.space), dtype=torch.int32,
                             device=self.device)
-        weights = [t.data_ptr() for t in (
-            packed.resident, packed.tiles, plan, packed.embedding, packed.best, packed.kind,
-            packed.final_norm)]
+        weights = _addresses(
+            resident=packed.resident, tiles=packed.tiles, schedule=plan,
+            embedding=packed.embedding, best=packed.best, kinds=packed.kind,
+            final_norm=packed.final_norm)
         return Loaded(kernel, built, width, plan, weights, {})
 
     @functools.cached_property
@@ -250,8 +251,9 @@ class HybridStreamer(ByteFeeder):
     def _stay(self, orders: int, log_probs: int, done: int, ticket: int) -> None:
         """Launch the kernel that takes orders; see ``Server``."""
         hint = self._hint.data_ptr() if self._constants["GUIDED"] else 0
-        self._start(self._plain, _STAY, 0, 0, hint, *[0] * 9, log_probs, 0, done, ticket, 0, 0, 1,
-                    _STAY, 0, 0.0, 0, 1.0, *[0] * 4, orders, PATIENCE)
+        self._start(
+            self._plain, streams=1, steps=_STAY, hints=hint, log_probs=log_probs, done=done,
+            ticket=ticket, orders=orders, patience=PATIENCE)
 
     # ------------------------------------------------------------------------------- running
 
@@ -335,29 +337,35 @@ class HybridStreamer(ByteFeeder):
         state, room, taken = self._grown(self.outside(state), length)
         numbers = torch.empty_like(state.numbers)
         angles = self._angles(state.position, length + loaded.width - 1)
-        pointers = [0 if t is None else t.data_ptr() for t in (
-            tokens, inputs, hints, first, state.numbers, numbers, state.cache, angles)]
-        results = [0 if t is None else t.data_ptr() for t in (drawn, log_probs, hidden)]
-        guessed = [0 if t is None else t.data_ptr() for t in (past[0], trail, counts)]
+        addresses = _addresses(
+            tokens=tokens, inputs=inputs, hints=hints, first=first, state_in=state.numbers,
+            state_out=numbers, cache=state.cache, rotary=angles, drawn=drawn, log_probs=log_probs,
+            hidden=hidden, past=past[0], trail=trail, passes=counts)
         with self._server.lock:
             self._start(
-                loaded, batch * length, *pointers, room.slots, state.begin, state.stored, *results,
-                0, 0, seed % 2**64, position, batch, length, int(every), temperature, top_k, top_p,
-                guessed[0], past[1], *guessed[1:], 0, 0)
+                loaded, **addresses, streams=batch, steps=length, slots=room.slots,
+                begin=state.begin, stored=state.stored, seed=seed % 2**64, position=position,
+                all=every, temperature=temperature, top_k=top_k, top_p=top_p, known=past[1])
         new = Held(numbers, state.cache, state.begin, state.stored + length,
                    state.position + length)
         new.room, new.taken = room, taken
         return new
 
-    def _start(self, loaded: Loaded, length: int, *arguments: Any) -> None:
-        """Launch for so many bytes. Under the device's lock: of two threads on one stream the first
-        to count exchanges is the first to launch."""
+    def _start(self, loaded: Loaded, *, streams: int, steps: int, **given: float) -> None:
+        """Launch, with values by their names in ``fitting.LAUNCH``. Under the device's lock: of two
+        threads on one stream the first to count exchanges is the first to launch."""
         stream, exchanges = raw_stream(self._index), loaded.exchanges
         make_room(self.device)
         if stream not in exchanges:
             exchanges[stream] = Exchange(loaded.built.packets, self.device)
         exchange = exchanges[stream]
-        number = exchange.take(length * (_MOST_EXCHANGES * self.config.n_layer + 3))
+        number = exchange.take(streams * steps * (_MOST_EXCHANGES * self.config.n_layer + 3))
         loaded.kernel.launch(
             (self.blocks, 1, 1), (THREADS + BESIDE, 1, 1), loaded.built.shared_bytes, stream,
-            exchange.packets.data_ptr(), number, *loaded.weights, *arguments, together=True)
+            *packed_launch(
+                packets=exchange.packets.data_ptr(), exchange=number, streams=streams,
+                steps=steps, **loaded.weights, **given), together=True)
+
+
+def _addresses(**tensors: Tensor | None) -> dict[str, int]:
+    return {name: t.data_ptr() for name, t in tensors.items() if t is not None}

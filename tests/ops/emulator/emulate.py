@@ -175,4 +175,5 @@ class Emulator:
         self.seed += 1
         self.launched.append((name, blocks))
         packed = struct.pack("<" + parameters.replace("P", "Q"), *args)
+        packed += bytes(8)  # a structure may end in a gap
         self._built(name).go(blocks, threads[0] * threads[1], packed, self.seed)

@@ -137,7 +137,8 @@ def emulated(streams: Streams, tmp_path: Path, kept: Path, monkeypatch: pytest.M
                                 shared, *args)
 
             assert together
-            streams.run(run, stays=args[-2] > 0, large=True)
+            given = dict(zip(fitting.LAUNCH, args, strict=True))
+            streams.run(run, stays=given["orders"] > 0, large=True)
 
         return SimpleNamespace(launch=launch), built
 
