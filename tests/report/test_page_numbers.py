@@ -97,6 +97,10 @@ def test_steps_of_attention():
     assert (f"attention of as many layers takes {short[0]} times as long at 1,024 bytes and "
             f"{long[0]} times at 8,192, half the layers with wider MLPs {short[1]} and {long[1]} "
             "times (") in text
+    families = {name: value("h200-step-families", f"ms_{name.lower()}") for name in "MSRDKA"}
+    half_of_them = value("h200-step-families", "ms_a_half_the_layers")
+    assert ("`h200-step-families`): " + ", ".join(f"{m} {ms:.2f}" for m, ms in families.items())
+            + f", with half the layers {half_of_them:.2f}.") in text
     whole, half = times("h200-step-1024")
     assert f"Compiled by torch, {whole} and {half} times at 1,024 bytes (" in text
 
