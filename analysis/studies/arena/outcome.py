@@ -21,6 +21,7 @@ from analysis.studies.arena.trainings.plan import (
     piece_budget,
     score,
     searches,
+    task_search,
 )
 
 MEASURES = {"bytes": "bytes", "time": "seconds", "operations": "FLOPs", "joules": "joules"}
@@ -208,8 +209,7 @@ def tasks_table(p: Parameters, done: Done) -> pd.DataFrame:
     for task in p.tasks:
         for width in p.task_widths:
             for system in p.task_systems:
-                search = [Cell(task, system, str(width), "adamw", rate, 0, p.task_steps)
-                          for rate in p.task_rates]
+                search = task_search(p, done, task, width, system)
                 tried = [cell for cell in search if done.bits(cell) is not None]
                 best = done.best(tried)
                 if best is None:

@@ -62,6 +62,18 @@ def test_rates_go_on_beyond_an_end_and_hybrids_stay_around_their_mixers():
     assert {o for s, o, _ in tried if s == "MMMA"} == {"adamw"}
 
 
+def test_rates_of_tasks_and_pieces_go_on_beyond_an_end_as_well():
+    p = replace(P, parts=("text", "tasks", "scaling", "pieces"), scaling=("tiny",),
+                tasks=("parity 4",), task_systems=("M", "A"), task_rates=(1e-3, 2e-3, 4e-3))
+    rows = finished(p, lambda cell: {"chosen_by": -cell.rate}
+                    if cell.kind in ("parity 4", "pieces") else {}).values()
+    tried = {kind: {r["rate"] for r in rows if r["system"] == "A" and r["kind"] == kind}
+             for kind in ("parity 4", "pieces")}
+    assert tried == {"parity 4": {1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2},
+                     "pieces": {4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2}}
+    assert {r["rate"] for r in rows if r["kind"] == "parity 4" and r["seed"]} == {1.6e-2}
+
+
 def test_more_seeds_and_the_longer_budget_are_at_the_best_rate_alone():
     rows = finished()
     for name, best in OPTIMUM.items():

@@ -195,13 +195,18 @@ def _tasks(p: Parameters, done: Done) -> list[Cell]:
         for width in reversed(p.task_widths if task.startswith("recall ") else p.task_widths[-1:]):
             best = []
             for system in p.task_systems:
-                search = [Cell(task, system, str(width), "adamw", rate, 0, p.task_steps)
-                          for rate in p.task_rates]
+                search = task_search(p, done, task, width, system)
                 cells += search
                 best.append(done.best(search))
             if width == p.task_widths[-1]:
                 seeds += [at(c, seed=s) for s in range(1, p.seeds) for c in best if c is not None]
     return cells + seeds
+
+
+def task_search(p: Parameters, done: Done, task: str, width: int, system: str) -> list[Cell]:
+    """The cells of a search over rates on one task."""
+    return searched(done, [Cell(task, system, str(width), "adamw", rate, 0, p.task_steps)
+                           for rate in p.task_rates])
 
 
 def clamp_cells(p: Parameters, done: Done) -> list[Cell]:
@@ -262,7 +267,8 @@ def _pieces(p: Parameters, done: Done) -> list[Cell]:
         if best is None or HALF in system:
             continue
         best = at(best, budget=budget)
-        search = [at(best, kind="pieces", rate=rate, seed=0) for rate in rates_around(best.rate)]
+        search = searched(done, [at(best, kind="pieces", rate=rate, seed=0)
+                                 for rate in rates_around(best.rate)])
         cells += [at(best, kind="noise", seed=seed) for seed in range(p.seeds)] + search
         found = done.best(search)
         cells += [at(found, seed=seed) for seed in range(1, p.seeds)] if found else []
