@@ -123,7 +123,7 @@ def run_of(folder: Path) -> str | None:
 def _belongs(folder: Path, run: str | None) -> bool:
     try:
         manifest = read_manifest(folder)
-    except ValueError:  # it is said when it is loaded
+    except ValueError:  # a damaged manifest: loading says which file and why
         return True
     return manifest is None or (run in (None, manifest.get("run"))
                                 and manifest.get("step") == int(folder.name.removeprefix("step_")))

@@ -178,7 +178,8 @@ def joined(device: str) -> Iterator[World]:
             raise UserError(f"process {mine.index} of this machine has no CUDA device, of which "
                             f"there are {torch.cuda.device_count()}: start as many processes")
         torch.cuda.set_device(mine)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # of torchrun: without it nobody ends who waits here
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun ends those that wait for a process that failed; if it is killed, nothing does.
         owners.end_with(os.getppid())
     dist.init_process_group("gloo" if mine is None else "nccl", device_id=mine)
     try:

@@ -82,7 +82,8 @@ def _check_states(states: Any, layers: Sequence[Block], batch: int) -> None:
     for i, (state, layer) in enumerate(zip(states, layers, strict=True)):
         if state is None:
             continue
-        kind = getattr(getattr(layer, "mixer", None), "state_kind", object)  # none of a stranger's
+        # A module that replaced a layer, as an adapter's, may name no kind: any state is taken.
+        kind = getattr(getattr(layer, "mixer", None), "state_kind", object)
         if not isinstance(state, kind):
             raise UserError(f"state {i} is a {type(state).__name__}: expected a {kind.__name__}, "
                             "as an earlier call of this model gave back")

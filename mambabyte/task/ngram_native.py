@@ -88,7 +88,7 @@ class Tables:
             struct.pack("8q", len(level[0]), *[t.data_ptr() for t in level],
                         *[0] * (7 - len(level)))
             for level in self._held)
-        self._others = torch.empty(2, dtype=torch.uint8, device="cpu")  # where nobody looks
+        self._others = torch.empty(2, dtype=torch.uint8, device="cpu")  # results not asked for
         loaded = library()
         assert loaded is not None
         self._look_up, self._given = loaded.look_up, discounts

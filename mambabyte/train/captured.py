@@ -179,7 +179,7 @@ class CapturedStep:
             # cuDNN would compile a kernel for a pass without gradients
             with autocast(self.device, self.config.precision), torch.no_grad(), \
                     sdpa_kernel(ahead.BROUGHT), record_exponents(self.model) as exponents:
-                # not by the loss, whose compiled layers have no place to look into
+                # The model and not the loss: a compiled layer calls no hook that records.
                 for part in self._starts[self._done - 1].chunk(self.config.micro_batches):
                     self.model(self.windows(part)[0][:, :-1])
         return Reading(loss, norm, max(exponents.values(), default=None))

@@ -155,7 +155,7 @@ def _style(style: str, prefix: str) -> str:
 
 
 def _font(value: str) -> list[str]:
-    value = value[:200]  # of a name of fonts without end nobody needs more
+    value = value[:200]  # bounds the searches below, whatever a drawing holds
     size = re.search(r"(\d+(?:\.\d+)?)px", value)
     weight = re.search(r"\b(bold|[1-9]00)\b", value.partition("px")[0])
     slope = "italic" if re.search(r"\b(italic|oblique)\b", value) else ""

@@ -88,7 +88,7 @@ class Mamba3Mixer(Mixer, Mamba3Spec):
             widened(self.C_norm.weight), self.groups)._asdict()
         parts = tail.split(rest, dim=-1)
         for name, norm, part in (("B", self.B_norm, parts[0]), ("C", self.C_norm, parts[1])):
-            if not is_plain(norm, HeadNorm):  # hooks are heard
+            if not is_plain(norm, HeadNorm):  # replaced, or with hooks: it must be called
                 found[name] = norm(part.unflatten(-1, (self.groups, -1)))
         return {
             "x": u.unflatten(-1, (self.heads, -1)), **found,
