@@ -126,11 +126,13 @@ def test_the_gradients_of_a_large_table_are_counted(tied: bool, autocast: str) -
     assert step.gradients == 4 * config.n_parameters + extra * table
 
 
-def test_a_cpu_has_no_context() -> None:
+def test_a_cpu_has_no_context_and_no_autocast() -> None:
     on = {device: fit(ModelConfig(), TrainConfig(), None, device) for device in ("cpu", "cuda")}
     assert on["cpu"].breakdown["allowance"] == on["cpu"].breakdown["libraries"] == 0
     assert on["cuda"].breakdown["allowance"] == ALLOWANCE_BYTES
     assert on["cpu"].required_bytes == on["cpu"].budget.peak
+    assert {device: found.budget.autocast for device, found in on.items()} == {
+        "cpu": "fp32", "cuda": "bf16"}
 
 
 @pytest.mark.parametrize(("optimizer", "micro_batches", "tied", "pattern"), [
