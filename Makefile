@@ -30,7 +30,7 @@ test: $(VENV)/.test          ## lint, types and tests
 test-long: $(VENV)/.test     ## the tests that take minutes
 	$(PYTEST) -m 'long and not gpu'
 
-check: $(VENV)/.test
+check: $(VENV)/.test         ## lint and types alone
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
