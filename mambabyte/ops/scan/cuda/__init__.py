@@ -12,9 +12,14 @@ stretch of one. Forward and backward then take 1.9 to 2.7 times as long, for two
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from mambabyte.ops.arguments import address
+from mambabyte.ops.library import Tensors
 from mambabyte.ops.scan.cuda import launch
 from mambabyte.ops.scan.cuda.call import Scan, continuous, rows_of, weights
 from mambabyte.ops.scan.cuda.launch import PROBLEM, UPSTREAM, true
@@ -34,9 +39,10 @@ _C_TYPE = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"
 
 
 def forward(
-    u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, save, arrive=None,
-    ages=None,
-):  # fmt: skip
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, initial_state: Tensor | None, delta_softplus: bool, save: bool,
+    arrive: Callable[[Tensor, Tensor], Tensor] | None = None, ages: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> (y, final_state, saved). ``saved`` is for :func:`backward`; empty unless ``save``.
 
     ``arrive`` is for a stretch of a longer sequence: of the state that this stretch comes to from a
@@ -60,7 +66,7 @@ def forward(
     warps, resident = (
         forward_shape(s.device, s.channels // 8, s.batch * segments)
         if s.tile
-        else (ANY_WARPS, None)
+        else (ANY_WARPS, 0)
     )
     if s.foldable and segments == 1:
         s.fold_sequences(s.blocks(warps, 1), resident)
@@ -88,9 +94,12 @@ def forward(
 
 
 def backward(
-    dy, dfinal_state, u, delta, A, B, C, D, z, delta_bias, initial_state, saved, delta_softplus,
-    into=None, leave=None, ages=None,
-):  # fmt: skip
+    dy: Tensor, dfinal_state: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
+    C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None,
+    initial_state: Tensor | None, saved: Tensor, delta_softplus: bool,
+    into: tuple[Tensor | None, ...] | None = None, leave: Callable[[Tensor], Tensor] | None = None,
+    ages: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """-> (du, ddelta, dA, dB, dC, dD, dz, dbias, dh0), None where the input was None.
 
     ``leave`` is for a stretch of a longer sequence, whose initial state ``arrive`` gave: of the
@@ -105,10 +114,11 @@ def backward(
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     if leave is not None and not (
             saved.numel() and Scan(*given, delta_softplus, ages).hands_over(True)):
-        dfinal_state = leave(backward(dy, None, *given, saved, delta_softplus, ages=ages)[-1])
-        leave = None
+        arrived = backward(dy, None, *given, saved, delta_softplus, ages=ages)[-1]
+        assert arrived is not None
+        dfinal_state, leave = leave(arrived), None
 
-    def like(x, *shape, dtype=u.dtype):
+    def like(x: Tensor | None, *shape: int, dtype: torch.dtype = u.dtype) -> Tensor | None:
         return None if x is None else u.new_empty((batch, *shape), dtype=dtype)
 
     rows = (dy, dfinal_state, u, delta, B, C, z, ages, initial_state)  # what has a batch axis
@@ -124,11 +134,11 @@ def backward(
             rows, A, D, delta_bias, saved.contiguous(), delta_softplus, outputs, leave)
     else:
         steps = CHUNK * ceil_div(ceil_div(length, ceil_div(8, batch)), CHUNK)
-        count, sums = ceil_div(batch, 8), None  # sequences at a time
+        count, sums = ceil_div(batch, 8), ()  # sequences at a time
         for first in range(0, batch, count):
             of, to = (_cut(xs, slice(first, first + count)) for xs in (rows, outputs))
             for more in _recompute(of, A, D, delta_bias, delta_softplus, to, steps):
-                sums = more if sums is None else tuple(map(torch.add, sums, more))
+                sums = tuple(map(torch.add, sums, more)) if sums else more
     (du, ddelta, dz, dB, dC, dh0), (dA, dD, dbias) = outputs, sums
     return (
         du, ddelta, dA, dB, dC, None if D is None else dD, dz,
@@ -136,21 +146,24 @@ def backward(
     )  # fmt: skip
 
 
-def _cut(tensors, *where):
+def _cut(tensors: Iterable[Tensor | None], *where: slice) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else x[where] for x in tensors)
 
 
-def _recompute(rows, A, D, delta_bias, softplus, outputs, steps):
+def _recompute(
+    rows: Sequence[Any], A: Tensor, D: Tensor | None, delta_bias: Tensor | None, softplus: bool,
+    outputs: Sequence[Any], steps: int,
+) -> Iterator[Tensors]:
     """:func:`_backward` with a forward before it, ``steps`` steps at a time, the last ones first;
     yields each piece's sums. The states between the pieces take a forward of their own."""
     *rows, h0 = rows
     *outputs, dh0 = outputs
     dh, starts = rows.pop(1), range(0, rows[0].shape[1], steps)
 
-    def piece(tensors, start):
+    def piece(tensors: Iterable[Tensor | None], start: int) -> tuple[Any, ...]:
         return _cut(tensors, slice(None), slice(start, start + steps))
 
-    def run(start, state, save):
+    def run(start: int, state: Tensor | None, save: bool) -> Tensors:
         u, delta, B, C, z, ages = piece(rows[1:], start)
         return forward(u, delta, A, B, C, D, z, delta_bias, state, softplus, save, ages=ages)
 
@@ -169,7 +182,10 @@ def _recompute(rows, A, D, delta_bias, softplus, outputs, steps):
         dh = dh_start
 
 
-def _backward(rows, A, D, delta_bias, saved, softplus, outputs, leave=None):
+def _backward(
+    rows: Sequence[Any], A: Tensor, D: Tensor | None, delta_bias: Tensor | None, saved: Tensor,
+    softplus: bool, outputs: Sequence[Any], leave: Callable[[Tensor], Tensor] | None = None,
+) -> Tensors:
     """Fill ``outputs`` (du, ddelta, dz, dB, dC, dh0) and return the sums (dA, dD, dbias)."""
     dy, dh_end, u, delta, B, C, z, ages, h0 = rows
     du, ddelta, dz, dB, dC, dh0 = outputs
@@ -180,7 +196,7 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs, leave=None):
     warps, resident = (
         backward_shape(s.device, s.batch, s.channels // 8)
         if s.tile
-        else (ANY_WARPS, None)
+        else (ANY_WARPS, 0)
     )
     plan = s.plan(backward=True)
     segments = plan.segments
@@ -230,7 +246,10 @@ def _backward(rows, A, D, delta_bias, saved, softplus, outputs, leave=None):
     return sums
 
 
-def _add_up(s, warps, partial_BC, outputs, partials, sums):
+def _add_up(
+    s: Scan, warps: int, partial_BC: Tensor, outputs: tuple[Tensor, Tensor], partials: Tensors,
+    sums: Tensors,
+) -> None:
     """Fill ``outputs`` (dB, dC) from those of each block of channels, and ``sums`` (dA, dD, dbias)
     from those of each sequence and segment, in one launch."""
     dB, dC = outputs

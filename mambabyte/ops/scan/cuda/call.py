@@ -3,6 +3,9 @@ segments."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -26,6 +29,10 @@ def _has_map(x: Tensor | None) -> bool:
     return x is None or (x.stride(1) > 0 and (x.stride(0) > 0 or x.shape[0] == 1))
 
 
+@overload
+def rows_of(x: Tensor, aligned: bool) -> Tensor: ...
+@overload
+def rows_of(x: None, aligned: bool) -> None: ...
 def rows_of(x: Tensor | None, aligned: bool) -> Tensor | None:
     """``x`` with unit stride on its last axis and, for the tile kernels, rows on 16 bytes."""
     if x is None:
@@ -42,6 +49,10 @@ def continuous(x: Tensor | None) -> bool:
     return x is None or x.stride(0) == x.shape[1] * x.stride(1)
 
 
+@overload
+def weights(x: Tensor) -> Tensor: ...
+@overload
+def weights(x: None) -> None: ...
 def weights(x: Tensor | None) -> Tensor | None:
     """``x`` in fp32, contiguous and on 16 bytes."""
     if x is None:
@@ -53,14 +64,17 @@ def weights(x: Tensor | None) -> Tensor | None:
 class Scan:
     """One call's inputs in the form that the kernels take."""
 
-    def __init__(self, u, delta, A, B, C, D, z, delta_bias, initial_state, softplus, ages):
+    def __init__(
+        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+        z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None, softplus: bool,
+        ages: Tensor | None,
+    ) -> None:
         self.batch, self.length, self.channels = u.shape
         self.d_state, self.dtype, self.device = A.shape[1], u.dtype, u.device.index
         self.tile = is_tile(self.length, u.dtype, self.channels, self.d_state)
         self.softplus, self.gated = softplus, z is not None
-        self.u, self.delta, self.B, self.C, self.z = (
-            rows_of(x, self.tile) for x in (u, delta, B, C, z)
-        )
+        self.u, self.delta, self.B, self.C = (rows_of(x, self.tile) for x in (u, delta, B, C))
+        self.z = rows_of(z, self.tile)
         self.A, self.D, self.bias = weights(A), weights(D), weights(delta_bias)
         self.h0 = weights(initial_state)
         self.ages = None if ages is None else ages.contiguous()
@@ -147,7 +161,10 @@ class Scan:
         rows = self.batch * plan.pieces * self.channels
         return self.new(rows, self.padded), self.new(rows)
 
-    def carry(self, adjoint, plan, upstream, states, dts, every=False) -> None:
+    def carry(
+        self, adjoint: bool, plan: Plan, upstream: Sequence[int], states: Tensor | None,
+        dts: Tensor | None, every: bool = False,
+    ) -> None:
         """Fill the buffers with what each segment of a tile scan hands to its neighbour; ``every``:
         the one at the end too, to what is beyond."""
         steps, segments, parts, pieces = plan
@@ -164,9 +181,13 @@ class Scan:
         )  # fmt: skip
 
 
-    def handed_over(self, adjoint, plan, states, dts) -> tuple[Tensor, Tensor]:
+    def handed_over(
+        self, adjoint: bool, plan: Plan, states: Tensor | None, dts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """What all pieces together hand over (batch, channels, states), and the sum of dt (batch,
         channels)."""
+        assert states is not None  # there are several pieces
+        assert dts is not None
         states = states.view(self.batch, plan.pieces, self.channels, 16)
         dts = dts.view(self.batch, plan.pieces, self.channels)
         way = dts if adjoint else dts.flip(1)  # from the place where they are handed over
