@@ -78,7 +78,9 @@ def _ssd(form: str, **inputs: Tensor) -> Tensor:
     return ssd_scan(**inputs, dt_softplus=True, form=form)[0]  # type: ignore[arg-type]
 
 
-def _mamba_ssm(x, dt, A, B, C, D, dt_bias):
+def _mamba_ssm(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor
+) -> Tensor:
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     return mamba_chunk_scan_combined(
@@ -104,7 +106,10 @@ def _mamba3(form: str, angle: Tensor, gate: Tensor, **inputs: Tensor) -> Tensor:
     return mamba3_scan(**inputs, theta=theta, mix=mix, form=form)[0]  # type: ignore[arg-type]
 
 
-def _mamba_ssm_mamba3(x, dt, log_decay, B, C, angle, gate, D, B_bias, C_bias):
+def _mamba_ssm_mamba3(
+    x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, angle: Tensor, gate: Tensor,
+    D: Tensor, B_bias: Tensor, C_bias: Tensor
+) -> Tensor:
     from mamba_ssm.ops.triton.mamba3.mamba3_siso_combined import mamba3_siso_combined
 
     # As its module calls it; it takes tanh and sigmoid itself.
@@ -129,13 +134,13 @@ def _delta(form: str, **inputs: Tensor) -> Tensor:
     return gated_delta_rule(**inputs, form=form)[0]  # type: ignore[arg-type]
 
 
-def _fla_kda(q, k, v, log_decay, beta):
+def _fla_kda(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
     from fla.ops.kda import chunk_kda
 
     return chunk_kda(q, k, v, log_decay, beta, scale=1.0)[0]
 
 
-def _fla_gated_delta(q, k, v, log_decay, beta):
+def _fla_gated_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
     from fla.ops.common import chunk_o
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
@@ -162,7 +167,7 @@ def _attention_inputs(
     return {name: t.transpose(1, 2).contiguous() for name, t in made.items()}
 
 
-def _sdpa(q, k, v):
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 

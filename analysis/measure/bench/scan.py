@@ -61,7 +61,10 @@ SLOW_ELEMENTS = 1 << 28  # state elements above which peers that store them all 
 
 
 def torch_form(form: str) -> Callable[..., Tensor]:
-    def call(u, delta, A, B, C, D, z, delta_bias):
+    def call(
+        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
+        delta_bias: Tensor,
+    ) -> Tensor:
         return selective_scan(
             u, delta, A, B, C, D, z, delta_bias=delta_bias, delta_softplus=True, form=form
         )[0]
@@ -69,17 +72,26 @@ def torch_form(form: str) -> Callable[..., Tensor]:
     return call
 
 
-def _recompute(u, delta, A, B, C, D, z, delta_bias):
+def _recompute(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
+    delta_bias: Tensor
+) -> Tensor:
     return fused_scan(u, delta, A, B, C, D, z, delta_bias, None, True, recompute=True)[0]
 
 
-def _mamba_ssm(u, delta, A, B, C, D, z, delta_bias):
+def _mamba_ssm(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
+    delta_bias: Tensor
+) -> Tensor:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, True)
 
 
-def _mambapy(u, delta, A, B, C, D, z, delta_bias):
+def _mambapy(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
+    delta_bias: Tensor
+) -> Tensor:
     from mambapy.pscan import pscan
 
     dt = F.softplus(delta.float() + delta_bias)
