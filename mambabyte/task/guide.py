@@ -78,9 +78,9 @@ class Guide:
 
     @functools.cached_property
     def _native(self) -> ngram_native.Tables | None:
-        return ngram_native.tables(
-            [(*vars(level).values(), keep, symbol) for level, keep, (symbol, _) in
-             zip(self.ngram.levels, self._keep, self._best, strict=True)], self.ngram.discounts)
+        tables = self.ngram.tables
+        return None if tables is None else tables.with_hints(
+            (keep, symbol) for keep, (symbol, _) in zip(self._keep, self._best, strict=True))
 
     def hint_into(self, context: bytes, log_p: int, best: int, kind: int) -> None:
         """``hint`` after the ``width`` bytes of ``context``, which needs tables in C, into memory

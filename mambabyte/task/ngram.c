@@ -8,6 +8,7 @@
 #include <string.h>
 
 #define BUCKETS 65536 /* of the two most significant key bytes */
+#define SHARED 64     /* contexts whose longer ones are looked for together */
 #define FEW 20        /* as many items are sorted by insertion */
 
 /* The key is the context from its newest byte on, then the byte itself: 16 bytes at most, the first
@@ -148,6 +149,7 @@ int64_t shorten(int64_t contexts, const int64_t *child, const int32_t *start, co
 
 typedef struct { /* the tables of one length of context, as in ngram.py and guide.py */
     int64_t contexts;
+    const int32_t *begin; /* see _begins of ngram_native.py */
     const int64_t *key;
     const int32_t *start, *total;
     const uint8_t *symbol;
@@ -156,9 +158,10 @@ typedef struct { /* the tables of one length of context, as in ngram.py and guid
     const uint8_t *best; /* NULL: not asked for */
 } Level;
 
-/* Where `wanted` is among the keys, which ascend; -1: nowhere. */
-static int64_t find_key(const Level *level, int64_t wanted) {
-    int64_t low = 0, high = level->contexts;
+/* Where the context `node` of the length below, one byte longer, is among the keys; -1: nowhere. */
+static int64_t find_key(const Level *level, int64_t node, uint8_t byte) {
+    const int64_t wanted = node * 256 + byte;
+    int64_t low = level->begin[node / SHARED], high = level->begin[node / SHARED + 1];
     while (low < high) {
         int64_t middle = low + (high - low) / 2;
         if (level->key[middle] < wanted)
@@ -182,7 +185,7 @@ void look_up(const Level *levels, int64_t order, const double *discounts, int64_
         int64_t node = 0;
         for (int64_t m = 0; m < order; m++) {
             const Level *level = levels + m;
-            if (m) node = find_key(level, node * 256 + newest[-m]);
+            if (m) node = find_key(level, node, newest[-m]);
             if (node < 0) break; /* nor were longer ones */
             const int32_t from = level->start[node], to = level->start[node + 1];
             const int32_t total = level->total[node];

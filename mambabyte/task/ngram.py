@@ -87,7 +87,7 @@ class NgramModel:
         return sum(level.n_bytes for level in self.levels)
 
     @functools.cached_property
-    def _native(self) -> ngram_native.Tables | None:
+    def tables(self) -> ngram_native.Tables | None:
         return ngram_native.tables(
             [vars(level).values() for level in self.levels], self.discounts)
 
@@ -98,7 +98,7 @@ class NgramModel:
 
     def after(self, context: bytes) -> Tensor:
         """Log-probabilities (V,) float32 on the CPU after ``context``, ``order - 1`` bytes."""
-        if (tables := self.near._native) is not None:
+        if (tables := self.near.tables) is not None:
             return tables.look_up_one(context)
         return self.near.log_probs_after(
             torch.tensor([list(context)], dtype=torch.int64, device="cpu"))[0]
@@ -165,7 +165,7 @@ class NgramModel:
 
     def log_probs_after(self, contexts: Tensor) -> Tensor:
         """Log-probabilities (B, V) float32 after ``contexts`` (B, order - 1), newest byte last."""
-        if (tables := self._native) is not None:
+        if (tables := self.tables) is not None:
             return tables.look_up(contexts.to(self.device))[0]
         return torch.cat([self.probabilities(c).log().float() for c in contexts.split(_ROWS)])
 

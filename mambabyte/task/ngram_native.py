@@ -10,7 +10,7 @@ import ctypes
 import functools
 import struct
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mambabyte.ops.build import c as native_build
 
 SOURCE = Path(__file__).with_name("ngram.c")
 MAX_ORDER = 16
+SHARED = 64  # contexts whose longer ones are looked for together, as in ngram.c and experts.c
 
 
 @functools.cache
@@ -81,13 +82,16 @@ class Tables:
     """Levels (key, start, total, symbol and count as ``ngram.Level`` has them, and maybe keep and
     best as ``guide.Guide`` does), each with its three discounts, for looking up, on the CPU."""
 
-    def __init__(self, levels: Sequence[Iterable[Tensor]], discounts: Sequence[Sequence[float]]
+    def __init__(
+        self, levels: Sequence[Iterable[Tensor]], discounts: Sequence[Sequence[float]],
+        begins: Sequence[Tensor] | None = None,
     ) -> None:
         self._held = [[t.contiguous() for t in level] for level in levels]
+        self.begins = _begins([level[0] for level in self._held]) if begins is None else begins
         self._levels = b"".join(
-            struct.pack("8q", len(level[0]), *[t.data_ptr() for t in level],
+            struct.pack("9q", len(level[0]), begin.data_ptr(), *[t.data_ptr() for t in level],
                         *[0] * (7 - len(level)))
-            for level in self._held)
+            for level, begin in zip(self._held, self.begins, strict=True))
         self._others = torch.empty(2, dtype=torch.uint8, device="cpu")  # results not asked for
         loaded = library()
         assert loaded is not None
@@ -96,7 +100,12 @@ class Tables:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copy and pickle: the addresses are of these tensors."""
-        return Tables, (self._held, self._given)
+        return Tables, (self._held, self._given, self.begins)
+
+    def with_hints(self, more: Iterable[Iterable[Tensor]]) -> Tables:
+        """These with keep and best of each level."""
+        levels = [[*level, *parts] for level, parts in zip(self._held, more, strict=True)]
+        return Tables(levels, self._given, self.begins)
 
     def look_up(self, contexts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """After contexts (n, order - 1), the newest byte last: log p (n, 256) float32; and, with
@@ -118,6 +127,16 @@ class Tables:
     def look_up_into(self, context: bytes, log_p: int, best: int, kind: int) -> None:
         """As ``look_up`` of one context, into memory at these addresses: 1 KiB, a byte, a byte."""
         self._look_up(self._levels, len(self._held), self._discounts, 1, context, log_p, best, kind)
+
+
+def _begins(keys: Sequence[Tensor]) -> list[Tensor]:
+    """Of the sorted keys of each length of context, where those begin that extend contexts 0,
+    SHARED, 2 * SHARED, ... of the length below, and their end: a short search then finds one."""
+    found = [torch.zeros(2, dtype=torch.int32, device="cpu")]
+    for shorter, key in pairwise(keys):
+        first = torch.arange(len(shorter) // SHARED + 2, device="cpu") * (SHARED * 256)
+        found.append(torch.searchsorted(key, first, out_int32=True))
+    return found
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:

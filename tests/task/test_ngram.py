@@ -21,6 +21,7 @@ from mambabyte.evaluate import byte_log_probs, score, score_streaming
 from mambabyte.model import ByteLM
 from mambabyte.stream import CharModel
 from mambabyte.task import ngram, ngram_file, ngram_native
+from mambabyte.task.guide import Guide
 from mambabyte.task.mixture import Mixture, NgramLM, best_weight, mix
 from mambabyte.task.ngram import count
 from tests.conftest import MULTIBYTE, TEXT
@@ -294,3 +295,21 @@ def test_counting_says_how_far_it_is(order):
     assert told == sorted(told)
     assert all(0 < done <= 1 for done in told)
     assert len(told) >= 2 * (order - 1)
+
+
+def test_one_of_many_contexts_is_found_where_it_is_and_no_other_is():
+    letters = np.array([0, 97, 98, 99, 200, 255], np.uint8)
+    generator = np.random.default_rng(3)
+    model = count(letters[generator.integers(0, 6, 20_000)].tobytes(), 6)
+    if model.tables is None:
+        pytest.skip("no C compiler")
+    assert len(model.levels[4].key) > 10 * ngram_native.SHARED
+    rows = generator.choice([0, 1, 97, 98, 99, 100, 200, 254, 255], (3000, 5)).astype(np.uint8)
+    rows[::2] = letters[generator.integers(0, 6, (1500, 5))]
+    contexts = torch.from_numpy(rows)
+    wanted = model.probabilities(contexts.long()).log().float()
+    assert torch.allclose(model.log_probs_after(contexts), wanted, atol=1e-5)
+    hints = Guide(model)
+    natively, alike = hints.hint(contexts), hints._longest(model.find(contexts.long()))
+    assert torch.equal(natively.best, alike[0])
+    assert torch.equal(natively.kind, alike[1])

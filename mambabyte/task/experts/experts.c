@@ -13,11 +13,13 @@
 #define MOST_HIDDEN 256 /* units of the gate */
 #define BLOCK 256 /* places compared at a time */
 #define SHORTEST 3 /* bytes of context that a match has at least */
+#define SHARED 64 /* contexts whose longer ones are looked for together, as in ngram.c */
 #define TOGETHER 8 /* experts whose sums are added up in turn */
 #define LANES 16
 
 typedef struct { /* one length of context of an n-gram model */
     int64_t contexts;
+    const int32_t *begin; /* see _begins of ngram_native.py */
     const int64_t *key;
     const int32_t *start, *total;
     const uint8_t *symbol;
@@ -158,7 +160,8 @@ static int experts(const Mixture *m, const uint8_t *text, int64_t first, int64_t
     for (int64_t i = 0; i < m->levels; i++, turn ^= 1) {
         const Level *level = &m->level[i];
         if (i && node >= 0) {
-            int64_t wanted = node * V + text[at - i], found = lower_bound(level->key, level->contexts, wanted);
+            int64_t wanted = node * V + text[at - i], from = level->begin[node / SHARED];
+            int64_t found = from + lower_bound(level->key + from, level->begin[node / SHARED + 1] - from, wanted);
             node = found < level->contexts && level->key[found] == wanted ? found : -1;
         }
         int64_t from = node < 0 ? 0 : level->start[node], n = node < 0 ? 0 : level->start[node + 1] - from;

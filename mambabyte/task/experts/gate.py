@@ -168,7 +168,8 @@ def with_others(p: Tensor, evidence: Tensor, others: Tensor | None) -> tuple[Ten
 def native_experts(experts: Experts, others: int, gate: Gate | None = None) -> NativeExperts | None:
     """The same in C, of tables on the CPU; None without a compiler, or where it has no room."""
     n_experts = len(experts.names) + others
-    if library() is None or n_experts > MOST or experts.ngram.order > PADDING or (
+    if library() is None or experts.ngram.tables is None or n_experts > MOST or (
+            experts.ngram.order > PADDING) or (
             gate is not None and gate.inner.out_features > MOST_HIDDEN):
         return None
     weights = [] if gate is None else [

@@ -26,9 +26,9 @@ _Discounts = ctypes.c_double * 3
 
 
 class _Level(ctypes.Structure):
-    _fields_ = [("contexts", _int), ("key", _pointer), ("start", _pointer), ("total", _pointer),
-                ("symbol", _pointer), ("count", _pointer), ("discount", _Discounts),
-                ("is_expert", _int)]
+    _fields_ = [("contexts", _int), ("begin", _pointer), ("key", _pointer), ("start", _pointer),
+                ("total", _pointer), ("symbol", _pointer), ("count", _pointer),
+                ("discount", _Discounts), ("is_expert", _int)]
 
 
 class _Table(ctypes.Structure):
@@ -77,12 +77,13 @@ class NativeExperts:
         assert self.n_experts <= MOST
         assert ngram.order <= PADDING
         assert not gate or len(gate[1]) <= MOST_HIDDEN
+        assert ngram.tables is not None
         levels = (_Level * ngram.order)(*(
-            _Level(len(level.key), *(_at(t) for t in (level.key, level.start, level.total,
+            _Level(len(level.key), *(_at(t) for t in (begin, level.key, level.start, level.total,
                                                       level.symbol, level.count)),
                    _Discounts(*discounts), m + 1 in orders)
-            for m, (level, discounts) in enumerate(zip(ngram.levels, ngram.discounts,
-                                                       strict=True))))
+            for m, (level, discounts, begin) in enumerate(zip(
+                ngram.levels, ngram.discounts, ngram.tables.begins, strict=True))))
         counts = (_Table * len(tables))(*(
             _Table(len(t.key), _at(t.key), _at(t.count), _Discounts(*t.discounts),
                    t.context.length, t.context.words, t.context.skip, t.context.fold)
