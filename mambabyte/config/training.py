@@ -122,4 +122,5 @@ class TrainConfig(Checked):
                 raise UserError(f"step {self.step!r} cannot be sharded: train sharded with eager")
         if self.time_aware and not self.max_seconds:
             raise UserError("time_aware ends the schedule at max_seconds, which is 0: give it the "
-                            "seconds that the run may take, or leave time_aware out")
+                            "seconds that the run may take, or set time_aware to False, "
+                            "--train.no-time-aware")

@@ -356,9 +356,13 @@ def test_what_has_no_closed_form_is_refused_and_a_small_step_has_digits(capsys) 
     ({}, {"context": 10**9, "batch_size": 1}, r"--train.context [1-9]\d*"),
     ({"d_model": 2**15, "n_layer": 99}, {}, "a smaller model"),
 ])
-def test_what_would_fit_is_more_than_nothing(model, recipe, words) -> None:
+def test_what_would_fit_is_more_than_nothing(model, recipe, words, monkeypatch) -> None:
+    line = rf"[\d,]+ GB of [\d.]+ GB: it will not fit; {words} would"
+    with pytest.raises(UserError, match=rf"{line}\. The system would end this process"):
+        _forecast(ModelConfig(**model), TrainConfig(**recipe), "cpu")
+    monkeypatch.setattr("mambabyte.model.pretrained.free_bytes", lambda device: 10**20)
     said = _forecast(ModelConfig(**model), TrainConfig(**recipe), "cpu")
-    assert re.search(rf"[\d,]+ GB of [\d.]+ GB: it will not fit; {words} would$", said), said
+    assert re.search(f"{line}$", said), said
 
 
 def test_muon_keeps_one_moment_of_the_matrices() -> None:
