@@ -21,9 +21,9 @@ from mambabyte.corpus.utf8 import START_BYTE, as_bytes, first_characters
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.model import ByteLM
 from mambabyte.stream import ByteModel, ByteStream, CharModel, PrefixCache
+from mambabyte.stream.engines.base import place_of
 from mambabyte.stream.generation import begin
 from mambabyte.stream.greedy import Windows, greedy_codes
-from mambabyte.stream.streams import place_of
 
 TASK_CHARACTERS = 60_000  # the public task scores these many characters of a split
 BLOCK_CHARACTERS = 1000  # longer than what makes neighbouring predictions alike

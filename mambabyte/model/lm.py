@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambabyte.config import ModelConfig
+from mambabyte.config.public import Layout
 from mambabyte.errors import UserError
 from mambabyte.model import sequence
 from mambabyte.model.block import Block, RMSNorm, make_norm
 from mambabyte.model.mixer import LayerState, Mixer, linear, mixer_of
-from mambabyte.model.pretrained import Layout, Report, fill, open_pretrained, save_pretrained
+from mambabyte.model.pretrained import Report, fill, open_pretrained, save_pretrained
 from mambabyte.ops.arguments import Ages, document_ages, once
 from mambabyte.ops.fused.linear import linear as biased
 from mambabyte.ops.fused.loss import NOT_PREDICTED, cross_entropy_in_torch

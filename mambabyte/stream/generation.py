@@ -20,8 +20,9 @@ from torch import Tensor
 
 from mambabyte.corpus.files import bytes_of
 from mambabyte.corpus.utf8 import Utf8Stream, as_bytes
+from mambabyte.stream.engines.base import ByteModel, place_of
 from mambabyte.stream.prefixes import PrefixCache
-from mambabyte.stream.streams import ByteModel, ByteStream, check_draws, place_of, sample_byte
+from mambabyte.stream.streams import ByteStream, check_draws, sample_byte
 
 MOST_GUESSED = 15  # bytes a pass, besides the one that is known
 _MOST_LAG = 32  # bytes drawn that the state may lack

@@ -13,9 +13,10 @@ from pathlib import Path
 from mambabyte.config.checks import CountOrNone, fit, path_of
 from mambabyte.config.files import make_dir, private_dir
 from mambabyte.errors import UserError
+from mambabyte.stream.engines.base import ByteModel
 from mambabyte.stream.saved import VERSION, load_state, save_state
 from mambabyte.stream.states import n_bytes, weights_digest
-from mambabyte.stream.streams import ByteModel, ByteStream
+from mambabyte.stream.streams import ByteStream
 
 _LOG = logging.getLogger(__name__)
 LEAST = 1024  # bytes: to read fewer costs less than to look for them

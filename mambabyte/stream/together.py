@@ -12,8 +12,9 @@ from mambabyte.config.checks import Some, fit, shown
 from mambabyte.corpus.files import bytes_of
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
+from mambabyte.stream.engines.base import ByteModel, place_of
 from mambabyte.stream.states import kind, select, split, stack
-from mambabyte.stream.streams import ByteModel, ByteStream, numbers, place_of
+from mambabyte.stream.streams import ByteStream, numbers
 
 
 @torch.inference_mode()

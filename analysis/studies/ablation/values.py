@@ -6,7 +6,7 @@ import pandas as pd
 
 from analysis.runs.folders import Value
 from analysis.studies.ablation import COMPARISONS, Parameters, Results
-from analysis.theory.flops import MATMUL
+from mambabyte.model.mixer import MATMUL
 
 Values = dict[str, Value]
 
