@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
@@ -121,3 +122,40 @@ def test_a_cell(name: str, column: str, word: str, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
     if name != "double backward":  # whose first forward is the kernel's
         assert bool(native) == (word == "native")
+
+
+def second_derivatives(letter: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a model of one layer: half the gradient of its gradient's square, which is H g, by
+    reverse mode alone and by forward over reverse; and 0 where forward mode gives g g."""
+    torch.manual_seed(0)
+    model = ByteLM(ModelConfig(
+        vocab_size=4, d_model=4, n_layer=1, layer_pattern=letter, d_state=2, ssd_head_dim=4,
+        ssd_d_state=4, n_head=1, n_kv_head=1, delta_head_dim=4, local_window=2)).double()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    tokens = torch.tensor([[1, 2, 0, 3, 1]])
+
+    def loss(flat: Tensor) -> Tensor:
+        parts = flat.split([p.numel() for p in weights.values()])
+        own = {n: x.view_as(p) for (n, p), x in zip(weights.items(), parts, strict=True)}
+        return functional_call(model, own, (tokens,))[0].sin().sum()
+
+    at = torch.cat([p.flatten() for p in weights.values()])
+    g = grad(loss)(at)
+    at = at.requires_grad_()
+    squares = torch.autograd.grad(loss(at), at, create_graph=True)[0].square().sum()
+    reverse, = torch.autograd.grad(squares, at)
+    at = at.detach()
+    along = jvp(loss, (at,), (g,))[1] - g @ g
+    return reverse / 2, jvp(grad(loss), (at,), (g,))[1], along
+
+
+@pytest.mark.parametrize("letter", "MSRDKAL")
+def test_whole_models_of_every_mixer(letter: str) -> None:
+    if letter in "AL":
+        with pytest.raises(RuntimeError, match="scaled_dot_product"):  # as the page says
+            second_derivatives(letter)
+    with sdpa_kernel(SDPBackend.MATH):
+        reverse, forward, along = second_derivatives(letter)
+    assert reverse.norm() > 0
+    torch.testing.assert_close(forward, reverse, rtol=1e-6, atol=1e-9)
+    assert abs(along) < 1e-9

@@ -44,6 +44,20 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+def test_modules_that_are_named_exist():
+    """In words, comments and strings of pages, data and sources; the log's are of its day."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.*"),
+             *ROOT.glob("reports/**/*.md"), *ROOT.glob("analysis/**/*.py"),
+             *ROOT.glob("mambabyte/**/*.py")]
+    for page in pages:
+        for name in re.findall(r"\banalysis(?:\.\w+)+", page.read_text(encoding="utf-8")):
+            path, last = ROOT / name.replace(".", "/"), name.rpartition(".")[2]
+            inside = [path.parent.with_suffix(".py"), path.parent / "__init__.py"]  # a name in one
+            assert path.is_dir() or path.with_suffix(".py").is_file() or any(
+                re.search(rf"\b{last}\b", p.read_text(encoding="utf-8"))
+                for p in inside if p.is_file()), (page, name)
+
+
 def test_every_page_is_listed():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     for page in PAGES[1:]:
