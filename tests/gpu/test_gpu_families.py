@@ -13,6 +13,7 @@ from analysis.measure.audit.targets import find_target
 from mambabyte.config import ModelConfig
 from mambabyte.model import ByteLM
 from mambabyte.ops import gated_delta_rule, mamba3_scan, ssd_scan
+from mambabyte.ops.build.kernel import multiprocessors
 from mambabyte.ops.compare import relative_rms
 from mambabyte.ops.delta import operator as delta_operator
 from mambabyte.ops.ssd import cuda as ssd_kernels
@@ -100,6 +101,21 @@ def test_states_walk_from_chunk_to_chunk(
             assert torch.equal(one, found[1][name]), name
         else:
             assert relative_rms(one, found[1][name]) < 1e-3, name
+
+
+@pytest.mark.parametrize("states", [16, 32, 64, 128])
+def test_ssd_by_heads_of_a_block(monkeypatch: pytest.MonkeyPatch, states: int) -> None:
+    """The same bits by one head in a block, by all of a group, and as the card has room."""
+    inputs = made("ssd", 2, 200, states)
+    found = [results("ssd", inputs, "fused")]
+    room = ssd_kernels._output_at_once(0, ssd_kernels.Kind(states), 0)
+    assert room >= multiprocessors(0)
+    for at_once in (1, 1 << 30):
+        monkeypatch.setattr(ssd_kernels, "_output_at_once", lambda *_, n=at_once: n)
+        found.append(results("ssd", inputs, "fused"))
+    for name, one in found[0].items():
+        assert torch.equal(one, found[1][name]), name
+        assert torch.equal(one, found[2][name]), name
 
 
 @pytest.mark.parametrize("length", [1, 64, 65, 1000])

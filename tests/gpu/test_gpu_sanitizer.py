@@ -89,7 +89,8 @@ def test_ssd(family: str, states: int, length: int, walk_blocks: int, many_block
     """Two heads of a group in a block, as where there are blocks enough."""
     monkeypatch.setattr(ssd_kernels, "WALK_BLOCKS", walk_blocks)
     monkeypatch.setattr(ssd_kernels, "MANY_BLOCKS", many_blocks)
-    monkeypatch.setattr(ssd_kernels, "OUTPUT_BLOCKS", 1)
+    monkeypatch.setattr(ssd_kernels, "_output_at_once", lambda *_: 1)
+    monkeypatch.setattr(mamba3_kernels, "TURN_BLOCKS", 1)
     monkeypatch.setattr(ssd_kernels.heads_of_a_block, "__defaults__", (1,))
     monkeypatch.setattr(mamba3_kernels, "BACK_BLOCKS", 1)
     inputs = family_inputs(family, 2, length, heads=4, keys=states, values=64, groups=2,

@@ -182,6 +182,16 @@ class Kernel:
         status = _driver().cuFuncSetAttribute(self._function, 14, 1)
         _check_driver(status, f"clusters of more than 8 blocks for {self.name}")
 
+    def resident_blocks(self, threads: int, shared_bytes: int) -> int:
+        """How many blocks of that many threads a multiprocessor has at a time. What they take of
+        shared memory is to be allowed before."""
+        count = ctypes.c_int()
+        get = _driver().cuOccupancyMaxActiveBlocksPerMultiprocessor
+        status = _in_context(self.device, get, ctypes.byref(count), self._function, threads,
+                             ctypes.c_size_t(shared_bytes))
+        _check_driver(status, f"occupancy of {self.name}")
+        return count.value
+
     def resident_clusters(self, blocks: int, threads: int, shared_bytes: int = 0) -> int:
         """How many clusters of that many blocks run on the device at a time; 0 if none can."""
         # CUlaunchConfig, with one CUlaunchAttribute: 4, the dimensions of a cluster.

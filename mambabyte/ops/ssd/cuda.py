@@ -6,13 +6,14 @@ Mamba-3 (mambabyte.ops.ssd.mamba3.cuda) launches the same ones between some of i
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mambabyte.ops.arguments import address
-from mambabyte.ops.build.kernel import Kernel, Program, raw_stream
+from mambabyte.ops.build.kernel import Kernel, Program, multiprocessors, raw_stream
 
 CHANNELS = 64  # of a head, the one number there is a kernel for
 STATES = (16, 32, 64, 128)
@@ -24,7 +25,7 @@ _PARAMETERS = {
     "ssd_gradients": "18P12q5i", "ssd_groups": "4Pqi",
     "angle_turn": "13P6q5i", "angle_back": "15Pq5i"}
 # Heads of a block share products, blocks fill the card: so many heads, and so many blocks at least.
-MOST_TOGETHER, OUTPUT_BLOCKS, GRADIENT_BLOCKS = 8, 512, 256
+MOST_TOGETHER, GRADIENT_BLOCKS = 8, 256
 # A block that walks over all chunks has so many columns of a head's state; it is used from so many
 # blocks on, two a multiprocessor: with fewer all chunks at once fill the card better. Beyond four a
 # multiprocessor it has copies of two chunks instead of three, so that six find room.
@@ -104,6 +105,29 @@ def heads_of_a_block(per_group: int, blocks: int, least: int = GRADIENT_BLOCKS) 
     ``least`` blocks or more."""
     return max(n for n in range(1, MOST_TOGETHER + 1)
                if per_group % n == 0 and (n == 1 or blocks // n >= least))
+
+
+def output_heads(per_group: int, blocks: int, at_once: Callable[[int], int]) -> int:
+    """How many heads of a group a block of ssd_output takes, where ``blocks`` have one each and the
+    card has ``at_once`` of so many heads at a time.
+
+    What heads share takes as long as one of them, so that a round of blocks takes 1 + heads: those
+    with the least over all rounds, the most of them where it is level.
+    """
+    return min((n for n in range(MOST_TOGETHER, 0, -1) if per_group % n == 0),
+               key=lambda n: -(-blocks // (n * at_once(n))) * (1 + n))
+
+
+def _output_shared(states: int, together: int) -> int:
+    return _shared(states, min(together, 2), 3)
+
+
+@functools.cache
+def _output_at_once(device: int, kind: Kind, shared: int) -> int:
+    """How many blocks of ssd_output the card has at a time."""
+    kernel = _kernel(kind.of("ssd_output"), kind, device)
+    kernel.allow_shared(shared)
+    return kernel.resident_blocks(_THREADS["ssd_output"], shared) * multiprocessors(device)
 
 
 def walk(sequences: int, states: int) -> tuple[int, int]:
@@ -208,10 +232,11 @@ def forward(
     carries, final_state = p.states_between(p.x, p.B, initial_state, False)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     D = None if D is None else D.contiguous()
-    together = heads_of_a_block(p.per_group, p.blocks, OUTPUT_BLOCKS)
+    together = output_heads(p.per_group, p.blocks, lambda heads: _output_at_once(
+        p.device, p.kind, _output_shared(p.states, heads)))
     _launch(
         p.device, p.kind.of("ssd_output"), p.kind, p.blocks // together,
-        _shared(p.states, min(together, 2), 3),
+        _output_shared(p.states, together),
         p.x.data_ptr(), p.step.data_ptr(), p.log_decay.data_ptr(), p.B.data_ptr(), p.C.data_ptr(),
         address(D), carries.data_ptr(), address(None if turns is None else turns.own), y.data_ptr(),
         *p.x.stride()[:3], *p.B.stride()[:3],

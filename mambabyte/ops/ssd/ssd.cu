@@ -313,8 +313,9 @@ struct Heads {
     }
 };
 
+// Four blocks a multiprocessor up to 64 states, where compilers may take registers for three.
 template <int N, bool TURNED>
-__global__ void __launch_bounds__(THREADS) ssd_output(
+__global__ void __launch_bounds__(THREADS, !TURNED && N <= 64 ? 4 : 0) ssd_output(
     const bfloat16 *x, const float *step, const float *log_decay, const bfloat16 *b,
     const bfloat16 *c, const float *skip, const bfloat16 *carries, const float *own, bfloat16 *y,
     int64 x_batch, int64 x_time, int64 x_head, int64 b_batch, int64 b_time, int64 b_group,

@@ -146,6 +146,7 @@ def ssd(built_ssd: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
                          (cuda_ssd._THREADS[family], 1), shared, *args)
 
     monkeypatch.setattr(cuda_ssd, "_launch", launch)
+    monkeypatch.setattr(cuda_ssd, "_output_at_once", lambda device, kind, shared: 1)
 
 
 @pytest.fixture(scope="session")

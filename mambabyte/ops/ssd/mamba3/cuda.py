@@ -14,6 +14,7 @@ from mambabyte.ops.ssd.recompute import gradients_again
 _THREADS = 256  # of a block of angle_back
 _ROUND_BYTES = 80  # of a thread: what it adds up over heads
 MOST_ROUNDS, BACK_BLOCKS = 4, 256  # its blocks fill the card, with more rounds their sums are fewer
+TURN_BLOCKS = 512  # of angle_turn, at least: it reads B and C once for all heads of a block
 
 
 def rounds_of_a_block(rounds: int) -> int:
@@ -96,7 +97,7 @@ def _turn(
     angles = dt.new_empty(batch, chunks, heads, pairs, dtype=torch.int32)
     each_angle = angles.new_empty(batch, length, heads, pairs) if each else None
     blocks, per_group = batch * chunks * heads, heads // groups
-    together = heads_of_a_block(per_group, blocks, ssd.OUTPUT_BLOCKS)
+    together = heads_of_a_block(per_group, blocks, TURN_BLOCKS)
     launch(B, kind.of("angle_turn"), kind, blocks // together, B, C, B_bias, C_bias, dt, theta,
            mix, turned_B, turned_C, step, own, angles, each_angle, *B.stride()[:3],
            *C.stride()[:3], length, heads, per_group, pairs, together)

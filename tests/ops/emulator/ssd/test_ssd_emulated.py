@@ -75,6 +75,30 @@ def test_states_walk_as_they_are_passed_on(monkeypatch, length, heads, groups, s
         assert torch.equal(one, other)
 
 
+def test_heads_of_a_block_are_not_seen(monkeypatch) -> None:
+    """To the bit: one head in a block of the output, or all of a group."""
+    inputs = prepared(1, 70, 6, 2, 16)
+    found = []
+    for at_once in (1, 1 << 30):
+        monkeypatch.setattr(cuda_ssd, "_output_at_once", lambda *_, n=at_once: n)
+        found.append(cuda_ssd.forward(*inputs, True))
+    assert [cuda_ssd.output_heads(3, 12, lambda _, n=n: n) for n in (1, 1 << 30)] == [3, 1]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+# Of one H200 with room for so many blocks a multiprocessor: what was fastest of all that divide.
+@pytest.mark.parametrize(("room", "per_group", "blocks", "fastest"), [
+    (2, 6, 1536, 6), (2, 24, 1536, 6), (2, 8, 2048, 8), (2, 12, 3072, 6), (2, 16, 4096, 8),
+    (2, 24, 6144, 8), (2, 6, 12288, 6), (2, 24, 24576, 8), (3, 24, 1536, 4), (3, 12, 3072, 4),
+    (3, 16, 4096, 4), (4, 6, 1536, 3), (4, 24, 1536, 3), (4, 8, 2048, 4), (4, 12, 3072, 6),
+    (4, 16, 4096, 8), (4, 24, 6144, 6), (4, 32, 8192, 8), (4, 24, 24576, 8)])
+def test_heads_of_a_block(room, per_group, blocks, fastest) -> None:
+    assert cuda_ssd.output_heads(per_group, blocks, lambda heads: 132 * room) == fastest
+    assert cuda_ssd.output_heads(per_group, per_group, lambda heads: 132 * room) == 1
+    assert cuda_ssd.output_heads(1, blocks, lambda heads: 132 * room) == 1
+
+
 def test_a_shut_gate_keeps_nothing_of_what_was_before() -> None:
     inputs = list(prepared(1, 70, 1, 1, 16))
     inputs[2][0, 20] = -1e6
