@@ -114,6 +114,14 @@ def test_only_complete_checkpoints_of_ours_are_read_or_pruned(tmp_path):
         "step_00000004", "step_00000600.bak", "step_00000900"}
 
 
+def test_nothing_is_resumed_where_there_is_no_run(tmp_path, capsys):
+    """A misspelt folder is no wish for the default run of a minute."""
+    assert main(["train", "--out", str(tmp_path / "fisrt"), "--resume"]) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'fisrt'} holds no run to resume")
+    assert not (tmp_path / "fisrt").exists()
+
+
 def test_a_run_whose_checkpoints_cannot_be_read_does_not_begin_anew(tmp_path, forbid):
     run = tmp_path / "run"
     train(MODEL, RECIPE, CORPUS, run)

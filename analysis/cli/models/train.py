@@ -61,8 +61,13 @@ def run(argv: list[str]) -> int:
     own = Path(out or "") / "config.json"  # a run that is resumed knows what it is
     if named == "auto":
         named = None
-    if "--resume" in argv and out and not named and not file and own.is_file():
-        file = str(own)
+    if "--resume" in argv and out and not named and not file:
+        if own.is_file():
+            file = str(own)
+        elif not option(argv, "--corpus"):  # a misspelt folder, or a run that ended before it began
+            raise UserError(f"{out} holds no run to resume, as it has no config.json: leave "
+                            "--resume out to start one there, or say which by --preset, --config "
+                            "or --corpus")
     start = recipe(named if named or file else _usual(argv), file)
     about = (__doc__ or "") + "\nPresets:\n\n" + "\n".join(
         f"    {name}: {p.about}" for name, p in PRESETS.items())
