@@ -139,7 +139,8 @@ def test_identity_follows_parameters_sources_and_notebook(study, tmp_path):
 def test_sources_are_followed(tmp_path):
     files = {
         "a/__init__.py": "", "a/top.py": "from a import mid\nfrom . import near\n",
-        "a/mid.py": "def f():\n    import a.deep\n", "a/near.py": "from .deep import x\n",
+        "a/mid.py": "def f():\n    import a.deep\n", "a/near.py": "from .below import x\n",
+        "a/below.py": "x = 1\n",
         "a/deep.py": 'x = "kernel.c"\nimport os\n', "a/kernel.c": "int x;",
         "a/other.py": "", "b.py": "",
     }
@@ -147,8 +148,8 @@ def test_sources_are_followed(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     found = [p.relative_to(tmp_path).as_posix() for p in sources.source_files(["a.top"], tmp_path)]
-    assert found == ["a/__init__.py", "a/deep.py", "a/kernel.c", "a/mid.py", "a/near.py",
-                     "a/top.py"]
+    assert found == ["a/__init__.py", "a/below.py", "a/deep.py", "a/kernel.c", "a/mid.py",
+                     "a/near.py", "a/top.py"]
 
 
 def test_a_study_of_results_depends_on_the_results(study, tmp_path):
