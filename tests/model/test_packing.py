@@ -210,6 +210,19 @@ def test_texts_of_any_lengths_score_as_they_do_alone() -> None:
         bits_per_byte(model, [b"", b""])
 
 
+def test_scoring_says_how_far_it_is() -> None:
+    model = ByteLM(MODEL)
+    texts = [b"she sells sea shells " * 20, b"naive", b"xy" * 150]  # 420, 5 and 300 bytes
+    for way, expected in (
+            (partial(bits_per_byte, model, window=400), [400 / 725, 1.0]),
+            (partial(score, model, window=210), [210 / 725, 420 / 725, 425 / 725, 635 / 725, 1.0]),
+            (partial(score_streaming, CharModel(model)), [
+                0, 200 / 725, 400 / 725, 420 / 725, 425 / 725, 625 / 725])):
+        told: list[float] = []
+        way(texts, report=told.append)
+        assert told == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("text", ["abc", 3, [97, 98], np.array([97, 98]), [b"a", "b"], None])
 def test_what_is_no_bytes_is_not_taken_for_some(text: object) -> None:
     model = ByteLM(ModelConfig(d_model=8, n_layer=1, d_state=2))
