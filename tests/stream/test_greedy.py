@@ -83,7 +83,8 @@ class Opaque:
 
 
 class Table(nn.Module):
-    """Few bytes, their probabilities powers of two: ties everywhere, characters of any length."""
+    """Few bytes, their probabilities powers of two: ties everywhere, characters of any length, from
+    the first lead byte to the last."""
 
     device = torch.device("cpu")
 
@@ -91,7 +92,7 @@ class Table(nn.Module):
         super().__init__()
         self.opaque = opaque
         generator = torch.Generator().manual_seed(seed)
-        likely = [*b"ab", 0xC3, 0xDF, 0xE0, 0xE2, 0xED, 0xF0, 0xF4, 0x80, 0x82, 0x9F, 0xA0, 0xBF]
+        likely = [*b"ab", 0xC2, 0xDF, 0xE0, 0xE2, 0xED, 0xF0, 0xF4, 0x80, 0x82, 0x9F, 0xA0, 0xBF]
         weights = torch.zeros(32, 256)
         exponents = torch.tensor([0, -1, -8, -8, -8, -8, -8])  # mostly one or two stand out
         for row in weights:
@@ -139,7 +140,7 @@ def test_the_table_asks_for_all_lengths() -> None:
     lengths = set()
     for seed in range(31):
         stream = ByteStream(Table(seed, False))
-        for byte in b"abab\xc3\xbf":
+        for byte in b"abab\xc2\xbf":
             stream.feed(bytes([byte]))
             chars = CharModel(Table(seed, False))
             chars.seek(stream)

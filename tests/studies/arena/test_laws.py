@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from analysis.studies.arena import Parameters
 from analysis.studies.arena.values import _laws
 from analysis.theory import scaling
-from analysis.theory.scaling import NAMES, crossing, fit_law
+from analysis.theory.scaling import NAMES, Law, crossing, fit_law
 from mambabyte.errors import UserError
 
 N = np.repeat([3e5, 1e6, 1e7, 3e7], 3)
@@ -35,6 +36,15 @@ def test_a_law_is_found_again_and_predicts_what_was_left_out():
         low, high = found.predict(n, d)
         assert low < bits(n, d) < high
         assert high - low < 0.1
+
+
+def test_few_residuals_stretch_an_interval():
+    """As Student's quantile of what the five numbers leave is above the normal one."""
+    draws = 0.2 + 0.01 * np.random.default_rng(0).standard_normal((1000, 5))
+    theta = np.full(5, 0.2)
+    width = {n: np.diff(Law(theta, draws, np.zeros(n)).interval("alpha"))[0] for n in (8, 10**6)}
+    assert width[8] / width[10**6] == pytest.approx(stats.t.ppf(0.975, 3) / stats.norm.ppf(0.975),
+                                                    rel=1e-4)
 
 
 def test_laws_cross_where_they_do_and_nowhere_else():
