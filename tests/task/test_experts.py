@@ -65,6 +65,19 @@ def model_of(experts, network=None, engine=True):
     return model
 
 
+@pytest.mark.parametrize(("wrong", "line"), [
+    (lambda: Context(0), "length is 0: expected a whole number from 1 to 32"),
+    (lambda: Context(skip=33), "skip is 33: expected a whole number from 0 to 32"),
+    (lambda: Context(words=-1), "words is -1: expected a whole number from 0 to 32"),
+    (lambda: Matches((3, 40)), r"lengths is \[3, 40\]: .* a whole number from 3 to 32"),
+    (lambda: Matches((5, 4)), "in rising order"),
+    (lambda: Matches(reach=0), "reach is 0"), (lambda: Matches(newest=0), "newest is 0")])
+def test_what_c_has_no_room_for_is_refused(wrong, line):
+    """In words, and also where Python leaves assertions out."""
+    with pytest.raises(UserError, match=line):
+        wrong()
+
+
 def context_of(text: bytes, context: Context) -> bytes:
     """By hand: the bytes that ``context`` names at the end of ``text``."""
     text = text[: len(text) - context.skip]

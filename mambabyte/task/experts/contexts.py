@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from mambabyte.config.checks import Checked, between
 from mambabyte.corpus.utf8 import START_BYTE
 from mambabyte.task.ngram import Discounts, V, blend, modified_discounts, ragged
 
@@ -23,20 +25,15 @@ _BASE, _SCRAMBLE = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93  # odd, as the powers 
 
 
 @dataclass(frozen=True)
-class Context:
+class Context(Checked):
     """Which bytes before a position are its context: ``length`` of them, or, with ``words``, those
     from the beginning of a word on, 1 for the present word, 2 for the one before as well, but not
     more than ``length``. Letters are those of ASCII and all bytes of longer characters."""
 
-    length: int = LONGEST
-    words: int = 0
-    skip: int = 0  # bytes between the context and the position
+    length: Annotated[int, between(1, LONGEST)] = LONGEST
+    words: Annotated[int, between(0, LONGEST)] = 0
+    skip: Annotated[int, between(0, LONGEST)] = 0  # bytes between the context and the position
     fold: bool = False  # capitals of ASCII count as small
-
-    def __post_init__(self) -> None:
-        assert 1 <= self.length <= LONGEST
-        assert 0 <= self.skip <= LONGEST
-        assert self.words >= 0
 
 
 def hashes(text: Tensor, context: Context) -> Tensor:

@@ -10,10 +10,12 @@ for 64 kB; many positions at once are one sort a length.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from mambabyte.config.checks import Checked, between, entries
 from mambabyte.task.experts.contexts import LONGEST, PADDING, Context, hashes
 from mambabyte.task.ngram import Discounts, V
 
@@ -22,17 +24,13 @@ MATCH_DISCOUNT: Discounts = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
-class Matches:
+class Matches(Checked):
     """Which matches are counted."""
 
-    lengths: tuple[int, ...] = (3, 4, 5, 6, 8, 11, 16, 24)  # bytes of context, ascending
-    reach: int = 1 << 16  # bytes that are searched, contexts of the places included
-    newest: int = 8  # places counted of each length
-
-    def __post_init__(self) -> None:
-        assert all(SHORTEST <= length <= LONGEST for length in self.lengths)
-        assert list(self.lengths) == sorted(set(self.lengths))
-        assert self.newest >= 1
+    lengths: Annotated[tuple[Annotated[int, between(SHORTEST, LONGEST)], ...], entries(
+        0, rising=True)] = (3, 4, 5, 6, 8, 11, 16, 24)  # bytes of context
+    reach: Annotated[int, between(1, 1 << 30)] = 1 << 16  # bytes searched, contexts included
+    newest: Annotated[int, between(1, 1 << 30)] = 8  # places counted of each length
 
 
 @dataclass(frozen=True)
