@@ -11,8 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mambabyte import evaluate
 from mambabyte.config import ModelConfig
-from mambabyte.corpus.utf8 import continuation_range
+from mambabyte.corpus.utf8 import as_bytes, as_characters, continuation_range
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.evaluate import bits_per_byte, byte_log_probs, score, score_streaming
 from mambabyte.model import ByteLM
@@ -37,6 +38,11 @@ def trained(request) -> ByteLM:
         model.loss(data[start : start + 65][None]).backward()
         optimizer.step()
     return model.eval()
+
+
+def test_characters_begin_where_the_bytes_before_them_end():
+    text = as_characters("a\x7f\x80\u07ff\u0800\uffff\U00010000\U0010ffffb".encode() + b"\xff\x80c")
+    assert evaluate._begins(text).tolist() == [len(as_bytes(text[:i])) for i in range(len(text))]
 
 
 def test_parallel_and_streaming_give_the_same_predictions(trained):
