@@ -69,7 +69,8 @@ def test_links_lead_to_the_page_that_has_the_part():
     (12345, "12,345"), (0, "0"), (4.0, "4"), (0.5, "0.5"), (1234.5678, "1,235"),
     (0.0132, "0.0132"), (1.5e-7, "1.5 × 10⁻⁷"), (-2.5, "\u22122.5"), (math.inf, "∞"),
     (math.nan, "nan"), (123456789.0, "1.235 × 10⁸"), (True, "yes"), (None, "not measured"),
-    ([1, "a"], "1, a"),
+    ([1, "a"], "1, a"), (3.14159265, "3.142"), (0.0123456, "0.01235"), (999_999.5, "1,000,000"),
+    (1e6, "1 × 10⁶"), (0.001, "0.001"),
 ])
 def test_numbers_for_people(value, expected):
     assert text.plain(value) == expected
