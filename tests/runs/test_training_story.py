@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +63,26 @@ def test_what_is_left_is_to_the_cap_or_to_the_end(step, seconds, left):
     assert story().place(at(step, seconds)) == f"step {step}/4000, {left} left"
 
 
+@pytest.mark.parametrize(("cap", "step", "seconds", "share"), [
+    (300.0, 1000, 150.0, 0.5), (300.0, 3000, 150.0, 0.75), (0.0, 1000, 900.0, 0.25),
+    (300.0, 1000, 900.0, 1.0)])
+def test_a_run_is_as_far_as_its_steps_or_its_clock(cap, step, seconds, share):
+    assert story(replace(BYTE.train, max_seconds=cap)).done(at(step, seconds)) == share
+
+
+@pytest.mark.parametrize(("stopped_by", "time_aware", "said"), [
+    ("done", False, ["read", "look"]), ("interrupt", False, ["go on"]),
+    ("max_seconds", True, ["read", "look"]), ("max_seconds", False, ["go on", "read", "look"])])
+def test_what_to_do_next_depends_on_what_ended_it(stopped_by, time_aware, said):
+    told = story(replace(BYTE.train, max_seconds=300.0, time_aware=time_aware))
+    lines = told.advice({"stopped_by": stopped_by, "steps": 115}, Path("runs/a"))
+    assert [re.match("read|look|go on", line).group() for line in lines] == said
+    assert all("runs/a" in line for line in lines)
+    if len(said) == 3:
+        assert "--train.max-seconds 600 " in lines[0]
+        assert "at step 115 of 4000" in lines[0]
+
+
 def test_durations():
     assert [clock(s) for s in (7.2, 750, 11_100, float("inf"))] == ["0:07", "12:30", "3 h 05 min",
                                                                    "?"]
@@ -72,7 +94,7 @@ def test_a_cap_inside_the_warm_up_is_said_once_with_what_to_change():
     (note,) = told.notes(at(2, 5.2))
     assert "near step 115 of 4000, inside its warm-up of 200 steps" in note
     assert "--train.time-aware" in note
-    assert "--train.max-seconds 0" in note
+    assert "--train.max-seconds 0 lifts it (about 2 h 53 min)" in note
     assert told.notes(at(3, 7.8)) == []
     assert "before its learning rate has come down" in story().notes(at(2, 0.6))[0]
 

@@ -202,6 +202,8 @@ HARM = {
     "rows": (lambda p: rewritten(p, tensors=_with(SSM, lambda t: t.repeat(2, 1, 1))), "rows"),
     "type": (lambda p: rewritten(p, tensors=_with(SSM, lambda t: t.half())), "float16"),
     "nan": (lambda p: rewritten(p, tensors=_with(SSM, lambda t: t * math.nan)), "gone nan"),
+    "infinite": (lambda p: rewritten(p, tensors=_with(SSM, lambda t: t.fill_(-math.inf))),
+                 "nan or inf"),
     "keys beyond": (lambda p: rewritten(p, _other_numbers(**{"state.1.position": 2})),
                     r"expected torch.float32 \(1, 1, n, 8\)"),
     "backwards": (lambda p: rewritten(p, _other_numbers(**{"state.1.position": -1})), "cannot be"),
@@ -231,6 +233,15 @@ def test_a_state_of_other_weights_is_refused(tmp_path):
     torch.manual_seed(2)
     with pytest.raises(UserError, match="other weights"):
         load_state(tmp_path / "s", ByteLM(replace(CONFIG, layer_pattern="M")))
+
+
+def test_a_byte_that_cannot_come_next_is_no_fault_of_a_state(tmp_path):
+    model = lm("M")
+    kept = ByteStream(model).kept
+    log_probs = kept.log_probs.clone()
+    log_probs[:, 7] = -math.inf
+    save_state(tmp_path / "s", model, Kept(kept.state, log_probs))
+    assert load_state(tmp_path / "s", model).log_probs.equal(log_probs)
 
 
 def test_a_state_that_has_gone_nan_is_not_saved(tmp_path):

@@ -32,6 +32,8 @@ def test_a_law_is_found_again_and_predicts_what_was_left_out():
     noise = 1 + 0.002 * np.random.default_rng(0).standard_normal(12)
     found = fit_law(N[:10], D[:10], (bits(N, D) * noise)[:10])
     assert dict(zip(NAMES, found.theta, strict=True))["alpha"] == pytest.approx(0.25, abs=0.08)
+    left = np.log((bits(N, D) * noise)[:10] / found.bits(N[:10], D[:10]))  # by five of ten numbers
+    assert found.residuals == pytest.approx((left - left.mean()) * np.sqrt(10 / 5))
     for n, d in zip(N[10:], D[10:], strict=True):
         low, high = found.predict(n, d)
         assert low < bits(n, d) < high
