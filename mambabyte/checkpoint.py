@@ -63,7 +63,7 @@ def load_model(path: Path | str, device: str = "cpu") -> ByteLM:
     Raises UserError when there is none, when it is truncated, or when its tensors do not have
     the shapes its configuration says.
     """
-    folder = find_checkpoint(path_of(path, "the checkpoint"))
+    folder = find_checkpoint(path)
     ours = (folder / MANIFEST).exists()
     if not ours and is_public(_load_object(folder / "config.json")):
         model = ByteLM.from_pretrained(folder, device)
@@ -72,14 +72,16 @@ def load_model(path: Path | str, device: str = "cpu") -> ByteLM:
                          "first 256, which is not what it was trained on", folder,
                          model.config.vocab_size)
         return model
-    model = ByteLM(load_config(folder)).to(device)
+    with torch.device("cpu"):  # float32 there, whatever the defaults of torch are
+        model = ByteLM(load_config(folder)).float().to(device)
     load_weights(model, folder)
     _verify(folder, "config.json", "model.safetensors")
     return model
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path | str) -> Path:
     """``path`` itself if it is a checkpoint, else the newest one in its checkpoints folder."""
+    path = path_of(path, "the checkpoint")
     if (path / WEIGHTS).is_file() or (path / INDEX).is_file():
         return path
     found = saved(path)
@@ -170,7 +172,8 @@ def save_training(
     target = folder / f"step_{progress['step']:08d}"
     weights = _contiguous(model.state_dict())
     state = _contiguous({
-        f"{index}.{key}": torch.as_tensor(tensor)
+        f"{index}.{key}": (tensor if isinstance(tensor, Tensor) else
+                            torch.tensor(tensor, device="cpu"))
         for index, values in optimizer.state_dict()["state"].items()
         for key, tensor in values.items()})
     if not distributed.current().first:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -39,6 +39,7 @@ def build_report(
     records_root: Path | str = RECORDS,
     draft: bool = False,
     registry: Mapping[str, Study] = STUDIES,
+    report: Callable[[float], None] = lambda done: None,
 ) -> Path:
     """Writes the article ``out`` and the folder OUT-evidence beside it, which it links to; returns
     the article's path. The same input gives the same bytes.
@@ -46,7 +47,7 @@ def build_report(
     ``prose`` holds report.toml and sections/*.md, ``records_root`` the records. UserError, and
     nothing written, where a number of the prose is missing, unmeasured or stale, or where the
     folder is there and is not ours; with ``draft`` missing numbers are marked in the text and stale
-    ones are used, with a warning on the page.
+    ones are used, with a warning on the page. ``report`` is called with the share that is done.
     """
     out, prose = Path(out), Path(prose)
     config = _load_config(prose / "report.toml")
@@ -63,7 +64,7 @@ def build_report(
     records = load_records(records_root)
     site = Pages(config, selection, records, prose / "sections", registry, draft, out.name,
                  folder.name)
-    pages = resolve(site.render())
+    pages = resolve(site.render(report))
     data = {f"{folder.name}/{path}": text
             for path, text in [*_data([*site.shown, *records.values()]), *site.data()]}
     for name, page in pages.items():
@@ -77,6 +78,7 @@ def build_report(
         write_manifest(temporary, command="mambabyte report")
     with whole_file(out) as temporary:
         temporary.write_text(pages[out.name], encoding="utf-8")
+    report(1.0)
     return out
 
 

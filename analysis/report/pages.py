@@ -6,7 +6,7 @@ import base64
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,14 +80,16 @@ class Pages:
                        for name, t in [*_tables(), *(("labs", t) for t in lab_tables(records))]}
         self._others = comparisons(records)
 
-    def render(self) -> dict[str, str]:
-        """All pages, path -> HTML, links between them not yet led there."""
-        draw_ahead(self._drawings())
+    def render(self, report: Callable[[float], None] = lambda done: None) -> dict[str, str]:
+        """All pages, path -> HTML, links between them not yet led there. ``report`` is called with
+        the share that is done, half of it drawings."""
+        draw_ahead(self._drawings(), lambda done: report(done / 2))
         found = {self._article: self._article_page()}
-        for name in self._study_names():
-            found[f"{self._evidence}/{name}.html"] = self._study_page(name)
-        for name in self._config.pages:
-            found[f"{self._evidence}/{name}.html"] = self._section_page(name)
+        pages = [*((name, self._study_page) for name in self._study_names()),
+                 *((name, self._section_page) for name in self._config.pages)]
+        for number, (name, page) in enumerate(pages):
+            report((1 + number / len(pages)) / 2)
+            found[f"{self._evidence}/{name}.html"] = page(name)
         self._refuse_orphans()
         found[f"{self._evidence}/machines.html"] = self._machines_page()
         for run in self.shown:

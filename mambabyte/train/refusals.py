@@ -11,7 +11,7 @@ import torch
 
 from mambabyte import checkpoint
 from mambabyte.config import ModelConfig, TrainConfig
-from mambabyte.config.checks import from_plain
+from mambabyte.config.checks import CountOrNone, fit, from_plain, shown
 from mambabyte.corpus import Corpus, sample_windows
 from mambabyte.errors import UserError
 from mambabyte.model import distributed
@@ -64,6 +64,23 @@ def refuse_other_recipe(
 def _shape(number: int, config: TrainConfig) -> tuple[int, int]:
     stage = stage_at(number, config)
     return stage.batch_size, stage.context
+
+
+def refuse_other_kinds(
+    model_config: ModelConfig, config: TrainConfig, corpus: Corpus, evaluate_bytes: int
+) -> None:
+    """UserError for arguments of another kind, and for weights that would be of another type than
+    checkpoints and ``precision`` speak of."""
+    for value, kind in ((model_config, ModelConfig), (config, TrainConfig), (corpus, Corpus)):
+        if not isinstance(value, kind):
+            made = "load_corpus" if kind is Corpus else kind.__name__
+            raise UserError(f"{shown(value)} stands where a {kind.__name__} is expected: {made} "
+                            "makes one")
+    fit(evaluate_bytes, CountOrNone, "evaluate_bytes")
+    if torch.get_default_dtype() != torch.float32:
+        raise UserError(f"torch's default type is {torch.get_default_dtype()}: weights are trained "
+                        "in float32, and precision says what is computed in; call "
+                        "torch.set_default_dtype(torch.float32) first")
 
 
 def refuse_what_cannot_run(

@@ -22,6 +22,7 @@ import torch
 
 from mambabyte import checkpoint
 from mambabyte.config import ModelConfig, TrainConfig
+from mambabyte.config.checks import path_of
 from mambabyte.config.files import make_dir, to_json, write_json
 from mambabyte.config.owners import only_one, remove_leftovers
 from mambabyte.config.provenance import provenance
@@ -45,6 +46,7 @@ from mambabyte.train.optim import make_optimizer
 from mambabyte.train.refusals import (
     machine,
     refuse_full_disk,
+    refuse_other_kinds,
     refuse_other_recipe,
     refuse_taken,
     refuse_what_cannot_run,
@@ -59,7 +61,7 @@ _AGREE_EVERY = 16  # steps after which several processes ask the first whether t
 
 
 def train(
-    model_config: ModelConfig, config: TrainConfig, corpus: Corpus, run: Path, *,
+    model_config: ModelConfig, config: TrainConfig, corpus: Corpus, run: Path | str, *,
     device: str = "cpu", resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
     watch: Callable[[Progress], None] = lambda progress: None,
@@ -76,9 +78,11 @@ def train(
     Raises UserError for a configuration that cannot run and NonFiniteError when it diverges; the
     last checkpoint written is then still good.
     """
-    device = distributed.current().device(device)
+    refuse_other_kinds(model_config, config, corpus, evaluate_bytes)
+    run, device = path_of(run, "the run folder"), distributed.current().device(device)
     refuse_what_cannot_run(model_config, config, corpus, device)
-    with _locked(run):
+    # A notebook may have turned gradients off for all that it does.
+    with _locked(run), torch.inference_mode(False), torch.enable_grad():
         refuse_taken(run, resume)
         refuse_full_disk(run, model_config)
         ahead.begin(model_config, config, device)
@@ -128,7 +132,8 @@ class _Training:
         self.report, self.watch, self.world = report, watch, distributed.current()
         self.checkpoints, self.digests = run / "checkpoints", corpus.digest()
         torch.manual_seed(config.seed)
-        self.model = ByteLM(model_config)
+        with torch.device("cpu"):  # whatever the default is: a seed's weights are those of one
+            self.model = ByteLM(model_config)
         self.model.share_sequences(self.world.sequence_group(config.context_parallel))
         if config.parallel == "sharded":
             self.world.shard(self.model, device)

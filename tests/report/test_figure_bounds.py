@@ -77,7 +77,9 @@ def test_drawings_made_ahead_by_other_processes_are_the_same(tmp_path, monkeypat
     line, fails = (partial(curves, {"a run": frame}, shown) for frame in (run, pd.DataFrame()))
     wanted = [(SimpleNamespace(key=partial(str, name), draw=draw), None, name)
               for name, draw in (("one", line), ("two", fails), ("three", line))]
-    drawings.draw_ahead(wanted)
+    done: list[float] = []
+    drawings.draw_ahead(wanted, done.append)
+    assert done == [1 / 3, 2 / 3, 1]
     assert len(list((tmp_path / "mambabyte" / "drawings").iterdir())) == 2
     with monkeypatch.context() as patch:  # found, not made
         patch.setattr(drawings, "wide_and_narrow", None)

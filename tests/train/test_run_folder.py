@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from dataclasses import asdict, fields, replace
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from analysis.cli import main
@@ -112,6 +114,46 @@ def test_only_complete_checkpoints_of_ours_are_read_or_pruned(tmp_path):
     train(MODEL, replace(RECIPE, keep_checkpoints=1), CORPUS, run, resume=True)
     assert {p.name for p in folder.iterdir()} == {
         "step_00000004", "step_00000600.bak", "step_00000900"}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_turned_off_around_a_training_are_its_own(mode, tmp_path):
+    expected = train(MODEL, RECIPE, CORPUS, str(tmp_path / "a"))  # a path may be text
+    with mode():
+        found = train(MODEL, RECIPE, CORPUS, tmp_path / "b")
+    assert found["valid_bits_per_byte"] == expected["valid_bits_per_byte"]
+
+
+@pytest.mark.parametrize(("given", "line"), [
+    ({"run": None}, "the run folder is None: expected a path"),
+    ({"model_config": RECIPE}, "stands where a ModelConfig is expected: ModelConfig makes one"),
+    ({"config": {}}, "{} stands where a TrainConfig is expected"),
+    ({"corpus": "stdlib"}, "'stdlib' stands where a Corpus is expected: load_corpus makes one"),
+    ({"evaluate_bytes": -1}, "evaluate_bytes is -1: expected a whole number from 0"),
+])
+def test_arguments_of_another_kind_are_one_line(given, line, tmp_path):
+    usual = {"model_config": MODEL, "config": RECIPE, "corpus": CORPUS, "run": tmp_path / "run"}
+    with pytest.raises(UserError, match=re.escape(line)) as caught:
+        train(**usual | given)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_are_float32_whatever_the_defaults_of_torch_are(tmp_path):
+    expected = train(MODEL, RECIPE, CORPUS, tmp_path / "a")
+    torch.set_default_device("meta")
+    try:
+        assert train(MODEL, RECIPE, CORPUS, tmp_path / "b")["valid_bits_per_byte"] == (
+            expected["valid_bits_per_byte"])
+        torch.set_default_dtype(torch.bfloat16)
+        with pytest.raises(UserError, match=r"torch's default type is torch\.bfloat16"):
+            train(MODEL, RECIPE, CORPUS, tmp_path / "c")
+        found = checkpoint.load_model(str(tmp_path / "a")).state_dict()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    wanted = checkpoint.load_model(tmp_path / "a").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 def test_nothing_is_resumed_where_there_is_no_run(tmp_path, capsys):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.cli.console import Bar
 from analysis.cli.options import parse
 from mambabyte.errors import UserError
 
@@ -47,6 +48,7 @@ def run(argv: list[str]) -> int:
 
     from analysis.report import build_report
 
-    path = build_report(options.runs, options.out, draft=options.draft)
+    with Bar("writing the report") as bar:
+        path = build_report(options.runs, options.out, draft=options.draft, report=bar)
     print(path.resolve())
     return 0

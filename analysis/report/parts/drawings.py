@@ -24,7 +24,10 @@ FEWEST = 6  # drawings for which processes are begun, each of which takes the ti
 MOST = 8  # processes: each reads pandas and matplotlib, a fifth of a gigabyte
 
 
-def draw_ahead(wanted: Iterable[tuple[Figure, Study | None, str]]) -> None:
+def draw_ahead(
+    wanted: Iterable[tuple[Figure, Study | None, str]],
+    report: Callable[[float], None] = lambda done: None,
+) -> None:
     """Put drawings into the cache, where :func:`drawn` with the same arguments finds them, by as
     many processes as there are cores. What is few, or cannot be kept, is left to :func:`drawn`, and
     so is what fails, as it is said there where it stands."""
@@ -38,9 +41,11 @@ def draw_ahead(wanted: Iterable[tuple[Figure, Study | None, str]]) -> None:
         return
     pool = ProcessPoolExecutor(min(cores or 1, MOST), mp_context=get_context("spawn"))
     try:
-        for key, work in {key: pool.submit(_draw, *job) for key, job in missing.items()}.items():
+        tasks = {key: pool.submit(_draw, *job) for key, job in missing.items()}
+        for number, (key, work) in enumerate(tasks.items(), 1):
             if work.exception() is None:
                 kept(KIND, key, work.result)
+            report(number / len(tasks))
     finally:
         pool.shutdown(cancel_futures=True)
 
