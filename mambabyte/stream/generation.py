@@ -24,6 +24,7 @@ from mambabyte.stream.engines.base import ByteModel, place_of
 from mambabyte.stream.prefixes import PrefixCache
 from mambabyte.stream.streams import ByteStream, check_draws, sample_byte
 
+READ_AT_ONCE = 1 << 15  # bytes of a prompt: two seconds of a CPU
 MOST_GUESSED = 15  # bytes a pass, besides the one that is known
 _MOST_LAG = 32  # bytes drawn that the state may lack
 _FIRST_GUESSED = 4
@@ -195,15 +196,26 @@ def begin(
     report: Callable[[float], None] = lambda done: None,
 ) -> tuple[ByteStream, bytes]:
     """A stream of ``model`` behind ``prompt``, and the prompt's bytes; ``report`` as in
-    ``PrefixCache.read``."""
+    ``PrefixCache.read``, for a long prompt also without a cache."""
     data = as_bytes(prompt) if isinstance(prompt, str) else bytes_of(prompt)
     place_of(model)
     model.eval()
     if cache is not None:
         return cache.read(model, data, report), data
     stream = ByteStream(model)
-    stream.feed(data)
+    read_on(stream, data, report)
     return stream, data
+
+
+def read_on(
+    stream: ByteStream, data: bytes, report: Callable[[float], None] = lambda done: None
+) -> None:
+    """Advance by ``data`` in pieces, with the share that is done after each but an only one: one
+    call for all would not hear Ctrl-C, nor say anything, for minutes of a CPU."""
+    for begins in range(0, len(data), READ_AT_ONCE):
+        stream.feed(data[begins : begins + READ_AT_ONCE])
+        if len(data) > READ_AT_ONCE:
+            report(min(1.0, (begins + READ_AT_ONCE) / len(data)))
 
 
 def text_of(pieces: Iterator[bytes]) -> Iterator[str]:

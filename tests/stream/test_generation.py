@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from analysis.cli.models import evaluate
+from analysis.cli.models import generate as command
 from analysis.cli.models.generate import run
 from mambabyte.config import ModelConfig
 from mambabyte.config.files import write_json
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
-from mambabyte.stream import generate
+from mambabyte.stream import ByteStream, generate, generation
 from mambabyte.stream.generation import FirstOf
 from mambabyte.task import ngram_file
 from mambabyte.task.guesses import NgramGuesses
@@ -48,6 +49,25 @@ def text(checkpoint, capsys):
         return capsys.readouterr().out.removesuffix("\n")
 
     return said
+
+
+def test_a_long_prompt_is_read_in_pieces_that_are_told(monkeypatch, tmp_path, capsys, checkpoint):
+    """Between two Ctrl-C is heard."""
+    model, data = ByteLM(CONFIG).eval(), bytes(range(32, 99)) * 2
+    whole = ByteStream(model)
+    whole.feed(data)
+    monkeypatch.setattr(generation, "READ_AT_ONCE", 30)
+    told: list[float] = []
+    stream, _ = generation.begin(model, data, report=told.append)
+    torch.testing.assert_close(stream.log_probs, whole.log_probs, rtol=1e-5, atol=1e-5)
+    assert told == [30 / 134, 60 / 134, 90 / 134, 120 / 134, 1]
+    generation.begin(model, data[:30], report=told.append)
+    assert len(told) == 5  # a short one is one call
+    monkeypatch.setattr(command, "LONG_PROMPT", 100)
+    for begins in ([], ["--state", str(tmp_path / "a.state")]):
+        assert run([checkpoint, "--prompt", data.decode(), "--bytes", "2", *begins, "--save-state",
+                    str(tmp_path / "a.state")]) == 0
+        assert "reading 100%" in capsys.readouterr().err
 
 
 def test_a_text_goes_on_from_a_saved_state(text, tmp_path):

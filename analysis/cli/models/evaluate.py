@@ -84,6 +84,8 @@ def _score(options: Options, model: ByteLM, first: bool) -> int:
     count = options.bytes or options.characters  # no text has more characters than bytes
     context = b"" if options.context is None else _bytes_of(options.context)
     cache = None if options.prompt_cache is None else PrefixCache(options.prompt_cache)
+    if context:
+        say(f"reading {len(context):,} bytes of context")
     with Bar("scoring") if first else nullcontext(lambda done: None) as bar:
         if options.mode == "parallel":
             result = score(model, data, count, report=bar, context=context, cache=cache)

@@ -18,7 +18,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from analysis.cli.console import Bar, escaped, say
 from analysis.cli.models.origin import corpus_of
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mambabyte.stream.generation import Guesser
 
 PROMPT_BYTES = 80
-LONG_PROMPT = 1 << 16  # bytes that take seconds to read
+LONG_PROMPT = 1 << 15  # bytes that take seconds to read
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,23 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _reading(prompt: bytes) -> Any:
+    """A bar for a prompt that takes seconds to read."""
+    return Bar("reading") if len(prompt) > LONG_PROMPT else nullcontext(lambda done: None)
+
+
 def _begin(options: Options, model: ByteLM, prompt: bytes) -> ByteStream:
     """A stream behind the state and the prompt that were asked for."""
     from mambabyte.stream import ByteStream, PrefixCache
-    from mambabyte.stream.generation import begin
+    from mambabyte.stream.generation import begin, read_on
 
     if options.state is not None:
         stream = ByteStream.load(options.state, model)
-        stream.feed(prompt)
+        with _reading(prompt) as bar:
+            read_on(stream, prompt, bar)
         return stream
     cache = None if options.prompt_cache is None else PrefixCache(options.prompt_cache)
-    with Bar("reading") if len(prompt) > LONG_PROMPT else nullcontext(lambda done: None) as bar:
+    with _reading(prompt) as bar:
         stream, _ = begin(model, prompt, cache, bar)
     if cache is not None:
         say(f"prompt: {len(prompt):,} bytes, {cache.found_bytes:,} of them from "
