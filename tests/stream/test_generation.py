@@ -65,8 +65,8 @@ def test_a_long_prompt_is_read_in_pieces_that_are_told(monkeypatch, tmp_path, ca
     assert len(told) == 5  # a short one is one call
     monkeypatch.setattr(command, "LONG_PROMPT", 100)
     for begins in ([], ["--state", str(tmp_path / "a.state")]):
-        assert run([str(checkpoint), "--prompt", data.decode(), "--bytes", "2", *begins, "--save-state",
-                    str(tmp_path / "a.state")]) == 0
+        assert run([str(checkpoint), "--prompt", data.decode(), "--bytes", "2", *begins,
+                    "--save-state", str(tmp_path / "a.state")]) == 0
         assert "reading 100%" in capsys.readouterr().err
 
 
