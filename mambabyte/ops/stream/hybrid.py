@@ -295,7 +295,7 @@ class HybridStreamer(ByteFeeder):
         """As ``draw`` of one text, the same bytes, where passes check guesses of what followed
         equal endings in ``past``, the text so far, and in what is drawn. Also (2,) int32: passes
         that it took, bytes guessed."""
-        loaded = self._guessing
+        loaded, state = self._guessing, self.outside(state)
         past = past[-PAST:]
         rows = torch.frombuffer(bytearray(past or b"\0"), dtype=torch.uint8).to(self.device)
         counts = torch.tensor([length, 0], dtype=torch.int32, device=self.device)
