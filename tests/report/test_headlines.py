@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def test_a_losing_side_cannot_be_left_out(records: dict[str, Run], tmp_path: Pat
         shorter.write_text(text.replace(line, ""), encoding="utf-8")
         with pytest.raises(UserError, match="leaves out"):
             load_headlines(records, shorter)
+
+
+def test_a_cost_that_the_rival_alone_has_is_no_side(records: dict[str, Run]) -> None:
+    run = records["h200-step-8192-fused"]
+    for ours, found in (({}, True), ({"seconds_m": Value(1.0, "s")}, False)):
+        values = {**run.values, "seconds_a": Value(2.0, "s"), **ours}
+        changed = {**records, "h200-step-8192-fused": replace(run, values=values)}
+        with nullcontext() if found else pytest.raises(UserError, match=r"leaves out.*seconds_a"):
+            _of("step-1m-long", changed)
 
 
 def _of(name: str, records: Mapping[str, Run]) -> Headline:

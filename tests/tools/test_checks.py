@@ -13,7 +13,9 @@ from mambabyte.config import ModelConfig, TrainConfig
 from mambabyte.config.checks import (
     Checked,
     Device,
+    above,
     at_least,
+    between,
     entries,
     fit,
     from_plain,
@@ -63,6 +65,21 @@ def test_what_fits_becomes_what_is_declared():
 ])
 def test_words_are_read_by_type(text, hint, value):
     assert read(text, hint, "x") == value
+
+
+@pytest.mark.parametrize(("rule", "fits", "not_these", "said"), [
+    (between(1, 3), (1, 3), (0.999, 3.001), "from 1 to 3"),
+    (above(0), (1e-300, 1e300), (0, -1), "above 0"),
+    (above(0, 1), (1e-9, 1), (0, 1.001), "above 0 and at most 1"),
+    (at_least(1), (1, 10**9), (0.999,), "1 or more"),
+    (at_least(0, 1), (0, 0.999), (-0.001, 1), "at least 0 and below 1"),
+])
+def test_a_rule_of_numbers_holds_at_its_ends(rule, fits, not_these, said):
+    hint = Annotated[float, rule]
+    assert [read(str(float(n)), hint, "x") for n in fits] == [float(n) for n in fits]
+    for n in not_these:
+        with pytest.raises(UserError, match=f"^x is .*: expected a finite number {said}$"):
+            read(str(float(n)), hint, "x")
 
 
 @pytest.mark.parametrize(("text", "hint"), [
