@@ -89,9 +89,9 @@ def test_a_number_of_another_record_is_read_from_it(
 ) -> None:
     text, path = FILE.read_text(encoding="utf-8"), tmp_path / "headlines.toml"
     found = {h.id: h for h in load_headlines(records)}["quality-1m"]
-    assert f"{records['h200-arena-16mib'].values['at_1m_a'].value:.3f}" in found.behind
-    path.write_text(text.replace("{h200-arena-16mib.at_1m_a:", "{h200-arena-16mib.at_1m_z:"))
-    with pytest.raises(UserError, match="there is no 'at_1m_z' of a record 'h200-arena-16mib'"):
+    assert f"{records['h200-arena'].values['at_1m_a'].value:.3f}" in found.behind
+    path.write_text(text.replace("{h200-arena.at_1m_a:", "{h200-arena.at_1m_z:"))
+    with pytest.raises(UserError, match="there is no 'at_1m_z' of a record 'h200-arena'"):
         load_headlines(records, path)
 
 

@@ -137,8 +137,9 @@ def equal_table(p: Parameters, done: Done, costs: pd.DataFrame) -> pd.DataFrame:
     Time and joules of a byte are those of one job (``costs``). The budget
     is what the dearest system's training of the tuning budget costs; a cheaper one may read more
     text for it. Its bits are then between those of its trainings of the tuning and of the long
-    budget, linear in the logarithm of the bytes: each is the end of a whole schedule, where a
-    reading of an unfinished run would not be. None where that would have to go beyond the long one.
+    budget, linear in the logarithm of the bytes, seed by seed: each is the end of a whole schedule,
+    where a reading of an unfinished run would not be. None where that would have to go beyond the
+    long one.
     """
     low, high = p.tuning_budget, p.long_budget
     first, last = (best_cells(p, done, p.size, b) for b in (low, high))
@@ -150,17 +151,30 @@ def equal_table(p: Parameters, done: Done, costs: pd.DataFrame) -> pd.DataFrame:
             continue
         budget = low * max(known.values())
         for system, cost in known.items():
-            affordable, bits = budget / cost, None
-            ends = [float(np.mean([done.rows[c.name]["valid_bits"] for c in cells[system]]))
-                    for cells in (first, last) if system in cells]
-            if len(ends) == 2 and affordable <= high * (1 + 1e-9) and high > low:
-                share = math.log(affordable / low) / math.log(high / low)
-                bits = ends[0] + share * (ends[1] - ends[0])
-            elif math.isclose(affordable, low):
-                bits = ends[0]
-            found.append({"equal": measure, "system": system, "budget": budget, "unit": unit,
-                          "bytes": affordable, "bits_per_byte": bits})
+            affordable = budget / cost
+            bits = _between(done, first[system], last.get(system, []), affordable, low, high)
+            mean = paired_difference(bits, [0.0] * len(bits)) if bits else None
+            found.append({
+                "equal": measure, "system": system, "budget": budget, "unit": unit,
+                "bytes": affordable, "bits_per_byte": mean and mean.mean,
+                "low": mean and mean.low, "high": mean and mean.high, "seeds": len(bits)})
     return _frame(found)
+
+
+def _between(
+    done: Done, first: list[Cell], last: list[Cell], affordable: float, low: int, high: int
+) -> list[float]:
+    """Bits at ``affordable`` bytes of each seed that was trained on ``low`` bytes and on ``high``;
+    of those on ``low`` alone where that is what is affordable; none beyond ``high``."""
+    ends = [{c.seed: float(done.rows[c.name]["valid_bits"]) for c in cells}
+            for cells in (first, last)]
+    if math.isclose(affordable, low):
+        return list(ends[0].values())
+    if affordable > high * (1 + 1e-9) or high <= low:
+        return []
+    share = math.log(affordable / low) / math.log(high / low)
+    return [(1 - share) * ends[0][seed] + share * ends[1][seed]
+            for seed in ends[0] if seed in ends[1]]
 
 
 def _price(measure: str, row: Row, costs: pd.DataFrame) -> float | None:

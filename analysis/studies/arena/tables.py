@@ -16,9 +16,9 @@ TABLES: dict[str, Words] = {
              "has its device for itself: median and quartiles of milliseconds over rounds, gross "
              "joules.",
     "equal": "The best runs read at equal bytes, time, operations and joules; the last three are "
-             "what the dearest system's training costs. Between two whole trainings, linear in the "
-             "logarithm of the bytes; empty where a system is so cheap that it would have to be "
-             "read past its longest.",
+             "what the dearest system's training costs. Between two whole trainings of a seed, "
+             "linear in the logarithm of the bytes, with 95 % intervals (Student's t); empty where "
+             "a system is so cheap that it would have to be read past its longest.",
     "tasks": "Accuracy on unseen samples at each system's best rate, by size, over seeds, beside a "
              "guesser that knows which values a sample holds: from one size to the next, each when "
              "the model had been trained on it, for so many steps. A model that learned nothing of "

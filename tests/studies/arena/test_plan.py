@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from analysis.studies.arena import PROFILES, Parameters, family
 from analysis.studies.arena.compute import tables
@@ -163,6 +165,15 @@ def test_equal_budgets_are_between_two_whole_trainings():
     assert time.loc["A", "bits_per_byte"] == pytest.approx(sum(ends) / 2)
     assert time.loc["MMMA", "bits_per_byte"] is None
     assert time.loc["M", "bytes"] == 1000
+    assert time.loc["A", "low"] is None  # of two seeds
+
+    three = replace(P, seeds=3)
+    noisy = Done(finished(three, lambda cell: {"valid_bits": cell.seed**2 + cell.budget / 1000})
+                 .values())
+    row = equal_table(three, noisy, costs).set_index(["equal", "system"]).loc[("time", "A")]
+    middle = [2.5, 3.5, 6.5]  # each seed half way between its two
+    low, high = stats.t.interval(0.95, 2, np.mean(middle), stats.sem(middle))
+    assert (row["bits_per_byte"], row["low"], row["high"]) == pytest.approx((12.5 / 3, low, high))
 
 
 def test_costs_are_of_one_job_and_measured_where_nothing_runs_beside():

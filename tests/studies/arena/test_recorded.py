@@ -14,7 +14,8 @@ from analysis.studies.arena.trainings.plan import plan
 from analysis.studies.arena.trainings.recorded import recorded
 from mambabyte.errors import UserError
 
-RECORD = RECORDS / "arena" / "h200-arena-16mib"
+RECORD = RECORDS / "arena" / "h200-arena"
+TAKEN = ("cells", "best", "paired", "tuning", "sensitivity", "equal")
 
 
 def test_what_is_taken_over_gives_the_records_own_tables(tmp_path):
@@ -22,10 +23,10 @@ def test_what_is_taken_over_gives_the_records_own_tables(tmp_path):
     arena.take_over(RECORD, tmp_path)
     found = arena.trainings(tmp_path)
     assert len(found) == len(rows)
-    tables = arena.tables(p, found)
-    for name, table in load_record(RECORD).tables.items():
-        mine = getattr(tables, name)[list(table.frame)]  # records before it do not say the text
-        pd.testing.assert_frame_equal(mine, table.frame, check_dtype=False)
+    tables = arena.tables(replace(p, scaling=()), found)  # laws take ten seconds
+    for name in TAKEN:
+        frame = load_record(RECORD).tables[name].frame
+        pd.testing.assert_frame_equal(getattr(tables, name)[list(frame)], frame, check_dtype=False)
     first = [cell for cell in plan(p, found) if cell.kind == "text" and not cell.seed
              and cell.budget == p.tuning_budget]
     names = {arena.name_of(row) for row in found}
