@@ -35,6 +35,7 @@ from mambabyte.config.files import (
 from mambabyte.config.public import is_public
 from mambabyte.errors import UserError
 from mambabyte.model import ByteLM, distributed
+from mambabyte.model.mixer import in_float32
 from mambabyte.model.pretrained import INDEX, WEIGHTS
 
 _LOG = logging.getLogger(__name__)
@@ -72,8 +73,8 @@ def load_model(path: Path | str, device: str = "cpu") -> ByteLM:
                          "first 256, which is not what it was trained on", folder,
                          model.config.vocab_size)
         return model
-    with torch.device("cpu"):  # float32 there, whatever the defaults of torch are
-        model = ByteLM(load_config(folder)).float().to(device)
+    config = load_config(folder)
+    model = in_float32(lambda: ByteLM(config)).to(device)
     load_weights(model, folder)
     _verify(folder, "config.json", "model.safetensors")
     return model

@@ -205,6 +205,7 @@ class Mixer(nn.Module, MixerSpec):
 
 
 MIXERS: dict[str, type[Mixer]] = {}  # by letter
+Module = TypeVar("Module", bound=nn.Module)
 _M = TypeVar("_M", bound=Mixer)
 
 
@@ -308,6 +309,13 @@ def operator_against_definition(
         (y_ref * weight.double()).sum() + h_ref.sum(), list(exact.values()))
     return {"output": [(y, y_ref)], "state": [(h, h_ref)],
             "gradient": list(zip(grads, grads_ref, strict=True))}
+
+
+def in_float32(make: Callable[[], Module]) -> Module:
+    """What ``make`` makes, on the CPU and in float32 whatever torch's defaults are: a checkpoint
+    is of that type, and what a seed draws there is not what it draws on a card."""
+    with torch.device("cpu"):
+        return make().float()
 
 
 def detached(state: LayerState) -> LayerState:

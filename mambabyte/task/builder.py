@@ -20,6 +20,7 @@ from mambabyte.corpus.files import present
 from mambabyte.errors import UserError
 from mambabyte.evaluate import byte_log_probs
 from mambabyte.model import ByteLM, head_loss, without_state
+from mambabyte.model.mixer import in_float32
 from mambabyte.stream import ByteModel
 from mambabyte.task.experts import ExpertLM, Experts, Mixing, count_contexts, fit_gate
 from mambabyte.task.experts.contexts import PADDING, padded
@@ -109,7 +110,7 @@ def build(
     if ngram is not None and ngram.guide_share:
         return _build_guided(config, recipe, ngram, text, held, watch)
 
-    model = ByteLM(config).to(device)
+    model = in_float32(lambda: ByteLM(config)).to(device)
     steps, notes = fit(model, model,
                        Windows(text[: len(text) - held], recipe.context), recipe, watch)
     result: ByteModel = model
@@ -142,7 +143,7 @@ def _build_guided(
     # A window at least is left to train on.
     cut = max(1, min(int(ngram.guide_share * end), end - recipe.context - 1))
     guide = Guide(_counted(text[:cut], ngram, watch))
-    model = GuidedLM(config, guide.n_kinds).to(text.device)
+    model = in_float32(lambda: GuidedLM(config, guide.n_kinds)).to(text.device)
     windows = GuidedWindows(text[cut:end], guide, recipe.context)
     watch.ended("tabulating hints")
     notes = {"seconds_before_training": watch.elapsed, "hint_bytes": windows.n_bytes}
@@ -181,7 +182,7 @@ def _build_experts(
         assert guide is not None
         counts = guide.ngram
     else:
-        model = ByteLM(config).to(text.device)
+        model = in_float32(lambda: ByteLM(config)).to(text.device)
         steps, notes = fit(model, model, Windows(text[:begin], recipe.context), recipe, watch)
         network = model.eval()
         made = Fit(model, steps, steps * recipe.batch_size * recipe.context, config.n_parameters,

@@ -32,6 +32,7 @@ from mambabyte.energy import NOT_MEASURED, EnergyMeter, total
 from mambabyte.errors import NonFiniteError, UserError
 from mambabyte.evaluate import bits_per_byte
 from mambabyte.model import ByteLM, Mixer, distributed, mixers
+from mambabyte.model.mixer import in_float32
 from mambabyte.train import ahead
 from mambabyte.train.captured import (
     CapturedStep,
@@ -132,8 +133,7 @@ class _Training:
         self.report, self.watch, self.world = report, watch, distributed.current()
         self.checkpoints, self.digests = run / "checkpoints", corpus.digest()
         torch.manual_seed(config.seed)
-        with torch.device("cpu"):  # whatever the default is: a seed's weights are those of one
-            self.model = ByteLM(model_config)
+        self.model = in_float32(lambda: ByteLM(model_config))
         self.model.share_sequences(self.world.sequence_group(config.context_parallel))
         if config.parallel == "sharded":
             self.world.shard(self.model, device)

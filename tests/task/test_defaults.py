@@ -64,6 +64,19 @@ def test_streams_and_scores_do_not_follow_them(dtype: torch.dtype) -> None:
         assert found == expected, name
 
 
+def test_a_gate_is_fitted_on_the_cpu_whatever_they_are() -> None:
+    text = padded(torch.tensor(list(DATA), dtype=torch.uint8))
+    experts = Experts(count(text[PADDING:], 3, None), (2, 3), [], Matches((3,), reach=90))
+
+    def fitted() -> list[object]:
+        gate, bits = fit_gate(experts, text, PADDING + 40, None, steps=5, hidden=8)
+        return [bits, *(p.tolist() for p in gate.parameters())]
+
+    expected = fitted()
+    with other_defaults(torch.float32):
+        assert fitted() == expected
+
+
 def test_counting_does_not_follow_them() -> None:
     expected = count(DATA, 5).digest()
     with other_defaults(torch.bfloat16):

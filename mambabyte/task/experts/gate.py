@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from mambabyte.config import TrainConfig
+from mambabyte.model.mixer import in_float32
 from mambabyte.task.experts.contexts import PADDING, Context, ContextTable, hashes
 from mambabyte.task.experts.matches import MATCH_DISCOUNT, Found, Matches, find_matches
 from mambabyte.task.experts.native import FEATURES, MOST, MOST_HIDDEN, NativeExperts, library
@@ -245,7 +246,7 @@ def fitted(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        gate = Gate(log_p.shape[1], hidden).to(device)
+        gate = in_float32(lambda: Gate(log_p.shape[1], hidden)).to(device)
     order = torch.randint(
         len(log_p), (steps, min(_BATCH, len(log_p))), generator=generator, device="cpu")
     rate = torch.tensor(lr, dtype=torch.float32, device=device)
