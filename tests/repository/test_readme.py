@@ -58,6 +58,14 @@ def test_modules_that_are_named_exist():
                 for p in inside if p.is_file()), (page, name)
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.stem)
+def test_every_table_has_a_head(page):
+    """Rows behind an empty line are no table, but words with bars in them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        assert re.match(r"\|.*\n\|[ :|-]+\|\n", block), block.splitlines()[0]
+
+
 def test_every_page_is_listed():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     for page in PAGES[1:]:
