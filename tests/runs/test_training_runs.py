@@ -48,6 +48,8 @@ def test_a_list_names_every_run_and_nothing_else(root, capsys):
     result = json.loads((root / "first" / "result.json").read_text())
     assert rows[1]["held-out bits/byte"] == result["valid_bits_per_byte"]
     assert rows[1]["joules"] == result["joules"]
+    assert rows[1]["seconds"] == result["seconds"]
+    assert rows[1]["bytes/s"] == pytest.approx(3 * 16 / result["seconds"])
     assert main(["runs", "list", str(root)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
