@@ -63,6 +63,18 @@ def test_exponents_are_fitted_to_the_longest_lengths():
     assert table["first_length"][0] == 100
 
 
+def test_a_streams_growth_is_of_its_last_byte_over_its_first():
+    frame = pd.DataFrame([
+        {"system": system, "bytes_seen": seen, "ms": ms, "state_bytes": 10 * seen}
+        for system, first, last in (("SSM", 2.0, 3.0), ("attention, last 64", 1.0, 4.0),
+                                    ("attention, all keys", 1.0, 8.0))
+        for seen, ms in ((4096, last), (64, first))])
+    found = {name: value.value for name, value in answers._streaming(frame).items()}
+    assert found == {"stream_positions": 4096, "stream_growth_ssm": 1.5,
+                     "stream_growth_window": 4.0, "stream_growth_cache": 8.0,
+                     "stream_state_bytes": 40_960, "stream_cache_bytes": 40_960}
+
+
 def test_crossover():
     assert crossover([1, 2, 4], [2.0, 2.0, 2.0], [1.0, 2.0, 4.0]) == pytest.approx(2.0)
     assert crossover([1, 4], [2.0, 2.0], [1.0, 4.0]) == pytest.approx(2.0)

@@ -65,6 +65,21 @@ def test_scan_by_hand():
     assert scan["exp_per_byte"] == 32 * (4 + 3)
 
 
+@pytest.mark.parametrize(("changes", "expected"), [
+    # Two norms and two additions a layer with an MLP, one of each without; one norm at the end.
+    ({}, (3 * 8 + 2) * 16), ({"norm": "rms"}, (3 * 4 + 2) * 16),
+    ({"mlp_ratio": 2.0}, (5 * 8 + 4) * 16 + 2 * 2 * 32), ({"embed_norm": True}, (4 * 8 + 2) * 16),
+    ({"block_scales": True}, (3 * 8 + 2 * 2) * 16),
+    ({"residual_mix": True}, (3 * 8 + 2 + 3 * 2) * 16)])
+def test_elementwise_operations_by_hand(changes, expected):
+    config = ModelConfig(d_model=16, n_layer=2, layer_pattern="A", n_head=2, n_kv_head=2, **changes)
+    row = flops_table(config, 10).set_index("module").loc["elementwise"]
+    mixer, exp = AttentionMixer.elementwise(config)
+    assert row["forward_flops_per_byte"] == expected + 2 * mixer + 5 * 256
+    assert row["exp_per_byte"] == 2 * exp + 256
+    assert row["counted_by"] == FORMULA
+
+
 def test_mean_keys():
     assert mean_keys(1, 99) == 1
     assert mean_keys(4, 99) == 2.5  # 1, 2, 3, 4
