@@ -92,6 +92,9 @@ def load_corpus(name: str = "stdlib", report: Callable[[str], None] = lambda lin
     if path.is_file():
         data, what = open_text(path)
         return _cut(data, path, f"one file, {what}" if what else "one text file")
+    if path.exists():
+        raise UserError(f"corpus {name!r} is a device or a pipe, and a text is gone through again "
+                        "and again: write it into a file first")
     raise UserError(
         f"corpus {name!r} is neither {', '.join(OWN)}, a folder nor a file: check the path"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -79,6 +80,9 @@ def test_bad_corpora(tmp_path):
         load_corpus(str(tmp_path / "empty.txt"))
     with pytest.raises(UserError, match="neither stdlib"):
         load_corpus(str(tmp_path / "none.txt"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="write it into a file first"):
+        load_corpus(str(tmp_path / "pipe"))
     for split in module.SPLITS:
         (tmp_path / f"wiki.{split}.raw").mkdir()
     with pytest.raises(UserError, match="is not a file"):
