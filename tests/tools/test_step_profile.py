@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from analysis.cli import main
+from analysis.cli.studies import bench
 from analysis.cli.studies.tables import parts_table
 from analysis.measure.bench import steps
 from analysis.measure.bench.steps import OTHER, part_of, rivals, use_published_mixers
 from mambabyte.config import get_preset
+from mambabyte.errors import UserError
 from mambabyte.model import ByteLM
 from mambabyte.model.families.mamba import MambaMixer
 
@@ -107,6 +109,21 @@ def test_attention_is_compared_at_its_best() -> None:
 def test_a_captured_step_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "step", "--preset", "smoke", "--device", "cpu", "--way", "graph"]) == 2
     assert "captures CUDA graphs" in capsys.readouterr().err
+
+
+def test_a_step_on_a_gpu_is_run_as_a_training_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it is named, or a peer's modules are to be beside, which the fused step lacks."""
+    taken: list[str] = []
+
+    def benched(configs, recipe, device, way, **others):
+        taken.append(way)
+        raise UserError("enough")
+
+    monkeypatch.setattr(bench, "checked", lambda options: "cuda")
+    monkeypatch.setattr(steps, "bench_steps", benched)
+    for more in ([], ["--peers", "mamba_ssm"], ["--way", "graph"]):
+        assert main(["bench", "step", "--preset", "smoke", *more]) == 2
+    assert taken == ["fused", "compile", "graph"]
 
 
 @pytest.mark.long

@@ -150,7 +150,8 @@ class Step(Common):
     Attention sees the whole context; alone it also stands with half the layers and wider MLPs, and
     where the preset's window is shorter than the context, with that window too."""
     way: Literal["eager", "graph", "fused", "compile"] | None = None
-    """How a step is run; compile on a GPU and eager on a CPU when not given."""
+    """How a step is run; as a training is when not given: fused on a GPU (compile with peers, whose
+    modules know no other), eager on a CPU."""
     peers: tuple[Literal["mamba_ssm"], ...] = ()
     """mamba_ssm, whose modules then also take the place of the preset's SSM layers."""
 
@@ -283,7 +284,8 @@ def bench_step(options: Step) -> int:
                     n_layer=options.n_layer or preset.model.n_layer)
     recipe = replace(preset.train, batch_size=options.batch_size or preset.train.batch_size,
                      context=options.context or preset.train.context)
-    way = options.way or ("compile" if device.startswith("cuda") else "eager")
+    way = options.way or ("eager" if not device.startswith("cuda")
+                          else "compile" if options.peers else "fused")
     say(f"{options.preset} on {device}, {way}: {recipe.batch_size} x {recipe.context} bytes a step")
     frame, parts = bench_steps(rivals(model, options.patterns, recipe.context), recipe, device, way,
                                say=say, published=bool(options.peers))
