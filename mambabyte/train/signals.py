@@ -16,8 +16,8 @@ ASKED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether one of ASKED came. The second one ends the process.
 
-    A SIGHUP that is ignored, as under nohup, stays so. Outside of the main thread, where Python
-    takes no signals, the function always says no.
+    One that is ignored stays so: SIGHUP under nohup, SIGINT behind a script's &. Outside of the
+    main thread, where Python takes no signals, the function always says no.
     """
     came = False
 
@@ -31,9 +31,8 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = {each: signal.getsignal(each) for each in ASKED}
-    if before.get(getattr(signal, "SIGHUP", None)) == signal.SIG_IGN:
-        del before[signal.SIGHUP]
+    found = {each: signal.getsignal(each) for each in ASKED}
+    before = {each: handler for each, handler in found.items() if handler != signal.SIG_IGN}
     try:
         for each in before:
             signal.signal(each, handler)

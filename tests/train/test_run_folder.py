@@ -69,14 +69,15 @@ def test_each_signal_that_asks_leaves_a_checkpoint(number, tmp_path):
     assert [signal.getsignal(each) for each in ASKED] == before
 
 
-def test_a_hangup_that_is_ignored_stays_ignored(tmp_path):
-    """As under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", ASKED)
+def test_a_signal_that_is_ignored_stays_ignored(number, tmp_path):
+    """As SIGHUP is under nohup, and SIGINT in what a script puts behind &."""
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         result = train(MODEL, RECIPE, CORPUS, tmp_path / "run",
-                       report=lambda progress: os.kill(os.getpid(), signal.SIGHUP))
+                       report=lambda progress: os.kill(os.getpid(), number))
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
     assert result["stopped_by"] == "n_steps"
 
 
