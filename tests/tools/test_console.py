@@ -76,10 +76,13 @@ def test_files_are_kept_though_stdout_is_full(monkeypatch, capsys) -> None:
 
 def test_a_disk_that_fails_is_one_line(monkeypatch, capsys, tmp_path) -> None:
     """Reading on from an open file says neither its name nor what to do."""
-    def fails(*_: object, **__: object) -> str:
+    def fails(path: Path, **how: str) -> str:
+        if path.name != "README.md":
+            return read_text(path, **how)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     (tmp_path / "README.md").write_text("a page")
+    read_text = Path.read_text
     monkeypatch.setattr(Path, "read_text", fails)
     assert main(["report", "--readme", str(tmp_path / "README.md")]) == 2
     assert capsys.readouterr().err == (

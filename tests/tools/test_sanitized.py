@@ -117,11 +117,11 @@ int main(void) {
   int64_t root[1] = {0}, after[2] = {'a', 'b'}, match[2] = {3, 7};
   int32_t start[2] = {0, 2}, total[1] = {3}, count[2] = {1, 2};
   int32_t starts[3] = {0, 1, 2}, totals[2] = {1, 5};
-  int32_t counts[2] = {1, 5};
+  int32_t counts[2] = {1, 5}, begin[2] = {0, 2};
   uint8_t symbol[2] = {'a', 255};
   Level level[2] = {
-    {1, root, start, total, symbol, count, {.5, .6, .7}, 1},
-    {2, after, starts, totals, symbol, counts, {.5, .6, .7}, 1}};
+    {1, begin, root, start, total, symbol, count, {.5, .6, .7}, 1},
+    {2, begin, after, starts, totals, symbol, counts, {.5, .6, .7}, 1}};
   Table table[2] = {{.length = 9, .words = 2, .fold = 1, .discount = {.5, .6, .7}},
                     {.length = 2, .skip = 1, .discount = {.5, .6, .7}}};
   static int64_t keys[2][2];
