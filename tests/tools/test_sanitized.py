@@ -140,6 +140,13 @@ int main(void) {
   mixture(&m, text, PAD, PAD, PAD + LENGTH, others, 4, 0, p, feature);
   mixture(&m, text, PAD, PAD, PAD + 2, others, 7, 1, four, NULL);
   if (memcmp(one, four, sizeof one)) abort();
+  Found *found = malloc(found_bytes(&m)); /* a byte at a time, in two halves */
+  for (int i = 0; i < LENGTH; i++) {
+    look_up(&m, text, PAD, PAD + i, found);
+    if (mix(&m, others + i * OTHERS * V, found, four)) abort();
+    if (memcmp(one + i * V, four, V * sizeof *four)) abort();
+  }
+  free(found);
   puts("clean");
 }
 """
