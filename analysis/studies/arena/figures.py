@@ -285,7 +285,8 @@ FIGURES = (
         alt="One panel a size and optimizer; curves of bits per byte against the rate."),
     Drawing(
         "tasks", tasks, ("tasks",), "Tasks that ask one thing",
-        caption="Accuracy on unseen samples at each system's best rate, mean over seeds. The "
+        caption="Accuracy on unseen samples at each system's best rate, mean over seeds, some of "
+                "which solve a size that others do not. The "
                 "dotted line is a guesser that knows which values a sample holds.",
         alt="One panel a task; accuracy against size, a curve a layer pattern."),
     Drawing(
@@ -303,8 +304,8 @@ FIGURES = (
     Drawing(
         "context", context, ("context",), "Effective context",
         caption="The same validation bytes with the state reset every so many bytes. Where a curve "
-                "is flat, more context is of no use to the model. Attention keeps the keys of one "
-                "training context.",
+                "is flat, resets do no harm; where each reset costs the same, it falls as one over "
+                "the distance. Attention keeps the keys of one training context. One model each.",
         alt="Bits per byte against the distance between resets, a curve a system."),
     Drawing(
         "half_lives", half_lives, ("half_lives",), "How soon the state forgets",
@@ -325,7 +326,7 @@ FIGURES = (
     Drawing(
         "precision", precision, ("precision",), "A state of fewer bits",
         caption="Bits per byte of a stream minus those with a float32 state, without their sign: "
-                "differences below some 1e-5 are of either sign.",
+                "differences below some 1e-4 are of either sign.",
         alt="One panel a system; bits lost on a logarithmic axis by format, a mark a way of "
             "rounding."),
     Drawing(
