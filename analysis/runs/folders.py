@@ -13,6 +13,7 @@ folder without it is not a run. Reading needs neither torch nor matplotlib.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -152,6 +153,9 @@ def _write(run: Run, folder: Path) -> None:
     write_record(folder, {key: value for key, value in record.items() if value != ""})
 
 
+UNREAD = {errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EMFILE}
+
+
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """run.json of a folder, an entry a line. Its order is the order of the report."""
     record = {"format": FORMAT, **record}
@@ -190,6 +194,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _broken(folder: Path, error: Exception) -> UserError:
+    if isinstance(error, OSError) and error.errno in UNREAD:  # which says nothing of what it holds
+        return UserError(f"{folder} cannot be read ({error}): see to its disk and its permissions")
     return UserError(f"{folder} is not a complete run folder ({type(error).__name__}: {error}): "
                      "delete it and run the sweep again")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -91,6 +92,21 @@ def test_what_is_in_place_of_a_file_is_told(name, instead, world: World):
         return
     with pytest.raises(UserError, match="tiny-1 is not a complete run folder"):
         list_runs(world.runs)
+
+
+@pytest.mark.parametrize("kind", [errno.EIO, errno.EACCES])
+def test_what_cannot_be_read_is_not_called_damaged(kind, world: World, monkeypatch):
+    """Else a failing disk had one told to delete what is on it."""
+    folder, read_text = world.run(), Path.read_text
+
+    def fails(path: Path, *args, **more) -> str:
+        if path.parent == folder:
+            raise OSError(kind, os.strerror(kind), str(path))
+        return read_text(path, *args, **more)
+
+    monkeypatch.setattr(Path, "read_text", fails)
+    with pytest.raises(UserError, match=r"tiny-1 cannot be read \(.*: see to its disk"):
+        load_run(folder)
 
 
 def test_an_unknown_status_is_told(world: World):
