@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _signals_are_heard() -> Iterator[None]:
+    # A shell has what a script puts behind & ignore SIGINT, nohup SIGHUP; tests send both.
+    ignored = [each for each in (signal.SIGINT, signal.SIGHUP)
+               if signal.getsignal(each) == signal.SIG_IGN]
+    for each in ignored:
+        signal.signal(
+            each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for each in ignored:
+        signal.signal(each, signal.SIG_IGN)
 
 
 @pytest.fixture(autouse=True, scope="session")

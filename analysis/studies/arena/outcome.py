@@ -282,26 +282,41 @@ def clamp_table(done: Done, cells: Iterable[Cell]) -> pd.DataFrame:
 
 
 def units_table(p: Parameters, done: Done) -> pd.DataFrame:
-    """Bytes and pieces under each noise: means over seeds, both at the rate and optimizer of the
-    fewest held-out bits, of one budget."""
+    """Bytes and pieces under each noise, both at the rate and optimizer of the fewest held-out
+    bits, of one budget: means over seeds, and pieces minus bytes seed by seed, with t-intervals."""
     found = []
+    mine = [r for r in done.rows.values() if r["kind"] in ("noise", "pieces")
+            and r["status"] == "done" and r["size"] == p.size and r["budget"] == piece_budget(p)]
     for kind in ("noise", "pieces"):
-        mine = [r for r in done.rows.values() if r["kind"] == kind and r["status"] == "done"
-                and r["size"] == p.size and r["budget"] == piece_budget(p)]
-        for system in dict.fromkeys(r["system"] for r in mine):
-            tried = [r for r in mine if r["system"] == system]
-            first = [r for r in tried if r["seed"] == 0]
-            best = _trained_with(min(first, key=score)) if first else None
-            of = [r for r in tried if _trained_with(r) == best]
+        for system in dict.fromkeys(r["system"] for r in mine if r["kind"] == kind):
+            of, beside = (_at_best([r for r in mine if r["kind"] == k and r["system"] == system])
+                          for k in (kind, "noise"))
+            rates = sorted({r["rate"] for r in mine if (r["kind"], r["system"]) == (kind, system)})
             for i, one in enumerate(of[0]["units"] if of else []):
-                bits, right = ([r["units"][i][c] for r in of]
-                               for c in ("bits_per_raw_byte", "accuracy"))
+                bits, base = ({r["seed"]: r["units"][i]["bits_per_raw_byte"] for r in rows}
+                              for rows in (of, beside))
+                both = [seed for seed in bits if seed in base] if kind == "pieces" else []
+                mean = paired_difference(list(bits.values()), [0.0] * len(bits))
+                apart = paired_difference([bits[s] for s in both], [base[s] for s in both]) \
+                    if both else None
                 found.append({
                     "system": system, "units": one["units"], "noise": one["noise"],
                     "rate": of[0]["rate"],
-                    "bits_per_raw_byte": float(np.mean(bits)), "accuracy": float(np.mean(right)),
+                    "at_the_end_of_the_range": kind == "pieces" and of[0]["rate"] in (
+                        rates[0], rates[-1]),
+                    "bits_per_raw_byte": mean.mean, "low": mean.low, "high": mean.high,
+                    "minus_bytes": apart and apart.mean, "minus_bytes_low": apart and apart.low,
+                    "minus_bytes_high": apart and apart.high,
+                    "accuracy": float(np.mean([r["units"][i]["accuracy"] for r in of])),
                     "seeds": len(of), "n_parameters": of[0]["n_parameters"]})
     return _frame(found)
+
+
+def _at_best(rows: list[Row]) -> list[Row]:
+    """Those of the rate and optimizer whose first seed has the fewest held-out bits."""
+    first = [r for r in rows if r["seed"] == 0]
+    best = _trained_with(min(first, key=score)) if first else None
+    return sorted((r for r in rows if _trained_with(r) == best), key=lambda r: r["seed"])
 
 
 def _trained_with(row: Row) -> tuple[str, float]:

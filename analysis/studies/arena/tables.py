@@ -39,7 +39,7 @@ TABLES: dict[str, Words] = {
                     "of its numbers.",
     "units": "Bytes and 1,024 pieces, the same raw bytes seen, each at its own rate: bits per raw "
              "byte and share of raw bytes predicted right, on validation text without and with "
-             "noise.",
+             "noise; pieces minus bytes by seeds in pairs. 95 % intervals (Student's t).",
     "clamp": "Mamba-1 with its step size free and bounded: the largest exponents while training, "
              "the step at which that of 32 steps passes what float32 holds (predicted by a line "
              "through the first half; empty: not by the end), and what the bound costs in bits.",

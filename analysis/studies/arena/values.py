@@ -299,6 +299,10 @@ def _units(r: Results) -> Values:
             found[f"pieces_minus_bytes_{noise}"] = Value(
                 ", ".join(f"{s} {gain[s]:+.3f}" for s in gain.index), "",
                 f"bits a raw byte of pieces minus those of bytes, noise: {noise}")
+        if "minus_bytes_low" in rows and len(known := rows.dropna(subset=["minus_bytes_low"])):
+            found[f"pieces_minus_bytes_{noise}_ranges"] = Value(
+                ", ".join(f"{row.system} {row.minus_bytes_low:+.3f} to {row.minus_bytes_high:+.3f}"
+                          for row in known.itertuples()), "", "95 % of these, by seeds in pairs")
     return found
 
 

@@ -299,6 +299,11 @@ def test_pieces_are_behind_and_where_noise_does_not_widen_it():
     units = units.set_index(["units", "system", "noise"])["bits_per_raw_byte"]
     behind = (units["pieces"] - units["bytes"]).unstack()
     assert (behind > 0).all(axis=None)
+    low = frame("units").set_index(["units", "system", "noise"])["minus_bytes_low"].loc["pieces"]
+    sure = low.astype(float).unstack() > 0
+    assert set(sure.index[sure["none"]]) == {"M", "RRRA"}
+    assert sure.drop(columns="none").drop(index="A").all(axis=None)
+    assert not sure.loc["A"].any()
     more = behind.drop(columns="none").gt(behind["none"], axis=0)
     assert {key for key, wider in more.stack().items() if not wider} == {("A", "typos")}
     assert (units["bytes"].unstack().drop(columns="none").sub(units["bytes"].unstack()["none"],

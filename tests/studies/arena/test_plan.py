@@ -236,6 +236,32 @@ def test_what_a_folder_has_of_other_budgets_and_rates_is_in_no_table():
         pd.testing.assert_frame_equal(getattr(alone, name), getattr(beside, name))
 
 
+def test_pieces_are_beside_bytes_seed_by_seed():
+    p = replace(P, parts=("pieces",), seeds=3)
+
+    def made(kind, rate, seed, bits):
+        return row(Cell(kind, "M", "tiny", "adamw", rate, seed, 4000),
+                   chosen_by={2e-3: 2.0, 1e-3: 3.0}.get(rate, 1.0),
+                   units=[{"units": "bytes" if kind == "noise" else "pieces", "noise": "none",
+                           "bits_per_raw_byte": bits, "accuracy": 0.5}])
+
+    rows = [made("noise", 2e-3, seed, bits) for seed, bits in enumerate((1.0, 1.5, 1.2))]
+    rows += [made("pieces", 4e-3, seed, bits) for seed, bits in enumerate((1.1, 1.7, 1.5))]
+    rows += [made("pieces", 2e-3, 0, 9.0), made("pieces", 1e-3, 0, 9.0)]
+    table = tables(p, rows).units.set_index("units")
+    assert table.loc["bytes", ["minus_bytes", "at_the_end_of_the_range"]].tolist() == [None, False]
+    pieces = table.loc["pieces"]
+    assert pieces["at_the_end_of_the_range"]  # 4e-3 is the largest that was tried
+    for columns, points in ((("bits_per_raw_byte", "low", "high"), [1.1, 1.7, 1.5]),
+                            (("minus_bytes", "minus_bytes_low", "minus_bytes_high"),
+                             [0.1, 0.2, 0.3])):
+        ends = stats.t.interval(0.95, 2, np.mean(points), stats.sem(points))
+        assert pieces[list(columns)].astype(float).tolist() == pytest.approx(
+            [np.mean(points), *ends])
+    found = values(tables(p, rows), p)
+    assert found["pieces_minus_bytes_none_ranges"].value == "M -0.048 to +0.448"
+
+
 def test_costs_of_another_optimizer_are_no_price():
     done = Done(finished().values())
     costs = pd.DataFrame([{"system": s, "optimizer": "muon", "seconds_per_byte": 1.0,
