@@ -42,7 +42,7 @@ def _curves(ax: Any, frame: pd.DataFrame, x: str, y: str, styles: dict[str, Any]
 def best(frame: pd.DataFrame) -> Figure:
     """Bits per byte of every system at its best rate, a panel a size and budget."""
     groups = list(frame.groupby(["size", "budget"], sort=False))
-    columns = min(3, len(groups))
+    columns = min(2 if len(groups) == 4 else 3, len(groups))
     lines = -(-len(groups) // columns)
     figure, axes = new_figure(lines, columns, size=(max(7.2, 4.2 * columns), 4.6 * lines),
                               squeeze=False)
