@@ -99,3 +99,10 @@ def test_names_of_figures_and_tables_are_the_studies_own():
         assert set(study.module("tables").TABLES) <= set(fields)
         for drawing in drawings(study).values():
             assert drawing.of[0] in {*fields, *recorded}, (study.name, drawing.name)
+
+
+def test_no_record_names_a_folder_of_the_machine_that_made_it() -> None:
+    """Which says nothing to others; a command is one to be typed where the records lie."""
+    for name, run in load_records().items():
+        words = str(run.provenance.get("command", "")).replace("=", " ").split()
+        assert not [word for word in words if word.startswith(("/", "~"))], name
