@@ -191,13 +191,12 @@ def tick_with(axis: Any, text: Callable[[float], str]) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _position: text(value)))
 
 
-def log2_axis(axes: Axes, which: str, ticks: Sequence[float]) -> None:
-    """A base-2 logarithmic axis ("x" or "y"): 512, 4,096, then 16 Ki, 1 Mi at the given ticks."""
-    getattr(axes, f"set_{which}scale")("log", base=2)
-    axis = getattr(axes, f"{which}axis")
-    axis.set_ticks(list(ticks))
-    tick_with(axis, _power_of_two)
-    axis.set_minor_locator(mpl.ticker.NullLocator())
+def log2_axis(axes: Axes, ticks: Sequence[float]) -> None:
+    """A base-2 logarithmic x axis: 512, 4,096, then 16 Ki, 1 Mi at the given ticks."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_ticks(list(ticks))
+    tick_with(axes.xaxis, _power_of_two)
+    axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
 
 
 def _power_of_two(value: float) -> str:

@@ -102,7 +102,7 @@ def tasks(frame: pd.DataFrame) -> Figure:
         trained = some[some["trained"]]["size"]
         if len(trained) and trained.max() < some["size"].max():
             mark_line(ax, x=float(trained.max()), text="trained up to here")
-        log2_axis(ax, "x", sorted(some["size"].unique()))
+        log2_axis(ax, sorted(some["size"].unique()))
         ax.set_ylim(0, 1.05)
         label_axes(ax, f"number of {some['unit'].iloc[0]}", "accuracy", task)
     legend_below(figure)
@@ -158,7 +158,7 @@ def context(frame: pd.DataFrame) -> Figure:
     """Bits per byte by how often the state is reset."""
     figure, ax = new_figure()
     _curves(ax, frame, "reset_every", "bits_per_byte", _styles(frame["system"]))
-    log2_axis(ax, "x", sorted(frame["reset_every"].unique()))
+    log2_axis(ax, sorted(frame["reset_every"].unique()))
     label_axes(ax, "the state is reset every so many bytes", "bits per byte")
     legend_below(figure)
     return figure
@@ -183,7 +183,7 @@ def horizon(frame: pd.DataFrame) -> Figure:
     """Share of the gradient that lies within a distance."""
     figure, ax = new_figure()
     _curves(ax, frame, "distance", "share_up_to_here", _styles(frame["system"]))
-    log2_axis(ax, "x", sorted(frame["distance"].unique()))
+    log2_axis(ax, sorted(frame["distance"].unique()))
     label_axes(ax, "distance from the predicted byte, bytes", "share of the gradient up to there")
     legend_below(figure)
     return figure

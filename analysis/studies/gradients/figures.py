@@ -46,7 +46,7 @@ def distance_lines(distances: pd.DataFrame) -> Figure:
         bottom.plot(x, y, markevery=max(1, len(x) // 10), **look)
         ends[column.removeprefix("error of ")] = (x[-1], y[-1], look["color"])
     bottom.set_yscale("log")
-    plots.log2_axis(bottom, "x", [4**k for k in range(10) if 4**k <= x[-1]])
+    plots.log2_axis(bottom, [4**k for k in range(10) if 4**k <= x[-1]])
     plots.label_axes(bottom, "distance before the boundary, steps", "relative error")
     bottom.set_title("How wrong it is, float32")
     plots.label_lines(bottom, ends, gap=0.09)

@@ -140,7 +140,7 @@ def _bytes_against(axes: Axes, x: pd.Series, x_label: str, y_label: str) -> None
     """Both axes in powers of two, the upright one in bytes."""
     axes.set_yscale("log", base=2)
     values = sorted(x.unique())
-    plots.log2_axis(axes, "x", values[::-(-len(values) // 6)][::-1])
+    plots.log2_axis(axes, values[::-(-len(values) // 6)][::-1])
     plots.tick_bytes(axes.yaxis)
     plots.label_axes(axes, x_label, y_label)
 

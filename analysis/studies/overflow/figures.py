@@ -228,7 +228,7 @@ def pair_shares(pairs: pd.DataFrame) -> Figure:
         axes.plot(pairs["length, steps"], 100 * pairs[column], **look)
         ends[name] = (pairs["length, steps"].iloc[-1], 100 * pairs[column].iloc[-1],
                       look["color"])
-    plots.log2_axis(axes, "x", [16, 32, 64, 128, 256, 512, 1024])
+    plots.log2_axis(axes, [16, 32, 64, 128, 256, 512, 1024])
     plots.label_axes(axes, "length, steps", "past the bound of float32, %")
     plots.label_lines(axes, ends)
     return figure

@@ -50,7 +50,7 @@ def _lines(axes: Axes, frame: pd.DataFrame, name: str, value: str, order: Sequen
         y = one[value].astype(float)
         axes.plot(one[x], y, **style[key], label=key)
         ends[key] = (float(one[x].iloc[-1]), float(y.iloc[-1]), style[key]["color"])
-    log2_axis(axes, "x", sorted(frame[x].unique()))
+    log2_axis(axes, sorted(frame[x].unique()))
     axes.set_yscale("log")
     axes.tick_params(axis="x", rotation=45)
     if named:
