@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import Counter
 from dataclasses import replace
 
@@ -71,7 +73,8 @@ def model_of(experts, network=None, engine=True):
     (lambda: Context(words=-1), "words is -1: expected a whole number from 0 to 32"),
     (lambda: Matches((3, 40)), r"lengths is \[3, 40\]: .* a whole number from 3 to 32"),
     (lambda: Matches((5, 4)), "in rising order"),
-    (lambda: Matches(reach=0), "reach is 0"), (lambda: Matches(newest=0), "newest is 0")])
+    (lambda: Matches(reach=0), "reach is 0"), (lambda: Matches(newest=0), "newest is 0"),
+    (lambda: Matches(newest=1 << 16), "newest is 65536: expected a whole number from 1 to 65535")])
 def test_what_c_has_no_room_for_is_refused(wrong, line):
     """In words, and also where Python leaves assertions out."""
     with pytest.raises(UserError, match=line):
@@ -149,6 +152,19 @@ def test_the_engine_is_the_definition(experts, networks):
     for a, b in zip(engine.read(text.numpy(), PADDING), gate.read(experts, text, PADDING, None),
                     strict=True):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_a_used_model_says_the_same_by_tables_of_its_own(experts, networks, copied):
+    model = model_of(replace(experts, ngram=copy.deepcopy(experts.ngram)), networks)
+    stream = ByteStream(model)
+    stream.feed(OTHER[:50])
+    other = copied(stream)
+    stream.feed(OTHER[50:60])
+    for level in model.experts.ngram.levels:
+        level.count.zero_()
+    other.feed(OTHER[50:60])
+    assert torch.allclose(other.log_probs, stream.log_probs, atol=1e-5)
 
 
 def test_looking_up_and_mixing_are_a_pass_in_two_halves(experts):

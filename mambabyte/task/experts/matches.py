@@ -30,7 +30,7 @@ class Matches(Checked):
     lengths: Annotated[tuple[Annotated[int, between(SHORTEST, LONGEST)], ...], entries(
         0, rising=True)] = (3, 4, 5, 6, 8, 11, 16, 24)  # bytes of context
     reach: Annotated[int, between(1, 1 << 30)] = 1 << 16  # bytes searched, contexts included
-    newest: Annotated[int, between(1, 1 << 30)] = 8  # places counted of each length
+    newest: Annotated[int, between(1, (1 << 16) - 1)] = 8  # places of each length, in 16 bits in C
 
 
 @dataclass(frozen=True)

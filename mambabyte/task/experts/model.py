@@ -36,6 +36,10 @@ class ExpertLM(nn.Module):
         self._native: NativeExperts | None = None
         self._ready = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: what is in C has addresses of these tensors, and is made anew."""
+        return self.__dict__ | {"_native": None, "_ready": False}
+
     @property
     def device(self) -> torch.device:
         return torch.device("cpu") if self.network is None else cast(
