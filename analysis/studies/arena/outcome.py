@@ -285,13 +285,14 @@ def units_table(p: Parameters, done: Done) -> pd.DataFrame:
     """Bytes and pieces under each noise, both at the rate and optimizer of the fewest held-out
     bits, of one budget: means over seeds, and pieces minus bytes seed by seed, with t-intervals."""
     found = []
-    mine = [r for r in done.rows.values() if r["kind"] in ("noise", "pieces")
-            and r["status"] == "done" and r["size"] == p.size and r["budget"] == piece_budget(p)]
+    tried = [r for r in done.rows.values() if r["kind"] in ("noise", "pieces")
+             and r["size"] == p.size and r["budget"] == piece_budget(p)]
+    mine = [r for r in tried if r["status"] == "done"]
     for kind in ("noise", "pieces"):
         for system in dict.fromkeys(r["system"] for r in mine if r["kind"] == kind):
             of, beside = (_at_best([r for r in mine if r["kind"] == k and r["system"] == system])
                           for k in (kind, "noise"))
-            rates = sorted({r["rate"] for r in mine if (r["kind"], r["system"]) == (kind, system)})
+            rates = sorted({r["rate"] for r in tried if (r["kind"], r["system"]) == (kind, system)})
             for i, one in enumerate(of[0]["units"] if of else []):
                 bits, base = ({r["seed"]: r["units"][i]["bits_per_raw_byte"] for r in rows}
                               for rows in (of, beside))

@@ -258,6 +258,9 @@ def test_pieces_are_beside_bytes_seed_by_seed():
         ends = stats.t.interval(0.95, 2, np.mean(points), stats.sem(points))
         assert pieces[list(columns)].astype(float).tolist() == pytest.approx(
             [np.mean(points), *ends])
+    beyond = {**made("pieces", 8e-3, 0, 9.0), "status": "diverged", "chosen_by": None}
+    further = tables(p, [*rows, beyond]).units.set_index("units").loc["pieces"]
+    assert not further["at_the_end_of_the_range"]  # beyond it no training came to an end
     found = values(tables(p, rows), p)
     assert found["pieces_minus_bytes_none_ranges"].value == "M -0.048 to +0.448"
 
