@@ -113,7 +113,9 @@ def whole_dir(path: Path, ours: Collection[str] = ()) -> Iterator[Path]:
     those in ``ours``: what we are known to have made. A link to a folder stays one.
     """
     path = _behind(path)
-    make_dir(path if path.exists() else path.parent)
+    with _writing(path):
+        there = path.exists()
+    make_dir(path if there else path.parent)
     with _writing(path):
         _tidy(path.parent)
         temporary = Path(tempfile.mkdtemp(_suffix(), f".{path.name}.", path.parent))

@@ -176,6 +176,12 @@ def test_devices_pipes_and_what_is_read_only_are_not_replaced(tmp_path: Path, mo
     assert kept.read_text() == "measured"
 
 
+def test_a_folder_with_too_long_a_name_is_refused_in_words(tmp_path: Path):
+    path = tmp_path / ("x" * 300)
+    with pytest.raises(UserError, match=r"cannot write .*too long"), whole_dir(path):
+        pass
+
+
 def test_a_scratch_folder_of_a_killed_process_goes_at_the_next_start(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with monkeypatch.context() as patch:
