@@ -71,6 +71,8 @@ def find_trainings(root: Path) -> list[Training]:
     found = []
 
     def left_out(error: OSError) -> None:
+        if isinstance(error, FileNotFoundError):  # no runs there yet, or removed meanwhile
+            return
         warnings.warn(f"{error.filename} is left out: {error.strerror}", stacklevel=3)
 
     for here, folders, _ in os.walk(root, onerror=left_out, followlinks=True):

@@ -122,6 +122,14 @@ def test_a_run_that_goes_on_or_is_damaged_is_still_shown(root, capsys, tmp_path)
     assert "choose one of bits_per_byte" in capsys.readouterr().err
 
 
+def test_without_a_folder_of_runs_only_that_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["runs"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("no runs in runs: ")
+    assert err == ""
+
+
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_a_run_that_may_not_be_read_is_named_and_the_others_shown(root, forbid, capsys):
     names = [run.folder for run in find_trainings(root)]
