@@ -13,6 +13,7 @@ from rich.console import Console
 
 from analysis.cli import main
 from analysis.cli.console import _Place, _Rows, escaped
+from analysis.cli.models.train import _forecast
 from analysis.cli.training import Story, clock, replaced
 from mambabyte.config import ModelConfig, TrainConfig, get_preset, presets
 from mambabyte.corpus import load_corpus
@@ -204,3 +205,10 @@ def test_one_scheme_of_names_serves_train_and_task(capsys):
         assert not set(aliases) & set(names)
     assert main(["task", "list"]) == 0
     assert "(also: guided_hybrid_1_1)" in capsys.readouterr().out
+
+
+def test_a_system_that_does_not_tell_its_memory_refuses_no_training(monkeypatch) -> None:
+    monkeypatch.setattr("mambabyte.config.provenance.memory_bytes", lambda: None)
+    monkeypatch.setattr("mambabyte.model.pretrained.free_bytes", lambda device: None)
+    assert re.fullmatch(r"memory: a step needs [\d.]+ GB",
+                        _forecast(ModelConfig(), TrainConfig(), "cpu"))

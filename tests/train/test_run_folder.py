@@ -165,6 +165,13 @@ def test_nothing_is_resumed_where_there_is_no_run(tmp_path, capsys):
     assert not (tmp_path / "fisrt").exists()
 
 
+def test_a_script_may_resume_from_its_first_start_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("analysis.cli.models.train._train", lambda *options: 0)
+    words = ["train", "--device", "cpu", "--out", str(tmp_path / "run"), "--resume"]
+    for said in (("--preset", "auto"), ("--preset=quick_start",), ("--corpus", "synthetic")):
+        assert main([*words, *said]) == 0
+
+
 def test_a_run_whose_checkpoints_cannot_be_read_does_not_begin_anew(tmp_path, forbid):
     run = tmp_path / "run"
     train(MODEL, RECIPE, CORPUS, run)

@@ -64,7 +64,8 @@ def run(argv: list[str]) -> int:
     if "--resume" in argv and out and not named and not file:
         if own.is_file():
             file = str(own)
-        elif not option(argv, "--corpus"):  # a misspelt folder, or a run that ended before it began
+        elif not option(argv, "--corpus") and not option(argv, "--preset"):
+            # A misspelt folder, or a run that ended before it began.
             raise UserError(f"{out} holds no run to resume, as it has no config.json: leave "
                             "--resume out to start one there, or say which by --preset, --config "
                             "or --corpus")
@@ -183,7 +184,7 @@ def _forecast(model: ModelConfig, recipe: TrainConfig, device: str) -> str:
 
     world = distributed.current().size
     on_cuda = device.startswith("cuda")
-    room = torch.cuda.mem_get_info(device)[1] if on_cuda else memory_bytes() or 0
+    room = torch.cuda.mem_get_info(device)[1] if on_cuda else memory_bytes()
     try:
         rows = recipe.batch_size * recipe.context_parallel // world
         own = replace(
@@ -193,8 +194,10 @@ def _forecast(model: ModelConfig, recipe: TrainConfig, device: str) -> str:
     except UserError as error:
         return f"memory: no forecast ({error})"
     needed = found.required_bytes / 1e9
-    need = (f"memory: a step needs {needed:{'.3g' if needed < 1000 else ',.0f'}} GB of "
-            f"{room / 1e9:.3g} GB")
+    need = f"memory: a step needs {needed:{'.3g' if needed < 1000 else ',.0f'}} GB"
+    if room is None:  # the system does not say
+        return need
+    need += f" of {room / 1e9:.3g} GB"
     if found.fits:
         return need
     would = ("a smaller model" if not found.largest_batch and not found.largest_context else
