@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from analysis.cli.models import train as command
 from analysis.measure.parallel import run_jobs
 from mambabyte.checkpoint import load_model
 from mambabyte.corpus import load_corpus
@@ -117,3 +118,20 @@ def test_each_process_takes_a_card_of_its_own(device, line, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=line), joined(device):
         pass
+
+
+def test_what_the_first_process_refuses_all_refuse(corpus_path, tmp_path, monkeypatch):
+    """Else the others wait for it, and end in words of the network."""
+    def refuse(*of):
+        raise UserError("no room")
+
+    told: list[str | None] = []
+    monkeypatch.setattr(World, "agree", lambda self, value: told.append(value) or "no room there")
+    monkeypatch.setattr(command, "_forecast", refuse)
+    monkeypatch.setattr("mambabyte.train.smoke.is_smoke", lambda size: False)
+    options = command.Options(tmp_path / "run", corpus=str(corpus_path))
+    for first in (True, False):
+        with pytest.raises(UserError, match="no room there"):
+            command._train(options, "cpu", first)
+    assert told == ["no room", None]
+    assert not (tmp_path / "run").exists()

@@ -95,7 +95,6 @@ def _train(options: Options, device: str, first: bool) -> int:
     from mambabyte import train as training
     from mambabyte.checkpoint import saved
     from mambabyte.config.files import write_json
-    from mambabyte.config.provenance import provenance
     from mambabyte.corpus import load_corpus
     from mambabyte.ops import default_form
     from mambabyte.train.smoke import is_smoke, smoke_configs
@@ -109,12 +108,11 @@ def _train(options: Options, device: str, first: bool) -> int:
         say(f"SMOKE mode (train={len(corpus.train)} bytes) ctx={recipe.context}")
         say(replaced(options.model, options.train, model, recipe))
         record["smoke"] = _smoke(model, recipe, corpus, device)
+    _announce(model, recipe, device, corpus, first)
     if not first:
         record |= training.train(
             model, recipe, corpus, options.out, device=device, resume=options.resume)
         return 130 if record["stopped_by"] == "interrupt" else 0
-    say(f"{describe(model, recipe)} on {device}, {corpus.name}, commit {provenance()['commit']}")
-    say(_forecast(model, recipe, device))
     if options.resume and not saved(options.out):
         say(f"{options.out} has no checkpoint to resume from: starting at the first step")
     form = default_form(device) if model.scan_form == "auto" else model.scan_form
@@ -137,6 +135,27 @@ def _train(options: Options, device: str, first: bool) -> int:
     last = ["SMOKE PASS"] if smoke else story.advice(record, options.out)
     _print(record | {"run": options.out}, options, last)
     return 130 if record["stopped_by"] == "interrupt" else 0
+
+
+def _announce(
+    model: ModelConfig, recipe: TrainConfig, device: str, corpus: Corpus, first: bool
+) -> None:
+    """Say what is trained, and what memory it needs; UserError in all processes where the first
+    refuses that, as they would wait for it."""
+    from mambabyte.config.provenance import provenance
+    from mambabyte.model import distributed
+
+    refused = None
+    if first:
+        say(f"{describe(model, recipe)} on {device}, {corpus.name}, "
+            f"commit {provenance()['commit']}")
+        try:
+            say(_forecast(model, recipe, device))
+        except UserError as error:
+            refused = str(error)
+    refused = distributed.current().agree(refused)
+    if refused:
+        raise UserError(refused)
 
 
 def _smoke(model: ModelConfig, recipe: TrainConfig, corpus: Corpus, device: str) -> dict[str, Any]:
