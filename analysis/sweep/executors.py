@@ -194,8 +194,9 @@ class DaskExecutor(Executor):
         except ModuleNotFoundError:
             raise _missing("dask", "distributed") from None
         try:
+            # Any free port for its page: with the usual one a second cluster warns that it is taken.
             self._client = Client(address) if address else Client(
-                n_workers=workers, threads_per_worker=1, dashboard_address=None)
+                n_workers=workers, threads_per_worker=1, dashboard_address=":0")
         except (OSError, ValueError, TimeoutError) as error:
             raise UserError(f"no dask scheduler answers at {address!r} ({error}): give the address "
                             "that `dask scheduler` prints, such as tcp://host:8786") from None

@@ -43,6 +43,18 @@ def test_what_a_lost_worker_did_is_done_again(cluster, tmp_path):
 
 
 @pytest.mark.long
+def test_two_clusters_of_dask_are_beside_each_other() -> None:
+    """The second found the page's port taken, and warned."""
+    pytest.importorskip("distributed")
+    pools = [DaskExecutor(1) for _ in range(2)]
+    try:
+        assert [pool.submit(abs, -2).result(timeout=60) for pool in pools] == [2, 2]
+    finally:
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("cluster", ["slurm"], indirect=True)
 def test_what_is_lost_again_and_again_fails(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(executors, "LOST", 1)
