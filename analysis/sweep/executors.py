@@ -194,7 +194,7 @@ class DaskExecutor(Executor):
         except ModuleNotFoundError:
             raise _missing("dask", "distributed") from None
         try:
-            # Any free port for its page: with the usual one a second cluster warns that it is taken.
+            # Any free port for its page: of the usual one a second cluster warns that it is taken.
             self._client = Client(address) if address else Client(
                 n_workers=workers, threads_per_worker=1, dashboard_address=":0")
         except (OSError, ValueError, TimeoutError) as error:
