@@ -36,6 +36,8 @@ RUNS = ROOT / "reports" / "runs"
 INTERACTIVE = "interactive"  # folder of runs recorded by hand; not part of the report
 RECORD = "run.json"
 SEAL = "record_sha256"
+# Faults of a disk or of rights, which say nothing of what a folder holds.
+UNREAD = {errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EMFILE}
 FORMAT = 2
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*\Z")
@@ -153,9 +155,6 @@ def _write(run: Run, folder: Path) -> None:
     write_record(folder, {key: value for key, value in record.items() if value != ""})
 
 
-UNREAD = {errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EMFILE}
-
-
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """run.json of a folder, an entry a line. Its order is the order of the report."""
     record = {"format": FORMAT, **record}
@@ -194,7 +193,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _broken(folder: Path, error: Exception) -> UserError:
-    if isinstance(error, OSError) and error.errno in UNREAD:  # which says nothing of what it holds
+    if isinstance(error, OSError) and error.errno in UNREAD:
         return UserError(f"{folder} cannot be read ({error}): see to its disk and its permissions")
     return UserError(f"{folder} is not a complete run folder ({type(error).__name__}: {error}): "
                      "delete it and run the sweep again")

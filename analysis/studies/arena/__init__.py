@@ -193,8 +193,8 @@ class Parameters(Checked):
 
 PROFILES = {
     "quick": Parameters(),
-    # Some seventy minutes of one H200, six trainings beside each other, but for ``costs``, which
-    # asks for workers=1, and for ``precision``: an hour of streams.
+    # An hour of one H200, six trainings beside each other, but for ``costs``, which asks for
+    # workers=1, and ``precision``, two to three minutes a system beside others.
     "full": Parameters(
         corpus="wikitext103", device="cuda", threads=0, workers=6,
         parts=("text", "long", "scaling", "clamp", "pieces", "tasks", "memory", "costs"),
